@@ -1,0 +1,95 @@
+"""Attention over [a shared trained prefix] + [each sequence's own tokens], exact, without concatenation.
+
+A new backend is one file that ends in ``register(Backend(...))`` and one import below.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ptd_kernels.prefix_attention import merge, reference  # noqa: F401  (importing registers the backend)
+from ptd_kernels.prefix_attention.problem import available_backends, check, choose
+
+__all__ = ["available_backends", "explain_backend", "prefix_attention"]
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attend from every query to all P prefix keys and to the own keys its rule allows.
+
+    Args:
+        q: ``[B, Hq, S, D]``, any strides; the layout ``[B, S, Hq, D]`` transposed (as Hugging Face gives it) is the
+            one that needs no copy. The same goes for k and v.
+        k: ``[B, Hkv, T, D]``; Hq must be a multiple of Hkv, query head h reads kv head ``h // (Hq // Hkv)``.
+        v: ``[B, Hkv, T, E]``; E may differ from D.
+        prefix_k: ``[Hkv, P, D]`` or None; P may be 0. A dtype other than q's is cast to q's inside; its gradient
+            comes back in its own dtype, summed in at least fp32 and cast once.
+        prefix_v: ``[Hkv, P, E]`` or None.
+        scale: factor on q·k, default ``D ** -0.5``.
+        causal: query i, at own position ``i + T - S``, sees own keys up to that position.
+        window: of these it sees only the last `window` (its own included). Never hides the prefix.
+        softcap: scores s become ``softcap * tanh(s / softcap)`` for prefix and own keys, before masking.
+        cu_seqlens: int32 ``[sequences + 1]``, from 0 to S, ascending: B is 1 and holds this many sequences end to
+            end, which do not see each other. On a GPU the values are not checked, as reading them would wait for it.
+        max_seqlen: length of the longest packed sequence, or more; a GPU needs it to be fast, a CPU not at all.
+        mask: ``[B or 1, Hq or 1, S, T]``, bool (True: visible) or a float bias added to the scores. It is the whole
+            rule for the own keys: requires ``causal=False, window=None``. A query that it allows no own key gets the
+            answer of the prefix alone, or zeros if P is 0. What lies under a hidden key must be finite.
+        backend: a name of `available_backends()` or "auto".
+
+    Returns:
+        ``[B, Hq, S, E]`` in q's dtype.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device, or a combination nobody can compute.
+
+    Prefix-tuning: Li & Liang 2021, arXiv:2101.00190. README.md in this folder has the maths.
+    """
+    device_type = q.device.type if isinstance(q, Tensor) else "cpu"
+    if torch.is_autocast_enabled(device_type):
+        # As torch's own attention does: autocast decides the inputs' precision, and none of the inner matmuls'.
+        low = torch.get_autocast_dtype(device_type)
+        q, k, v = (x.to(low) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in (q, k, v))
+        with torch.autocast(device_type, enabled=False):
+            problem = check(q, k, v, prefix_k, prefix_v, scale, causal, window, softcap, cu_seqlens, max_seqlen, mask)
+            return choose(problem, backend).run(problem)
+    problem = check(q, k, v, prefix_k, prefix_v, scale, causal, window, softcap, cu_seqlens, max_seqlen, mask)
+    return choose(problem, backend).run(problem)
+
+
+def explain_backend(
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = 64,
+    value_head_dim: int | None = None,
+    softcap: float | None = None,
+    masked: bool = False,
+    packed: bool = False,
+    backend: str = "auto",
+) -> tuple[str, str]:
+    """Which backend such a call would get, and why: ``(name, reason)``, both to be read by people.
+
+    Allocates a few bytes on `device`. Raises ValueError like `prefix_attention`.
+    """
+    q, v = (torch.zeros(1, 1, 1, d, device=device, dtype=dtype) for d in (head_dim, value_head_dim or head_dim))
+    mask = torch.ones(1, 1, 1, 1, device=device, dtype=torch.bool) if masked else None
+    cu_seqlens = torch.tensor([0, 1], device=device, dtype=torch.int32) if packed else None
+    problem = check(q, q, v, q[0], v[0], None, not masked, None, softcap, cu_seqlens, 1 if packed else None, mask)
+    chosen = choose(problem, backend)
+    return chosen.name, chosen.explains(problem)

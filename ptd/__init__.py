@@ -1,0 +1,1 @@
+"""ptd: tune a prefix, not a model."""

@@ -1,0 +1,7 @@
+"""The frozen backbone: loading, its identity, and the text conditioning that initialisers ask for."""
+
+from ptd.backbone.conditioning import TextConditioner
+from ptd.backbone.fingerprint import fingerprint
+from ptd.backbone.load import load_model, load_tokenizer
+
+__all__ = ["TextConditioner", "fingerprint", "load_model", "load_tokenizer"]

@@ -1,0 +1,117 @@
+"""Load a causal language model frozen: on every rank whole, or sharded over all ranks (ZeRO-3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ptd.config import BackboneConfig
+from ptd.types import UserError
+
+DTYPES: dict[str, torch.dtype | str] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_model(
+    config: BackboneConfig,
+    *,
+    device: torch.device,
+    zero3: dict[str, Any] | None = None,
+    check: Callable[[type[PreTrainedModel] | None, Any], None] = lambda model_class, model_config: None,
+) -> PreTrainedModel:
+    """Load the model of ``config.path`` in eval mode with every parameter frozen.
+
+    Args:
+        device: where a replicated model goes; ZeRO-3 places its own shards.
+        zero3: a DeepSpeed configuration with ZeRO stage 3: the parameters come back partitioned over all ranks
+            (shape ``[0]``; ``torch.distributed`` must be initialised, and every rank must call this).
+        check: called with model class and model config before any weight is read; raises what it objects to.
+
+    Raises:
+        UserError: the folder or hub id cannot be read, or its weights do not fit its config.
+    """
+    _explain_missing(config)
+    with _readable(config):
+        model_config = AutoConfig.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    # A frozen body has nothing to regularise; checkpointed layers would otherwise draw dropout in training mode.
+    for name, value in model_config.to_dict().items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+            setattr(model_config, name, 0.0)
+    model_class = None
+    if type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
+    check(model_class, model_config)
+    keep_alive = HfDeepSpeedConfig(zero3) if zero3 is not None else None  # from_pretrained finds it by weak reference
+    try:
+        with _readable(config):
+            model = AutoModelForCausalLM.from_pretrained(
+                config.path,
+                config=model_config,
+                revision=config.revision,
+                dtype=DTYPES[config.dtype],
+                trust_remote_code=config.trust_remote_code,
+            )
+    finally:
+        if keep_alive is not None:
+            unset_hf_deepspeed_config()
+    model.requires_grad_(False)
+    model.eval()
+    if config.gradient_checkpointing:
+        checkpoint_layers(model)
+    return model if zero3 is not None else model.to(device)
+
+
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Recompute each layer in backward although the model stays in eval mode (no dropout, no batch statistics)."""
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"backbone.gradient_checkpointing: {type(model).__name__} does not support it; set it to false"
+        )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True  # transformers checkpoints only layers in training mode; their children stay in eval
+
+
+def load_tokenizer(config: BackboneConfig) -> Any:
+    """The tokenizer that belongs to the backbone; raises `UserError`."""
+    _explain_missing(config)
+    with _readable(config):
+        return AutoTokenizer.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+
+
+def _explain_missing(config: BackboneConfig) -> None:
+    path = Path(config.path).expanduser()
+    looks_local = path.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") != 1
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"backbone.path: the folder {config.path} has no config.json, so it is not a saved model")
+    elif path.exists() or (looks_local and "/" in config.path):
+        raise UserError(f"backbone.path: there is no model folder {config.path}; check the path")
+
+
+class _readable:
+    """Turn what transformers raises about a checkpoint into a message that names the key."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        self.path = config.path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (OSError, ValueError, KeyError, RuntimeError, ImportError)):
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"backbone.path: cannot load {self.path!r}: {reason} "
+                "Give a folder that save_pretrained wrote, or the id of a model on the hub that can be reached."
+            ) from error

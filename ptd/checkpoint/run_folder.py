@@ -1,0 +1,111 @@
+"""A run's output folder: whose it is, whether it can be continued, and what it holds.
+
+``run.json`` records the resolved configuration, versions, world size and, in the end, the result.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ptd.checkpoint.files import write_json
+from ptd.checkpoint.run_state import latest_complete, read_facts
+from ptd.config import RunConfig
+from ptd.types import UserError
+
+OWN = ("run.json", "metrics.jsonl", "loss.png", "adapter", "best", "checkpoints", "tensorboard")
+FREE_TO_CHANGE = {
+    "backbone": {"gradient_checkpointing", "attention"},
+    "data": {"eval", "eval_split"},
+    "train": {
+        "logging_steps",
+        "eval_steps",
+        "save_steps",
+        "save_total_limit",
+        "per_device_eval_batch_size",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+    },
+}
+"""Keys that may differ when a run is continued: they do not change what is learned (batch sizes are checked as a product)."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """An output folder that this run may use; ``checkpoint`` is where it continues from (None: from the start)."""
+
+    path: Path
+    checkpoint: Path | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def facts(self) -> dict[str, Any]:
+        """What the checkpoint says beside its tensors; empty from the start."""
+        return read_facts(self.checkpoint) if self.checkpoint is not None else {}
+
+    def write(self, content: dict[str, Any]) -> None:
+        """Replace run.json."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / "run.json", content)
+
+
+def open_run(config: RunConfig, *, overwrite: bool) -> RunFolder:
+    """Decide between a fresh start, continuing, and refusal (`UserError`); nothing is written."""
+    folder = config.output_dir
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir: {folder} is a file; give a folder")
+    held = [name for name in OWN if (folder / name).exists()]
+    if overwrite or not held:
+        return RunFolder(folder, None)
+    try:
+        previous = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        same = identity(previous["config"]) == identity(config.to_dict())
+        status = previous["status"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"output_dir: {folder} holds {', '.join(held)} but no readable run.json; choose another folder or --overwrite"
+        ) from error
+    if not same:
+        changed = _differences(identity(previous["config"]), identity(config.to_dict()))
+        raise UserError(
+            f"output_dir: {folder} holds a run with other settings ({'; '.join(changed)}); choose another output_dir, "
+            "or --overwrite to replace it"
+        )
+    if status == "finished":
+        raise UserError(f"output_dir: the run in {folder} is finished; choose another output_dir, or --overwrite to redo it")
+    checkpoint, skipped = latest_complete(folder / "checkpoints")
+    notes = [f"passed over {reason}" for reason in skipped]
+    notes.append(f"continuing from {checkpoint.name}" if checkpoint else "no checkpoint yet; starting from the beginning")
+    return RunFolder(folder, checkpoint, tuple(notes))
+
+
+def clear(folder: RunFolder) -> None:
+    """Remove what an earlier run left, and only that (for a fresh start)."""
+    for name in OWN:
+        path = folder.path / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a resolved configuration that makes it this run and no other."""
+    sections = {key: config[key] for key in ("backbone", "method", "task", "data", "train")}
+    return {
+        f"{section}.{key}": value
+        for section, values in sections.items()
+        for key, value in values.items()
+        if key not in FREE_TO_CHANGE.get(section, set())
+    }
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return [f"{key}: {old.get(key)!r} there, {new.get(key)!r} here" for key in keys[:3]]

@@ -1,0 +1,241 @@
+"""The command line. Exit codes: 0 done, 2 something given cannot work (said on stderr), 1 a defect, 130 interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ptd.types import UserError
+
+app = typer.Typer(
+    name="ptd",
+    help="Tune a prefix, not a model: prompt- and prefix-tuning of frozen language models.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Adapter = Annotated[
+    str | None, typer.Option("--adapter", "-a", help="Adapter folder (ptd's or PEFT's), or a run's output folder.")
+]
+Backbone = Annotated[
+    str | None, typer.Option("--backbone", "-b", help="Backbone folder or hub id; default: the one the adapter names.")
+]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="Backbone's dtype; auto: as stored.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Sequences that run together.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+NumBeams = Annotated[int, typer.Option(min=1, help="Beams; 1: no beam search.")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"ptd {version('ptd')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    run: Annotated[Path, typer.Argument(help="The run file (YAML).", metavar="RUN.yaml")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, e.g. train.learning_rate=3e-3.", metavar="[KEY=VALUE]...")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a run that is in output_dir already.")] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
+) -> None:
+    """Train as RUN.yaml says. The same command typed again continues a run that was interrupted.
+
+    On several GPUs or nodes start it with a launcher, e.g.
+    deepspeed --no_local_rank --module ptd.cli train RUN.yaml
+    """
+    from ptd.config import load_config
+    from ptd.console import make_reporter
+
+    config = load_config(run, overrides)
+    _quiet()
+    from ptd.train import train as run_training
+
+    result = run_training(config, overwrite=overwrite, reporter=make_reporter())
+    if _is_main():
+        _print_json({"output_dir": str(config.output_dir), **result})
+        print(f"adapter: {config.output_dir / 'adapter'}", file=sys.stderr)
+        print(f"next: ptd generate --adapter {config.output_dir} 'your prompt'", file=sys.stderr)
+
+
+@app.command("eval")
+def evaluate(
+    data: Annotated[str, typer.Option("--data", "-d", help="Rows to evaluate on: file, dataset folder or hub name.")],
+    adapter: Adapter = None,
+    backbone: Backbone = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A key of the data section, e.g. format=text; default: as in training."),
+    ] = None,
+    generate: Annotated[bool, typer.Option("--generate", help="Also generate: BLEU, ROUGE-L and exact match.")] = False,
+    max_new_tokens: MaxNewTokens = 128,
+    num_beams: NumBeams = 1,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = "auto",
+) -> None:
+    """Print loss, perplexity and, with --generate, text metrics as one JSON object.
+
+    Without --adapter the plain backbone is evaluated.
+    """
+    from ptd.config import parse_settings
+
+    settings = parse_settings(setting or [])
+    _quiet()
+    from ptd.console import make_reporter
+    from ptd.evaluate import evaluate as run_evaluation
+    from ptd.generate import Decoding
+
+    decoding = Decoding(max_new_tokens=max_new_tokens, num_beams=num_beams) if generate else None
+    result = run_evaluation(
+        data,
+        adapter=adapter,
+        backbone=backbone,
+        settings=settings,
+        decoding=decoding,
+        batch_size=batch_size,
+        dtype=dtype,
+        reporter=make_reporter(),
+    )
+    if _is_main():
+        _print_json(result)
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; default: one a line from stdin.")] = None,
+    adapter: Adapter = None,
+    backbone: Backbone = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Text file with one prompt a line.")] = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy; above: sample.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus of the sampled tokens.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest tokens; 0: all.")] = 0,
+    num_beams: NumBeams = 1,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line: prompt and completion.")] = False,
+) -> None:
+    """Continue prompts with the tuned backbone; prints one completion a line."""
+    if prompts and file is not None:
+        raise UserError("give prompts as arguments or with --file, not both")
+    if not prompts and file is None and sys.stdin.isatty():
+        raise UserError("no prompt: give it as an argument, with --file, or on stdin")
+    from ptd.generate import Decoding, read_prompts
+    from ptd.generate import generate as run_generation
+
+    if file is not None:
+        prompts = read_prompts(file)
+    elif not prompts:
+        prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        if not prompts:
+            raise UserError("no prompt on stdin; write one a line")
+    _quiet()
+    from ptd.console import make_reporter
+
+    decoding = Decoding(max_new_tokens, temperature, top_p, top_k, num_beams, seed)
+    texts = run_generation(
+        prompts,
+        adapter=adapter,
+        backbone=backbone,
+        decoding=decoding,
+        batch_size=batch_size,
+        dtype=dtype,
+        reporter=make_reporter(),
+    )
+    for prompt, text in zip(prompts, texts, strict=True):
+        print(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False) if as_json else text)
+
+
+@app.command("export")
+def export_(
+    source: Annotated[str, typer.Argument(help="Adapter folder or run output folder.")],
+    target: Annotated[Path, typer.Argument(help="New folder to write.")],
+    base_model: Annotated[str | None, typer.Option(help="Backbone to name in it, e.g. a hub id.")] = None,
+) -> None:
+    """Write an adapter as a plain PEFT folder (peft.PeftModel.from_pretrained loads it)."""
+    from ptd.export import export_adapter
+
+    export_adapter(source, target, base_model=base_model)
+    print(target)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(help="Folder of a PEFT prefix adapter.")],
+    target: Annotated[Path, typer.Argument(help="New folder to write.")],
+    backbone: Backbone = None,
+) -> None:
+    """Write a PEFT prefix adapter as one of ptd's, checked against its backbone."""
+    _quiet()
+    from ptd.export import import_adapter
+
+    import_adapter(source, target, backbone=backbone)
+    print(target)
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for data, adapter and curve.")] = Path(
+        "quickstart"
+    ),
+    ranks: Annotated[int, typer.Option(min=1, help="Processes to train with.")] = 2,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier quickstart in the folder.")] = False,
+) -> None:
+    """The whole story in minutes: tune the shipped tiny backbone on two ranks with ZeRO-3, before and after."""
+    _quiet()
+    from ptd.console import make_reporter
+    from ptd.quickstart.run import run_quickstart
+
+    run_quickstart(output, ranks=ranks, overwrite=overwrite, reporter=make_reporter())
+
+
+def _quiet() -> None:
+    """Keep libraries from talking over ours: their progress bars and advice on every rank."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def main() -> None:
+    """Entry point of the ``ptd`` command."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        if _is_main():
+            print(f"ptd: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""RUN.yaml and ``key=value`` overrides -> `RunConfig`: typed, validated, nothing unknown.
+
+Every refusal names the key's path, what was given, why it cannot work and the nearest valid key.
+Key names are Hugging Face's. Relative paths are relative to the current directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
+
+from ptd.methods import method
+from ptd.types import UserError
+
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""What PyYAML raises: the last two for a date like 2026-99-99 and for absurd nesting."""
+
+
+class Section(BaseModel):
+    """A section of RUN.yaml: unknown keys are refused, and so are true and false where a number belongs."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[info.field_name or ""]
+        _refuse_truth(value, str(field.annotation))
+        return value
+
+
+class BackboneConfig(Section):
+    """The frozen language model."""
+
+    path: str = Field(description="folder of a Hugging Face model, or its hub id")
+    revision: str | None = Field(None, description="hub revision")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: the checkpoint's own")
+    gradient_checkpointing: bool = Field(False, description="recompute layers in backward: less memory, slower")
+    attention: str = Field("auto", description="backend of ptd_kernels.prefix_attention: auto, merge or reference")
+    trust_remote_code: bool = Field(False, description="run model code that comes with the checkpoint")
+
+
+class TaskConfig(Section):
+    """What is learned."""
+
+    kind: Literal["causal_lm"] = "causal_lm"
+
+
+class DataConfig(Section):
+    """Where the rows come from and how they become tokens."""
+
+    train: str | None = Field(None, description="file (.jsonl, .json, .csv, .parquet), saved dataset folder or hub name")
+    eval: str | None = Field(None, description="the same, for evaluation")
+    train_split: str = Field("train", description="split of a dataset folder or hub dataset")
+    eval_split: str = Field("validation", description="split of a dataset folder or hub dataset")
+    format: Literal["prompt_completion", "messages", "text"] = "prompt_completion"
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="field of the format -> column of the data, e.g. {prompt: question}"
+    )
+    prompt_template: str | None = Field(None, description="text with {column} fields that makes the prompt")
+    max_length: int = Field(512, ge=2, description="tokens of one sequence; longer prompts are cut on the left")
+    packing: bool = Field(True, description="sequences one behind the other, without padding or cross-attention")
+    max_tokens: int | None = Field(
+        None, ge=2, description="token budget of a packed micro-batch instead of a fixed number of rows"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        if self.max_tokens is not None and not self.packing:
+            raise ValueError("max_tokens is the budget of a packed micro-batch; set packing: true or remove it")
+        if self.max_tokens is not None and self.max_tokens < self.max_length:
+            raise ValueError(
+                f"max_tokens ({self.max_tokens}) has to hold one sequence of max_length ({self.max_length}) tokens"
+            )
+        fields = {"prompt_completion": {"prompt", "completion"}, "messages": {"messages"}, "text": {"text"}}[self.format]
+        for name in self.columns:
+            if name not in fields:
+                raise ValueError(f"columns: format {self.format!r} has no field {name!r}; it has {sorted(fields)}")
+        if self.prompt_template is not None and self.format != "prompt_completion":
+            raise ValueError(f"prompt_template works with format prompt_completion, not {self.format!r}")
+        return self
+
+
+class TrainConfig(Section):
+    """The optimisation."""
+
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; takes precedence over num_train_epochs")
+    num_train_epochs: float = Field(3.0, gt=0)
+    per_device_train_batch_size: int = Field(8, ge=1, description="rows of one micro-batch of one rank")
+    per_device_eval_batch_size: int | None = Field(None, ge=1, description="default: the training value")
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-2, gt=0)
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
+    ] = "linear"
+    warmup_ratio: float = Field(0.0, ge=0, le=1)
+    warmup_steps: int | None = Field(None, ge=0, description="takes precedence over warmup_ratio")
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
+    seed: int = Field(0, ge=0)
+    logging_steps: int = Field(10, ge=1)
+    eval_steps: int | None = Field(None, ge=1, description="default: only at the end")
+    save_steps: int | None = Field(None, ge=1, description="resumable checkpoint; default: only at the end")
+    save_total_limit: int = Field(2, ge=1)
+
+    @property
+    def eval_batch_size(self) -> int:
+        return self.per_device_eval_batch_size or self.per_device_train_batch_size
+
+
+class RunConfig(Section):
+    """A whole run. ``method`` holds the method's name and ``method_config`` its validated dataclass."""
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    backbone: BackboneConfig
+    method: dict[str, Any]
+    task: TaskConfig = Field(default_factory=TaskConfig)
+    data: DataConfig
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    deepspeed: str | dict[str, Any] | None = Field(None, description="DeepSpeed JSON: path or inline mapping")
+    output_dir: Path = Path("out")
+
+    @property
+    def method_name(self) -> str:
+        return cast(str, self.method["name"])
+
+    def method_config(self) -> Any:
+        """The method's own dataclass, built from the ``method`` section."""
+        return parse_method(self.method)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values (for run.json): the method section with its defaults filled in."""
+        plain = self.model_dump(mode="json")
+        settings = dataclasses.asdict(self.method_config())
+        plain["method"] = {
+            "name": self.method_name,
+            **{key: str(value) if isinstance(value, Path) else value for key, value in settings.items()},
+        }
+        return plain
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read RUN.yaml, apply ``a.b=value`` overrides (values are YAML) and validate.
+
+    Raises `UserError` with one line for each thing that is wrong.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the run file {path}: {error}") from error
+    try:
+        raw = yaml.safe_load(text)
+    except NOT_YAML as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} has to be a mapping with the sections backbone, method, data …; got {type(raw).__name__}")
+    for override in overrides or []:
+        _apply_override(raw, override)
+    return parse_config(raw, source=str(path))
+
+
+def parse_config(raw: dict[str, Any], *, source: str = "the configuration") -> RunConfig:
+    """Validate a plain mapping into a `RunConfig`; raises `UserError`."""
+    try:
+        config = RunConfig.model_validate(_repair_scientific(raw))
+    except ValidationError as error:
+        raise UserError(f"{source}: " + "\n".join(_explain(error, RunConfig))) from error
+    config.method_config()
+    return config
+
+
+def parse_method(section: dict[str, Any]) -> Any:
+    """``{name: …, **settings}`` -> the method's config dataclass; raises `UserError`."""
+    if not isinstance(section.get("name"), str):
+        raise UserError("method.name: is missing; give the tuning method's name, e.g. method: {name: prefix}")
+    cls = method(section["name"]).config
+    settings = {key: value for key, value in section.items() if key != "name"}
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key in settings:
+        if key not in known:
+            raise UserError(_unknown_key(f"method.{key}", str(key), ["name", *known]))
+    for field in dataclasses.fields(cls):
+        try:
+            _refuse_truth(settings.get(field.name), str(field.type))
+        except ValueError as error:
+            raise UserError(f"method.{field.name}: {error}") from error
+    try:
+        # Validates each field's type; the dataclass itself stays free of pydantic.
+        return TypeAdapter(cls).validate_python(settings)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(error, None, prefix="method"))) from error
+
+
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """``key=value`` pairs (values are YAML) as a mapping; raises `UserError`."""
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        _apply_override(settings, pair)
+    return settings
+
+
+def data_config(settings: dict[str, Any]) -> DataConfig:
+    """Validate a ``data`` section on its own; raises `UserError`."""
+    try:
+        return DataConfig.model_validate(settings)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(error, DataConfig))) from error
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, sign, value = override.partition("=")
+    if not sign or not key:
+        raise UserError(f"override {override!r}: write it as key=value, e.g. train.learning_rate=3e-3")
+    node = raw
+    *parents, last = key.split(".")
+    for index, name in enumerate(parents):
+        child = node.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {'.'.join(parents[: index + 1])} is not a section")
+        node = child
+    try:
+        node[last] = yaml.safe_load(value)
+    except NOT_YAML as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from error
+
+
+def _refuse_truth(value: Any, annotation: str) -> None:
+    """Python counts True as 1, and so would a field that takes numbers."""
+    if isinstance(value, bool) and "bool" not in annotation and ("int" in annotation or "float" in annotation):
+        raise ValueError(f"got {value}; a number is needed")
+
+
+def _repair_scientific(value: Any) -> Any:
+    """YAML 1.1 reads ``1e-2`` (no dot) as a string; people mean the number."""
+    if isinstance(value, dict):
+        return {key: _repair_scientific(item) for key, item in value.items()}
+    if isinstance(value, str):
+        mantissa, sign, exponent = value.lower().partition("e")
+        if sign and mantissa.lstrip("+-").isdigit() and exponent.lstrip("+-").isdigit():
+            return float(value)
+    return value
+
+
+def _explain(error: ValidationError, model: type[BaseModel] | None, prefix: str = "") -> list[str]:
+    lines = []
+    for item in error.errors():
+        path = [part for part in item["loc"] if not (isinstance(part, str) and part.startswith(("function-", "dict[")))]
+        dotted = ".".join([prefix, *map(str, path)] if prefix else map(str, path))
+        if item["type"] == "extra_forbidden":
+            lines.append(_unknown_key(dotted, str(path[-1]), _keys_of(model, path[:-1])))
+        elif item["type"] == "missing":
+            lines.append(f"{dotted}: is missing")
+        elif item["type"] == "value_error":
+            lines.append(f"{dotted}: {item['ctx']['error']}" if dotted else str(item["ctx"]["error"]))
+        else:
+            lines.append(f"{dotted}: got {item['input']!r}; {item['msg'][0].lower()}{item['msg'][1:]}")
+    return lines
+
+
+def _keys_of(model: type[BaseModel] | None, path: list[Any]) -> list[str]:
+    for part in path:
+        field = model.model_fields.get(str(part)) if model is not None else None
+        annotation = field.annotation if field is not None else None
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return list(model.model_fields) if model is not None else []
+
+
+def _unknown_key(dotted: str, key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if near:
+        return f"{dotted}: unknown key; did you mean {'.'.join([*dotted.split('.')[:-1], near[0]])}?"
+    return f"{dotted}: unknown key; valid keys: {', '.join(sorted(known))}"

@@ -1,0 +1,12 @@
+"""Rows -> tokens -> micro-batches.
+
+`load_rows` reads a file, folder or hub dataset; `tokenize` makes `ptd.types.Examples` of the rows; `Batches` deals them
+out to steps, ranks and micro-batches, and `prefetch` does so ahead of time.
+"""
+
+from ptd.data.batches import Batches
+from ptd.data.formats import prompts_and_references, tokenize
+from ptd.data.prefetch import prefetch
+from ptd.data.sources import load_rows
+
+__all__ = ["Batches", "load_rows", "prefetch", "prompts_and_references", "tokenize"]

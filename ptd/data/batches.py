@@ -1,0 +1,241 @@
+"""Examples -> micro-batches: which rows make a step, which of its slots gets which rows, and their tensors.
+
+A step has ``world_size x gradient_accumulation_steps`` slots; a slot is one micro-batch of one rank. The rows of a step
+depend on the seed, the epoch and the number of slots only, so a run on 8 ranks and one on 2 ranks with four times the
+accumulation see the same rows at every step. Nothing here has state: any step can be asked for at any time, which
+is all a resumed run needs.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ptd.data.packing import balance, first_fit, first_fit_starts
+from ptd.types import IGNORE_INDEX, Batch, Examples, UserError
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """Step ``s`` of an epoch takes the rows ``order[starts[s]:starts[s + 1]]``."""
+
+    order: np.ndarray
+    starts: np.ndarray
+
+    @property
+    def steps(self) -> int:
+        return len(self.starts) - 1
+
+
+class Batches:
+    """Random access to a rank's micro-batches by global step.
+
+    ``packing``: the rows of a step are spread over its slots so that their token counts are balanced, and each slot is
+    one packed row; otherwise slots get up to ``per_device_batch_size`` rows of similar length, padded on the right.
+    ``max_tokens`` (with packing only): a step takes as many rows as fit its slots at that many tokens each, and
+    ``per_device_batch_size`` has no effect.
+
+    Raises `UserError` if a row cannot fit ``max_tokens``, or ``max_tokens`` is given without packing.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        *,
+        rank: int,
+        world_size: int,
+        per_device_batch_size: int,
+        gradient_accumulation_steps: int = 1,
+        packing: bool = True,
+        max_tokens: int | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        pad_token_id: int = 0,
+    ) -> None:
+        assert len(examples) > 0
+        assert examples.lengths.min() > 0, "every row has at least one token"
+        assert 0 <= rank < world_size
+        assert min(per_device_batch_size, gradient_accumulation_steps) >= 1
+        if max_tokens is not None:
+            longest = int(examples.lengths.max())
+            if not packing:
+                raise UserError("max_tokens is the budget of a packed micro-batch; set packing: true or remove it")
+            if longest > max_tokens:
+                raise UserError(
+                    f"max_tokens is {max_tokens}, but the longest row has {longest} tokens and a row is never split; "
+                    "raise max_tokens or lower max_length"
+                )
+        self.examples = examples
+        self.rank = rank
+        self.world_size = world_size
+        self.per_device_batch_size = per_device_batch_size
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.packing = packing
+        self.max_tokens = max_tokens
+        self.seed = seed
+        self.shuffle = shuffle
+        self.pad_token_id = pad_token_id
+        self.slots = world_size * gradient_accumulation_steps
+        # Labels that a row yields: its first token is nothing's next token.
+        self._labels = np.add.reduceat(examples.supervised, examples.offsets[:-1], dtype=np.int64)
+        self._labels -= examples.supervised[examples.offsets[:-1]]
+        # The prefetch thread and the training loop may ask at the same time.
+        self._lock = threading.RLock()
+        self._plans: dict[int, EpochPlan] = {}
+        self._epoch_ends: list[int] = []
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        """Optimizer steps of the epoch; with ``max_tokens`` epochs may differ."""
+        if self.max_tokens is None:
+            return -(-len(self.examples) // (self.per_device_batch_size * self.slots))
+        return self._end_of_epoch(epoch) - (self._end_of_epoch(epoch - 1) if epoch else 0)
+
+    def total_steps(self, num_epochs: float) -> int:
+        """Optimizer steps of ``num_epochs`` epochs, the last of which may be a part; at least one."""
+        whole = math.floor(num_epochs)
+        steps = sum(self.steps_in_epoch(epoch) for epoch in range(whole))
+        if num_epochs > whole:
+            # 0.1 of 30 steps is 3, also where the product comes out a rounding error above it.
+            steps += math.ceil((num_epochs - whole) * self.steps_in_epoch(whole) - 1e-6)
+        return max(steps, 1)
+
+    def rows(self, global_step: int) -> list[int]:
+        """Rows of the step over all ranks, in the epoch's order."""
+        return [int(row) for row in self._rows(global_step)]
+
+    def supervised_tokens(self, global_step: int) -> int:
+        """Labels of the step over all ranks: what the sum of its losses is to be divided by."""
+        return int(self._labels[self._rows(global_step)].sum())
+
+    def step(self, global_step: int) -> list[Batch]:
+        """This rank's micro-batches of the step: always ``gradient_accumulation_steps`` of them.
+
+        A slot without a row gets a `filler` batch, because sharded ranks have to run the same number of micro-batches.
+        """
+        rows = self._rows(global_step)
+        slots = self._pack(rows) if self.packing else self._chunk(rows)
+        make = packed_batch if self.packing else self._padded
+        # Slots come largest first, so ranks that run the same micro-batch side by side have nearly the same work.
+        mine = slots[self.rank :: self.world_size]
+        return [make(self.examples, slot) if len(slot) else self._filler(rows) for slot in mine]
+
+    def _rows(self, global_step: int) -> np.ndarray:
+        assert global_step >= 0
+        if self.max_tokens is None:
+            epoch, step = divmod(global_step, self.steps_in_epoch(0))
+        else:
+            epoch = 0
+            while global_step >= self._end_of_epoch(epoch):
+                epoch += 1
+            step = global_step - (self._end_of_epoch(epoch - 1) if epoch else 0)
+        plan = self._plan(epoch)
+        return plan.order[plan.starts[step] : plan.starts[step + 1]]
+
+    def _end_of_epoch(self, epoch: int) -> int:
+        with self._lock:
+            while len(self._epoch_ends) <= epoch:
+                last = self._epoch_ends[-1] if self._epoch_ends else 0
+                self._epoch_ends.append(last + self._plan(len(self._epoch_ends)).steps)
+            return self._epoch_ends[epoch]
+
+    def _plan(self, epoch: int) -> EpochPlan:
+        with self._lock:
+            if epoch not in self._plans:
+                # Two plans are kept: at an epoch's end the prefetch thread is already in the next one.
+                self._plans = {key: self._plans[key] for key in list(self._plans)[-1:]}
+                order = self._order(epoch)
+                if self.max_tokens is None:
+                    starts = np.arange(0, len(order), self.per_device_batch_size * self.slots)
+                    starts = np.append(starts, len(order))
+                else:
+                    starts = first_fit_starts(self.examples.lengths[order], self.slots, self.max_tokens)
+                self._plans[epoch] = EpochPlan(order, starts)
+            return self._plans[epoch]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(len(self.examples))
+        # Sorted raw draws rather than Generator.permutation: numpy promises the former to stay the same over versions.
+        draws = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self.examples))
+        return np.argsort(draws, kind="stable")
+
+    def _pack(self, rows: np.ndarray) -> list[np.ndarray]:
+        lengths = self.examples.lengths[rows]
+        slots, loads = balance(lengths, self.slots)
+        if self.max_tokens is not None and loads.max() > self.max_tokens:
+            # Balancing may overflow a slot where first fit, by which the step was planned, does not.
+            slots, loads = first_fit(lengths, self.slots, self.max_tokens)
+        return [rows[slots[index]] for index in np.argsort(-loads, kind="stable")]
+
+    def _chunk(self, rows: np.ndarray) -> list[np.ndarray]:
+        longest_first = rows[np.argsort(-self.examples.lengths[rows], kind="stable")]
+        return np.array_split(longest_first, self.slots)
+
+    def _padded(self, examples: Examples, rows: np.ndarray) -> Batch:
+        return padded_batch(examples, rows, self.pad_token_id)
+
+    def _filler(self, rows: np.ndarray) -> Batch:
+        """The first tokens of the step's first row, nothing to learn from them."""
+        ids = torch.from_numpy(self.examples[int(rows[0])][0][:2].astype(np.int64))[None]
+        size = ids.shape[1]
+        return Batch(
+            input_ids=ids,
+            labels=torch.full_like(ids, IGNORE_INDEX),
+            position_ids=torch.arange(size)[None],
+            cu_seqlens=torch.tensor([0, size], dtype=torch.int32) if self.packing else None,
+            max_seqlen=size,
+            tokens=0,
+            supervised_tokens=0,
+        )
+
+
+def packed_batch(examples: Examples, rows: np.ndarray) -> Batch:
+    """The rows one behind the other: ``[1, N]``."""
+    lengths = examples.lengths[rows]
+    ends = np.cumsum(lengths)
+    begins = ends - lengths
+    total = int(ends[-1])
+    position = np.arange(total)
+    source = position + np.repeat(examples.offsets[rows] - begins, lengths)
+    ids = examples.tokens[source].astype(np.int64)
+    labels = np.full(total, IGNORE_INDEX, dtype=np.int64)
+    labels[:-1] = np.where(examples.supervised[source[1:]], ids[1:], IGNORE_INDEX)
+    labels[ends - 1] = IGNORE_INDEX  # the next token is another row's
+    return Batch(
+        input_ids=torch.from_numpy(ids)[None],
+        labels=torch.from_numpy(labels)[None],
+        position_ids=torch.from_numpy(position - np.repeat(begins, lengths))[None],
+        cu_seqlens=torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32)),
+        max_seqlen=int(lengths.max()),
+        tokens=total,
+        supervised_tokens=int((labels != IGNORE_INDEX).sum()),
+    )
+
+
+def padded_batch(examples: Examples, rows: np.ndarray, pad_token_id: int = 0) -> Batch:
+    """The rows one below the other, padded on the right: ``[B, S]``.
+
+    ``position_ids`` continue through the padding; behind a causal mask no useful token sees it.
+    """
+    lengths = examples.lengths[rows]
+    longest = int(lengths.max())
+    column = np.arange(longest)
+    useful = column < lengths[:, None]
+    source = np.where(useful, examples.offsets[rows][:, None] + column, 0)
+    ids = np.where(useful, examples.tokens[source], pad_token_id).astype(np.int64)
+    supervised = examples.supervised[source] & useful
+    labels = np.full_like(ids, IGNORE_INDEX)
+    labels[:, :-1] = np.where(supervised[:, 1:], ids[:, 1:], IGNORE_INDEX)
+    return Batch(
+        input_ids=torch.from_numpy(ids),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(np.tile(column, (len(rows), 1))),
+        cu_seqlens=None,
+        max_seqlen=longest,
+        tokens=int(lengths.sum()),
+        supervised_tokens=int((labels != IGNORE_INDEX).sum()),
+    )

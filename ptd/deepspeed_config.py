@@ -1,0 +1,539 @@
+"""A DeepSpeed JSON -> what it means for ptd: values of `RunConfig`, and the ZeRO-3 configuration of the backbone.
+
+DeepSpeed shards the frozen backbone and owns no optimizer here, so a JSON written for full fine-tuning says more than
+can be honoured. Nothing of it is dropped silently: a key is honoured, ignored with a warning, or refused.
+``"auto"`` means: as RUN.yaml says. Keys named ``comment`` or starting with ``_`` are comments.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ptd.config import RunConfig, parse_config
+from ptd.types import UserError
+
+SHIPPED = Path(__file__).parents[1] / "ds_configs"
+AUTO = "auto"
+NEVER = 2**31 - 1  # steps between two progress lines of DeepSpeed; ptd logs by itself
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# The fields of DeepSpeed's own DeepSpeedZeroConfig, by the type of their value (a test holds them against it).
+ZERO_FLAGS = _names(
+    "allgather_partitions allgather_sequential compute_grad_norm contiguous_gradients cpu_offload cpu_offload_param "
+    "cpu_offload_use_pin_memory elastic_checkpoint enable_sanity_checks gather_16bit_weights_on_model_save "
+    "ignore_unused_parameters legacy_stage1 load_from_fp32_weights log_trace_cache_warnings memory_efficient_linear "
+    "overlap_comm override_module_apply parameter_alignment pipeline_loading_checkpoint reduce_scatter "
+    "round_robin_gradients save_muon_momentum_buffer_in_memory stage3_allgather_sequential "
+    "stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save "
+    "stage3_use_all_reduce_for_fetch_params use_all_reduce_for_fetch_params use_multi_rank_bucket_allreduce "
+    "zero_quantized_gradients zero_quantized_nontrainable_weights zero_quantized_weights"
+)
+ZERO_SIZES = _names(
+    "stage allgather_bucket_size max_live_parameters max_reuse_distance model_persistence_threshold "
+    "module_granularity_threshold param_persistence_threshold prefetch_bucket_size reduce_bucket_size "
+    "stage3_max_live_parameters stage3_max_reuse_distance stage3_model_persistence_threshold "
+    "stage3_module_granularity_threshold stage3_param_persistence_threshold stage3_prefetch_bucket_size "
+    "sub_group_size zero_hpz_partition_size"
+)
+ZERO_SECTIONS = frozenset({"leaf_module", "offload_optimizer", "offload_param", "zenflow"})
+ZERO_KEYS = ZERO_FLAGS | ZERO_SIZES | ZERO_SECTIONS
+OFFLOAD_PARAM_KEYS = frozenset({"device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory"})
+BF16_KEYS = _names(
+    "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states"
+)
+FP16_KEYS = _names(
+    "enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis "
+    "min_loss_scale fp16_master_weights_and_grads"
+)
+ADAM_KEYS = _names(
+    "lr betas eps weight_decay torch_adam adam_w_mode bias_correction amsgrad fp32_optimizer_states max_grad_norm"
+)
+
+HONOURED = _names(
+    "zero_optimization aio gradient_clipping bf16 bfloat16 fp16 train_batch_size train_micro_batch_size_per_gpu "
+    "gradient_accumulation_steps optimizer scheduler"
+)
+# Reporting, or treatment of gradients and optimizer state that the backbone does not have.
+IGNORED = _names(
+    "activation_checkpointing check_overflow checkpoint comet comms_logger communication_data_type csv_monitor "
+    "dataloader_drop_last datastates disable_allgather disable_python_gc dump_state flops_profiler "
+    "gradient_predivide_factor log_level managed_gradient_accumulation memory_breakdown prescale_gradients "
+    "seq_parallel_communication_data_type steps_per_print tensorboard timers use_data_before_expert_parallelism "
+    "vocabulary_size wall_clock_breakdown wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer"
+)
+ZERO_IGNORED = {
+    "offload_optimizer": "the frozen backbone has no optimizer; to save GPU memory set zero_optimization.offload_param",
+    "cpu_offload": "the frozen backbone has no optimizer; to save GPU memory set zero_optimization.offload_param",
+    "zero_quantized_gradients": "the frozen backbone has no weight gradients",
+    "compute_grad_norm": "the frozen backbone has no weight gradients",
+    "elastic_checkpoint": "ptd writes its own checkpoints",
+}
+_GONE = "DeepSpeed itself has removed it; remove it here too"
+REFUSED = {
+    "amp": f"{_GONE} and set backbone.dtype",
+    "autotuning": "DeepSpeed's tuner measures runs with a DeepSpeed optimizer; remove it",
+    "compile": "DeepCompile rewrites the graph of a model with a DeepSpeed optimizer; remove it",
+    "compression_training": _GONE,
+    "curriculum_learning": _GONE,
+    "data_efficiency": "ptd reads and orders the data itself; remove it",
+    "data_types": "the backbone has one dtype and the prompt encoder is float32; remove it and set backbone.dtype",
+    "eigenvalue": _GONE,
+    "elasticity": f"{_GONE}: a checkpoint of ptd can be resumed with another number of processes",
+    "expert_parallel": "ptd does not distribute experts; remove it (ZeRO-3 shards them like other weights)",
+    "gradient_allreduce_op": "ptd divides by the number of supervised tokens of all ranks; remove it",
+    "graph_harvesting": _GONE,
+    "hybrid_engine": "it is for RLHF with a DeepSpeed optimizer; remove it",
+    "nebula": _GONE,
+    "pipeline": "ptd has no pipeline parallelism; remove it and use zero_optimization.stage 3",
+    "progressive_layer_drop": _GONE,
+    "quantize_training": _GONE,
+    "sequence_parallel_size": "ptd has no sequence parallelism; remove it or set 1",
+    "sparse_attention": _GONE,
+    "sparse_gradients": _GONE,
+    "tensor_parallel": "ptd shards the backbone by ZeRO-3 only; remove it and use zero_optimization.stage 3",
+    "torch_autocast": "it would change the backbone's numbers behind backbone.dtype; remove it and set backbone.dtype",
+    "weight_quantization": "it is for DeepSpeed's inference engine; remove it",
+}
+ZERO_REFUSED = {
+    "mics_hierarchical_params_gather": _GONE,
+    "mics_shard_size": _GONE,
+    "zenflow": "it overlaps optimizer steps of the backbone, which has none; remove it",
+    "zero_hpz_partition_size": "DeepSpeed crashes with it when the model has no optimizer; remove it or set 1",
+    "zero_quantized_nontrainable_weights": "it works on CUDA in fp16 only, which ptd does not train in; remove it",
+    "zero_quantized_weights": "it would run the backbone with weights rounded to int8 at every gather; remove it",
+    "zeropp_loco_param": _GONE,
+}
+# Values that change nothing (besides false, null, 0, {} and "auto"), so that they need no word.
+NEUTRAL: dict[str, Any] = {
+    "compute_grad_norm": True,
+    "gradient_allreduce_op": "mean",
+    "gradient_predivide_factor": 1,
+    "sequence_parallel_size": 1,
+    "zero_hpz_partition_size": 1,
+}
+
+ADAMW = frozenset({"adam", "adamw", "fusedadam", "deepspeedcpuadam", "cpuadam"})
+SCHEDULERS = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
+
+
+def apply_deepspeed(
+    config: RunConfig, *, source: str | dict[str, Any] | None = None
+) -> tuple[RunConfig, dict[str, Any] | None]:
+    """Read ``config.deepspeed`` (or ``source``) into the run.
+
+    Returns the `RunConfig` with the JSON's values applied, and the ZeRO-3 configuration to load and shard the backbone
+    with; None when nothing is to be sharded. With ``backbone.dtype: auto`` its ``bf16.enabled`` is still ``"auto"``:
+    the checkpoint decides, see `resolve_dtype`.
+
+    Raises:
+        UserError: the JSON cannot be read, contradicts RUN.yaml, or asks for what ptd cannot do.
+    """
+    source = config.deepspeed if source is None else source
+    if source is None:
+        return config, None
+    document = _Document.read(source)
+    document.check_keys()
+    run = _Merge(config, document)
+    _take_batch(run)
+    _take_dtype(run)
+    _take_optimizer(run)
+    _take_scheduler(run)
+    zero = _take_zero(document)
+    document.warn_ignored()
+    return run.config, _zero3(run.config, zero, document) if zero is not None else None
+
+
+def resolve_dtype(zero3: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """``zero3`` for weights of ``dtype`` (``"bfloat16"``, ``"torch.float32"`` …): settles ``dtype: auto``.
+
+    Under ZeRO-3 it is ``bf16.enabled`` alone that decides what the weights become, whatever dtype `from_pretrained` is
+    asked for: false makes a bfloat16 checkpoint float32 (twice the memory), true rounds a float32 one. [measured with
+    DeepSpeed 0.19.8 and transformers 5.23]
+    """
+    return {**zero3, "bf16": {"enabled": dtype.removeprefix("torch.") == "bfloat16"}}
+
+
+def check_batch_size(config: RunConfig, world_size: int, *, source: str | dict[str, Any] | None = None) -> None:
+    """Refuse a JSON whose ``train_batch_size`` is not micro-batch x accumulation x ``world_size`` of ``config``."""
+    source = config.deepspeed if source is None else source
+    document = _Document.read(source) if source is not None else None
+    wanted = document.values.get("train_batch_size", AUTO) if document is not None else AUTO
+    if document is None or wanted == AUTO or wanted is None:
+        return
+    rows, steps = config.train.per_device_train_batch_size, config.train.gradient_accumulation_steps
+    if wanted != rows * steps * world_size:
+        advice = "set train_batch_size to 'auto'"
+        if isinstance(wanted, int) and wanted > 0 and wanted % (rows * world_size) == 0:
+            advice += f" or train.gradient_accumulation_steps to {wanted // (rows * world_size)}"
+        document.refuse(
+            "train_batch_size",
+            f"is {wanted!r}, but train.per_device_train_batch_size ({rows}) x train.gradient_accumulation_steps "
+            f"({steps}) x processes ({world_size}) is {rows * steps * world_size}; {advice}",
+        )
+
+
+class _Document:
+    """The JSON, its name for messages, and what of it is ignored."""
+
+    def __init__(self, name: str, values: Any) -> None:
+        self.name = name
+        self.ignored: list[str] = []
+        if not isinstance(values, dict):
+            raise UserError(f"{name}: has to be a JSON object, got {type(values).__name__}")
+        self.values: dict[str, Any] = _without_comments(values)
+
+    @classmethod
+    def read(cls, source: str | dict[str, Any]) -> _Document:
+        if isinstance(source, dict):
+            return cls("deepspeed", source)
+        path = _find(source)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"deepspeed: cannot read {path}: {error}") from error
+        try:
+            return cls(str(path), json.loads(text, object_pairs_hook=_no_duplicates))
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}. "
+                'Comments have to be keys, e.g. "_comment": "…"'
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not valid JSON: {error}") from error
+
+    def refuse(self, path: str, reason: str) -> NoReturn:
+        raise UserError(f"{self.name}: {path}: {reason}")
+
+    def section(self, key: str, known: Iterable[str] | None = None) -> dict[str, Any]:
+        """The mapping at the dotted ``key`` without its "auto" values; empty if there is none."""
+        value: Any = self.values
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is None or value == AUTO:
+            return {}
+        if not isinstance(value, dict):
+            self.refuse(key, f"has to be an object, got {value!r}")
+        if known is not None:
+            self.known(value, known, prefix=f"{key}.")
+        return {name: item for name, item in value.items() if item != AUTO}
+
+    def known(self, section: dict[str, Any], known: Iterable[str], prefix: str = "") -> None:
+        """Refuse keys of ``section`` that are not among ``known``, naming the nearest."""
+        known = sorted(known)
+        for key in section:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.6)
+                hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(known)}"
+                self.refuse(f"{prefix}{key}", f"unknown key; {hint}")
+
+    def check_keys(self) -> None:
+        self.known(self.values, HONOURED | IGNORED | REFUSED.keys())
+        self.refuse_active(self.values, REFUSED)
+        self.ignored += [key for key in self.values if key in IGNORED and not _is_off(key, self.values[key])]
+
+    def refuse_active(self, section: dict[str, Any], refused: dict[str, str], prefix: str = "") -> None:
+        for key, reason in refused.items():
+            if key in section and not _is_off(key, section[key]):
+                self.refuse(f"{prefix}{key}", f"is not supported: {reason}")
+
+    def warn_ignored(self) -> None:
+        if "activation_checkpointing" in self.ignored:
+            index = self.ignored.index("activation_checkpointing")
+            self.ignored[index] += " (set backbone.gradient_checkpointing instead)"
+        if self.ignored:
+            warnings.warn(f"{self.name}: ignored: {', '.join(self.ignored)}", stacklevel=3)
+
+
+class _Merge:
+    """RUN.yaml's values with the JSON's added, one by one."""
+
+    def __init__(self, config: RunConfig, document: _Document) -> None:
+        self.config, self.document = config, document
+        self.original = config
+        self.origin: dict[str, str] = {}  # RUN.yaml's key -> the JSON key that has set it
+
+    def set(self, json_key: str, value: Any, key: str, *, written: Any = None) -> None:
+        """Give the RUN.yaml key ``key`` (``section.name``) the JSON's ``value``; "auto" and null leave it alone.
+
+        ``written``: how the JSON says the value, if not in RUN.yaml's words.
+        """
+        if value is None or value == AUTO:
+            return
+        section, name = key.split(".")
+        shown = json.dumps(value if written is None else written, default=repr)
+        if isinstance(value, bool):  # a number to Python and to pydantic
+            self.document.refuse(json_key, f"has to be what {key} takes, got {shown}")
+        raw = self.config.model_dump(exclude_unset=True)
+        raw.setdefault(section, {})[name] = value
+        merged = parse_config(raw, source=f"{self.document.name}: {json_key}: {shown} sets {key}")
+        new, old = getattr(getattr(merged, section), name), getattr(getattr(self.config, section), name)
+        fixed = key in self.origin or self.in_run_file(key)
+        if fixed and new != old:
+            where = f"{self.origin[key]} is" if key in self.origin else f"RUN.yaml sets {key} to"
+            self.document.refuse(
+                json_key, f"is {shown}, but {where} {old!r}; give both the same value, or set {json_key} to 'auto'"
+            )
+        self.origin.setdefault(key, json_key)
+        self.config = merged
+
+    def in_run_file(self, key: str) -> bool:
+        """Whether RUN.yaml itself gives ``key`` a value other than "auto" and null."""
+        section, name = key.split(".")
+        values = getattr(self.original, section)
+        return name in values.model_fields_set and getattr(values, name) not in (None, AUTO)
+
+
+def _take_batch(run: _Merge) -> None:
+    values = run.document.values
+    for json_key, key in (
+        ("train_micro_batch_size_per_gpu", "train.per_device_train_batch_size"),
+        ("gradient_accumulation_steps", "train.gradient_accumulation_steps"),
+        ("gradient_clipping", "train.max_grad_norm"),
+    ):
+        run.set(json_key, values.get(json_key), key)
+    total = values.get("train_batch_size")
+    if total not in (None, AUTO) and (not isinstance(total, int) or isinstance(total, bool) or total < 1):
+        run.document.refuse("train_batch_size", f"has to be a whole number of rows or 'auto', got {total!r}")
+
+
+def _take_dtype(run: _Merge) -> None:
+    if _flag(run.document, "fp16", FP16_KEYS):
+        run.document.refuse(
+            "fp16.enabled",
+            "true is not supported: gradients at the prompt would need loss scaling; use bf16, which needs none",
+        )
+    for name in ("bf16", "bfloat16"):  # the second is DeepSpeed's older spelling
+        enabled = _flag(run.document, name, BF16_KEYS)
+        if enabled is not None:
+            run.set(f"{name}.enabled", "bfloat16" if enabled else "float32", "backbone.dtype", written=enabled)
+
+
+def _flag(document: _Document, name: str, known: Iterable[str]) -> bool | None:
+    enabled = document.section(name, known).get("enabled")
+    if enabled is not None and not isinstance(enabled, bool):
+        document.refuse(f"{name}.enabled", f"has to be true, false or 'auto', got {enabled!r}")
+    return enabled
+
+
+def _take_optimizer(run: _Merge) -> None:
+    document = run.document
+    section = document.section("optimizer", ("type", "params", "legacy_fusion"))
+    name = section.get("type", "AdamW")
+    if not isinstance(name, str) or name.lower() not in ADAMW:
+        document.refuse("optimizer.type", f"{name!r} is not supported: the prompt encoder is trained by AdamW; use it")
+    params = document.section("optimizer.params", ADAM_KEYS)
+    wanted = {"adam_w_mode": True, "bias_correction": True, "amsgrad": False}
+    for key, value in wanted.items():
+        if params.get(key, value) is not value:
+            document.refuse(
+                f"optimizer.params.{key}",
+                f"{params[key]!r} is not supported: AdamW runs with {json.dumps(value)}; remove it",
+            )
+    if not _is_off("max_grad_norm", params.get("max_grad_norm")):
+        document.refuse("optimizer.params.max_grad_norm", "DeepSpeed does not clip by it either; use gradient_clipping")
+    betas = params.get("betas", [None, None])
+    if not isinstance(betas, list) or len(betas) != 2:
+        document.refuse("optimizer.params.betas", f"has to be a list of two numbers, got {betas!r}")
+    run.set("optimizer.params.lr", params.get("lr"), "train.learning_rate")
+    run.set("optimizer.params.betas[0]", betas[0], "train.adam_beta1")
+    run.set("optimizer.params.betas[1]", betas[1], "train.adam_beta2")
+    run.set("optimizer.params.eps", params.get("eps"), "train.adam_epsilon")
+    run.set("optimizer.params.weight_decay", params.get("weight_decay"), "train.weight_decay")
+
+
+def _take_scheduler(run: _Merge) -> None:
+    document = run.document
+    section = document.section("scheduler", ("type", "params"))
+    if not section:
+        return
+    name = section.get("type")
+    if not isinstance(name, str) or name not in SCHEDULERS:
+        document.refuse(
+            "scheduler.type",
+            f"{name!r} is not supported; use one of {', '.join(SCHEDULERS)} or set train.lr_scheduler_type in RUN.yaml",
+        )
+    run.set("scheduler.type", SCHEDULERS[name], "train.lr_scheduler_type", written=name)
+    params = _scheduler_params(document, name)
+    _forbid_shadowed(run, "warmup_num_steps", params, "train.warmup_ratio", "train.warmup_steps")
+    run.set("scheduler.params.warmup_num_steps", params.get("warmup_num_steps"), "train.warmup_steps")
+    run.set("scheduler.params.warmup_max_lr", params.get("warmup_max_lr"), "train.learning_rate")
+    _forbid_shadowed(run, "total_num_steps", params, "train.num_train_epochs", "train.max_steps")
+    run.set("scheduler.params.total_num_steps", params.get("total_num_steps"), "train.max_steps")
+
+
+def _scheduler_params(document: _Document, name: str) -> dict[str, Any]:
+    """The parameters of the scheduler, with those refused that ptd's schedule of that name cannot follow."""
+    cosine = name == "WarmupCosineLR"
+    known = {"warmup_num_steps", "warmup_type", "last_batch_iteration"}
+    known |= {"warmup_min_ratio", "cos_min_ratio"} if cosine else {"warmup_min_lr", "warmup_max_lr"}
+    known |= set() if name == "WarmupLR" else {"total_num_steps"}
+    params = document.section("scheduler.params", known)
+    # DeepSpeed's own default of cos_min_ratio is 1e-4 of the learning rate: as good as the 0 where ptd's cosine ends.
+    highest = {"warmup_min_lr": 0, "warmup_min_ratio": 0, "cos_min_ratio": 1e-4, "last_batch_iteration": -1}
+    for key, limit in highest.items():
+        value = params.get(key, limit)
+        if not isinstance(value, int | float) or not value <= limit:
+            document.refuse(
+                f"scheduler.params.{key}", f"{value!r} is not supported: the schedule has {limit}; remove it"
+            )
+    kind = params.get("warmup_type")
+    if kind not in (None, "linear"):
+        document.refuse(
+            "scheduler.params.warmup_type", f"{kind!r} is not supported: the warm-up is linear; say 'linear'"
+        )
+    if kind is None and params.get("warmup_num_steps"):
+        warnings.warn(
+            f"{document.name}: scheduler.params.warmup_type is not given: the warm-up is linear here, "
+            "where DeepSpeed's default is logarithmic; say 'linear'",
+            stacklevel=4,
+        )
+    return params
+
+
+def _forbid_shadowed(run: _Merge, json_name: str, params: dict[str, Any], shadowed: str, key: str) -> None:
+    """Refuse a JSON value for ``key`` where RUN.yaml sets ``shadowed``, over which ``key`` would take precedence."""
+    if params.get(json_name) is None or not run.in_run_file(shadowed) or run.in_run_file(key):
+        return
+    section, name = shadowed.split(".")
+    run.document.refuse(
+        f"scheduler.params.{json_name}",
+        f"is {params[json_name]!r}, but RUN.yaml sets {shadowed} to {getattr(getattr(run.config, section), name)!r}, "
+        f"which {key} would override; set scheduler.params.{json_name} to 'auto' or remove {shadowed}",
+    )
+
+
+def _take_zero(document: _Document) -> dict[str, Any] | None:
+    """The checked ``zero_optimization`` section to hand on; None unless its stage is 3."""
+    if document.values.get("zero_optimization") is False:  # DeepSpeed's old way to write stage 0
+        return None
+    document.refuse_active(document.section("zero_optimization"), ZERO_REFUSED, prefix="zero_optimization.")
+    section = document.section("zero_optimization", ZERO_KEYS | ZERO_REFUSED.keys())
+    if not section:
+        return None
+    _check_stage(document, section.get("stage"))
+    for key, value in section.items():
+        _check_zero_value(document, f"zero_optimization.{key}", key, value)
+    if "offload_param" in section:
+        section["offload_param"] = _offload_param(document)
+    for key, reason in ZERO_IGNORED.items():
+        if key in section and not _is_off(key, section[key]):
+            document.ignored.append(f"zero_optimization.{key} ({reason})")
+    # int(): DeepSpeed takes 5e8 for a size, but json gives a float.
+    return (
+        {
+            key: int(value) if key in ZERO_SIZES else value
+            for key, value in section.items()
+            if key not in ZERO_REFUSED and key not in ZERO_IGNORED and value is not None
+        }
+        if section["stage"] == 3
+        else None
+    )
+
+
+def _check_stage(document: _Document, stage: Any) -> None:
+    if stage is None:
+        document.refuse("zero_optimization.stage", "is missing; give 3 to shard the backbone or 0 to replicate it")
+    if stage in (1, 2) and not isinstance(stage, bool):
+        document.refuse(
+            "zero_optimization.stage",
+            f"{stage} shards optimizer state{' and gradients' if stage == 2 else ''} of the backbone, which is frozen "
+            "and has none; give 3 to shard its weights or 0 to replicate them",
+        )
+    if isinstance(stage, bool) or stage not in (0, 3):
+        document.refuse("zero_optimization.stage", f"has to be 3 or 0, got {stage!r}")
+
+
+def _check_zero_value(document: _Document, path: str, key: str, value: Any) -> None:
+    if value is None:
+        return
+    checks: list[tuple[frozenset[str], Callable[[Any], bool], str]] = [
+        (ZERO_FLAGS, lambda item: isinstance(item, bool), "true or false"),
+        (ZERO_SIZES, _is_size, "a whole number of at least 0"),
+        (ZERO_SECTIONS, lambda item: isinstance(item, dict), "an object"),
+    ]
+    for keys, fits, wanted in checks:
+        if key in keys and not fits(value):
+            document.refuse(path, f"has to be {wanted}, got {value!r}")
+
+
+def _offload_param(document: _Document) -> dict[str, Any]:
+    path = "zero_optimization.offload_param"
+    section = document.section(path, OFFLOAD_PARAM_KEYS)
+    device = section.get("device", "none")
+    if device not in ("none", "cpu", "nvme"):
+        document.refuse(f"{path}.device", f"has to be 'cpu', 'nvme' or 'none', got {device!r}")
+    if device == "nvme" and not isinstance(section.get("nvme_path"), str):
+        document.refuse(f"{path}.nvme_path", "device 'nvme' needs the path of a folder on the NVMe disk")
+    for key in ("buffer_count", "buffer_size", "max_in_cpu"):
+        if key in section:
+            if not _is_size(section[key]):
+                document.refuse(f"{path}.{key}", f"has to be a whole number of at least 0, got {section[key]!r}")
+            section[key] = int(section[key])
+    if not isinstance(section.get("pin_memory", True), bool):
+        document.refuse(f"{path}.pin_memory", f"has to be true or false, got {section['pin_memory']!r}")
+    return section
+
+
+def _zero3(config: RunConfig, zero: dict[str, Any], document: _Document) -> dict[str, Any]:
+    """The configuration for DeepSpeed: placement only, no optimizer, no schedule, no logging."""
+    zero3 = {
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": config.train.per_device_train_batch_size,
+        "gradient_accumulation_steps": 1,  # ptd accumulates at the prompt
+        "steps_per_print": NEVER,
+        "wall_clock_breakdown": False,
+        "bf16": {"enabled": AUTO},
+    }
+    if aio := document.section("aio"):  # how NVMe offload reads; DeepSpeed checks it
+        zero3["aio"] = aio
+    return zero3 if config.backbone.dtype == AUTO else resolve_dtype(zero3, config.backbone.dtype)
+
+
+def _find(source: str) -> Path:
+    """The file of that path, or else the shipped one of that name."""
+    path = Path(source).expanduser()
+    try:
+        for candidate in (path, SHIPPED / path.name):
+            if candidate.is_file():
+                return candidate
+    except (OSError, ValueError) as error:  # a name too long, or with a null character
+        raise UserError(f"deepspeed: {source!r} is not a path: {error}") from error
+    shipped = ", ".join(sorted(file.name for file in SHIPPED.glob("*.json"))) or "none"
+    raise UserError(f"deepspeed: there is no file {source!r}; give a DeepSpeed JSON, or one that ptd ships: {shipped}")
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 and value == value // 1
+
+
+def _is_off(key: str, value: Any) -> bool:
+    """Whether the value leaves the feature off, so that nothing is lost by not having it."""
+    if isinstance(value, dict):
+        return not value or value.get("enabled") is False or value.get("device") == "none"
+    return value is None or value is False or value in (0, AUTO) or value == NEUTRAL.get(key, AUTO)
+
+
+def _without_comments(value: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_comments(item) if isinstance(item, dict) else item
+        for key, item in value.items()
+        if not str(key).startswith("_") and key != "comment"
+    }
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen = dict(pairs)
+    if len(seen) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is given twice in one object")
+    return seen

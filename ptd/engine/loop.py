@@ -1,0 +1,162 @@
+"""The training loop over prepared parts. It knows no method, no placement and no file."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import get_scheduler
+
+from ptd.config import TrainConfig
+from ptd.data import Batches, prefetch
+from ptd.engine.evaluation import evaluate_loss
+from ptd.engine.loss import causal_lm_loss
+from ptd.engine.prompt_step import PromptStep, StepResult
+from ptd.engine.ranks import Ranks
+from ptd.inject import Attachment
+from ptd.types import Reporter, UserError
+
+MAX_SKIPPED = 10
+"""Steps in a row that may be skipped for a loss or gradient that is not finite."""
+
+
+@dataclass
+class Loop:
+    """Everything a run needs while it trains; `run` does it.
+
+    ``on_record`` gets each record, ``on_eval`` each evaluation, ``on_save`` the steps after which the state is to be kept.
+    """
+
+    config: TrainConfig
+    model: Callable[..., Any]
+    attachment: Attachment
+    step: PromptStep
+    batches: Batches
+    eval_batches: Batches | None
+    ranks: Ranks
+    reporter: Reporter
+    on_record: Callable[[dict[str, Any]], None]
+    on_eval: Callable[[int, dict[str, float]], None]
+    on_save: Callable[[int], None]
+
+    def run(self, start: int, stop: int) -> None:
+        """Optimizer steps ``start`` … ``stop − 1``; a step's number in records counts from 1."""
+        rate = learning_rates(self.config, stop)
+        window = Window()
+        skipped = 0
+        self.reporter.start("train", stop, start)
+        for index, micro_batches in prefetch(self.batches, start, stop):
+            began = time.perf_counter()
+            for group in self.step.optimizer.param_groups:
+                group["lr"] = rate(index)
+            result = self._step(index, micro_batches)
+            window.add(result, time.perf_counter() - began, self.step.meter.take())
+            number = index + 1
+            skipped = self._count_skipped(number, skipped, result)
+            line = None
+            if number % self.config.logging_steps == 0 or number == stop:
+                record = window.record(number, rate(index), result)
+                self.on_record(record)
+                line = f"loss {result.loss:.4f}  lr {rate(index):.2e}  {record['tokens_per_second']:.0f} tokens/s"
+                window = Window()
+            self.reporter.advance("train", number, line)
+            if number == stop or (self.config.eval_steps and number % self.config.eval_steps == 0):
+                self.evaluate(number)
+            if number == stop or (self.config.save_steps and number % self.config.save_steps == 0):
+                self.on_save(number)
+        self.reporter.finish("train")
+
+    def _step(self, index: int, micro_batches: list[Any]) -> StepResult:
+        # Randomness is a function of seed and step: a resumed run needs no generator state, all ranks draw alike.
+        torch.manual_seed(self.config.seed * 1_000_003 + index)
+        self.attachment.set(self.step.encode())
+        loss_sum = torch.zeros((), device=self.ranks.device)
+        tokens = supervised = 0
+        for batch in micro_batches:
+            loss = causal_lm_loss(self.model, batch, self.ranks.device)
+            loss.backward()
+            loss_sum += loss.detach()
+            tokens += batch.tokens
+            supervised += batch.supervised_tokens
+        return self.step.finish(loss_sum, tokens, supervised)
+
+    def evaluate(self, number: int) -> None:
+        """Loss of the prompt as it stands now on the held-out rows."""
+        if self.eval_batches is None:
+            return
+        self.attachment.set(self.step.state())
+        metrics = evaluate_loss(self.model, self.eval_batches, self.ranks, self.reporter)
+        self.reporter.advance("train", number, f"eval loss {metrics['loss']:.4f}  perplexity {metrics['perplexity']:.3f}")
+        self.on_record({"step": number, **{f"eval_{key}": value for key, value in metrics.items()}})
+        self.on_eval(number, metrics)
+
+    def _count_skipped(self, number: int, so_far: int, result: StepResult) -> int:
+        if not result.skipped:
+            return 0
+        self.reporter.note(
+            f"step {number} skipped on all ranks: loss {result.loss}, gradient norm {result.grad_norm} (not finite)"
+        )
+        if so_far + 1 >= MAX_SKIPPED:
+            raise UserError(
+                f"{MAX_SKIPPED} steps in a row had a loss or gradient that is not finite; lower train.learning_rate "
+                "or set backbone.dtype: float32"
+            )
+        return so_far + 1
+
+
+class Window:
+    """What happened between two records."""
+
+    def __init__(self) -> None:
+        self.steps = self.tokens = self.supervised = self.skipped = 0
+        self.seconds = 0.0
+        self.network: Counter[str] = Counter()
+
+    def add(self, result: StepResult, seconds: float, network: dict[str, int]) -> None:
+        self.steps += 1
+        self.seconds += seconds
+        self.tokens += result.tokens
+        self.supervised += result.supervised_tokens
+        self.skipped += result.skipped
+        self.network.update(network)
+
+    def record(self, number: int, learning_rate: float, last: StepResult) -> dict[str, Any]:
+        """``loss``, ``lr`` and ``grad_norm`` are the last step's; tokens are sums, seconds and bytes means a step.
+
+        Tokens count all ranks, bytes are what this rank sends.
+        """
+        return {
+            "step": number,
+            "loss": last.loss,
+            "lr": learning_rate,
+            "grad_norm": last.grad_norm,
+            "tokens": self.tokens,
+            "supervised_tokens": self.supervised,
+            "tokens_per_second": self.tokens / self.seconds,
+            "step_seconds": self.seconds / self.steps,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "network_bytes": sum(self.network.values()) // self.steps,
+            "network_bytes_prompt": self.network["prompt"] // self.steps,
+            "network_bytes_backbone": self.network["backbone"] // self.steps,
+            "skipped_steps": self.skipped,
+        }
+
+
+def peak_memory_bytes() -> int:
+    """Peak of this process: of the GPU's allocator, or of resident memory without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def learning_rates(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
+    """Learning rate by step index; transformers' schedules as a plain function, so that resuming needs no state."""
+    warmup = config.warmup_steps if config.warmup_steps is not None else round(config.warmup_ratio * total_steps)
+    probe = torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=1.0)
+    schedule = get_scheduler(config.lr_scheduler_type, probe, num_warmup_steps=warmup, num_training_steps=total_steps)
+    return lambda step: config.learning_rate * schedule.lr_lambdas[0](step)

@@ -1,0 +1,128 @@
+"""Reduce at the prompt: one optimizer step of the prompt encoder, exact, with only the prompt on the network.
+
+The encoder's input does not depend on data. So (1) it runs once a step and its output is detached: the leaf;
+(2) all micro-batches of all ranks accumulate gradients at the leaf; (3) the leaf's gradient is summed over ranks and
+divided by the global number of supervised tokens; (4) the encoder's backward runs once with it. By linearity of the
+backward pass this is ordinary data parallelism, whatever the encoder's size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ptd.engine.meter import NetworkMeter
+from ptd.engine.ranks import Ranks
+from ptd.types import PromptEncoder, PromptState
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step over all ranks. ``loss`` is the mean over supervised tokens."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    supervised_tokens: int
+    skipped: bool
+
+
+class PromptStep:
+    """The encoder with its optimizer and the reduction.
+
+    Use: ``state = step.encode()``; run micro-batches against ``state``, each ``loss.backward()`` with a summed loss;
+    ``step.finish(loss_sum, tokens, supervised_tokens)``.
+    """
+
+    def __init__(
+        self, encoder: PromptEncoder, optimizer: torch.optim.Optimizer, ranks: Ranks, meter: NetworkMeter, max_grad_norm: float
+    ) -> None:
+        self.encoder, self.optimizer, self.ranks, self.meter = encoder, optimizer, ranks, meter
+        self.max_grad_norm = max_grad_norm
+        self._flat: Tensor | None = None
+        self._leaf: PromptState | None = None
+
+    def flat(self) -> Tensor:
+        """The encoder's output. A layer split over ranks hands out a tensor still on its way; copying waits for it."""
+        flat = self.encoder()
+        return flat if isinstance(flat, nn.Parameter) else flat.clone()
+
+    @torch.no_grad()
+    def state(self) -> PromptState:
+        """The prompt as it stands, without a gradient. Every rank calls this together."""
+        return self.encoder.state(self.flat())
+
+    def encode(self) -> PromptState:
+        """Run the encoder; returns the leaf state, at which micro-batches accumulate their gradients."""
+        with self.meter:
+            self._flat = self.flat()
+        self._leaf = self.encoder.state(self._flat.detach())
+        for tensor in self._leaf.tensors():
+            tensor.requires_grad_()
+        return self._leaf
+
+    def finish(self, loss_sum: Tensor, tokens: int, supervised_tokens: int) -> StepResult:
+        """Reduce, run the encoder's backward, clip and step. A step that is not finite is skipped on all ranks."""
+        assert self._flat is not None
+        with self.meter:
+            counts = torch.tensor([tokens, supervised_tokens], dtype=torch.float64, device=loss_sum.device)
+            totals = self.ranks.all_reduce(torch.cat([loss_sum.detach().double().reshape(1), counts]))
+            gradient = self.ranks.all_reduce(self._leaf_gradient())
+            loss, all_tokens, supervised = totals[0] / totals[2], int(totals[1]), int(totals[2])
+            self._flat.backward(gradient.div_(totals[2]).to(self._flat.dtype))
+            norm = self._grad_norm()
+            skipped = not (math.isfinite(float(norm)) and math.isfinite(float(loss)))
+            if not skipped:
+                if self.max_grad_norm > 0:
+                    self._scale(torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0))
+                self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self._flat = self._leaf = None
+        return StepResult(float(loss), float(norm), all_tokens, supervised, skipped)
+
+    def _leaf_gradient(self) -> Tensor:
+        """What the micro-batches left at the leaf, as one flat fp32 tensor."""
+        assert self._flat is not None and self._leaf is not None
+        gradient = torch.zeros_like(self._flat, dtype=torch.float32)
+        for view, tensor in zip(self.encoder.state(gradient).tensors(), self._leaf.tensors(), strict=True):
+            if tensor.grad is not None:
+                view.copy_(tensor.grad)
+        return gradient
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.encoder.parameters() if parameter.grad is not None]
+
+    def _grad_norm(self) -> Tensor:
+        """The 2-norm over all encoder parameters, the same on every rank."""
+        squares = []
+        for split in (True, False):
+            part = [gradient for gradient in self._gradients() if isinstance(gradient, DTensor) is split]
+            if part:
+                norm = nn.utils.get_total_norm(part)
+                squares.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).square())
+        return torch.stack(squares).sum().sqrt()
+
+    def _scale(self, factor: Tensor) -> None:
+        for gradient in self._gradients():
+            gradient.mul_(factor)
+
+
+def build_optimizer(
+    encoder: PromptEncoder, *, learning_rate: float, betas: tuple[float, float], epsilon: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW over the encoder; split and whole parameters in groups of their own (foreach kernels cannot mix them)."""
+    parameters = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+    groups = [[p for p in parameters if isinstance(p, DTensor) is split] for split in (True, False)]
+    fused = {"fused": True} if parameters[0].device.type == "cuda" else {"foreach": True}
+    return torch.optim.AdamW(
+        [{"params": group} for group in groups if group],
+        lr=learning_rate,
+        betas=betas,
+        eps=epsilon,
+        weight_decay=weight_decay,
+        **fused,
+    )

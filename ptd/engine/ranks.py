@@ -1,0 +1,113 @@
+"""The processes of a run: who this one is, the process group, and how work done on one rank reaches the others."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor.parallel import parallelize_module
+
+from ptd.types import PromptEncoder, UserError
+
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=30)
+"""After this long without the others a collective fails instead of waiting for ever."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all processes of the run."""
+
+    rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @classmethod
+    def start(cls, *, needs_group: bool = False) -> Ranks:
+        """Read the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR …) and join the process group.
+
+        A single process joins a group only if ``needs_group`` (ZeRO-3 wants one even alone).
+        """
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+        if torch.cuda.is_available():
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+        else:
+            device = torch.device("cpu")
+            if "OMP_NUM_THREADS" not in os.environ and world_size > 1:
+                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+        if (world_size > 1 or needs_group) and not dist.is_initialized():
+            if world_size == 1:
+                _describe_single_process()
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        return cls(rank, world_size, local_world_size, device)
+
+    def stop(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    @cached_property
+    def mesh(self) -> DeviceMesh:
+        """The ranks of this node: the mesh a wide encoder layer is split over."""
+        nodes, uneven = divmod(self.world_size, self.local_world_size)
+        if nodes == 1 or uneven:
+            return init_device_mesh(self.device.type, (self.world_size,))
+        names = ("node", "local")
+        return init_device_mesh(self.device.type, (nodes, self.local_world_size), mesh_dim_names=names)["local"]
+
+    def distribute(self, encoder: PromptEncoder) -> PromptEncoder:
+        """Move the encoder to this rank's device and split its wide layers over the node's ranks."""
+        assert isinstance(encoder, nn.Module)
+        encoder.to(self.device)
+        plan = dict(encoder.tensor_parallel_plan())
+        return parallelize_module(encoder, self.mesh, plan) if plan and self.world_size > 1 else encoder
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on rank 0; every rank returns its result, or raises the `UserError` it raised."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except UserError as error:
+                outcome[1] = error
+        if self.world_size > 1:
+            dist.broadcast_object_list(outcome, src=0, device=self.device)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+
+def _describe_single_process() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)

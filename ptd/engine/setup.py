@@ -1,0 +1,55 @@
+"""Backbone on this rank, sharded if asked, with the injection in place: what every verb starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from ptd.backbone import fingerprint, load_model
+from ptd.config import BackboneConfig
+from ptd.engine.ranks import Ranks
+from ptd.inject import Attachment, check_supported, measure_shape
+from ptd.types import BackboneShape, UserError
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A frozen backbone that is ready to take a prompt (``attachment.set``) and to be called (``model``)."""
+
+    model: PreTrainedModel
+    attachment: Attachment
+    shape: BackboneShape
+    fingerprint: str
+
+
+def prepare(config: BackboneConfig, ranks: Ranks, zero3: dict[str, Any] | None = None) -> Prepared:
+    """Load, shard (with ``zero3``), attach and measure the backbone. Every rank calls this together."""
+    model = load_model(config, device=ranks.device, zero3=zero3, check=check_supported)
+    attachment = Attachment(model, backend=config.attention)
+    identity = [fingerprint(model)]
+    if zero3 is not None:
+        from ptd.engine.sharding import shard  # importing deepspeed takes seconds; only sharded runs pay for it
+
+        shard(model, zero3)
+        if dist.is_initialized():
+            dist.broadcast_object_list(identity, src=0, device=ranks.device)
+    return Prepared(model, attachment, measure_shape(attachment, model), identity[0])
+
+
+def check_context(shape: BackboneShape, num_virtual_tokens: int, max_length: int) -> None:
+    """Refuse a prompt and sequences that together are longer than what the backbone was built for."""
+    if shape.context is None or num_virtual_tokens + max_length <= shape.context:
+        return
+    room = shape.context - num_virtual_tokens
+    if room < 2:
+        raise UserError(
+            f"method.num_virtual_tokens: {num_virtual_tokens} virtual tokens do not fit the backbone's context of "
+            f"{shape.context} tokens; use at most {shape.context // 2}"
+        )
+    raise UserError(
+        f"method.num_virtual_tokens={num_virtual_tokens} and data.max_length={max_length} together exceed the backbone's "
+        f"context of {shape.context} tokens; set data.max_length to at most {room}"
+    )

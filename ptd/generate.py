@@ -1,0 +1,158 @@
+"""``ptd generate``: text from a frozen backbone with a tuned prefix, through Hugging Face ``generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from ptd.backbone import load_tokenizer
+from ptd.checkpoint import Adapter, load_adapter
+from ptd.config import BackboneConfig
+from ptd.engine.ranks import Ranks
+from ptd.engine.setup import Prepared, prepare
+from ptd.types import PrefixKV, Reporter, UserError
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to choose the next token: greedy by default; ``temperature`` samples, ``num_beams`` searches."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    num_beams: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A backbone with an adapter on it (or none), and its tokenizer."""
+
+    prepared: Prepared
+    tokenizer: Any
+    adapter: Adapter | None
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The ``data`` section the adapter was trained with; empty if unknown."""
+        return dict(self.adapter.facts.get("data", {})) if self.adapter is not None else {}
+
+
+def load_tuned(adapter: str | None, backbone: str | None, ranks: Ranks, *, dtype: str = "auto") -> Tuned:
+    """Load the adapter's backbone (or ``backbone``) and put the prefix on it.
+
+    Raises `UserError` if neither names a backbone, or the adapter was made for another one.
+    """
+    found = load_adapter(adapter) if adapter is not None else None
+    path = backbone or (found.backbone if found is not None else "")
+    if not path:
+        raise UserError("no backbone is known: the adapter names none; give --backbone")
+    revision = found.revision if found is not None and backbone is None else None
+    config = BackboneConfig(path=path, revision=revision, dtype=dtype)  # type: ignore[arg-type]
+    tokenizer = load_tokenizer(config)
+    prepared = prepare(config, ranks)
+    if found is not None:
+        found.check_fits(prepared.shape, prepared.fingerprint, path=path)
+        prepared.attachment.set(PrefixKV.from_flat(found.flat.to(ranks.device), found.layers))
+    return Tuned(prepared, tokenizer, found)
+
+
+def decode(
+    tuned: Tuned, prompts: Sequence[Sequence[int]], decoding: Decoding, *, batch_size: int, reporter: Reporter
+) -> list[str]:
+    """Continue each prompt (token ids); returns the new text only, in the order given.
+
+    Prompts of similar length run together, padded on the left. Raises `UserError` for one that leaves no room.
+    """
+    model, tokenizer = tuned.prepared.model, tuned.tokenizer
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    room = decoding.max_new_tokens
+    if tuned.prepared.shape.context is not None:
+        room = tuned.prepared.shape.context - tuned.prepared.attachment.num_virtual_tokens - longest
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise UserError("a prompt has no tokens; give at least one")
+    if room < 1:
+        raise UserError(f"a prompt of {longest} tokens leaves no room in the backbone's context for an answer; shorten it")
+    generation = _generation_config(tuned, decoding, min(room, decoding.max_new_tokens))
+    texts = [""] * len(prompts)
+    torch.manual_seed(decoding.seed)
+    reporter.start("generate", len(prompts))
+    for begin in range(0, len(order), batch_size):
+        chosen = order[begin : begin + batch_size]
+        width = len(prompts[chosen[0]])
+        ids = torch.full((len(chosen), width), generation.pad_token_id, device=model.device)
+        mask = torch.zeros_like(ids)
+        for row, index in enumerate(chosen):
+            prompt = torch.tensor(prompts[index], device=model.device)
+            ids[row, width - len(prompt) :] = prompt
+            mask[row, width - len(prompt) :] = 1
+        with torch.no_grad():
+            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=generation)
+        for index, text in zip(chosen, tokenizer.batch_decode(output[:, width:], skip_special_tokens=True), strict=True):
+            texts[index] = text
+        reporter.advance("generate", min(begin + batch_size, len(order)))
+    reporter.finish("generate")
+    return texts
+
+
+def _generation_config(tuned: Tuned, decoding: Decoding, max_new_tokens: int) -> GenerationConfig:
+    own = tuned.prepared.model.generation_config
+    eos = own.eos_token_id if own.eos_token_id is not None else tuned.tokenizer.eos_token_id
+    first_eos = eos[0] if isinstance(eos, list) else eos
+    pad = tuned.tokenizer.pad_token_id if tuned.tokenizer.pad_token_id is not None else first_eos
+    sampling = decoding.temperature > 0
+    options: dict[str, Any] = {}
+    if sampling:
+        options = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=sampling,
+        num_beams=decoding.num_beams,
+        eos_token_id=eos,
+        pad_token_id=pad if pad is not None else 0,
+        bos_token_id=own.bos_token_id,
+        **options,
+    )
+
+
+def prompt_ids(tuned: Tuned, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of plain prompts, with the special tokens the tokenizer adds, less an end-of-text one."""
+    eos = tuned.tokenizer.eos_token_id
+    encoded = [list(tuned.tokenizer(text)["input_ids"]) for text in texts]
+    return [ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids for ids in encoded]
+
+
+def generate(
+    prompts: Sequence[str],
+    *,
+    adapter: str | None,
+    backbone: str | None = None,
+    decoding: Decoding | None = None,
+    batch_size: int = 16,
+    dtype: str = "auto",
+    reporter: Reporter | None = None,
+) -> list[str]:
+    """Continue each of ``prompts``; returns the new text only. Raises `UserError`."""
+    tuned = load_tuned(adapter, backbone, Ranks.start(), dtype=dtype)
+    return decode(
+        tuned, prompt_ids(tuned, prompts), decoding or Decoding(), batch_size=batch_size, reporter=reporter or Reporter()
+    )
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line of a text file. Raises `UserError` if it cannot be read or is empty."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--file: cannot read {path}: {error}") from error
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"--file: {path} has no prompts; write one a line")
+    return prompts

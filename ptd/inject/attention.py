@@ -1,0 +1,113 @@
+"""The attention function and the mask function that transformers calls instead of its own.
+
+Both are registered under `IMPLEMENTATION` in transformers' ``AttentionInterface`` and ``AttentionMaskInterface``, which
+every model family built on them consults by name; so gradient checkpointing, packing and cached generation reach the
+prefix without any model code being patched. A layer's prefix lies in its attention module (`LayerSlot`).
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from ptd_kernels import prefix_attention
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from ptd.types import LayerShape, UserError
+
+IMPLEMENTATION = "ptd_prefix"
+_SLOT = "_ptd_slot"
+
+packed_forward: ContextVar[bool] = ContextVar("ptd_packed_forward", default=False)
+"""True while a packed batch runs: its boundaries come as ``cu_seq_lens_q``, so no mask is materialised."""
+
+
+@dataclass
+class LayerSlot:
+    """What the attention function finds in its module.
+
+    ``key`` and ``value`` are ``[P, H, D]``, None without a prefix. ``measured`` is filled while shapes are probed.
+    """
+
+    backend: str = "auto"
+    key: Tensor | None = None
+    value: Tensor | None = None
+    probing: bool = False
+    measured: LayerShape | None = None
+
+
+def give_slot(module: nn.Module, backend: str) -> LayerSlot:
+    """Put a slot into an attention module (not as a submodule: it is no part of the model's state)."""
+    slot = LayerSlot(backend)
+    object.__setattr__(module, _SLOT, slot)
+    return slot
+
+
+def take_slot(module: nn.Module) -> None:
+    """Remove the slot again."""
+    if _SLOT in vars(module):
+        object.__delattr__(module, _SLOT)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature: ``query`` ``[B, Hq, S, D]`` -> ``[B, S, Hq, Dv]``, with the layer's prefix."""
+    slot: LayerSlot | None = vars(module).get(_SLOT)
+    if slot is None:
+        raise UserError(f"{type(module).__name__} uses attention {IMPLEMENTATION!r} but ptd is not attached to its model")
+    if slot.probing:
+        slot.measured = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+    if dropout:
+        raise UserError(
+            f"attention dropout is {dropout}, but attention with a prefix has none; "
+            "put the backbone in eval() or set its attention dropout to 0"
+        )
+    unsupported = [name for name in ("s_aux", "position_bias") if options.get(name) is not None]
+    if unsupported:
+        raise UserError(f"{type(module).__name__} needs {unsupported[0]}, which attention with a prefix cannot take yet")
+    packed = cu_seq_lens_q is not None
+    masked = attention_mask is not None and not packed
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    out = prefix_attention(
+        query,
+        key,
+        value,
+        None if slot.key is None else slot.key.transpose(0, 1),
+        None if slot.value is None else slot.value.transpose(0, 1),
+        scale=scaling,
+        # A mask carries the whole rule (causal, window, padding); without one the module's own rule holds.
+        causal=causal and not masked,
+        window=None if masked else sliding_window,
+        softcap=softcap,
+        cu_seqlens=cu_seq_lens_q,
+        max_seqlen=max_length_q,
+        mask=attention_mask if masked else None,
+        backend=slot.backend,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask transformers hands to `attention_forward`: none for packed batches, else as for SDPA (bool, or none)."""
+    return None if packed_forward.get() else sdpa_mask(*args, **kwargs)
+
+
+AttentionInterface.register(IMPLEMENTATION, attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, attention_mask)

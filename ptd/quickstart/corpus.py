@@ -1,0 +1,123 @@
+"""Generator of the quickstart backbone's pretraining corpus: seeded, so the same seed gives the same text everywhere.
+
+A document is mostly a *collection*: a few invented entities of one domain, each described two or three times, first
+by a view that cannot be predicted (a record or a text) and then by views that follow from it. Records have eight formats
+and views twelve kinds; within a collection the format, the wording and the slot order are usually kept, so that a model
+profits from reading off the style as well as from copying values. One document in four is a *roll call*, a list said
+twice. What the tuning task asks for never appears: neither its records (``key: value | key: value``) nor its sentences.
+
+Names are built from syllables. One name in eight, chosen by a hash, is held out: it never occurs here, which lets the
+task test on names that the backbone cannot have seen.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Iterator
+
+from ptd.quickstart.domains import DOMAINS, LANDMARK, NAME, YES_NO, Domain
+from ptd.quickstart.views import TEXT_VIEWS, Entity, Style, view
+
+HELD_OUT_ONE_IN = 8
+DROP_PROBABILITY = 0.2
+FIRST_VIEW_WEIGHT = 0.1
+ROLL_CALL_PROBABILITY = 0.25
+LANDMARK_KINDS = ("Bridge", "Park", "Station", "Hall", "Tower", "Gate", "Church", "Castle")
+
+_ONSETS = (
+    *("b", "br", "c", "cl", "d", "dr", "f", "fl", "g", "gr", "h", "k", "l", "m", "n", "p", "pl", "r", "s", "st"),
+    *("t", "th", "tr", "v", "w", "z"),
+)
+_VOWELS = ("a", "e", "i", "o", "u", "ai", "ea", "ou")
+_CODAS = ("", "", "", "l", "n", "r", "s", "m")
+_ENDINGS = (
+    *("ba", "by", "ck", "da", "dan", "den", "do", "fer", "ford", "gan", "ko", "la", "lin", "lo", "ma", "mel", "mor"),
+    *("na", "nel", "no", "ra", "ran", "ric", "ro", "sa", "sel", "son", "ta", "ton", "va", "ver", "vik", "zo"),
+)
+
+Segment = tuple[str, float]
+
+
+def is_held_out(name: str) -> bool:
+    """Whether a name is kept out of the pretraining corpus: a property of the name alone, on every machine."""
+    return zlib.crc32(name.encode()) % HELD_OUT_ONE_IN == 0
+
+
+def invent_name(rng: random.Random, held_out: bool = False) -> str:
+    """An invented name of two or three syllables that is held out of the pretraining corpus, or is not."""
+    while True:
+        middle = rng.choice(_ONSETS) + rng.choice(_VOWELS) if rng.random() < 0.5 else ""
+        first = rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS)
+        name = (first + middle + rng.choice(_ENDINGS)).capitalize()
+        if is_held_out(name) == held_out:
+            return name
+
+
+def draw_value(rng: random.Random, values: tuple[str, ...], held_out: bool = False) -> str:
+    """One value of a slot: from its list, or an invented name or landmark."""
+    if values == NAME:
+        return invent_name(rng, held_out)
+    if values == LANDMARK:
+        return f"{invent_name(rng, held_out)} {rng.choice(LANDMARK_KINDS)}"
+    return rng.choice(values)
+
+
+def invent_entity(rng: random.Random, domain: Domain) -> Entity:
+    """An entity with each slot known with probability 0.8, and at least two of them."""
+    known = [slot for slot in domain.slots if rng.random() >= DROP_PROBABILITY]
+    if len(known) < 2:
+        known = rng.sample(list(domain.slots), 2)
+    values = {slot: draw_value(rng, domain.slots[slot].values) for slot in known}
+    return Entity(domain, invent_name(rng), values)
+
+
+def _roll_call(rng: random.Random) -> list[Segment]:
+    """A list said twice, of names and values or of pairs of them; the pairs come in another order the second time.
+
+    Nearly every token of the repetition can be copied, which makes the copying circuits form early in training.
+    """
+    slots = [slot for domain in DOMAINS.values() for slot in domain.slots.values() if slot.values != YES_NO]
+
+    def item() -> str:
+        return invent_name(rng) if rng.random() < 0.5 else draw_value(rng, rng.choice(slots).values)
+
+    items = [item() for _ in range(rng.randint(4, 12))]
+    start, link = rng.choice(("List:", "Count:", "Say:")), rng.choice((",", ";", " and", " -", " then"))
+    again = items
+    if rng.random() < 0.5:
+        relation = rng.choice((":", " =", " ->", " has", " with"))
+        items = [f"{name}{relation} {item()}" for name in items[:8]]
+        again = rng.sample(items, len(items))
+    return [(f"{start} {f'{link} '.join(items)}", FIRST_VIEW_WEIGHT), (f"\n{start} {f'{link} '.join(again)}", 1.0)]
+
+
+def collection(rng: random.Random) -> list[Segment]:
+    """One document as segments of text with their loss weight; the segments are joined as they are."""
+    if rng.random() < ROLL_CALL_PROBABILITY:
+        return _roll_call(rng)
+    domain = DOMAINS[rng.choice(tuple(DOMAINS))]
+    record_first, steady = rng.random() < 0.7, rng.random() < 0.8
+    first_kind = None if record_first else rng.randrange(len(TEXT_VIEWS))
+    # The twelfth kind of view is a record; three draws stand for it, so that it comes up more often than a text.
+    draws = rng.sample(range(len(TEXT_VIEWS) + 3), 2)
+    later_kinds = [draw if draw < len(TEXT_VIEWS) else None for draw in draws][: 1 if rng.random() < 0.75 else 2]
+    styles = [Style(rng, steady) for _ in range(1 + len(later_kinds))]
+    if rng.random() < 0.5:
+        for style in styles[1:]:
+            style.labels = styles[0]
+    segments: list[Segment] = []
+    for _ in range(rng.choice((1, 1, 1, 2, 2, 3))):
+        entity = invent_entity(rng, domain)
+        separator = "\n\n" if segments else ""
+        segments.append((separator + view(entity, styles[0], first_kind), FIRST_VIEW_WEIGHT))
+        for style, kind in zip(styles[1:], later_kinds, strict=True):
+            segments.append(("\n" + view(entity, style, kind), 1.0))
+    return segments
+
+
+def collections(seed: int) -> Iterator[list[Segment]]:
+    """An endless stream of documents."""
+    rng = random.Random(seed)
+    while True:
+        yield collection(rng)

@@ -1,0 +1,101 @@
+"""The quickstart's tuning task: from a restaurant's record in a new format to an advert in a new style.
+
+The words are known from pretraining; the record format and the sentences are not, so the frozen backbone cannot do it
+and a prefix can. The style is a handful of fixed rules:
+
+- food and price open the text ("If you want cheap Thai meals, "), in this order whatever the record's; without both it
+  opens with "If you want a meal, ";
+- area and landmark follow the name ("go to Belmora in the old town, next to Tarvin Gate.");
+- families become "Good for children." or "Not for children.";
+- the rating closes the text ("Guests rated it 4 out of 5.").
+
+Every name in the evaluation rows is held out of the pretraining corpus and absent from the training rows.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+
+from ptd.quickstart.corpus import DROP_PROBABILITY, draw_value, invent_name
+from ptd.quickstart.domains import DOMAINS
+
+Row = dict[str, str]
+
+SLOTS = tuple(DOMAINS["restaurant"].slots)
+
+
+def render_prompt(values: dict[str, str]) -> str:
+    """The record as one line, its slots in the order of ``values``."""
+    return " | ".join(f"{slot}: {value}" for slot, value in values.items()) + "\n"
+
+
+def parse_prompt(prompt: str) -> dict[str, str]:
+    """The slots of a prompt made by `render_prompt`; the last line counts, so demonstrations may precede it."""
+    line = prompt.strip().splitlines()[-1]
+    return dict(field.split(": ", 1) for field in line.split(" | "))
+
+
+def render_completion(values: dict[str, str]) -> str:
+    """The text that the task asks for."""
+    wanted = [values[slot] for slot in ("price", "food") if slot in values]
+    text = f"If you want {' '.join(wanted)} meals, " if wanted else "If you want a meal, "
+    text += f"go to {values['name']}"
+    if "area" in values:
+        text += f" in the {values['area']}"
+    if "near" in values:
+        text += f", next to {values['near']}"
+    text += "."
+    if "family" in values:
+        text += " Good for children." if values["family"] == "yes" else " Not for children."
+    if "rating" in values:
+        text += f" Guests rated it {values['rating']} out of 5."
+    return text
+
+
+def _make_row(rng: random.Random, held_out: bool) -> Row:
+    values = {"name": invent_name(rng, held_out)}
+    for slot in SLOTS:
+        value = draw_value(rng, DOMAINS["restaurant"].slots[slot].values, held_out)
+        if rng.random() >= DROP_PROBABILITY:
+            values[slot] = value
+    return {"prompt": render_prompt(values), "completion": render_completion(values)}
+
+
+def make_task(seed: int = 0, train_rows: int = 400, eval_rows: int = 100) -> tuple[list[Row], list[Row]]:
+    """Training and evaluation rows, each ``{"prompt", "completion"}``; no name occurs in both."""
+    rng = random.Random(seed)
+    train = [_make_row(rng, held_out=False) for _ in range(train_rows)]
+    return train, [_make_row(rng, held_out=True) for _ in range(eval_rows)]
+
+
+def write_task(folder: str | Path) -> tuple[Path, Path]:
+    """Write the task with its default sizes as ``train.jsonl`` and ``eval.jsonl``; returns their paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / "train.jsonl", folder / "eval.jsonl"
+    for path, rows in zip(paths, make_task(), strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return paths
+
+
+def slot_accuracy(prompt: str, output: str) -> float:
+    """The fraction of the prompt's slots that the output expresses correctly, in whatever style.
+
+    A value counts when it occurs as a whole phrase; ``family`` when a sentence about children or families is there and
+    is negative exactly for "no". The measure is lenient about style on purpose: exact match is the strict one.
+    """
+    values = parse_prompt(prompt)
+    return sum(_expresses(output, slot, value) for slot, value in values.items()) / len(values)
+
+
+def _expresses(output: str, slot: str, value: str) -> bool:
+    if slot != "family":
+        return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", output) is not None
+    about = [
+        part for part in re.split(r"[.!?,\n]| and ", output) if re.search(r"child|famil|\bkids?\b", part, re.IGNORECASE)
+    ]
+    negative = [bool(re.search(r"\b(not?|without|never)\b", part, re.IGNORECASE)) for part in about]
+    return bool(about) and all(flag == (value == "no") for flag in negative)

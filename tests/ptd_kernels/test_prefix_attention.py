@@ -1,0 +1,492 @@
+"""Every registered backend of `prefix_attention` against the specification, and against plain SDPA.
+
+Shapes: B batch, H heads, S queries, T own keys, P prefix keys, D and E head sizes of keys and values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ptd_kernels import available_backends, explain_backend, prefix_attention
+from ptd_kernels.prefix_attention import merge, segments
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+BACKENDS = available_backends()
+FAST = [name for name in BACKENDS if name != "reference"]
+LEAVES = ("q", "k", "v", "prefix_k", "prefix_v")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes and options of one call; `tensors` makes its inputs."""
+
+    B: int = 2
+    S: int = 13
+    T: int = 13
+    Hq: int = 4
+    Hkv: int = 2
+    D: int = 16
+    E: int = 16
+    P: int = 5
+    hugging_face_layout: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        def make(batch: int, length: int, heads: int, size: int) -> Tensor:
+            if self.hugging_face_layout:
+                return torch.randn(batch, length, heads, size).transpose(1, 2)
+            return torch.randn(batch, heads, size, length).mT
+
+        prefix = [torch.randn(self.P, self.Hkv, size).transpose(0, 1) for size in (self.D, self.E)]
+        own = [
+            make(self.B, self.S, self.Hq, self.D),
+            make(self.B, self.T, self.Hkv, self.D),
+            make(self.B, self.T, self.Hkv, self.E),
+        ]
+        return [x.to(dtype).requires_grad_() for x in own + prefix]
+
+
+def out_and_gradients(leaves: list[Tensor], **kwargs: Any) -> list[Tensor]:
+    """The output and the gradients of all leaves, for the same incoming gradient whatever the dtype and layout."""
+    out = prefix_attention(*leaves, **kwargs)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+def assert_same(actual: list[Tensor], expected: list[Tensor], rtol: float) -> None:
+    for name, a, b in zip(("out", *LEAVES), actual, expected, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), name
+        assert torch.isfinite(a).all(), f"{name} is not finite"
+        # Gradients that cancel to zero are measured against their addends, which are of order one.
+        error, size = (a - b).norm().item(), max(b.norm().item(), 0.1 * b.numel() ** 0.5)
+        assert error <= rtol * size, f"{name}: relative error {error / size:.2e}"
+
+
+def expand_concat_sdpa(leaves: list[Tensor], own: Tensor) -> Tensor:
+    """Plain PyTorch: prefix expanded over the batch, concatenated, boolean mask."""
+    q, k, v, prefix_k, prefix_v = leaves
+    k = torch.cat([prefix_k.to(q.dtype).expand(q.shape[0], -1, -1, -1), k], dim=2)
+    v = torch.cat([prefix_v.to(q.dtype).expand(q.shape[0], -1, -1, -1), v], dim=2)
+    full = torch.nn.functional.pad(own, (prefix_k.shape[1], 0), value=True)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=full, enable_gqa=True)
+
+
+def causal_mask(S: int, T: int) -> Tensor:
+    return torch.ones(S, T, dtype=torch.bool).tril(T - S)[None, None]
+
+
+def offsets(*lengths: int) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+FIXED = {
+    "causal": Case(),
+    "one prefix key": Case(P=1),
+    "no prefix": Case(P=0),
+    "multi-query": Case(Hq=8, Hkv=1),
+    "bidirectional": Case(options={"causal": False}),
+    "cross": Case(S=5, T=9, options={"causal": False}),
+    "decode": Case(S=1, T=70),
+    "decode, window": Case(S=1, T=70, options={"window": 9}),
+    "chunked prefill": Case(S=40, T=70),
+    "chunked prefill, window": Case(S=40, T=70, options={"window": 30}),
+    "more queries than keys": Case(S=50, T=40),
+    "more queries than keys, no prefix": Case(S=50, T=40, P=0),
+    "no own keys": Case(T=0),
+    "window": Case(S=45, T=45, options={"window": 7}),
+    "long, window": Case(B=1, S=600, T=600, D=8, E=8, options={"window": 100}),
+    "long, chunked prefill": Case(B=1, S=300, T=500, D=8, E=8),
+    "window of one": Case(options={"window": 1}),
+    "softcap": Case(options={"softcap": 1.5, "window": 4}),
+    "value heads differ": Case(D=8, E=24),
+    "head 256": Case(D=256, E=256),
+    "odd head": Case(D=7, E=7),
+    "other layout": Case(hugging_face_layout=False, S=40, T=40),
+    "scale": Case(options={"scale": 0.3}),
+    "rows to pad": Case(S=37, T=37, P=30),
+    "packed": Case(B=1, S=90, T=90, options={"cu_seqlens": offsets(33, 1, 0, 40, 16)}),
+    "packed, window": Case(B=1, S=90, T=90, options={"cu_seqlens": offsets(33, 1, 0, 40, 16), "window": 12}),
+    "packed, bidirectional": Case(B=1, S=90, T=90, options={"cu_seqlens": offsets(50, 40), "causal": False}),
+    "mask": Case(S=40, T=35, options={"causal": False, "mask": (torch.arange(35) % 3 > 0)[None, None, None]}),
+    "bias a head": Case(options={"causal": False, "mask": torch.randn(1, 4, 1, 13)}),
+}
+
+
+def fixed(name: str) -> tuple[Case, dict[str, Any]]:
+    """A case of `FIXED` and its options, the mask blown up to its full shape."""
+    case = FIXED[name]
+    options = dict(case.options)
+    if "mask" in options:
+        options["mask"] = options["mask"].expand(-1, -1, case.S, case.T)
+    return case, options
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
+def test_equals_the_reference(backend: str, name: str, dtype: torch.dtype, rtol: float) -> None:
+    case, options = fixed(name)
+    leaves = case.tensors(dtype)
+    expected = out_and_gradients(leaves, backend="reference", **options)
+    assert_same(out_and_gradients(leaves, backend=backend, **options), expected, rtol)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Case, dict[str, Any]]:
+    Hkv = draw(st.sampled_from([1, 2, 3]))
+    kind = draw(st.sampled_from(["causal", "bidirectional", "window", "mask", "bias", "packed", "packed window"]))
+    S, T = draw(st.integers(1, 48)), draw(st.integers(1, 48))
+    options: dict[str, Any] = {"softcap": draw(st.sampled_from([None, None, 2.0]))}
+    B = draw(st.integers(1, 3))
+    if "packed" in kind:
+        lengths = draw(st.lists(st.integers(0, 20), min_size=1, max_size=4).filter(sum))
+        B, S, T = 1, sum(lengths), sum(lengths)
+        options["cu_seqlens"] = offsets(*lengths)
+    if "window" in kind:
+        options["window"] = draw(st.integers(1, 20))
+    D = draw(st.sampled_from([4, 8, 16, 20]))
+    Hq = Hkv * draw(st.integers(1, 4))
+    if kind in ("mask", "bias"):
+        rows = (draw(st.sampled_from([1, B])), draw(st.sampled_from([1, Hq])), S, T)
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+        mask = torch.rand(rows, generator=generator) < draw(st.sampled_from([0.02, 0.5, 0.95]))
+        bias = torch.randn(rows, generator=generator).masked_fill(mask, -torch.inf)
+        options["mask"] = mask if kind == "mask" else bias
+    options["causal"] = kind not in ("bidirectional", "mask", "bias")
+    E = draw(st.sampled_from([D, D, D, 12]))
+    P = draw(st.integers(0, 40))
+    return Case(B, S, T, Hq, Hkv, D, E, P, draw(st.booleans())), options
+
+
+@pytest.mark.parametrize("backend", FAST)
+@settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@given(drawn=cases())
+def test_equals_the_reference_everywhere(backend: str, drawn: tuple[Case, dict[str, Any]]) -> None:
+    case, options = drawn
+    leaves = case.tensors()
+    expected = out_and_gradients(leaves, backend="reference", **options)
+    assert_same(out_and_gradients(leaves, backend=backend, **options), expected, 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{"window": 3, "softcap": 2.0}, {"causal": False}, {"cu_seqlens": offsets(2, 3)}])
+def test_gradcheck(backend: str, options: dict[str, Any]) -> None:
+    leaves = Case(B=1, S=5, T=5, Hq=2, Hkv=1, D=3, E=3, P=2).tensors(torch.float64)
+    assert torch.autograd.gradcheck(lambda *x: prefix_attention(*x, backend=backend, **options), leaves)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_concatenation_and_sdpa(backend: str) -> None:
+    case = Case(S=40, T=64, Hq=8, P=30)
+    leaves = case.tensors()
+    out = expand_concat_sdpa(leaves, causal_mask(40, 64))
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(7))
+    assert_same(out_and_gradients(leaves, backend=backend), [out, *torch.autograd.grad(out, leaves, dout)], 1e-5)
+
+
+def relative_rms(actual: Tensor, exact: Tensor) -> float:
+    return ((actual.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("prefix_dtype", [torch.float32, None], ids=["prefix fp32", "prefix half"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}], ids=["plain", "softcap"])
+def test_half_precision_loses_no_more_than_twice_what_pytorch_does(
+    backend: str, dtype: torch.dtype, prefix_dtype: torch.dtype | None, options: dict[str, Any]
+) -> None:
+    low = [x.detach().to(dtype) for x in Case(B=4, S=96, T=96, P=30, D=32, E=32).tensors()]
+    low[3:] = [x.to(prefix_dtype or dtype) for x in low[3:]]
+    low = [x.requires_grad_() for x in low]
+    exact = out_and_gradients([x.detach().double().requires_grad_() for x in low], backend="reference", **options)
+    actual = out_and_gradients(low, backend=backend, **options)
+    assert [x.dtype for x in actual] == [dtype] * 4 + [prefix_dtype or dtype] * 2
+    plain = [x.detach().requires_grad_() for x in low]
+    out = expand_concat_sdpa(plain, causal_mask(96, 96))
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+    loss = out_and_gradients([x.detach().double().requires_grad_() for x in low], backend="reference")
+    yardstick = [
+        relative_rms(a, b) for a, b in zip([out.detach(), *torch.autograd.grad(out, plain, dout)], loss, strict=True)
+    ]
+    for name, a, b, bound in zip(("out", *LEAVES), actual, exact, yardstick, strict=True):
+        assert relative_rms(a, b) <= 2 * bound + 1e-5, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_prefix_gradient_is_summed_in_fp32(backend: str) -> None:
+    low = [x.detach().bfloat16() for x in Case(B=1, S=6000, T=1, Hq=2, Hkv=1, P=4).tensors()]
+    low[3:] = [x.float() for x in low[3:]]
+    low = [x.requires_grad_() for x in low]
+    exact = out_and_gradients([x.detach().double().requires_grad_() for x in low], backend="reference", causal=False)
+    actual = out_and_gradients(low, backend=backend, causal=False)
+    # Each addend is off by about 2^-9; a sum kept in bf16 would be off by percents after this many.
+    assert relative_rms(actual[5], exact[5]) < 4e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batch_permutation(backend: str) -> None:
+    leaves = Case(B=3, P=9).tensors()
+    order = torch.tensor([2, 0, 1])
+    out = prefix_attention(*leaves, backend=backend)
+    shuffled = prefix_attention(*(x[order] for x in leaves[:3]), *leaves[3:], backend=backend)
+    torch.testing.assert_close(shuffled, out[order])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_splitting_a_batch_sums_prefix_gradients(backend: str) -> None:
+    q, k, v, *prefix = Case(B=4, S=40, T=40).tensors()
+    prefix_attention(q, k, v, *prefix, backend=backend).square().sum().backward()
+    whole = [x.grad.clone() for x in prefix]
+    for x in prefix:
+        x.grad = None
+    halves = [prefix_attention(q[i : i + 2], k[i : i + 2], v[i : i + 2], *prefix, backend=backend) for i in (0, 2)]
+    sum(half.square().sum() for half in halves).backward()
+    for x, expected in zip(prefix, whole, strict=True):
+        torch.testing.assert_close(x.grad, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [None, 6])
+def test_packed_equals_padded(backend: str, window: int | None) -> None:
+    lengths, longest = [3, 40, 17], 40
+    *padded, prefix_k, prefix_v = Case(B=3, S=longest, T=longest).tensors()
+    packed = [torch.cat([x[i, :, :n] for i, n in enumerate(lengths)], dim=1)[None] for x in padded]
+    out = prefix_attention(
+        *packed, prefix_k, prefix_v, cu_seqlens=offsets(*lengths), max_seqlen=longest, window=window, backend=backend
+    )
+    expected = prefix_attention(*padded, prefix_k, prefix_v, window=window, backend=backend)
+    expected = torch.cat([expected[i, :, :n] for i, n in enumerate(lengths)], dim=1)[None]
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    gradients = (torch.autograd.grad(o.square().sum(), (prefix_k, prefix_v)) for o in (out, expected))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_window_never_hides_the_prefix(backend: str) -> None:
+    q, k, v, prefix_k, prefix_v = (x.detach() for x in Case(S=50, T=50, P=4).tensors())
+    one = torch.zeros_like(prefix_v)
+    one[:, 0] = 1000.0
+    moved = prefix_attention(q, k, v, prefix_k, prefix_v + one, window=3, backend=backend)
+    still = prefix_attention(q, k, v, prefix_k, prefix_v, window=3, backend=backend)
+    assert ((moved - still).abs().amax(dim=-1) > 1e-2).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["causal", "packed", "window", "mask", "softcap"])
+def test_reruns_are_bit_identical(backend: str, name: str) -> None:
+    case, options = fixed(name)
+    leaves = case.tensors()
+    first, second = (out_and_gradients(leaves, backend=backend, **options) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("P", [0, 5])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("additive", [False, True])
+def test_rows_that_see_no_own_key(backend: str, P: int, softcap: float | None, additive: bool) -> None:
+    leaves = Case(S=40, T=33, P=P).tensors()
+    mask = torch.rand(2, 1, 40, 33) < 0.5
+    mask[0, :, 7:20] = False
+    alone = prefix_attention(
+        leaves[0][:1, :, 7:20], leaves[1][:1, :, :0], leaves[2][:1, :, :0], *leaves[3:], softcap=softcap,
+        backend="reference",
+    )  # fmt: skip
+    bias = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    out, *gradients = out_and_gradients(
+        leaves, causal=False, mask=bias if additive else mask, softcap=softcap, backend=backend
+    )
+    torch.testing.assert_close(out[:1, :, 7:20], alone.detach(), rtol=1e-5, atol=1e-6)
+    assert P or not out[:1, :, 7:20].any()
+    assert all(torch.isfinite(x).all() for x in gradients)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("garbage", [1e4, -1e4])
+def test_padding_does_not_leak(backend: str, garbage: float) -> None:
+    clean = Case(S=40, T=40).tensors()
+    mask = causal_mask(40, 40).repeat(2, 1, 1, 1)
+    mask[1, :, :, 29:] = False
+    dirty = [x.detach().clone() for x in clean]
+    for x in dirty[1:3]:
+        x[1, :, 29:] = garbage
+    dirty = [x.requires_grad_() for x in dirty]
+    first, second = (out_and_gradients(x, causal=False, mask=mask, backend=backend) for x in (clean, dirty))
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_packed_sequence_of_nan_stays_alone(backend: str) -> None:
+    clean = Case(B=1, S=60, T=60).tensors()
+    dirty = [x.detach().clone() for x in clean[:3]]
+    for x in dirty:
+        x[:, :, 37:50] = torch.nan
+    options = {"cu_seqlens": offsets(37, 13, 10), "backend": backend}
+    out, expected = prefix_attention(*dirty, *clean[3:], **options), prefix_attention(*clean, **options)
+    for rows in (slice(0, 37), slice(50, 60)):
+        torch.testing.assert_close(out[:, :, rows], expected[:, :, rows], rtol=1e-6, atol=1e-6)
+    assert out[:, :, 37:50].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "wanted", [("prefix_k", "prefix_v"), ("q",), ("k",), ("prefix_v",), ("q", "prefix_k"), ("v", "prefix_k")]
+)
+def test_gradients_of_a_subset(backend: str, wanted: tuple[str, ...]) -> None:
+    leaves = Case().tensors()
+    expected = dict(zip(LEAVES, out_and_gradients(leaves, backend="reference")[1:], strict=True))
+    some = {n: x.detach().requires_grad_(n in wanted) for n, x in zip(LEAVES, leaves, strict=True)}
+    out = prefix_attention(*some.values(), backend=backend)
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(7)))
+    for name, x in some.items():
+        assert (x.grad is not None) == (name in wanted)
+        if x.grad is not None:
+            torch.testing.assert_close(x.grad, expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("P", [None, 0])
+def test_without_a_prefix(backend: str, P: int | None) -> None:
+    q, k, v, *prefix = Case(P=0).tensors()
+    given_prefix = [None, None] if P is None else prefix
+    out = prefix_attention(q, k, v, *given_prefix, backend=backend)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    assert q.grad is not None
+    assert all(x is None or x.grad.shape == x.shape for x in given_prefix)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_activation_checkpointing_and_a_prefix_used_twice(backend: str) -> None:
+    leaves = Case().tensors()
+
+    def two_layers(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, name: str = backend) -> Tensor:
+        first = prefix_attention(q, k, v, prefix_k, prefix_v, backend=name)
+        return prefix_attention(first, k, v, prefix_k, prefix_v, backend=name)
+
+    plain = torch.autograd.grad(two_layers(*leaves).square().sum(), leaves)
+    again = torch.autograd.grad(checkpoint(two_layers, *leaves, use_reentrant=False).square().sum(), leaves)
+    exact = torch.autograd.grad(two_layers(*leaves, name="reference").square().sum(), leaves)
+    for a, b, c in zip(plain, again, exact, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_decides_the_dtype(backend: str) -> None:
+    leaves = Case().tensors()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = prefix_attention(*leaves, backend=backend)
+    assert out.dtype == torch.bfloat16
+    assert all(x.dtype == torch.float32 for x in torch.autograd.grad(out.float().sum(), leaves))
+
+
+def test_backward_keeps_only_inputs_output_and_lse() -> None:
+    leaves, kept = Case(B=1, S=64, T=64).tensors(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        out = prefix_attention(*leaves, backend="merge")
+    assert sum(kept) == sum(x.numel() for x in leaves) + out.numel() + out.numel() // out.shape[3]
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 9}, {"causal": False}, {"softcap": 2.0}])
+@pytest.mark.parametrize("rows", [7, 10**6])
+def test_packing_whose_offsets_stay_on_the_device(options: dict[str, Any], rows: int) -> None:
+    case, cu_seqlens = Case(B=1, S=53, T=53, P=0), offsets(20, 1, 0, 32)
+    q, k, v, *_ = leaves = case.tensors(torch.float64)
+    expected = out_and_gradients(leaves, backend="reference", cu_seqlens=cu_seqlens, **options)
+    kernel = replace(segments.EAGER, max_rows=lambda *_: rows)
+    offset = 0 if options.get("causal", True) else None
+    rule = segments.Rule(0.25, options.get("softcap"), offset, options.get("window"), cu_seqlens=cu_seqlens)
+    cut = merge.tiles(kernel, q, k, rule, None)
+    out, lse = merge.segment_forward(kernel, q, k, v, cut)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out.dtype)
+    gradients = merge.segment_backward(kernel, dout, q, k, v, out, lse, cut)
+    for a, b in zip((out, *gradients), expected, strict=False):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_cuda_adapter_fits_the_installed_schema(packed: bool) -> None:
+    q, k = torch.empty(1, 10, 8, 64, device="meta"), torch.empty(1, 10, 2, 64, device="meta")
+    q, k = (x.bfloat16().transpose(1, 2) for x in (q, k))
+    cu_seqlens = torch.empty(3, dtype=torch.int32, device="meta") if packed else None
+    rule = segments.Rule(0.1, None, 0, 4, cu_seqlens=cu_seqlens, max_seqlen=6 if packed else None)
+    out, lse = segments.CUDA_FLASH.forward(q, k, k, rule)
+    assert (out.shape, lse.shape) == (q.shape, (1, 8, 10))
+    gradients = segments.CUDA_FLASH.backward(out, q, k, k, out, lse, rule)
+    assert [x.shape for x in gradients] == [q.shape, k.shape, k.shape]
+
+
+def test_explain_backend() -> None:
+    name, reason = explain_backend()
+    assert name in FAST
+    assert "flash" in reason
+    assert "plain torch" in explain_backend(softcap=30.0)[1]
+    assert explain_backend(backend="reference")[0] == "reference"
+    assert explain_backend(masked=True, packed=False)[0] in FAST
+    assert "plain torch" in explain_backend(packed=True, dtype=torch.bfloat16, value_head_dim=32)[1]
+
+
+def _bad(**changes: Any) -> dict[str, Any]:
+    return dict(zip(LEAVES, Case(B=1).tensors(), strict=True)) | changes
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("says", "changes"),
+    [
+        ("q: expected", {"q": torch.zeros(4, 13, 16)}),
+        ("q: got torch.int64", {"q": torch.zeros(1, 4, 13, 16, dtype=torch.int64)}),
+        ("k: got torch.float64", {"k": torch.zeros(1, 2, 13, 16, dtype=torch.float64)}),
+        ("k: got .*meta", {"k": torch.zeros(1, 2, 13, 16, device="meta")}),
+        ("k: got", {"k": torch.zeros(2, 2, 13, 16)}),
+        ("k: got", {"k": torch.zeros(1, 2, 13, 8)}),
+        ("v: got", {"v": torch.zeros(1, 2, 12, 16)}),
+        ("multiple", {"k": torch.zeros(1, 3, 13, 16), "v": torch.zeros(1, 3, 13, 16)}),
+        ("head sizes", {n: torch.zeros(1, 2, 13, 257) for n in ("q", "k", "v")}),
+        ("prefix_k: got", {"prefix_k": torch.zeros(4, 5, 16)}),
+        ("prefix_k: got torch.int32", {"prefix_k": torch.zeros(2, 5, 16, dtype=torch.int32)}),
+        ("prefix_v: got", {"prefix_v": torch.zeros(5, 2, 16)}),
+        ("virtual tokens", {"prefix_v": torch.zeros(2, 6, 16)}),
+        ("together", {"prefix_v": None}),
+        ("window: got 0", {"window": 0}),
+        ("window: got 1.5", {"window": 1.5}),
+        ("window needs causal", {"window": 2, "causal": False}),
+        ("softcap", {"softcap": 0.0}),
+        ("whole rule", {"mask": torch.ones(1, 1, 13, 13, dtype=torch.bool)}),
+        ("mask: got", {"mask": torch.ones(13, 13, dtype=torch.bool), "causal": False}),
+        ("mask: got", {"mask": torch.ones(1, 2, 13, 13, dtype=torch.bool), "causal": False}),
+        ("mask: got torch.int64", {"mask": torch.ones(1, 1, 13, 13, dtype=torch.int64), "causal": False}),
+        ("mask requires", {"mask": torch.ones(1, 1, 13, 13, requires_grad=True), "causal": False}),
+        ("cu_seqlens: got", {"cu_seqlens": offsets(13).long()}),
+        ("cu_seqlens: got", {"cu_seqlens": torch.zeros(1, dtype=torch.int32)}),
+        ("ascend from 0 to the 13", {"cu_seqlens": offsets(12)}),
+        ("ascend from 0 to the 13", {"cu_seqlens": torch.tensor([0, 9, 4, 13], dtype=torch.int32)}),
+        ("exclude", {"cu_seqlens": offsets(13), "causal": False, "mask": torch.ones(1, 1, 13, 13).bool()}),
+        ("batch 1", {"cu_seqlens": offsets(13), "q": torch.zeros(1, 4, 12, 16)}),
+        ("longest packed", {"cu_seqlens": offsets(8, 5), "max_seqlen": 7}),
+        ("max_seqlen: got", {"max_seqlen": 7.5}),
+    ],
+)
+def test_bad_input_is_refused(backend: str, says: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=says):
+        prefix_attention(**_bad(**changes), backend=backend)
+
+
+def test_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match="'tritn' is unknown; expected 'auto' or one of"):
+        prefix_attention(**_bad(), backend="tritn")

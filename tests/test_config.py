@@ -1,0 +1,284 @@
+"""`ptd.config`: what RUN.yaml and overrides may say, and what the refusals tell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ptd.config import RunConfig, load_config, parse_config
+from ptd.types import UserError
+
+MINIMAL = """
+backbone: {path: some/model}
+method: {name: prefix}
+data: {train: rows.jsonl}
+"""
+FULL = """
+backbone: {path: some/model, dtype: bfloat16, gradient_checkpointing: true, revision: main}
+method: {name: prefix, num_virtual_tokens: 8, prefix_projection: true, encoder_hidden_size: 32}
+task: {kind: causal_lm}
+data: {train: rows.jsonl, eval: more.jsonl, columns: {prompt: question}, max_length: 64, max_tokens: 256}
+train: {max_steps: 5, learning_rate: 3e-3, lr_scheduler_type: cosine, warmup_steps: 2, eval_steps: 2}
+deepspeed: {zero_optimization: {stage: 3}}
+output_dir: runs/a
+"""
+
+
+def load(tmp_path: Path, text: str = MINIMAL, *overrides: str) -> RunConfig:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_config(path, list(overrides))
+
+
+def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, text, *overrides)
+    return str(caught.value)
+
+
+def mapping(**sections: Any) -> dict[str, Any]:
+    return {**yaml.safe_load(MINIMAL), **sections}
+
+
+# --- what is accepted ----------------------------------------------------------------------------------------------
+
+
+def test_the_smallest_run_file(tmp_path: Path) -> None:
+    config = load(tmp_path)
+    assert (config.backbone.path, config.method_name, config.data.train) == ("some/model", "prefix", "rows.jsonl")
+    assert config.train.eval_batch_size == config.train.per_device_train_batch_size
+    assert config.output_dir == Path("out") and config.deepspeed is None
+
+
+def test_overrides_win_and_make_sections(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        MINIMAL,
+        "train.learning_rate=3e-3",
+        "method.num_virtual_tokens=4",
+        "data.columns.prompt=question",
+        "backbone.dtype=float32",
+        "output_dir=runs/b=c",
+        "data.eval=null",
+        "train.max_steps=7",
+        "train.max_steps=8",
+    )
+    assert config.train.learning_rate == 3e-3 and config.train.max_steps == 8
+    assert config.method_config().num_virtual_tokens == 4
+    assert config.data.columns == {"prompt": "question"} and config.data.eval is None
+    assert config.output_dir == Path("runs/b=c") and config.backbone.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("1e-2", 0.01), ("1E-2", 0.01), ("3e+0", 3.0), ("1.5e-3", 0.0015), ("5.e-3", 0.005), (".5e-2", 0.005), ("2", 2.0)],
+)
+def test_numbers_are_read_as_people_write_them(tmp_path: Path, written: str, value: float) -> None:
+    assert load(tmp_path, MINIMAL + f"train: {{learning_rate: {written}}}").train.learning_rate == value
+    assert load(tmp_path, MINIMAL, f"train.learning_rate={written}").train.learning_rate == value
+
+
+def test_whole_scientific_numbers_are_counts(tmp_path: Path) -> None:
+    assert load(tmp_path, MINIMAL, "train.max_steps=1e3").train.max_steps == 1000
+    assert "max_steps" in refusal(tmp_path, MINIMAL, "train.max_steps=1e-3")
+
+
+def test_to_dict_is_plain_and_reads_back(tmp_path: Path) -> None:
+    for text in (MINIMAL, FULL):
+        config = load(tmp_path, text)
+        plain = config.to_dict()
+        assert json.loads(json.dumps(plain)) == plain
+        again = parse_config(plain)
+        assert again.to_dict() == plain and again.method_config() == config.method_config()
+        assert yaml.safe_load(yaml.safe_dump(plain)) == plain
+    assert plain["method"]["init"] == "random", "defaults of the method are filled in"
+
+
+def test_a_path_of_the_method_is_plain_too(tmp_path: Path) -> None:
+    plain = load(tmp_path, MINIMAL, "method.init=text", "method.init_text_file=a.txt").to_dict()
+    assert plain["method"]["init_text_file"] == "a.txt" and parse_config(plain).to_dict() == plain
+
+
+def test_parsing_does_not_change_what_it_is_given() -> None:
+    raw = mapping(train={"learning_rate": "1e-2"})
+    before = json.dumps(raw)
+    parse_config(raw)
+    assert json.dumps(raw) == before
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("trian.max_steps=1", "trian: unknown key; did you mean train?"),
+        ("backbone.dtypes=auto", "backbone.dtypes: unknown key; did you mean backbone.dtype?"),
+        ("data.max_lenght=8", "data.max_lenght: unknown key; did you mean data.max_length?"),
+        ("train.learning_rat=1", "train.learning_rat: unknown key; did you mean train.learning_rate?"),
+        ("task.kinds=x", "task.kinds: unknown key; did you mean task.kind?"),
+        ("method.num_virtual_token=1", "method.num_virtual_token: unknown key; did you mean method.num_virtual_tokens?"),
+        ("train.xyz=1", "train.xyz: unknown key; valid keys: adam_beta1, "),
+        ("method.xyz=1", "method.xyz: unknown key; valid keys: "),
+        ("data.columns.answer=a", "columns: format 'prompt_completion' has no field 'answer'"),
+        ("method.name=prefx", "method.name: there is no method 'prefx'; available: "),
+    ],
+)
+def test_unknown_names_are_refused_with_the_nearest(tmp_path: Path, override: str, nearest: str) -> None:
+    assert nearest in refusal(tmp_path, MINIMAL, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "path"),
+    [
+        ("train.max_steps=many", "train.max_steps: got 'many'"),
+        ("train.max_steps=0", "train.max_steps: got 0"),
+        ("train.max_steps=1.5", "train.max_steps: got 1.5"),
+        ("train.max_steps=true", "train.max_steps: "),
+        ("train.learning_rate=yes", "train.learning_rate: "),
+        ("train.learning_rate=-1", "train.learning_rate: got -1"),
+        ("train.learning_rate=.nan", "train.learning_rate: got nan"),
+        ("train.learning_rate=.inf", "train.learning_rate: got inf"),
+        ("train.num_train_epochs=.inf", "train.num_train_epochs: got inf"),
+        ("train.adam_beta1=1", "train.adam_beta1: got 1"),
+        ("train.lr_scheduler_type=cos", "train.lr_scheduler_type: got 'cos'"),
+        ("train=3", "train: got 3"),
+        ("train=[1]", "train: got [1]"),
+        ("backbone.dtype=float16", "backbone.dtype: got 'float16'"),
+        ("backbone.path=3", "backbone.path: got 3"),
+        ("backbone.gradient_checkpointing=7", "backbone.gradient_checkpointing: got 7"),
+        ("data.packing=maybe", "data.packing: got 'maybe'"),
+        ("data.max_length=1", "data.max_length: got 1"),
+        ("data.columns=prompt", "data.columns: got 'prompt'"),
+        ("deepspeed=3", "deepspeed"),
+        ("output_dir=[1]", "output_dir: got [1]"),
+        ("method=prefix", "method: got 'prefix'"),
+        ("method.name=3", "method.name: "),
+        ("method.num_virtual_tokens=ten", "method.num_virtual_tokens: got 'ten'"),
+        ("method.num_virtual_tokens=0", "method.num_virtual_tokens: got 0"),
+        ("method.num_virtual_tokens=true", "method.num_virtual_tokens: "),
+        ("method.init=text", "method.init: text needs exactly one of"),
+        ("method.init_text=x", "method.init_text: is given, but"),
+        ("method.encoder_hidden_size=3", "method.encoder_hidden_size: has no effect"),
+    ],
+)
+def test_wrong_types_and_values_name_their_path(tmp_path: Path, override: str, path: str) -> None:
+    assert path in refusal(tmp_path, MINIMAL, override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("data.max_tokens=64", "data.packing=false"), "data: max_tokens is the budget of a packed micro-batch"),
+        (("data.max_tokens=64", "data.max_length=65"), "has to hold one sequence of max_length (65)"),
+        (("data.format=text", "data.prompt_template='{a}'"), "prompt_template works with format prompt_completion"),
+        (("data.format=messages", "data.columns.prompt=a"), "format 'messages' has no field 'prompt'"),
+    ],
+)
+def test_impossible_combinations(tmp_path: Path, overrides: tuple[str, ...], said: str) -> None:
+    assert said in refusal(tmp_path, MINIMAL, *overrides)
+
+
+def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
+    message = refusal(tmp_path, MINIMAL, "train.max_steps=0", "backbone.dtyp=auto", "data.max_length=x")
+    assert all(path in message for path in ("train.max_steps", "backbone.dtyp:", "data.max_length"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "has to be a mapping"),
+        ("[1, 2]", "got list"),
+        ("a: [", "not valid YAML"),
+        ("a: !!python/object:os.system {}", "not valid YAML"),
+        ("method: {name: prefix}", "backbone: is missing"),
+        ("backbone: {}\nmethod: {name: prefix}\ndata: {}", "backbone.path: is missing"),
+        ("backbone: {path: m}\nmethod: {}\ndata: {}", "method.name: is missing"),
+        ("1: 2", "1: got 1; keys should be strings"),
+        ("a: 2026-99-99", "not valid YAML"),
+    ],
+)
+def test_a_run_file_that_is_none(tmp_path: Path, text: str, said: str) -> None:
+    assert said in refusal(tmp_path, text)
+
+
+def test_a_run_file_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path / "none.yaml", tmp_path, tmp_path / "binary.yaml", tmp_path / "a\0b"):
+        with pytest.raises(UserError, match="cannot read the run file"):
+            load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.max_steps", "write it as key=value"),
+        ("=3", "write it as key=value"),
+        ("backbone.path.deep=3", "backbone.path is not a section"),
+        ("train.max_steps=[", "not valid YAML"),
+        ("train.max_steps=2026-99-99", "not valid YAML"),
+    ],
+)
+def test_overrides_that_are_none(tmp_path: Path, override: str, said: str) -> None:
+    message = refusal(tmp_path, MINIMAL, override)
+    assert said in message and override in message
+
+
+# --- anything else -------------------------------------------------------------------------------------------------
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates() | st.binary(max_size=4)
+NAMES = st.sampled_from(
+    ["backbone", "method", "data", "train", "task", "deepspeed", "output_dir", "path", "name", "prefix", "columns"]
+    + ["max_steps", "learning_rate", "num_virtual_tokens", "init", "dtype", "max_tokens", "packing", "format", "stage"]
+)
+VALUES = st.recursive(
+    SCALARS | NAMES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SCALARS | NAMES, inner, max_size=4),
+    max_leaves=12,
+)
+LIGHT = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@LIGHT
+@given(st.dictionaries(NAMES | SCALARS, VALUES, max_size=6), st.booleans())
+def test_any_mapping_gives_a_config_or_a_user_error(raw: dict[Any, Any], complete: bool) -> None:
+    try:
+        config = parse_config({**(mapping() if complete else {}), **raw})
+    except UserError as error:
+        assert str(error)
+    else:
+        assert isinstance(config, RunConfig) and json.dumps(config.to_dict())
+
+
+@LIGHT
+@given(st.sampled_from(["backbone", "method", "data", "train", "task"]), NAMES | st.text(max_size=4), VALUES)
+def test_any_value_of_a_section_gives_a_config_or_a_user_error(section: str, key: str, value: Any) -> None:
+    raw = mapping()
+    raw[section] = {**raw.get(section, {}), key: value}
+    try:
+        assert json.dumps(parse_config(raw).to_dict())
+    except UserError as error:
+        assert str(error)
+
+
+@LIGHT
+@given(
+    st.text(max_size=20)
+    | st.tuples(
+        st.lists(NAMES | st.text(max_size=3), max_size=3).map(".".join),
+        st.text(alphabet="{}[]:,-!&*#|>%@`'\"?= \n\tabc019.e_", max_size=8) | st.text(max_size=8),
+    ).map("=".join)
+)
+def test_any_override_gives_a_config_or_a_user_error(tmp_path_factory: pytest.TempPathFactory, override: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
+    path.write_text(MINIMAL)
+    try:
+        assert isinstance(load_config(path, [override]), RunConfig)
+    except UserError as error:
+        assert str(error)

@@ -1,0 +1,409 @@
+"""`ptd.deepspeed_config`: what a DeepSpeed JSON may say, against DeepSpeed's own classes where they know."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ptd import deepspeed_config as module
+from ptd.config import RunConfig, parse_config
+from ptd.deepspeed_config import SHIPPED, apply_deepspeed, check_batch_size, resolve_dtype
+from ptd.types import UserError
+
+ZERO3: dict[str, Any] = {"zero_optimization": {"stage": 3}}
+
+
+def run(deepspeed: Any = None, *, dtype: str | None = None, **train: Any) -> RunConfig:
+    raw: dict[str, Any] = {
+        "backbone": {"path": "m"} | ({"dtype": dtype} if dtype else {}),
+        "method": {"name": "prefix"},
+        "data": {"train": "x.jsonl"},
+        "deepspeed": deepspeed,
+    }
+    return parse_config(raw | ({"train": train} if train else {}))
+
+
+def applied(deepspeed: dict[str, Any], **train: Any) -> RunConfig:
+    return apply_deepspeed(run(deepspeed, **train))[0]
+
+
+def refusal(deepspeed: Any, **train: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        apply_deepspeed(run(**train), source=deepspeed)
+    return str(caught.value)
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def test_no_section_shards_nothing() -> None:
+    config = run()
+    assert apply_deepspeed(config) == (config, None)
+
+
+@pytest.mark.parametrize("section", [{}, {"zero_optimization": {"stage": 0}}, {"zero_optimization": False}])
+def test_stage_0_shards_nothing(section: dict[str, Any]) -> None:
+    assert apply_deepspeed(run(section))[1] is None
+
+
+def test_source_replaces_the_config_and_neither_is_changed() -> None:
+    config, source = run({"gradient_clipping": 0.5}), {**ZERO3, "gradient_clipping": 0.25, "_comment": "x"}
+    before = json.dumps(source), config.model_dump()
+    merged, zero3 = apply_deepspeed(config, source=source)
+    assert merged.train.max_grad_norm == 0.25 and zero3 is not None
+    assert (json.dumps(source), config.model_dump()) == before
+
+
+def test_a_shipped_file_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert apply_deepspeed(run("zero3.json"))[1] is not None
+    assert apply_deepspeed(run("elsewhere/zero3.json"))[1] is not None
+    (tmp_path / "zero3.json").write_text("{}")
+    assert apply_deepspeed(run("zero3.json"))[1] is None, "a file at the path itself goes first"
+
+
+def test_a_missing_file_names_those_that_exist() -> None:
+    assert "no file 'nothing.json'" in refusal("nothing.json") and "zero3.json" in refusal("nothing.json")
+
+
+@pytest.mark.parametrize("path", ["", "\0", "a" * 5000, "tests"])
+def test_what_is_no_file_is_refused(path: str) -> None:
+    assert "deepspeed" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{\n  "a": 1,\n  // why\n}', "line 3"),
+        ('{"optimizer": {}, "optimizer": {}}', "'optimizer' is given twice"),
+        ("[1]", "has to be a JSON object, got list"),
+        ("\x80", "cannot read"),
+        ("[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_broken_json(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "broken.json"
+    path.write_bytes(text.encode("latin-1"))
+    assert said in refusal(str(path)) and "broken.json" in refusal(str(path))
+
+
+# --- honoured ------------------------------------------------------------------------------------------------------
+
+HONOURED = [
+    ({"train_micro_batch_size_per_gpu": 4}, "train.per_device_train_batch_size", 4),
+    ({"gradient_accumulation_steps": 2}, "train.gradient_accumulation_steps", 2),
+    ({"gradient_clipping": 0.5}, "train.max_grad_norm", 0.5),
+    ({"bf16": {"enabled": True}}, "backbone.dtype", "bfloat16"),
+    ({"bf16": {"enabled": False}}, "backbone.dtype", "float32"),
+    ({"bfloat16": {"enabled": True}}, "backbone.dtype", "bfloat16"),
+    ({"optimizer": {"type": "AdamW", "params": {"lr": 3e-3}}}, "train.learning_rate", 3e-3),
+    ({"optimizer": {"type": "Adam", "params": {"betas": [0.8, 0.9]}}}, "train.adam_beta1", 0.8),
+    ({"optimizer": {"type": "DeepSpeedCPUAdam", "params": {"betas": [0.8, 0.9]}}}, "train.adam_beta2", 0.9),
+    ({"optimizer": {"type": "FusedAdam", "params": {"eps": 1e-6}}}, "train.adam_epsilon", 1e-6),
+    ({"optimizer": {"type": "adamw", "params": {"weight_decay": 0.1}}}, "train.weight_decay", 0.1),
+    ({"scheduler": {"type": "WarmupLR"}}, "train.lr_scheduler_type", "constant_with_warmup"),
+    ({"scheduler": {"type": "WarmupDecayLR"}}, "train.lr_scheduler_type", "linear"),
+    ({"scheduler": {"type": "WarmupCosineLR"}}, "train.lr_scheduler_type", "cosine"),
+    ({"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 2e-3}}}, "train.learning_rate", 2e-3),
+    (
+        {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 7, "warmup_type": "linear"}}},
+        "train.warmup_steps",
+        7,
+    ),
+    ({"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 70}}}, "train.max_steps", 70),
+]
+
+
+def value_at(config: RunConfig, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+@pytest.mark.parametrize(("section", "key", "value"), HONOURED)
+def test_a_value_sets_what_the_run_file_leaves_open(section: dict[str, Any], key: str, value: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert value_at(applied(section), key) == value
+
+
+def automatic(value: Any, name: str = "") -> Any:
+    """The section with every value "auto" (a scheduler or optimizer keeps its type)."""
+    if isinstance(value, dict):
+        return {key: automatic(item, key) for key, item in value.items()}
+    return value if name == "type" else "auto"
+
+
+@pytest.mark.parametrize(("section", "key", "value"), [entry for entry in HONOURED if "lr_sched" not in entry[1]])
+def test_auto_leaves_the_run_file_alone(section: dict[str, Any], key: str, value: Any) -> None:
+    assert value_at(applied(automatic(section)), key) == value_at(run(), key)
+
+
+CONFLICTS = [
+    ("train_micro_batch_size_per_gpu", 4, "per_device_train_batch_size", 8),
+    ("gradient_accumulation_steps", 2, "gradient_accumulation_steps", 1),
+    ("gradient_clipping", 0.5, "max_grad_norm", 1.0),
+    ("optimizer.params.lr", 0.1, "learning_rate", 0.2),
+    ("optimizer.params.eps", 1e-6, "adam_epsilon", 1e-8),
+    ("optimizer.params.weight_decay", 0.1, "weight_decay", 0.0),
+    ("scheduler.type", "WarmupLR", "lr_scheduler_type", "linear"),
+    ("scheduler.params.warmup_max_lr", 0.1, "learning_rate", 0.2),
+    ("scheduler.params.warmup_num_steps", 7, "warmup_steps", 8),
+    ("scheduler.params.warmup_num_steps", 7, "warmup_ratio", 0.1),
+    ("scheduler.params.total_num_steps", 7, "max_steps", 8),
+    ("scheduler.params.total_num_steps", 7, "num_train_epochs", 2.0),
+]
+
+
+def at(path: str, value: Any) -> dict[str, Any]:
+    """The section that says ``value`` at the dotted ``path``."""
+    section: dict[str, Any] = {}
+    if path.startswith("scheduler"):
+        section["scheduler"] = {"type": "WarmupDecayLR", "params": {"warmup_type": "linear"}}
+    *parents, last = path.split(".")
+    node = section
+    for name in parents:
+        node = node.setdefault(name, {})
+    node[last] = value
+    return section
+
+
+@pytest.mark.parametrize(("path", "value", "key", "other"), CONFLICTS)
+def test_a_contradiction_names_both_keys_and_values(path: str, value: Any, key: str, other: Any) -> None:
+    message = refusal(at(path, value), **{key: other})
+    for part in (f"{path}: is {json.dumps(value)}", f"RUN.yaml sets train.{key} to {other!r}", f"{path} to 'auto'"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "key"), [entry[:3] for entry in CONFLICTS if entry[2] not in ("warmup_ratio", "num_train_epochs")]
+)
+def test_the_same_value_twice_is_no_contradiction(path: str, value: Any, key: str) -> None:
+    same = getattr(applied(at(path, value)).train, key)
+    assert applied(at(path, value), **{key: same}).train == applied(at(path, value)).train
+
+
+def test_the_second_beta_contradicts() -> None:
+    message = refusal({"optimizer": {"params": {"betas": [0.9, 0.95]}}}, adam_beta1=0.9, adam_beta2=0.999)
+    assert "optimizer.params.betas[1]: is 0.95" in message and "train.adam_beta2 to 0.999" in message
+
+
+def test_dtype_contradiction() -> None:
+    for enabled, dtype in ((True, "float32"), (False, "bfloat16")):
+        config = run({"bf16": {"enabled": enabled}}, dtype=dtype)
+        with pytest.raises(UserError, match=rf"bf16.enabled: is {json.dumps(enabled)}.* backbone.dtype to '{dtype}'"):
+            apply_deepspeed(config)
+    assert apply_deepspeed(run({"bf16": {"enabled": True}}, dtype="auto"))[0].backbone.dtype == "bfloat16"
+
+
+def test_two_keys_of_the_json_may_not_contradict_each_other() -> None:
+    section = {
+        "optimizer": {"params": {"lr": 0.1}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.2}},
+    }
+    message = refusal(section)
+    assert "optimizer.params.lr is 0.1" in message and "scheduler.params.warmup_max_lr: is 0.2" in message
+
+
+def test_comments_are_allowed_at_every_level() -> None:
+    section = {"_why": 1, "comment": "x", "zero_optimization": {"stage": 3, "_why": [1], "offload_param": {"_why": 1}}}
+    zero3 = apply_deepspeed(run(section))[1]
+    assert zero3 is not None and "_why" not in json.dumps(zero3)
+
+
+def test_what_is_set_survives_a_second_reading() -> None:
+    section = {**ZERO3, "gradient_clipping": 0.5, "bf16": {"enabled": True}}
+    once, zero3 = apply_deepspeed(run(section))
+    assert apply_deepspeed(once) == (once, zero3)
+    assert parse_config(once.to_dict()) == parse_config(parse_config(once.to_dict()).to_dict())
+
+
+# --- refused -------------------------------------------------------------------------------------------------------
+
+REFUSED = [
+    ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage", "0 to replicate"),
+    ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage", "gradients of the backbone"),
+    ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage", "has to be 3 or 0, got 4"),
+    ({"zero_optimization": {"stage": True}}, "zero_optimization.stage", "has to be"),
+    ({"zero_optimization": {"stage": "3"}}, "zero_optimization.stage", "'3'"),
+    ({"zero_optimization": {"stage": [3]}}, "zero_optimization.stage", "[3]"),
+    ({"zero_optimization": {"overlap_comm": True}}, "zero_optimization.stage", "is missing"),
+    ({"zero_optimization": True}, "zero_optimization", "has to be an object, got True"),
+    ({"zero_optimization": {"stage": 3, "overlap_comm": 1}}, "zero_optimization.overlap_comm", "true or false"),
+    ({"zero_optimization": {"stage": 3, "sub_group_size": -1}}, "zero_optimization.sub_group_size", "at least 0"),
+    ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, "zero_optimization.offload_param", "an object"),
+    ({"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}}, "offload_param.device", "'nvme'"),
+    ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.nvme_path", "needs"),
+    ({"zero_optimization": {"stage": 3, "offload_param": {"devise": 1}}}, "offload_param.devise", "param.device?"),
+    ({"zero_optimization": {"stage": 3, "stage3_prefetch_bucket": 1}}, "prefetch_bucket", "prefetch_bucket_size?"),
+    ({"zero_optimization": {"stage": 3, 3: 1}}, "zero_optimization.3", "unknown key"),
+    ({"fp16": {"enabled": True}}, "fp16.enabled", "use bf16"),
+    ({"bf16": {"enabled": "yes"}}, "bf16.enabled", "true, false or 'auto'"),
+    ({"bf16": True}, "bf16", "has to be an object"),
+    ({"bf16": {"enable": True}}, "bf16.enable", "bf16.enabled?"),
+    ({"gradient_cliping": 1}, "gradient_cliping", "gradient_clipping?"),
+    ({"gradient_clipping": -1}, "gradient_clipping", "train.max_grad_norm"),
+    ({"gradient_clipping": True}, "gradient_clipping", "got true"),
+    ({"train_micro_batch_size_per_gpu": 0}, "train_micro_batch_size_per_gpu", "greater than or equal to 1"),
+    ({"train_micro_batch_size_per_gpu": [1]}, "train_micro_batch_size_per_gpu", "valid integer"),
+    ({"train_batch_size": 1.5}, "train_batch_size", "whole number"),
+    ({"optimizer": {"type": "Lamb"}}, "optimizer.type", "AdamW"),
+    ({"optimizer": {"type": ["AdamW"]}}, "optimizer.type", "AdamW"),
+    ({"optimizer": {"params": {"lrr": 1}}}, "optimizer.params.lrr", "optimizer.params.lr?"),
+    ({"optimizer": {"params": [1]}}, "optimizer.params", "has to be an object"),
+    ({"optimizer": {"params": {"betas": 0.9}}}, "optimizer.params.betas", "two numbers"),
+    ({"optimizer": {"params": {"adam_w_mode": False}}}, "optimizer.params.adam_w_mode", "true"),
+    ({"optimizer": {"params": {"max_grad_norm": 1}}}, "optimizer.params.max_grad_norm", "gradient_clipping"),
+    ({"scheduler": {"type": "OneCycle"}}, "scheduler.type", "WarmupLR"),
+    ({"scheduler": {"params": {}}}, "scheduler.type", "None"),
+    ({"scheduler": {"type": "WarmupLR", "params": {"total_num_steps": 3}}}, "params.total_num_steps", "unknown key"),
+    ({"scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 0.1}}}, "params.warmup_min_lr", "remove it"),
+    ({"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "log"}}}, "params.warmup_type", "'linear'"),
+    ({"scheduler": {"type": "WarmupCosineLR", "params": {"cos_min_ratio": 0.1}}}, "params.cos_min_ratio", "remove"),
+    ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel", "zero_optimization.stage 3"),
+    ({"sequence_parallel_size": 2}, "sequence_parallel_size", "remove it"),
+    ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op", "remove it"),
+]
+
+
+@pytest.mark.parametrize(("section", "path", "advice"), REFUSED)
+def test_refusals_name_the_key_and_what_to_do(section: dict[str, Any], path: str, advice: str) -> None:
+    message = refusal(section)
+    assert path in message and advice in message
+
+
+@pytest.mark.parametrize("key", sorted(module.REFUSED))
+def test_every_refused_key(key: str) -> None:
+    message = refusal({key: {"enabled": True}})
+    assert f"deepspeed: {key}: is not supported: " in message and "remove" in message
+    for off in (None, False, {}, {"enabled": False}, "auto"):
+        assert applied({key: off}) == run({key: off})
+
+
+@pytest.mark.parametrize("key", sorted(module.ZERO_REFUSED))
+def test_every_refused_zero_key(key: str) -> None:
+    assert f"zero_optimization.{key}: is not supported" in refusal({"zero_optimization": {"stage": 3, key: 2}})
+    zero3 = apply_deepspeed(run({"zero_optimization": {"stage": 3, key: None}}))[1]
+    assert zero3 is not None and zero3["zero_optimization"] == {"stage": 3}
+
+
+# --- ignored -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", sorted(module.IGNORED))
+def test_every_ignored_key_is_named(key: str) -> None:
+    with pytest.warns(UserWarning, match=rf"deepspeed: ignored: {key}"):
+        applied({key: {"x": 1}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        applied({key: False})
+
+
+@pytest.mark.parametrize("key", sorted(module.ZERO_IGNORED.keys() - {"compute_grad_norm"}))
+def test_every_ignored_zero_key_is_named_and_not_handed_on(key: str) -> None:
+    value: Any = {"device": "cpu"} if key in module.ZERO_SECTIONS else True
+    with pytest.warns(UserWarning, match=rf"ignored: zero_optimization.{key}"):
+        zero3 = apply_deepspeed(run({"zero_optimization": {"stage": 3, key: value}}))[1]
+    assert zero3 is not None and key not in zero3["zero_optimization"]
+
+
+def test_the_gradient_norm_of_no_gradients_needs_no_word() -> None:
+    for value in (True, False):  # DeepSpeed itself refuses false together with stage 3
+        zero3 = apply_deepspeed(run({"zero_optimization": {"stage": 3, "compute_grad_norm": value}}))[1]
+        assert zero3 is not None and zero3["zero_optimization"] == {"stage": 3}
+
+
+def test_logarithmic_warm_up_is_not_taken_over_in_silence() -> None:
+    with pytest.warns(UserWarning, match="the warm-up is linear"):
+        applied({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 7}}})
+
+
+# --- what DeepSpeed gets -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "enabled"), [("bfloat16", True), ("float32", False), ("auto", "auto")])
+def test_the_dict_says_the_dtype(dtype: str, enabled: Any) -> None:
+    zero3 = apply_deepspeed(run(ZERO3, dtype=dtype, per_device_train_batch_size=5, gradient_accumulation_steps=3))[1]
+    assert zero3 is not None and zero3["bf16"] == {"enabled": enabled}
+    assert (zero3["train_micro_batch_size_per_gpu"], zero3["gradient_accumulation_steps"]) == (5, 1)
+    assert resolve_dtype(zero3, "torch.bfloat16")["bf16"]["enabled"] is True
+    assert resolve_dtype(zero3, "float32")["bf16"]["enabled"] is False
+    assert zero3["bf16"] == {"enabled": enabled}, "the given one is not changed"
+
+
+def test_auto_values_are_left_to_deepspeed_and_sizes_are_whole() -> None:
+    section = {
+        "stage": 3,
+        "stage3_prefetch_bucket_size": "auto",
+        "sub_group_size": 1e9,
+        "offload_param": {"device": "cpu", "pin_memory": "auto", "buffer_size": 1e8},
+    }
+    zero3 = apply_deepspeed(run({"zero_optimization": section, "aio": {"block_size": 1, "queue_depth": "auto"}}))[1]
+    assert zero3 is not None and zero3["aio"] == {"block_size": 1}
+    assert zero3["zero_optimization"] == {
+        "stage": 3,
+        "sub_group_size": 1_000_000_000,
+        "offload_param": {"device": "cpu", "buffer_size": 100_000_000},
+    }
+    assert isinstance(zero3["zero_optimization"]["sub_group_size"], int)
+
+
+def test_batch_size_is_checked_against_the_processes() -> None:
+    config = run({**ZERO3, "train_batch_size": 16}, per_device_train_batch_size=4)
+    check_batch_size(config, 4)
+    check_batch_size(run(), 3)
+    check_batch_size(run({"train_batch_size": "auto"}), 3)
+    with pytest.raises(UserError, match=r"train_batch_size: is 16, .*\(4\).*\(1\).*\(2\) is 8; .*steps to 2"):
+        check_batch_size(config, 2)
+    with pytest.raises(UserError, match="set train_batch_size to 'auto'$"):
+        check_batch_size(config, 3)
+
+
+# --- against the installed DeepSpeed -------------------------------------------------------------------------------
+
+
+def test_the_key_lists_are_deepspeeds() -> None:
+    from deepspeed.runtime import config as ds
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    names = set(fields) | {field.alias for field in fields.values() if field.alias}
+    assert names == module.ZERO_KEYS
+    assert module.ZERO_FLAGS == {
+        name
+        for key, field in fields.items()
+        if "bool" in str(field.annotation)
+        for name in (key, field.alias)
+        if name is not None
+    }
+    assert set(DeepSpeedZeroOffloadParamConfig.model_fields) == module.OFFLOAD_PARAM_KEYS
+    assert set(DeepSpeedBF16Config.model_fields) == module.BF16_KEYS
+    assert set(DeepSpeedFP16Config.model_fields) == module.FP16_KEYS
+    assert set(ds._REMOVED_TOP_LEVEL_CONFIG_KEYS) <= set(module.REFUSED)
+    assert set(ds._REMOVED_ZERO_CONFIG_KEYS) <= set(module.ZERO_REFUSED)
+    assert not module.IGNORED & module.REFUSED.keys() and not module.HONOURED & (module.IGNORED | module.REFUSED.keys())
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.json")), ids=lambda path: path.name)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_shipped_files_are_what_deepspeed_takes(path: Path, dtype: str) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        config, zero3 = apply_deepspeed(run(str(path), dtype=dtype))
+    assert config.train == run().train, "a shipped file leaves the optimisation to RUN.yaml"
+    if zero3 is not None:
+        taken = DeepSpeedConfig(zero3)
+        assert taken.zero_config.stage == 3 and taken.bfloat16_config.enabled is (dtype == "bfloat16")
+        assert taken.optimizer_name is None and taken.scheduler_name is None and not taken.float16_config.enabled
+
+
+def test_shipped_files_are_described() -> None:
+    text = (SHIPPED / "README.md").read_text()
+    assert all(f"`{path.name}`" in text for path in SHIPPED.glob("*.json"))
