@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from ptd.methods import method
 from ptd.types import UserError
@@ -54,7 +63,9 @@ class TaskConfig(Section):
 class DataConfig(Section):
     """Where the rows come from and how they become tokens."""
 
-    train: str | None = Field(None, description="file (.jsonl, .json, .csv, .parquet), saved dataset folder or hub name")
+    train: str | None = Field(
+        None, description="file (.jsonl, .json, .csv, .parquet), saved dataset folder or hub name"
+    )
     eval: str | None = Field(None, description="the same, for evaluation")
     train_split: str = Field("train", description="split of a dataset folder or hub dataset")
     eval_split: str = Field("validation", description="split of a dataset folder or hub dataset")
@@ -77,7 +88,9 @@ class DataConfig(Section):
             raise ValueError(
                 f"max_tokens ({self.max_tokens}) has to hold one sequence of max_length ({self.max_length}) tokens"
             )
-        fields = {"prompt_completion": {"prompt", "completion"}, "messages": {"messages"}, "text": {"text"}}[self.format]
+        fields = {"prompt_completion": {"prompt", "completion"}, "messages": {"messages"}, "text": {"text"}}[
+            self.format
+        ]
         for name in self.columns:
             if name not in fields:
                 raise ValueError(f"columns: format {self.format!r} has no field {name!r}; it has {sorted(fields)}")
@@ -95,9 +108,9 @@ class TrainConfig(Section):
     per_device_eval_batch_size: int | None = Field(None, ge=1, description="default: the training value")
     gradient_accumulation_steps: int = Field(1, ge=1)
     learning_rate: float = Field(1e-2, gt=0)
-    lr_scheduler_type: Literal[
-        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
-    ] = "linear"
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
+        "linear"
+    )
     warmup_ratio: float = Field(0.0, ge=0, le=1)
     warmup_steps: int | None = Field(None, ge=0, description="takes precedence over warmup_ratio")
     weight_decay: float = Field(0.0, ge=0)
@@ -123,9 +136,9 @@ class RunConfig(Section):
 
     backbone: BackboneConfig
     method: dict[str, Any]
-    task: TaskConfig = Field(default_factory=TaskConfig)
+    task: TaskConfig = Field(default_factory=lambda: TaskConfig())
     data: DataConfig
-    train: TrainConfig = Field(default_factory=TrainConfig)
+    train: TrainConfig = Field(default_factory=lambda: TrainConfig())
     deepspeed: str | dict[str, Any] | None = Field(None, description="DeepSpeed JSON: path or inline mapping")
     output_dir: Path = Path("out")
 
@@ -162,7 +175,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     except NOT_YAML as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
-        raise UserError(f"{path} has to be a mapping with the sections backbone, method, data …; got {type(raw).__name__}")
+        raise UserError(
+            f"{path} has to be a mapping with the sections backbone, method, data …; got {type(raw).__name__}"
+        )
     for override in overrides or []:
         _apply_override(raw, override)
     return parse_config(raw, source=str(path))
@@ -253,7 +268,8 @@ def _repair_scientific(value: Any) -> Any:
 def _explain(error: ValidationError, model: type[BaseModel] | None, prefix: str = "") -> list[str]:
     lines = []
     for item in error.errors():
-        path = [part for part in item["loc"] if not (isinstance(part, str) and part.startswith(("function-", "dict[")))]
+        # What follows deepspeed are pydantic's labels of the types it may have, not keys.
+        path = list(item["loc"][:1] if item["loc"][:1] == ("deepspeed",) else item["loc"])
         dotted = ".".join([prefix, *map(str, path)] if prefix else map(str, path))
         if item["type"] == "extra_forbidden":
             lines.append(_unknown_key(dotted, str(path[-1]), _keys_of(model, path[:-1])))

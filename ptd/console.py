@@ -5,7 +5,15 @@ from __future__ import annotations
 import sys
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from ptd.types import Reporter
 
@@ -59,7 +67,9 @@ class BarReporter(Reporter):
     def advance(self, task: str, done: int, line: str | None = None) -> None:
         self._progress.update(self._tasks[task], completed=done)
         if line is not None:
-            self.note(f"{task} {done}/{self._progress.tasks[self._progress.task_ids.index(self._tasks[task])].total:.0f}  {line}")
+            self.note(
+                f"{task} {done}/{self._progress.tasks[self._progress.task_ids.index(self._tasks[task])].total:.0f}  {line}"
+            )
 
     def finish(self, task: str) -> None:
         self._progress.remove_task(self._tasks.pop(task))

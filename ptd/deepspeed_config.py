@@ -131,8 +131,8 @@ def apply_deepspeed(
     """Read ``config.deepspeed`` (or ``source``) into the run.
 
     Returns the `RunConfig` with the JSON's values applied, and the ZeRO-3 configuration to load and shard the backbone
-    with; None when nothing is to be sharded. With ``backbone.dtype: auto`` its ``bf16.enabled`` is still ``"auto"``:
-    the checkpoint decides, see `resolve_dtype`.
+    with; None when nothing is to be sharded. With ``backbone.dtype: auto`` its ``bf16.enabled`` is still ``"auto"``,
+    which DeepSpeed takes for false (float32): put the checkpoint's dtype in with `resolve_dtype`.
 
     Raises:
         UserError: the JSON cannot be read, contradicts RUN.yaml, or asks for what ptd cannot do.

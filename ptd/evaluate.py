@@ -33,23 +33,21 @@ def evaluate(
     try:
         tuned = load_tuned(adapter, backbone, ranks, dtype=dtype)
         config = data_config({**tuned.data, "eval": data, **(settings or {})})
-        return evaluate_tuned(tuned, config, ranks, decoding=decoding, batch_size=batch_size, reporter=reporter)
+        rows = load_rows(data, config.eval_split, what="--data")
+        result = held_out_loss(tuned, rows, config, ranks, batch_size=batch_size, reporter=reporter)
+        if decoding is not None:
+            result |= text_metrics(
+                *continue_rows(tuned, rows, config, decoding, batch_size=batch_size, reporter=reporter)
+            )
+        return result
     finally:
         ranks.stop()
 
 
-def evaluate_tuned(
-    tuned: Tuned,
-    config: DataConfig,
-    ranks: Ranks,
-    *,
-    decoding: Decoding | None,
-    batch_size: int,
-    reporter: Reporter,
+def held_out_loss(
+    tuned: Tuned, rows: Any, config: DataConfig, ranks: Ranks, *, batch_size: int, reporter: Reporter
 ) -> dict[str, Any]:
-    """Like `evaluate`, on what is loaded already; ``config.eval`` names the data."""
-    assert config.eval is not None
-    rows = load_rows(config.eval, config.eval_split, what="--data")
+    """Loss, perplexity and number of supervised tokens of ``rows``, over all ranks."""
     examples = tokenize(rows, config, tuned.tokenizer, max_length=config.max_length, what="--data")
     reporter.note(f"--data: {examples.report}")
     batches = Batches(
@@ -61,12 +59,17 @@ def evaluate_tuned(
         shuffle=False,
         pad_token_id=tuned.tokenizer.pad_token_id or 0,
     )
-    result: dict[str, Any] = evaluate_loss(tuned.prepared.model, batches, ranks, reporter)
-    if decoding is not None:
-        prompts, references = prompts_and_references(rows, config, tuned.tokenizer, max_length=config.max_length)
-        outputs = decode(tuned, prompts, decoding, batch_size=batch_size, reporter=reporter)
-        result |= text_metrics(outputs, references)
-    return result
+    return evaluate_loss(tuned.prepared.model, batches, ranks, reporter)
+
+
+def continue_rows(
+    tuned: Tuned, rows: Any, config: DataConfig, decoding: Decoding, *, batch_size: int, reporter: Reporter
+) -> tuple[list[str], list[str]]:
+    """What the model generates for the prompt of each row, and the row's reference."""
+    room = tuned.room(decoding.max_new_tokens)
+    longest = config.max_length if room is None else max(1, min(config.max_length, room))
+    prompts, references = prompts_and_references(rows, config, tuned.tokenizer, max_length=longest, what="--data")
+    return decode(tuned, prompts, decoding, batch_size=batch_size, reporter=reporter), references
 
 
 def text_metrics(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:

@@ -43,6 +43,11 @@ class Tuned:
         """The ``data`` section the adapter was trained with; empty if unknown."""
         return dict(self.adapter.facts.get("data", {})) if self.adapter is not None else {}
 
+    def room(self, used: int) -> int | None:
+        """Tokens of the backbone's context left beside the prefix and ``used`` others; None: no known limit."""
+        context = self.prepared.shape.context
+        return None if context is None else context - self.prepared.attachment.num_virtual_tokens - used
+
 
 def load_tuned(adapter: str | None, backbone: str | None, ranks: Ranks, *, dtype: str = "auto") -> Tuned:
     """Load the adapter's backbone (or ``backbone``) and put the prefix on it.
@@ -54,7 +59,7 @@ def load_tuned(adapter: str | None, backbone: str | None, ranks: Ranks, *, dtype
     if not path:
         raise UserError("no backbone is known: the adapter names none; give --backbone")
     revision = found.revision if found is not None and backbone is None else None
-    config = BackboneConfig(path=path, revision=revision, dtype=dtype)  # type: ignore[arg-type]
+    config = BackboneConfig(path=path, revision=revision, dtype=dtype)
     tokenizer = load_tokenizer(config)
     prepared = prepare(config, ranks)
     if found is not None:
@@ -73,14 +78,15 @@ def decode(
     model, tokenizer = tuned.prepared.model, tuned.tokenizer
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     longest = max((len(prompt) for prompt in prompts), default=0)
-    room = decoding.max_new_tokens
-    if tuned.prepared.shape.context is not None:
-        room = tuned.prepared.shape.context - tuned.prepared.attachment.num_virtual_tokens - longest
+    room = tuned.room(longest)
     if any(len(prompt) == 0 for prompt in prompts):
         raise UserError("a prompt has no tokens; give at least one")
-    if room < 1:
-        raise UserError(f"a prompt of {longest} tokens leaves no room in the backbone's context for an answer; shorten it")
-    generation = _generation_config(tuned, decoding, min(room, decoding.max_new_tokens))
+    if room is not None and room < 1:
+        raise UserError(
+            f"a prompt of {longest} tokens leaves no room in the backbone's context for an answer; shorten it"
+        )
+    new_tokens = decoding.max_new_tokens if room is None else min(room, decoding.max_new_tokens)
+    generation = _generation_config(tuned, decoding, new_tokens)
     texts = [""] * len(prompts)
     torch.manual_seed(decoding.seed)
     reporter.start("generate", len(prompts))
@@ -95,7 +101,9 @@ def decode(
             mask[row, width - len(prompt) :] = 1
         with torch.no_grad():
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=generation)
-        for index, text in zip(chosen, tokenizer.batch_decode(output[:, width:], skip_special_tokens=True), strict=True):
+        for index, text in zip(
+            chosen, tokenizer.batch_decode(output[:, width:], skip_special_tokens=True), strict=True
+        ):
             texts[index] = text
         reporter.advance("generate", min(begin + batch_size, len(order)))
     reporter.finish("generate")
@@ -142,7 +150,11 @@ def generate(
     """Continue each of ``prompts``; returns the new text only. Raises `UserError`."""
     tuned = load_tuned(adapter, backbone, Ranks.start(), dtype=dtype)
     return decode(
-        tuned, prompt_ids(tuned, prompts), decoding or Decoding(), batch_size=batch_size, reporter=reporter or Reporter()
+        tuned,
+        prompt_ids(tuned, prompts),
+        decoding or Decoding(),
+        batch_size=batch_size,
+        reporter=reporter or Reporter(),
     )
 
 

@@ -17,7 +17,7 @@ from ptd.checkpoint.run_folder import RunFolder, clear, open_run
 from ptd.checkpoint.run_state import load_tensors, tensors_of
 from ptd.config import DataConfig, RunConfig, TrainConfig
 from ptd.data import Batches, load_rows, tokenize
-from ptd.deepspeed_config import apply_deepspeed
+from ptd.deepspeed_config import apply_deepspeed, check_batch_size
 from ptd.engine.loop import Loop, peak_memory_bytes
 from ptd.engine.meter import NetworkMeter, metered_deepspeed
 from ptd.engine.prompt_step import PromptStep, build_optimizer
@@ -36,6 +36,7 @@ def train(config: RunConfig, *, overwrite: bool = False, reporter: Reporter | No
     """
     config, zero3 = apply_deepspeed(config)
     ranks = Ranks.start(needs_group=zero3 is not None)
+    check_batch_size(config, ranks.world_size)
     reporter = reporter if reporter is not None and ranks.is_main else Reporter()
     try:
         return _train(config, zero3, ranks, overwrite, reporter)
@@ -128,8 +129,8 @@ def _train(
     }
     if records is not None:
         records.close()
-        last = read_records(folder.path)
-        result |= {key: record[key] for record in last for key in ("loss", "eval_loss", "eval_perplexity") if key in record}
+        final = ("loss", "eval_loss", "eval_perplexity")
+        result |= {key: record[key] for record in read_records(folder.path) for key in final if key in record}
         plot_loss(folder.path)
         folder.write({**description, "status": "finished", "result": result})
     ranks.barrier()
@@ -197,9 +198,7 @@ def _build_step(config: RunConfig, prepared: Prepared, tokenizer: Any, ranks: Ra
     return PromptStep(encoder, optimizer, ranks, NetworkMeter(ranks.world_size), config.train.max_grad_norm)
 
 
-def _batches(
-    config: DataConfig, settings: TrainConfig, examples: Examples, tokenizer: Any, ranks: Ranks
-) -> Batches:
+def _batches(config: DataConfig, settings: TrainConfig, examples: Examples, tokenizer: Any, ranks: Ranks) -> Batches:
     return Batches(
         examples,
         rank=ranks.rank,

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORE_INDEX = -100
 """Label of a position that carries no loss (the value Hugging Face and torch use)."""
@@ -93,21 +93,22 @@ PromptState = PrefixKV
 """What a prompt encoder hands to the injection. Injection dispatches on its type, the engine on nothing."""
 
 
-@runtime_checkable
-class PromptEncoder(Protocol):
-    """The trained module: no input, one flat output.
+class PromptEncoder(nn.Module):
+    """The trained module: no input, one flat output. A method's encoder derives from this interface.
 
     ``forward() -> Tensor`` gives the flat prompt: the only tensor whose gradient is reduced over ranks.
-    ``state(flat)`` views a tensor of that shape as a `PromptState`; it copies nothing, so the views of a gradient
-    buffer are the gradients of the views.
     """
 
-    def __call__(self) -> Tensor: ...
-    def state(self, flat: Tensor) -> PromptState: ...
-    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
+    def state(self, flat: Tensor) -> PromptState:
+        """View a tensor of the flat prompt's shape as a `PromptState`.
+
+        It copies nothing, so the views of a gradient buffer are the gradients of the views.
+        """
+        raise NotImplementedError
+
     def tensor_parallel_plan(self) -> Mapping[str, Any]:
         """Module name -> `torch.distributed.tensor.parallel` style for the wide layers; empty: all replicated."""
-        ...
+        return {}
 
 
 class Reporter:
@@ -133,7 +134,8 @@ class Batch:
     Padded: ``input_ids``, ``labels`` and ``position_ids`` are ``[B, S]``, padded on the right.
     Packed: they are ``[1, N]``, sequences one behind the other; ``cu_seqlens`` (int32, ``[sequences + 1]``) holds their
     boundaries and ``position_ids`` restart at 0 in each.
-    ``labels[:, t]`` is the token to predict *from* position ``t`` (already shifted), `IGNORE_INDEX` where no loss is due.
+    ``labels[:, t]`` is the token to predict *from* position ``t`` (already shifted), `IGNORE_INDEX` where none
+    is due.
     """
 
     input_ids: Tensor
@@ -148,9 +150,7 @@ class Batch:
         if device.type == "cpu":
             return self
         moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return Batch(**{**vars(self), **moved})
 

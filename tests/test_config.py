@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def test_the_smallest_run_file(tmp_path: Path) -> None:
     config = load(tmp_path)
     assert (config.backbone.path, config.method_name, config.data.train) == ("some/model", "prefix", "rows.jsonl")
     assert config.train.eval_batch_size == config.train.per_device_train_batch_size
-    assert config.output_dir == Path("out") and config.deepspeed is None
+    assert config.output_dir == Path("out")
+    assert config.deepspeed is None
 
 
 def test_overrides_win_and_make_sections(tmp_path: Path) -> None:
@@ -69,10 +71,13 @@ def test_overrides_win_and_make_sections(tmp_path: Path) -> None:
         "train.max_steps=7",
         "train.max_steps=8",
     )
-    assert config.train.learning_rate == 3e-3 and config.train.max_steps == 8
+    assert config.train.learning_rate == 3e-3
+    assert config.train.max_steps == 8
     assert config.method_config().num_virtual_tokens == 4
-    assert config.data.columns == {"prompt": "question"} and config.data.eval is None
-    assert config.output_dir == Path("runs/b=c") and config.backbone.dtype == "float32"
+    assert config.data.columns == {"prompt": "question"}
+    assert config.data.eval is None
+    assert config.output_dir == Path("runs/b=c")
+    assert config.backbone.dtype == "float32"
 
 
 @pytest.mark.parametrize(
@@ -95,14 +100,16 @@ def test_to_dict_is_plain_and_reads_back(tmp_path: Path) -> None:
         plain = config.to_dict()
         assert json.loads(json.dumps(plain)) == plain
         again = parse_config(plain)
-        assert again.to_dict() == plain and again.method_config() == config.method_config()
+        assert again.to_dict() == plain
+        assert again.method_config() == config.method_config()
         assert yaml.safe_load(yaml.safe_dump(plain)) == plain
     assert plain["method"]["init"] == "random", "defaults of the method are filled in"
 
 
 def test_a_path_of_the_method_is_plain_too(tmp_path: Path) -> None:
     plain = load(tmp_path, MINIMAL, "method.init=text", "method.init_text_file=a.txt").to_dict()
-    assert plain["method"]["init_text_file"] == "a.txt" and parse_config(plain).to_dict() == plain
+    assert plain["method"]["init_text_file"] == "a.txt"
+    assert parse_config(plain).to_dict() == plain
 
 
 def test_parsing_does_not_change_what_it_is_given() -> None:
@@ -123,7 +130,10 @@ def test_parsing_does_not_change_what_it_is_given() -> None:
         ("data.max_lenght=8", "data.max_lenght: unknown key; did you mean data.max_length?"),
         ("train.learning_rat=1", "train.learning_rat: unknown key; did you mean train.learning_rate?"),
         ("task.kinds=x", "task.kinds: unknown key; did you mean task.kind?"),
-        ("method.num_virtual_token=1", "method.num_virtual_token: unknown key; did you mean method.num_virtual_tokens?"),
+        (
+            "method.num_virtual_token=1",
+            "method.num_virtual_token: unknown key; did you mean method.num_virtual_tokens?",
+        ),
         ("train.xyz=1", "train.xyz: unknown key; valid keys: adam_beta1, "),
         ("method.xyz=1", "method.xyz: unknown key; valid keys: "),
         ("data.columns.answer=a", "columns: format 'prompt_completion' has no field 'answer'"),
@@ -156,7 +166,10 @@ def test_unknown_names_are_refused_with_the_nearest(tmp_path: Path, override: st
         ("data.packing=maybe", "data.packing: got 'maybe'"),
         ("data.max_length=1", "data.max_length: got 1"),
         ("data.columns=prompt", "data.columns: got 'prompt'"),
-        ("deepspeed=3", "deepspeed"),
+        ("deepspeed=3", "deepspeed: got 3"),
+        ("deepspeed={1: 2}", "deepspeed: got 1; input should be a valid string"),
+        ("train.dict[=1", "train.dict[: unknown key"),
+        ("dict[=1", "dict[: unknown key"),
         ("output_dir=[1]", "output_dir: got [1]"),
         ("method=prefix", "method: got 'prefix'"),
         ("method.name=3", "method.name: "),
@@ -227,15 +240,18 @@ def test_a_run_file_that_cannot_be_read(tmp_path: Path) -> None:
 )
 def test_overrides_that_are_none(tmp_path: Path, override: str, said: str) -> None:
     message = refusal(tmp_path, MINIMAL, override)
-    assert said in message and override in message
+    assert said in message
+    assert override in message
 
 
 # --- anything else -------------------------------------------------------------------------------------------------
 
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates() | st.binary(max_size=4)
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates() | st.binary(max_size=4)
+)
 NAMES = st.sampled_from(
-    ["backbone", "method", "data", "train", "task", "deepspeed", "output_dir", "path", "name", "prefix", "columns"]
-    + ["max_steps", "learning_rate", "num_virtual_tokens", "init", "dtype", "max_tokens", "packing", "format", "stage"]
+    "backbone method data train task deepspeed output_dir path name prefix columns max_steps learning_rate "  # noqa: SIM905
+    "num_virtual_tokens init dtype max_tokens packing format stage".split()
 )
 VALUES = st.recursive(
     SCALARS | NAMES,
@@ -245,15 +261,20 @@ VALUES = st.recursive(
 LIGHT = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 
 
+def tell(read: Callable[[], RunConfig]) -> str | None:
+    """None if the configuration is read, and plain; else the refusal. Any other exception passes."""
+    try:
+        config = read()
+    except UserError as error:
+        return str(error)
+    json.dumps(config.to_dict())
+    return None
+
+
 @LIGHT
 @given(st.dictionaries(NAMES | SCALARS, VALUES, max_size=6), st.booleans())
 def test_any_mapping_gives_a_config_or_a_user_error(raw: dict[Any, Any], complete: bool) -> None:
-    try:
-        config = parse_config({**(mapping() if complete else {}), **raw})
-    except UserError as error:
-        assert str(error)
-    else:
-        assert isinstance(config, RunConfig) and json.dumps(config.to_dict())
+    assert tell(lambda: parse_config({**(mapping() if complete else {}), **raw})) != ""
 
 
 @LIGHT
@@ -261,10 +282,7 @@ def test_any_mapping_gives_a_config_or_a_user_error(raw: dict[Any, Any], complet
 def test_any_value_of_a_section_gives_a_config_or_a_user_error(section: str, key: str, value: Any) -> None:
     raw = mapping()
     raw[section] = {**raw.get(section, {}), key: value}
-    try:
-        assert json.dumps(parse_config(raw).to_dict())
-    except UserError as error:
-        assert str(error)
+    assert tell(lambda: parse_config(raw)) != ""
 
 
 @LIGHT
@@ -278,7 +296,4 @@ def test_any_value_of_a_section_gives_a_config_or_a_user_error(section: str, key
 def test_any_override_gives_a_config_or_a_user_error(tmp_path_factory: pytest.TempPathFactory, override: str) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
     path.write_text(MINIMAL)
-    try:
-        assert isinstance(load_config(path, [override]), RunConfig)
-    except UserError as error:
-        assert str(error)
+    assert tell(lambda: load_config(path, [override])) != ""

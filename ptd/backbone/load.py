@@ -48,6 +48,9 @@ def load_model(
     if type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
     check(model_class, model_config)
+    if zero3 is not None:
+        # Under zero.Init this switch alone decides the weights' dtype; what from_pretrained is told has no effect.
+        zero3 = {**zero3, "bf16": {"enabled": _sharded_dtype(config, model_config) is torch.bfloat16}}
     keep_alive = HfDeepSpeedConfig(zero3) if zero3 is not None else None  # from_pretrained finds it by weak reference
     try:
         with _readable(config):
@@ -71,10 +74,10 @@ def load_model(
 def checkpoint_layers(model: PreTrainedModel) -> None:
     """Recompute each layer in backward although the model stays in eval mode (no dropout, no batch statistics)."""
     if not model.supports_gradient_checkpointing:
-        raise UserError(
-            f"backbone.gradient_checkpointing: {type(model).__name__} does not support it; set it to false"
-        )
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        raise UserError(f"backbone.gradient_checkpointing: {type(model).__name__} does not support it; set it to false")
+    # Under its older name where transformers has no other yet; where it has, the older one warns.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True  # transformers checkpoints only layers in training mode; their children stay in eval
@@ -87,6 +90,16 @@ def load_tokenizer(config: BackboneConfig) -> Any:
         return AutoTokenizer.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
+
+
+def _sharded_dtype(config: BackboneConfig, model_config: Any) -> torch.dtype:
+    dtype = model_config.dtype if config.dtype == "auto" else DTYPES[config.dtype]
+    if dtype is torch.float16:
+        raise UserError(
+            f"backbone.dtype: {config.path} is stored in float16, which ZeRO-3 sharding does not take here; "
+            "set backbone.dtype to bfloat16 or float32"
+        )
+    return torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
 
 
 def _explain_missing(config: BackboneConfig) -> None:

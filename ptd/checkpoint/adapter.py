@@ -120,7 +120,9 @@ def load_adapter(path: str | Path) -> Adapter:
         raise UserError(f"--adapter: the configuration in {folder} is incomplete or damaged: {error!r}") from error
     width = sum(layer.numel for layer in layers)
     if not layers or flat.ndim != 2 or flat.shape[1] != width:
-        raise UserError(f"--adapter: {folder / WEIGHTS} has shape {tuple(flat.shape)}, its configuration says [P, {width}]")
+        raise UserError(
+            f"--adapter: {folder / WEIGHTS} has shape {tuple(flat.shape)}, its configuration says [P, {width}]"
+        )
     backbone = facts.get("backbone") or config.get("base_model_name_or_path") or ""
     revision = facts.get("revision", config.get("revision"))
     return Adapter(flat, layers, backbone, revision, config.get("task_type") or "CAUSAL_LM", facts)
@@ -132,7 +134,7 @@ def _read_prompt(path: Path) -> Tensor:
     except (OSError, SafetensorError) as error:
         raise UserError(f"--adapter: cannot read {path}: {error}") from error
     if KEY not in tensors:
-        raise UserError(f"--adapter: {path} holds no {KEY!r} (it has {sorted(tensors)[:5]}); it is not a prompt adapter")
+        raise UserError(f"--adapter: {path} has {sorted(tensors)[:5]} but no {KEY!r}; it is not a prompt adapter")
     if not torch.isfinite(tensors[KEY]).all():
         raise UserError(f"--adapter: {path} holds values that are not finite; the adapter is damaged")
     return tensors[KEY].float()

@@ -30,7 +30,7 @@ FREE_TO_CHANGE = {
         "gradient_accumulation_steps",
     },
 }
-"""Keys that may differ when a run is continued: they do not change what is learned (batch sizes are checked as a product)."""
+"""Keys that may differ when a run is continued: they do not change what is learned (batch sizes count as a product)."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,14 @@ def open_run(config: RunConfig, *, overwrite: bool) -> RunFolder:
             "or --overwrite to replace it"
         )
     if status == "finished":
-        raise UserError(f"output_dir: the run in {folder} is finished; choose another output_dir, or --overwrite to redo it")
+        raise UserError(
+            f"output_dir: the run in {folder} is finished; choose another output_dir, or --overwrite to redo it"
+        )
     checkpoint, skipped = latest_complete(folder / "checkpoints")
     notes = [f"passed over {reason}" for reason in skipped]
-    notes.append(f"continuing from {checkpoint.name}" if checkpoint else "no checkpoint yet; starting from the beginning")
+    notes.append(
+        f"continuing from {checkpoint.name}" if checkpoint else "no checkpoint yet; starting from the beginning"
+    )
     return RunFolder(folder, checkpoint, tuple(notes))
 
 

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.distributed.tensor import DTensor
 
 from ptd.checkpoint.files import sync, write_atomically, write_json
@@ -71,7 +72,7 @@ def save_state(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # "assuming a single process", which is what is meant
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer, no_dist=alone)
+        save_distributed(tensors, storage_writer=writer, no_dist=alone)
     barrier()
     if is_main:
         write_json(temporary / FACTS, {"step": step, **facts})
@@ -96,7 +97,7 @@ def checkpoints(root: Path) -> list[Path]:
 
 def latest_complete(root: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and why newer ones were passed over."""
-    skipped = []
+    skipped: list[str] = []
     for folder in checkpoints(root):
         reason = _damage(folder)
         if reason is None:
@@ -116,7 +117,7 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
         warnings.simplefilter("ignore", UserWarning)
         reader = HuggingFaceStorageReader(str(folder))
         with torch.no_grad():
-            dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+            load_distributed(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
 def _damage(folder: Path) -> str | None:

@@ -91,7 +91,9 @@ class Loop:
             return
         self.attachment.set(self.step.state())
         metrics = evaluate_loss(self.model, self.eval_batches, self.ranks, self.reporter)
-        self.reporter.advance("train", number, f"eval loss {metrics['loss']:.4f}  perplexity {metrics['perplexity']:.3f}")
+        self.reporter.advance(
+            "train", number, f"eval loss {metrics['loss']:.4f}  perplexity {metrics['perplexity']:.3f}"
+        )
         self.on_record({"step": number, **{f"eval_{key}": value for key, value in metrics.items()}})
         self.on_eval(number, metrics)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_C10D: Any = torch._C._distributed_c10d
 FACTORS: dict[str, Callable[[int], float]] = {
     "all_reduce": lambda n: 2 * (n - 1) / n,
     "all_gather": lambda n: (n - 1) / n,
@@ -77,7 +78,7 @@ class NetworkMeter(TorchDispatchMode):
     def _group_size(self, args: Any) -> int:
         for value in args:
             if isinstance(value, str) and value not in ("sum", "avg", "min", "max"):
-                return int(torch._C._distributed_c10d._resolve_process_group(value).size())
+                return int(_C10D._resolve_process_group(value).size())
             if isinstance(value, torch.ScriptObject) and "ProcessGroup" in str(value._type()):
                 return int(dist.ProcessGroup.unbox(value).size())
         return self.world_size

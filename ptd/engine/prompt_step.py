@@ -39,7 +39,12 @@ class PromptStep:
     """
 
     def __init__(
-        self, encoder: PromptEncoder, optimizer: torch.optim.Optimizer, ranks: Ranks, meter: NetworkMeter, max_grad_norm: float
+        self,
+        encoder: PromptEncoder,
+        optimizer: torch.optim.Optimizer,
+        ranks: Ranks,
+        meter: NetworkMeter,
+        max_grad_norm: float,
     ) -> None:
         self.encoder, self.optimizer, self.ranks, self.meter = encoder, optimizer, ranks, meter
         self.max_grad_norm = max_grad_norm

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
@@ -58,6 +58,13 @@ class Ranks:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
         return cls(rank, world_size, local_world_size, device)
 
+    @staticmethod
+    def free_port() -> int:
+        """A TCP port that nothing on this machine listens on."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
+
     def stop(self) -> None:
         """Leave the process group."""
         if dist.is_initialized():
@@ -74,10 +81,11 @@ class Ranks:
 
     def distribute(self, encoder: PromptEncoder) -> PromptEncoder:
         """Move the encoder to this rank's device and split its wide layers over the node's ranks."""
-        assert isinstance(encoder, nn.Module)
         encoder.to(self.device)
         plan = dict(encoder.tensor_parallel_plan())
-        return parallelize_module(encoder, self.mesh, plan) if plan and self.world_size > 1 else encoder
+        if plan and self.world_size > 1:
+            parallelize_module(encoder, self.mesh, plan)
+        return encoder
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
@@ -101,13 +109,16 @@ class Ranks:
             dist.broadcast_object_list(outcome, src=0, device=self.device)
         if outcome[1] is not None:
             raise outcome[1]
-        return outcome[0]
+        return cast(T, outcome[0])
 
 
 def _describe_single_process() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    settings = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(Ranks.free_port()),
+    }
     for name, value in settings.items():
         os.environ.setdefault(name, value)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ptd.backbone import fingerprint, load_model
 from ptd.config import BackboneConfig
+from ptd.deepspeed_config import resolve_dtype
 from ptd.engine.ranks import Ranks
 from ptd.inject import Attachment, check_supported, measure_shape
 from ptd.types import BackboneShape, UserError
@@ -27,13 +28,15 @@ class Prepared:
 
 def prepare(config: BackboneConfig, ranks: Ranks, zero3: dict[str, Any] | None = None) -> Prepared:
     """Load, shard (with ``zero3``), attach and measure the backbone. Every rank calls this together."""
+    if zero3 is not None:
+        from ptd.engine import sharding  # importing deepspeed takes seconds; only sharded runs pay for it
+
+        sharding.make_ready()
     model = load_model(config, device=ranks.device, zero3=zero3, check=check_supported)
     attachment = Attachment(model, backend=config.attention)
     identity = [fingerprint(model)]
     if zero3 is not None:
-        from ptd.engine.sharding import shard  # importing deepspeed takes seconds; only sharded runs pay for it
-
-        shard(model, zero3)
+        sharding.shard(model, resolve_dtype(zero3, str(model.dtype)))
         if dist.is_initialized():
             dist.broadcast_object_list(identity, src=0, device=ranks.device)
     return Prepared(model, attachment, measure_shape(attachment, model), identity[0])

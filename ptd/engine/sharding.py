@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Any
 
 import deepspeed
 from torch import nn
 
 
-def shard(model: nn.Module, config: dict[str, Any]) -> nn.Module:
-    """Partition a model loaded under ZeRO-3 over all ranks; returns the module to call.
-
-    With nothing trainable DeepSpeed builds no optimizer but a pure parameter offloader: the engine's ``module`` gathers
-    each layer when it runs, forward and backward, and plain ``loss.backward()`` works on it.
-    """
+def make_ready() -> None:
+    """Settle DeepSpeed's defaults before it is first used (loading a model under ZeRO-3 already uses it)."""
     # The shared-memory op serves CPU inference all-reduces only; building it needs a compiler and a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    engine, *_ = deepspeed.initialize(model=model, config=config)
-    return engine.module
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated", category=FutureWarning)
+
+
+def shard(model: nn.Module, config: dict[str, Any]) -> None:
+    """Let DeepSpeed run a model that was loaded under ZeRO-3: it gathers each layer when it is used.
+
+    With nothing trainable DeepSpeed builds no optimizer but a pure parameter offloader; call the model itself, and plain
+    ``loss.backward()``.
+    """
+    deepspeed.initialize(model=model, config=config)

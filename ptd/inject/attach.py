@@ -135,7 +135,7 @@ def _innermost_model(model: PreTrainedModel, layers: list[nn.Module]) -> nn.Modu
 
     Heads may call past ``base_model`` (OPT calls its decoder directly), never past this one.
     """
-    around = [
+    around: list[nn.Module] = [
         module
         for module in model.modules()
         if isinstance(module, PreTrainedModel) and set(layers) <= set(module.modules())
@@ -151,7 +151,8 @@ def _default_positions(model_type: str, args: tuple[Any, ...], kwargs: dict[str,
     cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
     seen = cache.get_seq_length() if cache is not None else 0
     if model_type in POSITIONS_FROM_MASK and mask is not None and mask.ndim == 2:
-        return (mask.long().cumsum(1) - 1).clamp(min=0)[:, seen:]
+        counted: Tensor = mask.long().cumsum(1) - 1
+        return counted.clamp(min=0)[:, seen:]
     return torch.arange(seen, seen + tokens.shape[1], device=tokens.device)[None]
 
 

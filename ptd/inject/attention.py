@@ -70,7 +70,9 @@ def attention_forward(
     """transformers' attention signature: ``query`` ``[B, Hq, S, D]`` -> ``[B, S, Hq, Dv]``, with the layer's prefix."""
     slot: LayerSlot | None = vars(module).get(_SLOT)
     if slot is None:
-        raise UserError(f"{type(module).__name__} uses attention {IMPLEMENTATION!r} but ptd is not attached to its model")
+        raise UserError(
+            f"{type(module).__name__} uses attention {IMPLEMENTATION!r} but ptd is not attached to its model"
+        )
     if slot.probing:
         slot.measured = LayerShape(key.shape[1], key.shape[3], value.shape[3])
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
@@ -81,7 +83,9 @@ def attention_forward(
         )
     unsupported = [name for name in ("s_aux", "position_bias") if options.get(name) is not None]
     if unsupported:
-        raise UserError(f"{type(module).__name__} needs {unsupported[0]}, which attention with a prefix cannot take yet")
+        raise UserError(
+            f"{type(module).__name__} needs {unsupported[0]}, which attention with a prefix cannot take yet"
+        )
     packed = cu_seq_lens_q is not None
     masked = attention_mask is not None and not packed
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

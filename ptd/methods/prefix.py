@@ -20,7 +20,7 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from ptd.methods import Conditioner, register
-from ptd.types import BackboneShape, LayerShape, PrefixKV, UserError
+from ptd.types import BackboneShape, LayerShape, PrefixKV, PromptEncoder, UserError
 
 
 @dataclass
@@ -62,7 +62,7 @@ class PrefixConfig:
             raise UserError(f"method.init_text_file: cannot read {self.init_text_file}: {error}") from error
 
 
-class PrefixEncoder(nn.Module):
+class PrefixEncoder(PromptEncoder):
     """Prompt encoder whose flat output ``[P, W]`` is the prefix of all layers.
 
     Args:
@@ -90,7 +90,9 @@ class PrefixEncoder(nn.Module):
             self.transform = nn.Sequential(
                 nn.Linear(embedding_size, encoder_hidden_size), nn.Tanh(), nn.Linear(encoder_hidden_size, width)
             )
-        self.embedding = nn.Parameter(torch.randn(num_virtual_tokens, width if embedding_size is None else embedding_size))
+        self.embedding = nn.Parameter(
+            torch.randn(num_virtual_tokens, width if embedding_size is None else embedding_size)
+        )
         self.first_token: Tensor | None
         self.register_buffer("first_token", None)
         if freeze_first_token:
@@ -130,6 +132,7 @@ class PrefixEncoder(nn.Module):
             return 0.0
         hidden = self.transform[:-1](self.embedding).double()
         last = self.transform[-1]
+        assert isinstance(last, nn.Linear)
         bias = target.double().mean(0)
         solution = torch.linalg.lstsq(hidden, target.double() - bias, driver="gelsd").solution
         last.weight.copy_(solution.T)

@@ -1,0 +1,119 @@
+"""``ptd quickstart``: tune the shipped tiny backbone on several ranks with ZeRO-3, measured before and after."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ptd.config import data_config
+from ptd.data import load_rows
+from ptd.engine.ranks import Ranks
+from ptd.evaluate import continue_rows, held_out_loss, text_metrics
+from ptd.generate import Decoding, Tuned, load_tuned
+from ptd.quickstart import BACKBONE
+from ptd.quickstart.task import slot_accuracy, write_task
+from ptd.types import Reporter, UserError
+
+RECIPE = Path(__file__).parent / "recipe.yaml"
+DECODING = Decoding(max_new_tokens=72)
+SAMPLES = 3
+PARTS = ("data", "run")
+"""What a quickstart writes into its folder."""
+
+
+def run_quickstart(output: Path, *, ranks: int, overwrite: bool, reporter: Reporter) -> dict[str, Any]:
+    """Run the whole story in ``output``; prints it, returns the metrics ``before`` and ``after``.
+
+    Raises `UserError` if an earlier quickstart is there and ``overwrite`` is not set, or training fails.
+    """
+    held = [name for name in PARTS if (output / name).exists()]
+    if held and not overwrite:
+        raise UserError(f"{output} holds an earlier quickstart; choose another --output, or --overwrite to replace it")
+    for name in held:
+        shutil.rmtree(output / name)
+    (output / "data").mkdir(parents=True)
+    train, held_out = write_task(output / "data")
+    run = output / "run"
+    gpus = torch.cuda.device_count()
+    ranks = min(ranks, gpus) if gpus else ranks
+    began = time.time()
+    _headline(f"1/3  The frozen backbone alone (3 M parameters, trained by this project) on {held_out}")
+    before, before_texts = _measure(load_tuned(None, str(BACKBONE), Ranks.start()), held_out, reporter)
+    print(_row("frozen backbone", before))
+
+    _headline(f"2/3  Prefix-tuning it: {ranks} rank{'s' * (ranks > 1)}, DeepSpeed ZeRO-3, 32 virtual tokens")
+    command = training_command(ranks, train, held_out, run)
+    print("$ " + " ".join(_shown(part) for part in command), flush=True)
+    status = subprocess.run(command, env=_environment(gpus), stdout=subprocess.DEVNULL, check=False).returncode
+    if status:
+        raise UserError(f"training ended with exit code {status}; what it said stands above")
+
+    _headline("3/3  The same backbone with the prefix, on the same inputs (their names were never seen in training)")
+    after, after_texts = _measure(load_tuned(str(run), None, Ranks.start()), held_out, reporter)
+    _print_comparison(before, after)
+    rows = load_rows(str(held_out), "train", what="quickstart")
+    for index in range(SAMPLES):
+        print(f"\ninput      {rows[index]['prompt'].strip()}")
+        print(f"frozen     {_one_line(before_texts[index])}")
+        print(f"tuned      {_one_line(after_texts[index])}")
+        print(f"reference  {rows[index]['completion']}")
+    print(f"\n{time.time() - began:.0f} s in all. Curve: {run / 'loss.png'}. Adapter (PEFT loads it too): {run / 'adapter'}")
+    prompt = rows[0]["prompt"].strip()
+    print(f"next: ptd generate --adapter {run} '{prompt}'")
+    return {"before": before, "after": after}
+
+
+def training_command(ranks: int, train: Path, held_out: Path, run: Path) -> list[str]:
+    """DeepSpeed's launcher on this machine with ``ptd train`` on every rank."""
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--no_local_rank"]
+    overrides = [f"backbone.path={BACKBONE}", f"data.train={train}", f"data.eval={held_out}", f"output_dir={run}"]
+    return [
+        *launcher,
+        *("--master_port", str(Ranks.free_port()), "--log_level", "error"),
+        *("--module", "ptd.cli", "train", str(RECIPE), *overrides),
+    ]
+
+
+def _environment(gpus: int) -> dict[str, str]:
+    # Naming the accelerator keeps DeepSpeed from warning on every process that it found none.
+    return {**os.environ, **({} if gpus else {"DS_ACCELERATOR": "cpu"})}
+
+
+def _measure(tuned: Tuned, held_out: Path, reporter: Reporter) -> tuple[dict[str, Any], list[str]]:
+    rows = load_rows(str(held_out), "train", what="quickstart")
+    config = data_config({"eval": str(held_out), "max_length": 256})
+    metrics = held_out_loss(tuned, rows, config, Ranks.start(), batch_size=16, reporter=Reporter())
+    texts, references = continue_rows(tuned, rows, config, DECODING, batch_size=50, reporter=reporter)
+    slots = [slot_accuracy(prompt, text) for prompt, text in zip(rows["prompt"], texts, strict=True)]
+    return {**metrics, **text_metrics(texts, references), "slots": 100 * sum(slots) / len(slots)}, texts
+
+
+def _headline(text: str) -> None:
+    print(f"\n{text}", flush=True)
+
+
+def _row(name: str, metrics: dict[str, Any]) -> str:
+    return (
+        f"{name:<17} exact match {metrics['exact_match']:5.1f} %   BLEU {metrics['bleu']:5.1f}   "
+        f"slots {metrics['slots']:5.1f} %   perplexity {metrics['perplexity']:.2f}"
+    )
+
+
+def _print_comparison(before: dict[str, Any], after: dict[str, Any]) -> None:
+    print(_row("frozen backbone", before))
+    print(_row("with the prefix", after))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _shown(part: str) -> str:
+    return "python" if part == sys.executable else part

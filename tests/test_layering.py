@@ -1,0 +1,221 @@
+"""The import table of the design (README.md, "Layout"), enforced on the source: who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import warnings
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PTD = sorted((ROOT / "ptd").rglob("*.py"))
+KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+
+# Layer -> the parts of ptd it may import (itself always). A module belongs to the first pattern that fits its name.
+STAGES = ["types", "versions", "config", "deepspeed_config", "methods", "data", "backbone", "checkpoint", "inject"]
+VERBS = ["train", "evaluate", "generate", "export", "plan", "bench", "launch", "doctor"]
+LAYERS: dict[str, list[str]] = {
+    "ptd": ["types", "api"],
+    "ptd.types": [],
+    "ptd.versions": [],
+    "ptd.methods*": ["types"],
+    "ptd.config": ["types", "methods"],
+    "ptd.deepspeed_config": ["types", "config"],
+    "ptd.data*": ["types", "config"],
+    "ptd.backbone*": ["types", "config"],
+    "ptd.checkpoint*": ["types", "config"],
+    "ptd.inject*": ["types"],
+    "ptd.engine*": STAGES,
+    # The stages for a user's own training loop: beside the engine, not on top of it.
+    "ptd.api": STAGES,
+    **{f"ptd.{verb}": [*STAGES, "engine", *VERBS] for verb in VERBS},
+    # The story of the shipped backbone is a verb; what made the backbone and its data uses nothing of the toolkit.
+    "ptd.quickstart.run": [*STAGES, "engine", "quickstart", *VERBS],
+    "ptd.quickstart*": ["types"],
+    "ptd.console": ["types", "config"],
+    "ptd.cli": [*STAGES, "engine", "quickstart", "console", *VERBS],
+}
+
+# Third-party package -> the modules that may import it.
+ONLY_IMPORTERS = {
+    "pydantic": ["ptd.config"],
+    "deepspeed": ["ptd.engine*"],
+    "transformers.integrations.deepspeed": ["ptd.backbone*"],
+    "datasets": ["ptd.data*"],
+    "ptd_kernels": ["ptd.inject*", "ptd_kernels*"],
+    "typer": ["ptd.cli", "ptd.console"],
+    "rich": ["ptd.cli", "ptd.console"],
+}
+
+# Modules that may import these third-party packages only (the standard library is always allowed).
+PURE = {
+    "ptd.types": {"torch", "numpy"},
+    "ptd.config": {"pydantic", "yaml"},
+    "ptd.deepspeed_config": set(),
+    "ptd.methods*": {"torch"},
+    "ptd_kernels*": {"torch", "triton", "ptd_kernels"},
+}
+THIRD_PARTY = set(
+    """
+    accelerate bitsandbytes datasets deepspeed einops flash_attn huggingface_hub liger_kernel matplotlib numpy pandas
+    peft ptd_kernels pyarrow pydantic rich rouge_score sacrebleu safetensors scipy tokenizers torch tqdm transformers
+    triton typer yaml
+    """.split()  # noqa: SIM905
+)
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a bad escape in a string, for example
+        return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def module_of(path: Path) -> str:
+    root = ROOT / "kernels" if path.is_relative_to(ROOT / "kernels") else ROOT
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def exists(module: str) -> bool:
+    path = ROOT.joinpath(*module.split("."))
+    return path.with_suffix(".py").is_file() or path.is_dir()
+
+
+def imports_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of every import, wherever it stands; ``from ptd import x`` counts as ``ptd.x``."""
+    package = module_of(path) if path.name == "__init__.py" else module_of(path).rpartition(".")[0]
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, *([node.module] if node.module else [])])
+            names = [f"{base}.{alias.name}" for alias in node.names]
+            modules = {name for name in names if exists(name)}
+            yield from ((node.lineno, name) for name in modules or {base})
+            if modules and len(modules) < len(names):
+                yield node.lineno, base
+
+
+def fits(module: str, patterns: list[str]) -> bool:
+    """``ptd.data*`` is the package with all inside it."""
+    return any(
+        module == pattern or (pattern.endswith("*") and f"{module}.".startswith(f"{pattern[:-1]}."))
+        for pattern in patterns
+    )
+
+
+def within(name: str, package: str) -> bool:
+    return f"{name}.".startswith(f"{package}.")
+
+
+def complaint(path: Path, line: int, text: str) -> str:
+    return f"{path.relative_to(ROOT)}:{line}: {text}"
+
+
+def violations(path: Path) -> list[str]:
+    module, found = module_of(path), []
+    layer = next((pattern for pattern in LAYERS if fits(module, [pattern])), None)
+    if module.startswith("ptd") and not module.startswith("ptd_kernels") and layer is None:
+        return [complaint(path, 1, f"{module} has no place in the table of layers; give it one in {__file__}")]
+    for line, name in imports_of(path):
+        if layer is not None and (name == "ptd" or name.startswith("ptd.")):
+            own = [layer] if layer != "ptd" else []
+            if not fits(name, own) and not any(within(name, f"ptd.{part}") for part in LAYERS[layer]):
+                found.append(complaint(path, line, f"{module} may not import {name}"))
+        if layer is None and (name == "ptd" or name.startswith("ptd.")):
+            found.append(complaint(path, line, f"ptd_kernels stands alone; it may not import {name}"))
+        for package, importers in ONLY_IMPORTERS.items():
+            if within(name, package) and not fits(module, importers):
+                found.append(complaint(path, line, f"only {', '.join(importers)} may import {package}"))
+        for pattern, allowed in PURE.items():
+            top = name.split(".")[0]
+            if fits(module, [pattern]) and top in THIRD_PARTY and top not in allowed:
+                found.append(complaint(path, line, f"{module} has to do without {top}"))
+    return found
+
+
+@pytest.mark.parametrize("path", PTD + KERNELS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_table(path: Path) -> None:
+    assert not violations(path), "\n".join(violations(path))
+
+
+@pytest.mark.parametrize("path", PTD + KERNELS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_module_says_what_it_is(path: Path) -> None:
+    assert ast.get_docstring(tree_of(path)), f"{path.relative_to(ROOT)} has no docstring"
+
+
+def compared_strings(path: Path) -> Iterator[tuple[int, str]]:
+    """String literals in comparisons, membership tests and match cases."""
+    for node in ast.walk(tree_of(path)):
+        parts = []
+        if isinstance(node, ast.Compare):
+            parts = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            parts = [node.value]
+        for part in parts:
+            for leaf in ast.walk(part):
+                if isinstance(leaf, ast.Constant) and isinstance(leaf.value, str):
+                    yield leaf.lineno, leaf.value
+
+
+def test_no_method_is_told_by_its_name_outside_the_methods() -> None:
+    from ptd.methods import methods
+
+    names = set(methods())
+    assert names
+    found = [
+        complaint(path, line, f"compares with the name of a method, {text!r}; let the method's own file decide")
+        for path in PTD
+        if not fits(module_of(path), ["ptd.methods*"])
+        for line, text in compared_strings(path)
+        if text in names
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_kernels_is_no_package() -> None:
+    """A regular package `kernels` here would shadow Hugging Face's package of that name."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "tests" / "kernels").exists()
+
+
+def test_methods_are_independent_of_each_other() -> None:
+    """One file is one method: adding or removing one touches nothing else."""
+    files = {module_of(path) for path in PTD if fnmatch(module_of(path), "ptd.methods.*")}
+    found = [
+        complaint(path, line, f"imports the method {name}")
+        for path in PTD
+        for line, name in imports_of(path)
+        if name in files and name != module_of(path)
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("where", "source", "said"),
+    [
+        ("ptd/data/x.py", "from ptd.backbone import load_model", "may not import ptd.backbone"),
+        ("ptd/data/x.py", "from ptd import engine", "may not import ptd.engine"),
+        ("ptd/data/x.py", "from ..engine import loss", "may not import ptd.engine.loss"),
+        ("ptd/engine/x.py", "def f():\n    import ptd.train", "may not import ptd.train"),
+        ("ptd/backbone/x.py", "import deepspeed.comm", "only ptd.engine* may import deepspeed"),
+        ("ptd/methods/x.py", "from transformers import AutoModel", "do without transformers"),
+        ("ptd/surprise.py", "import os", "has no place in the table"),
+        ("kernels/ptd_kernels/x.py", "import ptd.types", "stands alone"),
+        ("ptd/engine/x.py", "from ptd_kernels import prefix_attention", "only ptd.inject*"),
+        ("ptd/data/x.py", "import datasets\nfrom ptd.types import Batch\nfrom ptd.data.batches import Batches", ""),
+        ("ptd/backbone/x.py", "from transformers.integrations.deepspeed import HfDeepSpeedConfig", ""),
+    ],
+)
+def test_the_test_sees(monkeypatch: pytest.MonkeyPatch, where: str, source: str, said: str) -> None:
+    monkeypatch.setitem(globals(), "tree_of", lambda path: ast.parse(source))
+    found = violations(ROOT / where)
+    assert (said in found[0]) if said else not found
