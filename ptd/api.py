@@ -78,11 +78,15 @@ def attach(
     """
     section = {"name": name, **settings}
     config = parse_method(section)
-    model.requires_grad_(False)
     attachment = Attachment(model, backend=attention)
-    shape = measure_shape(attachment, model)
-    conditioner = TextConditioner(model, tokenizer, model.device)
-    encoder = method(name).build(config, shape, conditioner, seed=seed)
+    try:
+        shape = measure_shape(attachment, model)
+        conditioner = TextConditioner(model, tokenizer, model.device)
+        encoder = method(name).build(config, shape, conditioner, seed=seed)
+    except BaseException:
+        attachment.remove()
+        raise
+    model.requires_grad_(False)
     model.add_module(SUBMODULE, encoder.to(model.device))
     attachment.encoder = encoder
     return TunedModel(model, attachment, shape, section)
@@ -95,10 +99,10 @@ def load(model: PreTrainedModel, adapter: str | Path, *, attention: str = "auto"
     """
     found = load_adapter(adapter)
     attachment = Attachment(model, backend=attention)
-    shape = measure_shape(attachment, model)
     try:
+        shape = measure_shape(attachment, model)
         found.check_fits(shape, fingerprint(model), path=model.name_or_path)
-    except UserError:
+    except BaseException:
         attachment.remove()
         raise
     attachment.set(PrefixKV.from_flat(found.flat.to(model.device), found.layers))

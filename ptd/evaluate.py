@@ -48,7 +48,7 @@ def held_out_loss(
     tuned: Tuned, rows: Any, config: DataConfig, ranks: Ranks, *, batch_size: int, reporter: Reporter
 ) -> dict[str, Any]:
     """Loss, perplexity and number of supervised tokens of ``rows``, over all ranks."""
-    examples = tokenize(rows, config, tuned.tokenizer, max_length=config.max_length, what="--data")
+    examples = tokenize(rows, config, tuned.tokenizer, max_length=config.max_length, what=config.eval or "--data")
     reporter.note(f"--data: {examples.report}")
     batches = Batches(
         examples,
@@ -68,7 +68,7 @@ def continue_rows(
     """What the model generates for the prompt of each row, and the row's reference."""
     room = tuned.room(decoding.max_new_tokens)
     longest = config.max_length if room is None else max(1, min(config.max_length, room))
-    prompts, references = prompts_and_references(rows, config, tuned.tokenizer, max_length=longest, what="--data")
+    prompts, references = prompts_and_references(rows, config, tuned.tokenizer, max_length=longest, what=config.eval or "--data")
     return decode(tuned, prompts, decoding, batch_size=batch_size, reporter=reporter), references
 
 

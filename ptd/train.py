@@ -175,7 +175,7 @@ def _examples(config: DataConfig, which: str, tokenizer: Any, ranks: Ranks, repo
 
     def read() -> Examples:
         rows = load_rows(source, split, what=f"data.{which}")
-        return tokenize(rows, config, tokenizer, max_length=config.max_length, what=f"data.{which}")
+        return tokenize(rows, config, tokenizer, max_length=config.max_length, what=source)
 
     examples = ranks.on_main(read)
     reporter.note(f"data.{which}: {examples.report}")

@@ -84,7 +84,9 @@ def save_state(
         temporary.rename(final)
         sync(root)
         write_atomically(root / "latest", final.name + "\n")
-        for old in checkpoints(root)[keep:]:
+        # A checkpoint of a later step is one that was passed over as damaged; counted as kept it would push out whole ones.
+        mine = [path for path in checkpoints(root) if _step_of(path) <= step]
+        for old in set(checkpoints(root)) - set(mine[:keep]):
             shutil.rmtree(old)
     barrier()
     return final
@@ -92,7 +94,12 @@ def save_state(
 
 def checkpoints(root: Path) -> list[Path]:
     """The finished checkpoint folders, newest first."""
-    return sorted(root.glob("step-*"), key=lambda path: path.name, reverse=True) if root.is_dir() else []
+    found = [path for path in root.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def latest_complete(root: Path) -> tuple[Path | None, list[str]]:

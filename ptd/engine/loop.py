@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from collections import Counter
@@ -158,7 +159,7 @@ def peak_memory_bytes() -> int:
 
 def learning_rates(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
     """Learning rate by step index; transformers' schedules as a plain function, so that resuming needs no state."""
-    warmup = config.warmup_steps if config.warmup_steps is not None else round(config.warmup_ratio * total_steps)
+    warmup = config.warmup_steps if config.warmup_steps is not None else math.ceil(config.warmup_ratio * total_steps)
     probe = torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=1.0)
     schedule = get_scheduler(config.lr_scheduler_type, probe, num_warmup_steps=warmup, num_training_steps=total_steps)
     return lambda step: config.learning_rate * schedule.lr_lambdas[0](step)

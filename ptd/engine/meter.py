@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -64,6 +65,8 @@ class NetworkMeter(TorchDispatchMode):
         return dict(total)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:  # a mode comes before a subclass: let DTensor unfold into the collectives it needs first
+            return NotImplemented
         if func.namespace in ("c10d", "_c10d_functional"):
             name = func._schema.name.split("::")[1]
             if name not in _SILENT:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptd.inject.attention import IMPLEMENTATION, LayerSlot, give_slot, packed_forward, take_slot
+from ptd.inject.attention import IMPLEMENTATION, LayerSlot, give_slot, has_slot, packed_forward, take_slot
 from ptd.types import BackboneShape, LayerShape, PrefixKV, PromptEncoder, UserError
 
 ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -51,6 +51,8 @@ class Attachment:
 
     def __init__(self, model: PreTrainedModel, *, backend: str = "auto", encoder: PromptEncoder | None = None) -> None:
         check_supported(type(model), model.config)
+        layers = _attention_layers(model)
+        _check_free_and_causal(model, layers)
         self.model = model
         self.encoder = encoder
         self.num_virtual_tokens = 0
@@ -58,7 +60,6 @@ class Attachment:
         self._encoded_at: tuple[int, ...] | None = None
         self._packed_token: Any = None
         model.set_attn_implementation(IMPLEMENTATION)
-        layers = _attention_layers(model)
         self.slots = [give_slot(module, backend) for module in layers]
         base = _innermost_model(model, layers)
         self._hooks = [
@@ -130,6 +131,16 @@ def _attention_layers(model: PreTrainedModel) -> list[nn.Module]:
     return [found[index] for index in range(expected)]
 
 
+def _check_free_and_causal(model: PreTrainedModel, layers: list[nn.Module]) -> None:
+    if any(has_slot(module) for module in layers):
+        raise UserError("this model carries a prompt already; remove() it first")
+    if not all(getattr(module, "is_causal", True) for module in layers):
+        raise UserError(
+            f"backbone.path: model type {model.config.model_type!r} is an encoder (its attention sees later tokens); "
+            "use a decoder such as llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, gpt2, gpt_neox, opt or mixtral"
+        )
+
+
 def _innermost_model(model: PreTrainedModel, layers: list[nn.Module]) -> nn.Module:
     """The smallest model around all attention layers: the one that turns positions into embeddings and masks.
 
@@ -156,7 +167,7 @@ def _default_positions(model_type: str, args: tuple[Any, ...], kwargs: dict[str,
     return torch.arange(seen, seen + tokens.shape[1], device=tokens.device)[None]
 
 
-POSITIONS_FROM_MASK = {"opt"}
+POSITIONS_FROM_MASK = {"biogpt", "opt"}
 """Families that count positions over unmasked tokens instead of from the left edge."""
 
 

@@ -46,9 +46,14 @@ def give_slot(module: nn.Module, backend: str) -> LayerSlot:
     return slot
 
 
+def has_slot(module: nn.Module) -> bool:
+    """Whether a prompt is attached to this attention module."""
+    return _SLOT in vars(module)
+
+
 def take_slot(module: nn.Module) -> None:
     """Remove the slot again."""
-    if _SLOT in vars(module):
+    if has_slot(module):
         object.__delattr__(module, _SLOT)
 
 
@@ -73,6 +78,11 @@ def attention_forward(
         raise UserError(
             f"{type(module).__name__} uses attention {IMPLEMENTATION!r} but ptd is not attached to its model"
         )
+    unsupported = [name for name in ("s_aux", "position_bias") if options.get(name) is not None]
+    if unsupported:
+        raise UserError(
+            f"{type(module).__name__} needs {unsupported[0]}, which attention with a prefix cannot take yet"
+        )
     if slot.probing:
         slot.measured = LayerShape(key.shape[1], key.shape[3], value.shape[3])
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
@@ -81,14 +91,13 @@ def attention_forward(
             f"attention dropout is {dropout}, but attention with a prefix has none; "
             "put the backbone in eval() or set its attention dropout to 0"
         )
-    unsupported = [name for name in ("s_aux", "position_bias") if options.get(name) is not None]
-    if unsupported:
-        raise UserError(
-            f"{type(module).__name__} needs {unsupported[0]}, which attention with a prefix cannot take yet"
-        )
     packed = cu_seq_lens_q is not None
     masked = attention_mask is not None and not packed
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    rows = query.shape[2]
+    if causal and not masked and 1 < rows < key.shape[2]:
+        # sdpa_mask counts on SDPA's causal rule, aligned at the first key: what follows is a static cache's unused room.
+        key, value = key[:, :, :rows], value[:, :, :rows]
     out = prefix_attention(
         query,
         key,

@@ -154,7 +154,13 @@ def build(config: PrefixConfig, shape: BackboneShape, conditioner: Conditioner) 
     if config.init == "zero":
         encoder.fit(torch.zeros_like(encoder()))
     elif config.init == "text":
-        left = encoder.fit(conditioner.text_kv(config.text(), config.num_virtual_tokens))
+        target = conditioner.text_kv(config.text(), config.num_virtual_tokens)
+        if target.shape[1] != sum(layer.numel for layer in shape.layers):
+            raise UserError(
+                "method.init: text is not possible with this backbone: it caches something else than the keys and "
+                "values its attention reads (multi-head latent attention does); use random or zero"
+            )
+        left = encoder.fit(target)
         if left > 1e-4:
             warnings.warn(
                 f"method.encoder_hidden_size={config.encoder_hidden_size} is too small to reproduce the text's "

@@ -1,0 +1,254 @@
+"""The command line as a user meets it: what it prints, what it leaves behind, and how it refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from families import save_backbone
+
+from ptd.cli import main
+
+ROWS = [
+    {"prompt": f"Add {a} and {b}: ", "completion": str(a + b)} for a in range(3) for b in range(4)
+]
+
+
+@dataclass
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def ptd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run ``ptd ARGUMENTS…`` in this process."""
+
+    def run(*arguments: object, stdin: str | None = None) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["ptd", *map(str, arguments)])
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_run(folder: Path, backbone_path: Path, **sections: dict[str, Any]) -> Path:
+    """A RUN.yaml of three steps; ``sections`` override keys of its sections."""
+    data = write_rows(folder / "rows.jsonl", ROWS)
+    run: dict[str, Any] = {
+        "backbone": {"path": str(backbone_path), "dtype": "float32"},
+        "method": {"name": "prefix", "num_virtual_tokens": 4},
+        "data": {"train": str(data), "eval": str(data), "max_length": 64},
+        "train": {"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "learning_rate": 1e-2},
+        "output_dir": str(folder / "out"),
+    }
+    for name, values in sections.items():
+        run[name] = {**run[name], **values}
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(run), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, backbone_dir: Path) -> Path:
+    """The output folder of a finished run."""
+    from ptd.config import load_config
+    from ptd.train import train
+
+    folder = tmp_path_factory.mktemp("trained")
+    train(load_config(write_run(folder, backbone_dir)))
+    return folder / "out"
+
+
+def test_train_leaves_what_the_readme_says(ptd: Any, tmp_path: Path, backbone_dir: Path) -> None:
+    outcome = ptd("train", write_run(tmp_path, backbone_dir), "train.max_steps=2")
+    assert outcome.code == 0, outcome.err
+    result = json.loads(outcome.out)
+    assert result["steps"] == 2
+    assert result["eval_loss"] > 0
+    assert "train 2/2" in outcome.err
+    assert "ptd generate" in outcome.err
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {
+        *("adapter", "best", "checkpoints", "loss.png", "metrics.jsonl", "run.json", "tensorboard")
+    }
+    run = json.loads((out / "run.json").read_text())
+    assert run["status"] == "finished"
+    assert run["config"]["train"]["max_steps"] == 2
+    assert run["versions"]["torch"]
+
+
+def test_eval_prints_one_json_object(ptd: Any, trained: Path) -> None:
+    outcome = ptd("eval", "--adapter", trained, "--data", trained.parent / "rows.jsonl")
+    assert outcome.code == 0, outcome.err
+    result = json.loads(outcome.out)
+    run = json.loads((trained / "run.json").read_text())
+    assert set(result) == {"loss", "perplexity", "supervised_tokens"}
+    assert result["loss"] == pytest.approx(run["result"]["eval_loss"], rel=1e-6)
+    assert result["supervised_tokens"] == sum(len(row["completion"]) + 1 for row in ROWS)
+
+
+def test_eval_with_generation_adds_text_metrics(ptd: Any, trained: Path) -> None:
+    data = trained.parent / "rows.jsonl"
+    outcome = ptd("eval", "--adapter", trained, "--data", data, "--generate", "--max-new-tokens", 4, "--num-beams", 2)
+    assert outcome.code == 0, outcome.err
+    result = json.loads(outcome.out)
+    assert result["generated"] == len(ROWS)
+    assert 0 <= result["exact_match"] <= 100
+    assert {"bleu", "rouge_l"} <= set(result)
+
+
+def test_eval_of_the_plain_backbone_needs_no_adapter(ptd: Any, trained: Path, backbone_dir: Path) -> None:
+    outcome = ptd("eval", "--backbone", backbone_dir, "--data", trained.parent / "rows.jsonl", "--set", "max_length=64")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["loss"] > 0
+
+
+def test_generate_takes_prompts_from_arguments_file_and_stdin(ptd: Any, trained: Path, tmp_path: Path) -> None:
+    prompts = [row["prompt"].strip() for row in ROWS[:3]]
+    common = ("generate", "--adapter", trained, "--max-new-tokens", 5, "--json")
+    from_arguments = ptd(*common, *prompts)
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    from_file = ptd(*common, "--file", tmp_path / "prompts.txt")
+    from_stdin = ptd(*common, "--batch-size", 1, stdin="\n".join(prompts))
+    assert from_arguments.code == 0, from_arguments.err
+    assert from_arguments.out == from_file.out == from_stdin.out
+    lines = [json.loads(line) for line in from_arguments.out.splitlines()]
+    assert [line["prompt"] for line in lines] == prompts
+
+
+def test_generate_samples_reproducibly(ptd: Any, trained: Path) -> None:
+    common = ("generate", "--adapter", trained, "Add 1 and 2:", "--max-new-tokens", 12, "--temperature", 1.0, "--top-k", 50)
+    first, again, other = (ptd(*common, "--seed", seed).out for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+
+
+def test_export_and_import_keep_the_adapter(ptd: Any, trained: Path, tmp_path: Path, backbone_dir: Path) -> None:
+    assert ptd("export", trained, tmp_path / "peft").code == 0
+    assert {path.name for path in (tmp_path / "peft").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert ptd("import", tmp_path / "peft", tmp_path / "back", "--backbone", backbone_dir).code == 0
+    data = trained.parent / "rows.jsonl"
+    losses = [
+        json.loads(ptd("eval", "--adapter", adapter, "--data", data, "--set", "max_length=64").out)["loss"]
+        for adapter in (trained, tmp_path / "peft", tmp_path / "back")
+    ]
+    assert losses[0] == losses[1] == losses[2]
+    refused = ptd("export", trained, tmp_path / "peft")
+    assert refused.code == 2
+    assert "exists already" in refused.err
+
+
+def test_a_run_in_the_folder_is_refused_unless_overwritten(ptd: Any, tmp_path: Path, backbone_dir: Path) -> None:
+    run = write_run(tmp_path, backbone_dir)
+    assert ptd("train", run).code == 0
+    finished, other = ptd("train", run), ptd("train", run, "train.learning_rate=0.5")
+    assert finished.code == other.code == 2
+    assert "finished" in finished.err
+    assert "train.learning_rate" in other.err
+    assert ptd("train", run, "train.learning_rate=0.5", "--overwrite").code == 0
+
+
+BAD = {
+    "missing backbone": ({"backbone": {"path": "./nowhere"}}, [], "backbone.path: there is no model folder ./nowhere"),
+    "unknown key": ({}, ["train.learning_rat=1"], "did you mean train.learning_rate"),
+    "unknown section": ({}, ["trian.max_steps=1"], "did you mean train"),
+    "no virtual tokens": ({}, ["method.num_virtual_tokens=0"], "method.num_virtual_tokens: got 0"),
+    "prefix longer than the context": ({}, ["method.num_virtual_tokens=300"], "do not fit the backbone's context of 256"),
+    "prefix and text longer than the context": ({}, ["data.max_length=256"], "set data.max_length to at most 252"),
+    "text shorter than the prefix": (
+        {},
+        ["method.init=text", "method.init_text=Hi"],
+        "fewer than method.num_virtual_tokens=4",
+    ),
+    "unknown method": ({}, ["method.name=prefx"], "available: prefix"),
+    "missing data": ({"data": {"train": "nowhere.jsonl"}}, [], "nowhere.jsonl"),
+    "not an override": ({}, ["max_steps"], "write it as key=value"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_settings_are_refused_with_advice(ptd: Any, tmp_path: Path, backbone_dir: Path, case: str) -> None:
+    sections, overrides, message = BAD[case]
+    outcome = ptd("train", write_run(tmp_path, backbone_dir, **sections), *overrides)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert "Traceback" not in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+BAD_DATA = {
+    "empty": ("", "no rows"),
+    "broken line": ('{"prompt": "a", "completion": "b"}\n{"prompt": \n', "line 2"),
+    "row without the column": ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', "completion"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_is_refused_with_the_place(ptd: Any, tmp_path: Path, backbone_dir: Path, case: str) -> None:
+    content, message = BAD_DATA[case]
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(content)
+    outcome = ptd("train", write_run(tmp_path, backbone_dir, data={"train": str(bad)}))
+    assert outcome.code == 2
+    assert "bad.jsonl" in outcome.err
+    assert message in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unsupported_family_is_named(ptd: Any, tmp_path: Path, backbone_dir: Path) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    folder = tmp_path / "bloom"
+    BloomForCausalLM(BloomConfig(vocab_size=300, hidden_size=16, n_layer=1, n_head=2)).save_pretrained(folder)
+    for file in backbone_dir.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    outcome = ptd("train", write_run(tmp_path, folder))
+    assert outcome.code == 2
+    assert "'bloom'" in outcome.err
+    assert "llama" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_for_another_backbone_is_refused(ptd: Any, trained: Path, tmp_path: Path) -> None:
+    save_backbone(tmp_path / "other_weights", seed=1)
+    save_backbone(tmp_path / "other_shape", "gpt2")
+    for other, reason in (("other_weights", "fingerprint"), ("other_shape", "kv heads")):
+        outcome = ptd("generate", "--adapter", trained, "--backbone", tmp_path / other, "hello")
+        assert outcome.code == 2
+        assert reason in outcome.err
+        assert "another backbone" in outcome.err or "was made for" in outcome.err
+    missing = ptd("generate", "--adapter", tmp_path / "none", "hello")
+    assert missing.code == 2
+    assert "there is no folder" in missing.err
+
+
+def test_help_and_version(ptd: Any) -> None:
+    assert ptd("--version").out.startswith("ptd ")
+    for command in ("train", "eval", "generate", "export", "import", "quickstart"):
+        outcome = ptd(command, "--help")
+        assert outcome.code == 0
+        assert "Usage" in outcome.out
