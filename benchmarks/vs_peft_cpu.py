@@ -2,12 +2,12 @@
 
     python benchmarks/vs_peft_cpu.py [--repeats 15] [--threads 2] [--output benchmarks/results/vs_peft_cpu.json]
 
-A tiny Llama (8 layers, hidden 512, 8 query and 4 key/value heads, vocabulary 32,000, random weights, fp32), P = 30 virtual
-tokens trained directly, batches of 8 rows with the lengths of the E2E data set (80 ± 20 tokens, 37 % of them supervised;
-24 % of a padded batch is padding). PEFT runs as its users run it: padded batch, attention mask, SDPA, labels of −100, AdamW. ptd runs its own
-engine: packed batch, supervised positions only, reduction at the prompt. Each repetition times one optimizer step of each
-on the same rows, in turns; useful tokens are those of the rows, without padding. Before timing, one step's loss and
-prefix gradient of both sides are compared, so that both do the same work.
+A tiny Llama (8 layers, hidden 512, 8 query and 4 key/value heads, vocabulary 32,000, random weights, fp32), P = 30
+virtual tokens trained directly, batches of 8 rows with the lengths of the E2E data set (80 ± 20 tokens, 37 % of them
+supervised; 24 % of a padded batch is padding). PEFT runs as its users run it: padded batch, attention mask, SDPA, labels
+of −100, AdamW. ptd runs its own engine: packed batch, supervised positions only, reduction at the prompt. Each repetition
+times one optimizer step of each on the same rows, in turns; useful tokens are those of the rows, without padding. Before
+timing, one step's loss and prefix gradient of both sides are compared, so that both do the same work.
 """
 
 from __future__ import annotations
@@ -183,7 +183,8 @@ def measure(repeats: int, threads: int) -> dict[str, Any]:
 
 def evidence() -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    model = next((line for line in open("/proc/cpuinfo") if line.startswith("model name")), ":").split(":")[1].strip()
+    cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    model = next((line for line in cpus if line.startswith("model name")), ":").split(":")[1].strip()
     return {
         "date": date.today().isoformat(),
         "commit": commit,

@@ -56,20 +56,20 @@ class BarReporter(Reporter):
             transient=True,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._totals: dict[str, int] = {}
 
     def note(self, text: str) -> None:
         self._progress.console.print(text, markup=False)
 
     def start(self, task: str, total: int, done: int = 0) -> None:
+        self._totals[task] = total
         self._tasks[task] = self._progress.add_task(LABELS.get(task, task), total=total, completed=done)
         self._progress.start()
 
     def advance(self, task: str, done: int, line: str | None = None) -> None:
         self._progress.update(self._tasks[task], completed=done)
         if line is not None:
-            self.note(
-                f"{task} {done}/{self._progress.tasks[self._progress.task_ids.index(self._tasks[task])].total:.0f}  {line}"
-            )
+            self.note(f"{task} {done}/{self._totals[task]}  {line}")
 
     def finish(self, task: str) -> None:
         self._progress.remove_task(self._tasks.pop(task))

@@ -68,7 +68,8 @@ def continue_rows(
     """What the model generates for the prompt of each row, and the row's reference."""
     room = tuned.room(decoding.max_new_tokens)
     longest = config.max_length if room is None else max(1, min(config.max_length, room))
-    prompts, references = prompts_and_references(rows, config, tuned.tokenizer, max_length=longest, what=config.eval or "--data")
+    what = config.eval or "--data"
+    prompts, references = prompts_and_references(rows, config, tuned.tokenizer, max_length=longest, what=what)
     return decode(tuned, prompts, decoding, batch_size=batch_size, reporter=reporter), references
 
 

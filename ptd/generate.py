@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import torch
@@ -130,6 +131,19 @@ def _generation_config(tuned: Tuned, decoding: Decoding, max_new_tokens: int) ->
     )
 
 
+def fill_template(tuned: Tuned, texts: Sequence[str]) -> list[str]:
+    """The prompts as the adapter was trained on them: its ``prompt_template`` filled, if it has a single field.
+
+    With several fields a text alone cannot fill it, and the texts are taken to be whole prompts already.
+    """
+    template = tuned.data.get("prompt_template") or ""
+    fields = {field for _, field, _, _ in Formatter().parse(template) if field}
+    if len(fields) != 1:
+        return list(texts)
+    (field,) = fields
+    return [template.format(**{field: text}) for text in texts]
+
+
 def prompt_ids(tuned: Tuned, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of plain prompts, with the special tokens the tokenizer adds, less an end-of-text one."""
     eos = tuned.tokenizer.eos_token_id
@@ -147,15 +161,13 @@ def generate(
     dtype: str = "auto",
     reporter: Reporter | None = None,
 ) -> list[str]:
-    """Continue each of ``prompts``; returns the new text only. Raises `UserError`."""
+    """Continue each of ``prompts`` (put into the adapter's prompt template); returns the new text only.
+
+    Raises `UserError`.
+    """
     tuned = load_tuned(adapter, backbone, Ranks.start(), dtype=dtype)
-    return decode(
-        tuned,
-        prompt_ids(tuned, prompts),
-        decoding or Decoding(),
-        batch_size=batch_size,
-        reporter=reporter or Reporter(),
-    )
+    ids = prompt_ids(tuned, fill_template(tuned, prompts))
+    return decode(tuned, ids, decoding or Decoding(), batch_size=batch_size, reporter=reporter or Reporter())
 
 
 def read_prompts(path: Path) -> list[str]:

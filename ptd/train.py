@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from contextlib import ExitStack
@@ -88,7 +89,7 @@ def _train(
             save_adapter(folder.path / name, _adapter(config, prepared, flat))
 
     def on_eval(number: int, metrics: dict[str, float]) -> None:
-        if not best or metrics["loss"] < best["loss"]:
+        if math.isfinite(metrics["loss"]) and (not best or metrics["loss"] < best["loss"]):
             best.update(metrics, step=number)
             keep_adapter("best")
 

@@ -16,9 +16,7 @@ from families import save_backbone
 
 from ptd.cli import main
 
-ROWS = [
-    {"prompt": f"Add {a} and {b}: ", "completion": str(a + b)} for a in range(3) for b in range(4)
-]
+ROWS = [{"prompt": f"Add {a} and {b}: ", "completion": str(a + b)} for a in range(3) for b in range(4)]
 
 
 @dataclass
@@ -141,7 +139,18 @@ def test_generate_takes_prompts_from_arguments_file_and_stdin(ptd: Any, trained:
 
 
 def test_generate_samples_reproducibly(ptd: Any, trained: Path) -> None:
-    common = ("generate", "--adapter", trained, "Add 1 and 2:", "--max-new-tokens", 12, "--temperature", 1.0, "--top-k", 50)
+    common = (
+        "generate",
+        "--adapter",
+        trained,
+        "Add 1 and 2:",
+        "--max-new-tokens",
+        12,
+        "--temperature",
+        1.0,
+        "--top-k",
+        50,
+    )
     first, again, other = (ptd(*common, "--seed", seed).out for seed in (0, 0, 1))
     assert first == again
     assert first != other
@@ -177,7 +186,11 @@ BAD = {
     "unknown key": ({}, ["train.learning_rat=1"], "did you mean train.learning_rate"),
     "unknown section": ({}, ["trian.max_steps=1"], "did you mean train"),
     "no virtual tokens": ({}, ["method.num_virtual_tokens=0"], "method.num_virtual_tokens: got 0"),
-    "prefix longer than the context": ({}, ["method.num_virtual_tokens=300"], "do not fit the backbone's context of 256"),
+    "prefix longer than the context": (
+        {},
+        ["method.num_virtual_tokens=300"],
+        "do not fit the backbone's context of 256",
+    ),
     "prefix and text longer than the context": ({}, ["data.max_length=256"], "set data.max_length to at most 252"),
     "text shorter than the prefix": (
         {},

@@ -27,6 +27,8 @@ class TextConditioner:
 
         Raises `UserError` if the text has fewer than P tokens.
         """
+        if self.tokenizer is None:
+            raise UserError("method.init: text needs the backbone's tokenizer; pass tokenizer=… as well")
         ids = self.tokenizer(text)["input_ids"]
         if len(ids) < num_virtual_tokens:
             raise UserError(

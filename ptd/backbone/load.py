@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -54,13 +55,16 @@ def load_model(
     keep_alive = HfDeepSpeedConfig(zero3) if zero3 is not None else None  # from_pretrained finds it by weak reference
     try:
         with _readable(config):
-            model = AutoModelForCausalLM.from_pretrained(
+            model, report = AutoModelForCausalLM.from_pretrained(
                 config.path,
                 config=model_config,
                 revision=config.revision,
                 dtype=DTYPES[config.dtype],
                 trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
             )
+            if report["missing_keys"]:  # transformers fills them with random numbers and goes on
+                raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}.")
     finally:
         if keep_alive is not None:
             unset_hf_deepspeed_config()
@@ -80,7 +84,13 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module.training = True  # transformers checkpoints only layers in training mode; their children stay in eval
+            module.register_forward_pre_hook(_train_while_recording)
+
+
+def _train_while_recording(layer: torch.nn.Module, _: Any) -> None:
+    # transformers checkpoints a layer in training mode (its children stay in eval), and then takes its cache away,
+    # which generation cannot do without.
+    layer.training = torch.is_grad_enabled()
 
 
 def load_tokenizer(config: BackboneConfig) -> Any:
@@ -122,7 +132,7 @@ class _readable:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError, RuntimeError, ImportError)):
+        if isinstance(error, (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)):
             reason = str(error).strip().split("\n")[0]
             raise UserError(
                 f"backbone.path: cannot load {self.path!r}: {reason} "

@@ -119,7 +119,7 @@ def load_adapter(path: str | Path) -> Adapter:
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"--adapter: the configuration in {folder} is incomplete or damaged: {error!r}") from error
     width = sum(layer.numel for layer in layers)
-    if not layers or flat.ndim != 2 or flat.shape[1] != width:
+    if not layers or flat.ndim != 2 or flat.shape[1] != width or not len(flat):
         raise UserError(
             f"--adapter: {folder / WEIGHTS} has shape {tuple(flat.shape)}, its configuration says [P, {width}]"
         )

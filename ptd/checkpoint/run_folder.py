@@ -67,9 +67,10 @@ def open_run(config: RunConfig, *, overwrite: bool) -> RunFolder:
         previous = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         same = identity(previous["config"]) == identity(config.to_dict())
         status = previous["status"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"output_dir: {folder} holds {', '.join(held)} but no readable run.json; choose another folder or --overwrite"
+            f"output_dir: {folder} holds {', '.join(held)} but no readable run.json; "
+            "choose another folder or --overwrite"
         ) from error
     if not same:
         changed = _differences(identity(previous["config"]), identity(config.to_dict()))

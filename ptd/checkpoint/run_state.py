@@ -31,7 +31,7 @@ MANIFEST, FACTS = "manifest.json", "state.json"
 def tensors_of(encoder: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Everything trained, by name: the encoder's parameters and buffers and AdamW's moments of each parameter.
 
-    The optimizer's state is created where it does not exist yet, so that the same call serves saving and loading in place.
+    The optimizer's state is created where it does not exist yet: the same call serves saving and loading in place.
     """
     tensors = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
     for name, parameter in encoder.named_parameters():
@@ -84,7 +84,7 @@ def save_state(
         temporary.rename(final)
         sync(root)
         write_atomically(root / "latest", final.name + "\n")
-        # A checkpoint of a later step is one that was passed over as damaged; counted as kept it would push out whole ones.
+        # One of a later step was passed over as damaged; if it counted among the kept, it would push out whole ones.
         mine = [path for path in checkpoints(root) if _step_of(path) <= step]
         for old in set(checkpoints(root)) - set(mine[:keep]):
             shutil.rmtree(old)

@@ -30,7 +30,7 @@ MAX_SKIPPED = 10
 class Loop:
     """Everything a run needs while it trains; `run` does it.
 
-    ``on_record`` gets each record, ``on_eval`` each evaluation, ``on_save`` the steps after which the state is to be kept.
+    ``on_record`` gets each record, ``on_eval`` each evaluation, ``on_save`` the steps after which to keep the state.
     """
 
     config: TrainConfig
@@ -160,6 +160,6 @@ def peak_memory_bytes() -> int:
 def learning_rates(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
     """Learning rate by step index; transformers' schedules as a plain function, so that resuming needs no state."""
     warmup = config.warmup_steps if config.warmup_steps is not None else math.ceil(config.warmup_ratio * total_steps)
-    probe = torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=1.0)
+    probe = torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=config.learning_rate)  # polynomial looks at it
     schedule = get_scheduler(config.lr_scheduler_type, probe, num_warmup_steps=warmup, num_training_steps=total_steps)
     return lambda step: config.learning_rate * schedule.lr_lambdas[0](step)

@@ -91,7 +91,8 @@ class PromptStep:
 
     def _leaf_gradient(self) -> Tensor:
         """What the micro-batches left at the leaf, as one flat fp32 tensor."""
-        assert self._flat is not None and self._leaf is not None
+        assert self._flat is not None
+        assert self._leaf is not None
         gradient = torch.zeros_like(self._flat, dtype=torch.float32)
         for view, tensor in zip(self.encoder.state(gradient).tensors(), self._leaf.tensors(), strict=True):
             if tensor.grad is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,26 @@ class Records:
 
         self.path = folder / METRICS
         kept = [record for record in read_records(folder) if record["step"] <= after_step]
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        self.path.write_text("".join(_line(record) for record in kept), encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=after_step + 1 if after_step else None)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record; its numbers go to TensorBoard under its ``step``."""
+        """Append one record (a number that is not finite as null); its numbers go to TensorBoard under its ``step``."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(_line(record))
         for key, value in record.items():
             if key != "step" and isinstance(value, (int, float)):
                 self._board.add_scalar(key, value, record["step"])
 
     def close(self) -> None:
         self._board.close()
+
+
+def _line(record: dict[str, Any]) -> str:
+    # JSON has no NaN; most readers refuse the one that Python writes.
+    finite = {key: value for key, value in record.items() if not isinstance(value, float) or math.isfinite(value)}
+    valid = {key: finite.get(key) for key in record}
+    return json.dumps(valid) + "\n"
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
@@ -61,7 +69,7 @@ def plot_loss(folder: Path) -> Path | None:
     }
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=150)
     for label, (key, style) in curves.items():
-        points = [(record["step"], record[key]) for record in records if key in record]
+        points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
     if not axes.lines:

@@ -53,6 +53,6 @@ def check_context(shape: BackboneShape, num_virtual_tokens: int, max_length: int
             f"{shape.context} tokens; use at most {shape.context // 2}"
         )
     raise UserError(
-        f"method.num_virtual_tokens={num_virtual_tokens} and data.max_length={max_length} together exceed the backbone's "
-        f"context of {shape.context} tokens; set data.max_length to at most {room}"
+        f"method.num_virtual_tokens={num_virtual_tokens} and data.max_length={max_length} together exceed the "
+        f"backbone's context of {shape.context} tokens; set data.max_length to at most {room}"
     )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
+from contextlib import redirect_stdout
 from typing import Any
 
-import deepspeed
 from torch import nn
+
+with redirect_stdout(sys.stderr):  # where its logger writes is settled at import; stdout is for ptd's results
+    import deepspeed
 
 
 def make_ready() -> None:
@@ -21,7 +25,7 @@ def make_ready() -> None:
 def shard(model: nn.Module, config: dict[str, Any]) -> None:
     """Let DeepSpeed run a model that was loaded under ZeRO-3: it gathers each layer when it is used.
 
-    With nothing trainable DeepSpeed builds no optimizer but a pure parameter offloader; call the model itself, and plain
+    With nothing trainable DeepSpeed builds no optimizer, only a parameter offloader; call the model itself, and plain
     ``loss.backward()``.
     """
     deepspeed.initialize(model=model, config=config)

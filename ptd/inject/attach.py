@@ -16,6 +16,9 @@ from ptd.types import BackboneShape, LayerShape, PrefixKV, PromptEncoder, UserEr
 ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
+DECODERS = "use a decoder such as llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, gpt2, gpt_neox, opt or mixtral"
+
+
 def check_supported(model_class: type[PreTrainedModel] | None, config: Any) -> None:
     """Refuse a model family the prefix cannot reach, before its weights are loaded.
 
@@ -24,20 +27,18 @@ def check_supported(model_class: type[PreTrainedModel] | None, config: Any) -> N
     model_type = config.model_type
     if model_class is None:
         raise UserError(
-            f"backbone.path: model type {model_type!r} has no causal language model in transformers; "
-            "use a decoder such as llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, gpt2, gpt_neox, opt or mixtral"
+            f"backbone.path: model type {model_type!r} has no causal language model in transformers; " + DECODERS
         )
     if not model_class._can_set_attn_implementation():
         raise UserError(
             f"backbone.path: model type {model_type!r} does not use transformers' AttentionInterface, so a prefix "
-            "cannot be injected; supported are the families that do, e.g. llama, mistral, qwen2, qwen3, gemma2, gemma3, "
-            "phi3, gpt2, gpt_neox, opt, mixtral"
+            f"cannot be injected; {DECODERS}"
         )
     foreign = set(getattr(config.get_text_config(), "layer_types", None) or []) - ATTENTION_LAYER_TYPES
     if foreign:
         raise UserError(
-            f"backbone.path: model type {model_type!r} has layers without softmax attention ({', '.join(sorted(foreign))}); "
-            "a prefix of keys and values exists only in attention layers"
+            f"backbone.path: model type {model_type!r} has layers without softmax attention "
+            f"({', '.join(sorted(foreign))}); a prefix of keys and values exists only in attention layers"
         )
 
 
@@ -137,7 +138,7 @@ def _check_free_and_causal(model: PreTrainedModel, layers: list[nn.Module]) -> N
     if not all(getattr(module, "is_causal", True) for module in layers):
         raise UserError(
             f"backbone.path: model type {model.config.model_type!r} is an encoder (its attention sees later tokens); "
-            "use a decoder such as llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, gpt2, gpt_neox, opt or mixtral"
+            + DECODERS
         )
 
 

@@ -96,7 +96,7 @@ def attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     rows = query.shape[2]
     if causal and not masked and 1 < rows < key.shape[2]:
-        # sdpa_mask counts on SDPA's causal rule, aligned at the first key: what follows is a static cache's unused room.
+        # sdpa_mask counts on SDPA's causal rule, which starts at the first key; the rest is a static cache's free room.
         key, value = key[:, :, :rows], value[:, :, :rows]
     out = prefix_attention(
         query,

@@ -1,9 +1,9 @@
 """Prefix-tuning (Li & Liang 2021, https://aclanthology.org/2021.acl-long.353): trained keys and values at every layer.
 
 Direct: the flat prompt ``[P, W]`` is the parameter. Re-parameterised (§4.3 of the paper, ``prefix_projection``):
-``prompt = W₂ · tanh(W₁ · E + b₁) + b₂`` with ``E`` ``[P, embedding]``, ``W₁`` ``[hidden, embedding]``, ``W₂`` ``[W, hidden]``.
-``W`` = Σ over layers of kv_heads · (key size + value size); columns are layer-major, keys before values, then kv head,
-then head dimension (PEFT's ``prompt_embeddings`` layout).
+``prompt = W₂ · tanh(W₁ · E + b₁) + b₂`` with ``E`` ``[P, embedding]``, ``W₁`` ``[hidden, embedding]``,
+``W₂`` ``[W, hidden]``. ``W`` = Σ over layers of kv_heads · (key size + value size); columns are layer-major, keys
+before values, then kv head, then head dimension (PEFT's ``prompt_embeddings`` layout).
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class PrefixEncoder(PromptEncoder):
         """Make the output equal ``target`` ``[P, W]`` by the last layer alone; returns the relative RMS error left.
 
         Exact (up to rounding) whenever ``encoder_hidden_size >= P - 1``: the minimum-norm least-squares solution of
-        ``tanh(W₁E + b₁) W₂ᵀ = target − mean``, with ``b₂`` the mean over virtual tokens, solved in fp64.
+        ``(tanh(W₁E + b₁) − mean) W₂ᵀ = target − mean`` (means over virtual tokens; ``b₂`` joins them), solved in fp64.
         """
         if self.first_token is not None:
             self.first_token.copy_(target[:1])
@@ -133,10 +133,10 @@ class PrefixEncoder(PromptEncoder):
         hidden = self.transform[:-1](self.embedding).double()
         last = self.transform[-1]
         assert isinstance(last, nn.Linear)
-        bias = target.double().mean(0)
-        solution = torch.linalg.lstsq(hidden, target.double() - bias, driver="gelsd").solution
+        hidden_mean, target_mean = hidden.mean(0), target.double().mean(0)
+        solution = torch.linalg.lstsq(hidden - hidden_mean, target.double() - target_mean, driver="gelsd").solution
         last.weight.copy_(solution.T)
-        last.bias.copy_(bias)
+        last.bias.copy_(target_mean - hidden_mean @ solution)
         return float((self() - target).norm() / target.norm())
 
 
@@ -163,9 +163,9 @@ def build(config: PrefixConfig, shape: BackboneShape, conditioner: Conditioner) 
         left = encoder.fit(target)
         if left > 1e-4:
             warnings.warn(
-                f"method.encoder_hidden_size={config.encoder_hidden_size} is too small to reproduce the text's "
-                f"{config.num_virtual_tokens} keys and values: {left:.1%} relative error is left; use at least "
-                f"{config.num_virtual_tokens}",
+                f"method.encoder_hidden_size={config.encoder_hidden_size or shape.hidden_size} is too small to "
+                f"reproduce the text's {config.num_virtual_tokens} keys and values: {left:.1%} relative error is left; "
+                f"use at least {config.num_virtual_tokens}",
                 stacklevel=2,
             )
     return encoder

@@ -1,10 +1,11 @@
 """Generator of the quickstart backbone's pretraining corpus: seeded, so the same seed gives the same text everywhere.
 
 A document is mostly a *collection*: a few invented entities of one domain, each described two or three times, first
-by a view that cannot be predicted (a record or a text) and then by views that follow from it. Records have eight formats
-and views twelve kinds; within a collection the format, the wording and the slot order are usually kept, so that a model
-profits from reading off the style as well as from copying values. One document in four is a *roll call*, a list said
-twice. What the tuning task asks for never appears: neither its records (``key: value | key: value``) nor its sentences.
+by a view that cannot be predicted (a record or a text) and then by views that follow from it. Records have eight
+formats and views twelve kinds; within a collection the format, the wording and the slot order are usually kept, so that
+a model profits from reading off the style as well as from copying values. One document in four is a *roll call*, a list
+said twice. Neither the tuning task's records (``key: value | key: value``) nor its texts ever appear, though short
+phrases of them do ("Not for children").
 
 Names are built from syllables. One name in eight, chosen by a hash, is held out: it never occurs here, which lets the
 task test on names that the backbone cannot have seen.

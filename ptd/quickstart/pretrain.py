@@ -99,7 +99,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[list[Segment]]) -
             while start >= ends[segment]:
                 segment += 1
             weights.append(document[segment][1])
-        encoded.append(((encoding.ids + [tokenizer.eos_token_id])[:ROW_TOKENS], (weights + [1.0])[:ROW_TOKENS]))
+        encoded.append(([*encoding.ids, tokenizer.eos_token_id][:ROW_TOKENS], [*weights, 1.0][:ROW_TOKENS]))
     return encoded
 
 
@@ -165,7 +165,8 @@ def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, minute
     gains = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
-    began, recent, step = time.monotonic(), [], 0
+    began, step = time.monotonic(), 0
+    recent: list[float] = []
     model.train()
     forward = torch.compile(model) if compiled else model
     for step, (ids, weights, documents) in enumerate(packed_batches(tokenizer, TRAIN_SEED), start=1):

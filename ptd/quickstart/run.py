@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ptd.config import data_config
+from ptd.config import load_config
 from ptd.data import load_rows
 from ptd.engine.ranks import Ranks
 from ptd.evaluate import continue_rows, held_out_loss, text_metrics
@@ -60,13 +60,13 @@ def run_quickstart(output: Path, *, ranks: int, overwrite: bool, reporter: Repor
     _print_comparison(before, after)
     rows = load_rows(str(held_out), "train", what="quickstart")
     for index in range(SAMPLES):
-        print(f"\ninput      {rows[index]['prompt'].strip()}")
+        print(f"\ninput      {rows[index]['prompt']}")
         print(f"frozen     {_one_line(before_texts[index])}")
         print(f"tuned      {_one_line(after_texts[index])}")
         print(f"reference  {rows[index]['completion']}")
-    print(f"\n{time.time() - began:.0f} s in all. Curve: {run / 'loss.png'}. Adapter (PEFT loads it too): {run / 'adapter'}")
-    prompt = rows[0]["prompt"].strip()
-    print(f"next: ptd generate --adapter {run} '{prompt}'")
+    print(f"\n{time.time() - began:.0f} s in all. Adapter (PEFT loads it too): {run / 'adapter'}")
+    print(f"curve: {run / 'loss.png'}")
+    print(f"next: ptd generate --adapter {run} '{rows[0]['prompt']}'")
     return {"before": before, "after": after}
 
 
@@ -88,7 +88,7 @@ def _environment(gpus: int) -> dict[str, str]:
 
 def _measure(tuned: Tuned, held_out: Path, reporter: Reporter) -> tuple[dict[str, Any], list[str]]:
     rows = load_rows(str(held_out), "train", what="quickstart")
-    config = data_config({"eval": str(held_out), "max_length": 256})
+    config = load_config(RECIPE).data.model_copy(update={"eval": str(held_out)})
     metrics = held_out_loss(tuned, rows, config, Ranks.start(), batch_size=16, reporter=Reporter())
     texts, references = continue_rows(tuned, rows, config, DECODING, batch_size=50, reporter=reporter)
     slots = [slot_accuracy(prompt, text) for prompt, text in zip(rows["prompt"], texts, strict=True)]

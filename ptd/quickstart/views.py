@@ -7,8 +7,11 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ptd.quickstart.domains import YES_NO, Domain
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -35,7 +38,7 @@ class Style:
             return self.rng.random()
         return self.made.setdefault(key, self.rng.random())
 
-    def pick(self, key: str, options: tuple) -> str:
+    def pick(self, key: str, options: tuple[T, ...]) -> T:
         return options[int(self.number(key) * len(options))]
 
     def ordered(self, entity: Entity, key: str) -> list[str]:

@@ -136,9 +136,7 @@ def test_the_meter_misses_no_collective(measured: dict[str, Any], placement: str
 
 
 @pytest.mark.parametrize("case", ["direct/nan", "direct/inf", "mlp/nan", "mlp/gradient"])
-def test_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
-    measured: dict[str, Any], world: int, case: str
-) -> None:
+def test_step_that_is_not_finite_on_one_rank_is_skipped_on_all(measured: dict[str, Any], world: int, case: str) -> None:
     result = measured[f"skipping/{case}"]
     assert result["changed"] == [True, True, False, True, True]  # parameters and moments, bit for bit
     assert result["skipped"] == [[0, 0, 1, 0, 0]] * world

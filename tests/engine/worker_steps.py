@@ -175,7 +175,9 @@ def make_encoder(prepared: Prepared, kind: str, *, hidden: int = 16) -> PrefixEn
 
 def make_step(encoder: PrefixEncoder, ranks: Ranks, max_grad_norm: float = MAX_GRAD_NORM) -> PromptStep:
     encoder = ranks.distribute(copy.deepcopy(encoder))
-    return PromptStep(encoder, build_optimizer(encoder, **OPTIMIZER), ranks, NetworkMeter(ranks.world_size), max_grad_norm)
+    return PromptStep(
+        encoder, build_optimizer(encoder, **OPTIMIZER), ranks, NetworkMeter(ranks.world_size), max_grad_norm
+    )
 
 
 class Notes(Reporter):
@@ -216,7 +218,12 @@ def make_loop(
 
 
 def training_case(
-    prepared: Prepared, reference: dict[str, Any], encoder: PrefixEncoder, ranks: Ranks, accumulation: int, packing: bool
+    prepared: Prepared,
+    reference: dict[str, Any],
+    encoder: PrefixEncoder,
+    ranks: Ranks,
+    accumulation: int,
+    packing: bool,
 ) -> dict[str, Any]:
     """Three steps of the engine against the reference."""
     step = make_step(encoder, ranks)

@@ -50,7 +50,7 @@ def assert_close(got, want):
 def test_remove_restores_the_model_bit_for_bit(family):
     model = tiny_model(family)
     before, keys = logits(model), list(model.state_dict())
-    implementation, buffers = model.config._attn_implementation, {name: value for name, value in model.named_buffers()}
+    implementation, buffers = model.config._attn_implementation, dict(model.named_buffers())
     attachment = Attachment(model)
     encoder = PrefixEncoder(measure_shape(attachment, model).layers, P)
     attachment.set(encoder.state(encoder()))
@@ -155,7 +155,7 @@ def test_a_window_never_hides_the_prefix(family):
     other, _ = prefixed(family, seed=1, **changes)
     last = logits(model, ids)[:, -1]
     assert (last - logits(other, ids)[:, -1]).abs().max() > 1000 * CLOSE
-    changed = torch.cat([ids[:, : -WINDOW] + 1, ids[:, -WINDOW:]], dim=1).clamp(max=VOCAB - 1)
+    changed = torch.cat([ids[:, :-WINDOW] + 1, ids[:, -WINDOW:]], dim=1).clamp(max=VOCAB - 1)
     assert_close(logits(model, changed)[:, -1], last)  # but the window does hide what lies before it
     padded = torch.nn.functional.pad(ids, (5, 0))
     positions = torch.nn.functional.pad(torch.arange(3 * WINDOW)[None], (5, 0))
@@ -174,7 +174,13 @@ def test_the_backbone_gets_no_gradient(family):
 
 
 def test_layers_of_different_size():
-    model, attachment = prefixed("gemma4_text", num_key_value_heads=2, head_dim=16, global_head_dim=32, vocab_size=VOCAB)
+    sizes = {
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "vocab_size_per_layer_input": VOCAB,
+        "hidden_size_per_layer_input": 8,
+    }
+    model, attachment = prefixed("gemma4_text", num_key_value_heads=2, **sizes)
     assert measure_shape(attachment, model).layers == (LayerShape(2, 16, 16), LayerShape(2, 32, 32))
     visible = LEFT.bool()
     positions = (LEFT.cumsum(1) - 1).clamp(min=0)

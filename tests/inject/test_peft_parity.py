@@ -37,9 +37,9 @@ for labels in LABELS:
 
 def stacked(rows, value, side="right"):
     width = max(map(len, rows))
-    return torch.stack([
-        pad(row, (0, width - len(row)) if side == "right" else (width - len(row), 0), value=value) for row in rows
-    ])
+    return torch.stack(
+        [pad(row, (0, width - len(row)) if side == "right" else (width - len(row), 0), value=value) for row in rows]
+    )
 
 
 def masks(side):
@@ -75,7 +75,9 @@ def peft_loss(family, projection):
     loss = cross_entropy(logits.flatten(0, 1), stacked(LABELS, -100).flatten(), reduction="sum")
     names, parameters = zip(*encoder.named_parameters(), strict=True)
     gradients = torch.autograd.grad(loss, parameters)
-    return loss.detach(), {name.removesuffix("embedding.weight") or "embedding": g for name, g in zip(names, gradients, strict=True)}
+    return loss.detach(), {
+        name.removesuffix("embedding.weight") or "embedding": g for name, g in zip(names, gradients, strict=True)
+    }
 
 
 def ours(family, backend, projection=False, checkpointing=False):
@@ -106,7 +108,9 @@ def test_logits(family, backend):
     for side in ("right", "left"):
         ids, mask = stacked(SEQUENCES, 0, side), masks(side)
         with torch.no_grad():
-            difference = model(input_ids=ids, attention_mask=mask).logits - theirs(input_ids=ids, attention_mask=mask).logits
+            difference = (
+                model(input_ids=ids, attention_mask=mask).logits - theirs(input_ids=ids, attention_mask=mask).logits
+            )
         assert difference[mask.bool()].abs().max() < LOGITS, side
     ids = SEQUENCES[0][None]
     with torch.no_grad():

@@ -1,0 +1,169 @@
+"""Loading a backbone: frozen, without dropout, and refused with the key's name where it cannot be read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from families import VOCAB, save_backbone, tiny_config, tiny_model
+from safetensors.torch import load_file, save_file
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ptd.backbone import fingerprint, load_model, load_tokenizer
+from ptd.backbone.load import checkpoint_layers
+from ptd.config import BackboneConfig
+from ptd.inject import Attachment, check_supported, measure_shape
+from ptd.methods.prefix import PrefixEncoder
+from ptd.types import UserError
+
+CPU = torch.device("cpu")
+IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def load(path, **settings):
+    return load_model(BackboneConfig(path=str(path), **settings), device=CPU, check=check_supported)
+
+
+@pytest.fixture
+def damaged(backbone_dir, tmp_path):
+    """A copy of the saved backbone to break."""
+    return shutil.copytree(backbone_dir, tmp_path / "damaged")
+
+
+def test_the_model_is_the_saved_one_in_eval_mode_and_frozen(backbone_dir):
+    model, saved = load(backbone_dir), tiny_model("llama")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module.training for module in model.modules())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), saved.parameters(), strict=True))
+    assert {p.dtype for p in load(backbone_dir, dtype="bfloat16").parameters()} == {torch.bfloat16}
+
+
+def test_the_tokenizer_comes_along(backbone_dir):
+    tokenizer = load_tokenizer(BackboneConfig(path=str(backbone_dir)))
+    assert tokenizer.decode(tokenizer("grüße")["input_ids"]) == "grüße"
+
+
+@pytest.mark.parametrize(
+    ("family", "dropout"),
+    [
+        ("gpt2", {"attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1}),
+        ("opt", {"dropout": 0.1, "attention_dropout": 0.1}),
+        ("llama", {"attention_dropout": 0.1}),
+        ("phi3", {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attention_dropout": 0.1}),
+    ],
+)
+def test_dropout_is_gone_even_where_layers_are_recomputed(family, dropout, tmp_path):
+    model = load(save_backbone(tmp_path, family, **dropout), gradient_checkpointing=True)
+    assert all(getattr(model.config, name) == 0 for name in dropout)
+    attachment = Attachment(model)
+    encoder = PrefixEncoder(measure_shape(attachment, model).layers, 4)
+
+    def run():
+        attachment.set(encoder.state(encoder()))
+        encoder.zero_grad()
+        loss = model(input_ids=IDS, use_cache=False).logits.square().mean()
+        loss.backward()
+        return loss.item(), encoder.embedding.grad.clone()
+
+    (loss, gradient), (again, gradient_again) = run(), run()
+    assert loss == again
+    assert torch.equal(gradient, gradient_again)
+
+
+def test_gradient_checkpointing_runs_every_layer_twice(backbone_dir):
+    calls = []
+    for checkpointing in (False, True):
+        model = load(backbone_dir, gradient_checkpointing=checkpointing)
+        attachment = Attachment(model)
+        encoder = PrefixEncoder(measure_shape(attachment, model).layers, 4)
+        attachment.set(encoder.state(encoder()))
+        count = [0]
+        for layer in model.model.layers:
+            assert isinstance(layer, GradientCheckpointingLayer)
+            assert not layer.mlp.training
+            layer.mlp.register_forward_pre_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        model(input_ids=IDS, use_cache=False).logits.sum().backward()
+        calls.append(count[0])
+    assert calls == [2, 4]
+
+
+def test_gradient_checkpointing_leaves_generation_alone(backbone_dir):
+    options = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 6, "do_sample": False}
+    plain, checkpointed = (
+        load(backbone_dir, gradient_checkpointing=on).generate(IDS, **options) for on in (False, True)
+    )
+    assert torch.equal(plain, checkpointed)
+
+
+def test_gradient_checkpointing_is_refused_where_the_model_has_none():
+    model = tiny_model("llama")
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(UserError, match=r"backbone\.gradient_checkpointing: LlamaForCausalLM does not support it"):
+        checkpoint_layers(model)
+
+
+def test_the_fingerprint_tells_weights_apart_and_not_dtypes(backbone_dir, tmp_path):
+    prints = [fingerprint(load(backbone_dir, dtype=dtype)) for dtype in ("float32", "bfloat16", "auto")]
+    assert len(set(prints)) == 1
+    assert fingerprint(load(save_backbone(tmp_path, seed=1))) != prints[0]
+    assert fingerprint(tiny_model("mistral")) != fingerprint(tiny_model("llama"))  # the same weights, another family
+    model = tiny_model("llama")
+    model.add_module("extra", torch.nn.Linear(2, 2))
+    assert fingerprint(model) != fingerprint(model, without="extra") == prints[0]
+
+
+@pytest.mark.parametrize("loader", [load, lambda path: load_tokenizer(BackboneConfig(path=str(path)))])
+def test_a_folder_that_is_no_model_is_named(loader, tmp_path):
+    with pytest.raises(UserError, match=r"backbone\.path: there is no model folder .*nowhere"):
+        loader(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"backbone\.path: the folder .* has no config\.json"):
+        loader(tmp_path)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"backbone\.path: there is no model folder"):
+        loader(tmp_path / "file")
+    with pytest.raises(UserError, match=r"backbone\.path: cannot load 'nobody/nothing'"):
+        loader("nobody/nothing")  # HF_HUB_OFFLINE
+
+
+def cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def not_json(folder):
+    (folder / "config.json").write_text("{")
+
+
+def unknown_type(folder):
+    (folder / "config.json").write_text(json.dumps({"model_type": "never_heard_of"}))
+
+
+def other_sizes(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
+
+
+def one_tensor_missing(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("damage", [cut, no_weights, not_json, unknown_type, other_sizes, one_tensor_missing])
+def test_a_damaged_checkpoint_is_refused(damage, damaged):
+    damage(damaged)
+    with pytest.raises(UserError, match=r"backbone\.path: cannot load"):
+        load(damaged)
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon", "jamba"])
+def test_an_unsupported_family_is_refused_before_its_weights_are_read(family, tmp_path):
+    tiny_config(family).save_pretrained(tmp_path)  # no weights at all
+    with pytest.raises(UserError, match=rf"backbone\.path: model type '{family}'"):
+        load(tmp_path)

@@ -1,0 +1,214 @@
+"""A run that was killed and started again is the run that was not: launched as a user would, over ZeRO-3."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from ptd.config import parse_config
+from ptd.engine.records import read_records
+from ptd.train import train
+from ptd.types import Reporter
+
+STEPS, EPOCH, KILLED_AFTER = 14, 6, 7  # killed in the second of three epochs; checkpoints at 3, 6, 9 …
+SETTINGS: dict[str, Any] = {
+    "method": {
+        "name": "prefix",
+        "num_virtual_tokens": 4,
+        "prefix_projection": True,
+        "encoder_hidden_size": 16,
+        "embedding_size": 12,
+    },
+    "train": {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 0.01,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+        "weight_decay": 0.1,
+        "save_steps": 3,
+        "eval_steps": 4,
+        "logging_steps": 1,
+        "seed": 5,
+    },
+    # Thresholds of 0: this backbone is so small that DeepSpeed would otherwise not shard it, and gather it only once.
+    "deepspeed": {
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": 0,
+            "stage3_max_reuse_distance": 0,
+        }
+    },
+}
+# The same sums in another order, carried through up to 14 steps of Adam; the worst measured is 3e-6.
+OTHER_RANKS = 1e-5
+
+
+class Notes(Reporter):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+class Runs:
+    """Launched runs: ``whole`` went through, ``resumed`` was killed and started again, ``killed`` is a copy between."""
+
+    def __init__(self, root: Path, settings: dict[str, Any], launch: Any) -> None:
+        self.whole, self.resumed, self.killed = root / "whole", root / "resumed", root / "killed"
+        self.settings = settings
+        run_file = root / "run.yaml"
+        run_file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        self.command = ["-m", "ptd.cli", "train", run_file]
+        launch(2, *self.command, f"output_dir={self.whole}")
+        crash = Path(__file__).with_name("worker_crash.py")
+        self.crash = launch(2, crash, KILLED_AFTER, "train", run_file, f"output_dir={self.resumed}", check=False)
+        shutil.copytree(self.resumed, self.killed)
+        unfinished = self.resumed / "checkpoints" / ".writing-000009"
+        unfinished.mkdir()
+        (unfinished / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
+        self.second = launch(2, *self.command, f"output_dir={self.resumed}")
+
+    def continue_alone(self, folder: Path) -> list[str]:
+        """Continue a copied folder in this process, replicated; returns what was said."""
+        settings = {key: value for key, value in self.settings.items() if key != "deepspeed"}
+        notes = Notes()
+        train(parse_config({**settings, "output_dir": str(folder)}), reporter=notes)
+        return notes.lines
+
+
+@pytest.fixture(scope="module")
+def runs(launch: Any, backbone_dir: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    data = {"train": str(rows_file), "eval": str(rows_file), "max_length": 64}
+    settings = {"backbone": {"path": str(backbone_dir)}, "data": data, **SETTINGS}
+    return Runs(tmp_path_factory.mktemp("runs"), settings, launch)
+
+
+def series(folder: Path, key: str) -> dict[int, float]:
+    return {record["step"]: record[key] for record in read_records(folder) if key in record}
+
+
+def test_the_crash_left_an_unfinished_run(runs: Runs) -> None:
+    assert runs.crash.returncode != 0
+    assert json.loads((runs.killed / "run.json").read_text())["status"] == "running"
+    assert sorted(path.name for path in (runs.killed / "checkpoints").glob("step-*")) == ["step-000003", "step-000006"]
+    assert (runs.killed / "checkpoints" / "latest").read_text() == "step-000006\n"
+    assert max(series(runs.killed, "loss")) == KILLED_AFTER
+    assert not (runs.killed / "metrics.jsonl").read_text().endswith("\n")
+
+
+def test_the_second_start_says_that_it_continues(runs: Runs) -> None:
+    assert "continuing from step-000006\n" in runs.second.stderr
+    assert "\ntrain 6/14" not in runs.second.stderr
+    assert "\ntrain 7/14" in runs.second.stderr
+
+
+@pytest.mark.parametrize("key", ["loss", "grad_norm", "lr", "tokens", "supervised_tokens", "eval_loss"])
+def test_resumed_run_is_bit_identical(runs: Runs, key: str) -> None:
+    assert series(runs.resumed, key) == series(runs.whole, key)
+
+
+@pytest.mark.parametrize("name", ["adapter", "best"])
+def test_adapters_are_bit_identical(runs: Runs, name: str) -> None:
+    whole, resumed = (folder / name / "adapter_model.safetensors" for folder in (runs.whole, runs.resumed))
+    assert resumed.read_bytes() == whole.read_bytes()
+    assert load_file(whole)["prompt_embeddings"].shape == (4, 64)
+
+
+def test_resumed_checkpoint_is_bit_identical(runs: Runs) -> None:
+    """Parameters and both moments, as each rank wrote them."""
+    for folder in (runs.whole, runs.resumed):
+        assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+            "latest",
+            "step-000012",
+            "step-000014",
+        ]
+    last = Path("checkpoints") / "step-000014"
+    files = sorted(path.name for path in (runs.whole / last).glob("*.safetensors"))
+    assert len(files) == 2
+    for name in files:
+        whole, resumed = load_file(runs.whole / last / name), load_file(runs.resumed / last / name)
+        assert whole.keys() == resumed.keys()
+        assert all(resumed[key].equal(whole[key]) for key in whole)
+
+
+def test_no_step_is_recorded_twice(runs: Runs) -> None:
+    lines = [json.loads(line) for line in (runs.resumed / "metrics.jsonl").read_text().splitlines()]
+    trained = [record["step"] for record in lines if "loss" in record]
+    assert trained == list(range(1, STEPS + 1))
+    assert [record["step"] for record in lines if "eval_loss" in record] == [4, 8, 12, 14]
+
+
+def test_result_of_the_resumed_run(runs: Runs) -> None:
+    whole, resumed = (json.loads((folder / "run.json").read_text()) for folder in (runs.whole, runs.resumed))
+    assert resumed["status"] == whole["status"] == "finished"
+    timing = ("seconds", "peak_memory_bytes")
+    results = [{key: value for key, value in run["result"].items() if key not in timing} for run in (whole, resumed)]
+    assert results[0] == results[1]
+    assert json.loads(runs.second.stdout) == {"output_dir": str(runs.resumed), **resumed["result"]}
+
+
+def test_one_rank_continues_what_two_began(runs: Runs, tmp_path: Path) -> None:
+    folder = shutil.copytree(runs.killed, tmp_path / "alone")
+    notes = runs.continue_alone(folder)
+    assert "continuing from step-000006" in notes
+    kept = "keeping 4 rows a step on 1 ranks: per_device_train_batch_size=2, gradient_accumulation_steps=2"
+    assert kept in notes
+    for key in ("loss", "grad_norm", "eval_loss"):
+        assert series(folder, key) == pytest.approx(series(runs.whole, key), rel=OTHER_RANKS)
+    for key in ("tokens", "supervised_tokens", "lr"):
+        assert series(folder, key) == series(runs.whole, key)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "no manifest"])
+def test_damaged_checkpoint_is_passed_over(runs: Runs, tmp_path: Path, damage: str) -> None:
+    folder = shutil.copytree(runs.killed, tmp_path / "damaged")
+    newest = folder / "checkpoints" / "step-000006"
+    shard = newest / "shard-00002-model-00001-of-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    if damage == "flipped":
+        content[-5] ^= 1
+        shard.write_bytes(content)
+    elif damage == "cut":
+        shard.write_bytes(content[:-8])
+    elif damage == "missing":
+        shard.unlink()
+    else:
+        (newest / "manifest.json").unlink()
+    notes = runs.continue_alone(folder)
+    said = {"flipped": "is damaged", "cut": "is cut", "missing": "unreadable", "no manifest": "unreadable"}
+    assert notes[0].startswith("passed over step-000006: ")
+    assert said[damage] in notes[0]
+    assert notes[1] == "continuing from step-000003"
+    assert list(series(folder, "loss")) == list(range(1, STEPS + 1))
+    assert series(folder, "loss") == pytest.approx(series(runs.whole, "loss"), rel=OTHER_RANKS)
+
+
+def test_damaged_checkpoint_does_not_push_out_whole_ones(runs: Runs, tmp_path: Path) -> None:
+    """With one checkpoint to keep, and a damaged one of a later step beside it."""
+    folder = shutil.copytree(runs.killed, tmp_path / "damaged")
+    (folder / "checkpoints" / "step-000006" / "manifest.json").write_text("{")
+    config = parse_config(
+        {
+            **{key: value for key, value in runs.settings.items() if key != "deepspeed"},
+            "train": {**runs.settings["train"], "save_steps": 1, "save_total_limit": 1},
+            "output_dir": str(folder),
+        }
+    )
+
+    class StopAtFive(Reporter):
+        def advance(self, task: str, done: int, line: str | None = None) -> None:
+            if task == "train" and done == 5:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, reporter=StopAtFive())
+    assert [path.name for path in (folder / "checkpoints").glob("step-*")] == ["step-000004"]
