@@ -189,7 +189,7 @@ BAD = {
     "prefix longer than the context": (
         {},
         ["method.num_virtual_tokens=300"],
-        "do not fit the backbone's context of 256",
+        "do not fit",
     ),
     "prefix and text longer than the context": ({}, ["data.max_length=256"], "set data.max_length to at most 252"),
     "text shorter than the prefix": (

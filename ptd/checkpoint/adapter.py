@@ -119,9 +119,10 @@ def load_adapter(path: str | Path) -> Adapter:
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"--adapter: the configuration in {folder} is incomplete or damaged: {error!r}") from error
     width = sum(layer.numel for layer in layers)
-    if not layers or flat.ndim != 2 or flat.shape[1] != width or not len(flat):
+    virtual = config.get("num_virtual_tokens", len(flat))
+    if not layers or virtual != len(flat) or flat.ndim != 2 or flat.shape[1] != width or not len(flat):
         raise UserError(
-            f"--adapter: {folder / WEIGHTS} has shape {tuple(flat.shape)}, its configuration says [P, {width}]"
+            f"--adapter: {folder / WEIGHTS} has shape {tuple(flat.shape)}, its configuration says [{virtual}, {width}]"
         )
     backbone = facts.get("backbone") or config.get("base_model_name_or_path") or ""
     revision = facts.get("revision", config.get("revision"))

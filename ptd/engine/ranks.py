@@ -80,10 +80,14 @@ class Ranks:
         return init_device_mesh(self.device.type, (nodes, self.local_world_size), mesh_dim_names=names)["local"]
 
     def distribute(self, encoder: PromptEncoder) -> PromptEncoder:
-        """Move the encoder to this rank's device and split its wide layers over the node's ranks."""
+        """Move the encoder to this rank's device and split its wide layers over the node's ranks.
+
+        Layers with fewer rows or columns than there are ranks stay whole.
+        """
         encoder.to(self.device)
         plan = dict(encoder.tensor_parallel_plan())
-        if plan and self.world_size > 1:
+        sizes = [size for name in plan for weight in encoder.get_submodule(name).parameters() for size in weight.shape]
+        if plan and self.world_size > 1 and min(sizes) >= self.mesh.size():
             parallelize_module(encoder, self.mesh, plan)
         return encoder
 

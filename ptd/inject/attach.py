@@ -7,6 +7,7 @@ from functools import singledispatchmethod
 from typing import Any
 
 import torch
+from ptd_kernels import MAX_HEAD_SIZE, available_backends
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -52,6 +53,9 @@ class Attachment:
 
     def __init__(self, model: PreTrainedModel, *, backend: str = "auto", encoder: PromptEncoder | None = None) -> None:
         check_supported(type(model), model.config)
+        if backend not in ("auto", *available_backends()):
+            known = ", ".join(["auto", *available_backends()])
+            raise UserError(f"backbone.attention: there is no backend {backend!r}; available: {known}")
         layers = _attention_layers(model)
         _check_free_and_causal(model, layers)
         self.model = model
@@ -194,6 +198,11 @@ def measure_shape(attachment: Attachment, run: Callable[..., Any]) -> BackboneSh
 def _measured(slot: LayerSlot) -> LayerShape:
     if slot.measured is None:
         raise UserError("a layer of this backbone never called the attention interface; a prefix cannot be injected")
+    if max(slot.measured.key_dim, slot.measured.value_dim) > MAX_HEAD_SIZE:
+        raise UserError(
+            f"a layer of this backbone has heads of size {slot.measured.key_dim}; attention with a prefix takes up to "
+            f"{MAX_HEAD_SIZE}"
+        )
     return slot.measured
 
 

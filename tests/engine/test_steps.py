@@ -61,7 +61,7 @@ def test_training_equals_one_process_with_plain_autograd(measured: dict[str, Any
 
 @pytest.mark.parametrize("encoder", ["frozen_first", "uneven_mlp", "narrow_mlp"])
 def test_training_of_encoders_that_do_not_divide(measured: dict[str, Any], encoder: str) -> None:
-    """A hidden layer of 6 or 3 over the ranks (the last of four then has none of 3), and a part without a gradient."""
+    """A hidden layer of 6 or 3 over the ranks (3 are too few to split over four), and a part without a gradient."""
     assert_like_one_process(measured[f"training/{encoder}"])
 
 

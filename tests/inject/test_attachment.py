@@ -253,3 +253,14 @@ def test_the_implementation_without_an_attachment_is_explained():
     model.set_attn_implementation(IMPLEMENTATION)
     with pytest.raises(UserError, match="not attached"):
         logits(model)
+
+
+def test_an_unknown_attention_backend_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match=r"no backend 'flesh'; available: auto, .*merge"):
+        Attachment(tiny_model(), backend="flesh")
+
+
+def test_heads_too_large_for_the_kernels_are_refused_before_training() -> None:
+    attachment = Attachment(tiny_model(head_dim=320))
+    with pytest.raises(UserError, match="heads of size 320"):
+        measure_shape(attachment, attachment.model)
