@@ -4,10 +4,10 @@
 
 A tiny Llama (8 layers, hidden 512, 8 query and 4 key/value heads, vocabulary 32,000, random weights, fp32), P = 30
 virtual tokens trained directly, batches of 8 rows with the lengths of the E2E data set (80 ± 20 tokens, 37 % of them
-supervised; 24 % of a padded batch is padding). PEFT runs as its users run it: padded batch, attention mask, SDPA, labels
-of −100, AdamW. ptd runs its own engine: packed batch, supervised positions only, reduction at the prompt. Each repetition
-times one optimizer step of each on the same rows, in turns; useful tokens are those of the rows, without padding. Before
-timing, one step's loss and prefix gradient of both sides are compared, so that both do the same work.
+supervised; 24 % of a padded batch is padding). PEFT runs as its users run it: padded batch, attention mask, SDPA,
+labels of −100, AdamW. ptd runs its own engine: packed batch, supervised positions only, reduction at the prompt. Each
+repetition times one optimizer step of each on the same rows, in turns; useful tokens are those of the rows, without
+padding. Before timing, one step's loss and prefix gradient of both sides are compared: both do the same work.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -52,90 +53,132 @@ def _train(
     folder = ranks.on_main(lambda: open_run(config, overwrite=overwrite))
     for note in folder.notes:
         reporter.note(note)
-    facts = folder.facts()
-    settings = fit_batch(config, ranks.world_size, facts.get("rows_per_step"), reporter)
+    settings = fit_batch(config, ranks.world_size, folder.facts().get("rows_per_step"), reporter)
     tokenizer = load_tokenizer(config.backbone)
-    examples = {which: _examples(config.data, which, tokenizer, ranks, reporter) for which in ("train", "eval")}
-    assert examples["train"] is not None
+    train_rows = _examples(config.data, "train", tokenizer, ranks, reporter)
+    eval_rows = _examples(config.data, "eval", tokenizer, ranks, reporter) if config.data.eval is not None else None
     prepared = prepare(config.backbone, ranks, zero3)
     step = _build_step(config, prepared, tokenizer, ranks)
-    batches = _batches(config.data, settings, examples["train"], tokenizer, ranks)
+    batches = _batches(config.data, settings, train_rows, tokenizer, ranks)
     total = settings.max_steps or batches.total_steps(settings.num_train_epochs)
 
-    start = 0
-    if folder.checkpoint is not None:
-        load_tensors(folder.checkpoint, tensors_of(step.encoder, step.optimizer))
-        start = facts["step"]
-    best: dict[str, Any] = facts.get("best") or {}
-    description = {
-        "status": "running",
-        "config": config.to_dict(),
-        "command": sys.argv,
-        "versions": versions(),
-        "world_size": ranks.world_size,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "backbone_fingerprint": prepared.fingerprint,
-        "trained_parameters": sum(parameter.numel() for parameter in step.encoder.parameters()),
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    if ranks.is_main:
-        _begin(folder, description)
-    records = Records(folder.path, start) if ranks.is_main else None
-
-    def keep_adapter(name: str) -> None:
-        with torch.no_grad():
-            flat = step.flat()
-        if ranks.is_main:
-            save_adapter(folder.path / name, _adapter(config, prepared, flat))
-
-    def on_eval(number: int, metrics: dict[str, float]) -> None:
-        if math.isfinite(metrics["loss"]) and (not best or metrics["loss"] < best["loss"]):
-            best.update(metrics, step=number)
-            keep_adapter("best")
-
-    def on_save(number: int) -> None:
-        save_state(
-            folder.checkpoints,
-            number,
-            tensors_of(step.encoder, step.optimizer),
-            {"rows_per_step": batches.slots * settings.per_device_train_batch_size, "best": best},
-            is_main=ranks.is_main,
-            barrier=ranks.barrier,
-            keep=settings.save_total_limit,
-        )
-
+    artifacts = Artifacts(config, folder, prepared, step, ranks, settings, train_rows.digest())
+    start = artifacts.resume()
+    records = artifacts.begin(start)
     loop = Loop(
         settings,
         prepared.model,
         prepared.attachment,
         step,
         batches,
-        _eval_batches(config, examples["eval"], tokenizer, ranks),
+        _eval_batches(config, eval_rows, tokenizer, ranks),
         ranks,
         reporter,
         on_record=records.write if records is not None else lambda record: None,
-        on_eval=on_eval,
-        on_save=on_save,
+        on_eval=artifacts.keep_best,
+        on_save=artifacts.save_state,
     )
     with ExitStack() as stack:
         if zero3 is not None:
             stack.enter_context(metered_deepspeed(step.meter))
         loop.run(start, total)
-    keep_adapter("adapter")
-    result: dict[str, Any] = {
-        "steps": total,
-        "seconds": time.time() - began,
-        "best": best or None,
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
-    if records is not None:
-        records.close()
-        final = ("loss", "eval_loss", "eval_perplexity")
-        result |= {key: record[key] for record in read_records(folder.path) for key in final if key in record}
-        plot_loss(folder.path)
-        folder.write({**description, "status": "finished", "result": result})
-    ranks.barrier()
-    return result
+    result = {"steps": total, "seconds": time.time() - began, "peak_memory_bytes": peak_memory_bytes()}
+    return artifacts.finish(result, records)
+
+
+@dataclass
+class Artifacts:
+    """What this run leaves in its output folder, and what it finds there."""
+
+    config: RunConfig
+    folder: RunFolder
+    prepared: Prepared
+    step: PromptStep
+    ranks: Ranks
+    settings: TrainConfig
+    data_digest: str
+    best: dict[str, Any] = field(default_factory=dict)
+    description: dict[str, Any] = field(default_factory=dict)
+
+    def resume(self) -> int:
+        """Load the checkpoint, if there is one; returns the step to start from.
+
+        Raises `UserError` if backbone or training data are not those it was written with.
+        """
+        if self.folder.checkpoint is None:
+            return 0
+        facts = self.folder.facts()
+        for key, value in self._origin().items():
+            if facts.get(key) != value:
+                raise UserError(
+                    f"output_dir: the run in {self.folder.path} was trained with another {key} ({facts.get(key)} "
+                    f"there, {value} here) under the same name; restore it, or --overwrite to start again"
+                )
+        load_tensors(self.folder.checkpoint, tensors_of(self.step.encoder, self.step.optimizer))
+        self.best = facts["best"]
+        return int(facts["step"])
+
+    def begin(self, start: int) -> Records | None:
+        """Open the folder for a run that begins at ``start``; returns the records' writer on rank 0."""
+        self.description = {
+            "config": self.config.to_dict(),
+            "command": sys.argv,
+            "versions": versions(),
+            "world_size": self.ranks.world_size,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "trained_parameters": sum(parameter.numel() for parameter in self.step.encoder.parameters()),
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **self._origin(),
+        }
+        if not self.ranks.is_main:
+            return None
+        if self.folder.checkpoint is None:
+            clear(self.folder)
+        self.folder.write({"status": "running", **self.description})
+        return Records(self.folder.path, start)
+
+    def save_state(self, number: int) -> None:
+        """Keep everything to continue from after step ``number``. Every rank calls this together."""
+        rows = self.settings.per_device_train_batch_size * self.settings.gradient_accumulation_steps
+        save_state(
+            self.folder.checkpoints,
+            number,
+            tensors_of(self.step.encoder, self.step.optimizer),
+            {"rows_per_step": rows * self.ranks.world_size, "best": self.best, **self._origin()},
+            is_main=self.ranks.is_main,
+            barrier=self.ranks.barrier,
+            keep=self.settings.save_total_limit,
+        )
+
+    def keep_best(self, number: int, metrics: dict[str, float]) -> None:
+        """Keep the adapter as ``best`` if no evaluation so far had a lower loss."""
+        if math.isfinite(metrics["loss"]) and (not self.best or metrics["loss"] < self.best["loss"]):
+            self.best = {**metrics, "step": number}
+            self.keep_adapter("best")
+
+    def keep_adapter(self, name: str) -> None:
+        """Write the prompt as it stands. Every rank calls this together."""
+        with torch.no_grad():
+            flat = self.step.flat()
+        if self.ranks.is_main:
+            save_adapter(self.folder.path / name, _adapter(self.config, self.prepared, flat))
+
+    def finish(self, result: dict[str, Any], records: Records | None) -> dict[str, Any]:
+        """Write the adapter, the curve and the result."""
+        self.keep_adapter("adapter")
+        result["best"] = self.best or None
+        if records is not None:
+            records.close()
+            final = ("loss", "eval_loss", "eval_perplexity")
+            for record in read_records(self.folder.path):
+                result |= {key: record[key] for key in final if key in record}
+            plot_loss(self.folder.path)
+            self.folder.write({"status": "finished", **self.description, "result": result})
+        self.ranks.barrier()
+        return result
+
+    def _origin(self) -> dict[str, str]:
+        return {"backbone_fingerprint": self.prepared.fingerprint, "train_data_digest": self.data_digest}
 
 
 def fit_batch(run: RunConfig, world_size: int, rows_per_step: int | None, reporter: Reporter) -> TrainConfig:
@@ -166,12 +209,10 @@ def fit_batch(run: RunConfig, world_size: int, rows_per_step: int | None, report
     )
 
 
-def _examples(config: DataConfig, which: str, tokenizer: Any, ranks: Ranks, reporter: Reporter) -> Examples | None:
+def _examples(config: DataConfig, which: str, tokenizer: Any, ranks: Ranks, reporter: Reporter) -> Examples:
     source = config.train if which == "train" else config.eval
     if source is None:
-        if which == "train":
-            raise UserError("data.train: is missing; name the training file")
-        return None
+        raise UserError(f"data.{which}: is missing; name the file to read")
     split = config.train_split if which == "train" else config.eval_split
 
     def read() -> Examples:
@@ -225,12 +266,6 @@ def _eval_batches(config: RunConfig, examples: Examples | None, tokenizer: Any, 
         shuffle=False,
         pad_token_id=tokenizer.pad_token_id or 0,
     )
-
-
-def _begin(folder: RunFolder, description: dict[str, Any]) -> None:
-    if folder.checkpoint is None:
-        clear(folder)
-    folder.write(description)
 
 
 def _adapter(config: RunConfig, prepared: Prepared, flat: torch.Tensor) -> Adapter:

@@ -6,6 +6,7 @@ S tokens of a sequence, N tokens of a packed row, V vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -197,6 +198,13 @@ class Examples:
         row = range(len(self))[row]
         piece = slice(self.offsets[row], self.offsets[row + 1])
         return self.tokens[piece], self.supervised[piece]
+
+    def digest(self) -> str:
+        """A short identity of the content: the same rows tokenised the same way, and nothing else, give the same."""
+        content = hashlib.sha256()
+        for array in (self.tokens, self.supervised, self.offsets):
+            content.update(array.tobytes())
+        return content.hexdigest()[:16]
 
     @cached_property
     def lengths(self) -> np.ndarray:

@@ -83,6 +83,11 @@ def open_run(config: RunConfig, *, overwrite: bool) -> RunFolder:
             f"output_dir: the run in {folder} is finished; choose another output_dir, or --overwrite to redo it"
         )
     checkpoint, skipped = latest_complete(folder / "checkpoints")
+    if skipped and checkpoint is None:
+        raise UserError(
+            f"output_dir: no checkpoint in {folder} is whole ({'; '.join(skipped)}); "
+            "--overwrite starts again from nothing"
+        )
     notes = [f"passed over {reason}" for reason in skipped]
     notes.append(
         f"continuing from {checkpoint.name}" if checkpoint else "no checkpoint yet; starting from the beginning"

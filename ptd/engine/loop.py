@@ -161,5 +161,10 @@ def learning_rates(config: TrainConfig, total_steps: int) -> Callable[[int], flo
     """Learning rate by step index; transformers' schedules as a plain function, so that resuming needs no state."""
     warmup = config.warmup_steps if config.warmup_steps is not None else math.ceil(config.warmup_ratio * total_steps)
     probe = torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=config.learning_rate)  # polynomial looks at it
-    schedule = get_scheduler(config.lr_scheduler_type, probe, num_warmup_steps=warmup, num_training_steps=total_steps)
+    try:
+        schedule = get_scheduler(
+            config.lr_scheduler_type, probe, num_warmup_steps=warmup, num_training_steps=total_steps
+        )
+    except ValueError as error:
+        raise UserError(f"train.lr_scheduler_type: {config.lr_scheduler_type} cannot start: {error}") from error
     return lambda step: config.learning_rate * schedule.lr_lambdas[0](step)

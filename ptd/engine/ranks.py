@@ -109,6 +109,11 @@ class Ranks:
                 outcome[0] = work()
             except UserError as error:
                 outcome[1] = error
+            except Exception as error:  # the others wait for an outcome, whatever it is
+                if self.world_size > 1:
+                    broken = [None, RuntimeError(f"rank 0 failed: {error!r}")]
+                    dist.broadcast_object_list(broken, src=0, device=self.device)
+                raise
         if self.world_size > 1:
             dist.broadcast_object_list(outcome, src=0, device=self.device)
         if outcome[1] is not None:

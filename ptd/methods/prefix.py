@@ -116,7 +116,11 @@ class PrefixEncoder(PromptEncoder):
         """
         if self.transform is None:
             return {}
-        return {"transform.0": ColwiseParallel(), "transform.2": RowwiseParallel(output_layouts=Replicate())}
+        # The hidden layer travels as a DTensor: a plain shard would be taken for one of even size.
+        return {
+            "transform.0": ColwiseParallel(use_local_output=False),
+            "transform.2": RowwiseParallel(output_layouts=Replicate()),
+        }
 
     @torch.no_grad()
     def fit(self, target: Tensor) -> float:

@@ -154,7 +154,7 @@ DAMAGES = {
     "another key": (lambda f: weights(f, {"lora_A": FLAT}), r"\['lora_A'\] but no 'prompt_embeddings'"),
     "wrong width": (
         lambda f: weights(f, {KEY: FLAT[:, 1:].contiguous()}),
-        r"has shape \(4, 63\), its configuration says \[P, 64\]",
+        r"has shape \(4, 63\), its configuration says \[4, 64\]",
     ),
     "no matrix": (lambda f: weights(f, {KEY: FLAT[0].clone()}), r"has shape \(64,\)"),
     "no tokens": (lambda f: weights(f, {KEY: FLAT[:0].clone()}), r"has shape \(0, 64\)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from ptd.config import parse_config
 from ptd.engine.records import read_records
 from ptd.train import train
-from ptd.types import Reporter
+from ptd.types import Reporter, UserError
 
 STEPS, EPOCH, KILLED_AFTER = 14, 6, 7  # killed in the second of three epochs; checkpoints at 3, 6, 9 …
 SETTINGS: dict[str, Any] = {
@@ -212,3 +213,27 @@ def test_damaged_checkpoint_does_not_push_out_whole_ones(runs: Runs, tmp_path: P
     with pytest.raises(KeyboardInterrupt):
         train(config, reporter=StopAtFive())
     assert [path.name for path in (folder / "checkpoints").glob("step-*")] == ["step-000004"]
+
+
+def test_no_whole_checkpoint_is_refused_instead_of_starting_over(runs: Runs, tmp_path: Path) -> None:
+    folder = shutil.copytree(runs.killed, tmp_path / "damaged")
+    for manifest in folder.glob("checkpoints/step-*/manifest.json"):
+        manifest.unlink()
+    records = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole .*--overwrite"):
+        runs.continue_alone(folder)
+    assert (folder / "metrics.jsonl").read_bytes() == records
+
+
+@pytest.mark.parametrize("what", ["backbone_fingerprint", "train_data_digest"])
+def test_changed_backbone_or_data_under_the_same_name_is_refused(runs: Runs, tmp_path: Path, what: str) -> None:
+    folder = shutil.copytree(runs.killed, tmp_path / "moved")
+    checkpoint = folder / "checkpoints" / "step-000006"
+    state = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps({**state, what: "0" * 16}))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    content = (checkpoint / "state.json").read_bytes()
+    manifest["state.json"] = [len(content), hashlib.sha256(content).hexdigest()]
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"another {what}"):
+        runs.continue_alone(folder)
