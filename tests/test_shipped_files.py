@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -23,3 +24,16 @@ def test_shipped_run_file(path: Path) -> None:
 
 def test_there_are_run_files() -> None:
     assert len(RUN_FILES) >= 2
+
+
+def test_every_key_is_documented() -> None:
+    from ptd.config import RunConfig
+    from ptd.methods import methods
+
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    keys = {"method.name", "deepspeed", "output_dir"}
+    for section in ("backbone", "task", "data", "train"):
+        keys |= {f"{section}.{key}" for key in RunConfig.model_fields[section].annotation.model_fields}
+    for method in methods().values():
+        keys |= {f"method.{field.name}" for field in dataclasses.fields(method.config)}
+    assert {key for key in keys if f"| `{key}` |" not in text} == set()

@@ -34,7 +34,7 @@ museums, musicians, cats and boats. It exists so that prefix tuning can be tried
 
 The corpus is generated (`ptd/quickstart/corpus.py`); no outside data went in. The first view of each entity cannot be
 predicted and weighs {first_weight} in the loss. The corpus, the tokenizer and the initial weights are seeded; the
-number of steps follows the clock, so a second run gives an equivalent model rather than the same numbers.
+number of steps follows the clock, so a second run gives another model.
 
 ## Shape
 
