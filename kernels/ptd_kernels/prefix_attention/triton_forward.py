@@ -28,25 +28,25 @@ from ptd_kernels.prefix_attention.triton_tiles import (
 
 @triton.jit
 def _attend(
-    out_ME, sum_M, top_M, q_MD, k, v, k_t, v_t, first, last, keys, row_M, rows, window, inner, outer,
+    out_ME, sum_M, top_M, q_MD, k, v, k_t, v_t, low, all_low, all_high, high, keys, row_M, rows, window, inner, outer,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
-    OWN: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    OWN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Continue the softmax over the keys from `first` to `last`."""
-    for key in tl.range(first, last, BLOCK_N):
-        k_ND = load_tile(k, k_t, key, keys, D, BLOCK_N, BLOCK_D, MASKED)
+    """Continue the softmax over the keys from `low` to `high`; those from `all_low` to `all_high` need no mask."""
+    for key in tl.range(low, high, BLOCK_N):
+        k_ND = load_tile(k, k_t, key, keys, D, BLOCK_N, BLOCK_D)
         score_MN, _ = score(tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee"), inner, outer, SOFTCAP)
-        if MASKED:
+        if (key < all_low) | (key >= all_high):
             key_N = key + tl.arange(0, BLOCK_N)
             seen_MN = visible(row_M[:, None], key_N[None, :], rows, keys, window, OWN, CAUSAL, WINDOW)
             score_MN = tl.where(seen_MN, score_MN, -float("inf"))
         new_top_M = tl.maximum(top_M, tl.max(score_MN, 1))
         # A row that has seen nothing yet has the maximum -inf, and must not compute -inf - -inf.
-        base_M = tl.where(new_top_M == -float("inf"), 0.0, new_top_M) if MASKED else new_top_M
+        base_M = tl.where(new_top_M == -float("inf"), 0.0, new_top_M)
         weight_MN = tl.exp2(score_MN - base_M[:, None])
         shrink_M = tl.exp2(top_M - base_M)
         sum_M = sum_M * shrink_M + tl.sum(weight_MN, 1)
-        v_NE = load_tile(v, v_t, key, keys, E, BLOCK_N, BLOCK_E, MASKED)
+        v_NE = load_tile(v, v_t, key, keys, E, BLOCK_N, BLOCK_E)
         out_ME = tl.dot(weight_MN.to(v_NE.dtype), v_NE, out_ME * shrink_M[:, None], input_precision="ieee")
         top_M = new_top_M
     return out_ME, sum_M, top_M
@@ -69,41 +69,25 @@ def forward_kernel(
     start, rows, row = find_tile(cu_seqlens, slot, num_sequences, S, BLOCK_M, PACKED)
     keys = rows if PACKED else T
     if row < rows:
-        start = tl.cast(start, tl.int64)
         kv_head = head // group
         row_M = row + tl.arange(0, BLOCK_M)
-        q_MD = load_tile(q + batch * q_b + head * q_h + start * q_s, q_s, row, rows, D, BLOCK_M, BLOCK_D, True)
+        q_MD = load_tile(q + batch * q_b + head * q_h + start * q_s, q_s, row, rows, D, BLOCK_M, BLOCK_D)
         out_ME = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
         sum_M = tl.zeros((BLOCK_M,), tl.float32)
         top_M = tl.full((BLOCK_M,), -float("inf"), tl.float32)
 
         prefix_k += kv_head * pk_h
         prefix_v += kv_head * pv_h
-        whole = P // BLOCK_N * BLOCK_N
         out_ME, sum_M, top_M = _attend(
-            out_ME, sum_M, top_M, q_MD, prefix_k, prefix_v, pk_p, pv_p, 0, whole, P, row_M, rows, window, inner, outer,
-            D, E, BLOCK_D, BLOCK_E, BLOCK_N, False, False, CAUSAL, WINDOW, SOFTCAP,
+            out_ME, sum_M, top_M, q_MD, prefix_k, prefix_v, pk_p, pv_p, 0, 0, P // BLOCK_N * BLOCK_N, P, P,
+            row_M, rows, window, inner, outer, D, E, BLOCK_D, BLOCK_E, BLOCK_N, False, CAUSAL, WINDOW, SOFTCAP,
         )  # fmt: skip
-        out_ME, sum_M, top_M = _attend(
-            out_ME, sum_M, top_M, q_MD, prefix_k, prefix_v, pk_p, pv_p, whole, P, P, row_M, rows, window, inner, outer,
-            D, E, BLOCK_D, BLOCK_E, BLOCK_N, False, True, CAUSAL, WINDOW, SOFTCAP,
-        )  # fmt: skip
-
         k += batch * k_b + kv_head * k_h + start * k_t
         v += batch * v_b + kv_head * v_h + start * v_t
         low, all_low, all_high, high = seen_keys(row, rows, keys, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
-        if WINDOW:
-            out_ME, sum_M, top_M = _attend(
-                out_ME, sum_M, top_M, q_MD, k, v, k_t, v_t, low, all_low, keys, row_M, rows, window, inner, outer,
-                D, E, BLOCK_D, BLOCK_E, BLOCK_N, True, True, CAUSAL, WINDOW, SOFTCAP,
-            )  # fmt: skip
         out_ME, sum_M, top_M = _attend(
-            out_ME, sum_M, top_M, q_MD, k, v, k_t, v_t, all_low, all_high, keys, row_M, rows, window, inner, outer,
-            D, E, BLOCK_D, BLOCK_E, BLOCK_N, True, False, CAUSAL, WINDOW, SOFTCAP,
-        )  # fmt: skip
-        out_ME, sum_M, top_M = _attend(
-            out_ME, sum_M, top_M, q_MD, k, v, k_t, v_t, all_high, high, keys, row_M, rows, window, inner, outer,
-            D, E, BLOCK_D, BLOCK_E, BLOCK_N, True, True, CAUSAL, WINDOW, SOFTCAP,
+            out_ME, sum_M, top_M, q_MD, k, v, k_t, v_t, low, all_low, all_high, high, keys,
+            row_M, rows, window, inner, outer, D, E, BLOCK_D, BLOCK_E, BLOCK_N, True, CAUSAL, WINDOW, SOFTCAP,
         )  # fmt: skip
 
         blind_M = sum_M == 0.0

@@ -193,6 +193,7 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, scale, causal, window, softcap = inputs
     ctx.save_for_backward(*output, *tensors)
+    ctx.mark_non_differentiable(output[1])
     ctx.options = scale, causal, window, softcap
 
 

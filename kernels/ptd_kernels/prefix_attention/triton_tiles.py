@@ -39,7 +39,7 @@ def find_tile(cu_seqlens, slot, num_sequences, length, BLOCK: tl.constexpr, PACK
     many, and found by bisection, so nobody has to read cu_seqlens on the host. A surplus slot gets a first row past the
     end.
     """
-    start = 0
+    start = slot * 0
     row = slot * BLOCK
     if PACKED:
         low = slot * 0
@@ -52,7 +52,7 @@ def find_tile(cu_seqlens, slot, num_sequences, length, BLOCK: tl.constexpr, PACK
         start = tl.load(cu_seqlens + low)
         length = tl.load(cu_seqlens + low + 1) - start
         row = (slot - start // BLOCK - low) * BLOCK
-    return start, length, row
+    return tl.cast(start, tl.int64), length, row
 
 
 @triton.jit
@@ -108,28 +108,19 @@ def visible(row_M, key_N, rows, keys, window, OWN: tl.constexpr, CAUSAL: tl.cons
 
 
 @triton.jit
-def load_tile(
-    base, stride, first, length, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, TAIL: tl.constexpr
-):
-    """``[BLOCK, BLOCK_SIZE]`` from row `first` on; not TAIL promises that no row is past `length`."""
+def load_tile(base, stride, first, length, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """``[BLOCK, BLOCK_SIZE]`` from row `first` on, zeros from row `length` and column SIZE on."""
     index = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, BLOCK_SIZE)[None, :]
     pointers = base + tl.cast(first, tl.int64) * stride + (index * stride + column)
-    if TAIL and BLOCK_SIZE != SIZE:
-        tile = tl.load(pointers, mask=(first + index < length) & (column < SIZE), other=0.0)
-    elif TAIL:
-        tile = tl.load(pointers, mask=first + index < length, other=0.0)
-    elif BLOCK_SIZE != SIZE:
-        tile = tl.load(pointers, mask=column < SIZE, other=0.0)
-    else:
-        tile = tl.load(pointers)
-    return tile
+    inside = first + index < length
+    if BLOCK_SIZE != SIZE:
+        inside = inside & (column < SIZE)
+    return tl.load(pointers, mask=inside, other=0.0)
 
 
 @triton.jit
-def store_tile(
-    base, stride, first, length, tile, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr
-):
+def store_tile(base, stride, first, length, tile, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """The inverse of `load_tile`."""
     index = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, BLOCK_SIZE)[None, :]
