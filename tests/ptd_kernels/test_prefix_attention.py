@@ -23,8 +23,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = [name for name in available_backends() if name != "triton" or INTERPRETED]
 FAST = [name for name in BACKENDS if name != "reference"]
 LEAVES = ("q", "k", "v", "prefix_k", "prefix_v")
-# Triton's interpreter needs a millisecond a tile.
-EXAMPLES = {"triton": 25}
+# Triton's interpreter needs some milliseconds a tile.
+EXAMPLES = {"triton": int(os.environ.get("PTD_TRITON_EXAMPLES", "8"))}
 
 
 @pytest.fixture(autouse=True)
@@ -258,7 +258,8 @@ def test_half_precision_loses_no_more_than_twice_what_pytorch_does(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_prefix_gradient_is_summed_in_fp32(backend: str, dtype: torch.dtype) -> None:
     skip_if_refused(backend, dtype)
-    low = [x.detach().to(dtype) for x in Case(B=1, S=6000, T=1, Hq=2, Hkv=1, P=4).tensors()]
+    rows = 1500 if backend == "triton" else 6000
+    low = [x.detach().to(dtype) for x in Case(B=1, S=rows, T=1, Hq=2, Hkv=1, P=4).tensors()]
     low[3:] = [x.float() for x in low[3:]]
     low = [x.requires_grad_() for x in low]
     exact = out_and_gradients([x.detach().double().requires_grad_() for x in low], backend="reference", causal=False)
