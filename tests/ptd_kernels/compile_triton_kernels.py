@@ -2,8 +2,7 @@
 
     python tests/ptd_kernels/compile_triton_kernels.py --head 64,64 --dtype bf16 --variant causal all --arch 90
 
-prints one JSON object a kernel; ``--markdown`` a table as in the op's README. Not with TRITON_INTERPRET=1. The results
-cannot come from Triton's cache of an older source: it is keyed by the source.
+prints one JSON object a kernel; ``--markdown`` a table, ``--tile`` tries another tile. Not with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -14,12 +13,13 @@ import re
 import subprocess
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import triton
 from ptd_kernels.prefix_attention import triton_backward, triton_forward
-from ptd_kernels.prefix_attention.triton_table import KERNELS, tile_for
+from ptd_kernels.prefix_attention.triton_table import DELTA, Tile, tile_for
 from ptd_kernels.prefix_attention.triton_tiles import padded
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -55,9 +55,7 @@ def signature(name: str, dtype: str) -> tuple[dict[str, str], dict[tuple[int], l
             types[argument] = "constexpr"
         elif argument in SCALARS:
             types[argument] = SCALARS[argument]
-        elif argument in lengths:
-            types[argument] = "i32"
-        elif re.fullmatch(r"\w+_[bhstp]", argument):
+        elif argument in lengths or re.fullmatch(r"\w+_[bhstp]", argument):
             types[argument] = "i32"
         elif name == "prefix_gradient" and argument in ("dk", "dv"):
             types[argument] = "*fp32"
@@ -68,18 +66,22 @@ def signature(name: str, dtype: str) -> tuple[dict[str, str], dict[tuple[int], l
     return types, attributes
 
 
-def compile_kernel(name: str, arch: int, dtype: str, D: int, E: int, variant: str, tile: Any = None) -> dict[str, Any]:
+def compile_kernel(
+    name: str, arch: int, dtype: str, D: int, E: int, variant: str, tile: Tile | None = None
+) -> dict[str, Any]:
     """Registers, bytes spilled, shared memory and use of wgmma of one kernel."""
-    if tile is None:
-        tile = tile_for("forward" if name == "delta" else name, arch, dtype != "fp32", max(D, E))
+    if name == "delta":
+        tile = DELTA
+    elif tile is None:
+        tile = tile_for(name, arch, dtype != "fp32", max(D, E))
     constants: dict[str, Any] = {feature: feature in VARIANTS[variant] for feature in FEATURES}
     constants |= {"D": D, "E": E, "BLOCK_D": padded(D), "BLOCK_E": padded(E)}
-    constants |= {"BLOCK_M": 32 if name == "delta" else tile.rows, "BLOCK_N": tile.keys}
+    constants |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
     types, attributes = signature(name, dtype)
     constants = {key: value for key, value in constants.items() if key in types}
     source = ASTSource(SOURCES[name], types, constants, attributes)
     began = time.perf_counter()
-    options = {"num_warps": 4, "num_stages": 1} if name == "delta" else {"num_warps": tile.warps, "num_stages": tile.stages}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     seconds = time.perf_counter() - began
     return {
@@ -107,7 +109,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 def main() -> None:
     """Compile what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", nargs="+", default=KERNELS, choices=SOURCES)
+    parser.add_argument("--kernel", nargs="+", default=tuple(SOURCES), choices=SOURCES)
     parser.add_argument("--arch", nargs="+", type=int, default=[80, 90])
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=["bf16", "fp16", "fp32"])
     parser.add_argument("--head", nargs="+", default=["64,64"], help="head sizes D,E")
@@ -118,18 +120,14 @@ def main() -> None:
     columns = ("head", "kernel", "arch", "dtype", "variant", "tile", "warps", "stages", "registers", "local", "shared")
     if args.markdown:
         print("|", " | ".join(columns), "|\n|", " | ".join("---" for _ in columns), "|")
-    for arch in args.arch:
-        for dtype in args.dtype:
-            for head in args.head:
-                for kernel in args.kernel:
-                    for variant in args.variant:
-                        D, E = map(int, head.split(","))
-                        tile = argparse.Namespace(**dict(zip(("rows", "keys", "warps", "stages"), args.tile, strict=True))) if args.tile else None
-                        row = compile_kernel(kernel, arch, dtype, D, E, variant, tile)
-                        if args.markdown:
-                            print("|", " | ".join(str({**row, "head": head}[c]) for c in columns), "|", flush=True)
-                        else:
-                            print(json.dumps(row), flush=True)
+    tile = Tile(*args.tile) if args.tile else None
+    for arch, dtype, head, kernel, variant in product(args.arch, args.dtype, args.head, args.kernel, args.variant):
+        D, E = map(int, head.split(","))
+        row = compile_kernel(kernel, arch, dtype, D, E, variant, tile)
+        if args.markdown:
+            print("|", " | ".join(str({**row, "head": head}[column]) for column in columns), "|", flush=True)
+        else:
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

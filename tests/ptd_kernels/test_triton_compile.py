@@ -53,7 +53,7 @@ def _compile(heads: tuple[str, ...], dtypes: tuple[str, ...], variants: tuple[st
 
 
 def test_shared_memory_fits(compiled: list[dict[str, Any]]) -> None:
-    assert len({row["kernel"] for row in compiled}) == 4
+    assert len({row["kernel"] for row in compiled}) == 5
     too_much = [row for row in compiled if row["shared"] > SHARED_MEMORY[row["arch"]]]
     assert not too_much
 
@@ -64,7 +64,7 @@ def test_nothing_spills(compiled: list[dict[str, Any]]) -> None:
 
 
 def test_tensor_cores_are_used(compiled: list[dict[str, Any]]) -> None:
-    half = [row for row in compiled if row["dtype"] != "fp32"]
+    half = [row for row in compiled if row["dtype"] != "fp32" and row["kernel"] != "delta"]
     assert all(row["wgmma"] and not row["mma"] for row in half if row["arch"] == 90)
     assert all(row["mma"] for row in half if row["arch"] == 80)
 

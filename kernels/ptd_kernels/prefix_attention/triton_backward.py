@@ -5,9 +5,9 @@ With the output o and log-sum-exp L over *all* keys (FlashAttention-2, Dao 2023,
     delta = rowsum(dO * o)    p = exp(s - L)    dV = p' dO    dS = p * (dO V' - delta)    dQ = dS K    dK = dS' Q
 
 where dS is multiplied by the softcap's derivative if there is one, and dQ and dK by the scale at the end. Every number
-is the sum of one program's loop in a fixed order: no atomics. Own keys: a program owns a tile of keys and loops over the
-query heads of its group and the rows that see it. The prefix has few keys and very many rows: its rows are split over
-programs, each writes an fp32 partial sum, and the partials are summed in one order afterwards.
+is the sum of one program's loop in a fixed order: no atomics. Own keys: a program owns a tile of keys and loops over
+the query heads of its group and the rows that see it. The prefix has few keys and very many rows: its rows are split
+over programs, each writes an fp32 partial sum, and the partials are summed in one order afterwards.
 
 Legend of shapes: problem.py; M query rows and N keys of one tile.
 """
@@ -127,7 +127,7 @@ def _key_gradient(
     lse2_M = tl.load(lse + row_M, mask=row_M < rows, other=0.0) * 1.4426950408889634
     score_NM, slope_NM = score(tl.dot(k_ND, tl.trans(q_MD), input_precision="ieee"), inner, outer, SOFTCAP)
     weight_NM = tl.exp2(score_NM - lse2_M[None, :])
-    if OWN and CAUSAL:
+    if OWN and CAUSAL:  # noqa: SIM102 (known to the compiler, the inner one is not)
         if (row < all_low) | (row >= all_high):
             seen_NM = visible(row_M[None, :], key_N[:, None], rows, keys, window, OWN, CAUSAL, WINDOW)
             weight_NM = tl.where(seen_NM, weight_NM, 0.0)
@@ -151,7 +151,7 @@ def key_gradient_kernel(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles or slots of own keys, kv heads, batch). The first tiles are seen by the most rows, and start first."""
+    """Grid (tiles or slots of own keys, kv heads, batch). The first tiles, seen by the most rows, start first."""
     kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     start, keys, key = find_tile(cu_seqlens, tl.program_id(0), num_sequences, T, BLOCK_N, PACKED)

@@ -5,8 +5,8 @@ With base-2 scores s of a tile of keys (triton_tiles.py), a row keeps its maximu
     m' = max(m, max s)    p = exp2(s - m')    l' = l exp2(m - m') + sum p    o' = o exp2(m - m') + p V
 
 (Milakov & Gimelshein 2018, arXiv:1805.02867; FlashAttention-2, Dao 2023, arXiv:2307.08691). After the last tile the
-output is o / l and the log-sum-exp ``ln 2 * m + ln l``; a row that saw no key gets 0 and 0. The prefix needs no mask but
-for its tail, the own tiles only where the diagonal, the window's edge or the sequence's end cuts through.
+output is o / l and the log-sum-exp ``ln 2 * m + ln l``; a row that saw no key gets 0 and 0. The prefix needs no mask
+but for its tail, the own tiles only where the diagonal, the window's edge or the sequence's end cuts through.
 
 Legend of shapes: problem.py; M query rows and N keys of one tile. One program: one tile of queries of one head.
 """

@@ -6,6 +6,7 @@ Legend of shapes: problem.py.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -20,7 +21,7 @@ from ptd_kernels.prefix_attention.triton_backward import (
     query_gradient_kernel,
 )
 from ptd_kernels.prefix_attention.triton_forward import forward_kernel
-from ptd_kernels.prefix_attention.triton_table import tile_for
+from ptd_kernels.prefix_attention.triton_table import DELTA, tile_for
 from ptd_kernels.prefix_attention.triton_tiles import padded, score_factors
 
 # How many programs the prefix's gradient is split into, per multiprocessor: enough to fill the device twice.
@@ -82,7 +83,7 @@ def _arguments(
 
 def _tiles(length: int, block: int, common: dict[str, Any]) -> int:
     """How many tiles there are at most, known without reading cu_seqlens (see `find_tile`)."""
-    return length // block + common["num_sequences"] if common["PACKED"] else triton.cdiv(length, block)
+    return length // block + int(common["num_sequences"]) if common["PACKED"] else -(-length // block)
 
 
 @torch.library.custom_op("ptd_kernels::prefix_attention", mutates_args=())
@@ -132,7 +133,7 @@ def prefix_attention_backward(
     widest = max(D, E)
     with _on(q.device):
         wanted = {key: value for key, value in common.items() if key in delta_kernel.arg_names}
-        delta_kernel[(triton.cdiv(S, 32), Hq, B)](**wanted, BLOCK_M=32, num_warps=4)
+        delta_kernel[(triton.cdiv(S, DELTA.rows), Hq, B)](**wanted, BLOCK_M=DELTA.rows, num_warps=DELTA.warps)
         if needs_q:
             common |= {"dq": dq}
             grid = lambda tile: (_tiles(S, tile.rows, common), Hq, B)  # noqa: E731
@@ -211,4 +212,4 @@ prefix_attention_forward.register_autograd(_backward, setup_context=_setup_conte
 
 def _on(device: torch.device) -> Any:
     """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else torch.autograd.profiler.record_function("triton")
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -36,7 +36,7 @@ TABLE: dict[tuple[int, bool, int], dict[str, Tile]] = {
     (80, True, 256): _tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
     (80, False, 32): _tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 4, 2)),
     (80, False, 64): _tiles(Tile(64, 32, 8, 2), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    (80, False, 128): _tiles(Tile(32, 32, 8, 1), Tile(32, 16, 4, 1), Tile(32, 32, 4, 1)),
+    (80, False, 128): _tiles(Tile(32, 32, 8, 1), Tile(32, 16, 4, 1), Tile(32, 32, 4, 1), Tile(16, 32, 8, 1)),
     (80, False, 256): _tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
 # fp32 in IEEE precision runs on the ordinary cores, the same on both architectures.
@@ -44,6 +44,7 @@ TABLE |= {(90, half, width): tiles for (arch, half, width), tiles in TABLE.items
 
 # In the interpreter: small, so that short sequences have several tiles, and mostly oblong, so that a swap shows.
 INTERPRETED = _tiles(Tile(64, 16, 4, 1), Tile(32, 32, 4, 1), Tile(16, 64, 4, 1), Tile(64, 16, 4, 1))
+DELTA = Tile(32, 0, 4, 1)
 WIDTHS = (32, 64, 128, 256)
 
 

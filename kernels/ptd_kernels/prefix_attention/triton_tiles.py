@@ -1,4 +1,4 @@
-"""What the Triton kernels of `prefix_attention` share: finding their tile, the keys a tile sees, loading it, scoring it.
+"""What the Triton kernels of `prefix_attention` share: finding their tile, the keys it sees, loading, scoring.
 
 Legend of shapes: problem.py; besides, M query rows and N keys of one tile. Tiles are padded to powers of two; D and E
 columns, and rows past the end of a sequence, are loaded as zeros. Row i of a sequence sits at own position
@@ -35,9 +35,9 @@ def padded(head_size: int) -> int:
 def find_tile(cu_seqlens, slot, num_sequences, length, BLOCK: tl.constexpr, PACKED: tl.constexpr):
     """The tile that `slot` stands for: its sequence's first token and length, and the tile's first row in it.
 
-    Packed sequence i owns the slots from ``cu_seqlens[i] // BLOCK + i`` on: always enough for its tiles, at most one too
-    many, and found by bisection, so nobody has to read cu_seqlens on the host. A surplus slot gets a first row past the
-    end.
+    Packed sequence i owns the slots from ``cu_seqlens[i] // BLOCK + i`` on: always enough for its tiles, at most one
+    too many, and found by bisection, so nobody has to read cu_seqlens on the host. A surplus slot gets a first row past
+    the end.
     """
     start = slot * 0
     row = slot * BLOCK
