@@ -8,7 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptd_kernels.prefix_attention import merge, reference  # noqa: F401  (importing registers the backend)
+from ptd_kernels.prefix_attention import (  # noqa: F401  (importing registers the backend)
+    merge,
+    reference,
+    triton_backend,
+)
 from ptd_kernels.prefix_attention.problem import available_backends, check, choose
 
 __all__ = ["available_backends", "explain_backend", "prefix_attention"]

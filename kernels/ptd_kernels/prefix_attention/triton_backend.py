@@ -1,0 +1,59 @@
+"""The backend `triton`: one fused kernel forward, four backward. Registered here; Triton is imported by the first call.
+
+Never chosen by ``backend="auto"``: nobody has timed it on a GPU yet. Legend of shapes: problem.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from ptd_kernels.prefix_attention.problem import Backend, Problem, register
+
+_INSTALLED = importlib.util.find_spec("triton") is not None
+# Triton reads it when it is imported, so changing it later would help nobody.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def triton_attention(problem: Problem) -> Tensor:
+    """Solve `problem` with the fused kernels."""
+    from ptd_kernels.prefix_attention.triton_op import prefix_attention_forward
+
+    p = problem
+    out: Tensor
+    out, _ = prefix_attention_forward(
+        p.q_BHSD, p.k_BHTD, p.v_BHTE, p.prefix_k_HPD, p.prefix_v_HPE, p.cu_seqlens, p.scale, p.causal, p.window,
+        p.softcap,
+    )  # fmt: skip
+    return out
+
+
+def refuses(problem: Problem) -> str | None:
+    """Why `triton_attention` cannot solve `problem`, or None."""
+    q = problem.q_BHSD
+    if not _INSTALLED:
+        return "Triton is not installed (pip install triton; Linux only)"
+    if problem.mask is not None:
+        return "the Triton kernel takes no mask; pack the sequences (cu_seqlens)"
+    if q.dtype == torch.float64:
+        return "the Triton kernel computes in fp32, fp16 or bf16, not in fp64"
+    if _INTERPRETED and q.dtype == torch.bfloat16:
+        return "Triton's interpreter (TRITON_INTERPRET=1) has no bf16"
+    if _INTERPRETED:
+        return None
+    if q.device.type != "cuda":
+        return f"Triton needs a GPU, the tensors are on {q.device}; TRITON_INTERPRET=1 runs it slowly without one"
+    if torch.version.cuda is None or torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "the Triton kernel is written for NVIDIA GPUs from Ampere (sm_80) on"
+    return None
+
+
+def _explain(problem: Problem) -> str:
+    how = "in Triton's interpreter: slow, for tests" if _INTERPRETED else "compiled; not yet measured on a GPU"
+    return f"one fused kernel over prefix and own tokens, {how}"
+
+
+register(Backend("triton", triton_attention, refuses=refuses, explains=_explain, priority=-1))

@@ -1,0 +1,215 @@
+"""The Triton kernels as `torch.library` operators with an autograd formula: for eager, torch.compile and checkpointing.
+
+Importing this imports Triton, which decides then whether kernels are compiled or (TRITON_INTERPRET=1) interpreted.
+Legend of shapes: problem.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ptd_kernels.prefix_attention.triton_backward import (
+    delta_kernel,
+    key_gradient_kernel,
+    prefix_gradient_kernel,
+    query_gradient_kernel,
+)
+from ptd_kernels.prefix_attention.triton_forward import forward_kernel
+from ptd_kernels.prefix_attention.triton_table import DELTA, tile_for
+from ptd_kernels.prefix_attention.triton_tiles import padded, score_factors
+
+# How many programs the prefix's gradient is split into, per multiprocessor: enough to fill the device twice.
+_WAVES = 2
+
+
+@functools.cache
+def _device(device: torch.device) -> tuple[int, int]:
+    """Compute capability (90 for 9.0; 0 in the interpreter) and number of multiprocessors."""
+    if device.type != "cuda":
+        return 0, 4
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major * 10 + properties.minor, properties.multi_processor_count
+
+
+def _launch(kernel: Any, name: str, grid: Any, common: dict[str, Any], q: Tensor, head_size: int) -> None:
+    """Run `kernel` with its tile from the table; `grid` is given that tile."""
+    tile = tile_for(name, _device(q.device)[0], q.dtype != torch.float32, head_size)
+    wanted = {key: value for key, value in common.items() if key in kernel.arg_names}
+    kernel[grid(tile)](**wanted, BLOCK_M=tile.rows, BLOCK_N=tile.keys, num_warps=tile.warps, num_stages=tile.stages)
+
+
+def _strides(prefix: str, axes: str, x: Tensor) -> dict[str, int]:
+    return {f"{prefix}_{axis}": stride for axis, stride in zip(axes, x.stride(), strict=False)}
+
+
+def _like_hugging_face(batch: int, heads: int, length: int, size: int, like: Tensor) -> Tensor:
+    """An empty ``[batch, heads, length, size]``, laid out ``[batch, length, heads, size]``."""
+    return like.new_empty(batch, length, heads, size).transpose(1, 2)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _arguments(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, cu_seqlens: Tensor | None,
+    scale: float, causal: bool, window: int | None, softcap: float | None,
+) -> dict[str, Any]:  # fmt: skip
+    """What the kernels share. Each takes the names it knows."""
+    q, k, v = map(_unit_stride, (q, k, v))
+    # Without a prefix its loops have no tile, and its pointers are never followed.
+    prefix_k = k[0, :, :0] if prefix_k is None else _unit_stride(prefix_k.to(q.dtype))
+    prefix_v = v[0, :, :0] if prefix_v is None else _unit_stride(prefix_v.to(q.dtype))
+    inner, outer = score_factors(scale, softcap)
+    return {
+        "q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v,
+        "cu_seqlens": q if cu_seqlens is None else cu_seqlens,
+        **_strides("q", "bhs", q), **_strides("k", "bht", k), **_strides("v", "bht", v),
+        **_strides("pk", "hp", prefix_k), **_strides("pv", "hp", prefix_v),
+        "num_sequences": 0 if cu_seqlens is None else cu_seqlens.numel() - 1,
+        "S": q.shape[2], "T": k.shape[2], "P": prefix_k.shape[1], "window": window or 0,
+        "group": q.shape[1] // k.shape[1], "inner": inner, "outer": outer, "scale": scale,
+        "D": q.shape[3], "E": v.shape[3], "BLOCK_D": padded(q.shape[3]), "BLOCK_E": padded(v.shape[3]),
+        "CAUSAL": causal, "WINDOW": window is not None, "SOFTCAP": softcap is not None,
+        "PACKED": cu_seqlens is not None,
+    }  # fmt: skip
+
+
+def _tiles(length: int, block: int, common: dict[str, Any]) -> int:
+    """How many tiles there are at most, known without reading cu_seqlens (see `find_tile`)."""
+    return length // block + int(common["num_sequences"]) if common["PACKED"] else -(-length // block)
+
+
+@torch.library.custom_op("ptd_kernels::prefix_attention", mutates_args=())
+def prefix_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, cu_seqlens: Tensor | None,
+    scale: float, causal: bool, window: int | None, softcap: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output ``[B, Hq, S, E]`` and log-sum-exp ``[B, Hq, S]`` (fp32; 0 for rows that see nothing)."""
+    B, Hq, S, D = q.shape
+    E = v.shape[3]
+    out = _like_hugging_face(B, Hq, S, E, like=q)
+    lse = q.new_empty(B, Hq, S, dtype=torch.float32)
+    if out.numel():
+        common = _arguments(q, k, v, prefix_k, prefix_v, cu_seqlens, scale, causal, window, softcap)
+        common |= {"out": out, "lse": lse, **_strides("out", "bhs", out)}
+        with _on(q.device):
+            _launch(forward_kernel, "forward", lambda t: (_tiles(S, t.rows, common), Hq, B), common, q, max(D, E))
+    return out, lse
+
+
+@prefix_attention_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, cu_seqlens: Tensor | None,
+    scale: float, causal: bool, window: int | None, softcap: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    B, Hq, S, _ = q.shape
+    return _like_hugging_face(B, Hq, S, v.shape[3], like=q), q.new_empty(B, Hq, S, dtype=torch.float32)
+
+
+@torch.library.custom_op("ptd_kernels::prefix_attention_backward", mutates_args=())
+def prefix_attention_backward(
+    dout: Tensor, out: Tensor, lse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, cu_seqlens: Tensor | None,
+    scale: float, causal: bool, window: int | None, softcap: float | None,
+    needs_q: bool, needs_own: bool, needs_prefix: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v and the prefix; those that nobody needs are empty."""
+    B, Hq, S, D = q.shape
+    Hkv, T, E = k.shape[1], k.shape[2], v.shape[3]
+    dq, dk, dv, dprefix_k, dprefix_v = _gradients(q, k, v, prefix_k, prefix_v, needs_q, needs_own, needs_prefix)
+    if not q.numel():
+        return dq, dk.zero_(), dv.zero_(), dprefix_k.zero_(), dprefix_v.zero_()
+    common = _arguments(q, k, v, prefix_k, prefix_v, cu_seqlens, scale, causal, window, softcap)
+    dout = _unit_stride(dout)
+    common |= {"out": out, "dout": dout, "lse": lse, "delta": torch.empty_like(lse)}
+    common |= {**_strides("out", "bhs", out), **_strides("dout", "bhs", dout), **_strides("dq", "bhs", dq)}
+    widest = max(D, E)
+    with _on(q.device):
+        wanted = {key: value for key, value in common.items() if key in delta_kernel.arg_names}
+        delta_kernel[(triton.cdiv(S, DELTA.rows), Hq, B)](**wanted, BLOCK_M=DELTA.rows, num_warps=DELTA.warps)
+        if needs_q:
+            common |= {"dq": dq}
+            grid = lambda tile: (_tiles(S, tile.rows, common), Hq, B)  # noqa: E731
+            _launch(query_gradient_kernel, "query_gradient", grid, common, q, widest)
+        if needs_own and T:
+            own = common | {"dk": dk, "dv": dv, **_strides("dk", "bht", dk), **_strides("dv", "bht", dv)}
+            grid = lambda tile: (_tiles(T, tile.keys, common), Hkv, B)  # noqa: E731
+            _launch(key_gradient_kernel, "key_gradient", grid, own, q, widest)
+        if needs_prefix and common["P"]:
+            partial_k, partial_v = _prefix_gradient(common, q, Hkv, widest)
+            dprefix_k.copy_(partial_k.sum(0))
+            dprefix_v.copy_(partial_v.sum(0))
+    return dq, dk, dv, dprefix_k, dprefix_v
+
+
+def _prefix_gradient(common: dict[str, Any], q: Tensor, Hkv: int, head_size: int) -> tuple[Tensor, Tensor]:
+    """Partial sums ``[splits, Hkv, P, D]`` and ``[splits, Hkv, P, E]`` in fp32, to be summed over the splits."""
+    architecture, multiprocessors = _device(q.device)
+    tile = tile_for("prefix_gradient", architecture, q.dtype != torch.float32, head_size)
+    tiles, P = triton.cdiv(q.shape[2], tile.rows), common["P"]
+    items = q.shape[0] * common["group"] * tiles
+    programs = triton.cdiv(P, tile.keys) * Hkv
+    split = triton.cdiv(items, max(1, min(items, triton.cdiv(_WAVES * multiprocessors, programs))))
+    splits = triton.cdiv(items, split)
+    partial_k, partial_v = (q.new_empty(splits, Hkv, P, common[x], dtype=torch.float32) for x in ("D", "E"))
+    arguments = common | {"dk": partial_k, "dv": partial_v, "tiles": tiles, "last_item": items, "split": split}
+    grid = (triton.cdiv(P, tile.keys), Hkv, splits)
+    _launch(prefix_gradient_kernel, "prefix_gradient", lambda tile: grid, arguments, q, head_size)
+    return partial_k, partial_v
+
+
+def _gradients(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
+    needs_q: bool, needs_own: bool, needs_prefix: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    B, Hq, S, D = q.shape
+    Hkv, T, E = k.shape[1], k.shape[2], v.shape[3]
+    dq, dk, dv, dprefix_k, dprefix_v = (q.new_empty(0, 0, 0, 0) for _ in range(5))
+    if needs_q:
+        dq = _like_hugging_face(B, Hq, S, D, like=q)
+    if needs_own:
+        dk, dv = _like_hugging_face(B, Hkv, T, D, like=k), _like_hugging_face(B, Hkv, T, E, like=v)
+    if needs_prefix and prefix_k is not None and prefix_v is not None:
+        dprefix_k, dprefix_v = prefix_k.new_empty(prefix_k.shape), prefix_v.new_empty(prefix_v.shape)
+    return dq, dk, dv, dprefix_k, dprefix_v
+
+
+@prefix_attention_backward.register_fake
+def _(
+    dout: Tensor, out: Tensor, lse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, cu_seqlens: Tensor | None,
+    scale: float, causal: bool, window: int | None, softcap: float | None,
+    needs_q: bool, needs_own: bool, needs_prefix: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _gradients(q, k, v, prefix_k, prefix_v, needs_q, needs_own, needs_prefix)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, scale, causal, window, softcap = inputs
+    ctx.save_for_backward(*output, *tensors)
+    ctx.mark_non_differentiable(output[1])
+    ctx.options = scale, causal, window, softcap
+
+
+def _backward(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    needs_q, needs_k, needs_v, needs_prefix_k, needs_prefix_v = ctx.needs_input_grad[:5]
+    gradients = prefix_attention_backward(
+        dout, *ctx.saved_tensors, *ctx.options, needs_q, needs_k or needs_v, needs_prefix_k or needs_prefix_v
+    )
+    needed = zip(gradients, ctx.needs_input_grad[:5], strict=True)
+    return *(gradient if needs else None for gradient, needs in needed), *(None,) * 5
+
+
+prefix_attention_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _on(device: torch.device) -> Any:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,56 @@
+"""Tile sizes of the Triton kernels, by architecture, precision and head size. Chosen by what the compiler reports.
+
+Nothing here has been timed yet: the rule was no spills up to head size 128, shared memory that fits, and the largest
+tiles that leave both true (tests/ptd_kernels/test_triton_compile.py asserts them; README.md has its numbers).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+KERNELS = ("forward", "query_gradient", "key_gradient", "prefix_gradient")
+
+
+class Tile(NamedTuple):
+    """`rows` of queries by `keys`, worked on by `warps`, the loop's loads running `stages` - 1 tiles ahead."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def _tiles(forward: Tile, query: Tile, key: Tile, prefix: Tile | None = None) -> dict[str, Tile]:
+    return dict(zip(KERNELS, (forward, query, key, prefix or key), strict=True))
+
+
+# (architecture, is it 16-bit, widest head size): a wider row is for heads up to that size.
+TABLE: dict[tuple[int, bool, int], dict[str, Tile]] = {
+    (90, True, 32): _tiles(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+    (90, True, 64): _tiles(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+    (90, True, 128): _tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
+    (90, True, 256): _tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+    (80, True, 32): _tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 4, 3)),
+    (80, True, 64): _tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 64, 4, 3), Tile(64, 64, 4, 2)),
+    (80, True, 128): _tiles(Tile(128, 32, 8, 3), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
+    (80, True, 256): _tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+    (80, False, 32): _tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 4, 2)),
+    (80, False, 64): _tiles(Tile(64, 32, 8, 2), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    (80, False, 128): _tiles(Tile(32, 32, 8, 1), Tile(32, 16, 4, 1), Tile(32, 32, 4, 1), Tile(16, 32, 8, 1)),
+    (80, False, 256): _tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+}
+# fp32 in IEEE precision runs on the ordinary cores, the same on both architectures.
+TABLE |= {(90, half, width): tiles for (arch, half, width), tiles in TABLE.items() if arch == 80 and not half}
+
+# In the interpreter: small, so that short sequences have several tiles, and mostly oblong, so that a swap shows.
+INTERPRETED = _tiles(Tile(64, 16, 4, 1), Tile(32, 32, 4, 1), Tile(16, 64, 4, 1), Tile(64, 16, 4, 1))
+DELTA = Tile(32, 0, 4, 1)
+WIDTHS = (32, 64, 128, 256)
+
+
+def tile_for(kernel: str, architecture: int, half: bool, head_size: int) -> Tile:
+    """The tile of `kernel` for a device of this compute capability (90 is 9.0), or for the interpreter (0)."""
+    if architecture == 0:
+        return INTERPRETED[kernel]
+    width = next(w for w in WIDTHS if head_size <= w)
+    return TABLE[90 if architecture // 10 == 9 else 80, half, width][kernel]

@@ -1,0 +1,141 @@
+"""What the Triton kernels of `prefix_attention` share: finding their tile, the keys it sees, loading, scoring.
+
+Legend of shapes: problem.py; besides, M query rows and N keys of one tile. Tiles are padded to powers of two; D and E
+columns, and rows past the end of a sequence, are loaded as zeros. Row i of a sequence sits at own position
+``i + offset``, offset = own keys - rows, and sees the own keys j with ``position - window < j <= position`` (causal).
+
+Scores are kept in base 2 (``exp2`` is what the hardware has): ``score2 = log2(e) * softcap(scale * q.k)``. With a
+softcap c, ``c * tanh(x / c)`` is ``c * (1 - 2 / (1 + exp(2x / c)))``. So two factors, computed once on the host, say it
+all: without one ``score2 = qk * inner``; with one ``t = 1 - 2 / (1 + exp2(qk * inner))``, ``score2 = t * outer``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+LOG2_E = math.log2(math.e)
+
+
+def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
+    """`inner` and `outer` of the scores, see above."""
+    if softcap is None:
+        return scale * LOG2_E, 1.0
+    return 2 * scale * LOG2_E / softcap, softcap * LOG2_E
+
+
+def padded(head_size: int) -> int:
+    """The width of a tile for this head size: a power of two that a tensor core takes."""
+    return max(16, 1 << (head_size - 1).bit_length())
+
+
+@triton.jit
+def find_tile(cu_seqlens, slot, num_sequences, length, BLOCK: tl.constexpr, PACKED: tl.constexpr):
+    """The tile that `slot` stands for: its sequence's first token and length, and the tile's first row in it.
+
+    Packed sequence i owns the slots from ``cu_seqlens[i] // BLOCK + i`` on: always enough for its tiles, at most one
+    too many, and found by bisection, so nobody has to read cu_seqlens on the host. A surplus slot gets a first row past
+    the end.
+    """
+    start = slot * 0
+    row = slot * BLOCK
+    if PACKED:
+        low = slot * 0
+        high = low + num_sequences - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            begins = tl.load(cu_seqlens + middle) // BLOCK + middle
+            low = tl.where(begins <= slot, middle, low)
+            high = tl.where(begins <= slot, high, middle - 1)
+        start = tl.load(cu_seqlens + low)
+        length = tl.load(cu_seqlens + low + 1) - start
+        row = (slot - start // BLOCK - low) * BLOCK
+    return tl.cast(start, tl.int64), length, row
+
+
+@triton.jit
+def seen_keys(
+    row, rows, keys, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
+):
+    """Bounds of the own keys that the tile of rows from `row` on can see: from the first to the last, those between
+    the second and the third are seen by all its rows. Tiles outside are never touched."""
+    offset = keys - rows
+    low = 0
+    high = keys
+    all_low = 0
+    all_high = keys // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        high = tl.maximum(tl.minimum(keys, row + offset + BLOCK_M), 0)
+        all_high = tl.maximum(tl.minimum(keys, row + offset + 1), 0) // BLOCK_N * BLOCK_N
+    if WINDOW:
+        low = tl.maximum(row + offset - window + 1, 0) // BLOCK_N * BLOCK_N
+        all_low = tl.minimum(tl.cdiv(tl.maximum(row + offset + BLOCK_M - window, 0), BLOCK_N) * BLOCK_N, high)
+    return low, all_low, tl.maximum(all_low, all_high), high
+
+
+@triton.jit
+def seeing_rows(
+    key, rows, keys, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
+):
+    """The reverse: bounds of the rows that see any of the keys from `key` on; between the middle two, all of them."""
+    offset = keys - rows
+    low = 0
+    high = rows
+    all_low = 0
+    all_high = rows
+    if CAUSAL:
+        low = tl.maximum(key - offset, 0) // BLOCK_M * BLOCK_M
+        all_low = tl.cdiv(tl.maximum(key + BLOCK_N - 1 - offset, 0), BLOCK_M) * BLOCK_M
+    if WINDOW:
+        high = tl.maximum(tl.minimum(rows, key + BLOCK_N - 1 - offset + window), 0)
+        all_high = tl.minimum(tl.maximum(key - offset + window, 0) // BLOCK_M * BLOCK_M, high)
+    all_low = tl.minimum(all_low, high)
+    return low, all_low, tl.maximum(all_low, all_high), high
+
+
+@triton.jit
+def visible(row_M, key_N, rows, keys, window, OWN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """The rule for one pair; `row_M` and `key_N` broadcast against each other. Not OWN: the prefix, all visible."""
+    seen = key_N < keys
+    if OWN and CAUSAL:
+        distance = row_M + (keys - rows) - key_N
+        seen = seen & (distance >= 0)
+        if WINDOW:
+            seen = seen & (distance < window)
+    return seen
+
+
+@triton.jit
+def load_tile(base, stride, first, length, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """``[BLOCK, BLOCK_SIZE]`` from row `first` on, zeros from row `length` and column SIZE on."""
+    index = tl.arange(0, BLOCK)[:, None]
+    column = tl.arange(0, BLOCK_SIZE)[None, :]
+    pointers = base + tl.cast(first, tl.int64) * stride + (index * stride + column)
+    inside = first + index < length
+    if BLOCK_SIZE != SIZE:
+        inside = inside & (column < SIZE)
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(base, stride, first, length, tile, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """The inverse of `load_tile`."""
+    index = tl.arange(0, BLOCK)[:, None]
+    column = tl.arange(0, BLOCK_SIZE)[None, :]
+    pointers = base + tl.cast(first, tl.int64) * stride + (index * stride + column)
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=(first + index < length) & (column < SIZE))
+
+
+@triton.jit
+def score(qk, inner, outer, SOFTCAP: tl.constexpr):
+    """Base-2 score of a product q.k, and the softcap's derivative there."""
+    if SOFTCAP:
+        tanh = 1 - 2 / (1 + tl.exp2(qk * inner))
+        value = tanh * outer
+        slope = 1 - tanh * tanh
+    else:
+        value = qk * inner
+        slope = value
+    return value, slope

@@ -1,0 +1,134 @@
+"""Compile the Triton kernels of `prefix_attention` ahead of time, without a GPU, and report what the compiler says.
+
+    python tests/ptd_kernels/compile_triton_kernels.py --head 64,64 --dtype bf16 --variant causal all --arch 90
+
+prints one JSON object a kernel; ``--markdown`` a table, ``--tile`` tries another tile. Not with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import triton
+from ptd_kernels.prefix_attention import triton_backward, triton_forward
+from ptd_kernels.prefix_attention.triton_table import DELTA, Tile, tile_for
+from ptd_kernels.prefix_attention.triton_tiles import padded
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+SOURCES = {
+    "forward": triton_forward.forward_kernel,
+    "query_gradient": triton_backward.query_gradient_kernel,
+    "key_gradient": triton_backward.key_gradient_kernel,
+    "prefix_gradient": triton_backward.prefix_gradient_kernel,
+    "delta": triton_backward.delta_kernel,
+}
+FEATURES = ("CAUSAL", "WINDOW", "SOFTCAP", "PACKED")
+VARIANTS = {
+    "bidirectional": (),
+    "causal": ("CAUSAL",),
+    "packed": ("CAUSAL", "PACKED"),
+    "window": ("CAUSAL", "WINDOW"),
+    "softcap": ("CAUSAL", "SOFTCAP"),
+    "all": FEATURES,
+}
+SCALARS = {"inner": "fp32", "outer": "fp32", "scale": "fp32", "cu_seqlens": "*i32", "lse": "*fp32", "delta": "*fp32"}
+
+
+def signature(name: str, dtype: str) -> tuple[dict[str, str], dict[tuple[int], list[list[Any]]]]:
+    """Types and alignments as a launch with Hugging Face's tensors would give them."""
+    kernel = SOURCES[name]
+    types, attributes = {}, {}
+    # What Triton may not specialise on has no known alignment; pointers and strides are multiples of 16.
+    lengths = {"num_sequences", "S", "T", "P", "window", "group", "tiles", "last_item", "split"}
+    for i, parameter in enumerate(kernel.params):
+        argument = parameter.name
+        if parameter.is_constexpr:
+            types[argument] = "constexpr"
+        elif argument in SCALARS:
+            types[argument] = SCALARS[argument]
+        elif argument in lengths or re.fullmatch(r"\w+_[bhstp]", argument):
+            types[argument] = "i32"
+        elif name == "prefix_gradient" and argument in ("dk", "dv"):
+            types[argument] = "*fp32"
+        else:
+            types[argument] = f"*{dtype}"
+        if types[argument] not in ("constexpr", "fp32") and argument not in lengths:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return types, attributes
+
+
+def compile_kernel(
+    name: str, arch: int, dtype: str, D: int, E: int, variant: str, tile: Tile | None = None
+) -> dict[str, Any]:
+    """Registers, bytes spilled, shared memory and use of wgmma of one kernel."""
+    if name == "delta":
+        tile = DELTA
+    elif tile is None:
+        tile = tile_for(name, arch, dtype != "fp32", max(D, E))
+    constants: dict[str, Any] = {feature: feature in VARIANTS[variant] for feature in FEATURES}
+    constants |= {"D": D, "E": E, "BLOCK_D": padded(D), "BLOCK_E": padded(E)}
+    constants |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
+    types, attributes = signature(name, dtype)
+    constants = {key: value for key, value in constants.items() if key in types}
+    source = ASTSource(SOURCES[name], types, constants, attributes)
+    began = time.perf_counter()
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    seconds = time.perf_counter() - began
+    return {
+        "kernel": name, "arch": arch, "dtype": dtype, "D": D, "E": E, "variant": variant,
+        "tile": f"{tile.rows}x{tile.keys}", "warps": tile.warps, "stages": tile.stages,
+        **resources(compiled.asm["cubin"]), "shared": compiled.metadata.shared,
+        "wgmma": "wgmma.mma_async" in compiled.asm["ptx"], "mma": "mma.sync" in compiled.asm["ptx"],
+        "seconds": round(seconds, 1),
+    }  # fmt: skip
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers a thread, and bytes of local memory a thread (what was spilled, or could not live in registers)."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        said = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)],
+            check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", said))
+    return {"registers": int(found["REG"]), "local": int(found["STACK"]) + int(found["LOCAL"])}
+
+
+def main() -> None:
+    """Compile what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernel", nargs="+", default=tuple(SOURCES), choices=SOURCES)
+    parser.add_argument("--arch", nargs="+", type=int, default=[80, 90])
+    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=["bf16", "fp16", "fp32"])
+    parser.add_argument("--head", nargs="+", default=["64,64"], help="head sizes D,E")
+    parser.add_argument("--variant", nargs="+", default=["causal"], choices=VARIANTS)
+    parser.add_argument("--tile", type=int, nargs=4, help="rows keys warps stages, instead of the table's")
+    parser.add_argument("--markdown", action="store_true")
+    args = parser.parse_args()
+    columns = ("head", "kernel", "arch", "dtype", "variant", "tile", "warps", "stages", "registers", "local", "shared")
+    if args.markdown:
+        print("|", " | ".join(columns), "|\n|", " | ".join("---" for _ in columns), "|")
+    tile = Tile(*args.tile) if args.tile else None
+    for arch, dtype, head, kernel, variant in product(args.arch, args.dtype, args.head, args.kernel, args.variant):
+        D, E = map(int, head.split(","))
+        row = compile_kernel(kernel, arch, dtype, D, E, variant, tile)
+        if args.markdown:
+            print("|", " | ".join(str({**row, "head": head}[column]) for column in columns), "|", flush=True)
+        else:
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

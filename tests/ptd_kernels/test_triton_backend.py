@@ -1,0 +1,192 @@
+"""The backend `triton` in Triton's interpreter: no GPU, CPU tensors, the kernels' own source run tile by tile.
+
+Triton decides when it is imported whether it interprets, and much imports it (torch's compiler, for one). So one test
+here starts pytest again with TRITON_INTERPRET=1, on the list that every backend runs and on the rest of this file.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ptd_kernels import available_backends, explain_backend, prefix_attention
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HERE = Path(__file__).parent
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter, in a process of its own")
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_in_the_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rfE", "-k", "triton",
+         str(HERE / "test_prefix_attention.py"), __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=HERE.parent.parent, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def test_triton_is_never_chosen_unasked() -> None:
+    assert available_backends()[-1] == "triton"
+    assert explain_backend()[0] != "triton"
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("says", "options"),
+    [("no mask", {"masked": True}), ("not in fp64", {"dtype": torch.float64}), ("no bf16", {"dtype": torch.bfloat16})],
+)
+def test_what_triton_refuses(says: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"'triton' cannot do this: .*{says}"):
+        explain_backend(backend="triton", **options)
+
+
+@interpreted
+def test_what_triton_accepts() -> None:
+    for dtype in (torch.float32, torch.float16):
+        for options in ({}, {"packed": True}, {"softcap": 2.0}, {"head_dim": 192, "value_head_dim": 128}):
+            assert explain_backend(backend="triton", dtype=dtype, **options)[0] == "triton"
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="for a machine without a GPU, not interpreted")
+@needs_triton
+def test_triton_refuses_tensors_off_the_gpu() -> None:
+    with pytest.raises(ValueError, match="needs a GPU"):
+        explain_backend(backend="triton")
+
+
+def leaves(S: int, P: int, D: int, E: int, dtype: torch.dtype, B: int = 1, Hq: int = 2, Hkv: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(B, S, Hq, D), (B, S, Hkv, D), (B, S, Hkv, E), (P, Hkv, D), (P, Hkv, E)]
+    return [torch.randn(shape, generator=generator).to(dtype).transpose(-3, -2).requires_grad_() for shape in shapes]
+
+
+def out_and_gradients(x: list[Tensor], **options: Any) -> list[Tensor]:
+    out = prefix_attention(*x, **options)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out.dtype)
+    return [out, *torch.autograd.grad(out, x, dout)]
+
+
+def assert_close(actual: list[Tensor], exact: list[Tensor], rtol: float) -> None:
+    for a, b in zip(actual, exact, strict=True):
+        assert a.dtype == b.dtype
+        assert ((a - b).norm() / b.norm()).item() < rtol
+
+
+@interpreted
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.float16, 2e-3)], ids=["fp32", "fp16"])
+@pytest.mark.parametrize(("D", "E"), [(32, 32), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)])
+def test_head_sizes_of_triton(D: int, E: int, dtype: torch.dtype, rtol: float) -> None:
+    x = leaves(20, 18, D, E, dtype)
+    assert_close(out_and_gradients(x, backend="triton"), out_and_gradients(x, backend="reference"), rtol)
+
+
+@interpreted
+@pytest.mark.parametrize("lengths", [[200], [70, 0, 1, 64, 65]], ids=["one", "packed"])
+@pytest.mark.parametrize("options", [{}, {"window": 50, "softcap": 3.0}], ids=["causal", "window, softcap"])
+def test_many_tiles_of_triton(lengths: list[int], options: dict[str, Any]) -> None:
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    options = {**options, "cu_seqlens": cu_seqlens}
+    x = leaves(200, 70, 16, 16, torch.float32)
+    exact = out_and_gradients(x, backend="reference", **options)
+    assert_close(out_and_gradients(x, backend="triton", **options), exact, 1e-5)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that torch leaves uninitialised is filled with NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).new_empty(2).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@interpreted
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("S", [1, 33])
+@pytest.mark.parametrize("P", [0, 21])
+def test_triton_writes_all_of_its_results(S: int, P: int) -> None:
+    x = leaves(S, P, 20, 12, torch.float32, B=2)
+    for a, b in zip(out_and_gradients(x, backend="triton"), out_and_gradients(x, backend="reference"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "no prefix": {"prefix": False},
+    "bidirectional": {"causal": False},
+    "packed, window, softcap": {"cu_seqlens": torch.tensor([0, 5, 9]).int(), "window": 3, "softcap": 2.0},
+}
+
+
+def operator_arguments(name: str) -> tuple[Any, ...]:
+    """What the operator ``ptd_kernels::prefix_attention`` is called with."""
+    call = CALLS[name]
+    x = leaves(9, 3, 8, 8, torch.float32)
+    prefix = x[3:] if call.get("prefix", True) else [None, None]
+    rest = call.get("causal", True), call.get("window"), call.get("softcap")
+    return (*x[:3], *prefix, call.get("cu_seqlens"), 0.3, *rest)
+
+
+@interpreted
+@pytest.mark.parametrize("name", CALLS)
+def test_triton_operator_is_well_behaved(name: str) -> None:
+    from ptd_kernels.prefix_attention.triton_op import prefix_attention_backward, prefix_attention_forward
+
+    arguments = operator_arguments(name)
+    torch.library.opcheck(prefix_attention_forward, arguments)
+    out, lse = prefix_attention_forward(*arguments)
+    plain = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+    saved = (torch.ones_like(out), out.detach(), lse.detach())
+    torch.library.opcheck(prefix_attention_backward, (*saved, *plain, True, False, True))
+
+
+@interpreted
+def test_triton_under_torch_compile() -> None:
+    def layer(*x: Tensor) -> Tensor:
+        return prefix_attention(*x, backend="triton", window=7).square()
+
+    x = leaves(9, 3, 8, 8, torch.float32)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for a, b in zip(*(torch.autograd.grad(f(*x).sum(), x) for f in (compiled, layer)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("wanted", "launched"),
+    [
+        ([3, 4], ["prefix_gradient"]),
+        ([0], ["query_gradient"]),
+        ([1], ["key_gradient"]),
+        ([0, 4], ["query_gradient", "prefix_gradient"]),
+    ],
+)
+def test_triton_computes_only_the_gradients_needed(
+    wanted: list[int], launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ptd_kernels.prefix_attention import triton_op
+
+    x = [y.detach().requires_grad_(i in wanted) for i, y in enumerate(leaves(9, 3, 8, 8, torch.float32))]
+    out = prefix_attention(*x, backend="triton")
+    seen, launch = [], triton_op._launch
+
+    def record(kernel: Any, name: str, *rest: Any) -> None:
+        seen.append(name)
+        launch(kernel, name, *rest)
+
+    monkeypatch.setattr(triton_op, "_launch", record)
+    out.sum().backward()
+    assert seen == launched
+    assert [i for i, y in enumerate(x) if y.grad is not None] == wanted

@@ -1,0 +1,75 @@
+"""What the compiler says of the Triton kernels for sm_80 and sm_90, without a GPU: they compile, fit and do not spill.
+
+PTD_COMPILE_ALL=1 runs every kernel × head size × dtype × variant (minutes) instead of a selection.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+ALL = os.environ.get("PTD_COMPILE_ALL") == "1"
+HEAD_SIZES = ("32,32", "64,64", "80,80", "96,96", "128,128", "192,192", "192,128", "256,256")
+VARIANTS = ("bidirectional", "causal", "packed", "window", "softcap", "all")
+# Head sizes, dtypes and variants compiled together; other head sizes are padded to one of these.
+SELECTION = (
+    [(HEAD_SIZES, ("bf16", "fp16", "fp32"), VARIANTS)]
+    if ALL
+    else [
+        (("64,64", "128,128"), ("bf16",), ("causal", "all")),
+        (("80,80", "256,256"), ("fp16",), ("all",)),
+        (("128,128",), ("fp32",), ("causal",)),
+    ]
+)
+# The most a block may have, in bytes: CUDA C++ programming guide, compute capabilities 8.0 and 9.0.
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+NO_SPILLS_UP_TO = 128
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    """A row a kernel. In a process of its own, since an interpreting Triton does not compile."""
+    return [row for selection in SELECTION for row in _compile(*selection)]
+
+
+def _compile(heads: tuple[str, ...], dtypes: tuple[str, ...], variants: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    script = Path(__file__).with_name("compile_triton_kernels.py")
+    command = [sys.executable, str(script), "--head", *heads, "--dtype", *dtypes, "--variant", *variants]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
+    for line in done.stdout.splitlines():
+        yield json.loads(line)
+
+
+def test_shared_memory_fits(compiled: list[dict[str, Any]]) -> None:
+    assert len({row["kernel"] for row in compiled}) == 5
+    too_much = [row for row in compiled if row["shared"] > SHARED_MEMORY[row["arch"]]]
+    assert not too_much
+
+
+def test_nothing_spills(compiled: list[dict[str, Any]]) -> None:
+    spilled = [row for row in compiled if row["local"] and max(row["D"], row["E"]) <= NO_SPILLS_UP_TO]
+    assert not spilled
+
+
+def test_tensor_cores_are_used(compiled: list[dict[str, Any]]) -> None:
+    half = [row for row in compiled if row["dtype"] != "fp32" and row["kernel"] != "delta"]
+    assert all(row["wgmma"] and not row["mma"] for row in half if row["arch"] == 90)
+    assert all(row["mma"] for row in half if row["arch"] == 80)
+
+
+def test_fp32_is_ieee(compiled: list[dict[str, Any]]) -> None:
+    single = [row for row in compiled if row["dtype"] == "fp32"]
+    assert single
+    assert not any(row["mma"] or row["wgmma"] for row in single), "a tensor core would round the inputs to tf32"
