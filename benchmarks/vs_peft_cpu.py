@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import torch
 from peft import PrefixTuningConfig, get_peft_model
 from torch import Tensor
@@ -137,13 +138,13 @@ class Ptd:
         return self.prompt_step.finish(loss.detach(), batch.tokens, batch.supervised_tokens).loss
 
 
-def assert_same_work(peft: Peft, ptd: Ptd) -> dict[str, float]:
+def assert_same_work(peer: Peft, mine: Ptd) -> dict[str, float]:
     """Relative difference of loss and prefix gradient on the first batch."""
-    theirs = peft.loss(ptd.batches.rows(0))
-    (their_gradient,) = torch.autograd.grad(theirs, peft.prompt)
-    ours = ptd.loss(0)
+    theirs = peer.loss(mine.batches.rows(0))
+    (their_gradient,) = torch.autograd.grad(theirs, peer.prompt)
+    ours = mine.loss(0)
     ours.backward()
-    our_gradient = ptd.prompt_step._leaf_gradient()
+    our_gradient = mine.prompt_step._leaf_gradient()
     difference = {
         "loss": abs(float(ours.detach() - theirs.detach())) / float(theirs.detach()),
         "gradient": float((our_gradient - their_gradient).norm() / their_gradient.norm()),
@@ -155,22 +156,22 @@ def assert_same_work(peft: Peft, ptd: Ptd) -> dict[str, float]:
 def measure(repeats: int, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     examples = e2e_like(ROWS * (repeats + 3))
-    peft = Peft(examples)
-    ptd = Ptd(examples, peft.prompt.detach())
-    same = assert_same_work(peft, ptd)
+    theirs = Peft(examples)
+    ours = Ptd(examples, theirs.prompt.detach())
+    same = assert_same_work(theirs, ours)
+    steps = {"peft": lambda step: theirs.step(ours.batches.rows(step)), "ptd": ours.step}
     rates: dict[str, list[float]] = {"peft": [], "ptd": []}
     for step in range(repeats + 2):
-        rows = ptd.batches.rows(step)
-        useful = int(examples.lengths[rows].sum())
+        useful = int(examples.lengths[ours.batches.rows(step)].sum())
         timed = {}
-        for name, run in (("peft", lambda rows=rows: peft.step(rows)), ("ptd", lambda step=step: ptd.step(step))):
+        for name, run in steps.items():
             began = time.perf_counter()
-            run()
+            run(step)
             timed[name] = useful / (time.perf_counter() - began)
         if step >= 2:  # the first two warm caches and allocators
             for name, rate in timed.items():
                 rates[name].append(rate)
-    ratios = [ours / theirs for ours, theirs in zip(rates["ptd"], rates["peft"], strict=True)]
+    ratios = [mine / peer for mine, peer in zip(rates["ptd"], rates["peft"], strict=True)]
     quartiles = statistics.quantiles(ratios, n=4)
     return {
         "useful_tokens_per_second": {name: statistics.median(values) for name, values in rates.items()},
@@ -189,7 +190,7 @@ def evidence() -> dict[str, Any]:
         "date": date.today().isoformat(),
         "commit": commit,
         "hardware": f"{os.cpu_count()} × {model or platform.processor()}",
-        "versions": versions(),
+        "versions": {**versions(), "peft": peft.__version__},
     }
 
 
