@@ -24,7 +24,7 @@ BACKENDS = [name for name in available_backends() if name != "triton" or INTERPR
 FAST = [name for name in BACKENDS if name != "reference"]
 LEAVES = ("q", "k", "v", "prefix_k", "prefix_v")
 # Triton's interpreter needs some milliseconds a tile.
-EXAMPLES = {"triton": int(os.environ.get("PTD_TRITON_EXAMPLES", "8"))}
+EXAMPLES = {"triton": int(os.environ.get("PTD_TRITON_EXAMPLES", "5"))}
 
 
 @pytest.fixture(autouse=True)

@@ -93,12 +93,12 @@ def test_head_sizes_of_triton(D: int, E: int, dtype: torch.dtype, rtol: float) -
 
 
 @interpreted
-@pytest.mark.parametrize("lengths", [[200], [70, 0, 1, 64, 65]], ids=["one", "packed"])
+@pytest.mark.parametrize("lengths", [[150], [60, 0, 1, 24, 65]], ids=["one", "packed"])
 @pytest.mark.parametrize("options", [{}, {"window": 50, "softcap": 3.0}], ids=["causal", "window, softcap"])
 def test_many_tiles_of_triton(lengths: list[int], options: dict[str, Any]) -> None:
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     options = {**options, "cu_seqlens": cu_seqlens}
-    x = leaves(200, 70, 16, 16, torch.float32)
+    x = leaves(150, 70, 16, 16, torch.float32)
     exact = out_and_gradients(x, backend="reference", **options)
     assert_close(out_and_gradients(x, backend="triton", **options), exact, 1e-5)
 
