@@ -50,7 +50,7 @@ class BackboneConfig(Section):
     revision: str | None = Field(None, description="hub revision")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: the checkpoint's own")
     gradient_checkpointing: bool = Field(False, description="recompute layers in backward: less memory, slower")
-    attention: str = Field("auto", description="backend of ptd_kernels.prefix_attention: auto, merge, reference or triton")
+    attention: str = Field("auto", description="backend of prefix_attention: auto, merge, reference or triton")
     trust_remote_code: bool = Field(False, description="run model code that comes with the checkpoint")
 
 
