@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ptd.backbone import TextConditioner, fingerprint
-from ptd.checkpoint import Adapter, load_adapter, save_adapter
+from ptd.checkpoint import Adapter, backbone_reference, load_adapter, save_adapter
 from ptd.config import parse_method
 from ptd.inject import Attachment, measure_shape
 from ptd.methods import method
@@ -44,7 +44,9 @@ class TunedModel:
         with torch.no_grad():
             flat = encoder()
         facts = {"fingerprint": self._fingerprint(), "method": self.method}
-        save_adapter(Path(folder), Adapter(flat, self.shape.layers, self.model.name_or_path, facts=facts))
+        save_adapter(
+            Path(folder), Adapter(flat, self.shape.layers, backbone_reference(self.model.name_or_path), facts=facts)
+        )
 
     def remove(self) -> None:
         """Take the prompt off; the model is as it was (but for its parameters, which stay frozen)."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ptd.config import DataConfig, data_config
-from ptd.data import Batches, load_rows, prompts_and_references, tokenize
-from ptd.engine.evaluation import evaluate_loss
+from ptd.data import load_rows, prompts_and_references, tokenize
+from ptd.engine.evaluation import evaluate_loss, held_out_batches
 from ptd.engine.ranks import Ranks
 from ptd.generate import Decoding, Tuned, decode, load_tuned
 from ptd.types import Reporter
@@ -50,14 +50,12 @@ def held_out_loss(
     """Loss, perplexity and number of supervised tokens of ``rows``, over all ranks."""
     examples = tokenize(rows, config, tuned.tokenizer, max_length=config.max_length, what=config.eval or "--data")
     reporter.note(f"--data: {examples.report}")
-    batches = Batches(
+    batches = held_out_batches(
         examples,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        per_device_batch_size=batch_size,
+        batch_size=batch_size,
         packing=config.packing,
-        shuffle=False,
-        pad_token_id=tuned.tokenizer.pad_token_id or 0,
+        pad_token_id=tuned.tokenizer.pad_token_id,
+        ranks=ranks,
     )
     return evaluate_loss(tuned.prepared.model, batches, ranks, reporter)
 

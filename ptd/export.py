@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ptd.checkpoint import load_adapter, save_adapter
+from ptd.checkpoint import backbone_reference, load_adapter, save_adapter
 from ptd.engine.ranks import Ranks
 from ptd.generate import load_tuned
 from ptd.types import UserError
@@ -30,8 +30,7 @@ def import_adapter(source: str, target: Path, *, backbone: str | None = None) ->
     assert tuned.adapter is not None
     path = backbone or tuned.adapter.backbone
     facts = {**tuned.adapter.facts, "fingerprint": tuned.prepared.fingerprint}
-    resolved = str(Path(path).resolve()) if Path(path).is_dir() else path
-    save_adapter(target, replace(tuned.adapter, backbone=resolved, facts=facts))
+    save_adapter(target, replace(tuned.adapter, backbone=backbone_reference(path), facts=facts))
 
 
 def _must_be_new(target: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from ptd.backbone import load_tokenizer
 from ptd.checkpoint import Adapter, load_adapter
 from ptd.config import BackboneConfig
+from ptd.data import prompt_tokens
 from ptd.engine.ranks import Ranks
 from ptd.engine.setup import Prepared, prepare
 from ptd.types import PrefixKV, Reporter, UserError
@@ -144,13 +145,6 @@ def fill_template(tuned: Tuned, texts: Sequence[str]) -> list[str]:
     return [template.format(**{field: text}) for text in texts]
 
 
-def prompt_ids(tuned: Tuned, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of plain prompts, with the special tokens the tokenizer adds, less an end-of-text one."""
-    eos = tuned.tokenizer.eos_token_id
-    encoded = [list(tuned.tokenizer(text)["input_ids"]) for text in texts]
-    return [ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids for ids in encoded]
-
-
 def generate(
     prompts: Sequence[str],
     *,
@@ -166,7 +160,7 @@ def generate(
     Raises `UserError`.
     """
     tuned = load_tuned(adapter, backbone, Ranks.start(), dtype=dtype)
-    ids = prompt_ids(tuned, fill_template(tuned, prompts))
+    ids = prompt_tokens(tuned.tokenizer, fill_template(tuned, prompts))
     return decode(tuned, ids, decoding or Decoding(), batch_size=batch_size, reporter=reporter or Reporter())
 
 

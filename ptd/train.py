@@ -8,18 +8,18 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ptd.backbone import TextConditioner, load_tokenizer
-from ptd.checkpoint import Adapter, save_adapter, save_state
+from ptd.checkpoint import Adapter, backbone_reference, save_adapter, save_state
 from ptd.checkpoint.run_folder import RunFolder, clear, open_run
 from ptd.checkpoint.run_state import load_tensors, tensors_of
 from ptd.config import DataConfig, RunConfig, TrainConfig
 from ptd.data import Batches, load_rows, tokenize
 from ptd.deepspeed_config import apply_deepspeed, check_batch_size
+from ptd.engine.evaluation import held_out_batches
 from ptd.engine.loop import Loop, peak_memory_bytes
 from ptd.engine.meter import NetworkMeter, metered_deepspeed
 from ptd.engine.prompt_step import PromptStep, build_optimizer
@@ -62,6 +62,16 @@ def _train(
     batches = _batches(config.data, settings, train_rows, tokenizer, ranks)
     total = settings.max_steps or batches.total_steps(settings.num_train_epochs)
 
+    eval_batches = None
+    if eval_rows is not None:
+        eval_batches = held_out_batches(
+            eval_rows,
+            batch_size=config.train.eval_batch_size,
+            packing=config.data.packing,
+            pad_token_id=tokenizer.pad_token_id,
+            ranks=ranks,
+        )
+
     artifacts = Artifacts(config, folder, prepared, step, ranks, settings, train_rows.digest())
     start = artifacts.resume()
     records = artifacts.begin(start)
@@ -71,7 +81,7 @@ def _train(
         prepared.attachment,
         step,
         batches,
-        _eval_batches(config, eval_rows, tokenizer, ranks),
+        eval_batches,
         ranks,
         reporter,
         on_record=records.write if records is not None else lambda record: None,
@@ -254,27 +264,12 @@ def _batches(config: DataConfig, settings: TrainConfig, examples: Examples, toke
     )
 
 
-def _eval_batches(config: RunConfig, examples: Examples | None, tokenizer: Any, ranks: Ranks) -> Batches | None:
-    if examples is None:
-        return None
-    return Batches(
-        examples,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        per_device_batch_size=config.train.eval_batch_size,
-        packing=config.data.packing,
-        shuffle=False,
-        pad_token_id=tokenizer.pad_token_id or 0,
-    )
-
-
 def _adapter(config: RunConfig, prepared: Prepared, flat: torch.Tensor) -> Adapter:
-    path = Path(config.backbone.path)
     resolved = config.to_dict()
     return Adapter(
         flat,
         prepared.shape.layers,
-        backbone=str(path.resolve()) if path.is_dir() else config.backbone.path,
+        backbone=backbone_reference(config.backbone.path),
         revision=config.backbone.revision,
         facts={
             "fingerprint": prepared.fingerprint,

@@ -53,13 +53,6 @@ class BackboneShape:
     context: int | None
     layers: tuple[LayerShape, ...]
 
-    @property
-    def uniform(self) -> LayerShape | None:
-        """The one layer shape with ``key_dim == value_dim`` if all layers share it (what PEFT's format can say)."""
-        first = self.layers[0]
-        same = all(layer == first for layer in self.layers) and first.key_dim == first.value_dim
-        return first if same else None
-
 
 @dataclass(frozen=True)
 class PrefixKV:

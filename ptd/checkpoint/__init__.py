@@ -1,6 +1,14 @@
 """What a run leaves behind: the adapter (PEFT's format) and the state to continue from."""
 
-from ptd.checkpoint.adapter import Adapter, load_adapter, save_adapter
+from ptd.checkpoint.adapter import Adapter, backbone_reference, load_adapter, save_adapter
 from ptd.checkpoint.run_state import latest_complete, load_tensors, save_state
 
-__all__ = ["Adapter", "latest_complete", "load_adapter", "load_tensors", "save_adapter", "save_state"]
+__all__ = [
+    "Adapter",
+    "backbone_reference",
+    "latest_complete",
+    "load_adapter",
+    "load_tensors",
+    "save_adapter",
+    "save_state",
+]

@@ -56,6 +56,11 @@ class Adapter:
             )
 
 
+def backbone_reference(path: str) -> str:
+    """How an adapter names its backbone: a folder by its absolute path, so that it is found from anywhere."""
+    return str(Path(path).resolve()) if path and Path(path).is_dir() else path
+
+
 def save_adapter(folder: Path, adapter: Adapter, *, peft_only: bool = False) -> None:
     """Write the adapter; ``peft_only`` leaves out ptd.json.
 

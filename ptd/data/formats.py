@@ -76,7 +76,7 @@ def prompts_and_references(
                 prompts.append(chat_prompt(messages, tokenizer, f"row {row} of {what}"))
                 references.append(messages[-1]["content"])
         else:
-            prompts += [head + ids for ids in _encode(tokenizer, columns["prompt"])]
+            prompts += prompt_tokens(tokenizer, columns["prompt"])
             references += columns["completion"]
     for row, ids in enumerate(prompts, start=1):
         if not ids:
@@ -85,6 +85,12 @@ def prompts_and_references(
             leading = _leading(ids, head, tokenizer)
             prompts[row - 1] = ids[:leading] + ids[len(ids) - (max_length - leading) :]
     return prompts, references
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of prompts as in training: behind the special tokens that the tokenizer puts before a text."""
+    head = _special_affixes(tokenizer)[0]
+    return [head + ids for ids in _encode(tokenizer, texts)]
 
 
 _Tokenized = tuple[list[int], bytes, int, int]  # ids, supervision, start of the completion, leading special tokens

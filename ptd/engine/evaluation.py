@@ -11,7 +11,22 @@ import torch
 from ptd.data import Batches
 from ptd.engine.loss import causal_lm_loss
 from ptd.engine.ranks import Ranks
-from ptd.types import Reporter
+from ptd.types import Examples, Reporter
+
+
+def held_out_batches(
+    examples: Examples, *, batch_size: int, packing: bool, pad_token_id: int | None, ranks: Ranks
+) -> Batches:
+    """All rows once, in their order, dealt out to the ranks."""
+    return Batches(
+        examples,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        per_device_batch_size=batch_size,
+        packing=packing,
+        shuffle=False,
+        pad_token_id=pad_token_id or 0,
+    )
 
 
 @torch.no_grad()
