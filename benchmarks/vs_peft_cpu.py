@@ -31,12 +31,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ptd.data import Batches
-from ptd.engine.loss import causal_lm_loss
+from ptd.engine.forward import Forward
 from ptd.engine.meter import NetworkMeter
-from ptd.engine.prompt_step import PromptStep, build_optimizer
+from ptd.engine.prompt_step import PromptStep, Trained, build_optimizer
 from ptd.engine.ranks import Ranks
-from ptd.inject import Attachment, measure_shape
+from ptd.inject import Attachment
 from ptd.methods.prefix import PrefixEncoder
+from ptd.readouts.language_model import LanguageModel
 from ptd.types import DataReport, Examples
 from ptd.versions import versions
 
@@ -74,8 +75,7 @@ def e2e_like(rows: int, seed: int = 0) -> Examples:
     )
     tokens = random.integers(0, VOCABULARY, len(supervised)).astype(np.int32)
     offsets = np.concatenate([[0], np.cumsum(prompts + completions)])
-    report = DataReport(rows, len(tokens), int(supervised.sum()), 0, 0)
-    return Examples(tokens, supervised, offsets, report)
+    return Examples.of_text(tokens, supervised, offsets, DataReport(rows, len(tokens), int(supervised.sum())))
 
 
 class Peft:
@@ -93,9 +93,9 @@ class Peft:
         ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
         labels = torch.full((len(rows), width), -100)
         for index, row in enumerate(rows):
-            tokens, supervised = (torch.from_numpy(np.array(values)) for values in self.examples[row])
+            tokens, next_tokens = (torch.from_numpy(np.array(values)) for values in self.examples[row])
             ids[index, : len(tokens)], mask[index, : len(tokens)] = tokens.long(), 1
-            labels[index, : len(tokens)][supervised] = tokens.long()[supervised]
+            labels[index, 1 : len(tokens)] = next_tokens[:-1].long()
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     def loss(self, rows: list[int]) -> Tensor:
@@ -117,25 +117,26 @@ class Ptd:
         self.batches = Batches(examples, rank=0, world_size=1, per_device_batch_size=ROWS)
         self.model = tiny_llama()
         self.attachment = Attachment(self.model)
-        shape = measure_shape(self.attachment, self.model)
-        encoder = PrefixEncoder(shape.layers, P)
+        self.run = Forward(self.model, self.attachment, CPU)
+        encoder = PrefixEncoder(self.attachment.shape.layers, P)
         with torch.no_grad():
             encoder.embedding.copy_(prompt)
-        optimizer = build_optimizer(encoder, learning_rate=1e-3, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.01)
+        trained = Trained(encoder, LanguageModel())
+        optimizer = build_optimizer(trained, learning_rate=1e-3, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.01)
         ranks = Ranks(0, 1, 1, CPU)
-        self.prompt_step = PromptStep(encoder, optimizer, ranks, NetworkMeter(1), max_grad_norm=1.0)
+        self.prompt_step = PromptStep(trained, optimizer, ranks, NetworkMeter(1), max_grad_norm=1.0)
 
     def loss(self, step: int) -> Tensor:
         self.attachment.set(self.prompt_step.encode())
         (batch,) = self.batches.step(step)
-        return causal_lm_loss(self.model, batch, CPU) / batch.supervised_tokens
+        return self.prompt_step.readout(self.run, batch).loss / batch.supervised_tokens
 
     def step(self, step: int) -> float:
         self.attachment.set(self.prompt_step.encode())
         (batch,) = self.batches.step(step)
-        loss = causal_lm_loss(self.model, batch, CPU)
-        loss.backward()
-        return self.prompt_step.finish(loss.detach(), batch.tokens, batch.supervised_tokens).loss
+        reading = self.prompt_step.readout(self.run, batch)
+        reading.loss.backward()
+        return self.prompt_step.finish(reading.loss, reading.weight, batch.tokens, batch.supervised_tokens).loss
 
 
 def assert_same_work(peer: Peft, mine: Ptd) -> dict[str, float]:

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from ptd.backbone import TextConditioner, fingerprint
 from ptd.checkpoint import Adapter, backbone_reference, load_adapter, save_adapter
 from ptd.config import parse_method
-from ptd.inject import Attachment, measure_shape
+from ptd.inject import Attachment
 from ptd.methods import method
-from ptd.types import BackboneShape, PrefixKV, UserError
+from ptd.types import EmptyLayout, PromptEncoder, UserError
 
 SUBMODULE = "prompt_encoder"
 
@@ -26,27 +26,30 @@ class TunedModel:
     are frozen, and `encoder`, registered as its submodule ``prompt_encoder``, holds the only trainable ones.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, attachment: Attachment, shape: BackboneShape, method: dict[str, Any]
-    ) -> None:
-        self.model, self.attachment, self.shape, self.method = model, attachment, shape, method
+    def __init__(self, model: PreTrainedModel, attachment: Attachment, method: dict[str, Any]) -> None:
+        self.model, self.attachment, self.method = model, attachment, method
 
     @property
-    def encoder(self) -> nn.Module | None:
+    def encoder(self) -> PromptEncoder | None:
         """The trained module; None on a loaded adapter, which is fixed."""
         return getattr(self.model, SUBMODULE, None)
 
     def save(self, folder: str | Path) -> None:
-        """Write the prompt as it stands as an adapter folder that ptd and PEFT load."""
+        """Write the prompt as it stands as an adapter folder that ptd and, where it has the like, PEFT load."""
         encoder = self.encoder
         if encoder is None:
             raise UserError("there is nothing to save: this model carries a loaded adapter, which is saved already")
         with torch.no_grad():
             flat = encoder()
-        facts = {"fingerprint": self._fingerprint(), "method": self.method}
-        save_adapter(
-            Path(folder), Adapter(flat, self.shape.layers, backbone_reference(self.model.name_or_path), facts=facts)
+        adapter = Adapter(
+            flat,
+            encoder.layout,
+            backbone_reference(self.model.name_or_path),
+            task_type=_peft_task(self.model),
+            peft_type=encoder.peft_type,
+            facts={"fingerprint": self._fingerprint(), "method": self.method},
         )
+        save_adapter(Path(folder), adapter)
 
     def remove(self) -> None:
         """Take the prompt off; the model is as it was (but for its parameters, which stay frozen)."""
@@ -70,42 +73,51 @@ def attach(
     """Freeze ``model`` and put a trainable prompt of method ``name`` on it, in place.
 
     Args:
-        tokenizer: needed by ``init="text"`` only.
+        tokenizer: needed to initialise from text only.
         seed: of the prompt's initial values.
         attention: backend of `ptd_kernels.prefix_attention`.
         settings: the method's own keys, as in the ``method`` section of RUN.yaml (``num_virtual_tokens=16`` …).
 
     Raises:
-        UserError: unknown method or setting, or a model family a prompt cannot be injected into.
+        UserError: unknown method or setting, a method without a prompt, or a model family a prompt cannot be injected
+            into.
     """
     section = {"name": name, **settings}
     config = parse_method(section)
     attachment = Attachment(model, backend=attention)
     try:
-        shape = measure_shape(attachment, model)
         conditioner = TextConditioner(model, tokenizer, model.device)
-        encoder = method(name).build(config, shape, conditioner, seed=seed)
+        encoder = method(name).build(config, attachment.shape, conditioner, seed=seed)
+        if isinstance(encoder.layout, EmptyLayout):
+            raise UserError(f"method {name!r} puts no prompt on a model; use it through ptd train")
     except BaseException:
         attachment.remove()
         raise
     model.requires_grad_(False)
     model.add_module(SUBMODULE, encoder.to(model.device))
     attachment.encoder = encoder
-    return TunedModel(model, attachment, shape, section)
+    return TunedModel(model, attachment, section)
 
 
 def load(model: PreTrainedModel, adapter: str | Path, *, attention: str = "auto") -> TunedModel:
-    """Put a saved adapter (ptd's or PEFT's) on ``model``, in place, for evaluation and generation.
+    """Put a saved adapter's prompt (ptd's or PEFT's) on ``model``, in place, for evaluation and generation.
 
-    Raises `UserError` if the folder is no prefix adapter or was made for another backbone.
+    Raises `UserError` if the folder holds no prompt or was made for another backbone.
     """
     found = load_adapter(adapter)
     attachment = Attachment(model, backend=attention)
     try:
-        shape = measure_shape(attachment, model)
-        found.check_fits(shape, fingerprint(model), path=model.name_or_path)
+        if isinstance(found.layout, EmptyLayout):
+            raise UserError(f"the adapter {adapter} holds no prompt but a trained head; use it through ptd predict")
+        found.check_fits(attachment.shape, fingerprint(model), path=model.name_or_path)
     except BaseException:
         attachment.remove()
         raise
-    attachment.set(PrefixKV.from_flat(found.flat.to(model.device), found.layers))
-    return TunedModel(model, attachment, shape, dict(found.facts.get("method", {})))
+    attachment.set(found.layout.state(found.flat.to(model.device)))
+    return TunedModel(model, attachment, dict(found.facts.get("method", {})))
+
+
+def _peft_task(model: PreTrainedModel) -> str:
+    if not model.can_generate():
+        return "FEATURE_EXTRACTION"
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"

@@ -74,7 +74,9 @@ def train(
     if _is_main():
         _print_json({"output_dir": str(config.output_dir), **result})
         print(f"adapter: {config.output_dir / 'adapter'}", file=sys.stderr)
-        print(f"next: ptd generate --adapter {config.output_dir} 'your prompt'", file=sys.stderr)
+        generates = config.task.kind in ("causal_lm", "seq2seq_lm")
+        use = "generate --adapter {} 'your prompt'" if generates else "predict --adapter {} --data rows.jsonl"
+        print("next: ptd " + use.format(config.output_dir), file=sys.stderr)
 
 
 @app.command("eval")
@@ -92,7 +94,7 @@ def evaluate(
     batch_size: BatchSize = 16,
     dtype: Dtype = "auto",
 ) -> None:
-    """Print loss, perplexity and, with --generate, text metrics as one JSON object.
+    """Print loss and the task's metrics (perplexity for text) and, with --generate, text metrics as one JSON object.
 
     Without --adapter the plain backbone is evaluated.
     """
@@ -166,6 +168,33 @@ def generate(
         print(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False) if as_json else text)
 
 
+@app.command()
+def predict(
+    data: Annotated[str, typer.Option("--data", "-d", help="Rows to label: file, dataset folder or hub name.")],
+    adapter: Annotated[str, typer.Option("--adapter", "-a", help="Adapter folder, or a run's output folder.")],
+    backbone: Backbone = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSONL file to write; default: stdout.")] = None,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = "auto",
+) -> None:
+    """Label rows: each row comes back as a JSON line with its label and probabilities, its tags, or its answer."""
+    _quiet()
+    from ptd.console import make_reporter
+    from ptd.predict import predict as run_prediction
+
+    found = run_prediction(
+        data, adapter=adapter, backbone=backbone, batch_size=batch_size, dtype=dtype, reporter=make_reporter()
+    )
+    lines = [json.dumps(row, ensure_ascii=False, default=str) for row in found]
+    if not _is_main():
+        return
+    if output is None:
+        print("\n".join(lines))
+    else:
+        output.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        print(f"{len(lines)} rows: {output}", file=sys.stderr)
+
+
 @app.command("export")
 def export_(
     source: Annotated[str, typer.Argument(help="Adapter folder or run output folder.")],
@@ -175,17 +204,19 @@ def export_(
     """Write an adapter as a plain PEFT folder (peft.PeftModel.from_pretrained loads it)."""
     from ptd.export import export_adapter
 
-    export_adapter(source, target, base_model=base_model)
+    note = export_adapter(source, target, base_model=base_model)
+    if note is not None:
+        print(note, file=sys.stderr)
     print(target)
 
 
 @app.command("import")
 def import_(
-    source: Annotated[str, typer.Argument(help="Folder of a PEFT prefix adapter.")],
+    source: Annotated[str, typer.Argument(help="Folder of a PEFT prompt adapter.")],
     target: Annotated[Path, typer.Argument(help="New folder to write.")],
     backbone: Backbone = None,
 ) -> None:
-    """Write a PEFT prefix adapter as one of ptd's, checked against its backbone."""
+    """Write a PEFT prompt adapter (prefix, prompt or p-tuning) as one of ptd's, checked against its backbone."""
     _quiet()
     from ptd.export import import_adapter
 

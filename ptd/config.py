@@ -54,10 +54,69 @@ class BackboneConfig(Section):
     trust_remote_code: bool = Field(False, description="run model code that comes with the checkpoint")
 
 
+TaskKind = Literal["causal_lm", "seq2seq_lm", "classification", "token_classification", "question_answering"]
+
+
 class TaskConfig(Section):
     """What is learned."""
 
-    kind: Literal["causal_lm"] = "causal_lm"
+    kind: TaskKind = "causal_lm"
+    labels: list[str] | None = Field(
+        None, description="label names, in the order of the scores; default: those of the training data, sorted"
+    )
+    patterns: list[str] | None = Field(
+        None,
+        description="layouts of a sequence: text with {column} fields, {mask} where a label's word belongs and {v:n} "
+        "for n virtual tokens; several make an ensemble",
+    )
+    verbalizer: dict[str, list[str]] | None = Field(
+        None, description="label -> the words that stand for it at {mask}, e.g. {positive: [great, good]}"
+    )
+    class_weights: Literal["balanced"] | dict[str, float] | None = Field(
+        None, description="weight of each label in the loss; balanced: inverse to its frequency in the training data"
+    )
+    doc_stride: int = Field(64, ge=1, description="tokens that windows of a long context share (question_answering)")
+    max_answer_length: int = Field(30, ge=1, description="tokens of the longest answer (question_answering)")
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        """Labels are often numbers in the data."""
+        return [str(item) for item in value] if isinstance(value, list) else value
+
+    @field_validator("verbalizer", mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {str(label): [words] if isinstance(words, str) else words for label, words in value.items()}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TaskConfig:
+        labelled = self.kind in ("classification", "token_classification")
+        for name, kinds in (("labels", labelled), ("class_weights", labelled)):
+            if getattr(self, name) is not None and not kinds:
+                raise ValueError(f"{name}: has no effect with kind {self.kind}; remove it")
+        for name in ("patterns", "verbalizer"):
+            if getattr(self, name) is not None and self.kind != "classification":
+                raise ValueError(f"{name}: works with kind classification, not {self.kind}")
+        for name in ("doc_stride", "max_answer_length"):
+            if name in self.model_fields_set and self.kind != "question_answering":
+                raise ValueError(f"{name}: works with kind question_answering, not {self.kind}")
+        if self.labels is not None and len(set(self.labels)) != len(self.labels):
+            raise ValueError(f"labels: {self.labels} names a label twice")
+        return self
+
+
+def fields_of(kind: str, format: str) -> list[str]:
+    """The fields that rows of a task have, to which ``data.columns`` may assign other column names."""
+    if kind in ("causal_lm", "seq2seq_lm"):
+        return {"prompt_completion": ["prompt", "completion"], "messages": ["messages"], "text": ["text"]}[format]
+    return {
+        "classification": ["text", "pair", "label"],
+        "token_classification": ["tokens", "tags"],
+        "question_answering": ["question", "context", "answers"],
+    }[kind]
 
 
 class DataConfig(Section):
@@ -75,6 +134,9 @@ class DataConfig(Section):
     )
     prompt_template: str | None = Field(None, description="text with {column} fields that makes the prompt")
     max_length: int = Field(512, ge=2, description="tokens of one sequence; longer prompts are cut on the left")
+    max_target_length: int | None = Field(
+        None, ge=2, description="tokens of a completion for an encoder-decoder; default: max_length"
+    )
     packing: bool = Field(True, description="sequences one behind the other, without padding or cross-attention")
     max_tokens: int | None = Field(
         None, ge=2, description="token budget of a packed micro-batch instead of a fixed number of rows"
@@ -88,15 +150,23 @@ class DataConfig(Section):
             raise ValueError(
                 f"max_tokens ({self.max_tokens}) has to hold one sequence of max_length ({self.max_length}) tokens"
             )
-        fields = {"prompt_completion": {"prompt", "completion"}, "messages": {"messages"}, "text": {"text"}}[
-            self.format
-        ]
-        for name in self.columns:
-            if name not in fields:
-                raise ValueError(f"columns: format {self.format!r} has no field {name!r}; it has {sorted(fields)}")
         if self.prompt_template is not None and self.format != "prompt_completion":
             raise ValueError(f"prompt_template works with format prompt_completion, not {self.format!r}")
         return self
+
+    def check_task(self, kind: TaskKind) -> None:
+        """Refuse settings (`ValueError`) that a task of this kind has no use for."""
+        generates = kind in ("causal_lm", "seq2seq_lm")
+        for name in ("format", "prompt_template"):
+            if name in self.model_fields_set and getattr(self, name) is not None and not generates:
+                raise ValueError(f"data.{name}: has no effect with task.kind {kind}; remove it")
+        if kind == "seq2seq_lm" and self.format != "prompt_completion":
+            raise ValueError(f"data.format: task.kind seq2seq_lm needs prompt_completion, not {self.format}")
+        fields = fields_of(kind, self.format)
+        for name in self.columns:
+            if name not in fields:
+                rows = f"format {self.format}" if generates else f"task.kind {kind}"
+                raise ValueError(f"data.columns: {rows} has no field {name!r}; it has {', '.join(fields)}")
 
 
 class TrainConfig(Section):
@@ -108,6 +178,9 @@ class TrainConfig(Section):
     per_device_eval_batch_size: int | None = Field(None, ge=1, description="default: the training value")
     gradient_accumulation_steps: int = Field(1, ge=1)
     learning_rate: float = Field(1e-2, gt=0)
+    head_learning_rate: float | None = Field(
+        None, gt=0, description="of a trained head, under the same schedule; default: learning_rate"
+    )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
         "linear"
     )
@@ -123,6 +196,9 @@ class TrainConfig(Section):
     eval_steps: int | None = Field(None, ge=1, description="default: only at the end")
     save_steps: int | None = Field(None, ge=1, description="resumable checkpoint; default: only at the end")
     save_total_limit: int = Field(2, ge=1)
+    metric_for_best_model: str = Field(
+        "loss", description="evaluation metric by which best/ is kept; all but loss and perplexity: the higher the better"
+    )
 
     @property
     def eval_batch_size(self) -> int:
@@ -145,6 +221,11 @@ class RunConfig(Section):
     @property
     def method_name(self) -> str:
         return cast(str, self.method["name"])
+
+    @model_validator(mode="after")
+    def _data_fits_task(self) -> RunConfig:
+        self.data.check_task(self.task.kind)
+        return self
 
     def method_config(self) -> Any:
         """The method's own dataclass, built from the ``method`` section."""
@@ -229,6 +310,14 @@ def data_config(settings: dict[str, Any]) -> DataConfig:
         return DataConfig.model_validate(settings)
     except ValidationError as error:
         raise UserError("\n".join(_explain(error, DataConfig))) from error
+
+
+def task_config(settings: dict[str, Any]) -> TaskConfig:
+    """Validate a ``task`` section on its own; raises `UserError`."""
+    try:
+        return TaskConfig.model_validate(settings)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(error, TaskConfig))) from error
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

@@ -1,16 +1,16 @@
-"""``ptd eval``: loss of an adapter on data, and with generation BLEU, ROUGE-L and exact match."""
+"""``ptd eval``: loss and the task's metrics of an adapter on data; with generation BLEU, ROUGE-L and exact match."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from ptd.config import DataConfig, data_config
-from ptd.data import load_rows, prompts_and_references, tokenize
-from ptd.engine.evaluation import evaluate_loss, held_out_batches
+from ptd.data import load_rows
+from ptd.engine.evaluation import HeldOut
+from ptd.engine.evaluation import evaluate as evaluate_held_out
 from ptd.engine.ranks import Ranks
 from ptd.generate import Decoding, Tuned, decode, load_tuned
-from ptd.types import Reporter
+from ptd.types import Reporter, UserError
 
 
 def evaluate(
@@ -27,47 +27,43 @@ def evaluate(
     """Evaluate on ``data`` (as ``data.eval``); with ``decoding`` also generate and compare with the references.
 
     The rows are read as the adapter was trained (its ``data`` section), changed by ``settings``. Without ``adapter``
-    the plain ``backbone`` is evaluated. Under a launcher the loss is taken over all ranks. Raises `UserError`.
+    the plain ``backbone`` is evaluated. Under a launcher loss and metrics are taken over all ranks. Raises `UserError`.
     """
     ranks, reporter = Ranks.start(), reporter or Reporter()
     try:
-        tuned = load_tuned(adapter, backbone, ranks, dtype=dtype)
-        config = data_config({**tuned.data, "eval": data, **(settings or {})})
-        rows = load_rows(data, config.eval_split, what="--data")
-        result = held_out_loss(tuned, rows, config, ranks, batch_size=batch_size, reporter=reporter)
+        tuned = load_tuned(adapter, backbone, ranks, dtype=dtype, settings={**(settings or {}), "eval": data})
+        rows = load_rows(data, tuned.task.data.eval_split, what="--data")
+        result = held_out_metrics(tuned, rows, ranks, batch_size=batch_size, reporter=reporter, what=data)
         if decoding is not None:
             result |= text_metrics(
-                *continue_rows(tuned, rows, config, decoding, batch_size=batch_size, reporter=reporter)
+                *continue_rows(tuned, rows, decoding, batch_size=batch_size, reporter=reporter, what=data)
             )
         return result
     finally:
         ranks.stop()
 
 
-def held_out_loss(
-    tuned: Tuned, rows: Any, config: DataConfig, ranks: Ranks, *, batch_size: int, reporter: Reporter
+def held_out_metrics(
+    tuned: Tuned, rows: Any, ranks: Ranks, *, batch_size: int, reporter: Reporter, what: str = "--data"
 ) -> dict[str, Any]:
-    """Loss, perplexity and number of supervised tokens of ``rows``, over all ranks."""
-    examples = tokenize(rows, config, tuned.tokenizer, max_length=config.max_length, what=config.eval or "--data")
+    """Loss and metrics of ``rows``, over all ranks."""
+    examples = tuned.task.tokenize(rows, tuned.tokenizer, what=what)
     reporter.note(f"--data: {examples.report}")
-    batches = held_out_batches(
-        examples,
-        batch_size=batch_size,
-        packing=config.packing,
-        pad_token_id=tuned.tokenizer.pad_token_id,
-        ranks=ranks,
-    )
-    return evaluate_loss(tuned.prepared.model, batches, ranks, reporter)
+    packing, pad = tuned.task.data.packing, tuned.tokenizer.pad_token_id
+    held_out = HeldOut(tuned.task, examples, rows, batch_size, packing, pad)
+    return evaluate_held_out(held_out, tuned.prepared, tuned.readout, ranks, reporter)
 
 
 def continue_rows(
-    tuned: Tuned, rows: Any, config: DataConfig, decoding: Decoding, *, batch_size: int, reporter: Reporter
+    tuned: Tuned, rows: Any, decoding: Decoding, *, batch_size: int, reporter: Reporter, what: str = "--data"
 ) -> tuple[list[str], list[str]]:
     """What the model generates for the prompt of each row, and the row's reference."""
+    task = tuned.task
+    if not task.generates:
+        raise UserError("--generate: the adapter was trained to label, not to write; leave it out")
     room = tuned.room(decoding.max_new_tokens)
-    longest = config.max_length if room is None else max(1, min(config.max_length, room))
-    what = config.eval or "--data"
-    prompts, references = prompts_and_references(rows, config, tuned.tokenizer, max_length=longest, what=what)
+    longest = task.data.max_length if room is None else max(1, min(task.data.max_length, room))
+    prompts, references = task.prompts_and_references(rows, tuned.tokenizer, max_length=longest, what=what)
     return decode(tuned, prompts, decoding, batch_size=batch_size, reporter=reporter), references
 
 

@@ -6,31 +6,55 @@ from dataclasses import replace
 from pathlib import Path
 
 from ptd.checkpoint import backbone_reference, load_adapter, save_adapter
+from ptd.config import BackboneConfig
 from ptd.engine.ranks import Ranks
-from ptd.generate import load_tuned
-from ptd.types import UserError
+from ptd.engine.setup import prepare
+from ptd.tasks import Output
+from ptd.types import PrefixLayout, UserError
+
+OUTPUTS: dict[str | None, Output] = {"SEQ_2_SEQ_LM": "seq2seq_lm", "FEATURE_EXTRACTION": "body"}
+"""What a backbone ends in under PEFT's task types; all others: a causal language model."""
 
 
-def export_adapter(source: str, target: Path, *, base_model: str | None = None) -> None:
-    """Write the adapter of ``source`` as a plain PEFT folder ``target``.
+def export_adapter(source: str, target: Path, *, base_model: str | None = None) -> str | None:
+    """Write the adapter of ``source`` as a plain PEFT folder ``target``; returns what had to stay behind, if anything.
 
-    ``base_model`` replaces the backbone's path in it (a hub id, say). Raises `UserError`.
+    ``base_model`` replaces the backbone's path in it (a hub id, say).
+
+    Raises `UserError` for an adapter that PEFT cannot hold.
     """
     _must_be_new(target)
     adapter = load_adapter(source)
     if base_model is not None:
         adapter = replace(adapter, backbone=base_model, revision=None)
     save_adapter(target, adapter, peft_only=True)
+    if not adapter.head:
+        return None
+    return (
+        f"only the prompt was exported: the trained head stays in {source}, because PEFT keeps heads as layers of "
+        "transformers' own classes"
+    )
 
 
 def import_adapter(source: str, target: Path, *, backbone: str | None = None) -> None:
-    """Write a PEFT prefix adapter as a ptd one: checked against its backbone and bound to it by fingerprint."""
+    """Write a PEFT adapter as a ptd one: checked against its backbone and bound to it by fingerprint.
+
+    Raises `UserError` for an adapter that is no prompt or does not fit the backbone.
+    """
     _must_be_new(target)
-    tuned = load_tuned(source, backbone, Ranks.start())
-    assert tuned.adapter is not None
-    path = backbone or tuned.adapter.backbone
-    facts = {**tuned.adapter.facts, "fingerprint": tuned.prepared.fingerprint}
-    save_adapter(target, replace(tuned.adapter, backbone=backbone_reference(path), facts=facts))
+    adapter = load_adapter(source)
+    path = backbone or adapter.backbone
+    if not path:
+        raise UserError("no backbone is known: the adapter names none; give --backbone")
+    if backbone is not None:
+        adapter = replace(adapter, revision=None)
+    config = BackboneConfig(path=path, revision=adapter.revision)
+    prepared = prepare(config, Ranks.start(), output=OUTPUTS.get(adapter.task_type, "causal_lm"))
+    adapter.check_fits(prepared.shape, prepared.fingerprint, path=path)
+    # PEFT does not say whether a prefix's layers are a decoder's or an encoder's; the backbone does.
+    layout = PrefixLayout(prepared.shape.layers) if isinstance(adapter.layout, PrefixLayout) else adapter.layout
+    facts = {**adapter.facts, "fingerprint": prepared.fingerprint}
+    save_adapter(target, replace(adapter, layout=layout, backbone=backbone_reference(path), facts=facts))
 
 
 def _must_be_new(target: Path) -> None:

@@ -1,23 +1,24 @@
-"""``ptd generate``: text from a frozen backbone with a tuned prefix, through Hugging Face ``generate``."""
+"""``ptd generate``: text from a frozen backbone with a tuned prompt, through Hugging Face ``generate``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from string import Formatter
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
-from ptd.backbone import load_tokenizer
+from ptd.backbone import architecture_of, load_tokenizer
 from ptd.checkpoint import Adapter, load_adapter
-from ptd.config import BackboneConfig
-from ptd.data import prompt_tokens
+from ptd.config import BackboneConfig, data_config, task_config
 from ptd.engine.ranks import Ranks
 from ptd.engine.setup import Prepared, prepare
-from ptd.types import PrefixKV, Reporter, UserError
+from ptd.methods import method_head
+from ptd.readouts import Readout
+from ptd.tasks import Task, make_task
+from ptd.types import Architecture, Reporter, UserError
 
 
 @dataclass(frozen=True)
@@ -34,27 +35,35 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Tuned:
-    """A backbone with an adapter on it (or none), and its tokenizer."""
+    """A backbone with an adapter on it (or none), its tokenizer, and the task with its readout."""
 
     prepared: Prepared
     tokenizer: Any
     adapter: Adapter | None
-
-    @property
-    def data(self) -> dict[str, Any]:
-        """The ``data`` section the adapter was trained with; empty if unknown."""
-        return dict(self.adapter.facts.get("data", {})) if self.adapter is not None else {}
+    task: Task
+    readout: Readout
 
     def room(self, used: int) -> int | None:
-        """Tokens of the backbone's context left beside the prefix and ``used`` others; None: no known limit."""
+        """Tokens that can be generated after ``used`` others beside the prompt; None: no known limit."""
         context = self.prepared.shape.context
-        return None if context is None else context - self.prepared.attachment.num_virtual_tokens - used
+        if context is None or self.task.output == "seq2seq_lm":  # what the encoder reads takes none of the decoder's
+            return context
+        return context - self.prepared.attachment.extra_positions - used
 
 
-def load_tuned(adapter: str | None, backbone: str | None, ranks: Ranks, *, dtype: str = "auto") -> Tuned:
-    """Load the adapter's backbone (or ``backbone``) and put the prefix on it.
+def load_tuned(
+    adapter: str | None,
+    backbone: str | None,
+    ranks: Ranks,
+    *,
+    dtype: str = "auto",
+    settings: dict[str, Any] | None = None,
+) -> Tuned:
+    """Load the adapter's backbone (or ``backbone``) and put the adapter on it.
 
-    Raises `UserError` if neither names a backbone, or the adapter was made for another one.
+    The task is the one the adapter was trained for, its ``data`` section changed by ``settings``; without an adapter,
+    or with one that PEFT wrote, the text task of the backbone's architecture. Raises `UserError` if nothing names a
+    backbone, or the adapter was made for another one.
     """
     found = load_adapter(adapter) if adapter is not None else None
     path = backbone or (found.backbone if found is not None else "")
@@ -62,12 +71,34 @@ def load_tuned(adapter: str | None, backbone: str | None, ranks: Ranks, *, dtype
         raise UserError("no backbone is known: the adapter names none; give --backbone")
     revision = found.revision if found is not None and backbone is None else None
     config = BackboneConfig(path=path, revision=revision, dtype=dtype)
+    facts = found.facts if found is not None else {}
+    architecture = architecture_of(config)
+    described = facts.get("task") or {"kind": _text_task(architecture, path)}
+    task = make_task(
+        task_config(described), data_config({**facts.get("data", {}), **(settings or {})}), architecture
+    )
     tokenizer = load_tokenizer(config)
-    prepared = prepare(config, ranks)
+    prepared = prepare(config, ranks, output=task.output)
+    readout = task.readout(tokenizer, prepared.shape.hidden_size, method_head(facts.get("method", {})))
     if found is not None:
         found.check_fits(prepared.shape, prepared.fingerprint, path=path)
-        prepared.attachment.set(PrefixKV.from_flat(found.flat.to(ranks.device), found.layers))
-    return Tuned(prepared, tokenizer, found)
+        prepared.attachment.set(found.layout.state(found.flat.to(ranks.device)))
+        _load_head(readout, found)
+    return Tuned(prepared, tokenizer, found, task, readout.to(ranks.device))
+
+
+def _text_task(architecture: Architecture, path: str) -> str:
+    if architecture == "encoder":
+        raise UserError(f"the backbone {path} is an encoder, which has no task of its own; give --adapter")
+    return "causal_lm" if architecture == "decoder" else "seq2seq_lm"
+
+
+def _load_head(readout: Readout, adapter: Adapter) -> None:
+    wanted = {name: tuple(parameter.shape) for name, parameter in readout.named_parameters()}
+    given = {name: tuple(tensor.shape) for name, tensor in adapter.head.items()}
+    if wanted != given:
+        raise UserError(f"--adapter: its head holds {given}, but its task and method describe {wanted}")
+    readout.load_state_dict(dict(adapter.head), strict=False)
 
 
 def decode(
@@ -75,9 +106,11 @@ def decode(
 ) -> list[str]:
     """Continue each prompt (token ids); returns the new text only, in the order given.
 
-    Prompts of similar length run together, padded on the left. Raises `UserError` for one that leaves no room.
+    Prompts of similar length run together, padded on the left (those of an encoder on the right). Raises `UserError`
+    for one that leaves no room.
     """
     model, tokenizer = tuned.prepared.model, tuned.tokenizer
+    of_encoder = tuned.task.output == "seq2seq_lm"
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     longest = max((len(prompt) for prompt in prompts), default=0)
     room = tuned.room(longest)
@@ -99,13 +132,13 @@ def decode(
         mask = torch.zeros_like(ids)
         for row, index in enumerate(chosen):
             prompt = torch.tensor(prompts[index], device=model.device)
-            ids[row, width - len(prompt) :] = prompt
-            mask[row, width - len(prompt) :] = 1
+            place = slice(0, len(prompt)) if of_encoder else slice(width - len(prompt), width)
+            ids[row, place] = prompt
+            mask[row, place] = 1
         with torch.no_grad():
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=generation)
-        for index, text in zip(
-            chosen, tokenizer.batch_decode(output[:, width:], skip_special_tokens=True), strict=True
-        ):
+        written = output if of_encoder else output[:, width:]
+        for index, text in zip(chosen, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
             texts[index] = text
         reporter.advance("generate", min(begin + batch_size, len(order)))
     reporter.finish("generate")
@@ -128,21 +161,10 @@ def _generation_config(tuned: Tuned, decoding: Decoding, max_new_tokens: int) ->
         eos_token_id=eos,
         pad_token_id=pad if pad is not None else 0,
         bos_token_id=own.bos_token_id,
+        decoder_start_token_id=own.decoder_start_token_id,
+        forced_bos_token_id=own.forced_bos_token_id,
         **options,
     )
-
-
-def fill_template(tuned: Tuned, texts: Sequence[str]) -> list[str]:
-    """The prompts as the adapter was trained on them: its ``prompt_template`` filled, if it has a single field.
-
-    With several fields a text alone cannot fill it, and the texts are taken to be whole prompts already.
-    """
-    template = tuned.data.get("prompt_template") or ""
-    fields = {field for _, field, _, _ in Formatter().parse(template) if field}
-    if len(fields) != 1:
-        return list(texts)
-    (field,) = fields
-    return [template.format(**{field: text}) for text in texts]
 
 
 def generate(
@@ -160,7 +182,9 @@ def generate(
     Raises `UserError`.
     """
     tuned = load_tuned(adapter, backbone, Ranks.start(), dtype=dtype)
-    ids = prompt_tokens(tuned.tokenizer, fill_template(tuned, prompts))
+    if not tuned.task.generates:
+        raise UserError("the adapter was trained to label, not to write; use ptd predict")
+    ids = tuned.task.prompts(prompts, tuned.tokenizer)
     return decode(tuned, ids, decoding or Decoding(), batch_size=batch_size, reporter=reporter or Reporter())
 
 

@@ -1,4 +1,4 @@
-"""``ptd train``: prefix-tune a frozen backbone, on this process or on all ranks a launcher started."""
+"""``ptd train``: tune a prompt or head of a frozen backbone, on this process or on all ranks a launcher started."""
 
 from __future__ import annotations
 
@@ -12,23 +12,33 @@ from typing import Any
 
 import torch
 
-from ptd.backbone import TextConditioner, load_tokenizer
+from ptd.backbone import TextConditioner, architecture_of, load_tokenizer
 from ptd.checkpoint import Adapter, backbone_reference, save_adapter, save_state
 from ptd.checkpoint.run_folder import RunFolder, clear, open_run
 from ptd.checkpoint.run_state import load_tensors, tensors_of
 from ptd.config import DataConfig, RunConfig, TrainConfig
-from ptd.data import Batches, load_rows, tokenize
+from ptd.data import Batches, load_rows
 from ptd.deepspeed_config import apply_deepspeed, check_batch_size
-from ptd.engine.evaluation import held_out_batches
+from ptd.engine.evaluation import HeldOut
 from ptd.engine.loop import Loop, peak_memory_bytes
 from ptd.engine.meter import NetworkMeter, metered_deepspeed
-from ptd.engine.prompt_step import PromptStep, build_optimizer
+from ptd.engine.prompt_step import PromptStep, Trained, build_optimizer
 from ptd.engine.ranks import Ranks
 from ptd.engine.records import Records, plot_loss, read_records
 from ptd.engine.setup import Prepared, check_context, prepare
-from ptd.methods import method
+from ptd.methods import TaskFacts, method
+from ptd.tasks import Task, make_task
 from ptd.types import Examples, Reporter, UserError
 from ptd.versions import versions
+
+
+PEFT_TASKS: dict[str, str | None] = {
+    "causal_lm": "CAUSAL_LM",
+    "seq2seq_lm": "SEQ_2_SEQ_LM",
+    "masked_lm": "FEATURE_EXTRACTION",
+    "body": "FEATURE_EXTRACTION",
+}
+"""PEFT's name for a task over a backbone with this output."""
 
 
 def train(config: RunConfig, *, overwrite: bool = False, reporter: Reporter | None = None) -> dict[str, Any]:
@@ -55,33 +65,32 @@ def _train(
         reporter.note(note)
     settings = fit_batch(config, ranks.world_size, folder.facts().get("rows_per_step"), reporter)
     tokenizer = load_tokenizer(config.backbone)
-    train_rows = _examples(config.data, "train", tokenizer, ranks, reporter)
-    eval_rows = _examples(config.data, "eval", tokenizer, ranks, reporter) if config.data.eval is not None else None
-    prepared = prepare(config.backbone, ranks, zero3)
-    step = _build_step(config, prepared, tokenizer, ranks)
-    batches = _batches(config.data, settings, train_rows, tokenizer, ranks)
+    task = make_task(config.task, config.data, architecture_of(config.backbone))
+    _check_method(config, task)
+    task, train_rows, _ = _examples(config.data, "train", task, tokenizer, ranks, reporter)
+    held_out = None
+    if config.data.eval is not None:
+        _, eval_rows, rows = _examples(config.data, "eval", task, tokenizer, ranks, reporter)
+        size = config.train.eval_batch_size
+        held_out = HeldOut(task, eval_rows, rows, size, config.data.packing, tokenizer.pad_token_id)
+    prepared = prepare(config.backbone, ranks, zero3, output=task.output)
+    trained = _build(config, prepared, task, tokenizer, ranks)
+    step = _build_step(config, trained, ranks)
+    batches = _batches(config.data, settings, train_rows, tokenizer, prepared, ranks)
     total = settings.max_steps or batches.total_steps(settings.num_train_epochs)
+    if not trained.count():
+        reporter.note(f"method {config.method_name} trains nothing: the backbone is evaluated as it is")
+        total = 0
 
-    eval_batches = None
-    if eval_rows is not None:
-        eval_batches = held_out_batches(
-            eval_rows,
-            batch_size=config.train.eval_batch_size,
-            packing=config.data.packing,
-            pad_token_id=tokenizer.pad_token_id,
-            ranks=ranks,
-        )
-
-    artifacts = Artifacts(config, folder, prepared, step, ranks, settings, train_rows.digest())
+    artifacts = Artifacts(config, folder, prepared, task, step, ranks, settings, train_rows.digest())
     start = artifacts.resume()
     records = artifacts.begin(start)
     loop = Loop(
         settings,
-        prepared.model,
-        prepared.attachment,
+        prepared,
         step,
         batches,
-        eval_batches,
+        held_out,
         ranks,
         reporter,
         on_record=records.write if records is not None else lambda record: None,
@@ -91,6 +100,8 @@ def _train(
     with ExitStack() as stack:
         if zero3 is not None:
             stack.enter_context(metered_deepspeed(step.meter))
+        if total == 0:
+            loop.evaluate(0)
         loop.run(start, total)
     result = {"steps": total, "seconds": time.time() - began, "peak_memory_bytes": peak_memory_bytes()}
     return artifacts.finish(result, records)
@@ -103,6 +114,7 @@ class Artifacts:
     config: RunConfig
     folder: RunFolder
     prepared: Prepared
+    task: Task
     step: PromptStep
     ranks: Ranks
     settings: TrainConfig
@@ -124,7 +136,7 @@ class Artifacts:
                     f"output_dir: the run in {self.folder.path} was trained with another {key} ({facts.get(key)} "
                     f"there, {value} here) under the same name; restore it, or --overwrite to start again"
                 )
-        load_tensors(self.folder.checkpoint, tensors_of(self.step.encoder, self.step.optimizer))
+        load_tensors(self.folder.checkpoint, tensors_of(self.step.trained, self.step.optimizer))
         self.best = facts["best"]
         return int(facts["step"])
 
@@ -136,7 +148,7 @@ class Artifacts:
             "versions": versions(),
             "world_size": self.ranks.world_size,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "trained_parameters": sum(parameter.numel() for parameter in self.step.encoder.parameters()),
+            "trained_parameters": self.step.trained.count(),
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **self._origin(),
         }
@@ -153,25 +165,50 @@ class Artifacts:
         save_state(
             self.folder.checkpoints,
             number,
-            tensors_of(self.step.encoder, self.step.optimizer),
+            tensors_of(self.step.trained, self.step.optimizer),
             {"rows_per_step": rows * self.ranks.world_size, "best": self.best, **self._origin()},
             is_main=self.ranks.is_main,
             barrier=self.ranks.barrier,
             keep=self.settings.save_total_limit,
         )
 
-    def keep_best(self, number: int, metrics: dict[str, float]) -> None:
-        """Keep the adapter as ``best`` if no evaluation so far had a lower loss."""
-        if math.isfinite(metrics["loss"]) and (not self.best or metrics["loss"] < self.best["loss"]):
+    def keep_best(self, number: int, metrics: dict[str, Any]) -> None:
+        """Keep the adapter as ``best`` if no evaluation so far was better by ``train.metric_for_best_model``."""
+        name = self.settings.metric_for_best_model
+        if name not in metrics:
+            raise UserError(
+                f"train.metric_for_best_model: this task's evaluation has no {name!r}; it has {', '.join(metrics)}"
+            )
+        sign = -1 if name in ("loss", "perplexity") else 1
+        if math.isfinite(metrics[name]) and (not self.best or sign * metrics[name] > sign * self.best[name]):
             self.best = {**metrics, "step": number}
             self.keep_adapter("best")
 
     def keep_adapter(self, name: str) -> None:
-        """Write the prompt as it stands. Every rank calls this together."""
+        """Write what is trained as it stands. Every rank calls this together."""
         with torch.no_grad():
             flat = self.step.flat()
         if self.ranks.is_main:
-            save_adapter(self.folder.path / name, _adapter(self.config, self.prepared, flat))
+            save_adapter(self.folder.path / name, self._adapter(flat))
+
+    def _adapter(self, flat: torch.Tensor) -> Adapter:
+        resolved, encoder = self.config.to_dict(), self.step.encoder
+        return Adapter(
+            flat,
+            encoder.layout,
+            peft_type=encoder.peft_type,
+            backbone=backbone_reference(self.config.backbone.path),
+            revision=self.config.backbone.revision,
+            task_type=PEFT_TASKS[self.task.output],
+            head={name: parameter.detach() for name, parameter in self.step.readout.named_parameters()},
+            facts={
+                "fingerprint": self.prepared.fingerprint,
+                "method": resolved["method"],
+                "task": self.task.facts(),
+                "data": resolved["data"],
+                "versions": versions(),
+            },
+        )
 
     def finish(self, result: dict[str, Any], records: Records | None) -> dict[str, Any]:
         """Write the adapter, the curve and the result."""
@@ -179,9 +216,8 @@ class Artifacts:
         result["best"] = self.best or None
         if records is not None:
             records.close()
-            final = ("loss", "eval_loss", "eval_perplexity")
             for record in read_records(self.folder.path):
-                result |= {key: record[key] for key in final if key in record}
+                result |= {key: value for key, value in record.items() if key == "loss" or key.startswith("eval_")}
             plot_loss(self.folder.path)
             self.folder.write({"status": "finished", **self.description, "result": result})
         self.ranks.barrier()
@@ -219,62 +255,78 @@ def fit_batch(run: RunConfig, world_size: int, rows_per_step: int | None, report
     )
 
 
-def _examples(config: DataConfig, which: str, tokenizer: Any, ranks: Ranks, reporter: Reporter) -> Examples:
+def _examples(
+    config: DataConfig, which: str, task: Task, tokenizer: Any, ranks: Ranks, reporter: Reporter
+) -> tuple[Task, Examples, Any]:
+    """The task (which learns its labels from the training rows), the rows' tokens, and on rank 0 the rows."""
     source = config.train if which == "train" else config.eval
     if source is None:
         raise UserError(f"data.{which}: is missing; name the file to read")
     split = config.train_split if which == "train" else config.eval_split
+    rows: Any = None
 
-    def read() -> Examples:
+    def read() -> tuple[Task, Examples]:
+        nonlocal rows
         rows = load_rows(source, split, what=f"data.{which}")
-        return tokenize(rows, config, tokenizer, max_length=config.max_length, what=source)
+        fitted = task.fit(rows, source) if which == "train" else task
+        return fitted, fitted.tokenize(rows, tokenizer, what=source)
 
-    examples = ranks.on_main(read)
+    task, examples = ranks.on_main(read)
     reporter.note(f"data.{which}: {examples.report}")
-    return examples
+    return task, examples, rows
 
 
-def _build_step(config: RunConfig, prepared: Prepared, tokenizer: Any, ranks: Ranks) -> PromptStep:
+def _check_method(config: RunConfig, task: Task) -> None:
+    chosen = method(config.method_name)
+    chosen.check(config.method_config(), _facts(config, task))
+
+
+def _facts(config: RunConfig, task: Task) -> TaskFacts:
+    return TaskFacts(config.task.kind, task.labels, task.cloze, task.output == "body", task.virtual_tokens)
+
+
+def _build(config: RunConfig, prepared: Prepared, task: Task, tokenizer: Any, ranks: Ranks) -> Trained:
+    """Prompt encoder and readout, initialised alike on all ranks and put where they belong."""
     settings, chosen = config.method_config(), method(config.method_name)
-    check_context(prepared.shape, settings.num_virtual_tokens, config.data.max_length)
     conditioner = TextConditioner(prepared.model, tokenizer, ranks.device)
-    encoder = chosen.build(settings, prepared.shape, conditioner, seed=config.train.seed)
-    encoder = ranks.distribute(encoder)
+    encoder = chosen.build(settings, prepared.shape, conditioner, _facts(config, task), seed=config.train.seed)
+    with torch.no_grad():
+        prepared.attachment.set(encoder.state(encoder()))
+    check_context(prepared.shape, prepared.attachment.extra_positions, config.data.max_length)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        readout = task.readout(tokenizer, prepared.shape.hidden_size, chosen.head(settings))
+    return Trained(ranks.distribute(encoder), readout.to(ranks.device))
+
+
+def _build_step(config: RunConfig, trained: Trained, ranks: Ranks) -> PromptStep:
     optimizer = build_optimizer(
-        encoder,
+        trained,
         learning_rate=config.train.learning_rate,
+        head_learning_rate=config.train.head_learning_rate,
         betas=(config.train.adam_beta1, config.train.adam_beta2),
         epsilon=config.train.adam_epsilon,
         weight_decay=config.train.weight_decay,
     )
-    return PromptStep(encoder, optimizer, ranks, NetworkMeter(ranks.world_size), config.train.max_grad_norm)
+    return PromptStep(trained, optimizer, ranks, NetworkMeter(ranks.world_size), config.train.max_grad_norm)
 
 
-def _batches(config: DataConfig, settings: TrainConfig, examples: Examples, tokenizer: Any, ranks: Ranks) -> Batches:
+def _batches(
+    config: DataConfig, settings: TrainConfig, examples: Examples, tokenizer: Any, prepared: Prepared, ranks: Ranks
+) -> Batches:
+    if config.max_tokens is not None and not prepared.attachment.packable:
+        raise UserError(
+            f"data.max_tokens: a {prepared.shape.model_type} backbone runs padded batches, which have no token budget; "
+            "remove it"
+        )
     return Batches(
         examples,
         rank=ranks.rank,
         world_size=ranks.world_size,
         per_device_batch_size=settings.per_device_train_batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        packing=config.packing,
+        packing=config.packing and prepared.attachment.packable,
         max_tokens=config.max_tokens,
         seed=settings.seed,
         pad_token_id=tokenizer.pad_token_id or 0,
-    )
-
-
-def _adapter(config: RunConfig, prepared: Prepared, flat: torch.Tensor) -> Adapter:
-    resolved = config.to_dict()
-    return Adapter(
-        flat,
-        prepared.shape.layers,
-        backbone=backbone_reference(config.backbone.path),
-        revision=config.backbone.revision,
-        facts={
-            "fingerprint": prepared.fingerprint,
-            "method": resolved["method"],
-            "data": resolved["data"],
-            "versions": versions(),
-        },
     )

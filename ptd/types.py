@@ -1,6 +1,6 @@
 """The nouns that travel between the stages of ptd (see the data flow in README.md).
 
-Shape legend used everywhere: P virtual tokens, L layers, H key/value heads, D head size, B sequences,
+Shape legend used everywhere: P virtual tokens, L attention layers, H key/value heads, D head size, B sequences,
 S tokens of a sequence, N tokens of a packed row, V vocabulary.
 """
 
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +29,13 @@ class UserError(Exception):
     exit_code = 2
 
 
+Architecture = Literal["decoder", "encoder", "encoder-decoder"]
+"""What kind of transformer a backbone is."""
+
+AttentionKind = Literal["decoder", "encoder", "cross"]
+"""Where an attention layer sits: in a decoder (causal), in an encoder, or from a decoder to an encoder's output."""
+
+
 @dataclass(frozen=True)
 class LayerShape:
     """Key/value geometry of one attention layer."""
@@ -36,6 +43,7 @@ class LayerShape:
     kv_heads: int
     key_dim: int
     value_dim: int
+    kind: AttentionKind = "decoder"
 
     @property
     def numel(self) -> int:
@@ -45,13 +53,22 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class BackboneShape:
-    """All a method may know of the backbone: plain sizes, no transformers object."""
+    """All a method may know of the backbone: plain sizes, no transformers object.
+
+    ``layers`` are its attention layers in the order in which a forward pass calls them.
+    """
 
     model_type: str
     hidden_size: int
     vocab_size: int
     context: int | None
     layers: tuple[LayerShape, ...]
+    embedding_size: int | None = None
+
+    @property
+    def input_size(self) -> int:
+        """Width of the input embeddings: the hidden size, but for families that project them (OPT-350m)."""
+        return self.hidden_size if self.embedding_size is None else self.embedding_size
 
 
 @dataclass(frozen=True)
@@ -64,16 +81,6 @@ class PrefixKV:
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
 
-    @classmethod
-    def from_flat(cls, flat: Tensor, layers: tuple[LayerShape, ...]) -> PrefixKV:
-        """Views of a flat prefix ``[P, W]``: columns layer-major, keys before values, then kv head, then head dim."""
-        shapes = [(layer.kv_heads, dim) for layer in layers for dim in (layer.key_dim, layer.value_dim)]
-        # One split for all layers: its backward joins the gradients once, where a slice a layer would
-        # allocate and add a full-size gradient each.
-        blocks = flat.split([heads * dim for heads, dim in shapes], dim=1)
-        views = [block.unflatten(1, shape) for block, shape in zip(blocks, shapes, strict=True)]
-        return cls(tuple(views[0::2]), tuple(views[1::2]))
-
     @property
     def num_virtual_tokens(self) -> int:
         return self.keys[0].shape[0]
@@ -83,8 +90,97 @@ class PrefixKV:
         yield from self.values
 
 
-PromptState = PrefixKV
+@dataclass(frozen=True)
+class SoftTokens:
+    """Input embeddings ``[P, hidden]`` of virtual tokens.
+
+    ``in_front``: they stand before every sequence (of an encoder-decoder: of the encoder's). Otherwise the sequences
+    themselves hold them: token id ``virtual_id(i)`` stands for row ``i``.
+    """
+
+    embeddings: Tensor
+    in_front: bool
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return self.embeddings.shape[0]
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield self.embeddings
+
+
+@dataclass(frozen=True)
+class NoPrompt:
+    """Nothing is put beside the tokens."""
+
+    num_virtual_tokens = 0
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from ()
+
+
+PromptState = PrefixKV | SoftTokens | NoPrompt
 """What a prompt encoder hands to the injection. Injection dispatches on its type, the engine on nothing."""
+
+
+def virtual_id(index: int) -> int:
+    """The token id that stands for virtual token ``index`` in a sequence: negative, so no vocabulary has it."""
+    return -1 - index
+
+
+class PromptLayout(Protocol):
+    """How a flat prompt is read: the part of an encoder that an adapter keeps."""
+
+    def state(self, flat: Tensor) -> PromptState:
+        """View a tensor of the flat prompt's shape as a `PromptState`.
+
+        It copies nothing, so the views of a gradient buffer are the gradients of the views.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class PrefixLayout:
+    """Flat ``[P, W]``: columns layer-major, keys before values, then kv head, then head dim."""
+
+    layers: tuple[LayerShape, ...]
+
+    @property
+    def width(self) -> int:
+        return sum(layer.numel for layer in self.layers)
+
+    def state(self, flat: Tensor) -> PrefixKV:
+        shapes = [(layer.kv_heads, dim) for layer in self.layers for dim in (layer.key_dim, layer.value_dim)]
+        # One split for all layers: its backward joins the gradients once, where a slice a layer would
+        # allocate and add a full-size gradient each.
+        blocks = flat.split([heads * dim for heads, dim in shapes], dim=1)
+        views = [block.unflatten(1, shape) for block, shape in zip(blocks, shapes, strict=True)]
+        return PrefixKV(tuple(views[0::2]), tuple(views[1::2]))
+
+
+@dataclass(frozen=True)
+class SoftLayout:
+    """Flat ``[P, hidden]``: the embeddings themselves."""
+
+    hidden_size: int
+    in_front: bool = True
+
+    @property
+    def width(self) -> int:
+        return self.hidden_size
+
+    def state(self, flat: Tensor) -> SoftTokens:
+        return SoftTokens(flat, self.in_front)
+
+
+@dataclass(frozen=True)
+class EmptyLayout:
+    """Flat ``[0, 0]``."""
+
+    width = 0
+
+    def state(self, flat: Tensor) -> NoPrompt:
+        return NoPrompt()
 
 
 class PromptEncoder(nn.Module):
@@ -93,16 +189,29 @@ class PromptEncoder(nn.Module):
     ``forward() -> Tensor`` gives the flat prompt: the only tensor whose gradient is reduced over ranks.
     """
 
-    def state(self, flat: Tensor) -> PromptState:
-        """View a tensor of the flat prompt's shape as a `PromptState`.
+    layout: PrefixLayout | SoftLayout | EmptyLayout
+    peft_type: str | None = None
+    """PEFT's name of an adapter with this encoder's output; None: PEFT has no such thing."""
 
-        It copies nothing, so the views of a gradient buffer are the gradients of the views.
-        """
-        raise NotImplementedError
+    def state(self, flat: Tensor) -> PromptState:
+        """``layout.state(flat)``."""
+        return self.layout.state(flat)
 
     def tensor_parallel_plan(self) -> Mapping[str, Any]:
         """Module name -> `torch.distributed.tensor.parallel` style for the wide layers; empty: all replicated."""
         return {}
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """A trained head on the backbone's last hidden states.
+
+    ``pooling`` turns a sequence into one vector: its first token (``cls``), their ``mean`` or the ``last`` one; ``auto``:
+    last for a decoder, cls for an encoder. ``hidden_sizes``: widths of tanh layers before the output; none: linear.
+    """
+
+    pooling: Literal["auto", "cls", "mean", "last"] = "auto"
+    hidden_sizes: tuple[int, ...] = ()
 
 
 class Reporter:
@@ -125,11 +234,14 @@ class Reporter:
 class Batch:
     """One micro-batch of one rank.
 
-    Padded: ``input_ids``, ``labels`` and ``position_ids`` are ``[B, S]``, padded on the right.
+    Padded: ``input_ids``, ``labels``, ``position_ids`` and ``token_type_ids`` are ``[B, S]``, padded on the right.
     Packed: they are ``[1, N]``, sequences one behind the other; ``cu_seqlens`` (int32, ``[sequences + 1]``) holds their
     boundaries and ``position_ids`` restart at 0 in each.
-    ``labels[:, t]`` is the token to predict *from* position ``t`` (already shifted), `IGNORE_INDEX` where none
-    is due.
+
+    ``labels``: what is to be predicted *at* each position (of a language model: its next token), `IGNORE_INDEX` where
+    nothing is. ``lengths`` int64 ``[sequences]``; ``rows`` the rows of the data the sequences belong to, each of which
+    has ``group`` consecutive sequences (no rows: a filler, whose forward pass runs for the sake of other ranks).
+    ``source``: the encoder's side of an encoder-decoder batch, with the same rows.
     """
 
     input_ids: Tensor
@@ -139,14 +251,35 @@ class Batch:
     max_seqlen: int
     tokens: int
     supervised_tokens: int
+    lengths: Tensor
+    rows: tuple[int, ...] = ()
+    group: int = 1
+    token_type_ids: Tensor | None = None
+    source: Batch | None = None
+
+    @property
+    def starts(self) -> Tensor:
+        """Index of each sequence's first token among all positions, flattened; int64 ``[sequences]``."""
+        if self.cu_seqlens is not None:
+            return self.cu_seqlens[:-1].long()
+        return torch.arange(len(self.lengths), device=self.lengths.device) * self.input_ids.shape[1]
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """Padded batches: bool ``[B, S]``, true where there is a token."""
+        column = torch.arange(self.input_ids.shape[1], device=self.lengths.device)
+        return column < self.lengths[:, None]
+
+    def map(self, change: Any) -> Batch:
+        """The same batch with ``change(tensor)`` in place of every tensor."""
+        tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        source = None if self.source is None else self.source.map(change)
+        return replace(self, **tensors, source=source)
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
-        moved = {
-            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return Batch(**{**vars(self), **moved})
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -156,8 +289,8 @@ class DataReport:
     rows: int
     tokens: int
     supervised_tokens: int
-    prompts_cut: int
-    completions_cut: int
+    prompts_cut: int = 0
+    completions_cut: int = 0
 
     def __str__(self) -> str:
         line = f"{self.rows:,} rows, {self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised"
@@ -172,34 +305,56 @@ class DataReport:
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Tokenised rows, one behind the other; row ``i`` lies at ``offsets[i]:offsets[i + 1]`` and has at least one token.
+    """Tokenised rows, one behind the other. A row is ``group`` consecutive sequences (nearly always one).
 
-    ``tokens`` int32 ``[N]``; ``supervised`` bool ``[N]``: whether the token is to be predicted (never the first of a
-    row, nothing stands before it); ``offsets`` int64 ``[rows + 1]``.
+    Sequence ``i`` lies at ``offsets[i]:offsets[i + 1]`` and has at least one token. ``tokens`` int32 ``[N]`` (negative:
+    `virtual_id`); ``labels`` int32 ``[N]``: what is to be predicted at the position, `IGNORE_INDEX` if nothing (for
+    language models the next token, so the last position of a sequence has none); ``offsets`` int64 ``[sequences + 1]``;
+    ``token_types`` int8 ``[N]`` for backbones that tell two texts apart.
+    ``source``: what the encoder of an encoder-decoder reads, row for row. ``aside``: whatever turning scores back into
+    answers needs, one item a row.
     """
 
     tokens: np.ndarray
-    supervised: np.ndarray
+    labels: np.ndarray
     offsets: np.ndarray
     report: DataReport
+    group: int = 1
+    token_types: np.ndarray | None = None
+    source: Examples | None = None
+    aside: tuple[Any, ...] | None = None
+
+    @classmethod
+    def of_text(cls, tokens: np.ndarray, supervised: np.ndarray, offsets: np.ndarray, report: DataReport) -> Examples:
+        """Sequences for a language model: the label of a position is the next token where that is ``supervised``.
+
+        ``supervised`` bool ``[N]``; the first token of a sequence is nothing's next token.
+        """
+        labels = np.full(len(tokens), IGNORE_INDEX, dtype=np.int32)
+        labels[:-1] = np.where(supervised[1:], tokens[1:], IGNORE_INDEX)
+        labels[offsets[1:] - 1] = IGNORE_INDEX
+        return cls(tokens, labels, offsets, report)
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return (len(self.offsets) - 1) // self.group
 
     def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Views of the row's tokens and supervision, each ``[length]``."""
+        """Views of the row's tokens and labels, each ``[length]``."""
         row = range(len(self))[row]
-        piece = slice(self.offsets[row], self.offsets[row + 1])
-        return self.tokens[piece], self.supervised[piece]
+        piece = slice(self.offsets[row * self.group], self.offsets[(row + 1) * self.group])
+        return self.tokens[piece], self.labels[piece]
 
     def digest(self) -> str:
         """A short identity of the content: the same rows tokenised the same way, and nothing else, give the same."""
-        content = hashlib.sha256()
-        for array in (self.tokens, self.supervised, self.offsets):
-            content.update(array.tobytes())
+        content = hashlib.sha256(str(self.group).encode())
+        for array in (self.tokens, self.labels, self.offsets, self.token_types):
+            content.update(b"" if array is None else array.tobytes())
+        if self.source is not None:
+            content.update(self.source.digest().encode())
         return content.hexdigest()[:16]
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each row, int64 ``[rows]``."""
-        return np.diff(self.offsets)
+        """Tokens of each row, of the encoder's side too, int64 ``[rows]``."""
+        own = np.diff(self.offsets[:: self.group])
+        return own if self.source is None else own + self.source.lengths

@@ -10,10 +10,18 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
-SPECIALS = ("<pad>", "<s>", "</s>")
-PAD, BOS, EOS = range(3)
+SPECIALS = ("<pad>", "<s>", "</s>", "<mask>", "<unk>")
+PAD, BOS, EOS, MASK, UNK = range(5)
 VOCAB = len(SPECIALS) + 256
 WINDOW = 32
 """Sliding window of the families that have one (mistral, gemma2, gemma3)."""
@@ -44,20 +52,54 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "mixtral": {**_GROUPED, "num_local_experts": 4},
 }
 FAMILIES: tuple[str, ...] = tuple(_SETTINGS)
+"""The decoders."""
+_QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_ENCODER_SETTINGS: dict[str, dict[str, Any]] = {
+    "bert": _QUIET,
+    "roberta": {**_QUIET, "type_vocab_size": 1},
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "dropout": 0.0, "attention_dropout": 0.0},
+    "modernbert": {"layer_types": ["full_attention", "sliding_attention"], "local_attention": 16, "cls_token_id": BOS},
+}
+ENCODERS: tuple[str, ...] = tuple(_ENCODER_SETTINGS)
+_BART: dict[str, Any] = {
+    "d_model": 32,
+    **{f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in
+       (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))},
+    "dropout": 0.0,
+    "decoder_start_token_id": EOS,
+    "forced_eos_token_id": None,
+}  # fmt: skip
+_ENCODER_DECODER_SETTINGS: dict[str, dict[str, Any]] = {
+    "t5": {"d_model": 32, "d_kv": 12, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0,
+           "decoder_start_token_id": PAD, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20},
+    "bart": _BART,
+    "mbart": {**_BART, "scale_embedding": True},
+}  # fmt: skip
+ENCODER_DECODERS: tuple[str, ...] = tuple(_ENCODER_DECODER_SETTINGS)
 WINDOWED: tuple[str, ...] = ("mistral", "gemma2", "gemma3_text")
 
 
 def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
     """The config of a 2-layer, 32-wide model of ``family``; ``changes`` override its keys."""
     special = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
-    return AutoConfig.for_model(family, **{**_COMMON, **_SETTINGS.get(family, {}), **special, **changes})
+    if family in ENCODER_DECODERS:
+        common = {key: _COMMON[key] for key in ("vocab_size", "max_position_embeddings")}
+        return AutoConfig.for_model(family, **{**common, **_ENCODER_DECODER_SETTINGS[family], **special, **changes})
+    settings = _ENCODER_SETTINGS.get(family) or _SETTINGS.get(family, {})
+    return AutoConfig.for_model(family, **{**_COMMON, **settings, **special, **changes})
+
+
+def _auto_class(family: str) -> Any:
+    if family in ENCODER_DECODERS:
+        return AutoModelForSeq2SeqLM
+    return AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
 
 
 def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A random causal language model in eval mode, fp32, with weights large enough that its logits say something."""
+    """A random language model in eval mode, fp32, with weights large enough that its logits say something."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32)
+        model = _auto_class(family).from_config(tiny_config(family, **changes), dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
                 noise = torch.randn_like(parameter)
@@ -66,14 +108,20 @@ def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrain
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte; ids 0–2 are ``<pad>``, ``<s>`` and ``</s>``, none of which is added by itself."""
+    """One token a byte behind the special tokens of `SPECIALS`, none of which is added by itself."""
     vocab = {symbol: index for index, symbol in enumerate([*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(list(SPECIALS))
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        mask_token="<mask>",
+        unk_token="<unk>",
+        padding_side="left",
     )
 
 

@@ -162,7 +162,7 @@ def test_removing_restores_the_model():
 @pytest.mark.parametrize(
     ("other", "reason"),
     [
-        (lambda: tiny_model("llama", num_hidden_layers=3), "3 layers of 2 kv heads"),
+        (lambda: tiny_model("llama", num_hidden_layers=3), "3 decoder layers of 2 kv heads"),
         (lambda: tiny_model("llama", num_key_value_heads=4), "4 kv heads"),
         (lambda: tiny_model("gpt2"), "4 kv heads"),
         (lambda: tiny_model("llama", seed=1), "another backbone .fingerprint"),

@@ -2,6 +2,6 @@
 
 from ptd.backbone.conditioning import TextConditioner
 from ptd.backbone.fingerprint import fingerprint
-from ptd.backbone.load import load_model, load_tokenizer
+from ptd.backbone.load import architecture_of, load_model, load_tokenizer
 
-__all__ = ["TextConditioner", "fingerprint", "load_model", "load_tokenizer"]
+__all__ = ["TextConditioner", "architecture_of", "fingerprint", "load_model", "load_tokenizer"]

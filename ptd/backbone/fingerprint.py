@@ -13,16 +13,17 @@ SAMPLE = 8
 
 
 def fingerprint(model: PreTrainedModel, *, without: str | None = None) -> str:
-    """Hash of every parameter's name, shape and leading values, rounded to bfloat16.
+    """Hash of the name, shape and leading values, rounded to bfloat16, of every parameter below the head.
 
-    ``without`` names a submodule that is no part of the backbone. The same for a model loaded in float32 or bfloat16,
+    ``without`` names a submodule that is no part of the backbone; neither is BERT's pooler, which nothing here reads. So
+    a model has the same fingerprint with and without a language-model head. The same for a model loaded in float32 or bfloat16,
     replicated or partitioned (ZeRO-3: only rank 0, which holds the head of each flat partition, gets the right value;
     it has to be broadcast).
     """
     digest = hashlib.sha256(model.config.model_type.encode())
     samples: list[Tensor] = []
-    for name, parameter in sorted(model.named_parameters()):
-        if without is not None and name.startswith(f"{without}."):
+    for name, parameter in sorted(model.base_model.named_parameters()):
+        if name.startswith("pooler.") or (without is not None and name.startswith(f"{without}.")):
             continue
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         held = getattr(parameter, "ds_tensor", parameter)

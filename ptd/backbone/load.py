@@ -1,25 +1,57 @@
-"""Load a causal language model frozen: on every rank whole, or sharded over all ranks (ZeRO-3)."""
+"""Load a language model frozen: on every rank whole, or sharded over all ranks (ZeRO-3)."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptd.config import BackboneConfig
-from ptd.types import UserError
+from ptd.types import Architecture, UserError
 
+Output = Literal["causal_lm", "masked_lm", "seq2seq_lm", "body"]
+_CLASSES: dict[str, tuple[Any, Any]] = {
+    "causal_lm": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+    "masked_lm": (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING),
+    "seq2seq_lm": (AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
+    "body": (AutoModel, MODEL_MAPPING),
+}
 DTYPES: dict[str, torch.dtype | str] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def architecture_of(config: BackboneConfig) -> Architecture:
+    """What kind of transformer the checkpoint is, from its config alone; raises `UserError`."""
+    model_config = _model_config(config)
+    if model_config.is_encoder_decoder:
+        return "encoder-decoder"
+    reads_both_ways = type(model_config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(
+        model_config, "is_decoder", False
+    )
+    return "encoder" if reads_both_ways else "decoder"
 
 
 def load_model(
     config: BackboneConfig,
+    output: Output = "causal_lm",
     *,
     device: torch.device,
     zero3: dict[str, Any] | None = None,
@@ -28,6 +60,7 @@ def load_model(
     """Load the model of ``config.path`` in eval mode with every parameter frozen.
 
     Args:
+        output: what it ends in; ``body``: the last hidden states (of an encoder-decoder: its encoder's).
         device: where a replicated model goes; ZeRO-3 places its own shards.
         zero3: a DeepSpeed configuration with ZeRO stage 3: the parameters come back partitioned over all ranks
             (shape ``[0]``; ``torch.distributed`` must be initialised, and every rank must call this).
@@ -36,43 +69,53 @@ def load_model(
     Raises:
         UserError: the folder or hub id cannot be read, or its weights do not fit its config.
     """
-    _explain_missing(config)
-    with _readable(config):
-        model_config = AutoConfig.from_pretrained(
-            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+    model_config = _model_config(config)
     # A frozen body has nothing to regularise; checkpointed layers would otherwise draw dropout in training mode.
     for name, value in model_config.to_dict().items():
         if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
             setattr(model_config, name, 0.0)
-    model_class = None
-    if type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
+    auto_class, mapping = _CLASSES[output]
+    model_class = mapping[type(model_config)] if type(model_config) in mapping else None
+    model_class = model_class[0] if isinstance(model_class, tuple) else model_class
     check(model_class, model_config)
+    options: dict[str, Any] = {}
+    if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
+        options["add_pooling_layer"] = False  # trained for another task, absent from most checkpoints, never read
     if zero3 is not None:
         # Under zero.Init this switch alone decides the weights' dtype; what from_pretrained is told has no effect.
         zero3 = {**zero3, "bf16": {"enabled": _sharded_dtype(config, model_config) is torch.bfloat16}}
     keep_alive = HfDeepSpeedConfig(zero3) if zero3 is not None else None  # from_pretrained finds it by weak reference
     try:
         with _readable(config):
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = auto_class.from_pretrained(
                 config.path,
                 config=model_config,
                 revision=config.revision,
                 dtype=DTYPES[config.dtype],
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
+                **options,
             )
             if report["missing_keys"]:  # transformers fills them with random numbers and goes on
                 raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}.")
     finally:
         if keep_alive is not None:
             unset_hf_deepspeed_config()
+    if output == "body" and model_config.is_encoder_decoder:
+        model = model.get_encoder()
     model.requires_grad_(False)
     model.eval()
     if config.gradient_checkpointing:
         checkpoint_layers(model)
     return model if zero3 is not None else model.to(device)
+
+
+def _model_config(config: BackboneConfig) -> Any:
+    _explain_missing(config)
+    with _readable(config):
+        return AutoConfig.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
 
 
 def checkpoint_layers(model: PreTrainedModel) -> None:

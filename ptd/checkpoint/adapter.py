@@ -1,12 +1,20 @@
-"""The adapter folder: PEFT's format, plus ``ptd.json`` with what PEFT has no field for.
+"""The adapter folder: PEFT's format wherever PEFT can say it, plus what PEFT has no field for.
 
-``adapter_model.safetensors`` holds ``prompt_embeddings`` fp32 ``[P, Σ layers H·(Dk+Dv)]``: columns layer-major, keys
-before values, then kv head, then head dimension. The re-parameterisation (MLP) is not needed any more and not kept.
+=============================  =====================================================================================
+``adapter_model.safetensors``  ``prompt_embeddings``: the flat prompt, fp32 (see `ptd.checkpoint.peft_format`);
+                               missing where there is no prompt
+``adapter_config.json``        PEFT's description of it; missing where PEFT has no such thing
+``head.safetensors``           the parameters of a trained head; missing where there is none
+``ptd.json``                   ptd's own description and the facts of the run; missing in a plain PEFT adapter
+=============================  =====================================================================================
+
+Re-parameterisations (MLP, LSTM) are not needed any more and not kept.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,39 +24,53 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ptd.checkpoint import peft_format
 from ptd.checkpoint.files import sync, write_json
-from ptd.types import BackboneShape, LayerShape, UserError
+from ptd.checkpoint.layouts import Layout, misfit, read_layout, write_layout
+from ptd.types import BackboneShape, EmptyLayout, PromptState, UserError
 
-CONFIG, WEIGHTS, EXTRA = "adapter_config.json", "adapter_model.safetensors", "ptd.json"
+CONFIG, WEIGHTS, HEAD, EXTRA = "adapter_config.json", "adapter_model.safetensors", "head.safetensors", "ptd.json"
 KEY = "prompt_embeddings"
-PREFIX_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
-PEFT_FORMAT = "0.21.2"
-"""The PEFT version whose format is written and tested."""
+OWN_KEYS = ("backbone", "revision", "peft_type", "task_type", "prompt", "head")
+"""Keys of ptd.json beside the facts."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adapter:
-    """A tuned prefix, independent of how it was trained.
+    """A tuned prompt, a trained head, or both, independent of how they were trained.
 
-    ``flat`` is fp32 ``[P, W]``; ``backbone`` the path or hub id it was trained on; ``facts`` what ptd.json holds
-    (empty for an adapter that PEFT wrote): ``fingerprint``, ``method``, ``data``, ``layers``.
+    ``flat`` is the fp32 prompt that ``layout`` reads (``[0, 0]`` for none); ``backbone`` the path or hub id it was made
+    for; ``task_type`` and ``peft_type`` are PEFT's names (None: PEFT has none); ``head`` the state dict of the
+    readout's parameters; ``facts`` what else there is to know: ``fingerprint``, ``method``, ``task``, ``data`` (empty
+    for an adapter that PEFT wrote).
     """
 
     flat: Tensor
-    layers: tuple[LayerShape, ...]
+    layout: Layout
     backbone: str
     revision: str | None = None
-    task_type: str = "CAUSAL_LM"
+    task_type: str | None = None
+    peft_type: str | None = None
+    head: Mapping[str, Tensor] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+
+    def state(self) -> PromptState:
+        """The prompt as the injection takes it."""
+        return self.layout.state(self.flat)
+
+    def peft_obstacle(self) -> str | None:
+        """Why PEFT cannot hold the prompt; None if it can."""
+        return peft_format.obstacle(self.layout, self.peft_type, self.task_type)
 
     def check_fits(self, shape: BackboneShape, fingerprint: str | None, *, path: str) -> None:
         """Refuse a backbone this adapter was not made for (`UserError`)."""
-        if self.layers != shape.layers:
-            raise UserError(
-                f"the adapter was made for {_describe(self.layers)}, but the backbone {path} has "
-                f"{_describe(shape.layers)}; use the backbone it was trained on: {self.backbone}"
-            )
         made_for = self.facts.get("fingerprint")
+        wrong = misfit(self.layout, shape, kinds=made_for is not None)
+        if wrong:
+            raise UserError(
+                f"the adapter was made for {wrong[0]}, but the backbone {path} has {wrong[1]}; "
+                f"use the backbone it was trained on: {self.backbone}"
+            )
         if made_for and fingerprint and made_for != fingerprint:
             raise UserError(
                 f"the adapter was made for another backbone (fingerprint {made_for}) of the same shape as {path} "
@@ -62,88 +84,119 @@ def backbone_reference(path: str) -> str:
 
 
 def save_adapter(folder: Path, adapter: Adapter, *, peft_only: bool = False) -> None:
-    """Write the adapter; ``peft_only`` leaves out ptd.json.
+    """Write the adapter; ``peft_only`` leaves out what PEFT does not read: ptd.json and a trained head.
 
-    Raises `UserError` if ``peft_only`` and the layers differ in size, which PEFT's format cannot say.
+    Raises `UserError` if ``peft_only`` and PEFT's format cannot hold the prompt.
     """
-    first = adapter.layers[0]
-    uniform = all(layer == first for layer in adapter.layers) and first.key_dim == first.value_dim
-    if peft_only and not uniform:
-        raise UserError("this backbone's layers differ in their key/value sizes; PEFT's prefix format cannot hold that")
+    obstacle = adapter.peft_obstacle()
+    if peft_only and obstacle:
+        raise UserError(f"this adapter cannot become a PEFT adapter: {obstacle}; use it with ptd as it is")
     folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "peft_type": "PREFIX_TUNING",
-        "task_type": adapter.task_type,
-        "base_model_name_or_path": adapter.backbone,
-        "revision": adapter.revision,
-        "inference_mode": True,
-        "peft_version": PEFT_FORMAT,
-        "num_virtual_tokens": adapter.flat.shape[0],
-        "token_dim": first.kv_heads * first.key_dim,
-        "num_transformer_submodules": 1,
-        "num_attention_heads": first.kv_heads,
-        "num_layers": len(adapter.layers),
-        "encoder_hidden_size": first.kv_heads * first.key_dim,
-        "prefix_projection": False,
+    prompted = not isinstance(adapter.layout, EmptyLayout)
+    head = {} if peft_only else {name: tensor.detach().cpu().clone() for name, tensor in adapter.head.items()}
+    _write_tensors(folder / WEIGHTS, {KEY: adapter.flat.detach().float().cpu()} if prompted else {})
+    _write_tensors(folder / HEAD, head)
+    kind = {"peft_type": adapter.peft_type, "task_type": adapter.task_type, "revision": adapter.revision}
+    if obstacle:
+        (folder / CONFIG).unlink(missing_ok=True)
+    else:
+        prompt = peft_format.write_config(adapter.layout, len(adapter.flat), adapter.peft_type)
+        write_json(folder / CONFIG, {**kind, "base_model_name_or_path": adapter.backbone, **prompt})
+    if peft_only:
+        (folder / EXTRA).unlink(missing_ok=True)
+        return
+    own = {
+        "prompt": write_layout(adapter.layout, len(adapter.flat)),
+        "head": {name: list(tensor.shape) for name, tensor in head.items()},
     }
-    save_file({KEY: adapter.flat.detach().float().cpu().contiguous()}, folder / WEIGHTS, metadata={"format": "pt"})
-    sync(folder / WEIGHTS)
-    if uniform:
-        write_json(folder / CONFIG, config)
-    if not peft_only:
-        layers = [[layer.kv_heads, layer.key_dim, layer.value_dim] for layer in adapter.layers]
-        write_json(
-            folder / EXTRA,
-            {**adapter.facts, "backbone": adapter.backbone, "revision": adapter.revision, "layers": layers},
-        )
+    write_json(folder / EXTRA, {**adapter.facts, **kind, "backbone": adapter.backbone, **own})
 
 
 def load_adapter(path: str | Path) -> Adapter:
     """Read an adapter folder that ptd or PEFT wrote (or a run's output folder, which holds one in ``adapter/``).
 
-    Raises `UserError` naming what is missing, damaged or not a prefix.
+    Raises `UserError` naming what is missing, damaged or neither a prompt nor a head.
     """
     folder = Path(path)
-    if not (folder / WEIGHTS).is_file() and (folder / "adapter" / WEIGHTS).is_file():
+    if not _holds_adapter(folder) and _holds_adapter(folder / "adapter"):
         folder = folder / "adapter"
     if not folder.is_dir():
         raise UserError(f"--adapter: there is no folder {path}")
-    facts = _read_json(folder / EXTRA) if (folder / EXTRA).is_file() else {}
-    config = _read_json(folder / CONFIG) if (folder / CONFIG).is_file() or not facts else {}
-    kind = config.get("peft_type", "PREFIX_TUNING")
-    if kind not in PREFIX_TYPES:
-        raise UserError(f"--adapter: {folder} is a PEFT adapter of type {kind}; supported: {', '.join(PREFIX_TYPES)}")
-    flat = _read_prompt(folder / WEIGHTS)
+    ours = (folder / EXTRA).is_file()
+    found = _read_json(folder / (EXTRA if ours else CONFIG))
     try:
-        if "layers" in facts:
-            layers = tuple(LayerShape(*map(int, layer)) for layer in facts["layers"])
-        else:
-            heads = int(config["num_attention_heads"])
-            head_dim = int(config["token_dim"]) // heads
-            layers = (LayerShape(heads, head_dim, head_dim),) * int(config["num_layers"])
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        layout, virtual = read_layout(found["prompt"]) if ours else peft_format.read_config(found)
+        rows = virtual if ours else peft_format.stored_rows(found)
+        shapes = {name: tuple(map(int, shape)) for name, shape in found["head"].items()} if ours else {}
+        backbone = _name(found, "backbone" if ours else "base_model_name_or_path") or ""
+        revision, task_type, peft_type = (_name(found, key) for key in ("revision", "task_type", "peft_type"))
+    except UserError as error:
+        raise UserError(f"--adapter: {folder} cannot be used: {error}") from None
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
         raise UserError(f"--adapter: the configuration in {folder} is incomplete or damaged: {error!r}") from error
-    width = sum(layer.numel for layer in layers)
-    virtual = config.get("num_virtual_tokens", len(flat))
-    if not layers or virtual != len(flat) or flat.ndim != 2 or flat.shape[1] != width or not len(flat):
-        raise UserError(
-            f"--adapter: {folder / WEIGHTS} has shape {tuple(flat.shape)}, its configuration says [{virtual}, {width}]"
-        )
-    backbone = facts.get("backbone") or config.get("base_model_name_or_path") or ""
-    revision = facts.get("revision", config.get("revision"))
-    return Adapter(flat, layers, backbone, revision, config.get("task_type") or "CAUSAL_LM", facts)
+    flat = torch.empty(0, 0) if isinstance(layout, EmptyLayout) else _read_prompt(folder / WEIGHTS, rows, layout.width)
+    # A copy, so that the unused half of what PEFT stores for an encoder-decoder is not kept in memory.
+    flat = flat if rows == virtual else flat[:virtual].clone()
+    head = _read_head(folder / HEAD, shapes) if shapes else {}
+    facts = {key: value for key, value in found.items() if key not in OWN_KEYS} if ours else {}
+    return Adapter(flat, layout, backbone, revision, task_type, peft_type, head, facts)
 
 
-def _read_prompt(path: Path) -> Tensor:
+def _holds_adapter(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (WEIGHTS, CONFIG, EXTRA))
+
+
+def _name(values: dict[str, Any], key: str) -> str | None:
+    value = values.get(key)
+    if not isinstance(value, str | None):
+        raise TypeError(f"{key} is {value!r}")
+    return value
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write beside ``path``, force to disk, then rename over it; no tensors: no file."""
+    if not tensors:
+        path.unlink(missing_ok=True)
+        return
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+    sync(temporary)
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--adapter: cannot read {path}: {error}") from error
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise UserError(f"--adapter: {path} holds values that are not finite; the adapter is damaged")
+    return tensors
+
+
+def _read_prompt(path: Path, rows: int, width: int) -> Tensor:
+    tensors = _read_tensors(path)
     if KEY not in tensors:
         raise UserError(f"--adapter: {path} has {sorted(tensors)[:5]} but no {KEY!r}; it is not a prompt adapter")
-    if not torch.isfinite(tensors[KEY]).all():
-        raise UserError(f"--adapter: {path} holds values that are not finite; the adapter is damaged")
-    return tensors[KEY].float()
+    others = sorted(set(tensors) - {KEY})
+    if others:
+        raise UserError(
+            f"--adapter: {path} holds {', '.join(others[:5])} beside the prompt; ptd reads prompts from PEFT's files, "
+            "not trained layers of the backbone; save the adapter without modules_to_save"
+        )
+    flat = tensors[KEY]
+    if tuple(flat.shape) != (rows, width) or not flat.numel():
+        raise UserError(f"--adapter: {path} has shape {tuple(flat.shape)}, its configuration says {[rows, width]}")
+    return flat.float()
+
+
+def _read_head(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    tensors = _read_tensors(path)
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != shapes:
+        raise UserError(f"--adapter: {path} holds {found}, {EXTRA} beside it says {dict(shapes)}; the head is damaged")
+    return tensors
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -154,8 +207,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"--adapter: {path} has to hold a JSON object")
     return value
-
-
-def _describe(layers: tuple[LayerShape, ...]) -> str:
-    first = layers[0]
-    return f"{len(layers)} layers of {first.kv_heads} kv heads × {first.key_dim}"

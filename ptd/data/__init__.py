@@ -5,8 +5,18 @@ out to steps, ranks and micro-batches, and `prefetch` does so ahead of time.
 """
 
 from ptd.data.batches import Batches
-from ptd.data.formats import prompt_tokens, prompts_and_references, tokenize
+from ptd.data.formats import fill_prompts, prompt_tokens, prompts_and_references, tokenize
 from ptd.data.prefetch import prefetch
 from ptd.data.sources import load_rows
+from ptd.data.templates import marks_of
 
-__all__ = ["Batches", "load_rows", "prefetch", "prompt_tokens", "prompts_and_references", "tokenize"]
+__all__ = [
+    "Batches",
+    "fill_prompts",
+    "load_rows",
+    "marks_of",
+    "prefetch",
+    "prompt_tokens",
+    "prompts_and_references",
+    "tokenize",
+]

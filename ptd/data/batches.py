@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ptd.data.packing import balance, first_fit, first_fit_starts
 from ptd.types import IGNORE_INDEX, Batch, Examples, UserError
@@ -57,7 +58,7 @@ class Batches:
         pad_token_id: int = 0,
     ) -> None:
         assert len(examples) > 0
-        assert examples.lengths.min() > 0, "every row has at least one token"
+        assert np.diff(examples.offsets).min() > 0, "every sequence has at least one token"
         assert 0 <= rank < world_size
         assert min(per_device_batch_size, gradient_accumulation_steps) >= 1
         if max_tokens is not None:
@@ -80,9 +81,8 @@ class Batches:
         self.shuffle = shuffle
         self.pad_token_id = pad_token_id
         self.slots = world_size * gradient_accumulation_steps
-        # Labels that a row yields: its first token is nothing's next token.
-        self._labels = np.add.reduceat(examples.supervised, examples.offsets[:-1], dtype=np.int64)
-        self._labels -= examples.supervised[examples.offsets[:-1]]
+        first = examples.offsets[: -1 : examples.group]
+        self._labels = np.add.reduceat(examples.labels != IGNORE_INDEX, first, dtype=np.int64)
         # The prefetch thread and the training loop may ask at the same time.
         self._lock = threading.RLock()
         self._plans: dict[int, EpochPlan] = {}
@@ -118,10 +118,9 @@ class Batches:
         """
         rows = self._rows(global_step)
         slots = self._pack(rows) if self.packing else self._chunk(rows)
-        make = packed_batch if self.packing else self._padded
         # Slots come largest first, so ranks that run the same micro-batch side by side have nearly the same work.
         mine = slots[self.rank :: self.world_size]
-        return [make(self.examples, slot) if len(slot) else self._filler(rows) for slot in mine]
+        return [self._make(slot) if len(slot) else self._filler(rows) for slot in mine]
 
     def _rows(self, global_step: int) -> np.ndarray:
         assert global_step >= 0
@@ -175,67 +174,88 @@ class Batches:
         longest_first = rows[np.argsort(-self.examples.lengths[rows], kind="stable")]
         return np.array_split(longest_first, self.slots)
 
-    def _padded(self, examples: Examples, rows: np.ndarray) -> Batch:
-        return padded_batch(examples, rows, self.pad_token_id)
+    def _make(self, rows: np.ndarray) -> Batch:
+        return (
+            packed_batch(self.examples, rows) if self.packing else padded_batch(self.examples, rows, self.pad_token_id)
+        )
 
     def _filler(self, rows: np.ndarray) -> Batch:
-        """The first tokens of the step's first row, nothing to learn from them."""
-        ids = torch.from_numpy(self.examples[int(rows[0])][0][:2].astype(np.int64))[None]
-        size = ids.shape[1]
-        return Batch(
-            input_ids=ids,
-            labels=torch.full_like(ids, IGNORE_INDEX),
-            position_ids=torch.arange(size)[None],
-            cu_seqlens=torch.tensor([0, size], dtype=torch.int32) if self.packing else None,
-            max_seqlen=size,
-            tokens=0,
-            supervised_tokens=0,
-        )
+        """The step's first row, nothing to learn from it."""
+        whole = self._make(rows[:1])
+        nothing = torch.full_like(whole.labels, IGNORE_INDEX)
+        return replace(whole, labels=nothing, rows=(), tokens=0, supervised_tokens=0)
 
 
 def packed_batch(examples: Examples, rows: np.ndarray) -> Batch:
-    """The rows one behind the other: ``[1, N]``."""
-    lengths = examples.lengths[rows]
+    """The rows' sequences one behind the other: ``[1, N]``."""
+    assert examples.source is None, "an encoder-decoder runs padded batches"
+    sequences = _sequences(examples, rows)
+    lengths = np.diff(examples.offsets)[sequences]
     ends = np.cumsum(lengths)
     begins = ends - lengths
-    total = int(ends[-1])
-    position = np.arange(total)
-    source = position + np.repeat(examples.offsets[rows] - begins, lengths)
-    ids = examples.tokens[source].astype(np.int64)
-    labels = np.full(total, IGNORE_INDEX, dtype=np.int64)
-    labels[:-1] = np.where(examples.supervised[source[1:]], ids[1:], IGNORE_INDEX)
-    labels[ends - 1] = IGNORE_INDEX  # the next token is another row's
-    return Batch(
-        input_ids=torch.from_numpy(ids)[None],
-        labels=torch.from_numpy(labels)[None],
-        position_ids=torch.from_numpy(position - np.repeat(begins, lengths))[None],
+    position = np.arange(int(ends[-1]))
+    source = position + np.repeat(examples.offsets[sequences] - begins, lengths)
+    return _batch(
+        examples,
+        rows,
+        lengths,
+        ids=examples.tokens[source][None],
+        labels=examples.labels[source][None],
+        positions=(position - np.repeat(begins, lengths))[None],
+        types=None if examples.token_types is None else examples.token_types[source][None],
         cu_seqlens=torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32)),
-        max_seqlen=int(lengths.max()),
-        tokens=total,
-        supervised_tokens=int((labels != IGNORE_INDEX).sum()),
     )
 
 
 def padded_batch(examples: Examples, rows: np.ndarray, pad_token_id: int = 0) -> Batch:
-    """The rows one below the other, padded on the right: ``[B, S]``.
+    """The rows' sequences one below the other, padded on the right: ``[B, S]``.
 
     ``position_ids`` continue through the padding; behind a causal mask no useful token sees it.
     """
-    lengths = examples.lengths[rows]
-    longest = int(lengths.max())
-    column = np.arange(longest)
+    sequences = _sequences(examples, rows)
+    lengths = np.diff(examples.offsets)[sequences]
+    column = np.arange(int(lengths.max()))
     useful = column < lengths[:, None]
-    source = np.where(useful, examples.offsets[rows][:, None] + column, 0)
-    ids = np.where(useful, examples.tokens[source], pad_token_id).astype(np.int64)
-    supervised = examples.supervised[source] & useful
-    labels = np.full_like(ids, IGNORE_INDEX)
-    labels[:, :-1] = np.where(supervised[:, 1:], ids[:, 1:], IGNORE_INDEX)
+    source = np.where(useful, examples.offsets[sequences][:, None] + column, 0)
+    return _batch(
+        examples,
+        rows,
+        lengths,
+        ids=np.where(useful, examples.tokens[source], pad_token_id),
+        labels=np.where(useful, examples.labels[source], IGNORE_INDEX),
+        positions=np.tile(column, (len(sequences), 1)),
+        types=None if examples.token_types is None else np.where(useful, examples.token_types[source], 0),
+        source=None if examples.source is None else padded_batch(examples.source, rows, pad_token_id),
+    )
+
+
+def _sequences(examples: Examples, rows: np.ndarray) -> np.ndarray:
+    return (rows[:, None] * examples.group + np.arange(examples.group)).reshape(-1)
+
+
+def _batch(
+    examples: Examples,
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    *,
+    ids: np.ndarray,
+    labels: np.ndarray,
+    positions: np.ndarray,
+    types: np.ndarray | None,
+    cu_seqlens: Tensor | None = None,
+    source: Batch | None = None,
+) -> Batch:
     return Batch(
-        input_ids=torch.from_numpy(ids),
-        labels=torch.from_numpy(labels),
-        position_ids=torch.from_numpy(np.tile(column, (len(rows), 1))),
-        cu_seqlens=None,
-        max_seqlen=longest,
-        tokens=int(lengths.sum()),
+        input_ids=torch.from_numpy(ids.astype(np.int64)),
+        labels=torch.from_numpy(labels.astype(np.int64)),
+        position_ids=torch.from_numpy(positions),
+        cu_seqlens=cu_seqlens,
+        max_seqlen=int(lengths.max()),
+        tokens=int(lengths.sum()) + (0 if source is None else source.tokens),
         supervised_tokens=int((labels != IGNORE_INDEX).sum()),
+        lengths=torch.from_numpy(lengths),
+        rows=tuple(rows.tolist()),
+        group=examples.group,
+        token_type_ids=None if types is None else torch.from_numpy(types.astype(np.int64)),
+        source=source,
     )

@@ -2,20 +2,22 @@
 
 A prompt and its completion are tokenised separately, because that is what happens at generation: the prompt with the
 special tokens that the tokenizer puts before a text (never those it appends), the completion with none, and EOS behind.
+``{v:n}`` marks of ``data.prompt_template`` become `ptd.types.virtual_id`s in the prompt.
 """
 
 from __future__ import annotations
 
-import string
 from array import array
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ptd.config import DataConfig
+from ptd.config import DataConfig, fields_of
 from ptd.data.chat import chat_prompt, chat_tokens
-from ptd.types import DataReport, Examples, UserError
+from ptd.data.filling import encode, fill, special_affixes
+from ptd.data.templates import marks_of, parse_template
+from ptd.types import IGNORE_INDEX, DataReport, Examples, UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,8 +38,10 @@ def tokenize(
     The first token of a row is never supervised, so without prompt and BOS the first completion token is not learned.
     Over ``max_length`` tokens the prompt is cut on the left, behind the tokenizer's leading special tokens; when the
     completion alone is too long it is cut on the right and the leading special tokens, or the prompt's last one, stay.
+    Virtual tokens are never cut.
     Raises `UserError` naming the row that cannot be used.
     """
+    _check_room(config, tokenizer, max_length)
     tokens, supervised, offsets = array("i"), bytearray(), array("q", [0])
     prompts_cut = completions_cut = 0
     for ids, mask, start, leading in _tokenized(rows, config, tokenizer, what):
@@ -48,13 +52,12 @@ def tokenize(
         supervised += mask
         supervised[offsets[-1]] = 0
         offsets.append(len(tokens))
+    flat = np.frombuffer(tokens, dtype=np.int32)
     learned = np.frombuffer(supervised, dtype=bool)
-    return Examples(
-        tokens=np.frombuffer(tokens, dtype=np.int32),
-        supervised=learned,
-        offsets=np.frombuffer(offsets, dtype=np.int64),
-        report=DataReport(len(rows), len(tokens), int(learned.sum()), prompts_cut, completions_cut),
-    )
+    labels = np.full(len(flat), IGNORE_INDEX, dtype=np.int32)
+    labels[:-1][learned[1:]] = flat[1:][learned[1:]]
+    report = DataReport(len(rows), len(flat), int(learned.sum()), prompts_cut, completions_cut)
+    return Examples(flat, labels, np.frombuffer(offsets, dtype=np.int64), report)
 
 
 def prompts_and_references(
@@ -67,30 +70,49 @@ def prompts_and_references(
     """
     if config.format == "text":
         raise UserError("data.format: text has no prompts to generate from; use prompt_completion or messages")
+    _check_room(config, tokenizer, max_length)
     prompts: list[list[int]] = []
     references: list[str] = []
-    head = _special_affixes(tokenizer)[0]
-    for first, columns in _chunks(rows, config, what):
+    head = special_affixes(tokenizer)[0]
+    for first, columns in _chunks(rows, config, tokenizer, what):
         if config.format == "messages":
             for row, messages in enumerate(columns["messages"], first):
                 prompts.append(chat_prompt(messages, tokenizer, f"row {row} of {what}"))
                 references.append(messages[-1]["content"])
         else:
-            prompts += prompt_tokens(tokenizer, columns["prompt"])
+            prompts += [head + ids for ids in columns["prompt"]]
             references += columns["completion"]
     for row, ids in enumerate(prompts, start=1):
         if not ids:
             raise UserError(f"row {row} of {what} has a prompt without tokens; generation needs at least one")
         if len(ids) > max_length:
-            leading = _leading(ids, head, tokenizer)
-            prompts[row - 1] = ids[:leading] + ids[len(ids) - (max_length - leading) :]
+            prompts[row - 1] = [ids[i] for i in _kept(ids, _leading(ids, head, tokenizer), max_length)]
     return prompts, references
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Token ids of prompts as in training: behind the special tokens that the tokenizer puts before a text."""
-    head = _special_affixes(tokenizer)[0]
-    return [head + ids for ids in _encode(tokenizer, texts)]
+    head = special_affixes(tokenizer)[0]
+    return [head + ids for ids in encode(tokenizer, texts)]
+
+
+def fill_prompts(tokenizer: PreTrainedTokenizerBase, template: str | None, texts: list[str]) -> list[list[int]]:
+    """Token ids of the prompts that free texts make: each put into the template, if that has a single field.
+
+    With several fields (or none, or no template) a text alone cannot fill it, and the texts are taken to be whole
+    prompts already. Raises `UserError` if such a template has ``{v:n}`` marks, whose place would then be unknown.
+    """
+    parsed = parse_template(template) if template is not None else None
+    if parsed is None or (len(set(parsed.fields)) != 1 and not parsed.virtual_tokens):
+        return prompt_tokens(tokenizer, texts)
+    if len(set(parsed.fields)) != 1:
+        count = len(set(parsed.fields)) or "no"
+        raise UserError(
+            f"data.prompt_template: {template!r} has {count} fields and virtual tokens between them, so a single text "
+            "does not make a prompt; give rows with the template's columns (ptd evaluate), or train with one field"
+        )
+    values = [(text,) * len(parsed.fields) for text in texts]
+    return fill(parsed, values, tokenizer, (special_affixes(tokenizer)[0], []))[0]
 
 
 _Tokenized = tuple[list[int], bytes, int, int]  # ids, supervision, start of the completion, leading special tokens
@@ -108,17 +130,15 @@ def _tokenized(
             f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, so the model could not learn "
             f"where a text ends; data.format {config.format} needs one (set eos_token in its tokenizer_config.json)"
         )
-    head = _special_affixes(tokenizer)[0]
-    for first, columns in _chunks(rows, config, what):
-        if config.format == "text":
-            prompts, completions = None, _encode(tokenizer, columns["text"])
-        else:
-            prompts, completions = _encode(tokenizer, columns["prompt"]), _encode(tokenizer, columns["completion"])
+    head = special_affixes(tokenizer)[0]
+    for first, columns in _chunks(rows, config, tokenizer, what):
+        prompts = None if config.format == "text" else columns["prompt"]
+        completions = encode(tokenizer, columns["text" if prompts is None else "completion"])
         for index, completion in enumerate(completions):
             if not completion:
                 name = "text" if prompts is None else "completion"
                 raise UserError(f"row {first + index} of {what}: the {name} has no tokens; remove the row")
-            prompt = head + prompts[index] if prompts is not None else head
+            prompt = head if prompts is None else head + prompts[index]
             if completion[-1] != eos:
                 completion.append(eos)
             mask = bytes(len(prompt)) + b"\1" * len(completion)
@@ -126,7 +146,7 @@ def _tokenized(
 
 
 def _messages(rows: Dataset, config: DataConfig, tokenizer: PreTrainedTokenizerBase, what: str) -> Iterator[_Tokenized]:
-    for first, columns in _chunks(rows, config, what):
+    for first, columns in _chunks(rows, config, tokenizer, what):
         places = [f"row {first + index} of {what}" for index in range(len(columns["messages"]))]
         for ids, mask, start in chat_tokens(columns["messages"], tokenizer, places):
             yield ids, mask, start, _leading(ids, [], tokenizer)
@@ -136,27 +156,57 @@ def _fit(ids: list[int], mask: bytes, start: int, leading: int, max_length: int)
     """Cut to ``max_length``; also whether the prompt (before ``start``) and the rest were cut."""
     if len(ids) <= max_length:
         return ids, mask, False, False
-    # Something has to stand before the completion for its first token to be learned.
-    kept = min(max(leading, 1), start, max_length - 1)
     room = max_length - (len(ids) - start)
-    if room < kept:
-        begin = range(kept) if leading else range(start - kept, start)
-        end = start + max_length - kept
-        return ids[begin.start : begin.stop] + ids[start:end], mask[:kept] + mask[start:end], start > kept, True
-    head = min(leading, room)
-    begin_tail = start - (room - head)
-    return ids[:head] + ids[begin_tail:], mask[:head] + mask[begin_tail:], True, False
+    # Something has to stand before the completion for its first token to be learned.
+    least = _staying(ids[:start], leading)[: max_length - 1] or list(range(max(start - 1, 0), start))
+    kept = _kept(ids[:start], leading, room) if room >= len(least) else least
+    chosen = [*kept, *range(start, start + max_length - len(kept))]
+    return [ids[i] for i in chosen], bytes(mask[i] for i in chosen), len(kept) < start, room < len(least)
 
 
-def _chunks(rows: Dataset, config: DataConfig, what: str) -> Iterator[tuple[int, dict[str, list[Any]]]]:
-    """The format's fields of up to `_ROWS_AT_ONCE` rows at a time, checked, with the first row's number (from 1)."""
-    fields = {"prompt_completion": ["prompt", "completion"], "messages": ["messages"], "text": ["text"]}[config.format]
+def _kept(prompt: list[int], leading: int, room: int) -> list[int]:
+    """Places of ``room`` tokens: leading special and virtual ones, and as many of the last ones as fit beside them."""
+    staying = _staying(prompt, leading)[:room]
+    others = sorted(set(range(len(prompt))) - set(staying))
+    return sorted([*staying, *others[max(len(others) - (room - len(staying)), 0) :]])
+
+
+def _staying(prompt: list[int], leading: int) -> list[int]:
+    """What is not cut off a prompt."""
+    return [place for place, token in enumerate(prompt) if place < leading or token < 0]
+
+
+def _check_room(config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Virtual tokens are part of the sequence: `UserError` if they leave no room for anything else."""
+    marks = marks_of([config.prompt_template]) if config.prompt_template is not None else 0
+    fixed = marks + len(special_affixes(tokenizer)[0])
+    if marks and fixed >= max_length:
+        raise UserError(
+            f"data.prompt_template: {config.prompt_template!r} has {marks} virtual tokens, which with the special "
+            f"tokens fill data.max_length ({max_length}); raise it"
+        )
+
+
+def _chunks(
+    rows: Dataset, config: DataConfig, tokenizer: PreTrainedTokenizerBase, what: str
+) -> Iterator[tuple[int, dict[str, list[Any]]]]:
+    """The format's fields of up to `_ROWS_AT_ONCE` rows at a time, checked, with the first row's number (from 1).
+
+    Prompts come as token ids without special tokens, with `ptd.types.virtual_id`s where the template has marks.
+    """
+    fields = fields_of("causal_lm", config.format)
     columns = {field: config.columns.get(field, field) for field in fields}
     template = None
     if config.prompt_template is not None:
         if "prompt" in config.columns:
             raise UserError("data.columns.prompt: has no effect beside data.prompt_template; remove one of them")
-        template = _parse_template(config.prompt_template, rows.column_names, what)
+        template = parse_template(config.prompt_template)
+        template.check_columns(rows.column_names, what)
+        if template.masks:
+            raise UserError(
+                "data.prompt_template: {mask} has no meaning where text is generated; it belongs in task.patterns "
+                "of task.kind classification (a column named mask cannot be used: rename it)"
+            )
         del columns["prompt"]
     for field, column in columns.items():
         if column not in rows.column_names:
@@ -164,7 +214,7 @@ def _chunks(rows: Dataset, config: DataConfig, what: str) -> Iterator[tuple[int,
                 f"{what} has no column {column!r}; it has {', '.join(rows.column_names)}. "
                 f"Name the column that holds the {field}, e.g. data.columns: {{{field}: {rows.column_names[0]}}}"
             )
-    used = {*columns.values(), *(name for _, name in template or [] if name is not None)}
+    used = {*columns.values(), *(template.fields if template is not None else ())}
     rows = rows.select_columns(sorted(used)).with_format(None)
     for begin in range(0, len(rows), _ROWS_AT_ONCE):
         piece = rows[begin : begin + _ROWS_AT_ONCE]
@@ -172,7 +222,10 @@ def _chunks(rows: Dataset, config: DataConfig, what: str) -> Iterator[tuple[int,
         for field, column in columns.items():
             _check(chunk[field], column, field, begin + 1, what)
         if template is not None:
-            chunk["prompt"] = _fill(template, piece, begin + 1, what)
+            values = template.values(piece, begin + 1, what)
+            chunk["prompt"] = fill(template, values, tokenizer, ([], []))[0]
+        elif "prompt" in chunk:
+            chunk["prompt"] = encode(tokenizer, chunk["prompt"])
         yield begin + 1, chunk
 
 
@@ -189,62 +242,6 @@ def _check(values: list[Any], column: str, field: str, first: int, what: str) ->
             )
         if not value and field != "prompt":
             raise UserError(f"row {row} of {what} has an empty {column!r}: there is nothing to learn; remove the row")
-
-
-_Template = list[tuple[str, str | None]]  # text, then the column that follows it
-
-
-def _parse_template(template: str, columns: list[str], what: str) -> _Template:
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise UserError(
-            f"data.prompt_template: {template!r} has an unpaired brace ({error}); write {{column}}; {{{{ is a brace"
-        ) from error
-    for _, name, spec, conversion in parts:
-        if name is not None and (name not in columns or spec or conversion):
-            raise UserError(
-                f"data.prompt_template: {{{name}}} is not a column of {what}; it has {', '.join(columns)} "
-                "(only plain {column} fields; write {{ for a brace)"
-            )
-    return [(text, name) for text, name, _, _ in parts]
-
-
-def _fill(template: _Template, piece: dict[str, list[Any]], first: int, what: str) -> list[str]:
-    """Numbers may be filled in as well as texts: "{a} + {b} =" is a fair prompt."""
-    names = {name for _, name in template if name is not None}
-    for name in names:
-        for row, value in enumerate(piece[name], first):
-            if not isinstance(value, str | int | float):
-                kind = "missing" if value is None else f"{type(value).__name__}, not text or a number"
-                raise UserError(f"row {row} of {what}: {name!r}, which data.prompt_template uses, is {kind}")
-    size = len(next(iter(piece.values())))
-    return [
-        "".join(text + ("" if name is None else str(piece[name][index])) for text, name in template)
-        for index in range(size)
-    ]
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    # verbose: no warning about texts longer than the model's context; they are cut, counted and reported.
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
-
-
-def _special_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before and behind a text."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    for begin in range(len(full) - len(bare) + 1 if bare else 0):
-        if full[begin : begin + len(bare)] == bare:
-            return full[:begin], full[begin + len(bare) :]
-    # The tokenizer knows no "a": what it adds cannot be told apart by position, but an end token gives itself away.
-    closing = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {tokenizer.bos_token_id, None}
-    end = len(full)
-    while end and full[end - 1] in closing:
-        end -= 1
-    return full[:end], full[end:]
 
 
 def _leading(ids: list[int], head: list[int], tokenizer: PreTrainedTokenizerBase) -> int:

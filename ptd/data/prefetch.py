@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from ptd.data.batches import Batches
 from ptd.types import Batch
@@ -58,5 +57,4 @@ def prefetch(batches: Batches, start_step: int, stop_step: int, depth: int = 2) 
 
 
 def _pin(batch: Batch) -> Batch:
-    pinned = {name: value.pin_memory() for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    return Batch(**{**vars(batch), **pinned})
+    return batch.map(lambda tensor: tensor.pin_memory())

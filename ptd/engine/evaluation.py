@@ -1,46 +1,99 @@
-"""Loss on held-out rows over all ranks."""
+"""Loss and metrics on held-out rows over all ranks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from ptd.data import Batches
-from ptd.engine.loss import causal_lm_loss
 from ptd.engine.ranks import Ranks
+from ptd.engine.setup import Prepared
+from ptd.readouts import Readout
+from ptd.tasks import Task
 from ptd.types import Examples, Reporter
 
 
-def held_out_batches(
-    examples: Examples, *, batch_size: int, packing: bool, pad_token_id: int | None, ranks: Ranks
-) -> Batches:
-    """All rows once, in their order, dealt out to the ranks."""
-    return Batches(
-        examples,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        per_device_batch_size=batch_size,
-        packing=packing,
-        shuffle=False,
-        pad_token_id=pad_token_id or 0,
-    )
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows to evaluate on: tokenised on every rank, as they were read (``rows``) on rank 0 only."""
+
+    task: Task
+    examples: Examples
+    rows: Any
+    batch_size: int
+    packing: bool
+    pad_token_id: int | None
+
+    def batches(self, prepared: Prepared, ranks: Ranks) -> Batches:
+        """All rows once, in their order, dealt out to the ranks."""
+        return Batches(
+            self.examples,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            per_device_batch_size=self.batch_size,
+            packing=self.packing and prepared.attachment.packable,
+            shuffle=False,
+            pad_token_id=self.pad_token_id or 0,
+        )
+
+
+def evaluate(held_out: HeldOut, prepared: Prepared, readout: Readout, ranks: Ranks, reporter: Reporter) -> dict[str, Any]:
+    """Mean loss over everything predicted, and what the task measures: its metrics, or a text's perplexity.
+
+    Every rank calls this together and gets the same.
+    """
+    task = held_out.task
+    loss, supervised, scores = _pass(held_out, prepared, readout, ranks, reporter, want_scores=not task.generates)
+    if task.generates:
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "supervised_tokens": supervised}
+    metrics = ranks.on_main(lambda: task.metrics(task.answers(scores, held_out.examples), held_out.rows))
+    return {"loss": loss, **metrics, "rows": len(held_out.examples)}
+
+
+def scores_of(
+    held_out: HeldOut, prepared: Prepared, readout: Readout, ranks: Ranks, reporter: Reporter
+) -> list[Tensor]:
+    """The readout's scores of every row, in the rows' order (on rank 0; elsewhere nothing)."""
+    return _pass(held_out, prepared, readout, ranks, reporter, want_scores=True)[2]
 
 
 @torch.no_grad()
-def evaluate_loss(run: Callable[..., Any], batches: Batches, ranks: Ranks, reporter: Reporter) -> dict[str, float]:
-    """Mean loss over all supervised tokens of one pass, its exponential and their number."""
-    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+def _pass(
+    held_out: HeldOut, prepared: Prepared, readout: Readout, ranks: Ranks, reporter: Reporter, *, want_scores: bool
+) -> tuple[float, int, list[Tensor]]:
+    batches = held_out.batches(prepared, ranks)
+    total = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+    found: dict[int, Tensor] = {}
     steps = batches.steps_in_epoch(0)
     reporter.start("eval", steps)
     for step in range(steps):
         for batch in batches.step(step):
-            total[0] += causal_lm_loss(run, batch, ranks.device)
-            total[1] += batch.supervised_tokens
+            reading = readout(prepared.run, batch, want_scores)
+            total += torch.stack([_number(reading.loss), _number(reading.weight), _number(batch.supervised_tokens)]).to(
+                ranks.device
+            )
+            if reading.scores is not None:
+                found |= {row: scores.cpu() for row, scores in zip(batch.rows, reading.scores, strict=True)}
         reporter.advance("eval", step + 1)
     reporter.finish("eval")
-    loss_sum, supervised = ranks.all_reduce(total).tolist()
-    loss = loss_sum / supervised
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "supervised_tokens": int(supervised)}
+    loss, weight, supervised = ranks.all_reduce(total).tolist()
+    return loss / weight, int(supervised), _in_order(found, ranks) if want_scores else []
+
+
+def _number(value: Tensor | float) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64).cpu()
+
+
+def _in_order(found: dict[int, Tensor], ranks: Ranks) -> list[Tensor]:
+    if ranks.world_size > 1:
+        parts: list[Any] = [None] * ranks.world_size
+        dist.gather_object(found, parts if ranks.is_main else None, dst=0)
+        if not ranks.is_main:
+            return []
+        found = {row: scores for part in parts for row, scores in part.items()}
+    return [found[row] for row in sorted(found)]

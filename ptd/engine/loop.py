@@ -15,11 +15,10 @@ from transformers import get_scheduler
 
 from ptd.config import TrainConfig
 from ptd.data import Batches, prefetch
-from ptd.engine.evaluation import evaluate_loss
-from ptd.engine.loss import causal_lm_loss
+from ptd.engine.evaluation import HeldOut, evaluate
 from ptd.engine.prompt_step import PromptStep, StepResult
 from ptd.engine.ranks import Ranks
-from ptd.inject import Attachment
+from ptd.engine.setup import Prepared
 from ptd.types import Reporter, UserError
 
 MAX_SKIPPED = 10
@@ -34,11 +33,10 @@ class Loop:
     """
 
     config: TrainConfig
-    model: Callable[..., Any]
-    attachment: Attachment
+    prepared: Prepared
     step: PromptStep
     batches: Batches
-    eval_batches: Batches | None
+    held_out: HeldOut | None
     ranks: Ranks
     reporter: Reporter
     on_record: Callable[[dict[str, Any]], None]
@@ -54,7 +52,7 @@ class Loop:
         for index, micro_batches in prefetch(self.batches, start, stop):
             began = time.perf_counter()
             for group in self.step.optimizer.param_groups:
-                group["lr"] = rate(index)
+                group["lr"] = rate(index) * group["scale"]
             result = self._step(index, micro_batches)
             window.add(result, time.perf_counter() - began, self.step.meter.take())
             number = index + 1
@@ -75,25 +73,26 @@ class Loop:
     def _step(self, index: int, micro_batches: list[Any]) -> StepResult:
         # Randomness is a function of seed and step: a resumed run needs no generator state, all ranks draw alike.
         torch.manual_seed(self.config.seed * 1_000_003 + index)
-        self.attachment.set(self.step.encode())
-        loss_sum = torch.zeros((), device=self.ranks.device)
+        self.prepared.attachment.set(self.step.encode())
+        sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         tokens = supervised = 0
         for batch in micro_batches:
-            loss = causal_lm_loss(self.model, batch, self.ranks.device)
-            loss.backward()
-            loss_sum += loss.detach()
+            reading = self.step.readout(self.prepared.run, batch)
+            reading.loss.backward()
+            sums += torch.stack([torch.as_tensor(value).detach().to(sums) for value in (reading.loss, reading.weight)])
             tokens += batch.tokens
             supervised += batch.supervised_tokens
-        return self.step.finish(loss_sum, tokens, supervised)
+        return self.step.finish(sums[0], sums[1], tokens, supervised)
 
     def evaluate(self, number: int) -> None:
-        """Loss of the prompt as it stands now on the held-out rows."""
-        if self.eval_batches is None:
+        """Loss and metrics of what is trained, as it stands now, on the held-out rows."""
+        if self.held_out is None:
             return
-        self.attachment.set(self.step.state())
-        metrics = evaluate_loss(self.model, self.eval_batches, self.ranks, self.reporter)
+        self.prepared.attachment.set(self.step.state())
+        metrics = evaluate(self.held_out, self.prepared, self.step.readout, self.ranks, self.reporter)
+        shown = {key: value for key, value in metrics.items() if isinstance(value, float)}
         self.reporter.advance(
-            "train", number, f"eval loss {metrics['loss']:.4f}  perplexity {metrics['perplexity']:.3f}"
+            "train", number, "eval " + "  ".join(f"{key} {value:.4f}" for key, value in shown.items())
         )
         self.on_record({"step": number, **{f"eval_{key}": value for key, value in metrics.items()}})
         self.on_eval(number, metrics)

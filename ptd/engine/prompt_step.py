@@ -4,6 +4,9 @@ The encoder's input does not depend on data. So (1) it runs once a step and its 
 (2) all micro-batches of all ranks accumulate gradients at the leaf; (3) the leaf's gradient is summed over ranks and
 divided by the global number of supervised tokens; (4) the encoder's backward runs once with it. By linearity of the
 backward pass this is ordinary data parallelism, whatever the encoder's size.
+
+A readout with parameters of its own (a trained head) depends on the data; its gradient is summed over ranks as it is, in
+one flat all-reduce.
 """
 
 from __future__ import annotations
@@ -17,12 +20,13 @@ from torch.distributed.tensor import DTensor
 
 from ptd.engine.meter import NetworkMeter
 from ptd.engine.ranks import Ranks
+from ptd.readouts import Readout
 from ptd.types import PromptEncoder, PromptState
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step over all ranks. ``loss`` is the mean over supervised tokens."""
+    """One optimizer step over all ranks. ``loss`` is the mean over all that is predicted."""
 
     loss: float
     grad_norm: float
@@ -31,22 +35,35 @@ class StepResult:
     skipped: bool
 
 
+class Trained(nn.Module):
+    """All that is trained: the prompt encoder and the readout's parameters, if it has any."""
+
+    def __init__(self, encoder: PromptEncoder, readout: Readout) -> None:
+        super().__init__()
+        self.encoder, self.readout = encoder, readout
+
+    def count(self) -> int:
+        """Trained numbers."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+
 class PromptStep:
-    """The encoder with its optimizer and the reduction.
+    """What is trained, with its optimizer and the reduction.
 
     Use: ``state = step.encode()``; run micro-batches against ``state``, each ``loss.backward()`` with a summed loss;
-    ``step.finish(loss_sum, tokens, supervised_tokens)``.
+    ``step.finish(loss_sum, weight, tokens, supervised_tokens)``.
     """
 
     def __init__(
         self,
-        encoder: PromptEncoder,
+        trained: Trained,
         optimizer: torch.optim.Optimizer,
         ranks: Ranks,
         meter: NetworkMeter,
         max_grad_norm: float,
     ) -> None:
-        self.encoder, self.optimizer, self.ranks, self.meter = encoder, optimizer, ranks, meter
+        self.trained, self.optimizer, self.ranks, self.meter = trained, optimizer, ranks, meter
+        self.encoder, self.readout = trained.encoder, trained.readout
         self.max_grad_norm = max_grad_norm
         self._flat: Tensor | None = None
         self._leaf: PromptState | None = None
@@ -70,15 +87,24 @@ class PromptStep:
             tensor.requires_grad_()
         return self._leaf
 
-    def finish(self, loss_sum: Tensor, tokens: int, supervised_tokens: int) -> StepResult:
-        """Reduce, run the encoder's backward, clip and step. A step that is not finite is skipped on all ranks."""
+    def finish(
+        self, loss_sum: Tensor, weight: Tensor | float, tokens: int, supervised_tokens: int
+    ) -> StepResult:
+        """Reduce, run the encoder's backward, clip and step. A step that is not finite is skipped on all ranks.
+
+        The mean loss of the step is the sum of all ranks' ``loss_sum`` over the sum of their ``weight``.
+        """
         assert self._flat is not None
+        device = loss_sum.device
         with self.meter:
-            counts = torch.tensor([tokens, supervised_tokens], dtype=torch.float64, device=loss_sum.device)
-            totals = self.ranks.all_reduce(torch.cat([loss_sum.detach().double().reshape(1), counts]))
-            gradient = self.ranks.all_reduce(self._leaf_gradient())
-            loss, all_tokens, supervised = totals[0] / totals[2], int(totals[1]), int(totals[2])
-            self._flat.backward(gradient.div_(totals[2]).to(self._flat.dtype))
+            own = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in (loss_sum.detach(), weight)]
+            counts = torch.tensor([tokens, supervised_tokens], dtype=torch.float64, device=device)
+            totals = self.ranks.all_reduce(torch.cat([torch.stack(own), counts]))
+            loss, all_tokens, supervised = totals[0] / totals[1], int(totals[2]), int(totals[3])
+            if self._flat.requires_grad:
+                gradient = self.ranks.all_reduce(self._leaf_gradient())
+                self._flat.backward(gradient.div_(totals[1]).to(self._flat.dtype))
+            self._reduce_readout(totals[1])
             norm = self._grad_norm()
             skipped = not (math.isfinite(float(norm)) and math.isfinite(float(loss)))
             if not skipped:
@@ -88,6 +114,21 @@ class PromptStep:
             self.optimizer.zero_grad(set_to_none=True)
         self._flat = self._leaf = None
         return StepResult(float(loss), float(norm), all_tokens, supervised, skipped)
+
+    def _reduce_readout(self, weight: Tensor) -> None:
+        """Sum the readout's gradients over all ranks, in one buffer, and divide them."""
+        parameters = list(self.readout.parameters())
+        if not parameters:
+            return
+        sizes = [parameter.numel() for parameter in parameters]
+        flat = torch.zeros(sum(sizes), device=parameters[0].device)
+        parts = flat.split(sizes)
+        for part, parameter in zip(parts, parameters, strict=True):
+            if parameter.grad is not None:
+                part.copy_(parameter.grad.flatten())
+        self.ranks.all_reduce(flat).div_(weight)
+        for part, parameter in zip(parts, parameters, strict=True):
+            parameter.grad = part.view_as(parameter)
 
     def _leaf_gradient(self) -> Tensor:
         """What the micro-batches left at the leaf, as one flat fp32 tensor."""
@@ -100,10 +141,10 @@ class PromptStep:
         return gradient
 
     def _gradients(self) -> list[Tensor]:
-        return [parameter.grad for parameter in self.encoder.parameters() if parameter.grad is not None]
+        return [parameter.grad for parameter in self.trained.parameters() if parameter.grad is not None]
 
     def _grad_norm(self) -> Tensor:
-        """The 2-norm over all encoder parameters, the same on every rank."""
+        """The 2-norm over everything trained, the same on every rank."""
         squares = []
         for split in (True, False):
             part = [gradient for gradient in self._gradients() if isinstance(gradient, DTensor) is split]
@@ -118,17 +159,24 @@ class PromptStep:
 
 
 def build_optimizer(
-    encoder: PromptEncoder, *, learning_rate: float, betas: tuple[float, float], epsilon: float, weight_decay: float
+    trained: Trained,
+    *,
+    learning_rate: float,
+    head_learning_rate: float | None = None,
+    betas: tuple[float, float],
+    epsilon: float,
+    weight_decay: float,
 ) -> torch.optim.AdamW:
-    """AdamW over the encoder; split and whole parameters in groups of their own (foreach kernels cannot mix them)."""
-    parameters = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
-    groups = [[p for p in parameters if isinstance(p, DTensor) is split] for split in (True, False)]
-    fused = {"fused": True} if parameters[0].device.type == "cuda" else {"foreach": True}
-    return torch.optim.AdamW(
-        [{"params": group} for group in groups if group],
-        lr=learning_rate,
-        betas=betas,
-        eps=epsilon,
-        weight_decay=weight_decay,
-        **fused,
-    )
+    """AdamW; split and whole parameters in groups of their own (foreach kernels cannot mix them), the readout in another.
+
+    A group's ``scale`` is what the schedule's learning rate is multiplied with.
+    """
+    prompt = [parameter for parameter in trained.encoder.parameters() if parameter.requires_grad]
+    groups = [([p for p in prompt if isinstance(p, DTensor) is split], learning_rate) for split in (True, False)]
+    groups.append((list(trained.readout.parameters()), head_learning_rate or learning_rate))
+    # Where nothing is trained one empty group stays: an optimizer insists on having one.
+    used = [group for group in groups if group[0]] or groups[:1]
+    given = [{"params": parameters, "lr": rate, "scale": rate / learning_rate} for parameters, rate in used]
+    on_gpu = any(parameter.device.type == "cuda" for parameter in trained.parameters())
+    fused = {"fused": True} if on_gpu else {"foreach": True}
+    return torch.optim.AdamW(given, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay, **fused)

@@ -11,39 +11,50 @@ from transformers import PreTrainedModel
 from ptd.backbone import fingerprint, load_model
 from ptd.config import BackboneConfig
 from ptd.deepspeed_config import resolve_dtype
+from ptd.engine.forward import Forward
 from ptd.engine.ranks import Ranks
-from ptd.inject import Attachment, check_supported, measure_shape
+from ptd.inject import Attachment, check_supported
+from ptd.tasks import Output
 from ptd.types import BackboneShape, UserError
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A frozen backbone that is ready to take a prompt (``attachment.set``) and to be called (``model``)."""
+    """A frozen backbone that is ready to take a prompt (``attachment.set``) and to run batches (``run``)."""
 
     model: PreTrainedModel
     attachment: Attachment
-    shape: BackboneShape
+    run: Forward
     fingerprint: str
 
+    @property
+    def shape(self) -> BackboneShape:
+        return self.attachment.shape
 
-def prepare(config: BackboneConfig, ranks: Ranks, zero3: dict[str, Any] | None = None) -> Prepared:
-    """Load, shard (with ``zero3``), attach and measure the backbone. Every rank calls this together."""
+
+def prepare(
+    config: BackboneConfig, ranks: Ranks, zero3: dict[str, Any] | None = None, *, output: Output = "causal_lm"
+) -> Prepared:
+    """Load, shard (with ``zero3``) and attach to the backbone. Every rank calls this together."""
     if zero3 is not None:
         from ptd.engine import sharding  # importing deepspeed takes seconds; only sharded runs pay for it
 
         sharding.make_ready()
-    model = load_model(config, device=ranks.device, zero3=zero3, check=check_supported)
-    attachment = Attachment(model, backend=config.attention)
+    model = load_model(config, output, device=ranks.device, zero3=zero3, check=check_supported)
     identity = [fingerprint(model)]
     if zero3 is not None:
         sharding.shard(model, resolve_dtype(zero3, str(model.dtype)))
         if dist.is_initialized():
             dist.broadcast_object_list(identity, src=0, device=ranks.device)
-    return Prepared(model, attachment, measure_shape(attachment, model), identity[0])
+    attachment = Attachment(model, backend=config.attention)
+    return Prepared(model, attachment, Forward(model, attachment, ranks.device), identity[0])
 
 
 def check_context(shape: BackboneShape, num_virtual_tokens: int, max_length: int) -> None:
-    """Refuse a prompt and sequences that together are longer than what the backbone was built for."""
+    """Refuse a prompt and sequences that together are longer than what the backbone was built for.
+
+    ``num_virtual_tokens``: positions that the prompt takes beside the sequences' own.
+    """
     if shape.context is None or num_virtual_tokens + max_length <= shape.context:
         return
     room = shape.context - num_virtual_tokens

@@ -1,5 +1,5 @@
-"""Injection: how a prompt reaches a model's attention, dispatched on the kind of prompt state."""
+"""Injection: how a prompt reaches a model's attention or embeddings, dispatched on the kind of prompt state."""
 
-from ptd.inject.attach import Attachment, check_supported, measure_shape
+from ptd.inject.attach import Attachment, check_supported
 
-__all__ = ["Attachment", "check_supported", "measure_shape"]
+__all__ = ["Attachment", "check_supported"]

@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import singledispatchmethod
 from typing import Any
 
 import torch
 from ptd_kernels import MAX_HEAD_SIZE, available_backends
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptd.inject.attention import IMPLEMENTATION, LayerSlot, give_slot, has_slot, packed_forward, take_slot
-from ptd.types import BackboneShape, LayerShape, PrefixKV, PromptEncoder, UserError
+from ptd.inject.attention import IMPLEMENTATION, Call, give_slot, has_slot, probed, take_slot
+from ptd.inject.stack import Stack, sides_of, stacks_of
+from ptd.types import BackboneShape, LayerShape, NoPrompt, PrefixKV, PromptEncoder, SoftTokens, UserError
 
 ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
-
-
-DECODERS = "use a decoder such as llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, gpt2, gpt_neox, opt or mixtral"
+SUPPORTED = (
+    "use a model such as llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, gpt2, gpt_neox, opt or mixtral, an encoder "
+    "such as bert, roberta, distilbert or modernbert, or an encoder-decoder such as t5, bart or mbart"
+)
 
 
 def check_supported(model_class: type[PreTrainedModel] | None, config: Any) -> None:
-    """Refuse a model family the prefix cannot reach, before its weights are loaded.
+    """Refuse a model family a prompt cannot reach, before its weights are loaded.
 
     Raises `UserError` naming the family and what is supported.
     """
     model_type = config.model_type
     if model_class is None:
         raise UserError(
-            f"backbone.path: model type {model_type!r} has no causal language model in transformers; " + DECODERS
+            f"backbone.path: transformers has no model of type {model_type!r} for this task; " + SUPPORTED
         )
     if not model_class._can_set_attn_implementation():
         raise UserError(
             f"backbone.path: model type {model_type!r} does not use transformers' AttentionInterface, so a prefix "
-            f"cannot be injected; {DECODERS}"
+            f"cannot be injected; {SUPPORTED}"
         )
     foreign = set(getattr(config.get_text_config(), "layer_types", None) or []) - ATTENTION_LAYER_TYPES
     if foreign:
@@ -46,9 +47,13 @@ def check_supported(model_class: type[PreTrainedModel] | None, config: Any) -> N
 class Attachment:
     """A prompt on a model.
 
-    `set` gives every attention layer its keys and values (the tensors are used as they are, with their autograd
-    history). With an ``encoder`` the prompt is encoded anew in every forward pass that records gradients, and kept as
-    long as its parameters are unchanged otherwise. Own tokens are shifted by P positions, as PEFT does.
+    `set` gives every attention layer its keys and values, or the embedding layer its virtual tokens (the tensors are
+    used as they are, with their autograd history). With an ``encoder`` the prompt is encoded anew in every forward pass
+    that records gradients, and kept as long as its parameters are unchanged otherwise. Own tokens are shifted by P
+    positions, as PEFT does, in models that take positions.
+
+    Attaching runs one forward pass over one or two tokens, which shows the attention layers and their sizes (``shape``);
+    under ZeRO-3 every rank has to attach together.
     """
 
     def __init__(self, model: PreTrainedModel, *, backend: str = "auto", encoder: PromptEncoder | None = None) -> None:
@@ -56,158 +61,146 @@ class Attachment:
         if backend not in ("auto", *available_backends()):
             known = ", ".join(["auto", *available_backends()])
             raise UserError(f"backbone.attention: there is no backend {backend!r}; available: {known}")
-        layers = _attention_layers(model)
-        _check_free_and_causal(model, layers)
+        if any(has_slot(module) for module in model.modules()):
+            raise UserError("this model carries a prompt already; remove() it first")
         self.model = model
         self.encoder = encoder
-        self.num_virtual_tokens = 0
-        self._previous: str = model.config._attn_implementation
+        self.extra_positions = 0
         self._encoded_at: tuple[int, ...] | None = None
-        self._packed_token: Any = None
+        self._previous = {module: module.config._attn_implementation for module in _models(model)}
         model.set_attn_implementation(IMPLEMENTATION)
-        self.slots = [give_slot(module, backend) for module in layers]
-        base = _innermost_model(model, layers)
-        self._hooks = [
-            base.register_forward_pre_hook(self._before, with_kwargs=True),
-            base.register_forward_hook(self._after, always_call=True),
-        ]
+        try:
+            calls = _probe(model)
+            self.stacks = stacks_of(model, [call.module for call in calls], self._refresh)
+            self.shape = _shape(model, calls, self.stacks)
+        except BaseException:
+            self._restore()
+            raise
+        self.slots = [give_slot(call.module, backend) for call in calls]
+        self.packable = len(self.stacks) == 1 and self.stacks[0].takes_positions
+        self.packable &= all(call.causal or call.window is None for call in calls)
+        for stack in self.stacks:
+            stack.hook()
+
+    @property
+    def first_position(self) -> int:
+        """What the backbone's own positions start from (RoBERTa's begin behind the padding index)."""
+        return self.stacks[0].first_position
+
+    def keep(self, positions: Tensor | None) -> None:
+        """Put out the last hidden states at these flattened positions only, in the next forward pass."""
+        self.stacks[-1].keep = positions
 
     @singledispatchmethod
     def set(self, state: Any) -> None:
-        """Use ``state`` from now on; None removes the prompt."""
+        """Use ``state`` from now on; None or `NoPrompt` removes the prompt."""
         raise TypeError(f"no injection for a prompt of type {type(state).__name__}")
 
     @set.register
     def _(self, state: PrefixKV) -> None:
-        self.num_virtual_tokens = state.num_virtual_tokens
+        self.set(None)
+        self._shift(state.num_virtual_tokens)
         for slot, key, value in zip(self.slots, state.keys, state.values, strict=True):
             slot.key, slot.value = key, value
 
     @set.register
-    def _(self, state: None) -> None:
-        self.num_virtual_tokens = 0
+    def _(self, state: SoftTokens) -> None:
+        self.set(None)
+        reader = self.stacks[0]
+        reader.soft, reader.in_front = state.embeddings, state.in_front
+        if state.in_front:
+            self.extra_positions = state.num_virtual_tokens
+            for stack in self.stacks[1:]:
+                stack.source_extra = state.num_virtual_tokens
+
+    @set.register(type(None))
+    @set.register
+    def _(self, state: NoPrompt) -> None:
+        self._shift(0)
         for slot in self.slots:
             slot.key = slot.value = None
+        for stack in self.stacks:
+            stack.soft, stack.in_front, stack.source_extra = None, False, 0
 
     def remove(self) -> None:
         """Restore the model as it was before."""
-        for hook in self._hooks:
-            hook.remove()
-        for module in _attention_layers(self.model):
+        for stack in self.stacks:
+            stack.unhook()
+        for module in self.model.modules():
             take_slot(module)
-        self.model.set_attn_implementation(self._previous)
+        self._restore()
 
-    def _encode(self) -> None:
-        assert self.encoder is not None
+    def _restore(self) -> None:
+        for module, implementation in self._previous.items():
+            module.config._attn_implementation = implementation
+
+    def _shift(self, count: int) -> None:
+        self.extra_positions = count
+        for stack in self.stacks:
+            stack.shift = count
+
+    def _refresh(self) -> None:
+        """Before every forward pass of a stack."""
+        if self.encoder is None:
+            return
         version = tuple(parameter._version for parameter in self.encoder.parameters())
         if torch.is_grad_enabled() or version != self._encoded_at:
             self.set(self.encoder.state(self.encoder()))
             self._encoded_at = None if torch.is_grad_enabled() else version
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if self.encoder is not None:
-            self._encode()
-        if kwargs.get("cu_seq_lens_q") is not None:
-            self._packed_token = packed_forward.set(True)
-        if self.num_virtual_tokens:
-            positions = kwargs.get("position_ids")
-            if positions is None:
-                positions = _default_positions(self.model.config.model_type, args, kwargs)
-            kwargs = {**kwargs, "position_ids": positions + self.num_virtual_tokens}
-        return args, kwargs
 
-    def _after(self, *_: Any) -> None:
-        if self._packed_token is not None:
-            packed_forward.reset(self._packed_token)
-            self._packed_token = None
-
-
-def _attention_layers(model: PreTrainedModel) -> list[nn.Module]:
-    found: dict[int, nn.Module] = {}
-    for module in model.modules():
-        if "Attention" in type(module).__name__ and isinstance(getattr(module, "layer_idx", None), int):
-            found.setdefault(module.layer_idx, module)
-    expected = model.config.get_text_config().num_hidden_layers
-    if sorted(found) != list(range(expected)):
-        raise UserError(
-            f"{type(model).__name__} has {expected} layers but an attention module with a layer index was found "
-            f"in {len(found)} of them; a prefix cannot be injected into this model"
-        )
-    return [found[index] for index in range(expected)]
-
-
-def _check_free_and_causal(model: PreTrainedModel, layers: list[nn.Module]) -> None:
-    if any(has_slot(module) for module in layers):
-        raise UserError("this model carries a prompt already; remove() it first")
-    if not all(getattr(module, "is_causal", True) for module in layers):
-        raise UserError(
-            f"backbone.path: model type {model.config.model_type!r} is an encoder (its attention sees later tokens); "
-            + DECODERS
-        )
-
-
-def _innermost_model(model: PreTrainedModel, layers: list[nn.Module]) -> nn.Module:
-    """The smallest model around all attention layers: the one that turns positions into embeddings and masks.
-
-    Heads may call past ``base_model`` (OPT calls its decoder directly), never past this one.
-    """
-    around: list[nn.Module] = [
-        module
-        for module in model.modules()
-        if isinstance(module, PreTrainedModel) and set(layers) <= set(module.modules())
-    ]
-    return around[-1]
-
-
-def _default_positions(model_type: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The positions the model itself would choose when none are given."""
-    tokens = args[0] if args else kwargs.get("input_ids")
-    if tokens is None:
-        tokens = kwargs["inputs_embeds"]
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-    seen = cache.get_seq_length() if cache is not None else 0
-    if model_type in POSITIONS_FROM_MASK and mask is not None and mask.ndim == 2:
-        counted: Tensor = mask.long().cumsum(1) - 1
-        return counted.clamp(min=0)[:, seen:]
-    return torch.arange(seen, seen + tokens.shape[1], device=tokens.device)[None]
-
-
-POSITIONS_FROM_MASK = {"biogpt", "opt"}
-"""Families that count positions over unmasked tokens instead of from the left edge."""
+def _models(model: PreTrainedModel) -> list[PreTrainedModel]:
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
 @torch.no_grad()
-def measure_shape(attachment: Attachment, run: Callable[..., Any]) -> BackboneShape:
-    """The backbone's geometry as its own forward pass shows it: each layer's keys and values of one token.
-
-    ``run`` is the callable model (under ZeRO-3 every rank must call this together).
-    """
-    config = attachment.model.config.get_text_config()
-    device = next(attachment.model.parameters()).device
-    for slot in attachment.slots:
-        slot.probing = True
+def _probe(model: PreTrainedModel) -> list[Call]:
+    """The attention layers in the order of their calls, as the model's own forward pass shows them."""
+    device = next(model.parameters()).device
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
+    inputs = {"input_ids": tokens[:, :1], "attention_mask": torch.ones_like(tokens[:, :1])}
+    if len(sides_of(model)) == 2:  # an encoder of two tokens: that is how cross-attention gives itself away
+        inputs = {"input_ids": tokens, "attention_mask": tokens + 1, "decoder_input_ids": tokens[:, :1]}
+    calls: list[Call] = []
+    token = probed.set(calls)
     try:
-        run(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+        model(**inputs)
     finally:
-        for slot in attachment.slots:
-            slot.probing = False
-    layers = tuple(_measured(slot) for slot in attachment.slots)
-    return BackboneShape(config.model_type, config.hidden_size, config.vocab_size, context_of(config), layers)
+        probed.reset(token)
+    return calls
 
 
-def _measured(slot: LayerSlot) -> LayerShape:
-    if slot.measured is None:
-        raise UserError("a layer of this backbone never called the attention interface; a prefix cannot be injected")
-    if max(slot.measured.key_dim, slot.measured.value_dim) > MAX_HEAD_SIZE:
+def _shape(model: PreTrainedModel, calls: list[Call], stacks: list[Stack]) -> BackboneShape:
+    config = model.config.get_text_config()
+    seen = {id(call.module) for call in calls}
+    expected = config.num_hidden_layers if len(stacks) == 1 else len(calls)
+    if len(seen) != len(calls) or len(calls) != expected or not calls:
         raise UserError(
-            f"a layer of this backbone has heads of size {slot.measured.key_dim}; attention with a prefix takes up to "
+            f"{type(model).__name__} has {expected} attention layers but {len(seen)} of its modules called the "
+            "attention interface; a prefix cannot be injected into this model"
+        )
+    layers = tuple(_layer(call, within_encoder=call.module in stacks[0].members, two=len(stacks) == 2) for call in calls)
+    width: int = stacks[0].embeddings.embedding_dim
+    return BackboneShape(config.model_type, config.hidden_size, config.vocab_size, context_of(config), layers, width)
+
+
+def _layer(call: Call, within_encoder: bool, two: bool) -> LayerShape:
+    if max(call.key_dim, call.value_dim) > MAX_HEAD_SIZE:
+        raise UserError(
+            f"a layer of this backbone has heads of size {call.key_dim}; attention with a prefix takes up to "
             f"{MAX_HEAD_SIZE}"
         )
-    return slot.measured
+    if two:
+        kind = "encoder" if within_encoder else "decoder" if call.queries == call.keys else "cross"
+    else:
+        kind = "decoder" if call.causal else "encoder"
+    return LayerShape(call.kv_heads, call.key_dim, call.value_dim, kind)  # type: ignore[arg-type]
 
 
 def context_of(config: Any) -> int | None:
-    """Positions the backbone was built for; None where its config does not say."""
+    """Positions the backbone was built for; None where its config does not say or its positions are relative."""
+    if hasattr(config, "relative_attention_num_buckets"):
+        return None
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         if isinstance(getattr(config, name, None), int):
             return int(getattr(config, name))

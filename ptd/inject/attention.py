@@ -11,12 +11,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from ptd_kernels import prefix_attention
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from ptd.types import LayerShape, UserError
+from ptd.types import UserError
 
 IMPLEMENTATION = "ptd_prefix"
 _SLOT = "_ptd_slot"
@@ -27,16 +28,29 @@ packed_forward: ContextVar[bool] = ContextVar("ptd_packed_forward", default=Fals
 
 @dataclass
 class LayerSlot:
-    """What the attention function finds in its module.
-
-    ``key`` and ``value`` are ``[P, H, D]``, None without a prefix. ``measured`` is filled while shapes are probed.
-    """
+    """What the attention function finds in its module: ``key``, ``value`` ``[P, H, D]``; None without a prefix."""
 
     backend: str = "auto"
     key: Tensor | None = None
     value: Tensor | None = None
-    probing: bool = False
-    measured: LayerShape | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a probe saw of one call of the attention function."""
+
+    module: nn.Module
+    queries: int
+    keys: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    causal: bool
+    window: int | None
+
+
+probed: ContextVar[list[Call] | None] = ContextVar("ptd_probed", default=None)
+"""A list while a probe runs: it collects the calls, and attention puts out zeros."""
 
 
 def give_slot(module: nn.Module, backend: str) -> LayerSlot:
@@ -73,28 +87,30 @@ def attention_forward(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: ``query`` ``[B, Hq, S, D]`` -> ``[B, S, Hq, Dv]``, with the layer's prefix."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if options.get("s_aux") is not None:
+        raise UserError(f"{type(module).__name__} has attention sinks (s_aux), which attention with a prefix lacks")
+    calls = probed.get()
+    if calls is not None:
+        sizes = query.shape[2], key.shape[2], key.shape[1], key.shape[3], value.shape[3]
+        calls.append(Call(module, *sizes, causal, sliding_window))
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
     slot: LayerSlot | None = vars(module).get(_SLOT)
     if slot is None:
         raise UserError(
             f"{type(module).__name__} uses attention {IMPLEMENTATION!r} but ptd is not attached to its model"
         )
-    unsupported = [name for name in ("s_aux", "position_bias") if options.get(name) is not None]
-    if unsupported:
-        raise UserError(
-            f"{type(module).__name__} needs {unsupported[0]}, which attention with a prefix cannot take yet"
-        )
-    if slot.probing:
-        slot.measured = LayerShape(key.shape[1], key.shape[3], value.shape[3])
-        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
     if dropout:
         raise UserError(
             f"attention dropout is {dropout}, but attention with a prefix has none; "
             "put the backbone in eval() or set its attention dropout to 0"
         )
     packed = cu_seq_lens_q is not None
-    masked = attention_mask is not None and not packed
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     rows = query.shape[2]
+    bias: Tensor | None = options.get("position_bias")
+    if bias is not None:
+        attention_mask, causal = _biased_mask(bias, attention_mask, causal and rows > 1), False
+    masked = attention_mask is not None and not packed
     if causal and not masked and 1 < rows < key.shape[2]:
         # sdpa_mask counts on SDPA's causal rule, which starts at the first key; the rest is a static cache's free room.
         key, value = key[:, :, :rows], value[:, :, :rows]
@@ -105,9 +121,10 @@ def attention_forward(
         None if slot.key is None else slot.key.transpose(0, 1),
         None if slot.value is None else slot.value.transpose(0, 1),
         scale=scaling,
-        # A mask carries the whole rule (causal, window, padding); without one the module's own rule holds.
+        # A mask carries the whole rule (causal, window, padding); without one the module's own rule holds. A window
+        # of an encoder always comes as a mask, unless it is wider than the sequence.
         causal=causal and not masked,
-        window=None if masked else sliding_window,
+        window=sliding_window if causal and not masked else None,
         softcap=softcap,
         cu_seqlens=cu_seq_lens_q,
         max_seqlen=max_length_q,
@@ -115,6 +132,16 @@ def attention_forward(
         backend=slot.backend,
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _biased_mask(bias: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """T5's relative position bias ``[1 or B, H, S, T]`` with -inf where the own tokens' rule hides a key."""
+    bias = bias.detach()  # of frozen weights; under gradient checkpointing T5 asks for its gradient all the same
+    if mask is None and causal:
+        mask = torch.ones(bias.shape[2:], dtype=torch.bool, device=bias.device).tril()
+    if mask is None:
+        return bias
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
 
 def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:

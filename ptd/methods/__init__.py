@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ptd.types import BackboneShape, PromptEncoder, UserError
+from ptd.types import BackboneShape, EmptyLayout, HeadSettings, PromptEncoder, UserError
 
 
 class Conditioner(Protocol):
-    """What an initialiser may ask of the backbone: the keys and values it caches for a real text."""
+    """What an initialiser may ask of the backbone: what it makes of real text."""
 
     def text_kv(self, text: str, num_virtual_tokens: int) -> Tensor:
         """Flat ``[P, sum of layer numel]`` fp32 cache of the first P tokens, rotated at positions 0…P−1.
@@ -24,33 +24,103 @@ class Conditioner(Protocol):
         """
         ...
 
+    def token_ids(self, text: str) -> list[int]:
+        """The text's token ids, without special tokens."""
+        ...
+
+    def embeddings(self, ids: Sequence[int]) -> Tensor:
+        """Input embeddings of tokens: fp32 ``[len(ids), hidden]``, as the backbone's embedding layer puts them out."""
+        ...
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What a method may know of the task: enough to say that it does not suit it.
+
+    ``kind`` as in ``task.kind``; ``labels`` the label names; ``cloze``: labels are read off the language model's words
+    at a mask; ``trained_head``: the readout has parameters of its own; ``virtual_tokens``: number of virtual tokens that
+    the layout of the sequences places with ``{v:n}`` marks.
+    """
+
+    kind: str = "causal_lm"
+    labels: tuple[str, ...] = ()
+    cloze: bool = False
+    trained_head: bool = False
+    virtual_tokens: int = 0
+
+
+class NoPromptEncoder(PromptEncoder):
+    """For methods that put nothing beside the tokens."""
+
+    layout = EmptyLayout()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.empty: Tensor
+        self.register_buffer("empty", torch.empty(0, 0), persistent=False)
+
+    def forward(self) -> Tensor:
+        return self.empty
+
+
+Construct = Callable[[Any, BackboneShape, Conditioner, TaskFacts], PromptEncoder]
+
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method: how to read its config section and how to build its encoder."""
+    """A registered method: how to read its config section and how to build what it trains.
+
+    ``construct(config, shape, conditioner, facts)`` builds the encoder; ``head(config)`` says what a trained head looks
+    like where the task has one; ``check(config, facts)`` raises `UserError` for a task that the method does not suit.
+    """
 
     name: str
     config: type
-    construct: Callable[[Any, BackboneShape, Conditioner], PromptEncoder]
+    construct: Construct
+    head: Callable[[Any], HeadSettings]
+    check: Callable[[Any, TaskFacts], None]
 
-    def build(self, config: Any, shape: BackboneShape, conditioner: Conditioner, *, seed: int) -> PromptEncoder:
+    def build(
+        self,
+        config: Any,
+        shape: BackboneShape,
+        conditioner: Conditioner,
+        facts: TaskFacts | None = None,
+        *,
+        seed: int,
+    ) -> PromptEncoder:
         """The freshly initialised encoder (fp32, on the CPU); the same on every rank that gives the same seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return self.construct(config, shape, conditioner)
+            return self.construct(config, shape, conditioner, facts or TaskFacts())
+
+
+def refuse_marks(config: Any, facts: TaskFacts) -> None:
+    """The check of methods whose virtual tokens have their own place."""
+    if facts.virtual_tokens:
+        raise UserError(
+            "{v:n} in a pattern or template places virtual tokens, which method p_tuning only trains; "
+            "remove the marks or set method.name: p_tuning"
+        )
 
 
 _METHODS: dict[str, Method] = {}
 
 
-def register(name: str, *, config: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register ``construct(config, shape, conditioner) -> PromptEncoder`` under ``name``.
+def register(
+    name: str,
+    *,
+    config: type,
+    head: Callable[[Any], HeadSettings] = lambda config: HeadSettings(),
+    check: Callable[[Any, TaskFacts], None] = refuse_marks,
+) -> Callable[[Construct], Construct]:
+    """Register ``construct(config, shape, conditioner, facts) -> PromptEncoder`` under ``name``; see `Method`.
 
     ``config`` is a plain dataclass: its fields are the keys of the ``method:`` section beside ``name``.
     """
 
-    def add(construct: Callable[..., Any]) -> Callable[..., Any]:
-        _METHODS[name] = Method(name, config, construct)
+    def add(construct: Construct) -> Construct:
+        _METHODS[name] = Method(name, config, construct, head, check)
         return construct
 
     return add
@@ -69,3 +139,11 @@ def method(name: str) -> Method:
     if name not in known:
         raise UserError(f"method.name: there is no method {name!r}; available: {', '.join(sorted(known))}")
     return known[name]
+
+
+def method_head(section: dict[str, Any]) -> HeadSettings:
+    """The trained head that a ``method`` section describes, as an adapter recorded it; the default for an empty one."""
+    if "name" not in section:
+        return HeadSettings()
+    chosen = method(section["name"])
+    return chosen.head(chosen.config(**{key: value for key, value in section.items() if key != "name"}))

@@ -15,7 +15,7 @@ import torch
 from ptd.config import load_config
 from ptd.data import load_rows
 from ptd.engine.ranks import Ranks
-from ptd.evaluate import continue_rows, held_out_loss, text_metrics
+from ptd.evaluate import continue_rows, held_out_metrics, text_metrics
 from ptd.generate import Decoding, Tuned, load_tuned
 from ptd.quickstart import BACKBONE
 from ptd.quickstart.task import slot_accuracy, write_task
@@ -88,9 +88,8 @@ def _environment(gpus: int) -> dict[str, str]:
 
 def _measure(tuned: Tuned, held_out: Path, reporter: Reporter) -> tuple[dict[str, Any], list[str]]:
     rows = load_rows(str(held_out), "train", what="quickstart")
-    config = load_config(RECIPE).data.model_copy(update={"eval": str(held_out)})
-    metrics = held_out_loss(tuned, rows, config, Ranks.start(), batch_size=16, reporter=Reporter())
-    texts, references = continue_rows(tuned, rows, config, DECODING, batch_size=50, reporter=reporter)
+    metrics = held_out_metrics(tuned, rows, Ranks.start(), batch_size=16, reporter=Reporter())
+    texts, references = continue_rows(tuned, rows, DECODING, batch_size=50, reporter=reporter)
     slots = [slot_accuracy(prompt, text) for prompt, text in zip(rows["prompt"], texts, strict=True)]
     return {**metrics, **text_metrics(texts, references), "slots": 100 * sum(slots) / len(slots)}, texts
 

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ptd.backbone import fingerprint, load_model, load_tokenizer
 from ptd.backbone.load import checkpoint_layers
 from ptd.config import BackboneConfig
-from ptd.inject import Attachment, check_supported, measure_shape
+from ptd.inject import Attachment, check_supported
 from ptd.methods.prefix import PrefixEncoder
 from ptd.types import UserError
 
@@ -58,7 +58,7 @@ def test_dropout_is_gone_even_where_layers_are_recomputed(family, dropout, tmp_p
     model = load(save_backbone(tmp_path, family, **dropout), gradient_checkpointing=True)
     assert all(getattr(model.config, name) == 0 for name in dropout)
     attachment = Attachment(model)
-    encoder = PrefixEncoder(measure_shape(attachment, model).layers, 4)
+    encoder = PrefixEncoder(attachment.shape.layers, 4)
 
     def run():
         attachment.set(encoder.state(encoder()))
@@ -77,7 +77,7 @@ def test_gradient_checkpointing_runs_every_layer_twice(backbone_dir):
     for checkpointing in (False, True):
         model = load(backbone_dir, gradient_checkpointing=checkpointing)
         attachment = Attachment(model)
-        encoder = PrefixEncoder(measure_shape(attachment, model).layers, 4)
+        encoder = PrefixEncoder(attachment.shape.layers, 4)
         attachment.set(encoder.state(encoder()))
         count = [0]
         for layer in model.model.layers:

@@ -15,14 +15,14 @@ from ptd.data import Batches, prefetch
 from ptd.types import IGNORE_INDEX, DataReport, Examples, UserError
 
 
-def make_examples(lengths: list[int], seed: int = 0) -> Examples:
-    """Rows whose tokens are all different (so a lost or doubled one shows), supervised at random."""
+def make_examples(lengths: list[int], seed: int = 0, group: int = 1, **more) -> Examples:
+    """Sequences whose tokens are all different (so a lost or doubled one shows), labelled at random."""
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
     total = int(offsets[-1])
-    supervised = np.random.default_rng(seed).random(total) < 0.6
-    supervised[offsets[:-1]] = False
-    report = DataReport(len(lengths), total, int(supervised.sum()), 0, 0)
-    return Examples(np.arange(100, 100 + total, dtype=np.int32), supervised, offsets, report)
+    draws = np.random.default_rng(seed)
+    labels = np.where(draws.random(total) < 0.6, draws.integers(0, 9, total), IGNORE_INDEX).astype(np.int32)
+    report = DataReport(len(lengths) // group, total, int((labels != IGNORE_INDEX).sum()), 0, 0)
+    return Examples(np.arange(100, 100 + total, dtype=np.int32), labels, offsets, report, group, **more)
 
 
 def make(examples: Examples, rank: int = 0, world: int = 1, size: int = 2, accumulation: int = 1, **options) -> Batches:
@@ -38,10 +38,10 @@ def make(examples: Examples, rank: int = 0, world: int = 1, size: int = 2, accum
 
 def pairs(batch) -> list[tuple[int, int, int]]:
     """(token, position, label) of each useful position of a batch."""
-    if batch.tokens == 0:
-        assert batch.supervised_tokens == 0
+    if not batch.rows:
+        assert (batch.tokens, batch.supervised_tokens) == (0, 0)
         assert bool((batch.labels == IGNORE_INDEX).all())
-        assert 1 <= batch.input_ids.numel() <= 2
+        assert batch.input_ids.numel() >= 1
         return []
     ids, labels, positions = batch.input_ids, batch.labels, batch.position_ids
     useful = torch.ones_like(ids, dtype=torch.bool) if batch.cu_seqlens is not None else ids != 0
@@ -51,10 +51,10 @@ def pairs(batch) -> list[tuple[int, int, int]]:
 def expected_pairs(examples: Examples, rows: list[int]) -> list[tuple[int, int, int]]:
     result = []
     for row in rows:
-        tokens, supervised = examples[row]
-        for place, token in enumerate(tokens.tolist()):
-            follows = place + 1 < len(tokens) and supervised[place + 1]
-            result.append((token, place, int(tokens[place + 1]) if follows else IGNORE_INDEX))
+        for sequence in range(row * examples.group, (row + 1) * examples.group):
+            piece = slice(examples.offsets[sequence], examples.offsets[sequence + 1])
+            tokens, labels = examples.tokens[piece].tolist(), examples.labels[piece].tolist()
+            result += zip(tokens, range(len(tokens)), labels, strict=True)
     return result
 
 
@@ -66,9 +66,10 @@ settings_of_a_run = st.fixed_dictionaries(
 
 
 @settings(max_examples=80, deadline=None)
-@given(row_lengths, st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), settings_of_a_run)
-def test_a_step_holds_its_rows_once_over_all_ranks(lengths, world, accumulation, size, opts):
-    examples = make_examples(lengths)
+@given(row_lengths, st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), settings_of_a_run, st.integers(1, 2))
+def test_a_step_holds_its_rows_once_over_all_ranks(lengths, world, accumulation, size, opts, group):
+    lengths = [max(length // group, 1) for length in lengths for _ in range(group)]
+    examples = make_examples(lengths, group=group)
     ranks = [make(examples, rank, world, size, accumulation, **opts) for rank in range(world)]
     for epoch in range(2):
         begin = ranks[0].steps_in_epoch(0) * epoch
@@ -81,11 +82,13 @@ def test_a_step_holds_its_rows_once_over_all_ranks(lengths, world, accumulation,
             assert sorted(pair for batch in micro for pair in pairs(batch)) == sorted(expected_pairs(examples, rows))
             assert sum(batch.supervised_tokens for batch in micro) == ranks[0].supervised_tokens(step)
             assert sum(batch.tokens for batch in micro) == int(examples.lengths[rows].sum())
+            assert sorted(row for batch in micro for row in batch.rows) == sorted(rows)
+            assert all(len(batch.lengths) == group * max(len(batch.rows), 1) for batch in micro)
             if "max_tokens" in opts:
                 assert all(batch.tokens <= opts["max_tokens"] for batch in micro)
             elif not opts.get("packing", True):
-                assert all(len(batch.input_ids) <= size for batch in micro)
-        assert sorted(seen) == list(range(len(lengths)))
+                assert all(len(batch.input_ids) <= size * group for batch in micro)
+        assert sorted(seen) == list(range(len(lengths) // group))
 
 
 @settings(max_examples=40, deadline=None)
@@ -103,36 +106,76 @@ def test_rows_of_a_step_do_not_depend_on_the_factorisation(lengths, seed, max_to
 
 def test_layout_of_a_packed_batch():
     examples = make_examples([3, 1, 2], seed=1)
-    examples.supervised[:] = [False, True, True, False, False, True]
+    examples.labels[:] = [7, 8, -100, -100, 9, -100]
     (batch,) = make(examples, size=3, shuffle=False).step(0)
     assert batch.input_ids.tolist() == [[100, 101, 102, 104, 105, 103]]
-    assert batch.labels.tolist() == [[101, 102, -100, 105, -100, -100]]
+    assert batch.labels.tolist() == [[7, 8, -100, 9, -100, -100]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0]]
     assert batch.cu_seqlens.tolist() == [0, 3, 5, 6]
     assert batch.cu_seqlens.dtype == torch.int32
     assert (batch.max_seqlen, batch.tokens, batch.supervised_tokens) == (3, 6, 3)
     assert {batch.input_ids.dtype, batch.labels.dtype, batch.position_ids.dtype} == {torch.int64}
+    assert (batch.rows, batch.lengths.tolist(), batch.starts.tolist()) == ((0, 2, 1), [3, 2, 1], [0, 3, 5])
+    assert batch.token_type_ids is None
 
 
 def test_layout_of_a_padded_batch():
     examples = make_examples([1, 3])
-    examples.supervised[:] = [False, False, False, True]
+    examples.labels[:] = [-100, -100, 8, -100]
     (batch,) = make(examples, size=3, shuffle=False, packing=False, pad_token_id=9).step(0)
     assert batch.input_ids.tolist() == [[101, 102, 103], [100, 9, 9]]
-    assert batch.labels.tolist() == [[-100, 103, -100], [-100, -100, -100]]
+    assert batch.labels.tolist() == [[-100, 8, -100], [-100, -100, -100]]
     assert batch.position_ids.tolist() == [[0, 1, 2], [0, 1, 2]]
     assert batch.cu_seqlens is None
     assert (batch.max_seqlen, batch.tokens, batch.supervised_tokens) == (3, 4, 1)
     assert all(value.is_contiguous() for value in vars(batch).values() if isinstance(value, torch.Tensor))
+    assert (batch.rows, batch.lengths.tolist(), batch.starts.tolist()) == ((1, 0), [3, 1], [0, 3])
+    assert batch.attention_mask.tolist() == [[True, True, True], [True, False, False]]
 
 
-def test_a_first_token_marked_supervised_is_no_label():
-    examples = make_examples([1, 3])
-    examples.supervised[:] = True
-    for packing in (True, False):
-        batches = make(examples, shuffle=False, packing=packing)
-        assert batches.supervised_tokens(0) == 2
-        assert batches.step(0)[0].supervised_tokens == 2
+def test_the_sequences_of_a_row_stay_together_with_their_token_types():
+    types = np.array([0, 1, 0, 0, 1, 1, 0], dtype=np.int8)
+    examples = make_examples([2, 1, 3, 1], group=2, token_types=types)
+    assert len(examples) == 2
+    assert examples.lengths.tolist() == [3, 4]
+    assert examples[1][0].tolist() == [103, 104, 105, 106]
+    (packed,) = make(examples, shuffle=False).step(0)
+    assert packed.input_ids.tolist() == [[103, 104, 105, 106, 100, 101, 102]]
+    assert packed.token_type_ids.tolist() == [[0, 1, 1, 0, 0, 1, 0]]
+    assert packed.cu_seqlens.tolist() == [0, 3, 4, 6, 7]
+    assert (packed.rows, packed.group) == ((1, 0), 2)
+    (padded,) = make(examples, shuffle=False, packing=False).step(0)
+    assert padded.input_ids.tolist() == [[103, 104, 105], [106, 0, 0], [100, 101, 0], [102, 0, 0]]
+    assert padded.token_type_ids.tolist() == [[0, 1, 1], [0, 0, 0], [0, 1, 0], [0, 0, 0]]
+    assert padded.starts.tolist() == [0, 3, 6, 9]
+    assert (padded.rows, padded.group) == ((1, 0), 2)
+
+
+def test_the_encoder_s_side_has_the_same_rows():
+    source = make_examples([4, 1, 2])
+    examples = make_examples([1, 2, 2], seed=1, source=source)
+    assert examples.lengths.tolist() == [5, 3, 4]
+    (batch,) = make(examples, size=3, shuffle=False, packing=False).step(0)
+    assert batch.rows == batch.source.rows == (0, 2, 1)
+    assert batch.input_ids.tolist() == [[100, 0], [103, 104], [101, 102]]
+    assert batch.source.input_ids.tolist() == [[100, 101, 102, 103], [105, 106, 0, 0], [104, 0, 0, 0]]
+    assert (batch.tokens, batch.source.tokens) == (12, 7)
+    moved = batch.map(lambda tensor: tensor + 1)
+    assert moved.source.lengths.tolist() == [5, 3, 2]
+    assert moved.rows == batch.rows
+
+
+def test_examples_differ_in_their_digest_by_whatever_they_hold():
+    base = make_examples([2, 2])
+    others = [
+        make_examples([1, 3]),
+        make_examples([2, 2], seed=1),
+        make_examples([2, 2], group=2),
+        make_examples([2, 2], token_types=np.zeros(4, dtype=np.int8)),
+        make_examples([2, 2], source=make_examples([1, 1])),
+    ]
+    assert len({examples.digest() for examples in [base, *others]}) == 6
+    assert make_examples([2, 2]).digest() == base.digest()
 
 
 def test_packing_balances_tokens_also_between_ranks_of_one_micro_batch():
@@ -150,13 +193,14 @@ def test_a_slot_without_rows_gets_an_unsupervised_filler():
     examples = make_examples([5, 1, 4])
     for packing in (True, False):
         last = [make(examples, rank, 2, 1, 2, packing=packing, shuffle=False).step(0) for rank in range(2)]
-        fillers = [batch for micro in last for batch in micro if batch.tokens == 0]
+        fillers = [batch for micro in last for batch in micro if not batch.rows]
         assert len(fillers) == 1
-        assert fillers[0].input_ids.tolist() == [[100, 101]]
-        assert fillers[0].labels.tolist() == [[-100, -100]]
+        assert fillers[0].input_ids.tolist() == [[100, 101, 102, 103, 104]]
+        assert fillers[0].labels.tolist() == [[-100] * 5]
+        assert (fillers[0].tokens, fillers[0].supervised_tokens) == (0, 0)
         assert (fillers[0].cu_seqlens is not None) == packing
         if packing:
-            assert fillers[0].cu_seqlens.tolist() == [0, 2]
+            assert fillers[0].cu_seqlens.tolist() == [0, 5]
 
 
 def test_order_is_a_new_permutation_each_epoch_and_seed():

@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from ptd.config import DataConfig
 from ptd.data import prompts_and_references, tokenize
-from ptd.types import UserError
+from ptd.types import IGNORE_INDEX, UserError
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -52,12 +52,12 @@ def refusal(tokenizer, *rows: dict) -> str:
 
 
 def spans(tokenizer, example) -> list[str]:
-    """The supervised runs of tokens as texts."""
-    tokens, supervised = example
+    """The runs of tokens that are to be predicted, as texts."""
+    _, labels = example
     runs: list[list[int]] = [[]]
-    for token, is_learned in zip(tokens.tolist(), supervised.tolist(), strict=True):
-        if is_learned:
-            runs[-1].append(token)
+    for label in labels.tolist():
+        if label != IGNORE_INDEX:
+            runs[-1].append(label)
         elif runs[-1]:
             runs.append([])
     return [tokenizer.decode(run) for run in runs if run]

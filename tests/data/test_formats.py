@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from ptd.config import DataConfig
 from ptd.data import prompts_and_references, tokenize
 from ptd.data.formats import _fit
-from ptd.types import UserError
+from ptd.types import IGNORE_INDEX, UserError
 
 BOS, EOS = 0, 1
 
@@ -29,9 +29,9 @@ def refusal(tokenizer, rows: list[dict], call=run, **config) -> str:
 
 
 def learned(tokenizer, example) -> str:
-    """The supervised tokens as text."""
-    tokens, supervised = example
-    return tokenizer.decode(tokens[supervised].tolist())
+    """The tokens that are to be predicted, as text."""
+    _, labels = example
+    return tokenizer.decode(labels[labels != IGNORE_INDEX].tolist())
 
 
 def whole(tokenizer, example) -> str:
@@ -47,7 +47,10 @@ def test_prompt_and_completion(make_bytes):
     examples = run(tokenizer, [pair("ab ", "cd"), pair("", "é")])
     assert [whole(tokenizer, example) for example in examples] == ["<s>ab cd</s>", "<s>é</s>"]
     assert [learned(tokenizer, example) for example in examples] == ["cd</s>", "é</s>"]
-    assert (examples.tokens.dtype, examples.supervised.dtype, examples.offsets.dtype) == (np.int32, bool, np.int64)
+    assert (examples.tokens.dtype, examples.labels.dtype, examples.offsets.dtype) == (np.int32, np.int32, np.int64)
+    for tokens, labels in examples:
+        follows = np.append(tokens[1:], IGNORE_INDEX)
+        assert (labels[labels != IGNORE_INDEX] == follows[labels != IGNORE_INDEX]).all()
     assert examples.offsets.tolist() == [0, 7, 11]
     assert examples.lengths.tolist() == [7, 4]
     assert len(examples) == 2
@@ -169,8 +172,8 @@ def test_prompts_and_references(make_bytes):
     assert references == ["xy", "z"]
     prompts, _ = prompts_and_references(rows, config, tokenizer, 64)
     examples = tokenize(rows, config, tokenizer, max_length=64, what="rows")
-    for prompt, (tokens, supervised) in zip(prompts, examples, strict=True):
-        assert prompt == tokens[~supervised].tolist()
+    for prompt, (tokens, labels) in zip(prompts, examples, strict=True):
+        assert prompt == tokens[: np.flatnonzero(labels != IGNORE_INDEX)[0] + 1].tolist()
     with pytest.raises(UserError, match=r"row 2 of data\.eval has a prompt without tokens"):
         prompts_and_references(rows, config, make_bytes(), 5)
     with pytest.raises(UserError, match="text has no prompts"):

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,13 @@ from ptd.data import Batches
 from ptd.deepspeed_config import apply_deepspeed
 from ptd.engine.loop import Loop
 from ptd.engine.meter import NetworkMeter, metered_deepspeed
-from ptd.engine.prompt_step import PromptStep, build_optimizer
+from ptd.engine.prompt_step import PromptStep, Trained, build_optimizer
 from ptd.engine.ranks import Ranks
 from ptd.engine.setup import Prepared, prepare
 from ptd.methods.prefix import PrefixEncoder
-from ptd.types import DataReport, Examples, Reporter, UserError
+from ptd.readouts import Run
+from ptd.readouts.language_model import LanguageModel
+from ptd.types import IGNORE_INDEX, Batch, DataReport, Examples, Reporter, UserError
 
 P, EMBEDDING = 5, 12
 STEPS = 3
@@ -59,7 +62,7 @@ def make_examples(rows: int, seed: int) -> Examples:
     supervised = np.zeros(offsets[-1], dtype=bool)
     for begin, end in itertools.pairwise(offsets):
         supervised[draw.integers(begin + 1, end) : end] = True
-    return Examples(tokens, supervised, offsets, DataReport(rows, int(offsets[-1]), int(supervised.sum()), 0, 0))
+    return Examples.of_text(tokens, supervised, offsets, DataReport(rows, int(offsets[-1]), int(supervised.sum())))
 
 
 EXAMPLES = make_examples(rows=10, seed=3)
@@ -90,12 +93,11 @@ class Reference:
         cache, state = DynamicCache(), encoder.state(flat)
         for layer, (key, value) in enumerate(zip(state.keys, state.values, strict=True)):
             cache.update(key.transpose(0, 1)[None], value.transpose(0, 1)[None], layer)
-        tokens, supervised = (torch.from_numpy(part.copy()) for part in EXAMPLES[row])
-        ids = tokens.long()
+        ids, labels = (torch.from_numpy(part.astype(np.int64)) for part in EXAMPLES[row])
         positions = torch.arange(P, P + len(ids))[None]
         logits = self.model(input_ids=ids[None], position_ids=positions, past_key_values=cache).logits[0]
-        losses = cross_entropy(logits[:-1], ids[1:], reduction="none")[supervised[1:]]
-        return losses.sum(), len(losses)
+        losses = cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE_INDEX)
+        return losses.sum(), int((labels != IGNORE_INDEX).sum())
 
     def train(self, encoder: PrefixEncoder, rows_of_steps: list[list[int]]) -> dict[str, Any]:
         """Optimizer steps of the mean over all supervised tokens of the step."""
@@ -174,9 +176,9 @@ def make_encoder(prepared: Prepared, kind: str, *, hidden: int = 16) -> PrefixEn
 
 
 def make_step(encoder: PrefixEncoder, ranks: Ranks, max_grad_norm: float = MAX_GRAD_NORM) -> PromptStep:
-    encoder = ranks.distribute(copy.deepcopy(encoder))
+    trained = Trained(ranks.distribute(copy.deepcopy(encoder)), LanguageModel())
     return PromptStep(
-        encoder, build_optimizer(encoder, **OPTIMIZER), ranks, NetworkMeter(ranks.world_size), max_grad_norm
+        trained, build_optimizer(trained, **OPTIMIZER), ranks, NetworkMeter(ranks.world_size), max_grad_norm
     )
 
 
@@ -195,14 +197,13 @@ def make_loop(
     ranks: Ranks,
     on_record: Callable[[dict[str, Any]], None],
     *,
-    model: Callable[..., Any] | None = None,
+    run: Run | None = None,
     reporter: Reporter | None = None,
 ) -> Loop:
     config = TrainConfig(learning_rate=OPTIMIZER["learning_rate"], lr_scheduler_type="constant", logging_steps=1)
     return Loop(
         config,
-        model or prepared.model,
-        prepared.attachment,
+        prepared if run is None else replace(prepared, run=run),
         step,
         batches,
         None,
@@ -320,17 +321,17 @@ def network_case(
 
 
 @contextmanager
-def poisoned(prepared: Prepared, when: Callable[[], bool], kind: str) -> Iterator[Callable[..., Any]]:
+def poisoned(prepared: Prepared, when: Callable[[], bool], kind: str) -> Iterator[Run]:
     """The model, but where ``when()`` holds its loss is NaN or inf, or its loss is fine and its gradient is not."""
 
-    def run(**inputs: Any) -> Any:
-        output = prepared.model(**inputs)
+    def run(batch: Batch, positions: Tensor | None) -> Tensor:
+        logits = prepared.run(batch, positions)
         if when():
             if kind == "gradient":
-                output.logits.register_hook(lambda gradient: gradient * math.inf)
+                logits.register_hook(lambda gradient: gradient * math.inf)
             else:
-                output.logits = output.logits * (math.nan if kind == "nan" else -math.inf)
-        return output
+                logits = logits * (math.nan if kind == "nan" else -math.inf)
+        return logits
 
     yield run
 
@@ -346,7 +347,7 @@ def skipping_case(prepared: Prepared, ranks: Ranks, encoder: PrefixEncoder, kind
         return ranks.rank == ranks.world_size - 1 and calls == 2 * 2 + 1
 
     def everything() -> dict[str, Tensor]:
-        return {name: whole(tensor) for name, tensor in tensors_of(step.encoder, step.optimizer).items()}
+        return {name: whole(tensor) for name, tensor in tensors_of(step.trained, step.optimizer).items()}
 
     records, states, notes = [], [fingerprint(everything())], Notes()
 
@@ -354,9 +355,9 @@ def skipping_case(prepared: Prepared, ranks: Ranks, encoder: PrefixEncoder, kind
         records.append(record)
         states.append(fingerprint(everything()))
 
-    with poisoned(prepared, when, kind) as model:
+    with poisoned(prepared, when, kind) as run:
         batches = make_batches(ranks, accumulation=2, packing=True)
-        make_loop(prepared, step, batches, ranks, on_record, model=model, reporter=notes).run(0, 5)
+        make_loop(prepared, step, batches, ranks, on_record, run=run, reporter=notes).run(0, 5)
     return {
         "changed": [before != after for before, after in itertools.pairwise(states)],
         "skipped": gather([record["skipped_steps"] for record in records]),
@@ -379,8 +380,8 @@ def giving_up_case(prepared: Prepared, ranks: Ranks, encoder: PrefixEncoder, bad
 
     records: list[dict[str, Any]] = []
     raised = ""
-    with poisoned(prepared, when, "nan") as model:
-        loop = make_loop(prepared, step, make_batches(ranks, 1, True), ranks, records.append, model=model)
+    with poisoned(prepared, when, "nan") as run:
+        loop = make_loop(prepared, step, make_batches(ranks, 1, True), ranks, records.append, run=run)
         try:
             loop.run(0, 14)
         except UserError as error:
@@ -395,12 +396,12 @@ def checkpoint_case(prepared: Prepared, batches: Batches, writers: Ranks, reader
     make_loop(prepared, step, batches, writers, lambda record: None).run(0, 2)
     folder = [tempfile.mkdtemp() if writers.is_main else ""]
     dist.broadcast_object_list(folder, src=0)
-    written = tensors_of(step.encoder, step.optimizer)
+    written = tensors_of(step.trained, step.optimizer)
     kept = save_state(
         Path(folder[0]), 2, written, {"rows": 1}, is_main=writers.is_main, barrier=writers.barrier, keep=1
     )
     other = make_step(make_encoder(prepared, "mlp"), readers)
-    read = tensors_of(other.encoder, other.optimizer)
+    read = tensors_of(other.trained, other.optimizer)
     load_tensors(kept, read)
     same = {name: torch.equal(whole(read[name]), whole(written[name])) for name in written}
     return {"tensors": len(written), "different": [name for name, equal in same.items() if not equal]}

@@ -15,9 +15,10 @@ from peft import PrefixTuningConfig, get_peft_model
 from torch.nn.functional import cross_entropy, pad
 
 from ptd.backbone.load import checkpoint_layers
-from ptd.engine.loss import causal_lm_loss
-from ptd.inject import Attachment, measure_shape
+from ptd.engine.forward import Forward
+from ptd.inject import Attachment
 from ptd.methods.prefix import PrefixEncoder
+from ptd.readouts.language_model import LanguageModel
 from ptd.types import Batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # by PEFT
@@ -48,14 +49,15 @@ def masks(side):
 
 def padded():
     positions = torch.arange(max(LENGTHS)).repeat(2, 1)
-    return Batch(stacked(SEQUENCES, 0), stacked(LABELS, -100), positions, None, max(LENGTHS), sum(LENGTHS), 1)
+    ids, labels = stacked(SEQUENCES, 0), stacked(LABELS, -100)
+    return Batch(ids, labels, positions, None, max(LENGTHS), sum(LENGTHS), 1, torch.tensor(LENGTHS), rows=(0, 1))
 
 
 def packed():
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
     bounds = torch.tensor([0, LENGTHS[0], sum(LENGTHS)], dtype=torch.int32)
     ids, labels = torch.cat(SEQUENCES)[None], torch.cat(LABELS)[None]
-    return Batch(ids, labels, positions, bounds, max(LENGTHS), sum(LENGTHS), 1)
+    return Batch(ids, labels, positions, bounds, max(LENGTHS), sum(LENGTHS), 1, torch.tensor(LENGTHS), rows=(0, 1))
 
 
 @cache
@@ -84,16 +86,15 @@ def ours(family, backend, projection=False, checkpointing=False):
     """ptd on the same backbone with the same prompt parameters."""
     model = tiny_model(family).requires_grad_(False)
     attachment = Attachment(model, backend=backend)
-    shape = measure_shape(attachment, model)
     theirs = peft_model(family, projection).prompt_encoder["default"]
     sizes = {"embedding_size": theirs.embedding.weight.shape[1], "encoder_hidden_size": 7} if projection else {}
-    encoder = PrefixEncoder(shape.layers, P, **sizes)
+    encoder = PrefixEncoder(attachment.shape.layers, P, **sizes)
     state = copy.deepcopy(theirs.state_dict())
     encoder.load_state_dict({"embedding": state.pop("embedding.weight"), **state})
     if checkpointing:
         checkpoint_layers(model)
     attachment.set(encoder.state(encoder()))
-    return model, encoder
+    return Forward(model, attachment, CPU), encoder
 
 
 def relative(got, want):
@@ -103,7 +104,7 @@ def relative(got, want):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits(family, backend):
-    model, _ = ours(family, backend)
+    model = ours(family, backend)[0].model
     theirs = peft_model(family)
     for side in ("right", "left"):
         ids, mask = stacked(SEQUENCES, 0, side), masks(side)
@@ -123,8 +124,8 @@ def test_logits(family, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_encoder_gradients(family, backend, make, checkpointing, projection):
-    model, encoder = ours(family, backend, projection, checkpointing)
-    loss = causal_lm_loss(model, make(), CPU)
+    run, encoder = ours(family, backend, projection, checkpointing)
+    loss = LanguageModel()(run, make()).loss
     loss.backward()
     want, gradients = peft_loss(family, projection)
     assert abs(loss - want) / want < RELATIVE
@@ -137,7 +138,7 @@ def test_loss_and_encoder_gradients(family, backend, make, checkpointing, projec
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_generation_with_left_padding(family, backend):
-    model, _ = ours(family, backend)
+    model = ours(family, backend)[0].model
     inputs = {"input_ids": stacked(SEQUENCES, 0, "left"), "attention_mask": masks("left")}
     options = {"max_new_tokens": 8, "do_sample": False}
     with torch.no_grad():
@@ -146,7 +147,8 @@ def test_greedy_generation_with_left_padding(family, backend):
 
 def test_the_tests_can_fail():
     """The prefix matters to the logits far more than the tolerance."""
-    model, encoder = ours("llama", "merge")
+    run, encoder = ours("llama", "merge")
+    model = run.model
     plain = tiny_model("llama")
     ids = SEQUENCES[0][None]
     with torch.no_grad():

@@ -86,6 +86,6 @@ def test_latent_attention_has_no_text_to_start_from():
     with pytest.raises(UserError, match=r"method\.init: text is not possible with this backbone"):
         attach(model)
     tuned = ptd.attach(model, "prefix", num_virtual_tokens=P)
-    assert [(layer.key_dim, layer.value_dim) for layer in tuned.shape.layers] == [(16, 12)] * 2
+    assert [(layer.key_dim, layer.value_dim) for layer in tuned.attachment.shape.layers] == [(16, 12)] * 2
     with torch.no_grad():
         assert model(input_ids=PROMPT).logits.isfinite().all()

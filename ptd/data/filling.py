@@ -1,0 +1,147 @@
+"""Templates filled with the values of rows -> token ids, cut to a length without losing marks or literal text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ptd.data.templates import MASK_SLOT, Field, Mask, Run, Template, Virtual
+from ptd.types import UserError, virtual_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def fill(
+    template: Template,
+    values: Sequence[tuple[str, ...]],
+    tokenizer: PreTrainedTokenizerBase,
+    affixes: tuple[list[int], list[int]],
+    *,
+    max_length: int | None = None,
+    mask_width: int = 1,
+) -> tuple[list[list[int]], int]:
+    """One sequence for each row of ``values`` (what its fields hold, in order), and how many of them were cut.
+
+    ``affixes``: the special tokens before and behind. `MASK_SLOT` stands where ``{mask}`` stands and counts as
+    ``mask_width`` tokens. Over ``max_length`` tokens the fields lose their last ones, always the longest field first
+    (Schick & Schütze 2021, PET); literal text, marks and special tokens stay. A token that holds both a field's and
+    literal characters counts as literal, spaces aside. Raises `UserError` if what has to stay is too long already.
+    """
+    runs = [piece for piece in template.pieces if isinstance(piece, tuple)]
+    texts = [["".join(parts) for parts in _spread(runs, row)] for row in values]
+    encoded = iter(encode(tokenizer, [text for row in texts for text in row]))
+    fixed = sum(map(len, affixes)) + template.virtual_tokens + mask_width * template.masks
+    sequences, cut = [], 0
+    for row in values:
+        ids = [next(encoded) for _ in runs]
+        excess = 0 if max_length is None else fixed + sum(map(len, ids)) - max_length
+        if excess > 0:
+            assert max_length is not None
+            ids = _cut(template, _spread(runs, row), tokenizer, sum(map(len, ids)) - excess, max_length)
+            cut += 1
+        sequences.append(_assemble(template, ids, affixes))
+    return sequences, cut
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, without special tokens."""
+    if not texts:
+        return []
+    # verbose: no warning about texts longer than the model's context; they are cut, counted and reported.
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+def special_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and behind a text."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for begin in range(len(full) - len(bare) + 1 if bare else 0):
+        if full[begin : begin + len(bare)] == bare:
+            return full[:begin], full[begin + len(bare) :]
+    # The tokenizer knows no "a": what it adds cannot be told apart by position, but an end token gives itself away.
+    closing = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {tokenizer.bos_token_id, None}
+    end = len(full)
+    while end and full[end - 1] in closing:
+        end -= 1
+    return full[:end], full[end:]
+
+
+def _spread(runs: Sequence[Run], values: Sequence[str]) -> list[list[str]]:
+    """The text of each part of each run."""
+    rest = iter(values)
+    return [[next(rest) if isinstance(part, Field) else part.text for part in run] for run in runs]
+
+
+def _assemble(template: Template, runs: list[list[int]], affixes: tuple[list[int], list[int]]) -> list[int]:
+    ids, rest = list(affixes[0]), iter(runs)
+    for piece in template.pieces:
+        if isinstance(piece, Virtual):
+            ids += [virtual_id(piece.first + number) for number in range(piece.count)]
+        else:
+            ids += [MASK_SLOT] if isinstance(piece, Mask) else next(rest)
+    return ids + affixes[1]
+
+
+def _cut(
+    template: Template, texts: list[list[str]], tokenizer: PreTrainedTokenizerBase, room: int, max_length: int
+) -> list[list[int]]:
+    """The runs' tokens, ``room`` of them, without the last ones of the longest fields."""
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{template.key}: a row is longer than data.max_length ({max_length}), and to cut its fields takes a fast "
+            f"tokenizer (one with tokenizer.json), which {tokenizer.name_or_path!r} is not; raise data.max_length"
+        )
+    runs = [piece for piece in template.pieces if isinstance(piece, tuple)]
+    all_ids, owners, number = [], [], 0  # owner of a token: the number of its field, or -1 for literal text
+    for run, parts in zip(runs, texts, strict=True):
+        holders: list[int] = []
+        for part, text in zip(run, parts, strict=True):
+            holders += [number if isinstance(part, Field) else -1] * len(text)
+            number += isinstance(part, Field)
+        text = "".join(parts)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        all_ids.append(encoded["input_ids"])
+        owners.append([_owner(text, holders, begin, end) for begin, end in encoded["offset_mapping"]])
+    sizes = [sum(row.count(field) for row in owners) for field in range(number)]
+    kept = _shares(sizes, room - sum(row.count(-1) for row in owners))
+    if kept is None:
+        raise UserError(
+            f"{template.key}: {template.source!r} takes more than data.max_length ({max_length}) tokens beside its "
+            "fields; shorten it or raise data.max_length"
+        )
+    cut = []
+    for ids, row in zip(all_ids, owners, strict=True):
+        chosen = []
+        for token, owner in zip(ids, row, strict=True):
+            if owner >= 0:
+                kept[owner] -= 1
+            if owner < 0 or kept[owner] >= 0:
+                chosen.append(token)
+        cut.append(chosen)
+    return cut
+
+
+def _owner(text: str, holders: list[int], begin: int, end: int) -> int:
+    inked = [holders[place] for place in range(begin, end) if not text[place].isspace()]
+    if inked:
+        return -1 if -1 in inked else inked[-1]
+    return holders[begin] if begin < end else -1
+
+
+def _shares(sizes: list[int], room: int) -> list[int] | None:
+    """How many tokens each field keeps when the longest one (of equals: the last) loses one until ``room`` do."""
+    if room < 0:
+        return None
+    level = max(sizes, default=0)
+    while sum(min(size, level) for size in sizes) > room:
+        level -= 1
+    shares = [min(size, level) for size in sizes]
+    spare = room - sum(shares)
+    for field, size in enumerate(sizes):
+        if spare > 0 and size > level:
+            shares[field] += 1
+            spare -= 1
+    return shares

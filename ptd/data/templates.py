@@ -1,0 +1,171 @@
+"""Templates: ``data.prompt_template`` and ``task.patterns`` -> token ids with marks for virtual tokens and masks.
+
+A template is text with ``{column}`` fields, ``{v:n}`` for n virtual tokens and ``{mask}`` for the place of a label's
+word; ``{{`` and ``}}`` are braces. What stands between two marks is tokenised as one string, as if the tokenizer had
+met a special token there; spaces in front of a mark are dropped, because most tokenizers make them a part of the word
+behind.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ptd.types import UserError
+
+MASK_SLOT = -(2**31)
+"""Stands in filled templates where ``{mask}`` stood: no token and no `virtual_id`."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Literal text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Field:
+    """The value of a column."""
+
+    column: str
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Where a label's word belongs."""
+
+
+@dataclass(frozen=True)
+class Virtual:
+    """Virtual tokens ``first`` to ``first + count - 1``."""
+
+    first: int
+    count: int
+
+
+Part = Text | Field | Mask | Virtual
+Run = tuple[Text | Field, ...]
+
+
+@dataclass(frozen=True)
+class Template:
+    """A parsed template; ``key`` names in messages where it was given."""
+
+    source: str
+    parts: tuple[Part, ...]
+    key: str
+
+    @cached_property
+    def fields(self) -> tuple[str, ...]:
+        """The columns of the fields in the order in which they stand."""
+        return tuple(part.column for part in self.parts if isinstance(part, Field))
+
+    @cached_property
+    def virtual_tokens(self) -> int:
+        return sum(part.count for part in self.parts if isinstance(part, Virtual))
+
+    @cached_property
+    def masks(self) -> int:
+        return sum(isinstance(part, Mask) for part in self.parts)
+
+    @cached_property
+    def pieces(self) -> tuple[Run | Mask | Virtual, ...]:
+        """Marks, and the runs of text between them without the spaces that literal text has in front of a mark."""
+        pieces: list[Run | Mask | Virtual] = []
+        run: list[Text | Field] = []
+        for part in self.parts:
+            if isinstance(part, Text | Field):
+                run.append(part)
+                continue
+            if run and isinstance(run[-1], Text):
+                run[-1] = Text(run[-1].text.rstrip(" "))
+            pieces += [tuple(run), part]
+            run = []
+        return tuple(piece for piece in (*pieces, tuple(run)) if piece != ())
+
+    @cached_property
+    def mask_context(self) -> tuple[str, str]:
+        """The literal text directly before ``{mask}`` and the spaces between the two."""
+        place = self.parts.index(Mask())
+        before = self.parts[place - 1] if place else Text("")
+        text = before.text if isinstance(before, Text) else ""
+        return text.rstrip(" "), text[len(text.rstrip(" ")) :]
+
+    def up_to_mask(self) -> Template:
+        """The template without what stands behind ``{mask}``."""
+        return Template(self.source, self.parts[: self.parts.index(Mask()) + 1], self.key)
+
+    def check_columns(self, columns: Sequence[str], what: str) -> None:
+        """Raise `UserError` if a field is none of ``columns``."""
+        for name in self.fields:
+            if name not in columns:
+                raise UserError(
+                    f"{self.key}: {{{name}}} is not a column of {what}; it has {', '.join(columns)} "
+                    "(only plain {column} fields; write {{ for a brace)"
+                )
+
+    def values(self, columns: dict[str, list[Any]], first: int, what: str) -> list[tuple[str, ...]]:
+        """What each row has for the fields, as text: "{a} + {b} =" may have numbers.
+
+        ``first`` is the number of the first row. Raises `UserError` for values that are neither text nor numbers.
+        """
+        for name in self.fields:
+            for row, value in enumerate(columns[name], first):
+                if not isinstance(value, str | int | float):
+                    kind = "missing" if value is None else f"{type(value).__name__}, not text or a number"
+                    raise UserError(f"row {row} of {what}: {name!r}, which {self.key} uses, is {kind}")
+        size = len(next(iter(columns.values())))
+        return [tuple(str(columns[name][row]) for name in self.fields) for row in range(size)]
+
+
+def parse_template(source: str, key: str = "data.prompt_template") -> Template:
+    """Read a template; virtual tokens are numbered in the order in which they stand. Raises `UserError`."""
+    try:
+        found = list(string.Formatter().parse(source))
+    except ValueError as error:
+        raise UserError(
+            f"{key}: {source!r} has an unpaired brace ({error}); write {{column}}; {{{{ is a brace"
+        ) from error
+    parts: list[Part] = []
+    virtual = 0
+    for text, name, spec, conversion in found:
+        if text:
+            # Formatter ends a piece at an escaped brace.
+            before = parts.pop().text if parts and isinstance(parts[-1], Text) else ""  # type: ignore[union-attr]
+            parts.append(Text(before + text))
+        if name is None:
+            continue
+        if name == "v":
+            count = int(spec) if spec and spec.isdecimal() and not conversion else 0
+            if count < 1:
+                raise UserError(
+                    f"{key}: {source!r} has {{v{':' + spec if spec else ''}}}, which does not say how many virtual "
+                    "tokens stand there; write {v:n}, e.g. {v:3} (a column named v cannot be used: rename it)"
+                )
+            parts.append(Virtual(virtual, count))
+            virtual += count
+        elif spec or conversion:
+            written = f"{{{name}{'!' + conversion if conversion else ''}{':' + spec if spec else ''}}}"
+            raise UserError(f"{key}: {written} cannot be used: only plain {{column}} fields (write {{{{ for a brace)")
+        else:
+            parts.append(Mask() if name == "mask" else Field(name))
+    return Template(source, tuple(parts), key)
+
+
+def marks_of(templates: Sequence[str], key: str = "data.prompt_template") -> int:
+    """Number of virtual tokens that the ``{v:n}`` marks of a template stand for; 0 without templates.
+
+    Raises `UserError` if the templates differ in it, because all of them use the same trained tokens.
+    """
+    counts = {source: parse_template(source, key).virtual_tokens for source in templates}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{count} in {source!r}" for source, count in counts.items())
+        raise UserError(
+            f"{key}: the number of virtual tokens differs: {listed}; all templates share the same trained tokens, "
+            "so give each the same number of {v:n} tokens"
+        )
+    return next(iter(counts.values()), 0)

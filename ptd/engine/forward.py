@@ -1,0 +1,63 @@
+"""Run a batch through the backbone: which of its tensors a model of this architecture takes, and what comes back."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ptd.inject import Attachment
+from ptd.types import Batch
+
+
+class Forward:
+    """The ``run(batch, positions)`` of `ptd.readouts`: a language model's logits, or a body's last hidden states.
+
+    Only the positions asked for reach the language model's head.
+    """
+
+    def __init__(self, model: PreTrainedModel, attachment: Attachment, device: torch.device) -> None:
+        self.model, self.attachment, self.device = model, attachment, device
+        self._takes = set(inspect.signature(model.forward).parameters)
+        self._sees_padding = any(layer.kind == "encoder" for layer in attachment.shape.layers)
+
+    def __call__(self, batch: Batch, positions: Tensor | None = None) -> Tensor:
+        """``[len(positions), width]``; None: of all positions, flattened."""
+        self.attachment.keep(None if positions is None else positions.to(self.device, non_blocking=True))
+        output = self.model(**self._inputs(batch.to(self.device)))
+        logits: Tensor | None = output.get("logits")
+        return (output.last_hidden_state if logits is None else logits).flatten(0, 1)
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        inputs: dict[str, Any] = {}
+        if "use_cache" in self._takes:
+            inputs["use_cache"] = False
+        if batch.source is not None:
+            ids = batch.input_ids.clone()
+            # The decoder starts from a token that the model's config names; mBART's is part of the target already.
+            if (start := self.model.config.decoder_start_token_id) is not None:
+                ids[:, 0] = start
+            source = batch.source
+            return inputs | {
+                "input_ids": source.input_ids,
+                "attention_mask": source.attention_mask.long(),
+                "decoder_input_ids": ids,
+            }
+        inputs["input_ids"] = batch.input_ids
+        if "position_ids" in self._takes:
+            inputs["position_ids"] = batch.position_ids + self.attachment.first_position
+        if batch.token_type_ids is not None and "token_type_ids" in self._takes:
+            inputs["token_type_ids"] = batch.token_type_ids
+        if batch.cu_seqlens is not None:
+            inputs |= {
+                "cu_seq_lens_q": batch.cu_seqlens,
+                "cu_seq_lens_k": batch.cu_seqlens,
+                "max_length_q": batch.max_seqlen,
+                "max_length_k": batch.max_seqlen,
+            }
+        elif self._sees_padding:  # behind a causal mask no useful token sees the padding on the right
+            inputs["attention_mask"] = batch.attention_mask.long()
+        return inputs

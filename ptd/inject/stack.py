@@ -1,0 +1,233 @@
+"""One transformer stack of a model: where its tokens become embeddings, and what happens to them before and after.
+
+A decoder or encoder is one stack; an encoder-decoder has two. The hooks of a stack shift its tokens' positions, let
+virtual tokens stand before or between them, take these off its output again, and hand on only the positions asked for.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+from transformers import PreTrainedModel
+
+from ptd.inject.attention import packed_forward
+from ptd.types import UserError, virtual_id
+
+POSITIONS_FROM_MASK = {"biogpt", "opt"}
+"""Families that count positions over unmasked tokens instead of from the left edge."""
+
+
+class Stack:
+    """Hooks on one stack.
+
+    ``shift``: positions its own tokens are moved by. ``soft`` ``[P, hidden]``: embeddings of virtual tokens, which stand
+    before every sequence (``in_front``) or where `virtual_id` marks them. ``source_extra``: virtual tokens that the
+    other stack, which this one attends to, put before its sequences. ``keep``: flattened positions to put out.
+    ``refresh`` is called before every forward pass.
+    """
+
+    def __init__(self, module: nn.Module, refresh: Callable[[], None], *, feeds_other: bool = False) -> None:
+        self.module, self.refresh = module, refresh
+        self.feeds_other = feeds_other
+        assert isinstance(module, PreTrainedModel)
+        self.embeddings: Any = module.get_input_embeddings()
+        self.members = set(module.modules())
+        self.parameters = list(inspect.signature(module.forward).parameters)
+        self.takes_positions = "position_ids" in self.parameters
+        self.first_position = _first_position(module)
+        self.shift = 0
+        self.soft: Tensor | None = None
+        self.in_front = False
+        self.source_extra = 0
+        self.keep: Tensor | None = None
+        self._own: Tensor | slice | None = None  # where the own tokens are among those that ran
+        self._ids: Tensor | None = None
+        self._packed: Any = None
+        self._hooks: list[Any] = []
+
+    def hook(self) -> None:
+        self._hooks = [
+            self.module.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.module.register_forward_hook(self._after, always_call=True),
+            self.embeddings.register_forward_pre_hook(self._before_embedding),
+            self.embeddings.register_forward_hook(self._after_embedding),
+        ]
+
+    def unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        self.refresh()
+        kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        if kwargs.get("cu_seq_lens_q") is not None:
+            self._packed = packed_forward.set(True)
+        front = self.soft.shape[0] if self.soft is not None and self.in_front else 0
+        if (front or self.shift) and self.takes_positions:
+            positions = kwargs.get("position_ids")
+            positions = self._default_positions(kwargs) if positions is None else positions
+            kwargs["position_ids"] = positions + (front or self.shift)
+        if front:
+            kwargs = self._put_in_front(front, kwargs)
+        mask, source = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
+        if self.source_extra and mask is not None and source is not None and mask.shape[1] < source.shape[1]:
+            kwargs["encoder_attention_mask"] = _before_columns(mask, 1, self.source_extra)
+        return (), kwargs
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._packed is not None:
+            packed_forward.reset(self._packed)
+            self._packed = None
+        own, keep, self._own, self.keep = self._own, self.keep, None, None
+        if output is None or (own is None and keep is None):  # None: the pass failed
+            return
+        hidden: Tensor = output.last_hidden_state
+        if own is not None and not self.feeds_other:
+            hidden = hidden[:, own]
+            if output.get("hidden_states") is not None:
+                output.hidden_states = tuple(states[:, own] for states in output.hidden_states)
+        if keep is not None:
+            hidden = hidden.flatten(0, 1)[keep][None]
+        output.last_hidden_state = hidden
+
+    def _put_in_front(self, count: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Virtual tokens before every sequence; in a cached generation they are there after the first pass."""
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        four = mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2)
+        if four or getattr(cache, "is_compileable", False):
+            raise UserError(
+                "virtual tokens before the sequences need a 2-dimensional attention_mask and a cache that grows; "
+                "generate without cache_implementation"
+            )
+        if mask is not None:
+            kwargs["attention_mask"] = _before_columns(mask, 1, count)
+        if cache is not None and cache.get_seq_length() > 0:
+            return kwargs
+        if kwargs.get("input_ids") is None:
+            embeds = kwargs["inputs_embeds"]
+            assert self.soft is not None
+            soft = self.soft.to(embeds.dtype).expand(embeds.shape[0], -1, -1)
+            kwargs["inputs_embeds"] = torch.cat([soft, embeds], dim=1)
+        first = self.first_position
+        by_token = {"input_ids": None, "position_ids": first, "token_type_ids": 0}
+        bounds = kwargs.get("cu_seq_lens_q")
+        if bounds is None:
+            self._own = slice(count, None)
+            for name, begin in by_token.items():
+                if kwargs.get(name) is not None:
+                    kwargs[name] = _in_front(kwargs[name], _virtual(name, begin, count, kwargs[name]))
+            return kwargs
+        tokens, sequences = kwargs["input_ids"].shape[1], len(bounds) - 1
+        number = torch.arange(sequences, device=bounds.device)
+        sequence = torch.repeat_interleave(number, bounds.diff(), output_size=tokens)
+        self._own = torch.arange(tokens, device=bounds.device) + count * (sequence + 1)
+        new_bounds = bounds + count * torch.arange(sequences + 1, dtype=torch.int32, device=bounds.device)
+        places = (new_bounds[:-1, None] + torch.arange(count, device=bounds.device)).flatten()
+        for name, begin in by_token.items():
+            given = kwargs.get(name)
+            if given is not None:
+                joined = given.new_empty(1, tokens + sequences * count)
+                joined[:, self._own] = given
+                joined[:, places] = _virtual(name, begin, count, given).repeat(sequences)
+                kwargs[name] = joined
+        longest = kwargs["max_length_q"] + count
+        return kwargs | {
+            "cu_seq_lens_q": new_bounds,
+            "cu_seq_lens_k": new_bounds,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+
+    def _before_embedding(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self.soft is None or args[0].is_floating_point():
+            return None
+        self._ids = args[0]
+        return (args[0].clamp(min=0), *args[1:])
+
+    def _after_embedding(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if self._ids is None:
+            return None
+        ids, self._ids = self._ids, None
+        assert self.soft is not None
+        # Looked up in the prompt's own precision: its gradient is then summed over the batch in that precision.
+        rows = embedding((virtual_id(0) - ids).clamp(min=0), self.soft)
+        return torch.where((ids < 0)[..., None], rows.to(output.dtype), output)
+
+    def _default_positions(self, kwargs: dict[str, Any]) -> Tensor:
+        """The positions the model itself would choose when none are given."""
+        ids, cache, mask = kwargs.get("input_ids"), kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        tokens = kwargs["inputs_embeds"] if ids is None else ids
+        seen = cache.get_seq_length() if cache is not None else 0
+        if cache is not None and self.in_front and seen:
+            assert self.soft is not None
+            seen -= self.soft.shape[0]
+        assert isinstance(self.module, PreTrainedModel)
+        if self.module.config.model_type in POSITIONS_FROM_MASK and mask is not None and mask.ndim == 2:
+            counted: Tensor = mask.long().cumsum(1) - 1
+            return counted.clamp(min=0)[:, seen:]
+        if self.first_position and ids is not None:
+            useful = ids != self.first_position - 1  # the padding index itself
+            return useful.long().cumsum(1) * useful + self.first_position - 1
+        begin = seen + self.first_position
+        return torch.arange(begin, begin + tokens.shape[1], device=tokens.device)[None]
+
+
+def stacks_of(model: PreTrainedModel, attention: list[nn.Module], refresh: Callable[[], None]) -> list[Stack]:
+    """The stacks of a model in the order in which they run."""
+    sides = sides_of(model)
+    if len(sides) == 2:
+        encoder, decoder = sides
+        return [Stack(encoder, refresh, feeds_other=True), Stack(decoder, lambda: None)]
+    return [Stack(_innermost_model(model, attention), refresh)]
+
+
+def sides_of(model: PreTrainedModel) -> list[nn.Module]:
+    """Encoder and decoder of a model that has both; else the model."""
+    for module in model.modules():
+        pair = [getattr(module, "encoder", None), getattr(module, "decoder", None)]
+        if all(isinstance(side, PreTrainedModel) for side in pair):
+            return pair
+    return [model]
+
+
+def _innermost_model(model: PreTrainedModel, layers: list[nn.Module]) -> nn.Module:
+    """The smallest model around all attention layers: the one that turns positions into embeddings and masks.
+
+    Heads may call past ``base_model`` (OPT calls its decoder directly), never past this one.
+    """
+    around: list[nn.Module] = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and set(layers) <= set(module.modules())
+    ]
+    return around[-1]
+
+
+def _first_position(module: nn.Module) -> int:
+    """0, or in the RoBERTa family the position behind the padding index."""
+    for part in module.modules():
+        if hasattr(part, "create_position_ids_from_input_ids"):
+            return int(part.padding_idx) + 1
+    return 0
+
+
+def _virtual(name: str, begin: int | None, count: int, like: Tensor) -> Tensor:
+    """What ``count`` virtual tokens have in the place of ids, positions or types: ``[count]``."""
+    number = torch.arange(count, device=like.device, dtype=like.dtype)
+    if name == "input_ids":
+        return virtual_id(0) - number
+    assert begin is not None
+    return begin + number if name == "position_ids" else number.new_zeros(count)
+
+
+def _in_front(values: Tensor, virtual: Tensor) -> Tensor:
+    return torch.cat([virtual.expand(values.shape[0], -1), values], dim=1)
+
+
+def _before_columns(mask: Tensor, value: int, count: int) -> Tensor:
+    return torch.cat([mask.new_full((mask.shape[0], count), value), mask], dim=1)

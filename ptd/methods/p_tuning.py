@@ -1,0 +1,115 @@
+"""P-tuning (Liu et al. 2021, GPT Understands, Too, https://arxiv.org/abs/2103.10385): virtual tokens inside a template.
+
+``{v:n}`` in ``task.patterns`` or ``data.prompt_template`` stands for n virtual tokens. Each has a trained embedding
+``e``; what the backbone reads, ``[P, hidden]``, is ``h = MLP([LSTM→(e); LSTM←(e)])``, the paper's prompt encoder, or
+``MLP(e)``. The paper's anchor tokens need nothing of their own: they are literal words of the template, such as the
+question mark of ``"{premise} {v:3} {hypothesis}? {v:3} {mask}"``.
+
+Without marks the virtual tokens stand in front of the sequence, of the encoder's in an encoder-decoder, which is what
+PEFT calls P_TUNING; module for module the network is PEFT's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ptd.methods import Conditioner, TaskFacts, register
+from ptd.methods.settings import check_positive
+from ptd.types import BackboneShape, PromptEncoder, SoftLayout, UserError
+
+
+@dataclass
+class PTuningConfig:
+    """Keys of ``method:`` for ``name: p_tuning``."""
+
+    num_virtual_tokens: int | None = None  # default: as many as {v:n} in the template says
+    encoder_reparameterization_type: Literal["lstm", "mlp"] = "lstm"
+    encoder_hidden_size: int | None = None  # of one direction of the LSTM; default: the width of the backbone's input embeddings
+    encoder_num_layers: int = 2  # of the LSTM; the MLP alone always has two hidden layers
+
+    def __post_init__(self) -> None:
+        check_positive(self, "num_virtual_tokens", "encoder_hidden_size", "encoder_num_layers")
+        if self.encoder_reparameterization_type == "mlp" and self.encoder_num_layers != 2:
+            raise UserError(
+                "method.encoder_num_layers: counts the layers of the LSTM and has no effect with "
+                "encoder_reparameterization_type: mlp; remove it"
+            )
+
+
+class PTuningEncoder(PromptEncoder):
+    """Prompt encoder whose flat output ``[P, hidden]`` are the virtual tokens' input embeddings.
+
+    Args:
+        num_virtual_tokens: P.
+        hidden_size: width of the backbone's input embeddings.
+        encoder_hidden_size: width of the MLP's hidden layers, or of one direction of the LSTM.
+        lstm_layers: layers of the bidirectional LSTM; 0: the MLP alone.
+        in_front: the virtual tokens stand before every sequence, not at marks inside it.
+    """
+
+    peft_type = "P_TUNING"
+
+    def __init__(
+        self,
+        num_virtual_tokens: int,
+        hidden_size: int,
+        encoder_hidden_size: int,
+        lstm_layers: int = 2,
+        in_front: bool = False,
+    ) -> None:
+        super().__init__()
+        self.layout = SoftLayout(hidden_size, in_front)
+        self.embedding = nn.Parameter(torch.randn(num_virtual_tokens, hidden_size))
+        self.lstm_head: nn.LSTM | None = None
+        if lstm_layers:
+            self.lstm_head = nn.LSTM(hidden_size, encoder_hidden_size, lstm_layers, bidirectional=True)
+            widths = [2 * encoder_hidden_size, 2 * encoder_hidden_size, hidden_size]
+        else:
+            widths = [hidden_size, encoder_hidden_size, encoder_hidden_size, hidden_size]
+        linear = [nn.Linear(width, following) for width, following in pairwise(widths)]
+        self.mlp_head = nn.Sequential(*(module for layer in linear for module in (layer, nn.ReLU())))[:-1]
+
+    def forward(self) -> Tensor:
+        hidden = self.embedding if self.lstm_head is None else self.lstm_head(self.embedding)[0]
+        flat: Tensor = self.mlp_head(hidden)
+        return flat
+
+
+def check(config: PTuningConfig, facts: TaskFacts) -> None:
+    """The template has to have virtual tokens, or the config a number of them to put in front."""
+    marked, given = facts.virtual_tokens, config.num_virtual_tokens
+    if not marked and given is None:
+        if facts.kind in ("causal_lm", "seq2seq_lm"):
+            example = 'data.prompt_template: "{v:10}{prompt}"'
+        elif facts.kind == "classification":
+            example = 'task.patterns: ["{v:3} {text} {v:3} {mask}"]'
+        else:
+            example = ""
+        raise UserError(
+            "method.name: p_tuning trains the virtual tokens of a template, and there are none; "
+            + (f"write them, for example {example}, or set " if example else "set ")
+            + "method.num_virtual_tokens to put that many in front of the text"
+        )
+    if marked and given is not None and given != marked:
+        raise UserError(
+            f"method.num_virtual_tokens: got {given}, but the {{v:n}} of the template are {marked} virtual tokens; "
+            "remove one of the two"
+        )
+
+
+@register("p_tuning", config=PTuningConfig, check=check)
+def build(config: PTuningConfig, shape: BackboneShape, conditioner: Conditioner, facts: TaskFacts) -> PTuningEncoder:
+    """Build the encoder for a backbone of ``shape``; raises `UserError` as `check` does."""
+    check(config, facts)
+    return PTuningEncoder(
+        facts.virtual_tokens or config.num_virtual_tokens or 0,
+        shape.input_size,
+        config.encoder_hidden_size or shape.input_size,
+        lstm_layers=config.encoder_num_layers if config.encoder_reparameterization_type == "lstm" else 0,
+        in_front=not facts.virtual_tokens,
+    )

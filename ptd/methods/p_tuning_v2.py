@@ -1,0 +1,57 @@
+"""P-tuning v2 (Liu et al. 2022, https://aclanthology.org/2022.acl-short.8): deep prompts and a trained linear head.
+
+Trained keys and values at every layer (§3.2), directly or through an MLP ("Reparameterization", §3.3), and a linear
+classifier on the last hidden states in place of a verbalizer ("Classification Head"): for classification, tagging and
+extractive question answering. `ptd.methods.deep_prompts` holds the maths of the prompts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ptd.methods import Conditioner, TaskFacts, register
+from ptd.methods.deep_prompts import PrefixEncoder, SeparatePrefixEncoder, prefix_encoder
+from ptd.methods.settings import check_positive, need_trained_head
+from ptd.types import BackboneShape, HeadSettings, UserError
+
+
+@dataclass
+class PTuningV2Config:
+    """Keys of ``method:`` for ``name: p_tuning_v2``."""
+
+    num_virtual_tokens: int = 16
+    prefix_projection: bool = False
+    encoder_hidden_size: int | None = None  # default: the backbone's hidden size
+    pooling: Literal["auto", "cls", "mean", "last"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_positive(self, "num_virtual_tokens", "encoder_hidden_size")
+        if self.encoder_hidden_size is not None and not self.prefix_projection:
+            raise UserError(
+                "method.encoder_hidden_size: has no effect without method.prefix_projection: true; remove one"
+            )
+
+
+def head(config: PTuningV2Config) -> HeadSettings:
+    """The linear classifier."""
+    return HeadSettings(config.pooling)
+
+
+def check(config: PTuningV2Config, facts: TaskFacts) -> None:
+    """The task has to have a trained head."""
+    need_trained_head("p_tuning_v2", config.pooling, facts, for_words="prefix", for_text="prefix")
+
+
+@register("p_tuning_v2", config=PTuningV2Config, head=head, check=check)
+def build(
+    config: PTuningV2Config, shape: BackboneShape, conditioner: Conditioner, facts: TaskFacts
+) -> PrefixEncoder | SeparatePrefixEncoder:
+    """Build the encoder for a backbone of ``shape``."""
+    projection = config.prefix_projection
+    return prefix_encoder(
+        shape.layers,
+        config.num_virtual_tokens,
+        embedding_size=shape.hidden_size if projection else None,
+        encoder_hidden_size=(config.encoder_hidden_size or shape.hidden_size) if projection else None,
+    )

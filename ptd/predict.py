@@ -1,0 +1,49 @@
+"""``ptd predict``: what a tuned backbone says about rows: a label, tags or an answer, with probabilities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ptd.data import load_rows
+from ptd.engine.evaluation import HeldOut, scores_of
+from ptd.engine.ranks import Ranks
+from ptd.generate import load_tuned
+from ptd.types import Reporter, UserError
+
+
+def predict(
+    data: str,
+    *,
+    adapter: str,
+    backbone: str | None = None,
+    batch_size: int = 16,
+    dtype: str = "auto",
+    reporter: Reporter | None = None,
+) -> list[dict[str, Any]]:
+    """The rows of ``data`` (a file, folder or hub name, as ``data.eval``), each with what the task answers added.
+
+    The rows need no labels. An answer's field that a row has already, such as its own label, is added as
+    ``predicted_…``. Under a launcher the ranks share the rows and rank 0 returns them; the others return nothing.
+    Raises `UserError`, also for an adapter that writes text.
+    """
+    ranks, reporter = Ranks.start(), reporter or Reporter()
+    try:
+        tuned = load_tuned(adapter, backbone, ranks, dtype=dtype)
+        task, tokenizer = tuned.task, tuned.tokenizer
+        if task.generates:
+            raise UserError("the adapter was trained to write, not to label; use ptd generate")
+        rows = load_rows(data, task.data.eval_split, what="--data")
+        examples = task.tokenize(rows, tokenizer, what=data, labelled=False)
+        reporter.note(f"--data: {examples.report}")
+        held_out = HeldOut(task, examples, rows, batch_size, task.data.packing, tokenizer.pad_token_id)
+        scores = scores_of(held_out, tuned.prepared, tuned.readout, ranks, reporter)
+        if not ranks.is_main:
+            return []
+        answers = task.answers(scores, examples)
+        return [_joined(row, answer) for row, answer in zip(rows.with_format(None), answers, strict=True)]
+    finally:
+        ranks.stop()
+
+
+def _joined(row: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+    return row | {f"predicted_{field}" if field in row else field: value for field, value in answer.items()}

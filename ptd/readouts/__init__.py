@@ -1,0 +1,45 @@
+"""Readouts: how a batch's loss and scores come out of the backbone. One file is one readout; pure torch.
+
+A readout never sees a model, only ``run(batch, positions)``: what the backbone puts out (logits of a language model, the
+last hidden states of a body) at these of all flattened positions, ``[len(positions), width]``; None: at all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ptd.types import Batch
+
+Run = Callable[[Batch, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a readout says about a batch.
+
+    ``loss``: sum over what is predicted, fp32 scalar; ``weight``: what its sum over all batches of a step is divided by;
+    ``scores``: one fp32 tensor a row of the batch, if asked for.
+    """
+
+    loss: Tensor
+    weight: Tensor | float
+    scores: list[Tensor] | None = None
+
+
+class Readout(nn.Module):
+    """Base of all readouts; its parameters, if it has any, are trained beside the prompt."""
+
+    def read(self, run: Run, batch: Batch, scores: bool) -> Reading:
+        """Run the batch, which has at least one row, once."""
+        raise NotImplementedError
+
+    def forward(self, run: Run, batch: Batch, scores: bool = False) -> Reading:
+        """Loss, weight and, with ``scores``, the scores of each row. A filler runs too, and counts nothing."""
+        if batch.rows:
+            return self.read(run, batch, scores)
+        output = run(batch, torch.zeros(1, dtype=torch.long))
+        return Reading(output[:, :0].float().sum(), 0.0, [])

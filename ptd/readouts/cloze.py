@@ -1,0 +1,77 @@
+"""Labels as words of the language model: pattern and verbalizer (Schick & Schütze 2021, "PET")."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptd.readouts import Reading, Readout, Run
+from ptd.readouts.heads import classify
+from ptd.types import IGNORE_INDEX, Batch
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word that stands for ``label`` in ``pattern``: token ``tokens[j]`` is read at position ``positions[j]``.
+
+    A position is an index among the labelled positions of a row, over all its sequences in order.
+    """
+
+    pattern: int
+    label: int
+    positions: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+class Cloze(Readout):
+    """The language model's probabilities of the labels' words, narrowed down to the labels; nothing is trained here.
+
+    With the next-token or mask-filling distributions q at the positions of a word v = (t_1 … t_k),
+
+        log p(v) = Σ_j log q_j(t_j)
+        s(l) = mean of log p(v) over the words v of label l
+        p(l) = softmax_l s(l)
+
+    For a masked model q_j is read at the j-th of k masks, all at once (Schick & Schütze 2021b, "It's Not Just Size
+    That Matters", §3, its parallel form); for a causal one q_j is the exact next-token distribution behind
+    t_1 … t_{j-1}. For words of one token the normaliser of q cancels in p(l), which then is PET's softmax over the
+    (averaged) logits of the words. Several patterns are an ensemble, see `classify`. A row's label stands at all of its
+    labelled positions, of which every row has the same number; scores are log-probabilities, fp32 ``[labels]``.
+    """
+
+    def __init__(self, words: Sequence[Word], labels: int, class_weights: Tensor | None = None) -> None:
+        super().__init__()
+        self.patterns = 1 + max(word.pattern for word in words)
+        cells = [word.pattern * labels + word.label for word in words]
+        sharing = Counter(cells)
+        assert len(sharing) == self.patterns * labels, "every label has a word in every pattern"
+        reads = [
+            (position, token, cell)
+            for word, cell in zip(words, cells, strict=True)
+            for position, token in zip(word.positions, word.tokens, strict=True)
+        ]
+        mean = torch.zeros(len(reads), len(sharing))  # read -> its share in the mean of a pattern's label
+        for number, (_, _, cell) in enumerate(reads):
+            mean[number, cell] = 1 / sharing[cell]
+        self.positions: Tensor
+        self.tokens: Tensor
+        self.mean: Tensor
+        self.class_weights: Tensor | None
+        self.register_buffer("positions", torch.tensor([read[0] for read in reads]), persistent=False)
+        self.register_buffer("tokens", torch.tensor([read[1] for read in reads]), persistent=False)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("class_weights", class_weights, persistent=False)
+
+    def read(self, run: Run, batch: Batch, scores: bool) -> Reading:
+        labels = batch.labels.flatten()
+        positions = (labels != IGNORE_INDEX).nonzero().flatten()
+        rows = len(batch.rows)
+        targets = labels[positions].view(rows, -1)[:, 0]
+        logits = run(batch, positions).unflatten(0, (rows, -1))
+        log_norm = logits.float().logsumexp(dim=-1)
+        log_q = logits[:, self.positions, self.tokens].float() - log_norm[:, self.positions]
+        return classify((log_q @ self.mean).unflatten(1, (self.patterns, -1)), targets, self.class_weights, scores)

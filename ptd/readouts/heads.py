@@ -1,0 +1,82 @@
+"""Trained heads: the network behind them, and labels of whole sequences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax
+
+from ptd.readouts import Reading, Readout, Run
+from ptd.types import Batch
+
+Pooling = Literal["cls", "last", "mean"]
+
+
+class Head(nn.Module):
+    """Linear layers with tanh between them: ``hidden_size -> *hidden_sizes -> outputs``. None hidden: linear.
+
+    ``forward``: ``[..., hidden_size]`` of any dtype -> fp32 ``[..., outputs]``; the parameters are fp32 whatever the
+    backbone's dtype.
+    """
+
+    def __init__(self, hidden_size: int, outputs: int, hidden_sizes: Sequence[int] = ()) -> None:
+        super().__init__()
+        widths = [hidden_size, *hidden_sizes, outputs]
+        layers = [nn.Linear(before, behind, dtype=torch.float32) for before, behind in pairwise(widths)]
+        modules: list[nn.Module] = [layers[0]]
+        for layer in layers[1:]:
+            modules += [nn.Tanh(), layer]
+        self.layers = nn.Sequential(*modules)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        scores: Tensor = self.layers(hidden.float())
+        return scores
+
+
+class PooledClassifier(Readout):
+    """A head on one vector a sequence: its first position (``cls``), its ``last`` one or the ``mean`` of all.
+
+    A row's label stands at the first position of each of its sequences. Several sequences a row are an ensemble, see
+    `classify`. ``class_weights``: weight of each label in the loss, fp32 ``[labels]``; None: 1.
+    """
+
+    def __init__(self, head: Head, pooling: Pooling, class_weights: Tensor | None = None) -> None:
+        super().__init__()
+        self.head, self.pooling = head, pooling
+        self.class_weights: Tensor | None
+        self.register_buffer("class_weights", class_weights, persistent=False)
+
+    def read(self, run: Run, batch: Batch, scores: bool) -> Reading:
+        targets = batch.labels.flatten()[batch.starts].view(-1, batch.group)[:, 0]
+        logits = self.head(self.pool(run, batch))
+        return classify(logits.view(len(targets), batch.group, -1), targets, self.class_weights, scores)
+
+    def pool(self, run: Run, batch: Batch) -> Tensor:
+        """One fp32 vector a sequence: ``[sequences, hidden]``."""
+        if self.pooling != "mean":
+            return run(batch, batch.starts + (batch.lengths - 1 if self.pooling == "last" else 0)).float()
+        lengths = batch.lengths
+        sequence = torch.repeat_interleave(lengths)
+        begins = torch.repeat_interleave(batch.starts - (lengths.cumsum(0) - lengths), lengths)
+        hidden = run(batch, begins + torch.arange(len(begins), device=lengths.device)).float()
+        sums = hidden.new_zeros(len(lengths), hidden.shape[1]).index_add(0, sequence.to(hidden.device), hidden)
+        return sums / lengths.to(hidden.device)[:, None]
+
+
+def classify(logits: Tensor, targets: Tensor, class_weights: Tensor | None, scores: bool) -> Reading:
+    """Loss and scores of rows that were read ``P`` times each: logits fp32 ``[R, P, labels]``, targets ``[R]``.
+
+    With the probabilities p_i = softmax(logits_i) of reading i and the weight w of the row's label y, the loss of a row
+    is w · mean_i −log p_i(y) and its weight w; its scores are log mean_i p_i, ``[labels]``.
+    """
+    targets = targets.to(logits.device)
+    log_p = log_softmax(logits, dim=-1)
+    losses = -log_p.gather(2, targets[:, None, None].expand(-1, log_p.shape[1], 1)).mean(dim=(1, 2))
+    weights = torch.ones_like(losses) if class_weights is None else class_weights[targets]
+    mean = torch.logsumexp(log_p.detach(), dim=1) - math.log(log_p.shape[1])
+    return Reading((weights * losses).sum(), weights.sum(), list(mean) if scores else None)

@@ -1,0 +1,20 @@
+"""The language model's own loss: cross-entropy of the supervised tokens."""
+
+from __future__ import annotations
+
+from torch.nn.functional import cross_entropy
+
+from ptd.readouts import Reading, Readout, Run
+from ptd.types import IGNORE_INDEX, Batch
+
+
+class LanguageModel(Readout):
+    """Sum of the cross-entropies at the labelled positions; only these are projected to the vocabulary."""
+
+    def read(self, run: Run, batch: Batch, scores: bool) -> Reading:
+        labels = batch.labels.flatten()
+        positions = (labels != IGNORE_INDEX).nonzero().flatten()
+        logits = run(batch, positions)
+        targets = labels[positions].to(logits.device, non_blocking=True)
+        loss = cross_entropy(logits.float(), targets, reduction="sum")
+        return Reading(loss, float(batch.supervised_tokens))

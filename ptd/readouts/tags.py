@@ -1,0 +1,54 @@
+"""A label for each labelled position, by a trained head on the last hidden states: token classification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax, nll_loss
+
+from ptd.readouts import Reading, Readout, Run
+from ptd.readouts.heads import Head
+from ptd.types import IGNORE_INDEX, Batch
+
+
+def positions_by_row(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The labelled positions (int64 ``[K]``, ascending) and how many of them each row has (int64 ``[rows]``).
+
+    For batches whose rows are one sequence each.
+    """
+    assert batch.group == 1
+    positions = (batch.labels.flatten() != IGNORE_INDEX).nonzero().flatten()
+    owner = torch.searchsorted(batch.starts, positions, right=True) - 1
+    return positions, torch.bincount(owner, minlength=len(batch.rows))
+
+
+class Tags(Readout):
+    """Cross-entropy of ``labels`` classes at the labelled positions; nothing else leaves the backbone.
+
+    ``class_weights`` (one a label) weigh both the sum of the losses and what it is divided by, as in torch's
+    ``CrossEntropyLoss(weight=…)``. Scores of a row: log-probabilities ``[its labelled positions, labels]``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        labels: int,
+        hidden_sizes: tuple[int, ...] = (),
+        class_weights: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.head = Head(hidden_size, labels, hidden_sizes)
+        weights = torch.ones(labels) if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        assert len(weights) == labels
+        self.class_weights: Tensor
+        self.register_buffer("class_weights", weights, persistent=False)  # the adapter keeps them by label name
+
+    def read(self, run: Run, batch: Batch, scores: bool) -> Reading:
+        positions, counts = positions_by_row(batch)
+        log_probs = log_softmax(self.head(run(batch, positions)), dim=-1)
+        targets = batch.labels.flatten()[positions].to(log_probs.device, non_blocking=True)
+        loss = nll_loss(log_probs, targets, weight=self.class_weights, reduction="sum")
+        rows = list(log_probs.split(counts.tolist())) if scores else None
+        return Reading(loss, self.class_weights[targets].sum(), rows)

@@ -1,0 +1,100 @@
+"""What is learned: one file is one kind of task, from the rows to its metrics.
+
+A task says what the backbone has to end in, turns rows into `ptd.types.Examples`, names the readout that gives loss and
+scores, and turns scores into answers and answers into metrics.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from torch import Tensor
+
+from ptd.config import DataConfig, TaskConfig
+from ptd.readouts import Readout
+from ptd.types import Architecture, Examples, HeadSettings
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+Output = Literal["causal_lm", "masked_lm", "seq2seq_lm", "body"]
+"""What the backbone ends in: a language model's logits, or its last hidden states."""
+
+
+class Task(Protocol):
+    """A kind of task over a backbone of some architecture.
+
+    ``data``: how the rows are read; ``labels``: the names a prediction chooses from (none for text). ``virtual_tokens``: how many ``{v:n}`` marks stand
+    for in the layout of its sequences. ``cloze``: labels are read off the language model's own words. ``generates``: the
+    answer is text, which is judged by generating it; else the readout's scores say it.
+    """
+
+    data: DataConfig
+    output: Output
+    labels: tuple[str, ...]
+    virtual_tokens: int
+    cloze: bool
+    generates: bool
+
+    def fit(self, rows: Dataset, what: str) -> Task:
+        """The task with everything it has to learn from the training rows before they are tokenised (label names)."""
+        ...
+
+    def tokenize(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, what: str, labelled: bool = True
+    ) -> Examples:
+        """All rows as sequences; without ``labelled`` the rows' labels are neither needed nor read."""
+        ...
+
+    def readout(self, tokenizer: PreTrainedTokenizerBase, hidden_size: int, head: HeadSettings) -> Readout:
+        """Loss and scores; built alike on every rank."""
+        ...
+
+    def answers(self, scores: Sequence[Tensor], examples: Examples) -> list[dict[str, Any]]:
+        """What each row's scores mean, as it is written by ``ptd predict``. Empty for text."""
+        ...
+
+    def metrics(self, answers: Sequence[dict[str, Any]], rows: Dataset) -> dict[str, float]:
+        """How the answers compare with the rows' labels (0–100). Empty for text."""
+        ...
+
+    def prompts(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """For tasks that generate: what a person types as token ids, as in training."""
+        ...
+
+    def prompts_and_references(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, what: str
+    ) -> tuple[list[list[int]], list[str]]:
+        """For tasks that generate: each row's prompt as token ids, and the text that should follow."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """The ``task`` section with everything learned filled in: what an adapter keeps."""
+        ...
+
+
+_KINDS: dict[str, Callable[[TaskConfig, DataConfig, Architecture], Task]] = {}
+
+
+def register(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register ``construct(config, data, architecture) -> Task`` for ``task.kind: kind``."""
+
+    def add(construct: Callable[..., Any]) -> Callable[..., Any]:
+        _KINDS[kind] = construct
+        return construct
+
+    return add
+
+
+def make_task(config: TaskConfig, data: DataConfig, architecture: Architecture) -> Task:
+    """The task that the ``task`` and ``data`` sections describe.
+
+    Raises `UserError` for settings that do not fit each other or the backbone's architecture.
+    """
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return _KINDS[config.kind](config, data, architecture)

@@ -1,0 +1,70 @@
+"""``task.kind: causal_lm``: continue a text. Rows as in ``data.format``; the loss is the language model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ptd.config import DataConfig, TaskConfig
+from ptd.data import marks_of, prompts_and_references, tokenize
+from ptd.data.formats import fill_prompts
+from ptd.readouts.language_model import LanguageModel
+from ptd.tasks import Output, register
+from ptd.types import Architecture, Examples, HeadSettings, UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+class CausalLM:
+    """Text after text, by a decoder."""
+
+    output: Output = "causal_lm"
+    labels: tuple[str, ...] = ()
+    cloze = False
+    generates = True
+
+    def __init__(self, config: TaskConfig, data: DataConfig) -> None:
+        self.config, self.data = config, data
+        self.virtual_tokens = marks_of([data.prompt_template] if data.prompt_template is not None else [])
+
+    def fit(self, rows: Dataset, what: str) -> CausalLM:
+        return self
+
+    def tokenize(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, what: str, labelled: bool = True
+    ) -> Examples:
+        return tokenize(rows, self.data, tokenizer, max_length=self.data.max_length, what=what)
+
+    def readout(self, tokenizer: PreTrainedTokenizerBase, hidden_size: int, head: HeadSettings) -> LanguageModel:
+        return LanguageModel()
+
+    def answers(self, scores: Sequence[Tensor], examples: Examples) -> list[dict[str, Any]]:
+        return []
+
+    def metrics(self, answers: Sequence[dict[str, Any]], rows: Dataset) -> dict[str, float]:
+        return {}
+
+    def prompts(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        return fill_prompts(tokenizer, self.data.prompt_template, list(texts))
+
+    def prompts_and_references(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, what: str
+    ) -> tuple[list[list[int]], list[str]]:
+        return prompts_and_references(rows, self.data, tokenizer, max_length, what=what)
+
+    def facts(self) -> dict[str, Any]:
+        return self.config.model_dump(mode="json", exclude_unset=True)
+
+
+@register("causal_lm")
+def build(config: TaskConfig, data: DataConfig, architecture: Architecture) -> CausalLM:
+    if architecture != "decoder":
+        other = "seq2seq_lm" if architecture == "encoder-decoder" else "classification"
+        raise UserError(
+            f"task.kind: causal_lm needs a decoder, but the backbone is an {architecture}; set task.kind: {other}"
+        )
+    return CausalLM(config, data)

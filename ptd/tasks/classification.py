@@ -1,0 +1,246 @@
+"""``task.kind: classification``: one label for a text or a pair, by a trained head or by words at ``{mask}``."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ptd.config import DataConfig, TaskConfig
+from ptd.data import marks_of
+from ptd.data.fields import field_chunks
+from ptd.data.templates import Mask, Text, parse_template
+from ptd.readouts import Readout
+from ptd.readouts.cloze import Cloze, Word
+from ptd.readouts.heads import Head, PooledClassifier, Pooling
+from ptd.tasks import Output, register
+from ptd.tasks.cloze import Variant, plan
+from ptd.tasks.layouts import Laid, pattern_sequences, text_sequences
+from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+_POOLING: dict[Architecture, Pooling] = {"decoder": "last", "encoder": "cls", "encoder-decoder": "mean"}
+
+
+class Classification:
+    """Fields ``text``, ``pair`` (if the data has it) and ``label``; with ``task.patterns`` the columns these name.
+
+    - Without patterns a sequence is what the tokenizer makes of the text or pair, and a head is trained.
+    - Patterns without ``{mask}`` lay out the sequence for the trained head.
+    - Patterns with ``{mask}`` are a cloze (`ptd.readouts.cloze`): ``task.verbalizer`` says which words mean a label.
+
+    ``labels`` are ``task.labels``, or else the verbalizer's, or else (after `fit`) those of the training rows, sorted.
+    """
+
+    generates = False
+
+    def __init__(self, config: TaskConfig, data: DataConfig, architecture: Architecture) -> None:
+        self.config, self.data, self.architecture = config, data, architecture
+        self.templates = tuple(parse_template(pattern, "task.patterns") for pattern in config.patterns or ())
+        self.virtual_tokens = marks_of(config.patterns or [], "task.patterns")
+        self.cloze = any(template.masks for template in self.templates)
+        self.labels = tuple(config.labels or config.verbalizer or ())
+        self.label_column = data.columns.get("label", "label")
+        _check_layout(self)
+        _check_words(self)
+        _check_labels(self)
+        self.causal = self.cloze and architecture == "decoder"
+        self.output: Output = "causal_lm" if self.causal else "masked_lm" if self.cloze else "body"
+
+    def fit(self, rows: Dataset, what: str) -> Classification:
+        """Learn the label names and the balanced class weights, where they are asked for.
+
+        Balanced: n / (k · count) for the k labels that n rows have (scikit-learn's); 1 for one that none has.
+        """
+        weights = self.config.class_weights
+        labels = self.labels
+        if not labels or weights == "balanced":
+            counts = Counter(name for _, name in self._names(rows, what))
+            labels = labels or tuple(sorted(counts))
+            if weights == "balanced":
+                counted = {label: counts[label] for label in labels if counts[label]}
+                total = sum(counted.values())
+                weights = {label: total / (len(counted) * count) for label, count in counted.items()}
+        learned = self.config.model_copy(update={"labels": list(labels), "class_weights": weights})
+        return Classification(learned, self.data, self.architecture)
+
+    def tokenize(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, what: str, labelled: bool = True
+    ) -> Examples:
+        """Rows over ``data.max_length`` tokens lose tokens of the longest field (or text) first, on the right."""
+        assert self.labels, "fit comes first"
+        targets = self._targets(rows, what) if labelled else [0] * len(rows)
+        laid = self._layout(rows, tokenizer, what)
+        offsets = np.cumsum([0, *map(len, laid.sequences)], dtype=np.int64)
+        tokens = np.fromiter(chain.from_iterable(laid.sequences), dtype=np.int32, count=offsets[-1])
+        labels = np.full_like(tokens, IGNORE_INDEX)
+        group = len(laid.sequences) // len(rows)
+        for number, (begin, read) in enumerate(zip(offsets[:-1], laid.read, strict=True)):
+            labels[begin + read.start : begin + read.stop] = targets[number // group]
+        report = DataReport(len(rows), len(tokens), sum(map(len, laid.read)), completions_cut=laid.cut)
+        types = None
+        if laid.types is not None:
+            types = np.fromiter(chain.from_iterable(laid.types), dtype=np.int8, count=len(tokens))
+        return Examples(tokens, labels, offsets, report, group, types)
+
+    def readout(self, tokenizer: PreTrainedTokenizerBase, hidden_size: int, head: HeadSettings) -> Readout:
+        given = self.config.class_weights
+        weights = None
+        if given is not None:
+            assert given != "balanced", "fit comes first"
+            weights = torch.tensor([given.get(label, 1.0) for label in self.labels])
+        if self.cloze:
+            return Cloze(self._plan(tokenizer)[1], len(self.labels), weights)
+        pooling = _POOLING[self.architecture] if head.pooling == "auto" else head.pooling
+        return PooledClassifier(Head(hidden_size, len(self.labels), head.hidden_sizes), pooling, weights)
+
+    def answers(self, scores: Sequence[Tensor], examples: Examples) -> list[dict[str, Any]]:
+        """``label`` and the ``probabilities`` of all labels."""
+        found = []
+        for row in scores:
+            probabilities = dict(zip(self.labels, row.exp().tolist(), strict=True))
+            found.append({"label": self.labels[int(row.argmax())], "probabilities": probabilities})
+        return found
+
+    def metrics(self, answers: Sequence[dict[str, Any]], rows: Dataset) -> dict[str, float]:
+        """``accuracy`` and ``macro_f1`` (the mean over labels that occur) in 0–100, ``mcc`` (Matthews) in −100–100."""
+        from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+        gold = [self.labels[target] for target in self._targets(rows, "the evaluated data")]
+        given = [answer["label"] for answer in answers]
+        one = len({*gold, *given}) == 1  # no correlation to speak of; scikit-learn would say so in a warning
+        return {
+            "accuracy": 100 * float(accuracy_score(gold, given)),
+            "macro_f1": 100 * float(f1_score(gold, given, average="macro", zero_division=0)),
+            "mcc": 0.0 if one else 100 * float(matthews_corrcoef(gold, given)),
+        }
+
+    def facts(self) -> dict[str, Any]:
+        return self.config.model_dump(mode="json", exclude_unset=True)
+
+    def _names(self, rows: Dataset, what: str) -> Iterator[tuple[int, str]]:
+        """Number (from 1) and label of each row."""
+        column = self.label_column
+        # Hub datasets keep numbers and, beside them, what these are called.
+        names = getattr(rows.features.get(column), "names", None)
+        for first, chunk in field_chunks(rows, {"label": column}, what):
+            for row, value in enumerate(chunk["label"], first):
+                if not isinstance(value, str | int | float):
+                    raise UserError(
+                        f"row {row} of {what}: {column!r} has to be a label (text or a number), but is "
+                        f"{type(value).__name__} ({repr(value)[:60]})"
+                    )
+                yield row, str(names[value] if names and isinstance(value, int) and value >= 0 else value)
+
+    def _targets(self, rows: Dataset, what: str) -> list[int]:
+        index = {label: number for number, label in enumerate(self.labels)}
+        targets = []
+        for row, name in self._names(rows, what):
+            if name not in index:
+                raise UserError(
+                    f"row {row} of {what} has the label {name!r}, but the labels are {', '.join(self.labels)}; "
+                    "correct the row, or name all labels in task.labels"
+                )
+            targets.append(index[name])
+        return targets
+
+    def _layout(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, what: str) -> Laid:
+        limit = self.data.max_length
+        if self.templates:
+            variants = self._plan(tokenizer)[0] if self.cloze else None
+            return pattern_sequences(rows, self.templates, variants, tokenizer, limit, what, cut_tail=self.causal)
+        fields = {field: self.data.columns.get(field, field) for field in ("text", "pair")}
+        return text_sequences(rows, fields, "pair" in self.data.columns, tokenizer, limit, what)
+
+    def _plan(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Variant], list[Word]]:
+        assert self.config.verbalizer is not None
+        return plan(self.templates, self.config.verbalizer, self.labels, tokenizer, causal=self.causal)
+
+
+def _check_layout(task: Classification) -> None:
+    """Refuse patterns that cannot lay out a sequence, or not for this backbone."""
+    if task.config.patterns is None:
+        return
+    if not task.templates:
+        raise UserError("task.patterns: is an empty list; give at least one pattern, or remove the key")
+    for field in ("text", "pair"):
+        if field in task.data.columns:
+            raise UserError(
+                f"data.columns.{field}: has no effect beside task.patterns, whose fields are columns of the data; "
+                "name the column in the pattern and remove it here"
+            )
+    for template in task.templates:
+        if not template.fields:
+            raise UserError(
+                f"task.patterns: {template.source!r} has no {{column}} field, so all rows would look alike; add one"
+            )
+        if template.masks > 1 or (task.cloze and not template.masks):
+            raise UserError(
+                f"task.patterns: {template.source!r} has {template.masks} times {{mask}}; every pattern needs exactly "
+                "one (or none has any: then a head is trained)"
+            )
+    if task.cloze and task.architecture == "encoder-decoder":
+        raise UserError(
+            "task.patterns: {mask} needs an encoder that fills masks or a decoder, but the backbone is an "
+            "encoder-decoder; set task.kind: seq2seq_lm with the label's word as completion, or train a head with "
+            "patterns without {mask}"
+        )
+    if task.cloze and task.architecture == "decoder":
+        for template in task.templates:
+            behind = template.parts[template.parts.index(Mask()) + 1 :]
+            if any(not isinstance(part, Text) for part in behind):
+                raise UserError(
+                    f"task.patterns: {template.source!r} has a field or virtual tokens behind {{mask}}, which a "
+                    "decoder does not see when it predicts the word; put {mask} at the end"
+                )
+
+
+def _check_words(task: Classification) -> None:
+    verbalizer = task.config.verbalizer
+    if task.cloze and verbalizer is None:
+        raise UserError(
+            "task.patterns: {mask} is the place of a label's word, but no word is known; "
+            "set task.verbalizer, e.g. {positive: [great], negative: [terrible]}, or remove {mask}"
+        )
+    if verbalizer is None:
+        return
+    if not task.cloze:
+        raise UserError(
+            "task.verbalizer: has no effect without a {mask} in task.patterns, where its words would stand; "
+            'set task.patterns, e.g. ["{text} It was {mask}."], or remove it'
+        )
+    for label in task.labels:
+        if not verbalizer.get(label):
+            raise UserError(f"task.verbalizer: has no word for the label {label!r}; give it at least one")
+    for label in verbalizer:
+        if label not in task.labels:
+            raise UserError(f"task.verbalizer: {label!r} is no label; the labels are {', '.join(task.labels)}")
+
+
+def _check_labels(task: Classification) -> None:
+    if task.labels and len(task.labels) < 2:
+        raise UserError(
+            f"task.labels: {list(task.labels)} leaves nothing to choose from; a classification needs two labels"
+        )
+    weights = task.config.class_weights
+    if weights is None or weights == "balanced":
+        return
+    for label, weight in weights.items():
+        if task.labels and label not in task.labels:
+            raise UserError(f"task.class_weights: {label!r} is no label; the labels are {', '.join(task.labels)}")
+        if not (weight > 0 and math.isfinite(weight)):
+            raise UserError(f"task.class_weights.{label}: {weight} is no weight; give a number over 0")
+
+
+@register("classification")
+def build(config: TaskConfig, data: DataConfig, architecture: Architecture) -> Classification:
+    return Classification(config, data, architecture)

@@ -1,0 +1,134 @@
+"""Rows -> the sequences that a classifier reads: the tokenizer's own layout, or that of patterns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ptd.data.fields import cut_on_the_right, field_chunks
+from ptd.data.filling import fill, special_affixes
+from ptd.data.templates import Template
+from ptd.tasks.cloze import Variant
+from ptd.types import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Laid:
+    """Sequences of all rows, row by row; the positions that are read in each; how many rows were cut.
+
+    ``types``: token types where the tokenizer tells two texts apart with them.
+    """
+
+    sequences: list[list[int]]
+    read: list[range]
+    cut: int
+    types: list[list[int]] | None = None
+
+
+def text_sequences(
+    rows: Dataset,
+    fields: dict[str, str],
+    pair_given: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    what: str,
+) -> Laid:
+    """One sequence a row, read at its first position: the tokenizer's encoding of ``text``, or ``text`` and ``pair``.
+
+    ``fields``: field -> column; the pair's may be missing unless ``pair_given``. Over ``max_length`` tokens the longer
+    text loses its end. Raises `UserError` for rows that are no text or have no tokens.
+    """
+    sequences: list[list[int]] = []
+    types: list[list[int]] = []
+    cut = 0
+    for first, chunk in field_chunks(rows, fields, what, optional=() if pair_given else ("pair",)):
+        for field, values in chunk.items():
+            _check_texts(values, fields[field], first, what)
+        texts = [chunk[field] for field in ("text", "pair") if field in chunk]
+        special = tokenizer.num_special_tokens_to_add(pair=len(texts) > 1)
+        if special >= max_length:
+            raise UserError(f"data.max_length: {max_length} tokens are all special ones ({special}); raise it")
+        with cut_on_the_right(tokenizer):
+            encoded = tokenizer(*texts, truncation=True, max_length=max_length, return_attention_mask=False)
+        ids = encoded["input_ids"]
+        full = [place for place, row in enumerate(ids) if len(row) == max_length]
+        if full:
+            whole = tokenizer(*([column[place] for place in full] for column in texts), verbose=False)["input_ids"]
+            cut += sum(len(row) > max_length for row in whole)
+        for row, found in enumerate(ids, first):
+            if not found:
+                raise UserError(f"row {row} of {what} has no tokens; remove the row")
+        sequences += ids
+        types += encoded.get("token_type_ids") or [[0] * len(row) for row in ids]
+    return Laid(sequences, [range(1)] * len(sequences), cut, types if any(map(any, types)) else None)
+
+
+def pattern_sequences(
+    rows: Dataset,
+    templates: Sequence[Template],
+    variants: Sequence[Variant] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    what: str,
+    *,
+    cut_tail: bool,
+) -> Laid:
+    """A sequence a row for each of ``variants`` of the patterns, read at the mask; without variants for each pattern,
+    read at its first position.
+
+    All variants of a pattern see the same text, cut as the longest needs it. ``cut_tail``: a causal model reads the
+    pattern up to its mask, without closing special tokens. Raises `UserError` for values that are neither text nor
+    numbers, and for a row without a token to read.
+    """
+    head, tail = special_affixes(tokenizer)
+    affixes = (head, [] if cut_tail else tail)
+    columns = sorted({name for template in templates for name in template.fields})
+    for template in templates:
+        template.check_columns(rows.column_names, what)
+    widest = [
+        max((len(variant.inserted) for variant in variants or () if variant.pattern == number), default=0)
+        for number in range(len(templates))
+    ]
+    laid = Laid([], [], 0)
+    cut = 0
+    for first, chunk in field_chunks(rows, {name: name for name in columns}, what):
+        filled = [
+            fill(
+                template.up_to_mask() if cut_tail else template,
+                template.values(chunk, first, what),
+                tokenizer,
+                affixes,
+                max_length=max_length,
+                mask_width=width,
+            )
+            for template, width in zip(templates, widest, strict=True)
+        ]
+        cut += max(rows_cut for _, rows_cut in filled)  # what the longest pattern cuts is among them nearly always
+        for row in range(len(filled[0][0])):
+            of_row = [made[row] for made, _ in filled]
+            found = (
+                [(ids, range(1)) for ids in of_row]
+                if variants is None
+                else [variant.apply(of_row[variant.pattern]) for variant in variants]
+            )
+            for ids, read in found:
+                if not ids or read.start < 0:
+                    raise UserError(
+                        f"row {first + row} of {what} leaves no token to read in a pattern; remove the row, or put "
+                        "text into the pattern"
+                    )
+                laid.sequences.append(ids)
+                laid.read.append(read)
+    return Laid(laid.sequences, laid.read, cut)
+
+
+def _check_texts(values: list[Any], column: str, first: int, what: str) -> None:
+    for row, value in enumerate(values, first):
+        if not isinstance(value, str):
+            given = "missing" if value is None else f"{type(value).__name__} ({repr(value)[:60]})"
+            raise UserError(f"row {row} of {what}: {column!r} has to be text, but is {given}; write it as a string")

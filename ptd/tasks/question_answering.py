@@ -1,0 +1,306 @@
+"""``task.kind: question_answering``: the span of a context that answers a question, as in SQuAD 1.1 and 2.0.
+
+Fields ``question``, ``context`` and ``answers``: SQuAD's ``{"text": […], "answer_start": […]}``, a list of
+``{"text", "answer_start"}``, or the text itself, which then starts where the context first has it. Empty: the context
+has no answer. The first answer is learned; all of them count in the metrics.
+
+A context that does not fit goes in windows that share ``task.doc_stride`` tokens, so a row of the data may be several
+rows of the examples. A window that lacks the answer points at its first token (Devlin et al. 2019, §4.3).
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ptd.config import DataConfig, TaskConfig
+from ptd.data.fields import cut_on_the_right, field_chunks
+from ptd.readouts.spans import CANDIDATE, END, START, Spans
+from ptd.tasks import Output, register
+from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+Answer = tuple[str, int]
+"""The text and the character of the context where it starts."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A row of the examples: the row of the data (from 0), its context, and the context's tokens in the window.
+
+    ``offsets`` int32 ``[candidates, 2]``: the characters of each candidate; the first, which stands for no answer,
+    has none.
+    """
+
+    row: int
+    context: str
+    offsets: np.ndarray
+
+
+class QuestionAnswering:
+    """Extractive question answering over the last hidden states."""
+
+    output: Output = "body"
+    labels: tuple[str, ...] = ()
+    virtual_tokens = 0
+    cloze = False
+    generates = False
+
+    def __init__(self, config: TaskConfig, data: DataConfig) -> None:
+        self.config, self.data = config, data
+        self.fields = {field: data.columns.get(field, field) for field in ("question", "context", "answers")}
+
+    def fit(self, rows: Dataset, what: str) -> QuestionAnswering:
+        return self
+
+    def tokenize(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, what: str, labelled: bool = True
+    ) -> Examples:
+        """Windows ``question, context`` of up to ``max_length`` tokens, with the tokenizer's own special tokens.
+
+        Labels: ``CANDIDATE``, ``START`` and ``END`` (`ptd.readouts.spans`) at the window's first token and at those of
+        the context. Without ``labelled`` every window's answer is its first token.
+        """
+        split = window_splitter(tokenizer, self.data.max_length, self.config.doc_stride)
+        fields = self.fields if labelled else {name: self.fields[name] for name in ("question", "context")}
+        tokens, types, labels, offsets = array("i"), array("b"), array("i"), array("q", [0])
+        aside: list[Window] = []
+        for first, chunk in field_chunks(rows, fields, what):
+            places = [f"row {row} of {what}" for row in range(first, first + len(chunk["context"]))]
+            for name in ("question", "context"):
+                for place, text in zip(places, chunk[name], strict=True):
+                    _check_text(text, self.fields[name], place)
+            for index, ids, type_ids, in_context, spans in split(chunk["question"], chunk["context"], places):
+                context = chunk["context"][index]
+                targets = np.full(len(ids), IGNORE_INDEX)
+                targets[[0, *in_context]] = CANDIDATE
+                found = None
+                if labelled and (answers := parse_answers(chunk["answers"][index], context, places[index])):
+                    found = _span(answers[0], spans)
+                start, end = (0, 0) if found is None else (in_context[found[0]], in_context[found[1]])
+                targets[start] |= START
+                targets[end] |= END
+                tokens.extend(ids)
+                types.extend(type_ids)
+                labels.extend(targets.tolist())
+                offsets.append(len(tokens))
+                aside.append(Window(first - 1 + index, context, np.array([(0, 0), *spans], dtype=np.int32)))
+        label_array = np.frombuffer(labels, dtype=np.int32)
+        type_array = np.frombuffer(types, dtype=np.int8)
+        takes_types = "token_type_ids" in tokenizer.model_input_names
+        return Examples(
+            np.frombuffer(tokens, dtype=np.int32),
+            label_array,
+            np.frombuffer(offsets, dtype=np.int64),
+            DataReport(len(rows), len(tokens), int((label_array != IGNORE_INDEX).sum())),
+            token_types=type_array if takes_types and type_array.any() else None,
+            aside=tuple(aside),
+        )
+
+    def readout(self, tokenizer: PreTrainedTokenizerBase, hidden_size: int, head: HeadSettings) -> Spans:
+        if head.pooling != "auto":
+            raise UserError(f"method.pooling: {head.pooling} has no effect on where answers start and end; remove it")
+        return Spans(hidden_size, head.hidden_sizes)
+
+    def answers(self, scores: Sequence[Tensor], examples: Examples) -> list[dict[str, Any]]:
+        """One a row of the *data*: ``answer`` ("" for none) and ``score``, its probability in its window.
+
+        Best over the windows; there is no answer if no span is more probable than that is in the window where it is
+        the least (the official evaluation of SQuAD 2.0, with probabilities for logits).
+        """
+        assert examples.aside is not None
+        best: dict[int, tuple[float, str]] = {}
+        null: dict[int, float] = {}
+        for window, logits in zip(examples.aside, scores, strict=True):
+            log_probs = logits.double().log_softmax(dim=0)
+            null[window.row] = min(null.get(window.row, 0.0), float(log_probs[0].sum()))
+            score, start, end = best_span(log_probs[1:], self.config.max_answer_length)
+            if score > best.get(window.row, (-np.inf, ""))[0]:
+                begin, stop = window.offsets[start + 1][0], window.offsets[end + 1][1]
+                best[window.row] = score, window.context[begin:stop]
+        found = []
+        for row, without in null.items():
+            score, text = max(best.get(row, (-np.inf, "")), (without, ""), key=lambda choice: choice[0])
+            found.append({"answer": text, "score": float(np.exp(score))})
+        return found
+
+    def metrics(self, answers: Sequence[dict[str, Any]], rows: Dataset) -> dict[str, float]:
+        """SQuAD's ``exact_match`` and ``f1``: the best over a row's answers, mean over rows."""
+        exact, f1 = [], []
+        chunks = field_chunks(rows, {name: self.fields[name] for name in ("context", "answers")}, "the data")
+        gold = (
+            [text for text, _ in parse_answers(value, context, f"row {row}")] or [""]
+            for first, chunk in chunks
+            for row, (value, context) in enumerate(zip(chunk["answers"], chunk["context"], strict=True), first)
+        )
+        for answer, texts in zip(answers, gold, strict=True):
+            exact.append(max(float(normalize(answer["answer"]) == normalize(text)) for text in texts))
+            f1.append(max(overlap_f1(answer["answer"], text) for text in texts))
+        return {"exact_match": 100 * float(np.mean(exact)), "f1": 100 * float(np.mean(f1))}
+
+    def prompts(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        return []
+
+    def prompts_and_references(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, what: str
+    ) -> tuple[list[list[int]], list[str]]:
+        return [], []
+
+    def facts(self) -> dict[str, Any]:
+        return self.config.model_dump(mode="json", exclude_unset=True)
+
+
+def parse_answers(value: Any, context: str, place: str) -> list[Answer]:
+    """Any of the forms that ``answers`` may have. Raises `UserError` if the context has no such text there."""
+    if isinstance(value, str):
+        value = [value] if value else []
+    if isinstance(value, dict) and isinstance(value.get("text"), list):
+        starts = value.get("answer_start") or [None] * len(value["text"])
+        if len(starts) != len(value["text"]):
+            raise UserError(f"{place}: answers has {len(value['text'])} texts but {len(starts)} values of answer_start")
+        value = [{"text": text, "answer_start": start} for text, start in zip(value["text"], starts, strict=True)]
+    if not isinstance(value, list):
+        raise UserError(
+            f"{place}: answers has to be {{text: […], answer_start: […]}}, a list of {{text, answer_start}} or text, "
+            f"but is {repr(value)[:60]}; an empty list means that there is none"
+        )
+    return [_answer(item if isinstance(item, dict) else {"text": item}, context, place) for item in value]
+
+
+def _answer(item: dict[str, Any], context: str, place: str) -> Answer:
+    text, start = item.get("text"), item.get("answer_start")
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{place}: an answer's text is {text!r}; give a piece of the context, or no answer at all")
+    if start is None:
+        start = context.find(text)
+        if start < 0:
+            raise UserError(f"{place}: the context does not contain the answer {text!r}; answers are pieces of it")
+    elif context[start : start + len(text)] != text:
+        there = context[start : start + len(text)] if isinstance(start, int) else start
+        raise UserError(
+            f"{place}: at answer_start {start} the context has {there!r}, not the answer {text!r}; "
+            "correct it, or leave answer_start out to take the first place that has the text"
+        )
+    bare = text.lstrip()
+    return bare.rstrip(), start + len(text) - len(bare)
+
+
+def _check_text(text: Any, column: str, place: str) -> None:
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{place}: {column!r} has to be text, but is {repr(text)[:60]}; add it or remove the row")
+
+
+_Split = tuple[int, list[int], list[int], list[int], list[tuple[int, int]]]
+# row of the chunk, ids, token types, positions of the context's tokens, and their characters
+
+
+def window_splitter(
+    tokenizer: PreTrainedTokenizerBase, max_length: int, doc_stride: int
+) -> Callable[[list[str], list[str], list[str]], Iterator[_Split]]:
+    """``split(questions, contexts, places)``: the windows of each row, in order.
+
+    Raises `UserError` for a tokenizer without offsets, and naming the row whose question leaves too little room.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path!r} cannot tell where in the text a token lies, which "
+            "task.kind question_answering needs; add its tokenizer.json"
+        )
+    specials = tokenizer.num_special_tokens_to_add(pair=True)
+    # Without a special token between the two, nothing else would tell where the question ends.
+    separator = "" if specials > tokenizer.num_special_tokens_to_add(pair=False) else "\n"
+
+    def split(questions: list[str], contexts: list[str], places: list[str]) -> Iterator[_Split]:
+        firsts = [question.strip() + separator for question in questions]
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        asked = [len(ids) for ids in tokenizer(firsts, **options)["input_ids"]]
+        told = [len(ids) for ids in tokenizer(contexts, **options)["input_ids"]]
+        for length, rest, place in zip(asked, told, places, strict=True):
+            room = max_length - specials - length
+            if rest > room and room <= doc_stride:
+                raise UserError(
+                    f"{place}: beside the question ({length} tokens) there is room for {max(room, 0)} tokens of the "
+                    f"context, but windows that share task.doc_stride {doc_stride} need more; "
+                    "raise data.max_length or lower task.doc_stride"
+                )
+        with cut_on_the_right(tokenizer):
+            encoded = tokenizer(
+                firsts,
+                contexts,
+                truncation="only_second",
+                max_length=max_length,
+                # Where the overlap would not fit beside the special tokens, no context goes in windows either.
+                stride=max(0, min(doc_stride, max_length - specials - 1)),
+                return_overflowing_tokens=True,
+                return_offsets_mapping=True,
+                return_token_type_ids=True,
+                return_attention_mask=False,
+            )
+        for window, row in enumerate(encoded["overflow_to_sample_mapping"]):
+            places_of_context = [at for at, part in enumerate(encoded.sequence_ids(window)) if part == 1]
+            characters = encoded["offset_mapping"][window]
+            yield (
+                row,
+                encoded["input_ids"][window],
+                encoded["token_type_ids"][window],
+                places_of_context,
+                [characters[at] for at in places_of_context],
+            )
+
+    return split
+
+
+def _span(answer: Answer, spans: list[tuple[int, int]]) -> tuple[int, int] | None:
+    """First and last of the tokens that share characters with the answer; None if the window lacks a part of it."""
+    text, start = answer
+    stop = start + len(text)
+    if not spans or spans[0][0] > start or spans[-1][1] < stop:
+        return None
+    touched = [index for index, (begin, end) in enumerate(spans) if begin < stop and end > start]
+    return (touched[0], touched[-1]) if touched else None
+
+
+def best_span(log_probs: Tensor, max_answer_length: int) -> tuple[float, int, int]:
+    """The best start + end of ``[tokens, 2]`` with start ≤ end < start + ``max_answer_length``: score, start, end."""
+    if len(log_probs) == 0:
+        return -np.inf, 0, 0
+    joint = log_probs[:, :1] + log_probs[:, 1]
+    allowed = torch.ones_like(joint, dtype=torch.bool).triu().tril(max_answer_length - 1)
+    flat = int(joint.where(allowed, torch.tensor(-torch.inf, dtype=joint.dtype, device=joint.device)).argmax())
+    start, end = divmod(flat, len(log_probs))
+    return float(joint[start, end]), start, end
+
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalize(text: str) -> str:
+    """SQuAD's: lower case, without punctuation, then without articles, single spaces (Rajpurkar et al. 2016, §6.1)."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def overlap_f1(prediction: str, gold: str) -> float:
+    """F1 of the normalised words as bags; without words on one side, whether both have none (SQuAD 2.0)."""
+    predicted, expected = normalize(prediction).split(), normalize(gold).split()
+    if not predicted or not expected:
+        return float(predicted == expected)
+    common = (Counter(predicted) & Counter(expected)).total()
+    return 2 * common / (len(predicted) + len(expected))
+
+
+@register("question_answering")
+def build(config: TaskConfig, data: DataConfig, architecture: Architecture) -> QuestionAnswering:
+    return QuestionAnswering(config, data)

@@ -1,0 +1,246 @@
+"""``task.kind: seq2seq_lm``: text from text, by an encoder-decoder. Rows have a prompt and a completion.
+
+The encoder reads the prompt (``data.prompt_template``, marks allowed) with the tokenizer's own special tokens. The
+decoder learns the completion as the tokenizer writes targets: ``… </s>`` (T5), ``<s> … </s>`` (BART), ``… </s> code``
+with the code of the language (mBART).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from ptd.config import DataConfig, TaskConfig
+from ptd.data import marks_of
+from ptd.data.fields import check_column, cut_on_the_right, field_chunks
+from ptd.data.filling import encode, fill, special_affixes
+from ptd.data.templates import parse_template
+from ptd.readouts.language_model import LanguageModel
+from ptd.tasks import Output, register
+from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+class Seq2SeqLM:
+    """Text from text; the loss is the language model's own, over the completion's tokens."""
+
+    output: Output = "seq2seq_lm"
+    labels: tuple[str, ...] = ()
+    cloze = False
+    generates = True
+
+    def __init__(self, config: TaskConfig, data: DataConfig) -> None:
+        self.config, self.data = config, data
+        self.virtual_tokens = marks_of([data.prompt_template] if data.prompt_template is not None else [])
+
+    def fit(self, rows: Dataset, what: str) -> Seq2SeqLM:
+        return self
+
+    def tokenize(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, what: str, labelled: bool = True
+    ) -> Examples:
+        """``source``: the encoder's side. ``labels``: the completion; ``tokens``: the same, shifted to the right.
+
+        The first of ``tokens`` stands for the model's ``decoder_start_token_id``, which no tokenizer knows: it is the
+        padding token (0 without one), unless the target ends in a language code, with which the decoder then starts
+        (mBART). Without ``labelled`` nothing but that token is there.
+
+        Prompts are cut on the right to ``max_length`` (their fields, not the template's own text), completions to
+        ``max_target_length``; special and virtual tokens stay.
+        """
+        start = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        limit = self.data.max_target_length or self.data.max_length
+        sources, targets = _Side(), _Side()
+        prompts_cut = completions_cut = 0
+        for first, prompts, cut, completions in _chunks(
+            rows, self.data, tokenizer, self.data.max_length, what, labelled
+        ):
+            prompts_cut += cut
+            encoded, cut = target_tokens(completions, tokenizer, limit) if labelled else ([[]] * len(prompts), 0)
+            completions_cut += cut
+            for row, (prompt, target) in enumerate(zip(prompts, encoded, strict=True), first):
+                if not prompt:
+                    raise UserError(f"row {row} of {what} has a prompt without tokens; the encoder needs at least one")
+                sources.add(prompt, [IGNORE_INDEX] * len(prompt))
+                begin = target[-1] if _ends_in_language(target, tokenizer) else start
+                targets.add([begin, *target[:-1]], target or [IGNORE_INDEX])
+        source = sources.examples(DataReport(len(rows), len(sources.tokens), 0, prompts_cut=prompts_cut))
+        tokens = len(targets.tokens) + len(sources.tokens)
+        supervised = len(targets.tokens) if labelled else 0
+        return targets.examples(DataReport(len(rows), tokens, supervised, prompts_cut, completions_cut), source)
+
+    def readout(self, tokenizer: PreTrainedTokenizerBase, hidden_size: int, head: HeadSettings) -> LanguageModel:
+        return LanguageModel()
+
+    def answers(self, scores: Sequence[Tensor], examples: Examples) -> list[dict[str, Any]]:
+        return []
+
+    def metrics(self, answers: Sequence[dict[str, Any]], rows: Dataset) -> dict[str, float]:
+        return {}
+
+    def prompts(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """What the encoder reads: each text in the only field of ``data.prompt_template``, or as the whole prompt.
+
+        Raises `UserError` if the template has virtual tokens and several fields, which one text cannot fill.
+        """
+        template = None if self.data.prompt_template is None else parse_template(self.data.prompt_template)
+        if template is not None and len(template.fields) == 1:
+            return fill(template, [(text,) for text in texts], tokenizer, special_affixes(tokenizer))[0]
+        if template is not None and template.virtual_tokens:
+            raise UserError(
+                f"data.prompt_template: {template.source!r} places virtual tokens and has {len(template.fields)} "
+                "fields, which a prompt typed as one text cannot fill; give rows with these columns (ptd eval)"
+            )
+        return whole_prompts(texts, tokenizer)[0]
+
+    def prompts_and_references(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, what: str
+    ) -> tuple[list[list[int]], list[str]]:
+        """What the encoder reads for each row, as in training, and the text to expect."""
+        prompts: list[list[int]] = []
+        references: list[str] = []
+        for _, encoded, _, texts in _chunks(rows, self.data, tokenizer, max_length, what, labelled=True):
+            prompts += encoded
+            references += texts
+        return prompts, references
+
+    def facts(self) -> dict[str, Any]:
+        return self.config.model_dump(mode="json", exclude_unset=True)
+
+
+def target_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> tuple[list[list[int]], int]:
+    """Completions as the tokenizer writes targets, EOS among their special tokens; also how many were cut to ``limit``.
+
+    Raises `UserError` for a tokenizer without EOS.
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, so the model could not learn "
+            "where a completion ends (set eos_token in its tokenizer_config.json)"
+        )
+    encoded: list[list[int]] = tokenizer(text_target=texts, verbose=False)["input_ids"]
+    # A language code may stand behind EOS.
+    own = [] if eos in tokenizer(text_target="a")["input_ids"][-2:] else [eos]
+    long = [row for row, ids in enumerate(encoded) if len(ids) + len(own) > limit]
+    if long:
+        chosen = [texts[row] for row in long]
+        with cut_on_the_right(tokenizer):
+            shorter = tokenizer(text_target=chosen, truncation=True, max_length=limit - len(own))["input_ids"]
+        for row, ids in zip(long, shorter, strict=True):
+            encoded[row] = ids
+    return [ids + own for ids in encoded], len(long)
+
+
+def _ends_in_language(target: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    return len(target) > 1 and target[-2] == tokenizer.eos_token_id != target[-1]
+
+
+class _Side:
+    """Sequences of one side, one behind the other."""
+
+    def __init__(self) -> None:
+        self.tokens, self.labels, self.offsets = array("i"), array("i"), array("q", [0])
+
+    def add(self, tokens: list[int], labels: list[int]) -> None:
+        assert len(tokens) == len(labels)
+        self.tokens.extend(tokens)
+        self.labels.extend(labels)
+        self.offsets.append(len(self.tokens))
+
+    def examples(self, report: DataReport, source: Examples | None = None) -> Examples:
+        tokens, labels = (np.frombuffer(side, dtype=np.int32) for side in (self.tokens, self.labels))
+        return Examples(tokens, labels, np.frombuffer(self.offsets, dtype=np.int64), report, source=source)
+
+
+def _chunks(
+    rows: Dataset, data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, what: str, labelled: bool
+) -> Iterator[tuple[int, list[list[int]], int, list[str]]]:
+    """First row's number, the prompts as the encoder reads them, how many were cut, and the completions if labelled."""
+    fields, prompts_of = _prompt_fields(rows, data, what)
+    completion = data.columns.get("completion", "completion")
+    needed = dict(fields)
+    if labelled:
+        check_column(rows, "completion", completion, what)
+        needed[_COMPLETION] = completion
+    for first, chunk in field_chunks(rows, needed, what):
+        for row, text in enumerate(chunk.get(_COMPLETION, []), first):
+            _check_text(text, completion, f"row {row} of {what}")
+            if not text:
+                raise UserError(f"row {row} of {what} has an empty {completion!r}: nothing to learn; remove the row")
+        prompts, cut = prompts_of(chunk, first, tokenizer, max_length)
+        yield first, prompts, cut, chunk.get(_COMPLETION, [])
+
+
+_COMPLETION = "the completion"
+"""No column of a template can have this name, while it may well have a column named completion."""
+
+_PromptsOf = Callable[[dict[str, list[Any]], int, Any, int], tuple[list[list[int]], int]]
+
+
+def _prompt_fields(rows: Dataset, data: DataConfig, what: str) -> tuple[dict[str, str], _PromptsOf]:
+    """The fields that make a prompt, and how a chunk of them becomes tokens and the number of cut ones."""
+    if data.prompt_template is None:
+        column = data.columns.get("prompt", "prompt")
+
+        def plain(
+            chunk: dict[str, list[Any]], first: int, tokenizer: PreTrainedTokenizerBase, max_length: int
+        ) -> tuple[list[list[int]], int]:
+            for row, text in enumerate(chunk["prompt"], first):
+                _check_text(text, column, f"row {row} of {what}")
+            return whole_prompts(chunk["prompt"], tokenizer, max_length)
+
+        return {"prompt": column}, plain
+
+    if "prompt" in data.columns:
+        raise UserError("data.columns.prompt: has no effect beside data.prompt_template; remove one of them")
+    template = parse_template(data.prompt_template)
+    template.check_columns(rows.column_names, what)
+    if template.masks:
+        raise UserError("data.prompt_template: {mask} has no meaning where text is generated; remove it")
+    if not template.fields:
+        raise UserError(
+            f"data.prompt_template: {template.source!r} is the same for every row; write a {{column}} field"
+        )
+
+    def filled(
+        chunk: dict[str, list[Any]], first: int, tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> tuple[list[list[int]], int]:
+        values = template.values({name: chunk[name] for name in template.fields}, first, what)
+        return fill(template, values, tokenizer, special_affixes(tokenizer), max_length=max_length)
+
+    return {name: name for name in template.fields}, filled
+
+
+def whole_prompts(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> tuple[list[list[int]], int]:
+    """Texts between the tokenizer's own special tokens, cut on the right to ``max_length``; also how many were cut."""
+    head, tail = special_affixes(tokenizer)
+    encoded = encode(tokenizer, list(texts))
+    room = None if max_length is None else max(0, max_length - len(head) - len(tail))
+    cut = 0 if room is None else sum(len(ids) > room for ids in encoded)
+    return [head + ids[:room] + tail for ids in encoded], cut
+
+
+def _check_text(text: Any, column: str, place: str) -> None:
+    if not isinstance(text, str):
+        raise UserError(f"{place}: {column!r} has to be text, but is {type(text).__name__}; write it as a string")
+
+
+@register("seq2seq_lm")
+def build(config: TaskConfig, data: DataConfig, architecture: Architecture) -> Seq2SeqLM:
+    if architecture != "encoder-decoder":
+        other = "causal_lm" if architecture == "decoder" else "classification"
+        raise UserError(
+            f"task.kind: seq2seq_lm needs an encoder-decoder, but the backbone is a{'n' * (architecture == 'encoder')} "
+            f"{architecture}; set task.kind: {other}"
+        )
+    return Seq2SeqLM(config, data)

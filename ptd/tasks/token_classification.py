@@ -1,0 +1,291 @@
+"""``task.kind: token_classification``: a label for every word, by a trained head on the word's first sub-token."""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from ptd.config import DataConfig, TaskConfig
+from ptd.data.fields import cut_on_the_right, field_chunks
+from ptd.readouts.tags import Tags
+from ptd.tasks import Output, register
+from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+_CHUNKED = re.compile(r"[BIES]-.+")
+OUTSIDE = "O"
+
+
+@dataclass(frozen=True)
+class Words:
+    """A row's words, and which of them have a label's position: those that ``data.max_length`` left."""
+
+    words: tuple[str, ...]
+    seen: tuple[int, ...]
+
+
+class TokenClassification:
+    """Fields ``tokens`` (words) and ``tags``: a name each, or a number: an index into the names, if there are any."""
+
+    output: Output = "body"
+    virtual_tokens = 0
+    cloze = False
+    generates = False
+
+    def __init__(
+        self,
+        config: TaskConfig,
+        data: DataConfig,
+        labels: tuple[str, ...] = (),
+        class_weights: dict[str, float] | None = None,
+    ) -> None:
+        self.config, self.data, self.labels, self.class_weights = config, data, labels, class_weights
+        self.fields = {field: data.columns.get(field, field) for field in ("tokens", "tags")}
+
+    def fit(self, rows: Dataset, what: str) -> TokenClassification:
+        """Label names, unless given: those of the data's own ``ClassLabel``, or the distinct tags, sorted.
+
+        ``class_weights: balanced``: n / (k · count) for the k labels that occur among the n tags (scikit-learn's).
+        """
+        if self.config.labels is not None and self.config.class_weights != "balanced":
+            return self._with(tuple(self.config.labels), self.config.class_weights)
+        names = self._names_of_data(rows)
+        counts: Counter[str] = Counter()
+        for first, chunk in field_chunks(rows, {"tags": self.fields["tags"]}, what):
+            for row, tags in enumerate(chunk["tags"], first):
+                tags = _list(tags, self.fields["tags"], f"row {row} of {what}")
+                counts.update(_name(tag, names) for tag in tags)
+        labels = tuple(self.config.labels or names or sorted(counts, key=_in_order))
+        weights = self.config.class_weights
+        if weights == "balanced":
+            counts = Counter({label: counts[label] for label in labels if counts[label]})
+            weights = {label: counts.total() / (len(counts) * count) for label, count in counts.items()}
+        return self._with(labels, weights)
+
+    def _with(self, labels: tuple[str, ...], weights: dict[str, float] | None) -> TokenClassification:
+        if len(labels) < 2:
+            raise UserError(
+                f"task.labels: {list(labels)} leaves nothing to choose from; give data with at least two different tags"
+            )
+        for label in weights or {}:
+            if label not in labels:
+                raise UserError(f"task.class_weights: {label!r} is no label; the labels are {', '.join(labels)}")
+        return TokenClassification(self.config, self.data, labels, weights)
+
+    def _names_of_data(self, rows: Dataset) -> tuple[str, ...]:
+        """What numbers among the tags stand for; empty: for themselves."""
+        feature = rows.features.get(self.fields["tags"])
+        own = getattr(getattr(feature, "feature", None), "names", None)
+        names = tuple(own or self.labels or self.config.labels or ())
+        return () if any(name.isdecimal() for name in names) else names
+
+    def tokenize(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, what: str, labelled: bool = True
+    ) -> Examples:
+        """Each word as it would stand in a text, labelled at its first sub-token; cut on the right to ``max_length``.
+
+        Without ``labelled`` the positions are the same and the labels in them mean nothing.
+        """
+        assert self.labels, "fit comes first"
+        index_of = {label: index for index, label in enumerate(self.labels)}
+        fields = self.fields if labelled else {"tokens": self.fields["tokens"]}
+        names = self._names_of_data(rows) if labelled else ()
+        encode = word_encoder(tokenizer, self.data.max_length)
+        tokens, labels, offsets = array("i"), array("i"), array("q", [0])
+        aside: list[Words] = []
+        for first, chunk in field_chunks(rows, fields, what):
+            rows_words = [
+                _words(value, self.fields["tokens"], f"row {row} of {what}")
+                for row, value in enumerate(chunk["tokens"], first)
+            ]
+            for index, (ids, places) in enumerate(encode(rows_words)):
+                words, place = rows_words[index], f"row {first + index} of {what}"
+                if not places:
+                    raise UserError(
+                        f"{place}: no word of {words[:5]} has a token within data.max_length {self.data.max_length}; "
+                        "remove the row or raise data.max_length"
+                    )
+                targets = [0] * len(words)
+                if labelled:
+                    tags = _list(chunk["tags"][index], self.fields["tags"], place)
+                    if len(tags) != len(words):
+                        raise UserError(f"{place} has {len(words)} words but {len(tags)} tags; give one tag a word")
+                    targets = [_target(_name(tag, names), index_of, place) for tag in tags]
+                row = [IGNORE_INDEX] * len(ids)
+                for word, position in places.items():
+                    row[position] = targets[word]
+                tokens.extend(ids)
+                labels.extend(row)
+                offsets.append(len(tokens))
+                aside.append(Words(tuple(words), tuple(places)))
+        label_array = np.frombuffer(labels, dtype=np.int32)
+        supervised = int((label_array != IGNORE_INDEX).sum())
+        return Examples(
+            np.frombuffer(tokens, dtype=np.int32),
+            label_array,
+            np.frombuffer(offsets, dtype=np.int64),
+            DataReport(len(rows), len(tokens), supervised),
+            aside=tuple(aside),
+        )
+
+    def readout(self, tokenizer: PreTrainedTokenizerBase, hidden_size: int, head: HeadSettings) -> Tags:
+        if head.pooling != "auto":
+            raise UserError(f"method.pooling: {head.pooling} has no effect on a label for every word; remove it")
+        weights = None
+        if self.class_weights is not None:
+            weights = [self.class_weights.get(label, 1.0) for label in self.labels]
+        return Tags(hidden_size, len(self.labels), head.hidden_sizes, weights)
+
+    def answers(self, scores: Sequence[Tensor], examples: Examples) -> list[dict[str, Any]]:
+        """``tags`` and their ``probabilities``, one a word; ``entities`` (words ``start:end``) if the labels chunk.
+
+        A word that the backbone did not see is outside of everything (or has the first label), with probability None.
+        """
+        assert examples.aside is not None
+        unseen = OUTSIDE if OUTSIDE in self.labels else self.labels[0]
+        found = []
+        for row, log_probs in zip(examples.aside, scores, strict=True):
+            best, choice = log_probs.max(dim=-1)
+            tags = [unseen] * len(row.words)
+            probabilities: list[float | None] = [None] * len(row.words)
+            for word, label, probability in zip(row.seen, choice.tolist(), best.exp().tolist(), strict=True):
+                tags[word], probabilities[word] = self.labels[label], probability
+            answer: dict[str, Any] = {"tags": tags, "probabilities": probabilities}
+            if self.chunked:
+                answer["entities"] = list(_entities(row.words, tags))
+            found.append(answer)
+        return found
+
+    def metrics(self, answers: Sequence[dict[str, Any]], rows: Dataset) -> dict[str, float]:
+        """``accuracy`` over words; for chunked labels also ``precision``, ``recall`` and ``f1`` of spans (seqeval)."""
+        names = self._names_of_data(rows)
+        gold = [
+            [_name(tag, names) for tag in tags]
+            for _, chunk in field_chunks(rows, {"tags": self.fields["tags"]}, "the data")
+            for tags in chunk["tags"]
+        ]
+        predicted = [answer["tags"] for answer in answers]
+        pairs = [pair for row in zip(gold, predicted, strict=True) for pair in zip(*row, strict=True)]
+        result = {"accuracy": 100 * sum(one == other for one, other in pairs) / len(pairs)}
+        if self.chunked:
+            from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
+
+            precision, recall, f1, _ = precision_recall_fscore_support(
+                gold, predicted, average="micro", zero_division=0
+            )
+            result |= {"precision": 100 * float(precision), "recall": 100 * float(recall), "f1": 100 * float(f1)}
+        return result
+
+    def prompts(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        return []
+
+    def prompts_and_references(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, what: str
+    ) -> tuple[list[list[int]], list[str]]:
+        return [], []
+
+    @property
+    def chunked(self) -> bool:
+        """Whether the labels mark spans: B-, I-, E- and S- of a type, and O."""
+        return all(label == OUTSIDE or _CHUNKED.fullmatch(label) for label in self.labels)
+
+    def facts(self) -> dict[str, Any]:
+        plain = self.config.model_dump(mode="json", exclude_unset=True)
+        learned = {"labels": list(self.labels)} if self.labels else {}
+        weights = {"class_weights": self.class_weights} if self.class_weights is not None else {}
+        return {**plain, **learned, **weights}
+
+
+WordPlaces = dict[int, int]
+"""Word -> the position of its first sub-token, for the words that have one."""
+
+
+def word_encoder(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Any:
+    """``encode(rows of words) -> [(token ids, WordPlaces)]``, words tokenised as in a text with single spaces.
+
+    Byte-level tokenizers read a word differently behind a space, but given words apart they put none; so we do.
+    Raises `UserError` for a tokenizer that cannot tell which word a token comes from.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path!r} cannot tell which word a token comes from, which "
+            "task.kind token_classification needs; add its tokenizer.json"
+        )
+
+    apart = tokenizer(["a", "b"], is_split_into_words=True)["input_ids"]
+    spaced = tokenizer(["a", " b"], is_split_into_words=True)["input_ids"]
+    needs_space = apart != spaced and spaced == tokenizer("a b")["input_ids"]
+
+    def encode(rows: list[list[str]]) -> Iterator[tuple[list[int], WordPlaces]]:
+        given = [[row[0], *(f" {word}" for word in row[1:])] for row in rows] if needs_space else rows
+        with cut_on_the_right(tokenizer):
+            encoded = tokenizer(
+                given, is_split_into_words=True, truncation=True, max_length=max_length, return_attention_mask=False
+            )
+        for row, ids in enumerate(encoded["input_ids"]):
+            places: WordPlaces = {}
+            for position, word in enumerate(encoded.word_ids(row)):
+                if word is not None:
+                    places.setdefault(word, position)
+            yield ids, places
+
+    return encode
+
+
+def _list(value: Any, column: str, place: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise UserError(
+            f"{place}: {column!r} has to be a list, one item a word, but is {type(value).__name__} ({repr(value)[:60]})"
+        )
+    return value
+
+
+def _words(value: Any, column: str, place: str) -> list[str]:
+    words = _list(value, column, place)
+    if not words or not all(isinstance(word, str) for word in words):
+        raise UserError(f"{place}: {column!r} has to be a list of words, but is {repr(value)[:60]}")
+    return words
+
+
+def _name(tag: Any, names: Sequence[str]) -> str:
+    return names[tag] if type(tag) is int and 0 <= tag < len(names) else str(tag)
+
+
+def _target(name: str, index_of: dict[str, int], place: str) -> int:
+    if name not in index_of:
+        raise UserError(
+            f"{place} has the tag {name!r}, which is none of the labels {', '.join(index_of)}; "
+            "correct it, or add it to task.labels"
+        )
+    return index_of[name]
+
+
+def _in_order(label: str) -> tuple[bool, int, str]:
+    """Numbers by their value, before and apart from other names."""
+    number = label.isdecimal()
+    return (not number, int(label) if number else 0, label)
+
+
+def _entities(words: Sequence[str], tags: list[str]) -> Iterator[dict[str, Any]]:
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    for kind, start, last in get_entities(tags):
+        yield {"type": kind, "start": start, "end": last + 1, "text": " ".join(words[start : last + 1])}
+
+
+@register("token_classification")
+def build(config: TaskConfig, data: DataConfig, architecture: Architecture) -> TokenClassification:
+    task = TokenClassification(config, data)
+    if config.labels is not None and config.class_weights != "balanced":
+        return task._with(tuple(config.labels), config.class_weights)
+    return task

@@ -1,0 +1,116 @@
+"""p_tuning: PEFT's network module for module, its place in the sequence, what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PromptEncoder as PeftPromptEncoder
+from peft import PromptEncoderConfig
+
+from ptd.config import parse_method
+from ptd.methods import TaskFacts, method
+from ptd.types import BackboneShape, LayerShape, SoftLayout, UserError
+
+HIDDEN, P = 12, 5
+SHAPE = BackboneShape("any", HIDDEN, 50, 64, (LayerShape(2, 4, 4),))
+NETWORKS = {
+    "lstm": {"encoder_reparameterization_type": "lstm", "encoder_hidden_size": 7, "encoder_num_layers": 3},
+    "mlp": {"encoder_reparameterization_type": "mlp", "encoder_hidden_size": 7},
+}
+
+
+class NoConditioner:
+    """The start is random."""
+
+
+def build(seed=0, marks=P, **settings):
+    config = parse_method({"name": "p_tuning", **settings})
+    facts = TaskFacts("classification", virtual_tokens=marks)
+    return method("p_tuning").build(config, SHAPE, NoConditioner(), facts, seed=seed)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_equal_weights_give_pefts_embeddings_and_gradients(network):
+    ours = build(**NETWORKS[network])
+    settings = {**NETWORKS[network], "encoder_reparameterization_type": network.upper()}
+    theirs = PeftPromptEncoder(
+        PromptEncoderConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=P,
+            token_dim=HIDDEN,
+            num_transformer_submodules=1,
+            inference_mode=False,
+            **settings,
+        )
+    )
+    names = {name: name.removesuffix(".weight") if name == "embedding.weight" else name for name in theirs.state_dict()}
+    ours.load_state_dict({names[name]: weight for name, weight in theirs.state_dict().items()})
+    got, want = ours(), theirs(torch.arange(P)[None])[0]
+    assert torch.allclose(got, want, atol=1e-6)
+    assert got.std() > 0.01
+    for output in (got, want):
+        output.square().sum().backward()
+    gradients = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        assert torch.allclose(gradients[names[name]].grad, parameter.grad, atol=1e-5)
+        assert parameter.grad.any()
+
+
+def test_marks_and_front():
+    at_marks, also_given, in_front = build(), build(num_virtual_tokens=P), build(marks=0, num_virtual_tokens=3)
+    assert at_marks.layout == also_given.layout == SoftLayout(HIDDEN, in_front=False)
+    assert in_front.layout == SoftLayout(HIDDEN, in_front=True)
+    assert [len(encoder()) for encoder in (at_marks, also_given, in_front)] == [P, P, 3]
+    assert not at_marks.state(at_marks()).in_front
+    assert at_marks.peft_type == in_front.peft_type == "P_TUNING"
+
+
+def test_sizes_default_to_the_backbones_and_two_layers():
+    encoder = build()
+    assert (encoder.lstm_head.hidden_size, encoder.lstm_head.num_layers) == (HIDDEN, 2)
+    assert encoder().shape == (P, HIDDEN)
+    assert encoder().dtype == torch.float32
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_seed_fixes_the_encoder(network):
+    first, again, other = (build(seed=seed, **NETWORKS[network]) for seed in (7, 7, 8))
+    assert torch.equal(first(), again())
+    assert not torch.equal(first(), other())
+
+
+@pytest.mark.parametrize(
+    ("kind", "example"),
+    [
+        ("causal_lm", r'data\.prompt_template: "\{v:10\}\{prompt\}"'),
+        ("seq2seq_lm", r'data\.prompt_template: "\{v:10\}\{prompt\}"'),
+        ("classification", r'task\.patterns: \["\{v:3\} \{text\} \{v:3\} \{mask\}"\]'),
+        ("token_classification", r"there are none; set method\.num_virtual_tokens"),
+    ],
+)
+def test_a_template_without_virtual_tokens_is_refused(kind, example):
+    for act in (method("p_tuning").check, lambda config, facts: build(marks=0)):
+        with pytest.raises(UserError, match=r"method\.name: p_tuning trains the virtual tokens of a template"):
+            act(parse_method({"name": "p_tuning"}), TaskFacts(kind))
+    with pytest.raises(UserError, match=example):
+        method("p_tuning").check(parse_method({"name": "p_tuning"}), TaskFacts(kind))
+
+
+def test_two_different_numbers_are_refused():
+    with pytest.raises(UserError, match=r"method\.num_virtual_tokens: got 3, but the \{v:n\} .* are 5 virtual tokens"):
+        build(num_virtual_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_virtual_tokens": 0}, r"method\.num_virtual_tokens: got 0"),
+        ({"encoder_hidden_size": 0}, r"method\.encoder_hidden_size: got 0"),
+        ({"encoder_num_layers": 0}, r"method\.encoder_num_layers: got 0"),
+        ({"encoder_reparameterization_type": "gru"}, r"method\.encoder_reparameterization_type: got 'gru'"),
+        ({"encoder_reparameterization_type": "mlp", "encoder_num_layers": 3}, "has no effect with .*mlp"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        parse_method({"name": "p_tuning", **settings})

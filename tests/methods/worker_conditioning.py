@@ -1,0 +1,46 @@
+"""Run by test_conditioning.py on every rank: what the conditioner reads off a sharded backbone, against a whole one.
+
+``worker_conditioning.py FAMILIES FOLDER`` with the helpers' file and a folder of saved backbones, one a family.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+
+from ptd.backbone import TextConditioner
+from ptd.config import BackboneConfig
+from ptd.engine.ranks import Ranks
+from ptd.engine.setup import prepare
+
+ZERO3 = {
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
+OUTPUTS = {"gemma3_text": "causal_lm", "bert": "body", "mbart": "seq2seq_lm"}
+
+
+def main(families_file: str, folder: str) -> None:
+    spec = importlib.util.spec_from_file_location("families", families_file)
+    assert spec is not None
+    assert spec.loader is not None
+    families = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(families)
+    ranks = Ranks.start(needs_group=True)
+    for family, output in OUTPUTS.items():
+        config = BackboneConfig(path=str(Path(folder) / family))
+        sharded = prepare(config, ranks, ZERO3, output=output).model
+        assert not any(parameter.numel() for parameter in sharded.parameters())
+        whole = families.tiny_model(family)
+        got, want = (TextConditioner(model, families.tiny_tokenizer(), ranks.device) for model in (sharded, whole))
+        ids = list(range(5, 5 + 70))
+        assert torch.equal(got.embeddings(ids), whole.get_input_embeddings()(torch.tensor(ids)))
+        if output == "causal_lm":
+            assert torch.equal(got.text_kv("a text", 4), want.text_kv("a text", 4))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

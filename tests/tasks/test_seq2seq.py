@@ -1,0 +1,201 @@
+"""Text from text: both sides' tokens, transformers' own loss, cuts, virtual tokens, prompts for generation."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from families import tiny_model
+
+from ptd.config import DataConfig, TaskConfig
+from ptd.data.batches import padded_batch
+from ptd.tasks import make_task
+from ptd.types import IGNORE_INDEX, HeadSettings, UserError, virtual_id
+
+support = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("support.py"))))
+
+ROWS = [
+    {"prompt": "anna lives", "completion": "in york."},
+    {"prompt": "a", "completion": "b"},
+    {"prompt": "in the old town", "completion": "12"},
+]
+TOKENIZERS = {"t5": support.t5, "bart": support.roberta, "mbart": support.mbart}
+
+
+def make(**data: Any):
+    settings = {"max_length": 64, **data}
+    return make_task(TaskConfig(kind="seq2seq_lm"), DataConfig(**settings), "encoder-decoder")
+
+
+def tokenized(task, tokenizer, rows=ROWS, **options):
+    return task.tokenize(Dataset.from_list(rows), tokenizer, what="rows.jsonl", **options)
+
+
+def refusal(call, *args, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*args, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+def test_both_sides_are_as_the_tokenizer_writes_them(family):
+    tokenizer = TOKENIZERS[family]()
+    examples = tokenized(make(), tokenizer)
+    assert len(examples) == len(examples.source) == 3
+    for index, row in enumerate(ROWS):
+        tokens, labels = examples[index]
+        target = tokenizer(text_target=row["completion"])["input_ids"]
+        assert labels.tolist() == target
+        assert tokens[1:].tolist() == target[:-1]
+        assert tokens[0] == (target[-1] if family == "mbart" else tokenizer.pad_token_id)
+        source, nothing = examples.source[index]
+        assert source.tolist() == tokenizer(row["prompt"])["input_ids"]
+        assert set(nothing.tolist()) == {IGNORE_INDEX}
+    assert examples.report.supervised_tokens == len(examples.labels)
+    assert examples.report.tokens == len(examples.tokens) + len(examples.source.tokens)
+    assert tokenizer(ROWS[0]["prompt"])["input_ids"] == examples.source[0][0].tolist(), "back in source mode"
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+def test_the_loss_is_that_of_transformers(family):
+    tokenizer = TOKENIZERS[family]()
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    start = tokenizer.pad_token_id if family == "t5" else tokenizer.eos_token_id
+    model = tiny_model(family, vocab_size=len(tokenizer), decoder_start_token_id=start, **special)
+    task = make()
+    batch = padded_batch(tokenized(task, tokenizer), np.arange(3), tokenizer.pad_token_id)
+    # What the model's side does: only it knows the decoder's start token.
+    batch.input_ids[:, 0] = batch.input_ids[:, 0].where(batch.input_ids[:, 0] != tokenizer.pad_token_id, start)
+
+    def run(batch, positions):
+        logits = model(
+            input_ids=batch.source.input_ids,
+            attention_mask=batch.source.attention_mask.long(),
+            decoder_input_ids=batch.input_ids,
+        ).logits
+        return logits.flatten(0, 1)[positions]
+
+    with torch.no_grad():
+        reading = task.readout(tokenizer, 32, HeadSettings())(run, batch)
+        expected = model(
+            input_ids=batch.source.input_ids, attention_mask=batch.source.attention_mask.long(), labels=batch.labels
+        ).loss
+    assert reading.weight == batch.supervised_tokens
+    torch.testing.assert_close(reading.loss / reading.weight, expected)
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+def test_cuts_keep_the_special_tokens(family):
+    tokenizer = TOKENIZERS[family]()
+    examples = tokenized(make(max_length=6, max_target_length=5), tokenizer)
+    assert examples.report.prompts_cut == 2
+    assert examples.report.completions_cut == 1
+    for index, row in enumerate(ROWS):
+        whole = tokenizer(row["prompt"], truncation=True, max_length=6)["input_ids"]
+        assert examples.source[index][0].tolist() == whole
+        target = tokenizer(text_target=row["completion"], truncation=True, max_length=5)["input_ids"]
+        assert examples[index][1].tolist() == target
+    assert max(examples.source.lengths) == 6
+    assert np.diff(examples.offsets).max() == 5
+
+
+def test_completions_are_cut_to_max_length_without_another_limit():
+    examples = tokenized(make(max_length=6), support.t5())
+    assert np.diff(examples.offsets).max() == 6
+
+
+def test_a_tokenizer_that_adds_nothing_gets_an_end():
+    tokenizer = support.byte_level()
+    examples = tokenized(make(max_length=6), tokenizer)
+    assert examples[1][1].tolist() == [*tokenizer("b")["input_ids"], tokenizer.eos_token_id]
+    assert examples[0][1].tolist() == [*tokenizer("in yo")["input_ids"], tokenizer.eos_token_id]
+    assert examples[1][0].tolist() == [tokenizer.pad_token_id, *tokenizer("b")["input_ids"]]
+    assert examples.source[0][0].tolist() == tokenizer("anna l")["input_ids"]
+
+
+def test_virtual_tokens_stand_in_the_encoders_text():
+    tokenizer = support.t5()
+    task = make(prompt_template="{v:2} old {a} {v:1}", columns={"completion": "b"}, max_length=14)
+    assert task.virtual_tokens == 3
+    rows = [{"a": "york", "b": "in"}, {"a": "newyorktown", "b": "in"}]
+    examples = tokenized(task, tokenizer, rows)
+    first, second, third = (virtual_id(index) for index in range(3))
+    for index, kept in enumerate(["york", "ne"]):
+        source = examples.source[index][0].tolist()
+        assert (source[:2], source[-2:]) == ([first, second], [third, tokenizer.eos_token_id])
+        text = tokenizer.decode(source[2:-2]).strip()
+        assert text.startswith("old ")
+        assert kept in text
+    assert examples.source.lengths.max() == 14
+    assert examples.report.prompts_cut == 1
+    assert (examples.tokens >= 0).all()
+
+
+def test_prompts_for_generation_are_those_of_training():
+    for family, build in TOKENIZERS.items():
+        tokenizer = build()
+        task = make()
+        prompts, references = task.prompts_and_references(
+            Dataset.from_list(ROWS), tokenizer, max_length=64, what="rows.jsonl"
+        )
+        examples = tokenized(task, tokenizer)
+        assert prompts == [examples.source[index][0].tolist() for index in range(3)], family
+        assert references == [row["completion"] for row in ROWS]
+        assert task.prompts([row["prompt"] for row in ROWS], tokenizer) == prompts
+
+
+def test_a_typed_prompt_fills_the_only_field():
+    tokenizer = support.t5()
+    task = make(prompt_template="old {a} {v:2}")
+    rows = [{"a": "york", "completion": "in"}]
+    assert task.prompts(["york"], tokenizer) == [tokenized(task, tokenizer, rows).source[0][0].tolist()]
+    two = make(prompt_template="{a} and {b}")
+    assert two.prompts(["york"], tokenizer) == [tokenizer("york")["input_ids"]]
+    said = refusal(make(prompt_template="{a} {b} {v:1}").prompts, ["york"], tokenizer)
+    assert "places virtual tokens and has 2 fields" in said
+
+
+def test_without_labels_completions_are_not_needed():
+    tokenizer = support.t5()
+    examples = tokenized(make(), tokenizer, [{"prompt": row["prompt"]} for row in ROWS], labelled=False)
+    whole = tokenized(make(), tokenizer)
+    assert examples.source.tokens.tolist() == whole.source.tokens.tolist()
+    assert examples.tokens.tolist() == [tokenizer.pad_token_id] * 3
+    assert examples.labels.tolist() == [IGNORE_INDEX] * 3
+
+
+def test_columns_of_any_name():
+    tokenizer = support.t5()
+    rows = [{"completion": "anna", "target": "york"}]
+    plain = make(columns={"prompt": "completion", "completion": "target"})
+    filled = make(prompt_template="{completion}", columns={"completion": "target"})
+    for task in (plain, filled):
+        examples = tokenized(task, tokenizer, rows)
+        assert examples.source[0][0].tolist() == tokenizer("anna")["input_ids"]
+        assert examples[0][1].tolist() == tokenizer("york")["input_ids"]
+
+
+def test_refusals():
+    tokenizer = support.t5()
+    said = refusal(tokenized, make(), tokenizer, [ROWS[0], {"prompt": "a", "completion": ""}])
+    assert "row 2 of rows.jsonl has an empty 'completion'" in said
+    said = refusal(tokenized, make(), tokenizer, [ROWS[0], {"prompt": "a", "completion": None}])
+    assert "row 2 of rows.jsonl has no 'completion'" in said
+    assert "has no column 'prompt'" in refusal(tokenized, make(), tokenizer, [{"text": "a", "completion": "b"}])
+    assert "'prompt' has to be text, but is int" in refusal(
+        tokenized, make(), tokenizer, [{"prompt": 3, "completion": "b"}]
+    )
+    said = refusal(tokenized, make(), support.byte_level(), [{"prompt": "", "completion": "b"}])
+    assert "row 1 of rows.jsonl has a prompt without tokens" in said
+    assert "{x} is not a column" in refusal(tokenized, make(prompt_template="{x}"), tokenizer)
+    assert "{mask} has no meaning" in refusal(tokenized, make(prompt_template="{prompt} {mask}"), tokenizer)
+    both = make(prompt_template="{prompt}", columns={"prompt": "prompt"})
+    assert "data.columns.prompt: has no effect" in refusal(tokenized, both, tokenizer)
+    said = refusal(make_task, TaskConfig(kind="seq2seq_lm"), DataConfig(), "encoder")
+    assert "the backbone is an encoder; set task.kind: classification" in said
