@@ -101,7 +101,8 @@ class TaskConfig(Section):
             if getattr(self, name) is not None and self.kind != "classification":
                 raise ValueError(f"{name}: works with kind classification, not {self.kind}")
         for name in ("doc_stride", "max_answer_length"):
-            if name in self.model_fields_set and self.kind != "question_answering":
+            given = getattr(self, name) != type(self).model_fields[name].default
+            if given and self.kind != "question_answering":
                 raise ValueError(f"{name}: works with kind question_answering, not {self.kind}")
         if self.labels is not None and len(set(self.labels)) != len(self.labels):
             raise ValueError(f"labels: {self.labels} names a label twice")
@@ -157,8 +158,9 @@ class DataConfig(Section):
     def check_task(self, kind: TaskKind) -> None:
         """Refuse settings (`ValueError`) that a task of this kind has no use for."""
         generates = kind in ("causal_lm", "seq2seq_lm")
-        for name in ("format", "prompt_template"):
-            if name in self.model_fields_set and getattr(self, name) is not None and not generates:
+        for name in ("format", "prompt_template", "max_target_length"):
+            used = kind == "seq2seq_lm" if name == "max_target_length" else generates
+            if getattr(self, name) != type(self).model_fields[name].default and not used:
                 raise ValueError(f"data.{name}: has no effect with task.kind {kind}; remove it")
         if kind == "seq2seq_lm" and self.format != "prompt_completion":
             raise ValueError(f"data.format: task.kind seq2seq_lm needs prompt_completion, not {self.format}")
@@ -197,7 +199,8 @@ class TrainConfig(Section):
     save_steps: int | None = Field(None, ge=1, description="resumable checkpoint; default: only at the end")
     save_total_limit: int = Field(2, ge=1)
     metric_for_best_model: str = Field(
-        "loss", description="evaluation metric by which best/ is kept; all but loss and perplexity: the higher the better"
+        "loss",
+        description="evaluation metric by which best/ is kept; all but loss and perplexity: the higher the better",
     )
 
     @property

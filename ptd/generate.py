@@ -18,6 +18,7 @@ from ptd.engine.setup import Prepared, prepare
 from ptd.methods import method_head
 from ptd.readouts import Readout
 from ptd.tasks import Task, make_task
+from ptd.tasks.seq2seq_lm import target_language
 from ptd.types import Architecture, Reporter, UserError
 
 
@@ -74,9 +75,7 @@ def load_tuned(
     facts = found.facts if found is not None else {}
     architecture = architecture_of(config)
     described = facts.get("task") or {"kind": _text_task(architecture, path)}
-    task = make_task(
-        task_config(described), data_config({**facts.get("data", {}), **(settings or {})}), architecture
-    )
+    task = make_task(task_config(described), data_config({**facts.get("data", {}), **(settings or {})}), architecture)
     tokenizer = load_tokenizer(config)
     prepared = prepare(config, ranks, output=task.output)
     readout = task.readout(tokenizer, prepared.shape.hidden_size, method_head(facts.get("method", {})))
@@ -151,6 +150,9 @@ def _generation_config(tuned: Tuned, decoding: Decoding, max_new_tokens: int) ->
     first_eos = eos[0] if isinstance(eos, list) else eos
     pad = tuned.tokenizer.pad_token_id if tuned.tokenizer.pad_token_id is not None else first_eos
     sampling = decoding.temperature > 0
+    start = own.decoder_start_token_id
+    if start is None and tuned.task.output == "seq2seq_lm":
+        start = target_language(tuned.tokenizer)
     options: dict[str, Any] = {}
     if sampling:
         options = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
@@ -161,7 +163,7 @@ def _generation_config(tuned: Tuned, decoding: Decoding, max_new_tokens: int) ->
         eos_token_id=eos,
         pad_token_id=pad if pad is not None else 0,
         bos_token_id=own.bos_token_id,
-        decoder_start_token_id=own.decoder_start_token_id,
+        decoder_start_token_id=start,
         forced_bos_token_id=own.forced_bos_token_id,
         **options,
     )

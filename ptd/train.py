@@ -31,7 +31,6 @@ from ptd.tasks import Task, make_task
 from ptd.types import Examples, Reporter, UserError
 from ptd.versions import versions
 
-
 PEFT_TASKS: dict[str, str | None] = {
     "causal_lm": "CAUSAL_LM",
     "seq2seq_lm": "SEQ_2_SEQ_LM",
@@ -66,11 +65,16 @@ def _train(
     settings = fit_batch(config, ranks.world_size, folder.facts().get("rows_per_step"), reporter)
     tokenizer = load_tokenizer(config.backbone)
     task = make_task(config.task, config.data, architecture_of(config.backbone))
-    _check_method(config, task)
-    task, train_rows, _ = _examples(config.data, "train", task, tokenizer, ranks, reporter)
+    chosen, facts = method(config.method_name), _facts(config, task)
+    chosen.check(config.method_config(), facts)
+    trains = chosen.has_prompt or facts.trained_head
+    learned_from = "train" if trains else "eval"
+    task, train_rows, rows = _examples(config.data, learned_from, task, tokenizer, ranks, reporter, learn=True)
     held_out = None
     if config.data.eval is not None:
-        _, eval_rows, rows = _examples(config.data, "eval", task, tokenizer, ranks, reporter)
+        eval_rows = train_rows
+        if trains:
+            _, eval_rows, rows = _examples(config.data, "eval", task, tokenizer, ranks, reporter)
         size = config.train.eval_batch_size
         held_out = HeldOut(task, eval_rows, rows, size, config.data.packing, tokenizer.pad_token_id)
     prepared = prepare(config.backbone, ranks, zero3, output=task.output)
@@ -78,7 +82,7 @@ def _train(
     step = _build_step(config, trained, ranks)
     batches = _batches(config.data, settings, train_rows, tokenizer, prepared, ranks)
     total = settings.max_steps or batches.total_steps(settings.num_train_epochs)
-    if not trained.count():
+    if not trains:
         reporter.note(f"method {config.method_name} trains nothing: the backbone is evaluated as it is")
         total = 0
 
@@ -100,8 +104,6 @@ def _train(
     with ExitStack() as stack:
         if zero3 is not None:
             stack.enter_context(metered_deepspeed(step.meter))
-        if total == 0:
-            loop.evaluate(0)
         loop.run(start, total)
     result = {"steps": total, "seconds": time.time() - began, "peak_memory_bytes": peak_memory_bytes()}
     return artifacts.finish(result, records)
@@ -256,9 +258,16 @@ def fit_batch(run: RunConfig, world_size: int, rows_per_step: int | None, report
 
 
 def _examples(
-    config: DataConfig, which: str, task: Task, tokenizer: Any, ranks: Ranks, reporter: Reporter
+    config: DataConfig,
+    which: str,
+    task: Task,
+    tokenizer: Any,
+    ranks: Ranks,
+    reporter: Reporter,
+    *,
+    learn: bool = False,
 ) -> tuple[Task, Examples, Any]:
-    """The task (which learns its labels from the training rows), the rows' tokens, and on rank 0 the rows."""
+    """The task (which may ``learn`` its labels from these rows), the rows' tokens, and on rank 0 the rows."""
     source = config.train if which == "train" else config.eval
     if source is None:
         raise UserError(f"data.{which}: is missing; name the file to read")
@@ -268,17 +277,12 @@ def _examples(
     def read() -> tuple[Task, Examples]:
         nonlocal rows
         rows = load_rows(source, split, what=f"data.{which}")
-        fitted = task.fit(rows, source) if which == "train" else task
+        fitted = task.fit(rows, source) if learn else task
         return fitted, fitted.tokenize(rows, tokenizer, what=source)
 
     task, examples = ranks.on_main(read)
     reporter.note(f"data.{which}: {examples.report}")
     return task, examples, rows
-
-
-def _check_method(config: RunConfig, task: Task) -> None:
-    chosen = method(config.method_name)
-    chosen.check(config.method_config(), _facts(config, task))
 
 
 def _facts(config: RunConfig, task: Task) -> TaskFacts:

@@ -206,8 +206,9 @@ class PromptEncoder(nn.Module):
 class HeadSettings:
     """A trained head on the backbone's last hidden states.
 
-    ``pooling`` turns a sequence into one vector: its first token (``cls``), their ``mean`` or the ``last`` one; ``auto``:
-    last for a decoder, cls for an encoder. ``hidden_sizes``: widths of tanh layers before the output; none: linear.
+    ``pooling`` turns a sequence into one vector: its first token (``cls``), their ``mean`` or the ``last`` one;
+    ``auto``: last for a decoder, cls for an encoder, mean for the encoder of an encoder-decoder, which has no trained
+    first token. ``hidden_sizes``: widths of tanh layers before the output; none: linear.
     """
 
     pooling: Literal["auto", "cls", "mean", "last"] = "auto"
@@ -291,15 +292,13 @@ class DataReport:
     supervised_tokens: int
     prompts_cut: int = 0
     completions_cut: int = 0
+    texts_cut: int = 0
 
     def __str__(self) -> str:
         line = f"{self.rows:,} rows, {self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised"
-        for count, side, name in (
-            (self.prompts_cut, "left", "prompts"),
-            (self.completions_cut, "right", "completions"),
-        ):
-            if count:
-                line += f"; {count:,} {name} cut on the {side} to max_length"
+        for name in ("prompts", "completions", "texts"):
+            if count := getattr(self, f"{name}_cut"):
+                line += f"; {count:,} {name} cut to the length allowed"
         return line
 
 

@@ -197,7 +197,11 @@ BAD = {
         ["method.init=text", "method.init_text=Hi"],
         "fewer than method.num_virtual_tokens=4",
     ),
-    "unknown method": ({}, ["method.name=prefx"], "available: prefix"),
+    "unknown method": (
+        {},
+        ["method.name=prefx"],
+        "available: hard_prompt, head, p_tuning, p_tuning_v2, prefix, prompt",
+    ),
     "missing data": ({"data": {"train": "nowhere.jsonl"}}, [], "nowhere.jsonl"),
     "not an override": ({}, ["max_steps"], "write it as key=value"),
 }

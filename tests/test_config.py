@@ -136,7 +136,7 @@ def test_parsing_does_not_change_what_it_is_given() -> None:
         ),
         ("train.xyz=1", "train.xyz: unknown key; valid keys: adam_beta1, "),
         ("method.xyz=1", "method.xyz: unknown key; valid keys: "),
-        ("data.columns.answer=a", "columns: format 'prompt_completion' has no field 'answer'"),
+        ("data.columns.answer=a", "data.columns: format prompt_completion has no field 'answer'"),
         ("method.name=prefx", "method.name: there is no method 'prefx'; available: "),
     ],
 )
@@ -191,7 +191,7 @@ def test_wrong_types_and_values_name_their_path(tmp_path: Path, override: str, p
         (("data.max_tokens=64", "data.packing=false"), "data: max_tokens is the budget of a packed micro-batch"),
         (("data.max_tokens=64", "data.max_length=65"), "has to hold one sequence of max_length (65)"),
         (("data.format=text", "data.prompt_template='{a}'"), "prompt_template works with format prompt_completion"),
-        (("data.format=messages", "data.columns.prompt=a"), "format 'messages' has no field 'prompt'"),
+        (("data.format=messages", "data.columns.prompt=a"), "format messages has no field 'prompt'"),
     ],
 )
 def test_impossible_combinations(tmp_path: Path, overrides: tuple[str, ...], said: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import warnings
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
@@ -66,8 +65,8 @@ PURE = {
 THIRD_PARTY = set(
     """
     accelerate bitsandbytes datasets deepspeed einops flash_attn huggingface_hub liger_kernel matplotlib numpy pandas
-    peft ptd_kernels pyarrow pydantic rich rouge_score sacrebleu safetensors scipy seqeval sklearn tokenizers torch tqdm transformers
-    triton typer yaml
+    peft ptd_kernels pyarrow pydantic rich rouge_score sacrebleu safetensors scipy seqeval sklearn tokenizers torch tqdm
+    transformers triton typer yaml
     """.split()  # noqa: SIM905
 )
 

@@ -15,10 +15,10 @@ SAMPLE = 8
 def fingerprint(model: PreTrainedModel, *, without: str | None = None) -> str:
     """Hash of the name, shape and leading values, rounded to bfloat16, of every parameter below the head.
 
-    ``without`` names a submodule that is no part of the backbone; neither is BERT's pooler, which nothing here reads. So
-    a model has the same fingerprint with and without a language-model head. The same for a model loaded in float32 or bfloat16,
-    replicated or partitioned (ZeRO-3: only rank 0, which holds the head of each flat partition, gets the right value;
-    it has to be broadcast).
+    ``without`` names a submodule that is no part of the backbone; neither is BERT's pooler, which nothing here reads.
+    So a model has the same fingerprint with and without a language-model head. The same for a model loaded in float32
+    or bfloat16, replicated or partitioned (ZeRO-3: only rank 0, which holds the head of each flat partition, gets the
+    right value; it has to be broadcast).
     """
     digest = hashlib.sha256(model.config.model_type.encode())
     samples: list[Tensor] = []

@@ -75,7 +75,7 @@ def load_model(
         if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
             setattr(model_config, name, 0.0)
     auto_class, mapping = _CLASSES[output]
-    model_class = mapping[type(model_config)] if type(model_config) in mapping else None
+    model_class = mapping.get(type(model_config), None)
     model_class = model_class[0] if isinstance(model_class, tuple) else model_class
     check(model_class, model_config)
     options: dict[str, Any] = {}

@@ -28,13 +28,13 @@ from ptd.checkpoint.files import sync, write_atomically, write_json
 MANIFEST, FACTS = "manifest.json", "state.json"
 
 
-def tensors_of(encoder: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything trained, by name: the encoder's parameters and buffers and AdamW's moments of each parameter.
+def tensors_of(trained: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Everything trained, by name: the module's parameters and buffers and AdamW's moments of each parameter.
 
     The optimizer's state is created where it does not exist yet: the same call serves saving and loading in place.
     """
-    tensors = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
-    for name, parameter in encoder.named_parameters():
+    tensors = dict(trained.state_dict())
+    for name, parameter in trained.named_parameters():
         state = optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)

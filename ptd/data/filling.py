@@ -128,7 +128,10 @@ def _owner(text: str, holders: list[int], begin: int, end: int) -> int:
     inked = [holders[place] for place in range(begin, end) if not text[place].isspace()]
     if inked:
         return -1 if -1 in inked else inked[-1]
-    return holders[begin] if begin < end else -1
+    # A token without a width of its own (the space before a word, in some byte-level tokenizers) goes with what
+    # follows.
+    place = begin if begin < end else min(begin, len(holders) - 1)
+    return holders[place] if holders else -1
 
 
 def _shares(sizes: list[int], room: int) -> list[int] | None:

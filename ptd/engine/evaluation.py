@@ -42,7 +42,9 @@ class HeldOut:
         )
 
 
-def evaluate(held_out: HeldOut, prepared: Prepared, readout: Readout, ranks: Ranks, reporter: Reporter) -> dict[str, Any]:
+def evaluate(
+    held_out: HeldOut, prepared: Prepared, readout: Readout, ranks: Ranks, reporter: Reporter
+) -> dict[str, Any]:
     """Mean loss over everything predicted, and what the task measures: its metrics, or a text's perplexity.
 
     Every rank calls this together and gets the same.
@@ -52,7 +54,7 @@ def evaluate(held_out: HeldOut, prepared: Prepared, readout: Readout, ranks: Ran
     if task.generates:
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "supervised_tokens": supervised}
     metrics = ranks.on_main(lambda: task.metrics(task.answers(scores, held_out.examples), held_out.rows))
-    return {"loss": loss, **metrics, "rows": len(held_out.examples)}
+    return {"loss": loss, **metrics, "rows": held_out.examples.report.rows}
 
 
 def scores_of(

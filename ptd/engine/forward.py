@@ -37,9 +37,11 @@ class Forward:
             inputs["use_cache"] = False
         if batch.source is not None:
             ids = batch.input_ids.clone()
-            # The decoder starts from a token that the model's config names; mBART's is part of the target already.
-            if (start := self.model.config.decoder_start_token_id) is not None:
-                ids[:, 0] = start
+            # Where the target does not say what the decoder starts from (mBART's language code), the config does.
+            config = self.model.config
+            if config.decoder_start_token_id is not None:
+                open_start = ids[:, 0] == (config.pad_token_id or 0)
+                ids[:, 0] = ids[:, 0].masked_fill(open_start, config.decoder_start_token_id)
             source = batch.source
             return inputs | {
                 "input_ids": source.input_ids,

@@ -44,7 +44,10 @@ class Loop:
     on_save: Callable[[int], None]
 
     def run(self, start: int, stop: int) -> None:
-        """Optimizer steps ``start`` … ``stop − 1``; a step's number in records counts from 1."""
+        """Optimizer steps ``start`` … ``stop − 1``; a step's number in records counts from 1. None: only evaluate."""
+        if stop == 0:
+            self.evaluate(0)
+            return
         rate = learning_rates(self.config, stop)
         window = Window()
         skipped = 0
@@ -91,9 +94,8 @@ class Loop:
         self.prepared.attachment.set(self.step.state())
         metrics = evaluate(self.held_out, self.prepared, self.step.readout, self.ranks, self.reporter)
         shown = {key: value for key, value in metrics.items() if isinstance(value, float)}
-        self.reporter.advance(
-            "train", number, "eval " + "  ".join(f"{key} {value:.4f}" for key, value in shown.items())
-        )
+        line = "eval " + "  ".join(f"{key} {value:.4f}" for key, value in shown.items())
+        self.reporter.advance("train", number, line) if number else self.reporter.note(line)
         self.on_record({"step": number, **{f"eval_{key}": value for key, value in metrics.items()}})
         self.on_eval(number, metrics)
 

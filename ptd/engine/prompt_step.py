@@ -5,8 +5,8 @@ The encoder's input does not depend on data. So (1) it runs once a step and its 
 divided by the global number of supervised tokens; (4) the encoder's backward runs once with it. By linearity of the
 backward pass this is ordinary data parallelism, whatever the encoder's size.
 
-A readout with parameters of its own (a trained head) depends on the data; its gradient is summed over ranks as it is, in
-one flat all-reduce.
+A readout with parameters of its own (a trained head) depends on the data; its gradient is summed over ranks as it is,
+in one flat all-reduce.
 """
 
 from __future__ import annotations
@@ -87,9 +87,7 @@ class PromptStep:
             tensor.requires_grad_()
         return self._leaf
 
-    def finish(
-        self, loss_sum: Tensor, weight: Tensor | float, tokens: int, supervised_tokens: int
-    ) -> StepResult:
+    def finish(self, loss_sum: Tensor, weight: Tensor | float, tokens: int, supervised_tokens: int) -> StepResult:
         """Reduce, run the encoder's backward, clip and step. A step that is not finite is skipped on all ranks.
 
         The mean loss of the step is the sum of all ranks' ``loss_sum`` over the sum of their ``weight``.
@@ -167,7 +165,7 @@ def build_optimizer(
     epsilon: float,
     weight_decay: float,
 ) -> torch.optim.AdamW:
-    """AdamW; split and whole parameters in groups of their own (foreach kernels cannot mix them), the readout in another.
+    """AdamW; split and whole parameters in groups of their own (foreach kernels cannot mix them), and the readout's.
 
     A group's ``scale`` is what the schedule's learning rate is multiplied with.
     """

@@ -16,8 +16,8 @@ from ptd.types import BackboneShape, LayerShape, NoPrompt, PrefixKV, PromptEncod
 
 ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 SUPPORTED = (
-    "use a model such as llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, gpt2, gpt_neox, opt or mixtral, an encoder "
-    "such as bert, roberta, distilbert or modernbert, or an encoder-decoder such as t5, bart or mbart"
+    "use a decoder such as llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, gpt2, gpt_neox, opt or mixtral, an "
+    "encoder such as bert, roberta, distilbert or modernbert, or an encoder-decoder such as t5, bart or mbart"
 )
 
 
@@ -28,9 +28,7 @@ def check_supported(model_class: type[PreTrainedModel] | None, config: Any) -> N
     """
     model_type = config.model_type
     if model_class is None:
-        raise UserError(
-            f"backbone.path: transformers has no model of type {model_type!r} for this task; " + SUPPORTED
-        )
+        raise UserError(f"backbone.path: transformers has no model of type {model_type!r} for this task; " + SUPPORTED)
     if not model_class._can_set_attn_implementation():
         raise UserError(
             f"backbone.path: model type {model_type!r} does not use transformers' AttentionInterface, so a prefix "
@@ -52,8 +50,8 @@ class Attachment:
     that records gradients, and kept as long as its parameters are unchanged otherwise. Own tokens are shifted by P
     positions, as PEFT does, in models that take positions.
 
-    Attaching runs one forward pass over one or two tokens, which shows the attention layers and their sizes (``shape``);
-    under ZeRO-3 every rank has to attach together.
+    Attaching runs one forward pass over one or two tokens, which shows the attention layers and their sizes
+    (``shape``); under ZeRO-3 every rank has to attach together.
     """
 
     def __init__(self, model: PreTrainedModel, *, backend: str = "auto", encoder: PromptEncoder | None = None) -> None:
@@ -179,7 +177,9 @@ def _shape(model: PreTrainedModel, calls: list[Call], stacks: list[Stack]) -> Ba
             f"{type(model).__name__} has {expected} attention layers but {len(seen)} of its modules called the "
             "attention interface; a prefix cannot be injected into this model"
         )
-    layers = tuple(_layer(call, within_encoder=call.module in stacks[0].members, two=len(stacks) == 2) for call in calls)
+    layers = tuple(
+        _layer(call, within_encoder=call.module in stacks[0].members, two=len(stacks) == 2) for call in calls
+    )
     width: int = stacks[0].embeddings.embedding_dim
     return BackboneShape(config.model_type, config.hidden_size, config.vocab_size, context_of(config), layers, width)
 

@@ -25,9 +25,9 @@ POSITIONS_FROM_MASK = {"biogpt", "opt"}
 class Stack:
     """Hooks on one stack.
 
-    ``shift``: positions its own tokens are moved by. ``soft`` ``[P, hidden]``: embeddings of virtual tokens, which stand
-    before every sequence (``in_front``) or where `virtual_id` marks them. ``source_extra``: virtual tokens that the
-    other stack, which this one attends to, put before its sequences. ``keep``: flattened positions to put out.
+    ``shift``: positions its own tokens are moved by. ``soft`` ``[P, hidden]``: embeddings of virtual tokens, which
+    stand before every sequence (``in_front``) or where `virtual_id` marks them. ``source_extra``: virtual tokens that
+    the other stack, which this one attends to, put before its sequences. ``keep``: flattened positions to put out.
     ``refresh`` is called before every forward pass.
     """
 
@@ -171,8 +171,8 @@ class Stack:
             counted: Tensor = mask.long().cumsum(1) - 1
             return counted.clamp(min=0)[:, seen:]
         if self.first_position and ids is not None:
-            useful = ids != self.first_position - 1  # the padding index itself
-            return useful.long().cumsum(1) * useful + self.first_position - 1
+            useful: Tensor = (ids != self.first_position - 1).long()  # the padding index itself
+            return useful.cumsum(1) * useful + (self.first_position - 1)
         begin = seen + self.first_position
         return torch.arange(begin, begin + tokens.shape[1], device=tokens.device)[None]
 
@@ -189,9 +189,9 @@ def stacks_of(model: PreTrainedModel, attention: list[nn.Module], refresh: Calla
 def sides_of(model: PreTrainedModel) -> list[nn.Module]:
     """Encoder and decoder of a model that has both; else the model."""
     for module in model.modules():
-        pair = [getattr(module, "encoder", None), getattr(module, "decoder", None)]
-        if all(isinstance(side, PreTrainedModel) for side in pair):
-            return pair
+        encoder, decoder = getattr(module, "encoder", None), getattr(module, "decoder", None)
+        if isinstance(encoder, PreTrainedModel) and isinstance(decoder, PreTrainedModel):
+            return [encoder, decoder]
     return [model]
 
 
@@ -212,7 +212,7 @@ def _first_position(module: nn.Module) -> int:
     """0, or in the RoBERTa family the position behind the padding index."""
     for part in module.modules():
         if hasattr(part, "create_position_ids_from_input_ids"):
-            return int(part.padding_idx) + 1
+            return int(part.padding_idx) + 1  # type: ignore[arg-type]
     return 0
 
 

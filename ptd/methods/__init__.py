@@ -38,8 +38,8 @@ class TaskFacts:
     """What a method may know of the task: enough to say that it does not suit it.
 
     ``kind`` as in ``task.kind``; ``labels`` the label names; ``cloze``: labels are read off the language model's words
-    at a mask; ``trained_head``: the readout has parameters of its own; ``virtual_tokens``: number of virtual tokens that
-    the layout of the sequences places with ``{v:n}`` marks.
+    at a mask; ``trained_head``: the readout has parameters of its own; ``virtual_tokens``: number of virtual tokens
+    that the layout of the sequences places with ``{v:n}`` marks.
     """
 
     kind: str = "causal_lm"
@@ -72,6 +72,7 @@ class Method:
 
     ``construct(config, shape, conditioner, facts)`` builds the encoder; ``head(config)`` says what a trained head looks
     like where the task has one; ``check(config, facts)`` raises `UserError` for a task that the method does not suit.
+    Without ``has_prompt`` a trained head is all there is to train, and without that head nothing is.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Method:
     construct: Construct
     head: Callable[[Any], HeadSettings]
     check: Callable[[Any, TaskFacts], None]
+    has_prompt: bool
 
     def build(
         self,
@@ -113,6 +115,7 @@ def register(
     config: type,
     head: Callable[[Any], HeadSettings] = lambda config: HeadSettings(),
     check: Callable[[Any, TaskFacts], None] = refuse_marks,
+    has_prompt: bool = True,
 ) -> Callable[[Construct], Construct]:
     """Register ``construct(config, shape, conditioner, facts) -> PromptEncoder`` under ``name``; see `Method`.
 
@@ -120,7 +123,7 @@ def register(
     """
 
     def add(construct: Construct) -> Construct:
-        _METHODS[name] = Method(name, config, construct, head, check)
+        _METHODS[name] = Method(name, config, construct, head, check, has_prompt)
         return construct
 
     return add

@@ -30,7 +30,7 @@ def check(config: HardPromptConfig, facts: TaskFacts) -> None:
         )
 
 
-@register("hard_prompt", config=HardPromptConfig, check=check)
+@register("hard_prompt", config=HardPromptConfig, check=check, has_prompt=False)
 def build(
     config: HardPromptConfig, shape: BackboneShape, conditioner: Conditioner, facts: TaskFacts
 ) -> NoPromptEncoder:

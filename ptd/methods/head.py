@@ -36,7 +36,7 @@ def check(config: HeadConfig, facts: TaskFacts) -> None:
     need_trained_head("head", config.pooling, facts, for_words="hard_prompt", for_text="prefix")
 
 
-@register("head", config=HeadConfig, head=head, check=check)
+@register("head", config=HeadConfig, head=head, check=check, has_prompt=False)
 def build(config: HeadConfig, shape: BackboneShape, conditioner: Conditioner, facts: TaskFacts) -> NoPromptEncoder:
     """Nothing is put beside the tokens; what is trained is the task's readout."""
     return NoPromptEncoder()

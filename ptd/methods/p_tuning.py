@@ -29,7 +29,9 @@ class PTuningConfig:
 
     num_virtual_tokens: int | None = None  # default: as many as {v:n} in the template says
     encoder_reparameterization_type: Literal["lstm", "mlp"] = "lstm"
-    encoder_hidden_size: int | None = None  # of one direction of the LSTM; default: the width of the backbone's input embeddings
+    encoder_hidden_size: int | None = (
+        None  # of one direction of the LSTM; default: the width of the backbone's input embeddings
+    )
     encoder_num_layers: int = 2  # of the LSTM; the MLP alone always has two hidden layers
 
     def __post_init__(self) -> None:

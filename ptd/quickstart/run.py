@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from ptd.config import load_config
 from ptd.data import load_rows
 from ptd.engine.ranks import Ranks
 from ptd.evaluate import continue_rows, held_out_metrics, text_metrics

@@ -1,7 +1,8 @@
 """Readouts: how a batch's loss and scores come out of the backbone. One file is one readout; pure torch.
 
-A readout never sees a model, only ``run(batch, positions)``: what the backbone puts out (logits of a language model, the
-last hidden states of a body) at these of all flattened positions, ``[len(positions), width]``; None: at all of them.
+A readout never sees a model, only ``run(batch, positions)``: what the backbone puts out (logits of a language model,
+the last hidden states of a body) at these of all flattened positions, ``[len(positions), width]``; None: at all of
+them.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ Run = Callable[[Batch, Tensor | None], Tensor]
 class Reading:
     """What a readout says about a batch.
 
-    ``loss``: sum over what is predicted, fp32 scalar; ``weight``: what its sum over all batches of a step is divided by;
-    ``scores``: one fp32 tensor a row of the batch, if asked for.
+    ``loss``: sum over what is predicted, fp32 scalar; ``weight``: what its sum over all batches of a step is divided
+    by; ``scores``: one fp32 tensor a row of the batch, if asked for.
     """
 
     loss: Tensor

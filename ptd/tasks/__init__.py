@@ -28,9 +28,10 @@ Output = Literal["causal_lm", "masked_lm", "seq2seq_lm", "body"]
 class Task(Protocol):
     """A kind of task over a backbone of some architecture.
 
-    ``data``: how the rows are read; ``labels``: the names a prediction chooses from (none for text). ``virtual_tokens``: how many ``{v:n}`` marks stand
-    for in the layout of its sequences. ``cloze``: labels are read off the language model's own words. ``generates``: the
-    answer is text, which is judged by generating it; else the readout's scores say it.
+    ``data``: how the rows are read; ``labels``: the names a prediction chooses from (none for text).
+    ``virtual_tokens``: how many ``{v:n}`` marks stand for in the layout of its sequences. ``cloze``: labels are read
+    off the language model's own words. ``generates``: the answer is text, which is judged by generating it; else the
+    readout's scores say it.
     """
 
     data: DataConfig

@@ -86,7 +86,7 @@ class Classification:
         group = len(laid.sequences) // len(rows)
         for number, (begin, read) in enumerate(zip(offsets[:-1], laid.read, strict=True)):
             labels[begin + read.start : begin + read.stop] = targets[number // group]
-        report = DataReport(len(rows), len(tokens), sum(map(len, laid.read)), completions_cut=laid.cut)
+        report = DataReport(len(rows), len(tokens), sum(map(len, laid.read)), texts_cut=laid.cut)
         types = None
         if laid.types is not None:
             types = np.fromiter(chain.from_iterable(laid.types), dtype=np.int8, count=len(tokens))

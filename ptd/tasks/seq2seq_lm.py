@@ -50,12 +50,13 @@ class Seq2SeqLM:
 
         The first of ``tokens`` stands for the model's ``decoder_start_token_id``, which no tokenizer knows: it is the
         padding token (0 without one), unless the target ends in a language code, with which the decoder then starts
-        (mBART). Without ``labelled`` nothing but that token is there.
+        (`target_language`). Without ``labelled`` nothing but that token is there.
 
         Prompts are cut on the right to ``max_length`` (their fields, not the template's own text), completions to
         ``max_target_length``; special and virtual tokens stay.
         """
-        start = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        language = target_language(tokenizer)
+        start = next(token for token in (language, tokenizer.pad_token_id, 0) if token is not None)
         limit = self.data.max_target_length or self.data.max_length
         sources, targets = _Side(), _Side()
         prompts_cut = completions_cut = 0
@@ -69,8 +70,7 @@ class Seq2SeqLM:
                 if not prompt:
                     raise UserError(f"row {row} of {what} has a prompt without tokens; the encoder needs at least one")
                 sources.add(prompt, [IGNORE_INDEX] * len(prompt))
-                begin = target[-1] if _ends_in_language(target, tokenizer) else start
-                targets.add([begin, *target[:-1]], target or [IGNORE_INDEX])
+                targets.add([start, *target[:-1]], target or [IGNORE_INDEX])
         source = sources.examples(DataReport(len(rows), len(sources.tokens), 0, prompts_cut=prompts_cut))
         tokens = len(targets.tokens) + len(sources.tokens)
         supervised = len(targets.tokens) if labelled else 0
@@ -139,8 +139,10 @@ def target_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, limit: i
     return [ids + own for ids in encoded], len(long)
 
 
-def _ends_in_language(target: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
-    return len(target) > 1 and target[-2] == tokenizer.eos_token_id != target[-1]
+def target_language(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The language code behind EOS that targets end in and the decoder starts with (mBART); None: there is none."""
+    behind = tokenizer(text_target="a")["input_ids"][-2:]
+    return behind[1] if len(behind) == 2 and behind[0] == tokenizer.eos_token_id != behind[1] else None
 
 
 class _Side:

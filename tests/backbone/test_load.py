@@ -11,7 +11,7 @@ from families import VOCAB, save_backbone, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ptd.backbone import fingerprint, load_model, load_tokenizer
+from ptd.backbone import architecture_of, fingerprint, load_model, load_tokenizer
 from ptd.backbone.load import checkpoint_layers
 from ptd.config import BackboneConfig
 from ptd.inject import Attachment, check_supported
@@ -110,8 +110,30 @@ def test_the_fingerprint_tells_weights_apart_and_not_dtypes(backbone_dir, tmp_pa
     assert fingerprint(load(save_backbone(tmp_path, seed=1))) != prints[0]
     assert fingerprint(tiny_model("mistral")) != fingerprint(tiny_model("llama"))  # the same weights, another family
     model = tiny_model("llama")
-    model.add_module("extra", torch.nn.Linear(2, 2))
-    assert fingerprint(model) != fingerprint(model, without="extra") == prints[0]
+    assert fingerprint(model) == fingerprint(model.model) == prints[0]  # with and without the language-model head
+    model.model.add_module("extra", torch.nn.Linear(2, 2))
+    assert fingerprint(model) != fingerprint(model.model, without="extra") == prints[0]
+
+
+def test_every_output_of_a_checkpoint_is_the_same_backbone(tmp_path):
+    folder = save_backbone(tmp_path, "bert")
+    config = BackboneConfig(path=str(folder))
+    masked, body = (load_model(config, output, device=CPU) for output in ("masked_lm", "body"))
+    assert fingerprint(masked) == fingerprint(body)
+    assert "pooler" not in dict(body.named_children()) or body.pooler is None
+    with pytest.raises(UserError, match=r"no model of type .bert."):
+        load_model(config, "seq2seq_lm", device=CPU, check=check_supported)
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture"), [("llama", "decoder"), ("bert", "encoder"), ("t5", "encoder-decoder")]
+)
+def test_the_architecture_is_read_from_the_config(family, architecture, tmp_path):
+    config = BackboneConfig(path=str(save_backbone(tmp_path, family)))
+    assert architecture_of(config) == architecture
+    body = load_model(config, "body", device=CPU)
+    assert body(input_ids=IDS).last_hidden_state.shape == (*IDS.shape, 32)
+    assert not any("decoder" in name.split(".")[0] for name, _ in body.named_parameters())
 
 
 @pytest.mark.parametrize("loader", [load, lambda path: load_tokenizer(BackboneConfig(path=str(path)))])

@@ -121,9 +121,7 @@ def test_cuts(make_bytes):
     assert [whole(tokenizer, e) for e in examples] == ["<s>fghxy</s>", "<s>stuvwx", "<s>uvwxy</s>", "<s>abxy</s>"]
     assert [learned(tokenizer, e) for e in examples] == ["xy</s>", "stuvwx", "uvwxy</s>", "xy</s>"]
     assert (examples.report.prompts_cut, examples.report.completions_cut) == (3, 1)
-    assert str(examples.report).endswith(
-        "3 prompts cut on the left to max_length; 1 completions cut on the right to max_length"
-    )
+    assert str(examples.report).endswith("3 prompts cut to the length allowed; 1 completions cut to the length allowed")
     plain = make_bytes()
     (example,) = run(plain, [pair("abc", "stuvwxyz")], max_length=4)
     assert whole(plain, example) == "cstu"

@@ -103,7 +103,7 @@ def all_reduce_bytes(world: int, *numbers_of_bytes: int) -> int:
 
 @pytest.mark.parametrize("placement", ["replicated", "zero3"])
 def test_network_bytes_of_a_step(measured: dict[str, Any], world: int, placement: str) -> None:
-    """Loss, its weight and two counts in fp64, and the gradient at the prompt; an MLP adds output, dE and four norms."""
+    """Loss, weight and two counts in fp64, and the gradient at the prompt; an MLP adds output, dE and four norms."""
     counts, prompt, embedding, norms = 4 * 8, P * WIDTH * 4, P * EMBEDDING * 4, 4 * 4
     direct = measured[f"network/{placement}/direct"]["bytes"]
     assert direct["network_bytes_prompt"] == all_reduce_bytes(world, counts, prompt)

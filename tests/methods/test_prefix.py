@@ -198,10 +198,10 @@ def test_only_an_mlp_is_worth_separating():
     assert isinstance(build(prefix_projection=True), PrefixEncoder)
 
 
-def test_peft_has_a_decoders_prefix_only():
-    encoder_only = BackboneShape("any", 16, 100, 64, TWO_SIDED[:2])
-    assert build().peft_type == "PREFIX_TUNING"
-    assert [build(shape=shape, prefix_projection=True).peft_type for shape in (SEQ2SEQ, encoder_only)] == [None, None]
+def test_peft_has_a_prefix_for_a_single_stack_only():
+    encoder_only = BackboneShape("any", 16, 100, 64, tuple(layer for layer in TWO_SIDED if layer.kind == "encoder"))
+    assert build().peft_type == build(shape=encoder_only).peft_type == "PREFIX_TUNING"
+    assert build(shape=SEQ2SEQ).peft_type is build(shape=SEQ2SEQ, prefix_projection=True).peft_type is None
 
 
 def test_too_small_an_mlp_says_what_is_lost_and_what_helps():

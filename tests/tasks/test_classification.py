@@ -206,7 +206,7 @@ def test_every_length_of_word_sees_the_same_text():
     cut = ["[CLS]", "a", "##b", "##c", "##d", "##e"]
     assert ":" not in tokenizer.get_vocab()
     assert tokens == [*cut, "[UNK]", "[MASK]", "[SEP]", *cut, "[UNK]", *["[MASK]"] * 4, "[SEP]"]
-    assert examples.report.completions_cut == 1
+    assert examples.report.texts_cut == 1
 
 
 def test_words_as_they_stand_in_place():
@@ -245,7 +245,7 @@ def test_a_text_or_a_pair_is_what_the_tokenizer_makes_of_it():
             elif name in ("bert", "roberta", "gpt"):
                 assert examples.token_types is None
             whole = tokenizer(*texts)["input_ids"]
-            assert examples.report.completions_cut == sum(len(ids) > 9 for ids in whole)
+            assert examples.report.texts_cut == sum(len(ids) > 9 for ids in whole)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from families import tiny_model
 from ptd.config import DataConfig, TaskConfig
 from ptd.data.batches import padded_batch
 from ptd.tasks import make_task
+from ptd.tasks.seq2seq_lm import target_language
 from ptd.types import IGNORE_INDEX, HeadSettings, UserError, virtual_id
 
 support = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("support.py"))))
@@ -57,6 +58,8 @@ def test_both_sides_are_as_the_tokenizer_writes_them(family):
         source, nothing = examples.source[index]
         assert source.tolist() == tokenizer(row["prompt"])["input_ids"]
         assert set(nothing.tolist()) == {IGNORE_INDEX}
+    code = tokenizer.convert_tokens_to_ids("ro_RO") if family == "mbart" else None
+    assert target_language(tokenizer) == code
     assert examples.report.supervised_tokens == len(examples.labels)
     assert examples.report.tokens == len(examples.tokens) + len(examples.source.tokens)
     assert tokenizer(ROWS[0]["prompt"])["input_ids"] == examples.source[0][0].tolist(), "back in source mode"

@@ -1,0 +1,87 @@
+"""The trained head's network, pooling in both layouts, and the loss of rows that are read several times."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ptd.readouts.heads import Head, PooledClassifier, classify
+from ptd.types import Batch
+
+LENGTHS = [3, 1, 4]
+
+
+def batch(packed: bool, labels: list[int]) -> Batch:
+    """Sequences of `LENGTHS` whose tokens are numbered through from 1."""
+    pieces = torch.arange(1, sum(LENGTHS) + 1).split(LENGTHS)
+    marks = [torch.tensor([label, *[-100] * (n - 1)]) for label, n in zip(labels, LENGTHS, strict=True)]
+    if packed:
+        ids, targets = torch.cat(pieces)[None], torch.cat(marks)[None]
+    else:
+        ids = torch.nn.utils.rnn.pad_sequence(list(pieces), batch_first=True)
+        targets = torch.nn.utils.rnn.pad_sequence(marks, batch_first=True, padding_value=-100)
+    return Batch(
+        input_ids=ids,
+        labels=targets,
+        position_ids=torch.zeros_like(ids),
+        cu_seqlens=torch.tensor([0, 3, 4, 8], dtype=torch.int32) if packed else None,
+        max_seqlen=4,
+        tokens=8,
+        supervised_tokens=3,
+        lengths=torch.tensor(LENGTHS),
+        rows=(5, 6, 7),
+    )
+
+
+def run(given: Batch, positions: torch.Tensor) -> torch.Tensor:
+    """Hidden states that name their token."""
+    token = given.input_ids.flatten()[positions].to(torch.bfloat16)
+    return torch.stack([token, -token], dim=1)
+
+
+def test_a_head_is_linear_or_has_tanh_layers():
+    hidden = torch.randn(5, 4)
+    linear = Head(4, 3)
+    (layer,) = linear.layers
+    torch.testing.assert_close(linear(hidden), hidden @ layer.weight.T + layer.bias)
+    deep = Head(4, 3, (6, 2))
+    first, _, second, _, last = deep.layers
+    torch.testing.assert_close(deep(hidden), last(second(first(hidden).tanh()).tanh()))
+    assert [tuple(layer.weight.shape) for layer in (first, second, last)] == [(6, 4), (2, 6), (3, 2)]
+    assert deep(hidden.bfloat16()).dtype == torch.float32
+    assert {parameter.dtype for parameter in deep.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("pooling", "expected"), [("cls", [1.0, 4.0, 5.0]), ("last", [3.0, 4.0, 8.0]), ("mean", [2.0, 4.0, 6.5])]
+)
+def test_pooling_stays_within_the_sequence(packed, pooling, expected):
+    readout = PooledClassifier(Head(2, 2), pooling)
+    pooled = readout.pool(run, batch(packed, [0, 1, 1]))
+    assert pooled.dtype == torch.float32
+    assert pooled.tolist() == [[value, -value] for value in expected]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_loss_is_that_of_the_row_s_own_label(packed):
+    readout = PooledClassifier(Head(2, 3), "last", torch.tensor([1.0, 2.0, 5.0]))
+    reading = readout(run, batch(packed, [2, 0, 1]), True)
+    log_p = readout.head(torch.tensor([[3.0, -3.0], [4.0, -4.0], [8.0, -8.0]])).log_softmax(dim=1)
+    torch.testing.assert_close(reading.loss, -(5 * log_p[0, 2] + log_p[1, 0] + 2 * log_p[2, 1]))
+    assert float(reading.weight) == 8.0
+    torch.testing.assert_close(torch.stack(reading.scores), log_p)
+    assert list(readout.state_dict()) == ["head.layers.0.weight", "head.layers.0.bias"]
+
+
+def test_an_ensemble_averages_losses_and_probabilities():
+    probabilities = torch.tensor([[[0.5, 0.5], [0.9, 0.1]], [[0.2, 0.8], [0.4, 0.6]]])
+    # Any constant added to a reading's logits is the softmax's to remove.
+    logits = probabilities.log() + torch.tensor([0.0, 3.0])[None, :, None]
+    reading = classify(logits, torch.tensor([0, 1]), None, True)
+    loss = -(math.log(0.5) + math.log(0.9)) / 2 - (math.log(0.8) + math.log(0.6)) / 2
+    torch.testing.assert_close(reading.loss, torch.tensor(loss))
+    torch.testing.assert_close(torch.stack(reading.scores).exp(), torch.tensor([[0.7, 0.3], [0.3, 0.7]]))
+    assert classify(logits, torch.tensor([0, 1]), None, False).scores is None
