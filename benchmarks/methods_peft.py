@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ def run_peft(cell: Cell, backbone: str, folder: Path) -> dict[str, Any]:
     """Train and measure the cell; ``{"error": …}`` where PEFT cannot do it with this version of transformers."""
     import peft
     import torch
-    from methods_cells import ADVERT_HIDDEN, BATCH_ROWS, P
+    from methods_cells import BATCH_ROWS, P, hidden_size
     from transformers import get_linear_schedule_with_warmup
 
     from ptd.data import Batches
@@ -59,7 +59,7 @@ def run_peft(cell: Cell, backbone: str, folder: Path) -> dict[str, Any]:
     batches = Batches(examples, rank=0, world_size=1, per_device_batch_size=BATCH_ROWS, seed=cell.seed)
     torch.manual_seed(cell.seed)
     base = load_model(cell.task, backbone)
-    hidden = ADVERT_HIDDEN if cell.task == "advert" else base.config.hidden_size
+    hidden = hidden_size(cell.method, cell.task)
     model = peft.get_peft_model(base, peft_config(cell.method, cell.task, P[cell.task], hidden)).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cell.learning_rate, weight_decay=0.0)
@@ -178,6 +178,5 @@ class Rows:
         ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
-        cut: Callable[[Any], Any] = lambda row: row[width:] if row.shape[1:] or len(row) > width else row
-        texts: list[str] = self.tokenizer.batch_decode([cut(row) for row in output], skip_special_tokens=True)
+        texts: list[str] = self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
         return texts

@@ -31,10 +31,13 @@ INTENTS: dict[str, tuple[tuple[Sequence[str], Sequence[str]], tuple[Sequence[str
     "refund": (
         (
             ("Please send me my money back for the {x}.", "I would like a refund for the {x}.",
-             "You charged me twice for the {x}, return the second payment.", "I sent the {x} back and still wait for the amount on my card.",
+             "You charged me twice for the {x}, return the second payment.",
+             "I sent the {x} back and still wait for the amount on my card.",
              "How do I get reimbursed for the {x}?", "The {x} cost less than you took; pay me the difference."),
-            ("Nobody has paid me back for the {x} I returned.", "Can the sum for the {x} be credited to my account again?",
-             "I expect compensation for what I paid for the {x}.", "When do I see the price of the {x} on my bank statement again?"),
+            ("Nobody has paid me back for the {x} I returned.",
+             "Can the sum for the {x} be credited to my account again?",
+             "I expect compensation for what I paid for the {x}.",
+             "When do I see the price of the {x} on my bank statement again?"),
         ),
         (("a refund", "my money back", "to be reimbursed"), ("compensation", "the amount credited", "repayment")),
     ),
@@ -44,45 +47,59 @@ INTENTS: dict[str, tuple[tuple[Sequence[str], Sequence[str]], tuple[Sequence[str
              "The parcel with the {x} has not moved for a week.", "I ordered the {x} long ago and nothing has come.",
              "The tracking page of the {x} shows nothing."),
             ("Has the {x} left your warehouse yet?", "Two weeks and still no sign of the {x} at my door.",
-             "Which day can I expect the courier with the {x}?", "The shipment of my {x} seems to be lost on its way."),
+             "Which day can I expect the courier with the {x}?",
+             "The shipment of my {x} seems to be lost on its way."),
         ),
-        (("to know where the parcel is", "to track the delivery"), ("to hear about the courier", "the shipping date")),
+        (("the whereabouts of a parcel", "a tracking number"), ("news of the courier", "the shipping date")),
     ),
     "cancel": (
         (
-            ("Please cancel my order of the {x}.", "I want to stop the order for the {x} before it ships.", "I changed my mind, do not send the {x}.",
-             "Take the {x} off my order.", "I no longer need the {x}, please call the order off.", "End my subscription with the {x} today."),
-            ("Withdraw my purchase of the {x}, it is not packed yet.", "Let us forget about the {x}, I will not take it.",
-             "Kindly annul the {x} I bought this morning.", "The {x} was ordered by mistake, remove it from the queue."),
+            ("Please cancel my order of the {x}.", "I want to stop the order for the {x} before it ships.",
+             "I changed my mind, do not send the {x}.",
+             "Take the {x} off my order.", "I no longer need the {x}, please call the order off.",
+             "End my subscription with the {x} today."),
+            ("Withdraw my purchase of the {x}, it is not packed yet.",
+             "Let us forget about the {x}, I will not take it.",
+             "Kindly annul the {x} I bought this morning.",
+             "The {x} was ordered by mistake, remove it from the queue."),
         ),
-        (("to cancel", "to stop the order"), ("to withdraw the purchase", "to annul anything")),
+        (("a cancellation", "an order stopped"), ("a withdrawal of the purchase", "an annulment")),
     ),
     "keep": (
         (
-            ("I decided to keep my order of the {x} after all.", "Please ignore my cancellation of the {x}.", "Leave the order for the {x} as it is.",
-             "I still want the {x}, go on with it.", "Do not cancel the {x}, I need it.", "Forget what I wrote yesterday, the {x} shall be sent."),
-            ("The {x} may stay on my list, I take back what I said.", "Kindly reinstate the {x}; my earlier note was wrong.",
-             "On second thoughts I would rather have the {x} than not.", "Proceed with the {x} as if I had never complained."),
+            ("I decided to keep my order of the {x} after all.", "Please ignore my cancellation of the {x}.",
+             "Leave the order for the {x} as it is.",
+             "I still want the {x}, go on with it.", "Do not cancel the {x}, I need it.",
+             "Forget what I wrote yesterday, the {x} shall be sent."),
+            ("The {x} may stay on my list, I take back what I said.",
+             "Kindly reinstate the {x}; my earlier note was wrong.",
+             "On second thoughts I would rather have the {x} than not.",
+             "Proceed with the {x} as if I had never complained."),
         ),
-        (("to keep it", "to leave everything as it is"), ("to reinstate the order", "to proceed as planned")),
+        (("an order kept", "everything left as it is"), ("an order reinstated", "things going on as planned")),
     ),
     "repair": (
         (
-            ("The {x} stopped working after two days.", "My {x} is broken, can you fix it?", "A part of the {x} came off, send a spare one.",
-             "The {x} makes a strange noise and gets hot.", "I need a technician to look at the {x}.", "How can I mend the {x} under warranty?"),
-            ("The {x} is defective, who can look after it?", "Something inside the {x} snapped; I need a replacement piece.",
+            ("The {x} stopped working after two days.", "My {x} is broken, can you fix it?",
+             "A part of the {x} came off, send a spare one.",
+             "The {x} makes a strange noise and gets hot.", "I need a technician to look at the {x}.",
+             "How can I mend the {x} under warranty?"),
+            ("The {x} is defective, who can look after it?",
+             "Something inside the {x} snapped; I need a replacement piece.",
              "Since last night the {x} refuses to do anything.", "Is there a workshop that services the {x}?"),
         ),
-        (("a repair", "it fixed", "a technician"), ("a workshop", "a spare piece", "a service visit")),
+        (("a repair", "something fixed", "a technician"), ("a workshop", "a spare piece", "a service visit")),
     ),
     "praise": (
         (
-            ("The {x} is wonderful, thank you!", "I just wanted to say how happy I am with the {x}.", "Great service, and the {x} is perfect.",
-             "My family loves the {x}.", "Best {x} I ever bought, well done.", "Compliments to your team, the {x} is lovely."),
+            ("The {x} is wonderful, thank you!", "I just wanted to say how happy I am with the {x}.",
+             "Great service, and the {x} is perfect.",
+             "My family loves the {x}.", "Best {x} I ever bought, well done.",
+             "Compliments to your team, the {x} is lovely."),
             ("What a delight this {x} turned out to be.", "I could not be more pleased with the {x}.",
              "Five stars for the {x} and for your friendly people.", "The {x} exceeded all my hopes."),
         ),
-        (("to say thanks", "to praise you"), ("to send compliments", "to leave a good review")),
+        (("a thank-you note", "praise"), ("a compliment", "a good review")),
     ),
 }  # fmt: skip
 
@@ -104,36 +121,48 @@ CLOSERS: tuple[Sequence[str], Sequence[str]] = (
 
 NAMES: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "PER": (
-        ("Anna Weber", "Jordan Miles", "Peter Novak", "Georgia Lane", "Ravi Patel", "May Chen", "Carlos Ruiz", "Florence Hill",
+        ("Anna Weber", "Jordan Miles", "Peter Novak", "Georgia Lane", "Ravi Patel", "May Chen", "Carlos Ruiz",
+         "Florence Hill",
          "Tom Baker", "Lucia Rossi", "Austin Park", "Emma Stone", "Omar Haddad", "Sofia Lund", "Grace Kim", "Daniel"),
-        ("April Summers", "Sydney Clark", "Igor Petrov", "Chelsea Brooks", "Mei Tanaka", "August Berg", "Fatima Khan", "Paris Gray",
+        ("April Summers", "Sydney Clark", "Igor Petrov", "Chelsea Brooks", "Mei Tanaka", "August Berg",
+         "Fatima Khan", "Paris Gray",
          "Hugo Martin", "Victoria Wells", "Nadia"),
     ),
     "LOC": (
-        ("Jordan", "Georgia", "Florence", "Austin", "Berlin", "Kyoto", "New York", "Lisbon", "Cape Town", "Norway", "Hyde Park",
+        ("Jordan", "Georgia", "Florence", "Austin", "Berlin", "Kyoto", "New York", "Lisbon", "Cape Town", "Norway",
+         "Hyde Park",
          "Buenos Aires", "Cairo", "Lane End", "Mumbai"),
-        ("Sydney", "Chelsea", "Paris", "Victoria", "Oslo", "San Diego", "Nairobi", "Lake Como", "Warsaw", "Gray Harbour", "Peru"),
+        ("Sydney", "Chelsea", "Paris", "Victoria", "Oslo", "San Diego", "Nairobi", "Lake Como", "Warsaw",
+         "Gray Harbour", "Peru"),
     ),
     "PROD": (
-        ("Lumo 4 kettle", "Aero phone", "Nordic tent", "Florence sofa", "Pixel Max camera", "Spring jacket", "Kyoto knife",
+        ("Lumo 4 kettle", "Aero phone", "Nordic tent", "Florence sofa", "Pixel Max camera", "Spring jacket",
+         "Kyoto knife",
          "Trail Pro boots", "Quiet One headset", "Solar radio", "May Day perfume", "Vento fan"),
-        ("Brisa 2 lamp", "Oslo desk", "Summit watch", "Sydney backpack", "Clear View monitor", "Autumn coat", "Paris teapot",
+        ("Brisa 2 lamp", "Oslo desk", "Summit watch", "Sydney backpack", "Clear View monitor", "Autumn coat",
+         "Paris teapot",
          "Rapid X drill", "Monday planner"),
     ),
     "DATE": (
-        ("Monday", "3 May", "last Friday", "in April", "12 June 2021", "yesterday", "next week", "2019", "the first of March",
+        ("Monday", "3 May", "last Friday", "in April", "12 June 2021", "yesterday", "next week", "2019",
+         "the first of March",
          "Sunday morning", "on 7 July", "two days ago"),
         ("Tuesday", "21 August", "this Thursday", "in October", "5 January 2023", "tomorrow", "last month", "2020",
          "the tenth of September", "Saturday evening"),
     ),
 }  # fmt: skip
 SENTENCES: tuple[Sequence[str], Sequence[str]] = (
-    ("{PER} bought the {PROD} in {LOC} {DATE} .", "{DATE} {PER} flew from {LOC} to {LOC} .", "The {PROD} that {PER} ordered never reached {LOC} .",
-     "Ask {PER} whether the {PROD} ships to {LOC} .", "Our shop in {LOC} opens {DATE} .", "{PER} and {PER} returned the {PROD} {DATE} .",
-     "I met {PER} at the office in {LOC} .", "Since {DATE} the {PROD} is sold in {LOC} only .", "Nobody in {LOC} knows {PER} .",
+    ("{PER} bought the {PROD} in {LOC} {DATE} .", "{DATE} {PER} flew from {LOC} to {LOC} .",
+     "The {PROD} that {PER} ordered never reached {LOC} .",
+     "Ask {PER} whether the {PROD} ships to {LOC} .", "Our shop in {LOC} opens {DATE} .",
+     "{PER} and {PER} returned the {PROD} {DATE} .",
+     "I met {PER} at the office in {LOC} .", "Since {DATE} the {PROD} is sold in {LOC} only .",
+     "Nobody in {LOC} knows {PER} .",
      "The lamp and the chair arrived late , but nobody complained .", "My {PROD} broke {DATE} , says {PER} ."),
-    ("{DATE} a parcel for {PER} left {LOC} .", "{LOC} is where {PER} tested the {PROD} .", "According to {PER} , the {PROD} was shown in {LOC} {DATE} .",
-     "We will visit {LOC} with {PER} {DATE} .", "Is the {PROD} of {PER} still in {LOC} ?", "Repairs of the {PROD} take until {DATE} .",
+    ("{DATE} a parcel for {PER} left {LOC} .", "{LOC} is where {PER} tested the {PROD} .",
+     "According to {PER} , the {PROD} was shown in {LOC} {DATE} .",
+     "We will visit {LOC} with {PER} {DATE} .", "Is the {PROD} of {PER} still in {LOC} ?",
+     "Repairs of the {PROD} take until {DATE} .",
      "Neither {PER} nor {PER} lives near {LOC} .", "The meeting was moved , so everyone went home early ."),
 )  # fmt: skip
 
@@ -181,7 +210,7 @@ def _sentence(rng: random.Random, template: str, side: Side) -> Row:
 def data_of(
     task: str, seed: int, train_rows: int, eval_rows: int, split: Literal["dev", "test"]
 ) -> tuple[list[Row], list[Row]]:
-    """Training and evaluation rows. A smaller ``train_rows`` gives the first rows of a larger one with the same seed."""
+    """Training and evaluation rows; a smaller ``train_rows`` gives the first of a larger one with the same seed."""
     if task == "advert":
         return make_task(seed, train_rows, eval_rows)
     make = {"intents": intents, "entities": entities}[task]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES, VOCAB, save_backbone, tiny_model
+from families import ENCODER_DECODERS, FAMILIES, VOCAB, save_backbone, tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import ptd
@@ -123,6 +123,47 @@ def test_saved_and_loaded_gives_the_same_logits(form, tmp_path):
         loaded.save(tmp_path / "again")
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("prompt", {}),
+        ("p_tuning", {"encoder_hidden_size": 8}),
+        ("prefix", {}),
+        ("prefix", {"prefix_projection": True, "encoder_hidden_size": 8}),
+    ],
+    ids=["prompt", "p_tuning", "prefix", "prefix_mlp"],
+)
+@pytest.mark.parametrize("family", ["gpt2", "bert", "roberta", "modernbert", *ENCODER_DECODERS])
+def test_every_prompt_on_every_architecture(family, name, settings, tmp_path):
+    """A user's own loop with the model's own labels; saved and loaded it gives the same logits."""
+
+    def output(model):
+        # An encoder-decoder makes its decoder's input of the labels.
+        return model(input_ids=IDS, attention_mask=torch.ones_like(IDS), labels=IDS)
+
+    tuned = ptd.attach(tiny_model(family), name, num_virtual_tokens=P, **settings)
+    optimizer = torch.optim.AdamW(tuned.encoder.parameters(), lr=0.03, weight_decay=0)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = output(tuned.model).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert min(losses[-3:]) < losses[0]
+    assert {n for n, p in tuned.model.named_parameters() if p.grad is not None} == {
+        f"prompt_encoder.{n}" for n, _ in tuned.encoder.named_parameters()
+    }
+    tuned.save(tmp_path)
+    with torch.no_grad():
+        want = output(tuned.model).logits
+        tuned.remove()
+        plain = output(tuned.model).logits
+        got = output(ptd.load(tiny_model(family), tmp_path).model).logits
+    assert (got - want).abs().max() < CLOSE
+    assert (plain - want).abs().max() > 100 * CLOSE
+
+
 def test_an_adapter_serves_another_dtype_of_the_same_checkpoint(tmp_path):
     backbone = save_backbone(tmp_path / "backbone")
     exact, half = (
@@ -185,6 +226,8 @@ def test_an_adapter_of_another_backbone_is_refused_and_the_model_left_alone(othe
         ("lora", {}, "there is no method 'lora'"),
         ("prefix", {"num_virtual_tokens": 0}, "at least 1"),
         ("prefix", {"nonsense": 1}, "unknown key"),
+        ("head", {}, "'head' puts no prompt on a model"),
+        ("p_tuning", {}, "num_virtual_tokens"),
     ],
 )
 def test_wrong_settings_leave_the_model_alone(name, settings, message):

@@ -53,7 +53,8 @@ def evaluate(
     loss, supervised, scores = _pass(held_out, prepared, readout, ranks, reporter, want_scores=not task.generates)
     if task.generates:
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "supervised_tokens": supervised}
-    metrics = ranks.on_main(lambda: task.metrics(task.answers(scores, held_out.examples), held_out.rows))
+    labelling = task
+    metrics = ranks.on_main(lambda: labelling.metrics(labelling.answers(scores, held_out.examples), held_out.rows))
     return {"loss": loss, **metrics, "rows": held_out.examples.report.rows}
 
 

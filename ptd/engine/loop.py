@@ -81,7 +81,8 @@ class Loop:
         tokens = supervised = 0
         for batch in micro_batches:
             reading = self.step.readout(self.prepared.run, batch)
-            reading.loss.backward()
+            if batch.rows or reading.loss.requires_grad:  # with nothing but a head, a filler depends on nothing trained
+                reading.loss.backward()
             sums += torch.stack([torch.as_tensor(value).detach().to(sums) for value in (reading.loss, reading.weight)])
             tokens += batch.tokens
             supervised += batch.supervised_tokens

@@ -25,13 +25,12 @@ Output = Literal["causal_lm", "masked_lm", "seq2seq_lm", "body"]
 """What the backbone ends in: a language model's logits, or its last hidden states."""
 
 
-class Task(Protocol):
-    """A kind of task over a backbone of some architecture.
+class _Common(Protocol):
+    """What every kind of task has.
 
     ``data``: how the rows are read; ``labels``: the names a prediction chooses from (none for text).
     ``virtual_tokens``: how many ``{v:n}`` marks stand for in the layout of its sequences. ``cloze``: labels are read
-    off the language model's own words. ``generates``: the answer is text, which is judged by generating it; else the
-    readout's scores say it.
+    off the language model's own words.
     """
 
     data: DataConfig
@@ -39,7 +38,6 @@ class Task(Protocol):
     labels: tuple[str, ...]
     virtual_tokens: int
     cloze: bool
-    generates: bool
 
     def fit(self, rows: Dataset, what: str) -> Task:
         """The task with everything it has to learn from the training rows before they are tokenised (label names)."""
@@ -55,27 +53,42 @@ class Task(Protocol):
         """Loss and scores; built alike on every rank."""
         ...
 
-    def answers(self, scores: Sequence[Tensor], examples: Examples) -> list[dict[str, Any]]:
-        """What each row's scores mean, as it is written by ``ptd predict``. Empty for text."""
+    def facts(self) -> dict[str, Any]:
+        """The ``task`` section with everything learned filled in: what an adapter keeps."""
         ...
 
-    def metrics(self, answers: Sequence[dict[str, Any]], rows: Dataset) -> dict[str, float]:
-        """How the answers compare with the rows' labels (0–100). Empty for text."""
-        ...
+
+class WritingTask(_Common, Protocol):
+    """The answer is text, which is judged by generating it."""
+
+    generates: Literal[True]
 
     def prompts(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        """For tasks that generate: what a person types as token ids, as in training."""
+        """What a person types as token ids, as in training."""
         ...
 
     def prompts_and_references(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, what: str
     ) -> tuple[list[list[int]], list[str]]:
-        """For tasks that generate: each row's prompt as token ids, and the text that should follow."""
+        """Each row's prompt as token ids, and the text that should follow."""
         ...
 
-    def facts(self) -> dict[str, Any]:
-        """The ``task`` section with everything learned filled in: what an adapter keeps."""
+
+class LabellingTask(_Common, Protocol):
+    """The readout's scores say the answer."""
+
+    generates: Literal[False]
+
+    def answers(self, scores: Sequence[Tensor], examples: Examples) -> list[dict[str, Any]]:
+        """What each row of the data is answered, as ``ptd predict`` writes it."""
         ...
+
+    def metrics(self, answers: Sequence[dict[str, Any]], rows: Dataset) -> dict[str, float]:
+        """How the answers compare with the rows' labels, in percent."""
+        ...
+
+
+Task = WritingTask | LabellingTask
 
 
 _KINDS: dict[str, Callable[[TaskConfig, DataConfig, Architecture], Task]] = {}

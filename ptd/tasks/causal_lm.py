@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from ptd.config import DataConfig, TaskConfig
 from ptd.data import marks_of, prompts_and_references, tokenize
@@ -25,7 +23,7 @@ class CausalLM:
     output: Output = "causal_lm"
     labels: tuple[str, ...] = ()
     cloze = False
-    generates = True
+    generates: Literal[True] = True
 
     def __init__(self, config: TaskConfig, data: DataConfig) -> None:
         self.config, self.data = config, data
@@ -41,12 +39,6 @@ class CausalLM:
 
     def readout(self, tokenizer: PreTrainedTokenizerBase, hidden_size: int, head: HeadSettings) -> LanguageModel:
         return LanguageModel()
-
-    def answers(self, scores: Sequence[Tensor], examples: Examples) -> list[dict[str, Any]]:
-        return []
-
-    def metrics(self, answers: Sequence[dict[str, Any]], rows: Dataset) -> dict[str, float]:
-        return {}
 
     def prompts(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         return fill_prompts(tokenizer, self.data.prompt_template, list(texts))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from ptd.readouts.heads import Head, PooledClassifier, Pooling
 from ptd.tasks import Output, register
 from ptd.tasks.cloze import Variant, plan
 from ptd.tasks.layouts import Laid, pattern_sequences, text_sequences
+from ptd.tasks.weights import check_weights, learn_weights
 from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, UserError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Classification:
     ``labels`` are ``task.labels``, or else the verbalizer's, or else (after `fit`) those of the training rows, sorted.
     """
 
-    generates = False
+    generates: Literal[False] = False
 
     def __init__(self, config: TaskConfig, data: DataConfig, architecture: Architecture) -> None:
         self.config, self.data, self.architecture = config, data, architecture
@@ -57,19 +57,13 @@ class Classification:
         self.output: Output = "causal_lm" if self.causal else "masked_lm" if self.cloze else "body"
 
     def fit(self, rows: Dataset, what: str) -> Classification:
-        """Learn the label names and the balanced class weights, where they are asked for.
-
-        Balanced: n / (k · count) for the k labels that n rows have (scikit-learn's); 1 for one that none has.
-        """
+        """Learn the label names and the balanced class weights, where they are asked for."""
         weights = self.config.class_weights
         labels = self.labels
         if not labels or weights == "balanced":
             counts = Counter(name for _, name in self._names(rows, what))
             labels = labels or tuple(sorted(counts))
-            if weights == "balanced":
-                counted = {label: counts[label] for label in labels if counts[label]}
-                total = sum(counted.values())
-                weights = {label: total / (len(counted) * count) for label, count in counted.items()}
+            weights = learn_weights(weights, labels, counts)
         learned = self.config.model_copy(update={"labels": list(labels), "class_weights": weights})
         return Classification(learned, self.data, self.architecture)
 
@@ -231,14 +225,7 @@ def _check_labels(task: Classification) -> None:
         raise UserError(
             f"task.labels: {list(task.labels)} leaves nothing to choose from; a classification needs two labels"
         )
-    weights = task.config.class_weights
-    if weights is None or weights == "balanced":
-        return
-    for label, weight in weights.items():
-        if task.labels and label not in task.labels:
-            raise UserError(f"task.class_weights: {label!r} is no label; the labels are {', '.join(task.labels)}")
-        if not (weight > 0 and math.isfinite(weight)):
-            raise UserError(f"task.class_weights.{label}: {weight} is no weight; give a number over 0")
+    check_weights(task.config.class_weights, task.labels)
 
 
 @register("classification")

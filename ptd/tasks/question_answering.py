@@ -16,7 +16,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class QuestionAnswering:
     labels: tuple[str, ...] = ()
     virtual_tokens = 0
     cloze = False
-    generates = False
+    generates: Literal[False] = False
 
     def __init__(self, config: TaskConfig, data: DataConfig) -> None:
         self.config, self.data = config, data
@@ -149,14 +149,6 @@ class QuestionAnswering:
             exact.append(max(float(normalize(answer["answer"]) == normalize(text)) for text in texts))
             f1.append(max(overlap_f1(answer["answer"], text) for text in texts))
         return {"exact_match": 100 * float(np.mean(exact)), "f1": 100 * float(np.mean(f1))}
-
-    def prompts(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        return []
-
-    def prompts_and_references(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, what: str
-    ) -> tuple[list[list[int]], list[str]]:
-        return [], []
 
     def facts(self) -> dict[str, Any]:
         return self.config.model_dump(mode="json", exclude_unset=True)

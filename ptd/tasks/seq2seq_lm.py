@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from torch import Tensor
 
 from ptd.config import DataConfig, TaskConfig
 from ptd.data import marks_of
@@ -34,7 +33,7 @@ class Seq2SeqLM:
     output: Output = "seq2seq_lm"
     labels: tuple[str, ...] = ()
     cloze = False
-    generates = True
+    generates: Literal[True] = True
 
     def __init__(self, config: TaskConfig, data: DataConfig) -> None:
         self.config, self.data = config, data
@@ -78,12 +77,6 @@ class Seq2SeqLM:
 
     def readout(self, tokenizer: PreTrainedTokenizerBase, hidden_size: int, head: HeadSettings) -> LanguageModel:
         return LanguageModel()
-
-    def answers(self, scores: Sequence[Tensor], examples: Examples) -> list[dict[str, Any]]:
-        return []
-
-    def metrics(self, answers: Sequence[dict[str, Any]], rows: Dataset) -> dict[str, float]:
-        return {}
 
     def prompts(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         """What the encoder reads: each text in the only field of ``data.prompt_template``, or as the whole prompt.

@@ -7,7 +7,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -16,6 +16,7 @@ from ptd.config import DataConfig, TaskConfig
 from ptd.data.fields import cut_on_the_right, field_chunks
 from ptd.readouts.tags import Tags
 from ptd.tasks import Output, register
+from ptd.tasks.weights import check_weights, learn_weights
 from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, UserError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class TokenClassification:
     output: Output = "body"
     virtual_tokens = 0
     cloze = False
-    generates = False
+    generates: Literal[False] = False
 
     def __init__(
         self,
@@ -53,10 +54,7 @@ class TokenClassification:
         self.fields = {field: data.columns.get(field, field) for field in ("tokens", "tags")}
 
     def fit(self, rows: Dataset, what: str) -> TokenClassification:
-        """Label names, unless given: those of the data's own ``ClassLabel``, or the distinct tags, sorted.
-
-        ``class_weights: balanced``: n / (k · count) for the k labels that occur among the n tags (scikit-learn's).
-        """
+        """Label names, unless given: those of the data's own ``ClassLabel``, or the distinct tags, sorted."""
         if self.config.labels is not None and self.config.class_weights != "balanced":
             return self._with(tuple(self.config.labels), self.config.class_weights)
         names = self._names_of_data(rows)
@@ -66,20 +64,14 @@ class TokenClassification:
                 tags = _list(tags, self.fields["tags"], f"row {row} of {what}")
                 counts.update(_name(tag, names) for tag in tags)
         labels = tuple(self.config.labels or names or sorted(counts, key=_in_order))
-        weights = self.config.class_weights
-        if weights == "balanced":
-            counts = Counter({label: counts[label] for label in labels if counts[label]})
-            weights = {label: counts.total() / (len(counts) * count) for label, count in counts.items()}
-        return self._with(labels, weights)
+        return self._with(labels, learn_weights(self.config.class_weights, labels, counts))
 
     def _with(self, labels: tuple[str, ...], weights: dict[str, float] | None) -> TokenClassification:
         if len(labels) < 2:
             raise UserError(
                 f"task.labels: {list(labels)} leaves nothing to choose from; give data with at least two different tags"
             )
-        for label in weights or {}:
-            if label not in labels:
-                raise UserError(f"task.class_weights: {label!r} is no label; the labels are {', '.join(labels)}")
+        check_weights(weights, labels)
         return TokenClassification(self.config, self.data, labels, weights)
 
     def _names_of_data(self, rows: Dataset) -> tuple[str, ...]:
@@ -185,14 +177,6 @@ class TokenClassification:
             )
             result |= {"precision": 100 * float(precision), "recall": 100 * float(recall), "f1": 100 * float(f1)}
         return result
-
-    def prompts(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        return []
-
-    def prompts_and_references(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, what: str
-    ) -> tuple[list[list[int]], list[str]]:
-        return [], []
 
     @property
     def chunked(self) -> bool:

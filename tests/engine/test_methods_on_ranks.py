@@ -29,7 +29,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"name": "prompt", "num_virtual_tokens": 3},
         {"kind": "classification"},
     ),
-    "p_tuning at marks, cloze": (
+    "p_tuning at marks, cloze, class weights": (
         "roberta",
         {"name": "p_tuning", "encoder_hidden_size": 8},
         {**CLOZE, "patterns": ["{v:2} {text} {v:1} {mask}"], "class_weights": "balanced"},
@@ -63,9 +63,10 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"kind": "question_answering", "doc_stride": 8},
     ),
 }
-WEIGHTED = tuple(name for name, (_, _, task) in CASES.items() if task.get("class_weights"))
-# Of six or seven rows a step takes four, and the second step's two or three leave a slot without one. Texts, targets,
-# words and labels differ from row to row, so that a mean of the ranks' means is no mean.
+UNEVEN = tuple(name for name in CASES if any(word in name for word in ("class weights", "tags", "seq2seq")))
+"""Cases whose rows have different weights: a mean of the ranks' means is not their mean."""
+# Of six rows (of question answering seven, since one context is two windows) a step takes four, and the second step's
+# two or three leave a slot without one. Texts, targets, words and labels differ from row to row.
 ROWS: list[dict[str, Any]] = [
     {
         "prompt": f"{index} and {index % 4}",
@@ -75,10 +76,10 @@ ROWS: list[dict[str, Any]] = [
         "tokens": ["ann", "is", "in", "oslo", "now"][: 1 + index * 2 % 5],
         "tags": ["B-PER", "O", "O", "B-LOC", "O"][: 1 + index * 2 % 5],
         "question": "who?",
-        "context": f"ann {index}" + " he saw" * (index * 2 % 4),
+        "context": f"ann {index}" + " he saw" * (0, 2, 5, 1, 0, 3)[index],
         "answers": f"ann {index}" if index % 3 else "",
     }
-    for index in range(7)
+    for index in range(6)
 ]
 
 
@@ -137,6 +138,6 @@ def test_evaluation_over_ranks_is_that_of_one_process(measured: dict[str, Any], 
     assert len(result["answers"]) == (0 if "seq2seq" in case else len(ROWS))
 
 
-@pytest.mark.parametrize("case", WEIGHTED)
-def test_class_weights_tell_a_mean_of_means_from_the_mean(measured: dict[str, Any], case: str) -> None:
-    assert measured[case]["mean_of_means"] > 0.05
+@pytest.mark.parametrize("case", UNEVEN)
+def test_the_rows_tell_a_mean_of_means_from_the_mean(measured: dict[str, Any], case: str) -> None:
+    assert measured[case]["mean_of_means"] > 0.1
