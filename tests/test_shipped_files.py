@@ -1,14 +1,19 @@
-"""Every run file that is shipped is one that ptd accepts, and opens with the command that runs it."""
+"""What is shipped to be copied or read is what ptd accepts and has: run files, keys, methods, tasks, the tree."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from ptd.config import load_config
+from ptd.config import RunConfig, TaskKind, load_config
 from ptd.deepspeed_config import apply_deepspeed
+from ptd.methods import TaskFacts, method, methods
+from ptd.tasks import make_task
+from ptd.types import Architecture
 
 ROOT = Path(__file__).parents[1]
 RUN_FILES = sorted([*ROOT.glob("launch/**/*.yaml"), *ROOT.glob("ptd/**/*.yaml")])
@@ -22,18 +27,56 @@ def test_shipped_run_file(path: Path) -> None:
     assert "ptd train" in path.read_text(encoding="utf-8").split("backbone:")[0]
 
 
-def test_there_are_run_files() -> None:
-    assert len(RUN_FILES) >= 2
+ARCHITECTURE: dict[str, Architecture] = {"causal_lm": "decoder", "seq2seq_lm": "encoder-decoder"}
+
+
+@pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.name)
+def test_method_and_task_suit_each_other(path: Path) -> None:
+    """All that can be said without a backbone."""
+    config = load_config(path)
+    kind = config.task.kind
+    task = make_task(config.task, config.data, ARCHITECTURE.get(kind, "encoder"))
+    facts = TaskFacts(kind, task.labels, task.cloze, task.output == "body", task.virtual_tokens)
+    method(config.method_name).check(config.method_config(), facts)
+
+
+def test_every_kind_of_task_has_a_run_file() -> None:
+    assert {load_config(path).task.kind for path in RUN_FILES} == set(get_args(TaskKind))
+    listed = (ROOT / "launch" / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in ROOT.glob("launch/recipes/*") if f"`recipes/{path.name}`" not in listed] == []
+
+
+def headings(name: str) -> str:
+    lines = (ROOT / "docs" / name).read_text(encoding="utf-8").splitlines()
+    return " ".join(line for line in lines if line.startswith("## "))
+
+
+def test_every_method_and_task_is_explained() -> None:
+    assert [name for name in methods() if f"## {name} " not in headings("methods.md") + " "] == []
+    assert [kind for kind in get_args(TaskKind) if f" {kind} " not in headings("tasks.md") + " "] == []
+
+
+def test_the_tree_names_every_file() -> None:
+    """In README.md; a folder's files stand in the folder's entry."""
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## The tree")[1].split("kernels/ptd_kernels/")[0]
+    entries = dict(re.findall(r"^  ([\w.]+)/? (.*(?:\n {5,}.*)*)", tree, flags=re.M))
+    for path in sorted(ROOT.glob("ptd/**/*.py")):
+        folder = path.relative_to(ROOT / "ptd").parts[0]
+        where = entries[folder] if path.parent != ROOT / "ptd" else tree
+        assert path.name == "__init__.py" or path.name in where, path
+
+
+def test_every_file_that_is_linked_exists() -> None:
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("launch/*.md")]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_every_key_is_documented() -> None:
-    from ptd.config import RunConfig
-    from ptd.methods import methods
-
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     keys = {"method.name", "deepspeed", "output_dir"}
     for section in ("backbone", "task", "data", "train"):
         keys |= {f"{section}.{key}" for key in RunConfig.model_fields[section].annotation.model_fields}
-    for method in methods().values():
-        keys |= {f"method.{field.name}" for field in dataclasses.fields(method.config)}
+    for known in methods().values():
+        keys |= {f"method.{field.name}" for field in dataclasses.fields(known.config)}
     assert {key for key in keys if f"| `{key}` |" not in text} == set()

@@ -7,6 +7,7 @@ from datasets import Dataset
 from families import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from ptd.config import DataConfig
 from ptd.data import fill_prompts, marks_of, prompt_tokens, prompts_and_references, tokenize
@@ -195,3 +196,15 @@ def test_a_mask_has_no_place_in_a_prompt_template(make_bytes):
     rows = Dataset.from_list([{"completion": "b"}])
     with pytest.raises(UserError, match=r"data\.prompt_template: \{mask\} has no meaning where text is generated"):
         tokenize(rows, DataConfig(prompt_template="{mask}"), make_bytes(), max_length=9, what="rows")
+
+
+def test_a_space_without_offsets_of_its_own_is_cut_like_the_word_behind_it():
+    """RoBERTa's tokenizer trims offsets: a lone space token is as wide as nothing."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    encoded = tokenizer("in the old town", add_special_tokens=False, return_offsets_mapping=True)
+    assert any(begin == end for begin, end in encoded["offset_mapping"])
+    template = parse_template("{text}")
+    for length in range(1, len(encoded["input_ids"])):
+        (ids,), cut = fill(template, [("in the old town",)], tokenizer, ([], []), max_length=length)
+        assert (ids, cut) == (encoded["input_ids"][:length], 1)

@@ -19,7 +19,7 @@ TOLERANCE = 1e-5
 
 CLOZE = {"kind": "classification", "verbalizer": {"bad": ["no", "x"], "fair": ["okay"], "good": ["yes"]}}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "head, pairs, class weights": (
+    "head, class weights": (
         "bert",
         {"name": "head", "hidden_sizes": [8]},
         {"kind": "classification", "class_weights": {"bad": 4.0, "fair": 0.25}},
