@@ -12,13 +12,14 @@ import datasets
 import pytest
 import torch
 from datasets import Dataset
-from families import save_backbone, tiny_model
-from transformers import AutoModel
+from families import save_backbone, tiny_model, tiny_tokenizer
+from transformers import AutoModel, AutoModelForCausalLM
 
 from ptd.checkpoint import Adapter, save_adapter
-from ptd.config import DataConfig, TaskConfig
+from ptd.config import DataConfig, TaskConfig, parse_config
 from ptd.predict import predict
 from ptd.tasks import make_task
+from ptd.train import train
 from ptd.types import EmptyLayout, HeadSettings, UserError
 
 support = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tasks") / "support.py")))
@@ -146,3 +147,32 @@ def test_an_adapter_that_writes_is_refused(tmp_path):
     rows = write(tmp_path / "rows.jsonl", [{"text": "a"}])
     with pytest.raises(UserError, match="trained to write, not to label; use ptd generate"):
         predict(rows, adapter=str(tmp_path / "adapter"))
+
+
+def test_zero_shot_needs_no_training_rows(tmp_path):
+    """A hard prompt leaves an adapter that labels rows, with the probabilities of the plain language model."""
+    backbone = save_backbone(tmp_path / "backbone", "llama")
+    rows = write(tmp_path / "rows.jsonl", [{"text": text, "label": label} for text, label in [("ab", "x"), ("b", "y")]])
+    result = train(
+        parse_config(
+            {
+                "backbone": {"path": str(backbone), "dtype": "float32"},
+                "method": {"name": "hard_prompt"},
+                "task": {
+                    "kind": "classification",
+                    "patterns": ["{text}:{mask}"],
+                    "verbalizer": {"x": "p", "y": ["q", "r"]},
+                },
+                "data": {"eval": rows},
+                "output_dir": str(tmp_path / "out"),
+            }
+        )
+    )
+    assert result["steps"] == 0
+    found = predict(write(tmp_path / "new.jsonl", [{"text": "abc"}]), adapter=str(tmp_path / "out"))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(backbone), tiny_tokenizer()
+    with torch.no_grad():
+        logits = model(**tokenizer("abc:", return_tensors="pt")).logits[0, -1]
+    p, q, r = (logits[tokenizer(word)["input_ids"][0]] for word in "pqr")
+    want = torch.stack([p, (q + r) / 2]).softmax(0).tolist()
+    assert [found[0]["probabilities"][label] for label in "xy"] == pytest.approx(want, rel=1e-5)

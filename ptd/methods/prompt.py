@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ptd.methods import Conditioner, TaskFacts, register
+from ptd.methods import Conditioner, TaskFacts, refuse_marks, register
 from ptd.methods.settings import check_positive, check_text, read_text
 from ptd.types import BackboneShape, PromptEncoder, SoftLayout, UserError
 
@@ -54,7 +54,17 @@ class SoftPromptEncoder(PromptEncoder):
         return self.embedding
 
 
-@register("prompt", config=PromptConfig)
+def check(config: PromptConfig, facts: TaskFacts) -> None:
+    """Refuse marks, and to start from label names where there are none."""
+    refuse_marks(config, facts)
+    if config.init == "labels" and facts.kind not in ("classification", "token_classification"):
+        raise UserError(
+            f"method.init: labels needs label names, which task.kind {facts.kind} does not have; set method.init: "
+            "vocabulary or text"
+        )
+
+
+@register("prompt", config=PromptConfig, check=check)
 def build(config: PromptConfig, shape: BackboneShape, conditioner: Conditioner, facts: TaskFacts) -> SoftPromptEncoder:
     """Build and initialise the encoder for a backbone of ``shape``."""
     tokens = config.num_virtual_tokens
@@ -86,11 +96,6 @@ def _cycle(count: int, ids: Sequence[int]) -> list[int]:
 
 def _labels(count: int, labels: Sequence[str], vocab_size: int, conditioner: Conditioner) -> Tensor:
     """A row a label, the mean over the tokens of its name; then sampled vocabulary, ``[count, hidden]``."""
-    if not labels:
-        raise UserError(
-            "method.init: labels needs a task with label names (task.kind classification or token_classification); "
-            "set method.init: vocabulary or text"
-        )
     if len(labels) > count:
         raise UserError(
             f"method.init: labels needs a virtual token a label, but method.num_virtual_tokens={count} is fewer than "

@@ -163,7 +163,6 @@ def test_a_failing_forward_pass_leaves_no_hook():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"init": "labels"}, r"method\.init: labels needs a task with label names"),
         ({"init": "labels", "labels": ("a", "b"), "tokens": 1}, r"num_virtual_tokens=1 is fewer than .* 2 labels"),
         ({"init": "labels", "labels": ("a", "")}, r"the label '' has no tokens"),
         ({"init": "text", "init_text": ""}, r"method\.init_text: the text has no tokens"),
@@ -196,3 +195,11 @@ def test_the_width_is_that_of_the_input_embeddings(init):
 def test_settings_that_cannot_work_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         parse_method({"name": "prompt", **settings})
+
+
+def test_label_names_need_a_task_that_has_some():
+    prompt = method("prompt")
+    config = prompt.config(init="labels")
+    prompt.check(config, TaskFacts("classification"))
+    with pytest.raises(UserError, match=r"method\.init: labels needs label names, which task\.kind causal_lm"):
+        prompt.check(config, TaskFacts("causal_lm"))
