@@ -163,7 +163,7 @@ def test_zero_shot_needs_no_training_rows(tmp_path):
                     "patterns": ["{text}:{mask}"],
                     "verbalizer": {"x": "p", "y": ["q", "r"]},
                 },
-                "data": {"eval": rows},
+                "data": {"eval": rows, "max_length": 64},
                 "output_dir": str(tmp_path / "out"),
             }
         )

@@ -63,7 +63,9 @@ def check_context(shape: BackboneShape, num_virtual_tokens: int, max_length: int
             f"method.num_virtual_tokens: {num_virtual_tokens} virtual tokens do not fit the backbone's context of "
             f"{shape.context} tokens; use at most {shape.context // 2}"
         )
+    too_long = f"data.max_length={max_length} exceeds"
+    if num_virtual_tokens:
+        too_long = f"method.num_virtual_tokens={num_virtual_tokens} and data.max_length={max_length} together exceed"
     raise UserError(
-        f"method.num_virtual_tokens={num_virtual_tokens} and data.max_length={max_length} together exceed the "
-        f"backbone's context of {shape.context} tokens; set data.max_length to at most {room}"
+        f"{too_long} the backbone's context of {shape.context} tokens; set data.max_length to at most {room}"
     )

@@ -133,7 +133,7 @@ class Attachment:
             module.config._attn_implementation = implementation
 
     def _shift(self, count: int) -> None:
-        self.extra_positions = count
+        self.extra_positions = count if any(stack.takes_positions for stack in self.stacks) else 0
         for stack in self.stacks:
             stack.shift = count
 
@@ -181,7 +181,9 @@ def _shape(model: PreTrainedModel, calls: list[Call], stacks: list[Stack]) -> Ba
         _layer(call, within_encoder=call.module in stacks[0].members, two=len(stacks) == 2) for call in calls
     )
     width: int = stacks[0].embeddings.embedding_dim
-    return BackboneShape(config.model_type, config.hidden_size, config.vocab_size, context_of(config), layers, width)
+    context = context_of(config)
+    context = None if context is None else context - stacks[0].first_position
+    return BackboneShape(config.model_type, config.hidden_size, config.vocab_size, context, layers, width)
 
 
 def _layer(call: Call, within_encoder: bool, two: bool) -> LayerShape:

@@ -286,3 +286,20 @@ def test_hidden_states_have_no_virtual_tokens_either():
     attachment.set(SoftTokens(soft_tokens(model, "bert"), in_front=True))
     states = model(**inputs_for("bert"), output_hidden_states=True).hidden_states
     assert {state.shape[1] for state in states} == {IDS.shape[1]}
+
+
+@pytest.mark.parametrize("family", [*SINGLE, *ENCODER_DECODERS])
+def test_the_longest_sequence_that_is_allowed_runs(family):
+    """The context is what is left of the backbone's positions: RoBERTa loses one to padding, a prefix takes P."""
+    model = tiny_model(family, max_position_embeddings=40)
+    attachment = Attachment(model)
+    for prompt in (random_prefix(attachment), SoftTokens(soft_tokens(model, family), in_front=True)):
+        attachment.set(prompt)
+        context = attachment.shape.context
+        longest = 60 if context is None else context - attachment.extra_positions
+        assert family == "t5" or 36 <= longest <= 40
+        inputs = {"input_ids": torch.randint(5, VOCAB, (1, longest))}
+        if family in ENCODER_DECODERS:
+            inputs["decoder_input_ids"] = TARGET[:1]
+        with torch.no_grad():
+            assert torch.isfinite(model(**inputs).logits).all()
