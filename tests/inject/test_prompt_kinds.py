@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from ptd.backbone.load import checkpoint_layers
 from ptd.inject import Attachment
 from ptd.types import NoPrompt, PrefixKV, SoftTokens, UserError, virtual_id
 
@@ -303,3 +304,23 @@ def test_the_longest_sequence_that_is_allowed_runs(family):
             inputs["decoder_input_ids"] = TARGET[:1]
         with torch.no_grad():
             assert torch.isfinite(model(**inputs).logits).all()
+
+
+@pytest.mark.parametrize("kind", ["prefix", "front"])
+@pytest.mark.parametrize("family", ["llama", *ENCODERS, *ENCODER_DECODERS])
+def test_recomputed_layers_give_the_same_gradients(family, kind):
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model(family).requires_grad_(False)
+        if checkpointing:
+            checkpoint_layers(model)
+        attachment = Attachment(model)
+        if kind == "prefix":
+            state = random_prefix(attachment, requires_grad=True)
+        else:
+            state = SoftTokens(soft_tokens(model, family, requires_grad=True), in_front=True)
+        attachment.set(state)
+        model(**inputs_for(family)).logits[seen(family)].square().mean().backward()
+        gradients.append(torch.cat([tensor.grad.flatten() for tensor in state.tensors()]))
+    assert gradients[0].norm() > 0
+    assert (gradients[1] - gradients[0]).norm() < 1e-6 * gradients[0].norm()
