@@ -35,6 +35,16 @@ SHOWN = {
 MB = 1e6
 
 
+def label(task: str, method: str, side: str) -> str:
+    """A method as people read it: with the pooling that was set, and with the other name of the same computation."""
+    name, _, pooled = method.partition(", ")
+    if pooled or (task == "intents" and name.startswith("p_tuning_v2")):
+        name += " (mean pooling)"
+    if task == "entities" and name.startswith("prefix"):
+        name = f"{name} = {name.replace('prefix', 'p_tuning_v2')}" if side == "ptd" else name
+    return f"PEFT: {name}" if side == "peft" else name
+
+
 def summarise(results: Mapping[Cell, dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each task, number of training rows, method and side: means and sample standard deviations over seeds.
 
@@ -145,7 +155,7 @@ def markdown(task: str, rows: list[dict[str, Any]]) -> str:
     table = [["method", *heads, "parameters", "seconds", "peak MB", "learning rate", "against PEFT"]]
     for (method, side), by_count in lines.items():
         last = by_count[max(by_count)]
-        name = f"PEFT: {method}" if side == "peft" else method
+        name = label(task, method, side)
         if last["error"]:
             table.append([name, f"not possible: {last['error'][:70]}", *[""] * (len(table[0]) - 2)])
             continue
@@ -220,7 +230,7 @@ def _curves(axes: Any, task: str, rows: list[dict[str, Any]]) -> None:
             linewidth=1.4,
             elinewidth=0.9,
             capsize=2,
-            label=f"PEFT: {method}" if peft else method,
+            label=label(task, method, side),
         )
     counts = sorted({row["training_rows"] for row in rows})
     axes.set_xscale("log")

@@ -64,9 +64,9 @@ PURE = {
 }
 THIRD_PARTY = set(
     """
-    accelerate bitsandbytes datasets deepspeed einops flash_attn huggingface_hub liger_kernel matplotlib numpy pandas
-    peft ptd_kernels pyarrow pydantic rich rouge_score sacrebleu safetensors scipy seqeval sklearn tokenizers torch tqdm
-    transformers triton typer yaml
+    accelerate bitsandbytes datasets deepspeed einops flash_attn huggingface_hub liger_kernel matplotlib numpy
+    pandas peft ptd_kernels pyarrow pydantic rich rouge_score sacrebleu safetensors scipy seqeval sklearn
+    tokenizers torch torchmetrics tqdm transformers triton typer yaml
     """.split()  # noqa: SIM905
 )
 

@@ -10,10 +10,7 @@ rows of the examples. A window that lacks the answer points at its first token (
 
 from __future__ import annotations
 
-import re
-import string
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -137,18 +134,21 @@ class QuestionAnswering:
         return found
 
     def metrics(self, answers: Sequence[dict[str, Any]], rows: Dataset) -> dict[str, float]:
-        """SQuAD's ``exact_match`` and ``f1``: the best over a row's answers, mean over rows."""
-        exact, f1 = [], []
+        """SQuAD's ``exact_match`` and ``f1``: the best over a row's answers, mean over rows (0–100)."""
+        from torchmetrics.functional.text import squad
+
         chunks = field_chunks(rows, {name: self.fields[name] for name in ("context", "answers")}, "the data")
-        gold = (
-            [text for text, _ in parse_answers(value, context, f"row {row}")] or [""]
+        gold = [
+            parse_answers(value, context, f"row {row}") or [("", 0)]
             for first, chunk in chunks
             for row, (value, context) in enumerate(zip(chunk["answers"], chunk["context"], strict=True), first)
-        )
-        for answer, texts in zip(answers, gold, strict=True):
-            exact.append(max(float(normalize(answer["answer"]) == normalize(text)) for text in texts))
-            f1.append(max(overlap_f1(answer["answer"], text) for text in texts))
-        return {"exact_match": 100 * float(np.mean(exact)), "f1": 100 * float(np.mean(f1))}
+        ]
+        predictions = [{"id": str(row), "prediction_text": answer["answer"]} for row, answer in enumerate(answers)]
+        targets = [
+            {"id": str(row), "answers": {"text": [text for text, _ in texts], "answer_start": [at for _, at in texts]}}
+            for row, texts in enumerate(gold)
+        ]
+        return {name: float(value) for name, value in squad(predictions, targets).items()}
 
     def facts(self) -> dict[str, Any]:
         return self.config.model_dump(mode="json", exclude_unset=True)
@@ -273,24 +273,6 @@ def best_span(log_probs: Tensor, max_answer_length: int) -> tuple[float, int, in
     flat = int(joint.where(allowed, torch.tensor(-torch.inf, dtype=joint.dtype, device=joint.device)).argmax())
     start, end = divmod(flat, len(log_probs))
     return float(joint[start, end]), start, end
-
-
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def normalize(text: str) -> str:
-    """SQuAD's: lower case, without punctuation, then without articles, single spaces (Rajpurkar et al. 2016, §6.1)."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
-
-
-def overlap_f1(prediction: str, gold: str) -> float:
-    """F1 of the normalised words as bags; without words on one side, whether both have none (SQuAD 2.0)."""
-    predicted, expected = normalize(prediction).split(), normalize(gold).split()
-    if not predicted or not expected:
-        return float(predicted == expected)
-    common = (Counter(predicted) & Counter(expected)).total()
-    return 2 * common / (len(predicted) + len(expected))
 
 
 @register("question_answering")
