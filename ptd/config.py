@@ -49,9 +49,21 @@ class BackboneConfig(Section):
     path: str = Field(description="folder of a Hugging Face model, or its hub id")
     revision: str | None = Field(None, description="hub revision")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: the checkpoint's own")
+    quantization: Literal["none", "int8", "nf4"] = Field(
+        "none", description="frozen weights in 8 or 4 bits (bitsandbytes), whole on every rank"
+    )
+    int8_threshold: float = Field(
+        0.0, ge=0, description="LLM.int8's outlier threshold (the paper's is 6); 0: no outliers apart, faster"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute layers in backward: less memory, slower")
     attention: str = Field("auto", description="backend of prefix_attention: auto, merge, reference or triton")
     trust_remote_code: bool = Field(False, description="run model code that comes with the checkpoint")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BackboneConfig:
+        if self.int8_threshold and self.quantization != "int8":
+            raise ValueError("int8_threshold: has no effect without quantization: int8; remove it")
+        return self
 
 
 TaskKind = Literal["causal_lm", "seq2seq_lm", "classification", "token_classification", "question_answering"]

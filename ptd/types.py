@@ -215,6 +215,14 @@ class HeadSettings:
     hidden_sizes: tuple[int, ...] = ()
 
 
+def same_backbone(one: str, other: str) -> bool:
+    """Whether two fingerprints may be of the same backbone: all parts that both have are equal.
+
+    The second part, of the linear layers, is missing where these are quantised.
+    """
+    return all(a == b for a, b in zip(one.split("-"), other.split("-"), strict=False))
+
+
 class Reporter:
     """Where long work tells how far it is. This one is silent; the command line brings one that prints."""
 

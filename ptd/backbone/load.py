@@ -25,6 +25,7 @@ from transformers import (
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ptd.backbone.quantize import keep_differentiable, quantization_of
 from ptd.config import BackboneConfig
 from ptd.types import Architecture, UserError
 
@@ -81,6 +82,14 @@ def load_model(
     options: dict[str, Any] = {}
     if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
         options["add_pooling_layer"] = False  # trained for another task, absent from most checkpoints, never read
+    quantized = quantization_of(config, model_config)
+    if quantized is not None and zero3 is not None:
+        raise UserError(
+            f"backbone.quantization: {config.quantization} weights are not sharded by ZeRO-3 (each rank would keep all "
+            "of them); remove the deepspeed section, or set quantization: none"
+        )
+    if quantized is not None:
+        options |= {"quantization_config": quantized, "device_map": {"": device}}
     if zero3 is not None:
         # Under zero.Init this switch alone decides the weights' dtype; what from_pretrained is told has no effect.
         zero3 = {**zero3, "bf16": {"enabled": _sharded_dtype(config, model_config) is torch.bfloat16}}
@@ -101,13 +110,15 @@ def load_model(
     finally:
         if keep_alive is not None:
             unset_hf_deepspeed_config()
+    # ZeRO-3 and bitsandbytes have put the weights where they belong.
+    placed = zero3 is not None or getattr(model, "is_quantized", False)
     if output == "body" and model_config.is_encoder_decoder:
         model = model.get_encoder()
     model.requires_grad_(False)
     model.eval()
     if config.gradient_checkpointing:
         checkpoint_layers(model)
-    return model if zero3 is not None else model.to(device)
+    return keep_differentiable(model) if placed else model.to(device)
 
 
 def _model_config(config: BackboneConfig) -> Any:

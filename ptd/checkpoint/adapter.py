@@ -27,7 +27,7 @@ from torch import Tensor
 from ptd.checkpoint import peft_format
 from ptd.checkpoint.files import sync, write_json
 from ptd.checkpoint.layouts import Layout, misfit, read_layout, write_layout
-from ptd.types import BackboneShape, EmptyLayout, PromptState, UserError
+from ptd.types import BackboneShape, EmptyLayout, PromptState, UserError, same_backbone
 
 CONFIG, WEIGHTS, HEAD, EXTRA = "adapter_config.json", "adapter_model.safetensors", "head.safetensors", "ptd.json"
 KEY = "prompt_embeddings"
@@ -71,7 +71,7 @@ class Adapter:
                 f"the adapter was made for {wrong[0]}, but the backbone {path} has {wrong[1]}; "
                 f"use the backbone it was trained on: {self.backbone}"
             )
-        if made_for and fingerprint and made_for != fingerprint:
+        if made_for and fingerprint and not same_backbone(made_for, fingerprint):
             raise UserError(
                 f"the adapter was made for another backbone (fingerprint {made_for}) of the same shape as {path} "
                 f"({fingerprint}); use the backbone it was trained on: {self.backbone}"
