@@ -21,7 +21,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 class Rule(NamedTuple):
     """Which keys of the segment query row i sees: keys j with ``i + offset - window < j <= i + offset``, if `mask`
-    allows them too. No offset: no such bound. `cu_seqlens` (with equally many queries and keys): own sequence only;
+    allows them too; `bias` is added to their scores. No offset: no such bound. `cu_seqlens` (with equally many queries and keys): own sequence only;
     `sequences`, the number of the sequence of each row and of each key, says the same to kernels without packing."""
 
     scale: float
@@ -29,6 +29,7 @@ class Rule(NamedTuple):
     offset: int | None = None
     window: int | None = None
     mask: Tensor | None = None
+    bias: Tensor | None = None
     cu_seqlens: Tensor | None = None
     max_seqlen: int | None = None
     sequences: tuple[Tensor, Tensor] | None = None
@@ -106,22 +107,20 @@ def _cpu_keys(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tens
     extra = -keys % _CPU_VECTOR if rows >= _CPU_FEW_ROWS else 0
     if extra:
         k, v = (torch.nn.functional.pad(x, (0, 0, 0, extra)) for x in (k, v))
-    if rule.mask is None and rule.offset == 0 and rule.window is None and (rows <= keys or not extra):
+    free = rule.mask is None and rule.bias is None
+    if free and rule.offset == 0 and rule.window is None and (rows <= keys or not extra):
         return k, v, True, None
-    visible = rule.mask
-    if visible is None:
-        visible = visible_keys(rows, keys, rule, q.device)
-        if visible is None and not extra:
-            return k, v, False, None
-        if visible is None:
-            visible = torch.ones(1, keys, dtype=torch.bool, device=q.device)
-        visible = visible[None, None]
     work = torch.promote_types(q.dtype, torch.float32)
-    bias = torch.full((*visible.shape[:3], keys + extra), -torch.inf, dtype=work, device=q.device)
-    if visible.dtype == torch.bool:
-        bias[..., :keys].masked_fill_(visible, 0.0)
-    else:
-        bias[..., :keys] = visible
+    visible = visible_keys(rows, keys, rule, q.device)
+    if rule.mask is None and visible is None and not extra:
+        return k, v, False, None if rule.bias is None else rule.bias.to(work)
+    given = [x.shape for x in (visible, rule.mask, rule.bias) if x is not None]
+    shape = torch.broadcast_shapes((1, 1, 1, keys), *given)
+    bias = torch.full((*shape[:3], keys + extra), -torch.inf, dtype=work, device=q.device)
+    inside = bias[..., :keys].copy_(torch.zeros((), device=q.device) if rule.bias is None else rule.bias)
+    for shown in (visible, rule.mask):
+        if shown is not None:
+            inside.masked_fill_(~shown, -torch.inf)
     return k, v, False, bias
 
 
@@ -130,7 +129,7 @@ def _cpu_flash_forward(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Ten
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         _unit_stride(q), _unit_stride(k), _unit_stride(v), 0.0, causal, attn_mask=bias, scale=rule.scale
     )
-    if rule.mask is not None and bias is not None:
+    if bias is not None and not (rule.mask is None and rule.bias is None):
         # Where every key is hidden the kernel reports lse 0, which the merge would take for a sum of one.
         lse = lse.masked_fill(bias.amax(dim=-1) == -torch.inf, -torch.inf)
     return out, lse
@@ -234,10 +233,10 @@ def _eager_scores(q: Tensor, k: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Ten
     visible = visible_keys(S, k.shape[2], rule, q.device)
     if visible is not None:
         scores_BHST.masked_fill_(~visible, -torch.inf)
-    if rule.mask is not None and rule.mask.dtype == torch.bool:
+    if rule.mask is not None:
         scores_BHST.masked_fill_(~rule.mask, -torch.inf)
-    elif rule.mask is not None:
-        scores_BHST += rule.mask
+    if rule.bias is not None:
+        scores_BHST += rule.bias
     return q_BHGD, k_BHTD, scores_BHST, slope_BHST
 
 
