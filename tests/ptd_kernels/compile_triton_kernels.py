@@ -31,16 +31,22 @@ SOURCES = {
     "prefix_gradient": triton_backward.prefix_gradient_kernel,
     "delta": triton_backward.delta_kernel,
 }
-FEATURES = ("CAUSAL", "WINDOW", "SOFTCAP", "PACKED")
+FEATURES = ("CAUSAL", "WINDOW", "SOFTCAP", "PACKED", "BIAS", "SEVERAL")
 VARIANTS = {
     "bidirectional": (),
     "causal": ("CAUSAL",),
     "packed": ("CAUSAL", "PACKED"),
     "window": ("CAUSAL", "WINDOW"),
     "softcap": ("CAUSAL", "SOFTCAP"),
+    "bias": ("BIAS",),
+    "several": ("CAUSAL", "PACKED", "SEVERAL"),
     "all": FEATURES,
 }
-SCALARS = {"inner": "fp32", "outer": "fp32", "scale": "fp32", "cu_seqlens": "*i32", "lse": "*fp32", "delta": "*fp32"}
+SCALARS = {
+    **dict.fromkeys(("inner", "outer", "scale"), "fp32"),
+    **dict.fromkeys(("lse", "delta"), "*fp32"),
+    **dict.fromkeys(("cu_seqlens", "prefix_index", "prefix_bounds", "item_bounds", "item_sequence", "item_row"), "*i32"),
+}
 
 
 def signature(name: str, dtype: str) -> tuple[dict[str, str], dict[tuple[int], list[list[Any]]]]:
@@ -48,7 +54,7 @@ def signature(name: str, dtype: str) -> tuple[dict[str, str], dict[tuple[int], l
     kernel = SOURCES[name]
     types, attributes = {}, {}
     # What Triton may not specialise on has no known alignment; pointers and strides are multiples of 16.
-    lengths = {"num_sequences", "S", "T", "P", "window", "group", "tiles", "last_item", "split"}
+    lengths = {"num_sequences", "S", "T", "P", "window", "group", "tiles", "last_item", "num_prefixes"}
     for i, parameter in enumerate(kernel.params):
         argument = parameter.name
         if parameter.is_constexpr:
@@ -73,7 +79,7 @@ def compile_kernel(
     if name == "delta":
         tile = DELTA
     elif tile is None:
-        tile = tile_for(name, arch, dtype != "fp32", max(D, E))
+        tile = tile_for(name, arch, dtype != "fp32", max(D, E), "BIAS" in VARIANTS[variant])
     constants: dict[str, Any] = {feature: feature in VARIANTS[variant] for feature in FEATURES}
     constants |= {"D": D, "E": E, "BLOCK_D": padded(D), "BLOCK_E": padded(E)}
     constants |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys}

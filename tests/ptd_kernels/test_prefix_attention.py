@@ -143,7 +143,7 @@ FIXED = {
     "bias, packed": Case(
         B=1, S=90, T=90, options={"cu_seqlens": offsets(33, 1, 0, 40, 16), "bias": torch.randn(1, 4, 90, 90)}
     ),
-    "bias, long": Case(B=1, S=600, T=600, D=8, E=8, options={"bias": torch.randn(1, 1, 600, 600)}),
+    "long, bias": Case(B=1, S=600, T=600, D=8, E=8, options={"bias": torch.randn(1, 1, 600, 600)}),
     "bias, decode": Case(S=1, T=70, options={"bias": torch.randn(1, 4, 1, 70)}),
 }
 
@@ -241,6 +241,174 @@ def test_equals_concatenation_and_sdpa(backend: str) -> None:
     out = expand_concat_sdpa(leaves, causal_mask(40, 64))
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(7))
     assert_same(out_and_gradients(leaves, backend=backend), [out, *torch.autograd.grad(out, leaves, dout)], 1e-5)
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """Several prefixes of these lengths, and who reads which. Equal lengths are given as one tensor."""
+
+    lengths: tuple[int, ...]
+    index: tuple[int, ...]
+    case: Case = Case(B=4, S=37, T=37)
+
+    def own(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        return self.case.tensors(dtype)[:3]
+
+    def prefixes(self, dtype: torch.dtype = torch.float32) -> list[list[Tensor]]:
+        case = self.case
+        return [
+            [torch.randn(P, case.Hkv, size).to(dtype).transpose(0, 1).requires_grad_() for P in self.lengths]
+            for size in (case.D, case.E)
+        ]
+
+    def call(self, own: list[Tensor], prefixes: list[list[Tensor]], **options: Any) -> Tensor:
+        given: list[Any] = list(prefixes)
+        if len(set(self.lengths)) == 1:
+            given = [torch.stack(some) for some in prefixes]
+        index = options.pop("prefix_index", torch.tensor(self.index))
+        return prefix_attention(*own, *given, prefix_index=index, **self.case.options, **options)
+
+
+SEVERAL = {
+    "equal": Prefixes((5, 5, 5), (2, 0, 1, 0)),
+    "ragged": Prefixes((3, 70, 0, 21), (3, 1, 2, 1)),
+    "one": Prefixes((9,), (0, 0, 0, 0)),
+    "some unused": Prefixes((4, 30, 8), (1, 1, 1, 0)),
+    "all empty": Prefixes((0, 0), (1, 0, 0, 1)),
+    "decode": Prefixes((3, 40), (1, 0, 1, 1), Case(B=4, S=1, T=50)),
+    "no own keys": Prefixes((3, 0), (1, 0, 1, 1), Case(B=4, S=7, T=0, options={"causal": False})),
+    "mask and bias": Prefixes(
+        (3, 40, 0), (1, 0, 2, 2),
+        Case(
+            B=4, S=20, T=30,
+            options={"causal": False, "mask": torch.rand(4, 1, 20, 30) < 0.2, "bias": torch.randn(1, 4, 20, 30)},
+        ),
+    ),
+    "bias": Prefixes((3, 40), (1, 0, 0, 1), Case(B=4, S=20, T=20, options={"bias": torch.randn(4, 1, 20, 20)})),
+    "softcap, window": Prefixes((3, 40), (1, 0, 0, 1), Case(B=4, S=40, T=40, options={"softcap": 2.0, "window": 9})),
+    "packed": Prefixes((40, 3), (1, 0, 0, 1, 0), Case(B=1, S=90, T=90, options={"cu_seqlens": offsets(33, 1, 0, 40, 16)})),
+    "packed, equal": Prefixes(
+        (6, 6, 6), (2, 2, 0), Case(B=1, S=60, T=60, options={"cu_seqlens": offsets(10, 30, 20), "causal": False})
+    ),
+    "packed, bias": Prefixes(
+        (40, 3), (1, 0), Case(B=1, S=60, T=60, options={"cu_seqlens": offsets(20, 40), "bias": torch.randn(1, 1, 60, 60)})
+    ),
+}  # fmt: skip
+
+
+def gradients_of(out: Tensor, own: list[Tensor], prefixes: list[list[Tensor]]) -> list[Tensor]:
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out.dtype)
+    leaves = [*own, *prefixes[0], *prefixes[1]]
+    return list(torch.autograd.grad(out, leaves, dout, allow_unused=True, materialize_grads=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_prefixes_equal_separate_calls(backend: str, name: str) -> None:
+    several = SEVERAL[name]
+    skip_if_refused(backend, options=several.case.options)
+    own, prefixes = several.own(), several.prefixes()
+    out = several.call(own, prefixes, backend=backend)
+    options = dict(several.case.options)
+    cu_seqlens = options.pop("cu_seqlens", None)
+    outs = []
+    for i, prefix in enumerate(several.index):
+        rows = slice(None) if cu_seqlens is None else slice(*cu_seqlens[i : i + 2].tolist())
+        batch = slice(i, i + 1) if cu_seqlens is None else slice(None)
+        mine = dict(options)
+        for score in ("mask", "bias"):
+            if score in mine:
+                own_entry = batch if mine[score].shape[0] > 1 else slice(None)
+                mine[score] = mine[score][own_entry, :, rows, rows if cu_seqlens is not None else slice(None)]
+        alone = [x[batch, :, rows] if x is own[0] or cu_seqlens is not None else x[batch] for x in own]
+        outs.append(prefix_attention(*alone, *(some[prefix] for some in prefixes), backend="reference", **mine))
+    expected = torch.cat(outs, dim=0 if cu_seqlens is None else 2)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    for actual, exact in zip(gradients_of(out, own, prefixes), gradients_of(expected, own, prefixes), strict=True):
+        torch.testing.assert_close(actual, exact, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["equal", "ragged", "packed"])
+def test_prefixes_may_be_numbered_in_any_order(backend: str, name: str) -> None:
+    skip_if_refused(backend)
+    several = SEVERAL[name]
+    own, prefixes = several.own(), several.prefixes()
+    order = torch.randperm(len(several.lengths))
+    # The prefix that was order[i] is now i.
+    index = torch.argsort(order)[torch.tensor(several.index)].int()
+    shuffled = replace(several, lengths=tuple(several.lengths[i] for i in order))
+    out = several.call(own, prefixes, backend=backend)
+    again = shuffled.call(own, [[some[i] for i in order] for some in prefixes], backend=backend, prefix_index=index)
+    torch.testing.assert_close(again, out, rtol=1e-6, atol=1e-6)
+    for a, b in zip(gradients_of(again, own, prefixes), gradients_of(out, own, prefixes), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["equal", "packed"])
+def test_identical_prefixes_are_a_shared_one(backend: str, name: str) -> None:
+    skip_if_refused(backend)
+    several = replace(SEVERAL[name], lengths=(20,) * len(SEVERAL[name].lengths))
+    own, (keys, values) = several.own(), several.prefixes()
+    shared = [keys[0], values[0]]
+    expected = prefix_attention(*own, *shared, backend=backend, **several.case.options)
+    out = several.call(own, [[x] * len(several.lengths) for x in shared], backend=backend)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    gradients = (gradients_of(x, own, [[y] for y in shared]) for x in (out, expected))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["some unused", "ragged", "packed, equal"])
+def test_an_unread_prefix_has_a_zero_gradient(backend: str, name: str) -> None:
+    skip_if_refused(backend)
+    several = SEVERAL[name]
+    own, prefixes = several.own(), several.prefixes()
+    gradients = gradients_of(several.call(own, prefixes, backend=backend), own, prefixes)[3:]
+    number = len(several.lengths)
+    assert set(several.index) != set(range(number)) or 0 in several.lengths
+    for i, gradient in enumerate(gradients):
+        read = i % number in several.index and several.lengths[i % number] > 0
+        assert bool(gradient.count_nonzero()) == read
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("prefix_dtype", [torch.float32, torch.float16])
+def test_several_prefixes_in_half_precision(backend: str, prefix_dtype: torch.dtype) -> None:
+    skip_if_refused(backend, torch.float16)
+    several = SEVERAL["ragged"]
+    own, prefixes = several.own(torch.float16), several.prefixes(prefix_dtype)
+    out = several.call(own, prefixes, backend=backend)
+    assert out.dtype == torch.float16
+    exact = [[x.detach().double().requires_grad_() for x in some] for some in (own, *prefixes)]
+    expected = several.call(exact[0], exact[1:], backend="reference")
+    assert relative_rms(out, expected) < 2e-3
+    actual, gradients = gradients_of(out, own, prefixes), gradients_of(expected, exact[0], exact[1:])
+    assert [x.dtype for x in actual] == [torch.float16] * 3 + [prefix_dtype] * 8
+    for a, b in zip(actual, gradients, strict=True):
+        assert not b.count_nonzero() or relative_rms(a, b) < 4e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck_of_several_prefixes(backend: str) -> None:
+    skip_if_refused(backend, torch.float64)
+    several = Prefixes((2, 1), (1, 0, 1), Case(B=3, S=3, T=3, Hq=2, Hkv=1, D=3, E=3))
+    own, (keys, values) = several.own(torch.float64), several.prefixes(torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, k0, k1, v0, v1: several.call([q, k, v], [[k0, k1], [v0, v1]], backend=backend),
+        [*own, *keys, *values],
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_prefixes_rerun_bit_identically(backend: str) -> None:
+    skip_if_refused(backend)
+    several = SEVERAL["packed"]
+    own, prefixes = several.own(), several.prefixes()
+    first, second = (gradients_of(several.call(own, prefixes, backend=backend), own, prefixes) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def relative_rms(actual: Tensor, exact: Tensor) -> float:
@@ -508,6 +676,13 @@ def test_explain_backend() -> None:
     assert "plain torch" in explain_backend(packed=True, dtype=torch.bfloat16, value_head_dim=32)[1]
 
 
+DOUBLE = torch.zeros(2, 5, 16, dtype=torch.float64)
+TWO_PREFIXES: dict[str, Any] = {
+    **dict.fromkeys(("prefix_k", "prefix_v"), torch.zeros(2, 2, 5, 16)),
+    "prefix_index": torch.zeros(1, dtype=torch.int64),
+}
+
+
 def _bad(**changes: Any) -> dict[str, Any]:
     return dict(zip(LEAVES, Case(B=1).tensors(), strict=True)) | changes
 
@@ -551,6 +726,18 @@ def _bad(**changes: Any) -> dict[str, Any]:
         ("batch 1", {"cu_seqlens": offsets(13), "q": torch.zeros(1, 4, 12, 16)}),
         ("longest packed", {"cu_seqlens": offsets(8, 5), "max_seqlen": 7}),
         ("max_seqlen: got", {"max_seqlen": 7.5}),
+        ("prefix_k: got .*with a prefix_index", {"prefix_index": torch.zeros(1).int()}),
+        ("prefix_k: got .*need a prefix_index", {"prefix_k": torch.zeros(3, 2, 5, 16)}),
+        ("give prefix_k", {"prefix_k": None, "prefix_v": None, "prefix_index": torch.zeros(1).int()}),
+        ("prefix_index: got .*float32", TWO_PREFIXES | {"prefix_index": torch.zeros(1)}),
+        ("prefix_index: got 2 entries for 1", TWO_PREFIXES | {"prefix_index": torch.zeros(2).int()}),
+        ("prefix_index: got values from 2 to 2", TWO_PREFIXES | {"prefix_index": torch.tensor([2])}),
+        ("prefix_index: got values from -1", TWO_PREFIXES | {"prefix_index": torch.tensor([-1])}),
+        ("prefix_index: got it on meta", TWO_PREFIXES | {"prefix_index": torch.zeros(1, device="meta").int()}),
+        (r"prefix_k\[1\]: got", TWO_PREFIXES | {"prefix_k": [torch.zeros(2, 5, 16), torch.zeros(2, 5, 8)]}),
+        (r"prefix_k\[1\]: got torch.float64", TWO_PREFIXES | {"prefix_k": [torch.zeros(2, 5, 16), DOUBLE]}),
+        ("virtual tokens", TWO_PREFIXES | {"prefix_v": [torch.zeros(2, 5, 16), torch.zeros(2, 4, 16)]}),
+        ("prefix_v: got", TWO_PREFIXES | {"prefix_v": []}),
     ],
 )
 def test_bad_input_is_refused(backend: str, says: str, changes: dict[str, Any]) -> None:

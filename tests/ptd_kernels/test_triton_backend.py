@@ -127,6 +127,12 @@ CALLS: dict[str, dict[str, Any]] = {
     "no prefix": {"prefix": False},
     "bidirectional": {"causal": False},
     "packed, window, softcap": {"cu_seqlens": torch.tensor([0, 5, 9]).int(), "window": 3, "softcap": 2.0},
+    "bias": {"bias": torch.randn(1, 2, 9, 9)},
+    "packed, several prefixes": {
+        "cu_seqlens": torch.tensor([0, 5, 9]).int(),
+        "prefix_index": torch.tensor([1, 0]).int(),
+        "prefix_bounds": torch.tensor([0, 1, 3]).int(),
+    },
 }
 
 
@@ -136,7 +142,8 @@ def operator_arguments(name: str) -> tuple[Any, ...]:
     x = leaves(9, 3, 8, 8, torch.float32)
     prefix = x[3:] if call.get("prefix", True) else [None, None]
     rest = call.get("causal", True), call.get("window"), call.get("softcap")
-    return (*x[:3], *prefix, call.get("cu_seqlens"), 0.3, *rest)
+    tensors = (call.get(name) for name in ("bias", "cu_seqlens", "prefix_index", "prefix_bounds"))
+    return (*x[:3], *prefix, *tensors, 0.3, *rest)
 
 
 @interpreted
@@ -153,11 +160,14 @@ def test_triton_operator_is_well_behaved(name: str) -> None:
 
 
 @interpreted
-def test_triton_under_torch_compile() -> None:
+@pytest.mark.parametrize("index", [None, torch.tensor([1, 0])], ids=["shared", "several"])
+def test_triton_under_torch_compile(index: Tensor | None) -> None:
     def layer(*x: Tensor) -> Tensor:
-        return prefix_attention(*x, backend="triton", window=7).square()
+        return prefix_attention(*x, backend="triton", window=7, prefix_index=index).square()
 
-    x = leaves(9, 3, 8, 8, torch.float32)
+    x = leaves(9, 3, 8, 8, torch.float32, B=2)
+    if index is not None:
+        x[3:] = [torch.stack([y, 2 * y]).detach().requires_grad_() for y in x[3:]]
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     for a, b in zip(*(torch.autograd.grad(f(*x).sum(), x) for f in (compiled, layer)), strict=True):
         torch.testing.assert_close(a, b)

@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.timeout(3600 if ALL else 600),
 ]
 HEAD_SIZES = ("32,32", "64,64", "80,80", "96,96", "128,128", "192,192", "192,128", "256,256")
-VARIANTS = ("bidirectional", "causal", "packed", "window", "softcap", "all")
+VARIANTS = ("bidirectional", "causal", "packed", "window", "softcap", "bias", "several", "all")
 # Head sizes, dtypes and variants compiled together; other head sizes are padded to one of these.
 SELECTION = (
     [(HEAD_SIZES, ("bf16", "fp16", "fp32"), VARIANTS)]

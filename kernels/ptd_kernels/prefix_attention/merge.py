@@ -234,9 +234,7 @@ def _prefix_forward(
         out, lse = segment_forward(kernel, rows, key, value, tiles(kernel, rows, key, _everything(rule), None))
         outs.append(out)
         sums.append(lse[..., None])
-    out_1HNE, lse_1HN1 = (
-        _place(x, groups, q_1HND.shape[2], fill) for x, fill in ((outs, 0.0), (sums, -torch.inf))
-    )
+    out_1HNE, lse_1HN1 = (_place(x, groups, q_1HND.shape[2], fill) for x, fill in ((outs, 0.0), (sums, -torch.inf)))
     return _unfold(out_1HNE, q.shape[0]), _unfold(lse_1HN1, q.shape[0])[..., 0]
 
 
@@ -260,9 +258,7 @@ def _prefix_backward(
     return _unfold(_place(dqs, groups, folded[1].shape[2], 0.0), q.shape[0]), dprefix_k, dprefix_v
 
 
-def _prefix_segment(
-    q_1HND: Tensor, prefix_k: Tensor, prefix_v: Tensor, group: Group
-) -> tuple[Tensor, Tensor, Tensor]:
+def _prefix_segment(q_1HND: Tensor, prefix_k: Tensor, prefix_v: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     """The group's queries, keys and values, as batches of one."""
     keys = slice(group.first_key, group.last_key)
     key, value = (x[:, keys].to(q_1HND.dtype)[None] for x in (prefix_k, prefix_v))

@@ -21,8 +21,8 @@ HALF = (torch.bfloat16, torch.float16)
 
 class Rule(NamedTuple):
     """Which keys of the segment query row i sees: keys j with ``i + offset - window < j <= i + offset``, if `mask`
-    allows them too; `bias` is added to their scores. No offset: no such bound. `cu_seqlens` (with equally many queries and keys): own sequence only;
-    `sequences`, the number of the sequence of each row and of each key, says the same to kernels without packing."""
+    allows them too; `bias` is added to their scores. No offset: no such bound. `cu_seqlens` (with equally many queries
+    and keys): own sequence only; `sequences`, the number of the sequence of each row and of each key, says the same to kernels without packing."""
 
     scale: float
     softcap: float | None = None

@@ -39,7 +39,7 @@ def _device(device: torch.device) -> tuple[int, int]:
 
 def _launch(kernel: Any, name: str, grid: Any, common: dict[str, Any], q: Tensor, head_size: int) -> None:
     """Run `kernel` with its tile from the table; `grid` is given that tile."""
-    tile = tile_for(name, _device(q.device)[0], q.dtype != torch.float32, head_size)
+    tile = tile_for(name, _device(q.device)[0], q.dtype != torch.float32, head_size, common["BIAS"])
     wanted = {key: value for key, value in common.items() if key in kernel.arg_names}
     kernel[grid(tile)](**wanted, BLOCK_M=tile.rows, BLOCK_N=tile.keys, num_warps=tile.warps, num_stages=tile.stages)
 
@@ -58,7 +58,8 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def _arguments(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, bias: Tensor | None,
+    cu_seqlens: Tensor | None, prefix_index: Tensor | None, prefix_bounds: Tensor | None,
     scale: float, causal: bool, window: int | None, softcap: float | None,
 ) -> dict[str, Any]:  # fmt: skip
     """What the kernels share. Each takes the names it knows."""
@@ -67,17 +68,24 @@ def _arguments(
     prefix_k = k[0, :, :0] if prefix_k is None else _unit_stride(prefix_k.to(q.dtype))
     prefix_v = v[0, :, :0] if prefix_v is None else _unit_stride(prefix_v.to(q.dtype))
     inner, outer = score_factors(scale, softcap)
+    several = prefix_index is not None and prefix_bounds is not None
+    bias_BHST = None if bias is None else _unit_stride(bias).expand(q.shape[0], q.shape[1], -1, -1)
     return {
         "q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v,
+        "bias": q if bias_BHST is None else bias_BHST,
+        # Pointers that no kernel follows where there is nothing to point at.
         "cu_seqlens": q if cu_seqlens is None else cu_seqlens,
+        "prefix_index": prefix_index if several else q, "prefix_bounds": prefix_bounds if several else q,
         **_strides("q", "bhs", q), **_strides("k", "bht", k), **_strides("v", "bht", v),
         **_strides("pk", "hp", prefix_k), **_strides("pv", "hp", prefix_v),
+        **_strides("bias", "bhs", q if bias_BHST is None else bias_BHST),
+        "num_prefixes": 0 if prefix_bounds is None else prefix_bounds.numel() - 1,
         "num_sequences": 0 if cu_seqlens is None else cu_seqlens.numel() - 1,
         "S": q.shape[2], "T": k.shape[2], "P": prefix_k.shape[1], "window": window or 0,
         "group": q.shape[1] // k.shape[1], "inner": inner, "outer": outer, "scale": scale,
         "D": q.shape[3], "E": v.shape[3], "BLOCK_D": padded(q.shape[3]), "BLOCK_E": padded(v.shape[3]),
         "CAUSAL": causal, "WINDOW": window is not None, "SOFTCAP": softcap is not None,
-        "PACKED": cu_seqlens is not None,
+        "PACKED": cu_seqlens is not None, "BIAS": bias is not None, "SEVERAL": several,
     }  # fmt: skip
 
 
@@ -88,7 +96,8 @@ def _tiles(length: int, block: int, common: dict[str, Any]) -> int:
 
 @torch.library.custom_op("ptd_kernels::prefix_attention", mutates_args=())
 def prefix_attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, bias: Tensor | None,
+    cu_seqlens: Tensor | None, prefix_index: Tensor | None, prefix_bounds: Tensor | None,
     scale: float, causal: bool, window: int | None, softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output ``[B, Hq, S, E]`` and log-sum-exp ``[B, Hq, S]`` (fp32; 0 for rows that see nothing)."""
@@ -97,7 +106,9 @@ def prefix_attention_forward(
     out = _like_hugging_face(B, Hq, S, E, like=q)
     lse = q.new_empty(B, Hq, S, dtype=torch.float32)
     if out.numel():
-        common = _arguments(q, k, v, prefix_k, prefix_v, cu_seqlens, scale, causal, window, softcap)
+        common = _arguments(
+            q, k, v, prefix_k, prefix_v, bias, cu_seqlens, prefix_index, prefix_bounds, scale, causal, window, softcap,
+        )  # fmt: skip
         common |= {"out": out, "lse": lse, **_strides("out", "bhs", out)}
         with _on(q.device):
             _launch(forward_kernel, "forward", lambda t: (_tiles(S, t.rows, common), Hq, B), common, q, max(D, E))
@@ -106,7 +117,8 @@ def prefix_attention_forward(
 
 @prefix_attention_forward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, bias: Tensor | None,
+    cu_seqlens: Tensor | None, prefix_index: Tensor | None, prefix_bounds: Tensor | None,
     scale: float, causal: bool, window: int | None, softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, Hq, S, _ = q.shape
@@ -116,7 +128,8 @@ def _(
 @torch.library.custom_op("ptd_kernels::prefix_attention_backward", mutates_args=())
 def prefix_attention_backward(
     dout: Tensor, out: Tensor, lse: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, bias: Tensor | None,
+    cu_seqlens: Tensor | None, prefix_index: Tensor | None, prefix_bounds: Tensor | None,
     scale: float, causal: bool, window: int | None, softcap: float | None,
     needs_q: bool, needs_own: bool, needs_prefix: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -126,7 +139,9 @@ def prefix_attention_backward(
     dq, dk, dv, dprefix_k, dprefix_v = _gradients(q, k, v, prefix_k, prefix_v, needs_q, needs_own, needs_prefix)
     if not q.numel():
         return dq, dk.zero_(), dv.zero_(), dprefix_k.zero_(), dprefix_v.zero_()
-    common = _arguments(q, k, v, prefix_k, prefix_v, cu_seqlens, scale, causal, window, softcap)
+    common = _arguments(
+        q, k, v, prefix_k, prefix_v, bias, cu_seqlens, prefix_index, prefix_bounds, scale, causal, window, softcap,
+    )  # fmt: skip
     dout = _unit_stride(dout)
     common |= {"out": out, "dout": dout, "lse": lse, "delta": torch.empty_like(lse)}
     common |= {**_strides("out", "bhs", out), **_strides("dout", "bhs", dout), **_strides("dq", "bhs", dq)}
@@ -155,14 +170,39 @@ def _prefix_gradient(common: dict[str, Any], q: Tensor, Hkv: int, head_size: int
     tile = tile_for("prefix_gradient", architecture, q.dtype != torch.float32, head_size)
     tiles, P = triton.cdiv(q.shape[2], tile.rows), common["P"]
     items = q.shape[0] * common["group"] * tiles
-    programs = triton.cdiv(P, tile.keys) * Hkv
-    split = triton.cdiv(items, max(1, min(items, triton.cdiv(_WAVES * multiprocessors, programs))))
+    slots = P // tile.keys + common["num_prefixes"] if common["SEVERAL"] else triton.cdiv(P, tile.keys)
+    # Rounded so that no split is without items, if one prefix has them all.
+    split = triton.cdiv(items, max(1, min(items, triton.cdiv(_WAVES * multiprocessors, slots * Hkv))))
     splits = triton.cdiv(items, split)
     partial_k, partial_v = (q.new_empty(splits, Hkv, P, common[x], dtype=torch.float32) for x in ("D", "E"))
-    arguments = common | {"dk": partial_k, "dv": partial_v, "tiles": tiles, "last_item": items, "split": split}
-    grid = (triton.cdiv(P, tile.keys), Hkv, splits)
+    arguments = common | {"dk": partial_k, "dv": partial_v, "tiles": tiles, "last_item": items}
+    arguments |= dict.fromkeys(("item_bounds", "item_sequence", "item_row"), q)
+    if common["SEVERAL"]:
+        arguments |= _items(common, q, tile.rows)
+    grid = (slots, Hkv, splits)
     _launch(prefix_gradient_kernel, "prefix_gradient", lambda tile: grid, arguments, q, head_size)
     return partial_k, partial_v
+
+
+def _items(common: dict[str, Any], q: Tensor, block: int) -> dict[str, Tensor]:
+    """The tiles of `block` rows of all sequences, sorted by the prefix they read, and where each prefix's begin.
+
+    Computed on the device: neither the lengths nor the prefixes of the sequences are known on the host.
+    """
+    B, _, S, _ = q.shape
+    index = common["prefix_index"]
+    if common["PACKED"]:
+        tiles = (common["cu_seqlens"].diff() + (block - 1)) // block
+    else:
+        tiles = torch.full((B,), triton.cdiv(S, block), dtype=torch.int32, device=q.device)
+    prefix, order = index.sort(stable=True)
+    ends = tiles[order].cumsum(0)
+    item = torch.arange(B * _tiles(S, block, common), device=q.device)
+    position = torch.searchsorted(ends, item, right=True).clamp_(max=len(order) - 1)
+    row = (item - (ends - tiles[order])[position]) * block
+    readers = torch.searchsorted(prefix, torch.arange(common["num_prefixes"] + 1, device=q.device, dtype=prefix.dtype))
+    bounds = torch.nn.functional.pad(ends, (1, 0))[readers]
+    return {"item_bounds": bounds.int(), "item_sequence": order[position].int(), "item_row": row.int()}
 
 
 def _gradients(
@@ -184,7 +224,8 @@ def _gradients(
 @prefix_attention_backward.register_fake
 def _(
     dout: Tensor, out: Tensor, lse: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, bias: Tensor | None,
+    cu_seqlens: Tensor | None, prefix_index: Tensor | None, prefix_bounds: Tensor | None,
     scale: float, causal: bool, window: int | None, softcap: float | None,
     needs_q: bool, needs_own: bool, needs_prefix: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -204,7 +245,7 @@ def _backward(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
         dout, *ctx.saved_tensors, *ctx.options, needs_q, needs_k or needs_v, needs_prefix_k or needs_prefix_v
     )
     needed = zip(gradients, ctx.needs_input_grad[:5], strict=True)
-    return *(gradient if needs else None for gradient, needs in needed), *(None,) * 5
+    return *(gradient if needs else None for gradient, needs in needed), *(None,) * 8
 
 
 prefix_attention_forward.register_autograd(_backward, setup_context=_setup_context)

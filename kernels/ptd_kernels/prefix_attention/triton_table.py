@@ -32,7 +32,7 @@ TABLE: dict[tuple[int, bool, int], dict[str, Tile]] = {
     (90, True, 128): _tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
     (90, True, 256): _tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
     (80, True, 32): _tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 4, 3)),
-    (80, True, 64): _tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 64, 4, 3), Tile(64, 64, 4, 2)),
+    (80, True, 64): _tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 64, 4, 3), Tile(64, 64, 8, 2)),
     (80, True, 128): _tiles(Tile(128, 32, 8, 3), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
     (80, True, 256): _tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     (80, False, 32): _tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 4, 2)),
@@ -49,9 +49,13 @@ DELTA = Tile(32, 0, 4, 1)
 WIDTHS = (32, 64, 128, 256)
 
 
-def tile_for(kernel: str, architecture: int, half: bool, head_size: int) -> Tile:
+def tile_for(kernel: str, architecture: int, half: bool, head_size: int, biased: bool = False) -> Tile:
     """The tile of `kernel` for a device of this compute capability (90 is 9.0), or for the interpreter (0)."""
     if architecture == 0:
         return INTERPRETED[kernel]
     width = next(w for w in WIDTHS if head_size <= w)
-    return TABLE[90 if architecture // 10 == 9 else 80, half, width][kernel]
+    tile = TABLE[90 if architecture // 10 == 9 else 80, half, width][kernel]
+    if biased and kernel in ("forward", "query_gradient"):
+        # The tile of biases and its addresses take the registers that half of the scores leave.
+        return tile._replace(keys=max(16, tile.keys // 2))
+    return tile
