@@ -29,7 +29,7 @@ from ptd_kernels.prefix_attention.triton_tiles import (
 
 
 @triton.jit
-def _attend(
+def attend(
     out_ME, sum_M, top_M, q_MD, k, v, k_t, v_t, low, all_low, all_high, high, keys, row_M, rows, window,
     bias, bias_s, inner, outer,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -85,7 +85,7 @@ def forward_kernel(
         first, P = find_prefix(prefix_index, prefix_bounds, sequence if PACKED else batch, P, SEVERAL)
         prefix_k += kv_head * pk_h + first * pk_p
         prefix_v += kv_head * pv_h + first * pv_p
-        out_ME, sum_M, top_M = _attend(
+        out_ME, sum_M, top_M = attend(
             out_ME, sum_M, top_M, q_MD, prefix_k, prefix_v, pk_p, pv_p, 0, 0, P // BLOCK_N * BLOCK_N, P, P,
             row_M, rows, window, bias, bias_s, inner, outer,
             D, E, BLOCK_D, BLOCK_E, BLOCK_N, False, CAUSAL, WINDOW, SOFTCAP, BIAS,
@@ -95,7 +95,7 @@ def forward_kernel(
         k += batch * k_b + kv_head * k_h + start * k_t
         v += batch * v_b + kv_head * v_h + start * v_t
         low, all_low, all_high, high = seen_keys(row, rows, keys, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
-        out_ME, sum_M, top_M = _attend(
+        out_ME, sum_M, top_M = attend(
             out_ME, sum_M, top_M, q_MD, k, v, k_t, v_t, low, all_low, all_high, high, keys,
             row_M, rows, window, bias, bias_s, inner, outer,
             D, E, BLOCK_D, BLOCK_E, BLOCK_N, True, CAUSAL, WINDOW, SOFTCAP, BIAS,

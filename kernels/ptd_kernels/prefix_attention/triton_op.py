@@ -20,12 +20,15 @@ from ptd_kernels.prefix_attention.triton_backward import (
     prefix_gradient_kernel,
     query_gradient_kernel,
 )
+from ptd_kernels.prefix_attention.triton_decode import MAX_QUERIES, MAX_ROWS, decode_kernel, join
 from ptd_kernels.prefix_attention.triton_forward import forward_kernel
-from ptd_kernels.prefix_attention.triton_table import DELTA, tile_for
+from ptd_kernels.prefix_attention.triton_table import DELTA, decode_tile, tile_for
 from ptd_kernels.prefix_attention.triton_tiles import padded, score_factors
 
-# How many programs the prefix's gradient is split into, per multiprocessor: enough to fill the device twice.
+# How many programs the prefix's gradient, or decoding, is split into, per multiprocessor: enough to fill it twice.
 _WAVES = 2
+# A split of the decode kernel gets at least so many tiles of keys.
+_SPLIT_TILES = 2
 
 
 @functools.cache
@@ -110,6 +113,10 @@ def prefix_attention_forward(
             q, k, v, prefix_k, prefix_v, bias, cu_seqlens, prefix_index, prefix_bounds, scale, causal, window, softcap,
         )  # fmt: skip
         common |= {"out": out, "lse": lse, **_strides("out", "bhs", out)}
+        if cu_seqlens is None and S <= MAX_QUERIES and S * common["group"] <= MAX_ROWS:
+            with _on(q.device):
+                _decode(common, out, lse)
+            return out, lse
         with _on(q.device):
             _launch(forward_kernel, "forward", lambda t: (_tiles(S, t.rows, common), Hq, B), common, q, max(D, E))
     return out, lse
@@ -162,6 +169,24 @@ def prefix_attention_backward(
             dprefix_k.copy_(partial_k.sum(0))
             dprefix_v.copy_(partial_v.sum(0))
     return dq, dk, dv, dprefix_k, dprefix_v
+
+
+def _decode(common: dict[str, Any], out: Tensor, lse: Tensor) -> None:
+    """The forward pass of few queries, its keys split over as many programs as fill the device."""
+    B, Hq, S, _ = out.shape
+    architecture, multiprocessors = _device(out.device)
+    rows, widest = S * common["group"], max(common["D"], common["E"])
+    tile = decode_tile(rows, architecture, out.dtype != torch.float32, widest)
+    Hkv = Hq // common["group"]
+    keys = common["T"] + common["P"] // max(1, common["num_prefixes"])
+    splits = max(1, min(triton.cdiv(_WAVES * multiprocessors, B * Hkv), triton.cdiv(keys, _SPLIT_TILES * tile.keys)))
+    outs, sums = (out.new_empty(splits, *x.shape, dtype=torch.float32) for x in (out, lse))
+    wanted = {key: value for key, value in common.items() if key in decode_kernel.arg_names}
+    wanted |= {"out": outs, "lse": sums, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
+    decode_kernel[(splits, Hkv, B)](**wanted, num_warps=tile.warps, num_stages=tile.stages)
+    whole, total = join(outs, sums)
+    out.copy_(whole)
+    lse.copy_(total.masked_fill(total == -torch.inf, 0.0))
 
 
 def _prefix_gradient(common: dict[str, Any], q: Tensor, Hkv: int, head_size: int) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,14 @@ TABLE |= {(90, half, width): tiles for (arch, half, width), tiles in TABLE.items
 
 # In the interpreter: small, so that short sequences have several tiles, and mostly oblong, so that a swap shows.
 INTERPRETED = _tiles(Tile(64, 16, 4, 1), Tile(32, 32, 4, 1), Tile(16, 64, 4, 1), Tile(64, 16, 4, 1))
+# Of the decode kernel, whose rows are as many as the call has: (is it 16-bit, widest head size) -> tile without them.
+DECODE: dict[tuple[bool, int], Tile] = {
+    (True, 128): Tile(0, 64, 4, 3),
+    (True, 256): Tile(0, 64, 4, 2),
+    (False, 64): Tile(0, 32, 4, 2),
+    (False, 128): Tile(0, 32, 4, 1),
+    (False, 256): Tile(0, 16, 4, 1),
+}
 DELTA = Tile(32, 0, 4, 1)
 WIDTHS = (32, 64, 128, 256)
 
@@ -59,3 +67,10 @@ def tile_for(kernel: str, architecture: int, half: bool, head_size: int, biased:
         # The tile of biases and its addresses take the registers that half of the scores leave.
         return tile._replace(keys=max(16, tile.keys // 2))
     return tile
+
+
+def decode_tile(rows: int, architecture: int, half: bool, head_size: int) -> Tile:
+    """The tile of the decode kernel for this many query rows a key/value head."""
+    width = min(w for is_half, w in DECODE if is_half == half and head_size <= w)
+    tile = Tile(0, 16, 4, 1) if architecture == 0 else DECODE[half, width]
+    return tile._replace(rows=max(16, 1 << (rows - 1).bit_length()))
