@@ -45,7 +45,9 @@ VARIANTS = {
 SCALARS = {
     **dict.fromkeys(("inner", "outer", "scale"), "fp32"),
     **dict.fromkeys(("lse", "delta"), "*fp32"),
-    **dict.fromkeys(("cu_seqlens", "prefix_index", "prefix_bounds", "item_bounds", "item_sequence", "item_row"), "*i32"),
+    **dict.fromkeys(
+        ("cu_seqlens", "prefix_index", "prefix_bounds", "item_bounds", "item_sequence", "item_row"), "*i32"
+    ),
 }
 
 

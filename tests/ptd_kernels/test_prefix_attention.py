@@ -14,13 +14,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ptd_kernels import available_backends, explain_backend, prefix_attention
-from ptd_kernels.prefix_attention import merge, segments
+from ptd_kernels.prefix_attention import merge, merge_decode, segments
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 # Triton's kernels run here only in its interpreter, in a process of its own: test_triton_backend.py starts it.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = [name for name in available_backends() if name != "triton" or INTERPRETED]
+NOT_HERE = () if INTERPRETED else ("triton",)
+# The adapters to GPU libraries are on the list where there is a GPU, and refuse what they cannot do.
+LIBRARIES = [name for name in available_backends() if name.startswith("merge-")]
+BACKENDS = [name for name in available_backends() if name not in (*NOT_HERE, *LIBRARIES)]
 FAST = [name for name in BACKENDS if name != "reference"]
 LEAVES = ("q", "k", "v", "prefix_k", "prefix_v")
 # Triton's interpreter needs some milliseconds a tile.
@@ -295,12 +298,15 @@ SEVERAL = {
     ),
     "bias": Prefixes((3, 40), (1, 0, 0, 1), Case(B=4, S=20, T=20, options={"bias": torch.randn(4, 1, 20, 20)})),
     "softcap, window": Prefixes((3, 40), (1, 0, 0, 1), Case(B=4, S=40, T=40, options={"softcap": 2.0, "window": 9})),
-    "packed": Prefixes((40, 3), (1, 0, 0, 1, 0), Case(B=1, S=90, T=90, options={"cu_seqlens": offsets(33, 1, 0, 40, 16)})),
+    "packed": Prefixes(
+        (40, 3), (1, 0, 0, 1, 0), Case(B=1, S=90, T=90, options={"cu_seqlens": offsets(33, 1, 0, 40, 16)})
+    ),
     "packed, equal": Prefixes(
         (6, 6, 6), (2, 2, 0), Case(B=1, S=60, T=60, options={"cu_seqlens": offsets(10, 30, 20), "causal": False})
     ),
     "packed, bias": Prefixes(
-        (40, 3), (1, 0), Case(B=1, S=60, T=60, options={"cu_seqlens": offsets(20, 40), "bias": torch.randn(1, 1, 60, 60)})
+        (40, 3), (1, 0),
+        Case(B=1, S=60, T=60, options={"cu_seqlens": offsets(20, 40), "bias": torch.randn(1, 1, 60, 60)}),
     ),
 }  # fmt: skip
 
@@ -669,10 +675,48 @@ def test_cuda_adapter_fits_the_installed_schema(packed: bool) -> None:
     q, k = (x.bfloat16().transpose(1, 2) for x in (q, k))
     cu_seqlens = torch.empty(3, dtype=torch.int32, device="meta") if packed else None
     rule = segments.Rule(0.1, None, 0, 4, cu_seqlens=cu_seqlens, max_seqlen=6 if packed else None)
-    out, lse = segments.CUDA_FLASH.forward(q, k, k, rule)
+    out, lse = segments.TORCH_FLASH_CUDA.forward(q, k, k, rule)
     assert (out.shape, lse.shape) == (q.shape, (1, 8, 10))
-    gradients = segments.CUDA_FLASH.backward(out, q, k, k, out, lse, rule)
+    gradients = segments.TORCH_FLASH_CUDA.backward(out, q, k, k, out, lse, rule)
     assert [x.shape for x in gradients] == [q.shape, k.shape, k.shape]
+
+
+def test_cudnn_adapter_fits_the_installed_schema() -> None:
+    q, k, v = (torch.empty(2, 10, *size, device="meta").transpose(1, 2) for size in ((8, 64), (2, 64), (2, 32)))
+    rule = segments.Rule(0.1, None, 0)
+    out, lse = segments.CUDNN.forward(q, k, v, rule)
+    assert (out.shape, lse.shape) == ((2, 8, 10, 32), (2, 8, 10))
+    gradients = segments.CUDNN.backward(out, q, k, v, out, lse, rule)
+    assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
+
+
+@pytest.mark.parametrize("backend", LIBRARIES)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
+def test_gpu_libraries_refuse_the_cpu_with_a_reason(backend: str) -> None:
+    with pytest.raises(ValueError, match=rf"backend='{backend}' cannot do this: .*: it needs an NVIDIA GPU.* on cpu"):
+        prefix_attention(*Case().tensors(), backend=backend)
+
+
+@pytest.mark.parametrize("kernel", segments.ON_REQUEST, ids=lambda kernel: kernel.name)
+def test_a_refused_kernel_is_not_picked(kernel: segments.Kernel) -> None:
+    need = segments.Need(torch.zeros(1, 2, 3, 8), 3, 8, segments.Rule(1.0, softcap=2.0))
+    assert kernel.refuses(need)
+    assert segments.pick(need, kernel) is segments.EAGER
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+@pytest.mark.parametrize("T", [1, 64, 100, 150])
+@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("kernel", [segments.EAGER, segments.TORCH_FLASH_CPU], ids=lambda kernel: kernel.name)
+def test_keys_split_for_decoding(kernel: segments.Kernel, parts: int, T: int, scored: bool) -> None:
+    q, k, v, *_ = (x.detach() for x in Case(B=1, S=1, T=T, Hq=4, Hkv=2, P=0).tensors())
+    mask = torch.rand(1, 1, 1, T) < 0.4 if scored else None
+    bias = torch.randn(1, 4, 1, T) if scored else None
+    rule = segments.Rule(0.3, mask=mask, bias=bias)
+    out, lse = merge_decode.decode_forward(kernel, q, k, v, rule, parts)
+    expected, total = segments.EAGER.forward(q, k, v, rule)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse, total, rtol=1e-5, atol=1e-6)
 
 
 def test_explain_backend() -> None:

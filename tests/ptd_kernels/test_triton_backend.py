@@ -38,7 +38,7 @@ def test_in_the_interpreter() -> None:
 
 
 def test_triton_is_never_chosen_unasked() -> None:
-    assert available_backends()[-1] == "triton"
+    assert available_backends()[:2] == ("merge", "reference")
     assert explain_backend()[0] != "triton"
 
 

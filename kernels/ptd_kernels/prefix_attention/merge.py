@@ -8,6 +8,7 @@ own backward, given the merged o and L. Legend of shapes: problem.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ptd_kernels.prefix_attention.merge_decode import decode_forward, number_of_parts
 from ptd_kernels.prefix_attention.problem import Backend, Problem, register
 from ptd_kernels.prefix_attention.reference import reference_attention
-from ptd_kernels.prefix_attention.segments import Gradients, Kernel, Rule, pick
+from ptd_kernels.prefix_attention.segments import ON_REQUEST, Gradients, Kernel, Need, Rule, pick
 
 
 class Tile(NamedTuple):
@@ -223,10 +225,10 @@ def _groups(problem: Problem) -> list[Group]:
 
 
 def _prefix_forward(
-    q: Tensor, prefix_k: Tensor, prefix_v: Tensor, rule: Rule, groups: list[Group]
+    q: Tensor, prefix_k: Tensor, prefix_v: Tensor, rule: Rule, groups: list[Group], preferred: Kernel | None
 ) -> tuple[Tensor, Tensor]:
     """Output ``[B, Hq, S, E]`` and log-sum-exp ``[B, Hq, S]`` over each sequence's prefix; -inf where it has none."""
-    kernel = pick(q, prefix_v.shape[2], rule.softcap, False)
+    kernel = pick(Need(q, prefix_k.shape[1], prefix_v.shape[2], _everything(rule)), preferred)
     q_1HND = _fold(q)
     outs, sums = [], []
     for group in groups:
@@ -240,10 +242,10 @@ def _prefix_forward(
 
 def _prefix_backward(
     dout: Tensor, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, out: Tensor, lse: Tensor, rule: Rule,
-    groups: list[Group],
+    groups: list[Group], preferred: Kernel | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q (its share), prefix_k and prefix_v; zeros for a prefix that nobody reads."""
-    kernel = pick(q, prefix_v.shape[2], rule.softcap, False, exact_keys=True)
+    kernel = pick(Need(q, prefix_k.shape[1], prefix_v.shape[2], _everything(rule), exact_keys=True), preferred)
     folded = [_fold(x) for x in (dout, q, out, lse[..., None])]
     dqs: list[Tensor] = []
     dprefix_k, dprefix_v = torch.zeros_like(prefix_k), torch.zeros_like(prefix_v)
@@ -277,11 +279,15 @@ class _Merge(torch.autograd.Function):
         rule: Rule,
         offsets: Sequence[int] | None,
         groups: list[Group],
+        preferred: Kernel | None,
     ) -> Tensor:
-        own = pick(q, v.shape[3], rule.softcap, rule.mask is not None or rule.bias is not None)
-        out, lse = segment_forward(own, q, k, v, tiles(own, q, k, rule, offsets))
+        own = pick(Need(q, k.shape[2], v.shape[3], rule), preferred)
+        if q.shape[2] == 1 and rule.cu_seqlens is None:
+            out, lse = _decode(own, q, k, v, rule)
+        else:
+            out, lse = segment_forward(own, q, k, v, tiles(own, q, k, rule, offsets))
         if prefix_k is not None and prefix_v is not None and groups:
-            prefix_out, prefix_lse = _prefix_forward(q, prefix_k, prefix_v, rule, groups)
+            prefix_out, prefix_lse = _prefix_forward(q, prefix_k, prefix_v, rule, groups, preferred)
             # -inf where a sequence has no prefix: its share is 0, also where the own keys are all hidden.
             prefix_share = torch.sigmoid(prefix_lse - lse).masked_fill_(prefix_lse == -torch.inf, 0.0)[..., None]
             out = out.to(prefix_share.dtype).lerp_(prefix_out.to(prefix_share.dtype), prefix_share)
@@ -291,6 +297,7 @@ class _Merge(torch.autograd.Function):
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, prefix_k, prefix_v, out, lse, rule.mask, rule.bias, rule.cu_seqlens)
         ctx.rule, ctx.offsets, ctx.groups = rule._replace(mask=None, bias=None, cu_seqlens=None), offsets, groups
+        ctx.preferred = preferred
         return out
 
     @staticmethod
@@ -303,9 +310,11 @@ class _Merge(torch.autograd.Function):
         if prefix_k is not None and not ctx.groups:
             dprefix_k, dprefix_v = torch.zeros_like(prefix_k), torch.zeros_like(prefix_v)
         elif prefix_k is not None and (need_q or need_prefix_k or need_prefix_v):
-            dq, dprefix_k, dprefix_v = _prefix_backward(dout, q, prefix_k, prefix_v, out, lse, rule, ctx.groups)
+            dq, dprefix_k, dprefix_v = _prefix_backward(
+                dout, q, prefix_k, prefix_v, out, lse, rule, ctx.groups, ctx.preferred
+            )
         if need_q or need_k or need_v:
-            own = pick(q, v.shape[3], rule.softcap, rule.mask is not None or rule.bias is not None)
+            own = pick(Need(q, k.shape[2], v.shape[3], rule), ctx.preferred)
             cut = tiles(own, q, k, rule, ctx.offsets)
             dq, dk, dv = segment_backward(own, dout, q, k, v, out, lse, cut, dq)
         return (
@@ -314,9 +323,7 @@ class _Merge(torch.autograd.Function):
             dv.to(v.dtype) if need_v and dv is not None else None,
             dprefix_k if need_prefix_k else None,
             dprefix_v if need_prefix_v else None,
-            None,
-            None,
-            None,
+            *(None,) * 4,
         )
 
 
@@ -324,27 +331,57 @@ def _everything(rule: Rule) -> Rule:
     return Rule(scale=rule.scale, softcap=rule.softcap)
 
 
-def merge_attention(problem: Problem) -> Tensor:
-    """Solve `problem` with the library kernels that fit it, segment by segment."""
+def _decode(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """The own tokens of one query row: it sees the last `window` keys, or all."""
+    if rule.window is not None and rule.window < k.shape[2]:
+        k, v = (x[:, :, -rule.window :] for x in (k, v))
+        mask, bias = (None if x is None else x[..., -rule.window :] for x in (rule.mask, rule.bias))
+        rule = rule._replace(mask=mask, bias=bias)
+    return decode_forward(kernel, q, k, v, rule, number_of_parts(k))
+
+
+def _rule(problem: Problem) -> Rule:
+    p = problem
+    offset = p.k_BHTD.shape[2] - p.q_BHSD.shape[2] if p.causal else None
+    return Rule(p.scale, p.softcap, offset, p.window, p.mask, p.bias, p.cu_seqlens, p.max_seqlen)
+
+
+def merge_attention(problem: Problem, preferred: Kernel | None = None) -> Tensor:
+    """Solve `problem` with the library kernels that fit it, segment by segment; with `preferred` where it can."""
     p = problem
     if p.q_BHSD.numel() == 0:
         return reference_attention(problem)
-    offset = p.k_BHTD.shape[2] - p.q_BHSD.shape[2] if p.causal else None
-    rule = Rule(p.scale, p.softcap, offset, p.window, p.mask, p.bias, p.cu_seqlens, p.max_seqlen)
-    prefixes = p.prefix_k_HPD, p.prefix_v_HPE
-    out: Tensor = _Merge.apply(p.q_BHSD, p.k_BHTD, p.v_BHTE, *prefixes, rule, p.offsets, _groups(p))
+    tensors = p.q_BHSD, p.k_BHTD, p.v_BHTE, p.prefix_k_HPD, p.prefix_v_HPE
+    out: Tensor = _Merge.apply(*tensors, _rule(p), p.offsets, _groups(p), preferred)
     return out
 
 
-def _explain(problem: Problem) -> str:
-    q, head_size = problem.q_BHSD, problem.v_BHTE.shape[3]
-    own = pick(q, head_size, problem.softcap, problem.mask is not None or problem.bias is not None)
-    prefix = pick(q, head_size, problem.softcap, False)
-    prefix_backward = pick(q, head_size, problem.softcap, False, exact_keys=True)
+def _explain(problem: Problem, preferred: Kernel | None = None) -> str:
+    q, head_size, rule = problem.q_BHSD, problem.v_BHTE.shape[3], _rule(problem)
+    own = pick(Need(q, problem.k_BHTD.shape[2], head_size, rule), preferred)
+    prefix, prefix_backward = (
+        pick(Need(q, 1, head_size, _everything(rule), exact), preferred) for exact in (False, True)
+    )
     return (
         f"one call a segment, merged by log-sum-exp; own tokens: {own.name}; prefix: {prefix.name}, "
         f"its gradient: {prefix_backward.name}"
     )
 
 
+def _refuses(problem: Problem, preferred: Kernel) -> str | None:
+    need = Need(problem.q_BHSD, problem.k_BHTD.shape[2], problem.v_BHTE.shape[3], _rule(problem))
+    reason = preferred.refuses(need)
+    return None if reason is None else f"{preferred.name}: {reason}"
+
+
 register(Backend("merge", merge_attention, refuses=lambda problem: None, explains=_explain, priority=10))
+for _kernel in ON_REQUEST:
+    register(
+        Backend(
+            f"merge-{_kernel.name.replace(' ', '-').lower()}",
+            partial(merge_attention, preferred=_kernel),
+            refuses=partial(_refuses, preferred=_kernel),
+            explains=partial(_explain, preferred=_kernel),
+            priority=-2,
+        )
+    )

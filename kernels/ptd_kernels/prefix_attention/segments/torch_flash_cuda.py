@@ -33,7 +33,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tenso
     )  # fmt: skip
     # Rows without any key (more queries than keys) come back as +inf.
     lse = lse.masked_fill(lse == torch.inf, -torch.inf)
-    return _fromto_flash_layout(out, packed), lse[None] if packed else lse
+    return from_flash_layout(out, packed), lse[None] if packed else lse
 
 
 def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule) -> Gradients:
@@ -46,7 +46,7 @@ def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: T
         cu_seqlens, cu_seqlens, max_q, max_k, 0.0, rule.offset is not None, no_state, no_state,
         scale=rule.scale, **_window(rule),
     )  # fmt: skip
-    return Gradients(*(_fromto_flash_layout(x, packed) for x in gradients))
+    return Gradients(*(from_flash_layout(x, packed) for x in gradients))
 
 
 TORCH_FLASH_CUDA = Kernel("torch flash (CUDA)", _forward, _backward, refuses_on_gpu, max_rows=None)
