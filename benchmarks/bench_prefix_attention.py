@@ -4,8 +4,8 @@
     python benchmarks/bench_prefix_attention.py --quick --output quick                         # seconds, a CPU will do
 
 Rivals: (i) the prefix expanded over the batch and concatenated to the keys, then SDPA, as PEFT runs it (packed
-sequences: as a padded batch); (ii) the same keys under FlexAttention, compiled (of a pack the prefix need not be expanded; GPU
-only, on some cells, since each costs a compilation); (iii) no prefix: a bound from below.
+sequences: as a padded batch); (ii) the same keys under FlexAttention, compiled (of a pack the prefix need not be
+expanded; GPU only, on some cells, since each costs a compilation); (iii) no prefix: a bound from below.
 
 All run in one process, in turns; a time is the median over `--repeats`. TFLOP/s count the pairs of query and key that
 the rule lets see each other, 4 · D · heads each forward and 2.5 times that backward, so a rival's work on padding

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,11 +24,13 @@ from ptd_kernels.prefix_attention.triton_backward import (
 )
 from ptd_kernels.prefix_attention.triton_decode import MAX_QUERIES, MAX_ROWS, decode_kernel, join
 from ptd_kernels.prefix_attention.triton_forward import forward_kernel
-from ptd_kernels.prefix_attention.triton_table import DELTA, decode_tile, tile_for
+from ptd_kernels.prefix_attention.triton_table import DELTA, Tile, decode_tile, tiles_for
 from ptd_kernels.prefix_attention.triton_tiles import padded, score_factors
+from ptd_kernels.prefix_attention.triton_tune import Choices, allowed, cache_file, choose, size_class
 
 # How many programs the prefix's gradient, or decoding, is split into, per multiprocessor: enough to fill it twice.
 _WAVES = 2
+_FLAGS = ("CAUSAL", "WINDOW", "SOFTCAP", "PACKED", "BIAS", "SEVERAL")
 # A split of the decode kernel gets at least so many tiles of keys.
 _SPLIT_TILES = 2
 
@@ -40,11 +44,42 @@ def _device(device: torch.device) -> tuple[int, int]:
     return properties.major * 10 + properties.minor, properties.multi_processor_count
 
 
-def _launch(kernel: Any, name: str, grid: Any, common: dict[str, Any], q: Tensor, head_size: int) -> None:
-    """Run `kernel` with its tile from the table; `grid` is given that tile."""
-    tile = tile_for(name, _device(q.device)[0], q.dtype != torch.float32, head_size, common["BIAS"])
+@functools.cache
+def _choices() -> Choices:
+    return Choices(cache_file())
+
+
+def _with_tile(name: str, common: dict[str, Any], q: Tensor, run: Callable[[Tile], Any]) -> Any:
+    """``run(tile)`` with the tile for this kernel and problem, timed if that is not known yet (triton_tune.py)."""
+    half, head_size = q.dtype != torch.float32, max(common["D"], common["E"])
+    candidates = tiles_for(name, _device(q.device)[0], half, head_size, common["BIAS"])
+    if len(candidates) == 1 or not allowed():
+        return run(candidates[0])
+    flags = [flag for flag in _FLAGS if common[flag]]
+    sizes = size_class(q.shape[0] * q.shape[1], common["S"], common["T"], common["P"])
+    key = " ".join(
+        [torch.cuda.get_device_name(q.device), f"triton-{triton.__version__}", name, str(q.dtype),
+         f"{common['D']},{common['E']}", f"group-{common['group']}", sizes, *flags]
+    )  # fmt: skip
+
+    def measure(tile: Tile) -> float:
+        try:
+            return float(triton.testing.do_bench(lambda: run(tile), warmup=10, rep=30, return_mode="median"))
+        except triton.runtime.errors.OutOfResources:
+            return math.inf
+
+    capturing = torch.cuda.is_current_stream_capturing()
+    return run(choose(key, candidates, measure, _choices(), may_measure=not capturing))
+
+
+def _launch(kernel: Any, name: str, grid: Any, common: dict[str, Any], q: Tensor) -> None:
+    """Run `kernel` with its tile; `grid` is given that tile."""
+    _with_tile(name, common, q, lambda tile: _run(kernel, grid(tile), common, tile))
+
+
+def _run(kernel: Any, grid: tuple[int, ...], common: dict[str, Any], tile: Tile) -> None:
     wanted = {key: value for key, value in common.items() if key in kernel.arg_names}
-    kernel[grid(tile)](**wanted, BLOCK_M=tile.rows, BLOCK_N=tile.keys, num_warps=tile.warps, num_stages=tile.stages)
+    kernel[grid](**wanted, BLOCK_M=tile.rows, BLOCK_N=tile.keys, num_warps=tile.warps, num_stages=tile.stages)
 
 
 def _strides(prefix: str, axes: str, x: Tensor) -> dict[str, int]:
@@ -104,7 +139,7 @@ def prefix_attention_forward(
     scale: float, causal: bool, window: int | None, softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output ``[B, Hq, S, E]`` and log-sum-exp ``[B, Hq, S]`` (fp32; 0 for rows that see nothing)."""
-    B, Hq, S, D = q.shape
+    B, Hq, S, _ = q.shape
     E = v.shape[3]
     out = _like_hugging_face(B, Hq, S, E, like=q)
     lse = q.new_empty(B, Hq, S, dtype=torch.float32)
@@ -118,7 +153,7 @@ def prefix_attention_forward(
                 _decode(common, out, lse)
             return out, lse
         with _on(q.device):
-            _launch(forward_kernel, "forward", lambda t: (_tiles(S, t.rows, common), Hq, B), common, q, max(D, E))
+            _launch(forward_kernel, "forward", lambda t: (_tiles(S, t.rows, common), Hq, B), common, q)
     return out, lse
 
 
@@ -141,8 +176,8 @@ def prefix_attention_backward(
     needs_q: bool, needs_own: bool, needs_prefix: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and the prefix; those that nobody needs are empty."""
-    B, Hq, S, D = q.shape
-    Hkv, T, E = k.shape[1], k.shape[2], v.shape[3]
+    B, Hq, S, _ = q.shape
+    Hkv, T = k.shape[1:3]
     dq, dk, dv, dprefix_k, dprefix_v = _gradients(q, k, v, prefix_k, prefix_v, needs_q, needs_own, needs_prefix)
     if not q.numel():
         return dq, dk.zero_(), dv.zero_(), dprefix_k.zero_(), dprefix_v.zero_()
@@ -152,20 +187,19 @@ def prefix_attention_backward(
     dout = _unit_stride(dout)
     common |= {"out": out, "dout": dout, "lse": lse, "delta": torch.empty_like(lse)}
     common |= {**_strides("out", "bhs", out), **_strides("dout", "bhs", dout), **_strides("dq", "bhs", dq)}
-    widest = max(D, E)
     with _on(q.device):
         wanted = {key: value for key, value in common.items() if key in delta_kernel.arg_names}
         delta_kernel[(triton.cdiv(S, DELTA.rows), Hq, B)](**wanted, BLOCK_M=DELTA.rows, num_warps=DELTA.warps)
         if needs_q:
             common |= {"dq": dq}
             grid = lambda tile: (_tiles(S, tile.rows, common), Hq, B)  # noqa: E731
-            _launch(query_gradient_kernel, "query_gradient", grid, common, q, widest)
+            _launch(query_gradient_kernel, "query_gradient", grid, common, q)
         if needs_own and T:
             own = common | {"dk": dk, "dv": dv, **_strides("dk", "bht", dk), **_strides("dv", "bht", dv)}
             grid = lambda tile: (_tiles(T, tile.keys, common), Hkv, B)  # noqa: E731
-            _launch(key_gradient_kernel, "key_gradient", grid, own, q, widest)
+            _launch(key_gradient_kernel, "key_gradient", grid, own, q)
         if needs_prefix and common["P"]:
-            partial_k, partial_v = _prefix_gradient(common, q, Hkv, widest)
+            partial_k, partial_v = _prefix_gradient(common, q, Hkv)
             dprefix_k.copy_(partial_k.sum(0))
             dprefix_v.copy_(partial_v.sum(0))
     return dq, dk, dv, dprefix_k, dprefix_v
@@ -189,24 +223,27 @@ def _decode(common: dict[str, Any], out: Tensor, lse: Tensor) -> None:
     lse.copy_(total.masked_fill(total == -torch.inf, 0.0))
 
 
-def _prefix_gradient(common: dict[str, Any], q: Tensor, Hkv: int, head_size: int) -> tuple[Tensor, Tensor]:
+def _prefix_gradient(common: dict[str, Any], q: Tensor, Hkv: int) -> tuple[Tensor, Tensor]:
     """Partial sums ``[splits, Hkv, P, D]`` and ``[splits, Hkv, P, E]`` in fp32, to be summed over the splits."""
-    architecture, multiprocessors = _device(q.device)
-    tile = tile_for("prefix_gradient", architecture, q.dtype != torch.float32, head_size)
-    tiles, P = triton.cdiv(q.shape[2], tile.rows), common["P"]
-    items = q.shape[0] * common["group"] * tiles
-    slots = P // tile.keys + common["num_prefixes"] if common["SEVERAL"] else triton.cdiv(P, tile.keys)
-    # Rounded so that no split is without items, if one prefix has them all.
-    split = triton.cdiv(items, max(1, min(items, triton.cdiv(_WAVES * multiprocessors, slots * Hkv))))
-    splits = triton.cdiv(items, split)
-    partial_k, partial_v = (q.new_empty(splits, Hkv, P, common[x], dtype=torch.float32) for x in ("D", "E"))
-    arguments = common | {"dk": partial_k, "dv": partial_v, "tiles": tiles, "last_item": items}
-    arguments |= dict.fromkeys(("item_bounds", "item_sequence", "item_row"), q)
-    if common["SEVERAL"]:
-        arguments |= _items(common, q, tile.rows)
-    grid = (slots, Hkv, splits)
-    _launch(prefix_gradient_kernel, "prefix_gradient", lambda tile: grid, arguments, q, head_size)
-    return partial_k, partial_v
+    P, wanted = common["P"], _WAVES * _device(q.device)[1]
+
+    def run(tile: Tile) -> tuple[Tensor, Tensor]:
+        tiles = triton.cdiv(q.shape[2], tile.rows)
+        items = q.shape[0] * common["group"] * tiles
+        slots = P // tile.keys + common["num_prefixes"] if common["SEVERAL"] else triton.cdiv(P, tile.keys)
+        # Rounded so that no split is without items, if one prefix has them all.
+        split = triton.cdiv(items, max(1, min(items, triton.cdiv(wanted, slots * Hkv))))
+        splits = triton.cdiv(items, split)
+        partials = [q.new_empty(splits, Hkv, P, common[x], dtype=torch.float32) for x in ("D", "E")]
+        arguments = common | {"dk": partials[0], "dv": partials[1], "tiles": tiles, "last_item": items}
+        arguments |= dict.fromkeys(("item_bounds", "item_sequence", "item_row"), q)
+        if common["SEVERAL"]:
+            arguments |= _items(common, q, tile.rows)
+        _run(prefix_gradient_kernel, (slots, Hkv, splits), arguments, tile)
+        return partials[0], partials[1]
+
+    sums: tuple[Tensor, Tensor] = _with_tile("prefix_gradient", common, q, run)
+    return sums
 
 
 def _items(common: dict[str, Any], q: Tensor, block: int) -> dict[str, Tensor]:
