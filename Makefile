@@ -21,7 +21,7 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 gpu: $(INSTALLED)
-	PTD_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/ptd_kernels
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 PTD_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/ptd_kernels
 	$(BIN)/python benchmarks/bench_prefix_attention.py --output benchmarks/results/prefix_attention
 
 $(INSTALLED): pyproject.toml constraints.txt

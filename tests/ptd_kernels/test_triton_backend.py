@@ -20,9 +20,11 @@ from ptd_kernels import available_backends, explain_backend, prefix_attention
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = os.environ.get("PTD_TEST_DEVICE", "cpu")
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter, in a process of its own")
+runs = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="needs a GPU or Triton's interpreter")
 
 
 @needs_triton
@@ -31,7 +33,8 @@ def test_in_the_interpreter() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rfE", "-k", "triton",
          str(HERE / "test_prefix_attention.py"), __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=HERE.parent.parent, capture_output=True, text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PTD_TEST_DEVICE": "cpu"}, cwd=HERE.parent.parent,
+        capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
@@ -67,14 +70,15 @@ def test_triton_refuses_tensors_off_the_gpu() -> None:
 
 
 def leaves(S: int, P: int, D: int, E: int, dtype: torch.dtype, B: int = 1, Hq: int = 2, Hkv: int = 1) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     shapes = [(B, S, Hq, D), (B, S, Hkv, D), (B, S, Hkv, E), (P, Hkv, D), (P, Hkv, E)]
-    return [torch.randn(shape, generator=generator).to(dtype).transpose(-3, -2).requires_grad_() for shape in shapes]
+    made = [torch.randn(shape, generator=generator, device=DEVICE).to(dtype).transpose(-3, -2) for shape in shapes]
+    return [x.requires_grad_() for x in made]
 
 
 def out_and_gradients(x: list[Tensor], **options: Any) -> list[Tensor]:
     out = prefix_attention(*x, **options)
-    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out.dtype)
+    dout = torch.randn(out.shape, generator=torch.Generator(DEVICE).manual_seed(7), device=DEVICE).to(out.dtype)
     return [out, *torch.autograd.grad(out, x, dout)]
 
 
@@ -84,7 +88,7 @@ def assert_close(actual: list[Tensor], exact: list[Tensor], rtol: float) -> None
         assert (a - b).norm().item() <= rtol * b.norm().item()
 
 
-@interpreted
+@runs
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.float16, 2e-3)], ids=["fp32", "fp16"])
 @pytest.mark.parametrize(("D", "E"), [(32, 32), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)])
 def test_head_sizes_of_triton(D: int, E: int, dtype: torch.dtype, rtol: float) -> None:
@@ -92,18 +96,18 @@ def test_head_sizes_of_triton(D: int, E: int, dtype: torch.dtype, rtol: float) -
     assert_close(out_and_gradients(x, backend="triton"), out_and_gradients(x, backend="reference"), rtol)
 
 
-@interpreted
+@runs
 @pytest.mark.parametrize("lengths", [[150], [60, 0, 1, 24, 65]], ids=["one", "packed"])
 @pytest.mark.parametrize("options", [{}, {"window": 50, "softcap": 3.0}], ids=["causal", "window, softcap"])
 def test_many_tiles_of_triton(lengths: list[int], options: dict[str, Any]) -> None:
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
     options = {**options, "cu_seqlens": cu_seqlens}
     x = leaves(150, 70, 16, 16, torch.float32)
     exact = out_and_gradients(x, backend="reference", **options)
     assert_close(out_and_gradients(x, backend="triton", **options), exact, 1e-5)
 
 
-@interpreted
+@runs
 @pytest.mark.parametrize("S", [1, 3])
 @pytest.mark.parametrize("options", [{}, {"window": 150, "softcap": 3.0}], ids=["causal", "window, softcap"])
 @pytest.mark.parametrize(("B", "P", "T"), [(1, 70, 200), (1, 200, 30), (3, 0, 200), (1, 250, 0)])
@@ -119,12 +123,12 @@ def test_split_keys_of_triton(S: int, options: dict[str, Any], B: int, P: int, T
 def poisoned() -> Iterator[None]:
     """Memory that torch leaves uninitialised is filled with NaN."""
     torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).new_empty(2).isnan().all()
+    assert torch.empty(3, device=DEVICE).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
 
 
-@interpreted
+@runs
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("S", [1, 33])
 @pytest.mark.parametrize("P", [0, 21])
@@ -155,10 +159,11 @@ def operator_arguments(name: str) -> tuple[Any, ...]:
     prefix = x[3:] if call.get("prefix", True) else [None, None]
     rest = call.get("causal", True), call.get("window"), call.get("softcap")
     tensors = (call.get(name) for name in ("bias", "cu_seqlens", "prefix_index", "prefix_bounds"))
+    tensors = (None if y is None else y.to(DEVICE) for y in tensors)
     return (*x[:3], *prefix, *tensors, 0.3, *rest)
 
 
-@interpreted
+@runs
 @pytest.mark.parametrize("name", CALLS)
 def test_triton_operator_is_well_behaved(name: str) -> None:
     from ptd_kernels.prefix_attention.triton_op import prefix_attention_backward, prefix_attention_forward
@@ -171,7 +176,7 @@ def test_triton_operator_is_well_behaved(name: str) -> None:
     torch.library.opcheck(prefix_attention_backward, (*saved, *plain, True, False, True))
 
 
-@interpreted
+@runs
 @pytest.mark.parametrize("index", [None, torch.tensor([1, 0])], ids=["shared", "several"])
 def test_triton_under_torch_compile(index: Tensor | None) -> None:
     def layer(*x: Tensor) -> Tensor:
@@ -185,7 +190,7 @@ def test_triton_under_torch_compile(index: Tensor | None) -> None:
         torch.testing.assert_close(a, b)
 
 
-@interpreted
+@runs
 @pytest.mark.parametrize(
     ("wanted", "launched"),
     [
