@@ -19,7 +19,7 @@ from typing import Any
 
 import triton
 from ptd_kernels.prefix_attention import triton_backward, triton_decode, triton_forward
-from ptd_kernels.prefix_attention.triton_table import DELTA, Tile, decode_tile, tiles_for
+from ptd_kernels.prefix_attention.triton_table import DELTA, Tile, decode_tile, decodes, tiles_for
 from ptd_kernels.prefix_attention.triton_tiles import padded
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -81,7 +81,9 @@ def candidates(name: str, arch: int, dtype: str, D: int, E: int, variant: str) -
     if name == "delta":
         return (DELTA,)
     if name == "decode":
-        return tuple(decode_tile(rows, arch, dtype != "fp32", max(D, E)) for rows in (triton_decode.MAX_ROWS, 1))
+        half = dtype != "fp32"
+        rows = max(group for group in range(1, 129) if decodes(1, group, half))
+        return tuple(dict.fromkeys(decode_tile(n, arch, half, max(D, E)) for n in (rows, 1)))
     return tiles_for(name, arch, dtype != "fp32", max(D, E), "BIAS" in VARIANTS[variant])
 
 

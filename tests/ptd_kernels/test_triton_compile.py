@@ -78,8 +78,10 @@ def test_nothing_spills(compiled: list[dict[str, Any]]) -> None:
 
 def test_tensor_cores_are_used(compiled: list[dict[str, Any]]) -> None:
     half = [row for row in compiled if row["dtype"] != "fp32" and row["kernel"] != "delta"]
-    assert all(row["wgmma"] and not row["mma"] for row in half if row["arch"] == 90)
-    assert all(row["mma"] for row in half if row["arch"] == 80)
+    # wgmma takes 64 rows at least; a decoding call may have fewer.
+    wide = [row for row in half if row["kernel"] != "decode"]
+    assert all(row["wgmma"] and not row["mma"] for row in wide if row["arch"] == 90)
+    assert all(row["mma"] or row["wgmma"] for row in half)
 
 
 def test_fp32_is_ieee(compiled: list[dict[str, Any]]) -> None:

@@ -17,10 +17,6 @@ from torch import Tensor
 from ptd_kernels.prefix_attention.triton_forward import attend
 from ptd_kernels.prefix_attention.triton_tiles import find_prefix, seen_keys
 
-# More queries than this, or than fill such a tile with their group, are the forward kernel's.
-MAX_QUERIES = 4
-MAX_ROWS = 64
-
 
 @triton.jit(do_not_specialize=["S", "T", "P", "window", "group"])
 def decode_kernel(

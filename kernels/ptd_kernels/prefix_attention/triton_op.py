@@ -22,9 +22,9 @@ from ptd_kernels.prefix_attention.triton_backward import (
     prefix_gradient_kernel,
     query_gradient_kernel,
 )
-from ptd_kernels.prefix_attention.triton_decode import MAX_QUERIES, MAX_ROWS, decode_kernel, join
+from ptd_kernels.prefix_attention.triton_decode import decode_kernel, join
 from ptd_kernels.prefix_attention.triton_forward import forward_kernel
-from ptd_kernels.prefix_attention.triton_table import DELTA, Tile, decode_tile, tiles_for
+from ptd_kernels.prefix_attention.triton_table import DELTA, Tile, decode_tile, decodes, tiles_for
 from ptd_kernels.prefix_attention.triton_tiles import padded, score_factors
 from ptd_kernels.prefix_attention.triton_tune import Choices, allowed, cache_file, choose, size_class
 
@@ -148,7 +148,7 @@ def prefix_attention_forward(
             q, k, v, prefix_k, prefix_v, bias, cu_seqlens, prefix_index, prefix_bounds, scale, causal, window, softcap,
         )  # fmt: skip
         common |= {"out": out, "lse": lse, **_strides("out", "bhs", out)}
-        if cu_seqlens is None and S <= MAX_QUERIES and S * common["group"] <= MAX_ROWS:
+        if cu_seqlens is None and decodes(S, common["group"], q.dtype != torch.float32):
             with _on(q.device):
                 _decode(common, out, lse)
             return out, lse

@@ -76,11 +76,10 @@ ALTERNATIVES: dict[tuple[int, int], dict[str, tuple[Tile, ...]]] = {
 INTERPRETED = _tiles(Tile(64, 16, 4, 1), Tile(32, 32, 4, 1), Tile(16, 64, 4, 1), Tile(64, 16, 4, 1))
 # Of the decode kernel, whose rows are as many as the call has: (is it 16-bit, widest head size) -> tile without them.
 DECODE: dict[tuple[bool, int], Tile] = {
-    (True, 128): Tile(0, 64, 4, 3),
-    (True, 256): Tile(0, 64, 4, 2),
-    (False, 64): Tile(0, 32, 4, 2),
-    (False, 128): Tile(0, 32, 4, 1),
-    (False, 256): Tile(0, 16, 4, 1),
+    (True, 128): Tile(0, 32, 4, 3),
+    (True, 256): Tile(0, 32, 8, 2),
+    (False, 64): Tile(0, 32, 4, 1),
+    (False, 256): Tile(0, 16, 8, 1),
 }
 DELTA = Tile(32, 0, 4, 1)
 WIDTHS = (32, 64, 128, 256)
@@ -101,6 +100,11 @@ def tiles_for(kernel: str, architecture: int, half: bool, head_size: int, biased
 
 def _alternatives(kernel: str, architecture: int, half: bool, width: int) -> tuple[Tile, ...]:
     return ALTERNATIVES.get((architecture, max(64, width)), {}).get(kernel, ()) if half else ()
+
+
+def decodes(queries: int, group: int, half: bool) -> bool:
+    """Whether the decode kernel takes this many queries of so many heads a key/value head: few, that fit one tile."""
+    return queries <= 4 and queries * group <= (64 if half else 16)
 
 
 def decode_tile(rows: int, architecture: int, half: bool, head_size: int) -> Tile:
