@@ -28,6 +28,7 @@ runs = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="needs a G
 
 
 @needs_triton
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_in_the_interpreter() -> None:
     done = subprocess.run(
