@@ -424,6 +424,24 @@ def test_several_prefixes_in_half_precision(backend: str, prefix_dtype: torch.dt
         assert not b.count_nonzero() or relative_rms(a, b) < 4e-3
 
 
+# Where a backend reads the index on the host, the graph breaks, and dynamo looks at the leaves' .grad to go on.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_prefixes_under_torch_compile(backend: str) -> None:
+    skip_if_refused(backend)
+    several = SEVERAL["some unused"]
+    own, prefixes = several.own(), several.prefixes()
+
+    def layer(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+        several_prefixes = [list(rest[:3]), list(rest[3:])]
+        return several.call([q, k, v], several_prefixes, backend=backend).square()
+
+    leaves = [*own, *prefixes[0], *prefixes[1]]
+    compiled = torch.compile(layer, backend="aot_eager")
+    for a, b in zip(*(torch.autograd.grad(f(*leaves).sum(), leaves) for f in (compiled, layer)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck_of_several_prefixes(backend: str) -> None:
     skip_if_refused(backend, torch.float64)

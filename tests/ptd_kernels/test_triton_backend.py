@@ -143,6 +143,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "causal": {},
     "no prefix": {"prefix": False},
     "bidirectional": {"causal": False},
+    "decode": {"rows": 1},
     "packed, window, softcap": {"cu_seqlens": torch.tensor([0, 5, 9]).int(), "window": 3, "softcap": 2.0},
     "bias": {"bias": torch.randn(1, 2, 9, 9)},
     "packed, several prefixes": {
@@ -156,7 +157,7 @@ CALLS: dict[str, dict[str, Any]] = {
 def operator_arguments(name: str) -> tuple[Any, ...]:
     """What the operator ``ptd_kernels::prefix_attention`` is called with."""
     call = CALLS[name]
-    x = leaves(9, 3, 8, 8, torch.float32)
+    x = leaves(call.get("rows", 9), 3, 8, 8, torch.float32)
     prefix = x[3:] if call.get("prefix", True) else [None, None]
     rest = call.get("causal", True), call.get("window"), call.get("softcap")
     tensors = (call.get(name) for name in ("bias", "cu_seqlens", "prefix_index", "prefix_bounds"))
