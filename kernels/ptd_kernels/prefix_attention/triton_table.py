@@ -94,7 +94,8 @@ def tiles_for(kernel: str, architecture: int, half: bool, head_size: int, biased
     tiles = TABLE[architecture, half, width][kernel], *_alternatives(kernel, architecture, half, width)
     if biased and kernel in ("forward", "query_gradient"):
         # The tile of biases and its addresses take the registers that half of the scores leave.
-        tiles = tuple(tile._replace(keys=max(16, tile.keys // 2)) for tile in tiles)
+        wide = [tile for tile in tiles if tile is tiles[0] or tile.keys >= 64]
+        tiles = tuple(tile._replace(keys=max(16, tile.keys // 2)) for tile in wide)
     return tuple(dict.fromkeys(tiles))
 
 
