@@ -11,7 +11,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from ptd_kernels import prefix_attention
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -107,13 +106,13 @@ def attention_forward(
         )
     packed = cu_seq_lens_q is not None
     rows = query.shape[2]
-    bias: Tensor | None = options.get("position_bias")
-    if bias is not None:
-        attention_mask, causal = _biased_mask(bias, attention_mask, causal and rows > 1), False
+    # T5's relative position bias; of frozen weights, but under gradient checkpointing T5 asks for its gradient.
+    bias = None if options.get("position_bias") is None else options["position_bias"].detach()
     masked = attention_mask is not None and not packed
     if causal and not masked and 1 < rows < key.shape[2]:
         # sdpa_mask counts on SDPA's causal rule, which starts at the first key; the rest is a static cache's free room.
         key, value = key[:, :, :rows], value[:, :, :rows]
+        bias = None if bias is None else bias[..., :rows]
     out = prefix_attention(
         query,
         key,
@@ -129,19 +128,10 @@ def attention_forward(
         cu_seqlens=cu_seq_lens_q,
         max_seqlen=max_length_q,
         mask=attention_mask if masked else None,
+        bias=bias,
         backend=slot.backend,
     )
     return out.transpose(1, 2).contiguous(), None
-
-
-def _biased_mask(bias: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """T5's relative position bias ``[1 or B, H, S, T]`` with -inf where the own tokens' rule hides a key."""
-    bias = bias.detach()  # of frozen weights; under gradient checkpointing T5 asks for its gradient all the same
-    if mask is None and causal:
-        mask = torch.ones(bias.shape[2:], dtype=torch.bool, device=bias.device).tril()
-    if mask is None:
-        return bias
-    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
 
 def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from ptd_kernels.prefix_attention import triton_backward, triton_forward
-from ptd_kernels.prefix_attention.triton_table import DELTA, Tile, tile_for
+from ptd_kernels.prefix_attention import triton_backward, triton_decode, triton_forward
+from ptd_kernels.prefix_attention.triton_table import DELTA, Tile, decode_tile, decodes, tiles_for
 from ptd_kernels.prefix_attention.triton_tiles import padded
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -29,18 +29,28 @@ SOURCES = {
     "query_gradient": triton_backward.query_gradient_kernel,
     "key_gradient": triton_backward.key_gradient_kernel,
     "prefix_gradient": triton_backward.prefix_gradient_kernel,
+    "decode": triton_decode.decode_kernel,
     "delta": triton_backward.delta_kernel,
 }
-FEATURES = ("CAUSAL", "WINDOW", "SOFTCAP", "PACKED")
+FEATURES = ("CAUSAL", "WINDOW", "SOFTCAP", "PACKED", "BIAS", "SEVERAL")
 VARIANTS = {
     "bidirectional": (),
     "causal": ("CAUSAL",),
     "packed": ("CAUSAL", "PACKED"),
     "window": ("CAUSAL", "WINDOW"),
     "softcap": ("CAUSAL", "SOFTCAP"),
+    "bias": ("BIAS",),
+    "several": ("CAUSAL", "PACKED", "SEVERAL"),
     "all": FEATURES,
 }
-SCALARS = {"inner": "fp32", "outer": "fp32", "scale": "fp32", "cu_seqlens": "*i32", "lse": "*fp32", "delta": "*fp32"}
+FP32_RESULTS = {("prefix_gradient", "dk"), ("prefix_gradient", "dv"), ("decode", "out")}
+SCALARS = {
+    **dict.fromkeys(("inner", "outer", "scale"), "fp32"),
+    **dict.fromkeys(("lse", "delta"), "*fp32"),
+    **dict.fromkeys(
+        ("cu_seqlens", "prefix_index", "prefix_bounds", "item_bounds", "item_sequence", "item_row"), "*i32"
+    ),
+}
 
 
 def signature(name: str, dtype: str) -> tuple[dict[str, str], dict[tuple[int], list[list[Any]]]]:
@@ -48,7 +58,7 @@ def signature(name: str, dtype: str) -> tuple[dict[str, str], dict[tuple[int], l
     kernel = SOURCES[name]
     types, attributes = {}, {}
     # What Triton may not specialise on has no known alignment; pointers and strides are multiples of 16.
-    lengths = {"num_sequences", "S", "T", "P", "window", "group", "tiles", "last_item", "split"}
+    lengths = {"num_sequences", "S", "T", "P", "window", "group", "tiles", "last_item", "num_prefixes"}
     for i, parameter in enumerate(kernel.params):
         argument = parameter.name
         if parameter.is_constexpr:
@@ -57,7 +67,7 @@ def signature(name: str, dtype: str) -> tuple[dict[str, str], dict[tuple[int], l
             types[argument] = SCALARS[argument]
         elif argument in lengths or re.fullmatch(r"\w+_[bhstp]", argument):
             types[argument] = "i32"
-        elif name == "prefix_gradient" and argument in ("dk", "dv"):
+        elif (name, argument) in FP32_RESULTS:
             types[argument] = "*fp32"
         else:
             types[argument] = f"*{dtype}"
@@ -66,14 +76,22 @@ def signature(name: str, dtype: str) -> tuple[dict[str, str], dict[tuple[int], l
     return types, attributes
 
 
+def candidates(name: str, arch: int, dtype: str, D: int, E: int, variant: str) -> tuple[Tile, ...]:
+    """The tiles such a call may get, the table's own first."""
+    if name == "delta":
+        return (DELTA,)
+    if name == "decode":
+        half = dtype != "fp32"
+        rows = max(group for group in range(1, 129) if decodes(1, group, half))
+        return tuple(dict.fromkeys(decode_tile(n, arch, half, max(D, E)) for n in (rows, 1)))
+    return tiles_for(name, arch, dtype != "fp32", max(D, E), "BIAS" in VARIANTS[variant])
+
+
 def compile_kernel(
     name: str, arch: int, dtype: str, D: int, E: int, variant: str, tile: Tile | None = None
 ) -> dict[str, Any]:
     """Registers, bytes spilled, shared memory and use of wgmma of one kernel."""
-    if name == "delta":
-        tile = DELTA
-    elif tile is None:
-        tile = tile_for(name, arch, dtype != "fp32", max(D, E))
+    tile = tile or candidates(name, arch, dtype, D, E, variant)[0]
     constants: dict[str, Any] = {feature: feature in VARIANTS[variant] for feature in FEATURES}
     constants |= {"D": D, "E": E, "BLOCK_D": padded(D), "BLOCK_E": padded(E)}
     constants |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
@@ -115,6 +133,7 @@ def main() -> None:
     parser.add_argument("--head", nargs="+", default=["64,64"], help="head sizes D,E")
     parser.add_argument("--variant", nargs="+", default=["causal"], choices=VARIANTS)
     parser.add_argument("--tile", type=int, nargs=4, help="rows keys warps stages, instead of the table's")
+    parser.add_argument("--candidates", action="store_true", help="all tiles that may be chosen, not only the table's")
     parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args()
     columns = ("head", "kernel", "arch", "dtype", "variant", "tile", "warps", "stages", "registers", "local", "shared")
@@ -123,11 +142,13 @@ def main() -> None:
     tile = Tile(*args.tile) if args.tile else None
     for arch, dtype, head, kernel, variant in product(args.arch, args.dtype, args.head, args.kernel, args.variant):
         D, E = map(int, head.split(","))
-        row = compile_kernel(kernel, arch, dtype, D, E, variant, tile)
-        if args.markdown:
-            print("|", " | ".join(str({**row, "head": head}[column]) for column in columns), "|", flush=True)
-        else:
-            print(json.dumps(row), flush=True)
+        tiles = candidates(kernel, arch, dtype, D, E, variant) if args.candidates else (tile,)
+        for one in tiles:
+            row = compile_kernel(kernel, arch, dtype, D, E, variant, one)
+            if args.markdown:
+                print("|", " | ".join(str({**row, "head": head}[column]) for column in columns), "|", flush=True)
+            else:
+                print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.timeout(3600 if ALL else 600),
 ]
 HEAD_SIZES = ("32,32", "64,64", "80,80", "96,96", "128,128", "192,192", "192,128", "256,256")
-VARIANTS = ("bidirectional", "causal", "packed", "window", "softcap", "all")
+VARIANTS = ("bidirectional", "causal", "packed", "window", "softcap", "bias", "several", "all")
 # Head sizes, dtypes and variants compiled together; other head sizes are padded to one of these.
 SELECTION = (
     [(HEAD_SIZES, ("bf16", "fp16", "fp32"), VARIANTS)]
@@ -47,7 +47,17 @@ def compiled() -> list[dict[str, Any]]:
 
 def _compile(heads: tuple[str, ...], dtypes: tuple[str, ...], variants: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     script = Path(__file__).with_name("compile_triton_kernels.py")
-    command = [sys.executable, str(script), "--head", *heads, "--dtype", *dtypes, "--variant", *variants]
+    command = [
+        sys.executable,
+        str(script),
+        "--candidates",
+        "--head",
+        *heads,
+        "--dtype",
+        *dtypes,
+        "--variant",
+        *variants,
+    ]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
@@ -56,7 +66,7 @@ def _compile(heads: tuple[str, ...], dtypes: tuple[str, ...], variants: tuple[st
 
 
 def test_shared_memory_fits(compiled: list[dict[str, Any]]) -> None:
-    assert len({row["kernel"] for row in compiled}) == 5
+    assert len({row["kernel"] for row in compiled}) == 6
     too_much = [row for row in compiled if row["shared"] > SHARED_MEMORY[row["arch"]]]
     assert not too_much
 
@@ -68,8 +78,10 @@ def test_nothing_spills(compiled: list[dict[str, Any]]) -> None:
 
 def test_tensor_cores_are_used(compiled: list[dict[str, Any]]) -> None:
     half = [row for row in compiled if row["dtype"] != "fp32" and row["kernel"] != "delta"]
-    assert all(row["wgmma"] and not row["mma"] for row in half if row["arch"] == 90)
-    assert all(row["mma"] for row in half if row["arch"] == 80)
+    # wgmma takes 64 rows at least; a decoding call may have fewer.
+    wide = [row for row in half if row["kernel"] != "decode"]
+    assert all(row["wgmma"] and not row["mma"] for row in wide if row["arch"] == 90)
+    assert all(row["mma"] or row["wgmma"] for row in half)
 
 
 def test_fp32_is_ieee(compiled: list[dict[str, Any]]) -> None:

@@ -5,6 +5,8 @@ A new backend is one file that ends in ``register(Backend(...))`` and one import
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from ptd_kernels.prefix_attention import (  # noqa: F401  (importing registers t
     reference,
     triton_backend,
 )
-from ptd_kernels.prefix_attention.problem import available_backends, check, choose
+from ptd_kernels.prefix_attention.problem import Prefix, available_backends, check, choose
 
 __all__ = ["available_backends", "explain_backend", "prefix_attention"]
 
@@ -22,8 +24,8 @@ def prefix_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
+    prefix_k: Prefix,
+    prefix_v: Prefix,
     *,
     scale: float | None = None,
     causal: bool = True,
@@ -32,6 +34,8 @@ def prefix_attention(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    prefix_index: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attend from every query to all P prefix keys and to the own keys its rule allows.
@@ -42,8 +46,9 @@ def prefix_attention(
         k: ``[B, Hkv, T, D]``; Hq must be a multiple of Hkv, query head h reads kv head ``h // (Hq // Hkv)``.
         v: ``[B, Hkv, T, E]``; E may differ from D.
         prefix_k: ``[Hkv, P, D]`` or None; P may be 0. A dtype other than q's is cast to q's inside; its gradient
-            comes back in its own dtype, summed in at least fp32 and cast once.
-        prefix_v: ``[Hkv, P, E]`` or None.
+            comes back in its own dtype, summed in at least fp32 and cast once. With a `prefix_index`
+            ``[N, Hkv, P, D]``, or a list of N tensors ``[Hkv, P_i, D]``.
+        prefix_v: ``[Hkv, P, E]`` or None; with a `prefix_index` like prefix_k.
         scale: factor on q·k, default ``D ** -0.5``.
         causal: query i, at own position ``i + T - S``, sees own keys up to that position.
         window: of these it sees only the last `window` (its own included). Never hides the prefix.
@@ -51,9 +56,13 @@ def prefix_attention(
         cu_seqlens: int32 ``[sequences + 1]``, from 0 to S, ascending: B is 1 and holds this many sequences end to
             end, which do not see each other. On a GPU the values are not checked, as reading them would wait for it.
         max_seqlen: length of the longest packed sequence, or more; a GPU needs it to be fast, a CPU not at all.
-        mask: ``[B or 1, Hq or 1, S, T]``, bool (True: visible) or a float bias added to the scores. It is the whole
-            rule for the own keys: requires ``causal=False, window=None``. A query that it allows no own key gets the
-            answer of the prefix alone, or zeros if P is 0. What lies under a hidden key must be finite.
+        mask: ``[B or 1, Hq or 1, S, T]`` bool, True: visible. It is the whole rule for the own keys: requires
+            ``causal=False, window=None``. A query that it allows no own key gets the answer of the prefix alone, or
+            zeros if P is 0. What lies under a hidden key must be finite.
+        bias: ``[B or 1, Hq or 1, S, T]`` floating, added to the scores of the own keys after the softcap; goes with
+            every rule. -inf hides a key. It gets no gradient.
+        prefix_index: int64 or int32 ``[B]``, packed ``[sequences]``: which of the N prefixes each sequence reads. On
+            q's device or on the CPU. On a GPU its values are not checked, as reading them would wait for it.
         backend: a name of `available_backends()` or "auto".
 
     Returns:
@@ -65,14 +74,18 @@ def prefix_attention(
     Prefix-tuning: Li & Liang 2021, arXiv:2101.00190. README.md in this folder has the maths.
     """
     device_type = q.device.type if isinstance(q, Tensor) else "cpu"
+    checked = partial(
+        check, prefix_k=prefix_k, prefix_v=prefix_v, scale=scale, causal=causal, window=window, softcap=softcap,
+        cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, mask=mask, bias=bias, prefix_index=prefix_index,
+    )  # fmt: skip
     if torch.is_autocast_enabled(device_type):
         # As torch's own attention does: autocast decides the inputs' precision, and none of the inner matmuls'.
         low = torch.get_autocast_dtype(device_type)
         q, k, v = (x.to(low) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in (q, k, v))
         with torch.autocast(device_type, enabled=False):
-            problem = check(q, k, v, prefix_k, prefix_v, scale, causal, window, softcap, cu_seqlens, max_seqlen, mask)
+            problem = checked(q, k, v)
             return choose(problem, backend).run(problem)
-    problem = check(q, k, v, prefix_k, prefix_v, scale, causal, window, softcap, cu_seqlens, max_seqlen, mask)
+    problem = checked(q, k, v)
     return choose(problem, backend).run(problem)
 
 
@@ -84,6 +97,7 @@ def explain_backend(
     value_head_dim: int | None = None,
     softcap: float | None = None,
     masked: bool = False,
+    biased: bool = False,
     packed: bool = False,
     backend: str = "auto",
 ) -> tuple[str, str]:
@@ -93,7 +107,11 @@ def explain_backend(
     """
     q, v = (torch.zeros(1, 1, 1, d, device=device, dtype=dtype) for d in (head_dim, value_head_dim or head_dim))
     mask = torch.ones(1, 1, 1, 1, device=device, dtype=torch.bool) if masked else None
+    bias = torch.zeros(1, 1, 1, 1, device=device) if biased else None
     cu_seqlens = torch.tensor([0, 1], device=device, dtype=torch.int32) if packed else None
-    problem = check(q, q, v, q[0], v[0], None, not masked, None, softcap, cu_seqlens, 1 if packed else None, mask)
+    problem = check(
+        q, q, v, q[0], v[0], causal=not masked, softcap=softcap, cu_seqlens=cu_seqlens,
+        max_seqlen=1 if packed else None, mask=mask, bias=bias,
+    )  # fmt: skip
     chosen = choose(problem, backend)
     return chosen.name, chosen.explains(problem)

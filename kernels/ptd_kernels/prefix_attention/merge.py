@@ -8,6 +8,7 @@ own backward, given the merged o and L. Legend of shapes: problem.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ptd_kernels.prefix_attention.merge_decode import decode_forward, number_of_parts
 from ptd_kernels.prefix_attention.problem import Backend, Problem, register
 from ptd_kernels.prefix_attention.reference import reference_attention
-from ptd_kernels.prefix_attention.segments import Gradients, Kernel, Rule, pick
+from ptd_kernels.prefix_attention.segments import ON_REQUEST, Gradients, Kernel, Need, Rule, pick
 
 
 class Tile(NamedTuple):
@@ -64,10 +66,10 @@ def _sequence_tiles(kernel: Kernel, heads: int, rows: tuple[int, int], keys: tup
         if window is None and offset >= num_keys - 1:
             offset = None
     rule = rule._replace(offset=offset, window=window)
-    bounded = offset is not None and (offset > 0 or window is not None)
+    bounded = rule.bias is not None or (offset is not None and (offset > 0 or window is not None))
     step = kernel.max_rows(1, heads, num_keys, bounded) if kernel.max_rows else num_rows
     if num_rows <= step and window is None:
-        return [Tile(q0, q1, k0, k1, rule)] if num_rows else []
+        return [Tile(q0, q1, k0, k1, _part(rule, q0, q1, k0, k1))] if num_rows else []
     cut = []
     for first in range(0, num_rows, step):
         last, low, high, part = min(first + step, num_rows), 0, num_keys, rule
@@ -75,12 +77,16 @@ def _sequence_tiles(kernel: Kernel, heads: int, rows: tuple[int, int], keys: tup
             high = min(num_keys, offset + last)
             low = 0 if window is None else max(0, offset + first - window + 1)
             part = rule._replace(offset=offset + first - low)
-        if rule.sequences is not None:
-            part = part._replace(sequences=(rule.sequences[0][first:last], rule.sequences[1][low:high]))
-        if rule.mask is not None:
-            part = part._replace(mask=rule.mask[:, :, first:last, low:high])
-        cut.append(Tile(q0 + first, q0 + last, k0 + low, k0 + high, part))
+        tile = q0 + first, q0 + last, k0 + low, k0 + high
+        cut.append(Tile(*tile, _part(part, *tile)))
     return cut
+
+
+def _part(rule: Rule, q0: int, q1: int, k0: int, k1: int) -> Rule:
+    """The tensors of a rule, cut down to these rows and keys."""
+    mask, bias = (None if x is None else x[:, :, q0:q1, k0:k1] for x in (rule.mask, rule.bias))
+    sequences = rule.sequences and (rule.sequences[0][q0:q1], rule.sequences[1][k0:k1])
+    return rule._replace(mask=mask, bias=bias, sequences=sequences)
 
 
 def segment_forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, cut: list[Tile]) -> tuple[Tensor, Tensor]:
@@ -168,6 +174,99 @@ def _unfold(x_1HNX: Tensor, batch: int) -> Tensor:
     return x_1HNX[0].transpose(0, 1).reshape(batch, N // batch, H, X).transpose(1, 2)
 
 
+class Group(NamedTuple):
+    """A prefix and who reads it: its keys, and ranges of rows of the folded queries, ascending."""
+
+    first_key: int
+    last_key: int
+    rows: list[tuple[int, int]]
+
+
+def _take(x_1HNX: Tensor, rows: list[tuple[int, int]]) -> Tensor:
+    """These rows; a view if they are consecutive."""
+    if len(rows) == 1:
+        return x_1HNX[:, :, rows[0][0] : rows[0][1]]
+    return torch.cat([x_1HNX[:, :, a:b].transpose(1, 2) for a, b in rows], dim=1).transpose(1, 2)
+
+
+def _place(parts: list[Tensor], groups: list[Group], length: int, fill: float) -> Tensor:
+    """The inverse of `_take` of every group: ``[1, H, length, X]``, with `fill` in the rows of no group."""
+    if len(groups) == 1 and groups[0].rows == [(0, length)]:
+        return parts[0]
+    _, H, _, X = parts[0].shape
+    placed = parts[0].new_full((1, length, H, X), fill).transpose(1, 2)
+    for part, group in zip(parts, groups, strict=True):
+        pieces = part.split_with_sizes([b - a for a, b in group.rows], dim=2)
+        for (a, b), piece in zip(group.rows, pieces, strict=True):
+            placed[:, :, a:b] = piece
+    return placed
+
+
+def _groups(problem: Problem) -> list[Group]:
+    """The prefixes that have keys and readers. Waits for the device if `prefix_index` (or cu_seqlens) is on one."""
+    p = problem
+    if p.prefix_k_HPD is None:
+        return []
+    B, _, S, _ = p.q_BHSD.shape
+    if p.prefix_index is None or p.prefix_bounds is None:
+        keys = p.prefix_k_HPD.shape[1]
+        return [Group(0, keys, [(0, B * S)])] if keys else []
+    bounds = [i * S for i in range(B + 1)]
+    if p.cu_seqlens is not None:
+        bounds = list(p.offsets or p.cu_seqlens.tolist())
+    groups = [Group(first, last, []) for first, last in pairwise(p.prefix_bounds)]
+    for prefix, (first, last) in zip(p.prefix_index.tolist(), pairwise(bounds), strict=True):
+        rows = groups[prefix].rows
+        if rows and rows[-1][1] == first:
+            rows[-1] = (rows[-1][0], last)
+        elif first < last:
+            rows.append((first, last))
+    return [group for group in groups if group.rows and group.first_key < group.last_key]
+
+
+def _prefix_forward(
+    q: Tensor, prefix_k: Tensor, prefix_v: Tensor, rule: Rule, groups: list[Group], preferred: Kernel | None
+) -> tuple[Tensor, Tensor]:
+    """Output ``[B, Hq, S, E]`` and log-sum-exp ``[B, Hq, S]`` over each sequence's prefix; -inf where it has none."""
+    kernel = pick(Need(q, prefix_k.shape[1], prefix_v.shape[2], _everything(rule)), preferred)
+    q_1HND = _fold(q)
+    outs, sums = [], []
+    for group in groups:
+        rows, key, value = _prefix_segment(q_1HND, prefix_k, prefix_v, group)
+        out, lse = segment_forward(kernel, rows, key, value, tiles(kernel, rows, key, _everything(rule), None))
+        outs.append(out)
+        sums.append(lse[..., None])
+    out_1HNE, lse_1HN1 = (_place(x, groups, q_1HND.shape[2], fill) for x, fill in ((outs, 0.0), (sums, -torch.inf)))
+    return _unfold(out_1HNE, q.shape[0]), _unfold(lse_1HN1, q.shape[0])[..., 0]
+
+
+def _prefix_backward(
+    dout: Tensor, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, out: Tensor, lse: Tensor, rule: Rule,
+    groups: list[Group], preferred: Kernel | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q (its share), prefix_k and prefix_v; zeros for a prefix that nobody reads."""
+    kernel = pick(Need(q, prefix_k.shape[1], prefix_v.shape[2], _everything(rule), exact_keys=True), preferred)
+    folded = [_fold(x) for x in (dout, q, out, lse[..., None])]
+    dqs: list[Tensor] = []
+    dprefix_k, dprefix_v = torch.zeros_like(prefix_k), torch.zeros_like(prefix_v)
+    for group in groups:
+        dout_rows, q_rows, out_rows, lse_rows = (_take(x, group.rows) for x in folded)
+        _, key, value = _prefix_segment(folded[1], prefix_k, prefix_v, group)
+        cut = tiles(kernel, q_rows, key, _everything(rule), None)
+        part = segment_backward(kernel, dout_rows, q_rows, key, value, out_rows, lse_rows[..., 0], cut)
+        dqs.append(part.q)
+        dprefix_k[:, group.first_key : group.last_key] = part.k[0]
+        dprefix_v[:, group.first_key : group.last_key] = part.v[0]
+    return _unfold(_place(dqs, groups, folded[1].shape[2], 0.0), q.shape[0]), dprefix_k, dprefix_v
+
+
+def _prefix_segment(q_1HND: Tensor, prefix_k: Tensor, prefix_v: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+    """The group's queries, keys and values, as batches of one."""
+    keys = slice(group.first_key, group.last_key)
+    key, value = (x[:, keys].to(q_1HND.dtype)[None] for x in (prefix_k, prefix_v))
+    return _take(q_1HND, group.rows), key, value
+
+
 class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -179,50 +278,43 @@ class _Merge(torch.autograd.Function):
         prefix_v: Tensor | None,
         rule: Rule,
         offsets: Sequence[int] | None,
+        groups: list[Group],
+        preferred: Kernel | None,
     ) -> Tensor:
-        own = pick(q, v.shape[3], rule.softcap, rule.mask is not None)
-        out, lse = segment_forward(own, q, k, v, tiles(own, q, k, rule, offsets))
-        if prefix_k is not None and prefix_v is not None and prefix_k.shape[1]:
-            shared = pick(q, v.shape[3], rule.softcap, False)
-            q_1HND = _fold(q)
-            key, value = prefix_k.to(q.dtype)[None], prefix_v.to(q.dtype)[None]
-            cut = tiles(shared, q_1HND, key, _everything(rule), None)
-            prefix_out_1HNE, prefix_lse_1HN = segment_forward(shared, q_1HND, key, value, cut)
-            prefix_out, prefix_lse = (
-                _unfold(prefix_out_1HNE, q.shape[0]),
-                _unfold(prefix_lse_1HN[..., None], q.shape[0])[..., 0],
-            )
-            prefix_share = torch.sigmoid(prefix_lse - lse)[..., None]
+        own = pick(Need(q, k.shape[2], v.shape[3], rule), preferred)
+        if q.shape[2] == 1 and rule.cu_seqlens is None:
+            out, lse = _decode(own, q, k, v, rule)
+        else:
+            out, lse = segment_forward(own, q, k, v, tiles(own, q, k, rule, offsets))
+        if prefix_k is not None and prefix_v is not None and groups:
+            prefix_out, prefix_lse = _prefix_forward(q, prefix_k, prefix_v, rule, groups, preferred)
+            # -inf where a sequence has no prefix: its share is 0, also where the own keys are all hidden.
+            prefix_share = torch.sigmoid(prefix_lse - lse).masked_fill_(prefix_lse == -torch.inf, 0.0)[..., None]
             out = out.to(prefix_share.dtype).lerp_(prefix_out.to(prefix_share.dtype), prefix_share)
             lse = torch.logaddexp(lse, prefix_lse)
-        else:
-            # A row that sees nothing has lse -inf and weights exp(-inf - lse), which must come out as 0, not NaN.
-            lse = lse.masked_fill(lse == -torch.inf, 0.0)
+        # A row that sees nothing has lse -inf and weights exp(-inf - lse), which must come out as 0, not NaN.
+        lse = lse.masked_fill(lse == -torch.inf, 0.0)
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, prefix_k, prefix_v, out, lse, rule.mask, rule.cu_seqlens)
-        ctx.rule, ctx.offsets = rule._replace(mask=None, cu_seqlens=None), offsets
+        ctx.save_for_backward(q, k, v, prefix_k, prefix_v, out, lse, rule.mask, rule.bias, rule.cu_seqlens)
+        ctx.rule, ctx.offsets, ctx.groups = rule._replace(mask=None, bias=None, cu_seqlens=None), offsets, groups
+        ctx.preferred = preferred
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, prefix_k, prefix_v, out, lse, mask, cu_seqlens = ctx.saved_tensors
-        rule = ctx.rule._replace(mask=mask, cu_seqlens=cu_seqlens)
+        q, k, v, prefix_k, prefix_v, out, lse, mask, bias, cu_seqlens = ctx.saved_tensors
+        rule = ctx.rule._replace(mask=mask, bias=bias, cu_seqlens=cu_seqlens)
         need_q, need_k, need_v, need_prefix_k, need_prefix_v = ctx.needs_input_grad[:5]
         dq = dk = dv = dprefix_k = dprefix_v = None
-        if prefix_k is not None and not prefix_k.shape[1]:
+        if prefix_k is not None and not ctx.groups:
             dprefix_k, dprefix_v = torch.zeros_like(prefix_k), torch.zeros_like(prefix_v)
         elif prefix_k is not None and (need_q or need_prefix_k or need_prefix_v):
-            shared = pick(q, v.shape[3], rule.softcap, False, exact_keys=True)
-            q_1HND = _fold(q)
-            key, value = prefix_k.to(q.dtype)[None], prefix_v.to(q.dtype)[None]
-            cut = tiles(shared, q_1HND, key, _everything(rule), None)
-            lse_1HN = _fold(lse[..., None])[..., 0]
-            parts = segment_backward(shared, _fold(dout), q_1HND, key, value, _fold(out), lse_1HN, cut)
-            dprefix_k, dprefix_v = parts.k[0].to(prefix_k.dtype), parts.v[0].to(prefix_v.dtype)
-            dq = _unfold(parts.q, q.shape[0])
+            dq, dprefix_k, dprefix_v = _prefix_backward(
+                dout, q, prefix_k, prefix_v, out, lse, rule, ctx.groups, ctx.preferred
+            )
         if need_q or need_k or need_v:
-            own = pick(q, v.shape[3], rule.softcap, rule.mask is not None)
+            own = pick(Need(q, k.shape[2], v.shape[3], rule), ctx.preferred)
             cut = tiles(own, q, k, rule, ctx.offsets)
             dq, dk, dv = segment_backward(own, dout, q, k, v, out, lse, cut, dq)
         return (
@@ -231,8 +323,7 @@ class _Merge(torch.autograd.Function):
             dv.to(v.dtype) if need_v and dv is not None else None,
             dprefix_k if need_prefix_k else None,
             dprefix_v if need_prefix_v else None,
-            None,
-            None,
+            *(None,) * 4,
         )
 
 
@@ -240,26 +331,57 @@ def _everything(rule: Rule) -> Rule:
     return Rule(scale=rule.scale, softcap=rule.softcap)
 
 
-def merge_attention(problem: Problem) -> Tensor:
-    """Solve `problem` with the library kernels that fit it, segment by segment."""
+def _decode(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """The own tokens of one query row: it sees the last `window` keys, or all."""
+    if rule.window is not None and rule.window < k.shape[2]:
+        k, v = (x[:, :, -rule.window :] for x in (k, v))
+        mask, bias = (None if x is None else x[..., -rule.window :] for x in (rule.mask, rule.bias))
+        rule = rule._replace(mask=mask, bias=bias)
+    return decode_forward(kernel, q, k, v, rule, number_of_parts(k))
+
+
+def _rule(problem: Problem) -> Rule:
+    p = problem
+    offset = p.k_BHTD.shape[2] - p.q_BHSD.shape[2] if p.causal else None
+    return Rule(p.scale, p.softcap, offset, p.window, p.mask, p.bias, p.cu_seqlens, p.max_seqlen)
+
+
+def merge_attention(problem: Problem, preferred: Kernel | None = None) -> Tensor:
+    """Solve `problem` with the library kernels that fit it, segment by segment; with `preferred` where it can."""
     p = problem
     if p.q_BHSD.numel() == 0:
         return reference_attention(problem)
-    offset = p.k_BHTD.shape[2] - p.q_BHSD.shape[2] if p.causal else None
-    rule = Rule(p.scale, p.softcap, offset, p.window, p.mask, p.cu_seqlens, p.max_seqlen)
-    out: Tensor = _Merge.apply(p.q_BHSD, p.k_BHTD, p.v_BHTE, p.prefix_k_HPD, p.prefix_v_HPE, rule, p.offsets)
+    tensors = p.q_BHSD, p.k_BHTD, p.v_BHTE, p.prefix_k_HPD, p.prefix_v_HPE
+    out: Tensor = _Merge.apply(*tensors, _rule(p), p.offsets, _groups(p), preferred)
     return out
 
 
-def _explain(problem: Problem) -> str:
-    q, head_size = problem.q_BHSD, problem.v_BHTE.shape[3]
-    own = pick(q, head_size, problem.softcap, problem.mask is not None)
-    prefix = pick(q, head_size, problem.softcap, False)
-    prefix_backward = pick(q, head_size, problem.softcap, False, exact_keys=True)
+def _explain(problem: Problem, preferred: Kernel | None = None) -> str:
+    q, head_size, rule = problem.q_BHSD, problem.v_BHTE.shape[3], _rule(problem)
+    own = pick(Need(q, problem.k_BHTD.shape[2], head_size, rule), preferred)
+    prefix, prefix_backward = (
+        pick(Need(q, 1, head_size, _everything(rule), exact), preferred) for exact in (False, True)
+    )
     return (
         f"one call a segment, merged by log-sum-exp; own tokens: {own.name}; prefix: {prefix.name}, "
         f"its gradient: {prefix_backward.name}"
     )
 
 
+def _refuses(problem: Problem, preferred: Kernel) -> str | None:
+    need = Need(problem.q_BHSD, problem.k_BHTD.shape[2], problem.v_BHTE.shape[3], _rule(problem))
+    reason = preferred.refuses(need)
+    return None if reason is None else f"{preferred.name}: {reason}"
+
+
 register(Backend("merge", merge_attention, refuses=lambda problem: None, explains=_explain, priority=10))
+for _kernel in ON_REQUEST:
+    register(
+        Backend(
+            f"merge-{_kernel.name.replace(' ', '-').lower()}",
+            partial(merge_attention, preferred=_kernel),
+            refuses=partial(_refuses, preferred=_kernel),
+            explains=partial(_explain, preferred=_kernel),
+            priority=-2,
+        )
+    )

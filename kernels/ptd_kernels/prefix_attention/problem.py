@@ -1,26 +1,32 @@
 """What a backend of ``prefix_attention`` is given (`Problem`) and who can solve it (`Backend`, `register`).
 
 Shapes, here and in every file of this folder: B batch, H heads (query heads for q, out and lse; key/value heads for k,
-v and the prefix, the former a multiple of the latter), S queries, T own keys, P prefix keys, D head size of queries and
-keys, E head size of values.
+v and the prefix, the former a multiple of the latter), S queries, T own keys, P prefix keys (of all prefixes, if there
+are several), D head size of queries and keys, E head size of values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256
+Prefix: TypeAlias = Tensor | Sequence[Tensor] | None
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Checked arguments of one call. Build it with `check`; backends may rely on all that `check` promises."""
+    """Checked arguments of one call. Build it with `check`; backends may rely on all that `check` promises.
+
+    With a `prefix_index` the prefixes lie end to end along P: prefix n is the keys ``prefix_bounds[n]`` to
+    ``prefix_bounds[n + 1]``, and ``prefix_index[i]`` is the prefix of sequence i (batch entry or packed sequence).
+    """
 
     q_BHSD: Tensor
     k_BHTD: Tensor
@@ -34,7 +40,10 @@ class Problem:
     cu_seqlens: Tensor | None
     max_seqlen: int | None
     mask: Tensor | None
+    bias: Tensor | None
     offsets: tuple[int, ...] | None  # the values of cu_seqlens; None if they are on a GPU, or nothing is packed
+    prefix_index: Tensor | None
+    prefix_bounds: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -86,17 +95,21 @@ def check(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    scale: float | None,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-    mask: Tensor | None,
+    prefix_k: Prefix,
+    prefix_v: Prefix,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    prefix_index: Tensor | None = None,
 ) -> Problem:
-    """Refuse what no backend could answer rightly. Reads shapes and flags only, so it never waits for a device."""
+    """Refuse what no backend could answer rightly. Reads shapes and flags, and values only of tensors on the CPU, so it
+    never waits for a device."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor) or tensor.dim() != 4:
             raise ValueError(f"{name}: expected a tensor [batch, heads, length, head_size], got {_describe(tensor)}")
@@ -118,11 +131,16 @@ def check(
 
     if (prefix_k is None) != (prefix_v is None):
         raise ValueError("prefix_k and prefix_v must be given together, or both be None")
+    flat_k = flat_v = None
+    prefix_bounds: tuple[int, ...] | None = None
     if prefix_k is not None and prefix_v is not None:
-        _check_prefix("prefix_k", prefix_k, Hkv, D, q)
-        _check_prefix("prefix_v", prefix_v, Hkv, E, q)
-        if prefix_k.shape[1] != prefix_v.shape[1]:
-            raise ValueError(f"prefix_k has {prefix_k.shape[1]} virtual tokens but prefix_v has {prefix_v.shape[1]}")
+        flat_k, lengths_k = _flat_prefix("prefix_k", prefix_k, prefix_index is not None, Hkv, D, q)
+        flat_v, lengths_v = _flat_prefix("prefix_v", prefix_v, prefix_index is not None, Hkv, E, q)
+        if lengths_k != lengths_v:
+            numbers = (", ".join(map(str, lengths)) for lengths in (lengths_k, lengths_v))
+            raise ValueError("prefix_k has {} virtual tokens but prefix_v has {}".format(*numbers))
+        if prefix_index is not None:
+            prefix_bounds = tuple(accumulate(lengths_k, initial=0))
 
     if window is not None:
         if isinstance(window, bool) or not isinstance(window, int) or window < 1:
@@ -132,41 +150,94 @@ def check(
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: got {softcap!r}, expected a positive number or None")
     if mask is not None:
-        _check_mask(mask, causal, window, (B, Hq, S, T), q)
+        if causal or window is not None:
+            raise ValueError("mask is the whole rule for the own tokens: pass causal=False and window=None with it")
+        _check_scores("mask", mask, (B, Hq, S, T), q)
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask: got {mask.dtype}, expected bool (True: visible); added to scores are a `bias`'s")
+    if bias is not None:
+        _check_scores("bias", bias, (B, Hq, S, T), q)
+        if not bias.is_floating_point():
+            raise ValueError(f"bias: got {bias.dtype}, expected a floating dtype; a boolean rule is a `mask`")
+        if bias.requires_grad:
+            raise ValueError("bias requires a gradient, which is not supported: pass bias.detach()")
     if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int) or max_seqlen < 0):
         raise ValueError(f"max_seqlen: got {max_seqlen!r}, expected a non-negative integer or None")
     offsets = None
     if cu_seqlens is not None:
         offsets = _check_packing(cu_seqlens, max_seqlen, mask, B, S, T, q)
+    if prefix_index is not None:
+        _check_index(prefix_index, B if cu_seqlens is None else cu_seqlens.numel() - 1, prefix_bounds, q)
     return Problem(
-        q, k, v, prefix_k, prefix_v, D**-0.5 if scale is None else float(scale), causal, window,
-        None if softcap is None else float(softcap), cu_seqlens, max_seqlen, mask, offsets,
+        q, k, v, flat_k, flat_v, D**-0.5 if scale is None else float(scale), causal, window,
+        None if softcap is None else float(softcap), cu_seqlens, max_seqlen, mask, bias, offsets,
+        prefix_index, prefix_bounds,
     )  # fmt: skip
 
 
-def _check_prefix(name: str, prefix: Tensor, kv_heads: int, head_size: int, q: Tensor) -> None:
-    if not isinstance(prefix, Tensor) or prefix.dim() != 3 or prefix.shape[::2] != (kv_heads, head_size):
-        raise ValueError(f"{name}: got {_describe(prefix)}, expected [{kv_heads}, num_virtual_tokens, {head_size}]")
+def _flat_prefix(
+    name: str, prefix: Tensor | Sequence[Tensor], several: bool, kv_heads: int, head_size: int, q: Tensor
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The prefix ``[Hkv, P, D or E]``, several end to end (a view if they lie so in memory), and the P of each."""
+    if not several:
+        wanted = f"[{kv_heads}, num_virtual_tokens, {head_size}]"
+        if not isinstance(prefix, Tensor) or prefix.dim() != 3 or prefix.shape[::2] != (kv_heads, head_size):
+            hint = "" if isinstance(prefix, Tensor) and prefix.dim() == 3 else " (several prefixes need a prefix_index)"
+            raise ValueError(f"{name}: got {_describe(prefix)}, expected {wanted}{hint}")
+        _check_prefix_dtype(name, prefix, q)
+        return prefix, (prefix.shape[1],)
+    wanted = f"[prefixes, {kv_heads}, num_virtual_tokens, {head_size}], or a list of such without the first axis"
+    if isinstance(prefix, Tensor):
+        if prefix.dim() != 4 or not prefix.shape[0] or prefix.shape[1::2] != (kv_heads, head_size):
+            raise ValueError(f"{name}: got {_describe(prefix)} with a prefix_index, expected {wanted}")
+        _check_prefix_dtype(name, prefix, q)
+        return prefix.transpose(0, 1).flatten(1, 2), (prefix.shape[2],) * prefix.shape[0]
+    if not isinstance(prefix, Sequence) or not prefix:
+        raise ValueError(f"{name}: got {prefix!r} with a prefix_index, expected {wanted}")
+    for i, one in enumerate(prefix):
+        if not isinstance(one, Tensor) or one.dim() != 3 or one.shape[::2] != (kv_heads, head_size):
+            raise ValueError(
+                f"{name}[{i}]: got {_describe(one)}, expected [{kv_heads}, num_virtual_tokens, {head_size}]"
+            )
+        _check_prefix_dtype(f"{name}[{i}]", one, q)
+        if one.dtype != prefix[0].dtype:
+            raise ValueError(f"{name}[{i}]: got {one.dtype}, but {name}[0] is {prefix[0].dtype}; give them one dtype")
+    return torch.cat(list(prefix), dim=1), tuple(one.shape[1] for one in prefix)
+
+
+def _check_prefix_dtype(name: str, prefix: Tensor, q: Tensor) -> None:
     if prefix.dtype not in DTYPES or prefix.device != q.device:
         raise ValueError(f"{name}: got {prefix.dtype} on {prefix.device}, expected a floating dtype on {q.device}")
 
 
-def _check_mask(mask: Tensor, causal: bool, window: int | None, full: tuple[int, int, int, int], q: Tensor) -> None:
-    if causal or window is not None:
-        raise ValueError("mask is the whole rule for the own tokens: pass causal=False and window=None with it")
+def _check_index(index: Tensor, sequences: int, prefix_bounds: tuple[int, ...] | None, q: Tensor) -> None:
+    if prefix_bounds is None:
+        raise ValueError("prefix_index picks from several prefixes: give prefix_k and prefix_v with it")
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32) or index.dim() != 1:
+        raise ValueError(f"prefix_index: got {_describe(index)}, expected an int64 or int32 tensor [sequences]")
+    if index.numel() != sequences:
+        raise ValueError(f"prefix_index: got {index.numel()} entries for {sequences} sequences; expected one each")
+    if index.device.type != "cpu" and index.device != q.device:
+        raise ValueError(f"prefix_index: got it on {index.device}, expected it on {q.device} or on the CPU")
+    # torch.compile cannot follow a check of values; the eager call it stands for makes it.
+    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+        low, high, prefixes = int(index.min()), int(index.max()), len(prefix_bounds) - 1
+        if low < 0 or high >= prefixes:
+            raise ValueError(f"prefix_index: got values from {low} to {high}, but the {prefixes} prefixes count from 0")
+
+
+def _check_scores(name: str, given: Tensor, full: tuple[int, int, int, int], q: Tensor) -> None:
     B, Hq, S, T = full
     if (
-        not isinstance(mask, Tensor)
-        or mask.dim() != 4
-        or mask.shape[0] not in (1, B)
-        or mask.shape[1] not in (1, Hq)
-        or mask.shape[2:] != (S, T)
+        not isinstance(given, Tensor)
+        or given.dim() != 4
+        or given.shape[0] not in (1, B)
+        or given.shape[1] not in (1, Hq)
+        or given.shape[2:] != (S, T)
     ):
-        raise ValueError(f"mask: got {_describe(mask)}, expected [1 or {B}, 1 or {Hq}, {S}, {T}]")
-    if not (mask.dtype == torch.bool or mask.is_floating_point()) or mask.device != q.device:
-        raise ValueError(f"mask: got {mask.dtype} on {mask.device}, expected bool or floating on {q.device}")
-    if mask.requires_grad:
-        raise ValueError("mask requires a gradient, which is not supported: pass mask.detach()")
+        raise ValueError(f"{name}: got {_describe(given)}, expected [1 or {B}, 1 or {Hq}, {S}, {T}]")
+    if given.device != q.device:
+        raise ValueError(f"{name}: got it on {given.device}, expected it on {q.device}")
 
 
 def _check_packing(

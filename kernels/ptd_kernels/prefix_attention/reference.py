@@ -5,6 +5,9 @@ Slow and memory-hungry on purpose; every other backend is tested against it. Leg
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,8 @@ from ptd_kernels.prefix_attention.problem import Backend, Problem, register
 
 def reference_attention(problem: Problem) -> Tensor:
     """Solve `problem` in float64 if its tensors are, else in float32."""
+    if problem.prefix_index is not None and problem.prefix_index.numel():
+        return _sequence_by_sequence(problem, problem.prefix_index.tolist())
     q, k, v = problem.q_BHSD, problem.k_BHTD, problem.v_BHTE
     B, Hq = q.shape[:2]
     work = torch.promote_types(q.dtype, torch.float32)
@@ -40,10 +45,8 @@ def reference_attention(problem: Problem) -> Tensor:
 
 
 def own_bias(problem: Problem, dtype: torch.dtype) -> Tensor:
-    """The own tokens' rule as a bias ``[B or 1, Hq or 1, S, T]``: 0 where visible, -inf where hidden."""
+    """The own tokens' rule as a bias ``[B or 1, Hq or 1, S, T]``: `bias` or 0 where visible, -inf where hidden."""
     S, T, device = problem.q_BHSD.shape[2], problem.k_BHTD.shape[2], problem.q_BHSD.device
-    if problem.mask is not None and problem.mask.dtype != torch.bool:
-        return problem.mask.to(dtype)
     if problem.mask is not None:
         visible = problem.mask
     else:
@@ -57,7 +60,34 @@ def own_bias(problem: Problem, dtype: torch.dtype) -> Tensor:
         if problem.cu_seqlens is not None:
             sequence_S = torch.searchsorted(problem.cu_seqlens, torch.arange(S, device=device), right=True)
             visible = visible & (sequence_S[:, None] == sequence_S)
-    return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible, -torch.inf)
+    bias = torch.zeros(1, 1, S, T, dtype=dtype, device=device) if problem.bias is None else problem.bias.to(dtype)
+    return torch.where(visible, bias, -torch.inf)
+
+
+def _sequence_by_sequence(problem: Problem, prefixes: list[int]) -> Tensor:
+    """A call for each sequence, with the prefix that the index gives it."""
+    p = problem
+    assert p.prefix_bounds is not None
+    assert p.prefix_k_HPD is not None
+    assert p.prefix_v_HPE is not None
+    bounds = list(pairwise(p.cu_seqlens.tolist())) if p.cu_seqlens is not None else [(0, p.q_BHSD.shape[2])]
+    outs = []
+    for i, prefix in enumerate(prefixes):
+        first, last = p.prefix_bounds[prefix], p.prefix_bounds[prefix + 1]
+        batch, (start, end) = (0, bounds[i]) if p.cu_seqlens is not None else (i, bounds[0])
+        one, rows = slice(batch, batch + 1), slice(start, end)
+        keys = rows if p.cu_seqlens is not None else slice(None)
+        scores = (
+            None if x is None else x[one if x.shape[0] > 1 else slice(None), :, rows, keys] for x in (p.mask, p.bias)
+        )
+        mask, bias = scores
+        alone = replace(
+            p, q_BHSD=p.q_BHSD[one, :, rows], k_BHTD=p.k_BHTD[one, :, keys], v_BHTE=p.v_BHTE[one, :, keys],
+            prefix_k_HPD=p.prefix_k_HPD[:, first:last], prefix_v_HPE=p.prefix_v_HPE[:, first:last],
+            cu_seqlens=None, offsets=None, mask=mask, bias=bias, prefix_index=None, prefix_bounds=None,
+        )  # fmt: skip
+        outs.append(reference_attention(alone))
+    return torch.cat(outs, dim=0 if p.cu_seqlens is None else 2)
 
 
 def _round_like(prefix_HPX: Tensor, dtype: torch.dtype, work: torch.dtype) -> Tensor:

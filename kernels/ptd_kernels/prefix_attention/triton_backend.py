@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,10 +26,24 @@ def triton_attention(problem: Problem) -> Tensor:
     p = problem
     out: Tensor
     out, _ = prefix_attention_forward(
-        p.q_BHSD, p.k_BHTD, p.v_BHTE, p.prefix_k_HPD, p.prefix_v_HPE, p.cu_seqlens, p.scale, p.causal, p.window,
-        p.softcap,
+        p.q_BHSD, p.k_BHTD, p.v_BHTE, p.prefix_k_HPD, p.prefix_v_HPE, p.bias, p.cu_seqlens, *_on_device(p),
+        p.scale, p.causal, p.window, p.softcap,
     )  # fmt: skip
     return out
+
+
+def _on_device(problem: Problem) -> tuple[Tensor | None, Tensor | None]:
+    """`prefix_index` and `prefix_bounds` as int32 tensors where the kernels run."""
+    index, bounds = problem.prefix_index, problem.prefix_bounds
+    if index is None or bounds is None:
+        return None, None
+    device = problem.q_BHSD.device
+    if len({b - a for a, b in pairwise(bounds)}) == 1:
+        # Equal lengths are counted out on the device: nothing is copied to it.
+        starts = torch.arange(len(bounds), dtype=torch.int32, device=device) * bounds[1]
+    else:
+        starts = torch.tensor(bounds, dtype=torch.int32, device=device)
+    return index.to(device, torch.int32, non_blocking=True), starts
 
 
 def refuses(problem: Problem) -> str | None:

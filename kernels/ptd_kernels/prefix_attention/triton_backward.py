@@ -18,7 +18,9 @@ import triton
 import triton.language as tl
 
 from ptd_kernels.prefix_attention.triton_tiles import (
+    find_prefix,
     find_tile,
+    load_bias,
     load_tile,
     score,
     seeing_rows,
@@ -47,18 +49,20 @@ def delta_kernel(
 @triton.jit
 def _query_gradient(
     dq_MD, q_MD, dout_ME, lse2_M, delta_M, k, v, k_t, v_t, low, all_low, all_high, high, keys, row_M, rows, window,
-    inner, outer,
+    bias, bias_s, inner, outer,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
-    OWN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    OWN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Add the share of the keys from `low` to `high`, without the scale; `all_low` to `all_high` need no mask."""
     for key in tl.range(low, high, BLOCK_N):
         k_ND = load_tile(k, k_t, key, keys, D, BLOCK_N, BLOCK_D)
         v_NE = load_tile(v, v_t, key, keys, E, BLOCK_N, BLOCK_E)
         score_MN, slope_MN = score(tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee"), inner, outer, SOFTCAP)
+        key_N = key + tl.arange(0, BLOCK_N)
+        if OWN and BIAS:
+            score_MN += load_bias(bias, bias_s, row_M[:, None], key_N[None, :], rows, keys)
         weight_MN = tl.exp2(score_MN - lse2_M[:, None])
         if (key < all_low) | (key >= all_high):
-            key_N = key + tl.arange(0, BLOCK_N)
             seen_MN = visible(row_M[:, None], key_N[None, :], rows, keys, window, OWN, CAUSAL, WINDOW)
             weight_MN = tl.where(seen_MN, weight_MN, 0.0)
         if SOFTCAP:
@@ -71,18 +75,20 @@ def _query_gradient(
 
 @triton.jit(do_not_specialize=["num_sequences", "S", "T", "P", "window", "group"])
 def query_gradient_kernel(
-    q, k, v, prefix_k, prefix_v, dout, dq, lse, delta, cu_seqlens,
-    q_b, q_h, q_s, k_b, k_h, k_t, v_b, v_h, v_t, pk_h, pk_p, pv_h, pv_p, dout_b, dout_h, dout_s, dq_b, dq_h, dq_s,
+    q, k, v, prefix_k, prefix_v, bias, dout, dq, lse, delta, cu_seqlens, prefix_index, prefix_bounds,
+    q_b, q_h, q_s, k_b, k_h, k_t, v_b, v_h, v_t, pk_h, pk_p, pv_h, pv_p, bias_b, bias_h, bias_s,
+    dout_b, dout_h, dout_s, dq_b, dq_h, dq_s,
     num_sequences, S, T, P, window, group, inner, outer, scale,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PACKED: tl.constexpr,
+    BIAS: tl.constexpr, SEVERAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles or slots, query heads, batch): like the forward kernel, prefix first."""
     slot = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    start, rows, row = find_tile(cu_seqlens, slot, num_sequences, S, BLOCK_M, PACKED)
+    start, rows, row, sequence = find_tile(cu_seqlens, slot, num_sequences, S, BLOCK_M, PACKED)
     keys = rows if PACKED else T
     if row < rows:
         kv_head = head // group
@@ -95,18 +101,22 @@ def query_gradient_kernel(
         dout_ME = load_tile(dout, dout_s, row, rows, E, BLOCK_M, BLOCK_E)
         dq_MD = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
-        prefix_k += kv_head * pk_h
-        prefix_v += kv_head * pv_h
+        first, P = find_prefix(prefix_index, prefix_bounds, sequence if PACKED else batch, P, SEVERAL)
+        prefix_k += kv_head * pk_h + first * pk_p
+        prefix_v += kv_head * pv_h + first * pv_p
         dq_MD = _query_gradient(
             dq_MD, q_MD, dout_ME, lse2_M, delta_M, prefix_k, prefix_v, pk_p, pv_p, 0, 0, P // BLOCK_N * BLOCK_N, P, P,
-            row_M, rows, window, inner, outer, D, E, BLOCK_D, BLOCK_E, BLOCK_N, False, CAUSAL, WINDOW, SOFTCAP,
+            row_M, rows, window, bias, bias_s, inner, outer,
+            D, E, BLOCK_D, BLOCK_E, BLOCK_N, False, CAUSAL, WINDOW, SOFTCAP, BIAS,
         )  # fmt: skip
+        bias += batch * bias_b + head * bias_h + start * bias_s + start
         k += batch * k_b + kv_head * k_h + start * k_t
         v += batch * v_b + kv_head * v_h + start * v_t
         low, all_low, all_high, high = seen_keys(row, rows, keys, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
         dq_MD = _query_gradient(
             dq_MD, q_MD, dout_ME, lse2_M, delta_M, k, v, k_t, v_t, low, all_low, all_high, high, keys,
-            row_M, rows, window, inner, outer, D, E, BLOCK_D, BLOCK_E, BLOCK_N, True, CAUSAL, WINDOW, SOFTCAP,
+            row_M, rows, window, bias, bias_s, inner, outer,
+            D, E, BLOCK_D, BLOCK_E, BLOCK_N, True, CAUSAL, WINDOW, SOFTCAP, BIAS,
         )  # fmt: skip
         store_tile(dq + batch * dq_b + head * dq_h + start * dq_s, dq_s, row, rows, dq_MD * scale, D, BLOCK_M, BLOCK_D)
 
@@ -114,9 +124,9 @@ def query_gradient_kernel(
 @triton.jit
 def _key_gradient(
     dk_ND, dv_NE, k_ND, v_NE, key_N, q, dout, lse, delta, q_s, dout_s, row, all_low, all_high, rows, keys, window,
-    inner, outer,
+    bias, bias_s, inner, outer,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
-    OWN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    OWN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Add the share of one tile of rows, dk without the scale; rows from `all_low` to `all_high` need no mask.
 
@@ -126,6 +136,8 @@ def _key_gradient(
     q_MD = load_tile(q, q_s, row, rows, D, BLOCK_M, BLOCK_D)
     lse2_M = tl.load(lse + row_M, mask=row_M < rows, other=0.0) * 1.4426950408889634
     score_NM, slope_NM = score(tl.dot(k_ND, tl.trans(q_MD), input_precision="ieee"), inner, outer, SOFTCAP)
+    if OWN and BIAS:
+        score_NM += load_bias(bias, bias_s, row_M[None, :], key_N[:, None], rows, keys)
     weight_NM = tl.exp2(score_NM - lse2_M[None, :])
     if OWN and CAUSAL:  # noqa: SIM102 (known to the compiler, the inner one is not)
         if (row < all_low) | (row >= all_high):
@@ -144,17 +156,19 @@ def _key_gradient(
 
 @triton.jit(do_not_specialize=["num_sequences", "S", "T", "window", "group"])
 def key_gradient_kernel(
-    q, k, v, dout, dk, dv, lse, delta, cu_seqlens,
-    q_b, q_h, q_s, k_b, k_h, k_t, v_b, v_h, v_t, dout_b, dout_h, dout_s, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
+    q, k, v, bias, dout, dk, dv, lse, delta, cu_seqlens,
+    q_b, q_h, q_s, k_b, k_h, k_t, v_b, v_h, v_t, bias_b, bias_h, bias_s,
+    dout_b, dout_h, dout_s, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
     num_sequences, S, T, window, group, inner, outer, scale,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PACKED: tl.constexpr,
+    BIAS: tl.constexpr, SEVERAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles or slots of own keys, kv heads, batch). The first tiles, seen by the most rows, start first."""
     kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    start, keys, key = find_tile(cu_seqlens, tl.program_id(0), num_sequences, T, BLOCK_N, PACKED)
+    start, keys, key, _ = find_tile(cu_seqlens, tl.program_id(0), num_sequences, T, BLOCK_N, PACKED)
     rows = keys if PACKED else S
     if key < keys:
         key_N = key + tl.arange(0, BLOCK_N)
@@ -165,6 +179,7 @@ def key_gradient_kernel(
         low, all_low, all_high, high = seeing_rows(key, rows, keys, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
         q += batch * q_b + kv_head * group * q_h + start * q_s
         dout += batch * dout_b + kv_head * group * dout_h + start * dout_s
+        bias += batch * bias_b + kv_head * group * bias_h + start * bias_s + start
         sums = (batch * tl.num_programs(1) + kv_head) * group * S + start
         # One loop over heads and rows, not two nested ones: the next head's first loads start early.
         tiles = tl.cdiv(tl.maximum(high - low, 0), BLOCK_M)
@@ -173,45 +188,68 @@ def key_gradient_kernel(
             dk_ND, dv_NE = _key_gradient(
                 dk_ND, dv_NE, k_ND, v_NE, key_N, q + member * q_h, dout + member * dout_h,
                 lse + sums + member * S, delta + sums + member * S, q_s, dout_s, low + item % tiles * BLOCK_M,
-                all_low, all_high, rows, keys, window, inner, outer,
-                D, E, BLOCK_D, BLOCK_E, BLOCK_M, True, CAUSAL, WINDOW, SOFTCAP,
+                all_low, all_high, rows, keys, window, bias + member * bias_h, bias_s, inner, outer,
+                D, E, BLOCK_D, BLOCK_E, BLOCK_M, True, CAUSAL, WINDOW, SOFTCAP, BIAS,
             )  # fmt: skip
         dk += batch * dk_b + kv_head * dk_h + start * dk_t
         store_tile(dk, dk_t, key, keys, dk_ND * scale, D, BLOCK_N, BLOCK_D)
         store_tile(dv + batch * dv_b + kv_head * dv_h + start * dv_t, dv_t, key, keys, dv_NE, E, BLOCK_N, BLOCK_E)
 
 
-@triton.jit(do_not_specialize=["S", "P", "group", "tiles", "last_item", "split"])
+@triton.jit(do_not_specialize=["num_prefixes", "S", "P", "group", "tiles", "last_item"])
 def prefix_gradient_kernel(
-    q, prefix_k, prefix_v, dout, dk, dv, lse, delta,
-    q_b, q_h, q_s, pk_h, pk_p, pv_h, pv_p, dout_b, dout_h, dout_s, S, P, group, tiles, last_item, split,
+    q, prefix_k, prefix_v, dout, dk, dv, lse, delta, cu_seqlens, prefix_bounds, item_bounds, item_sequence, item_row,
+    q_b, q_h, q_s, pk_h, pk_p, pv_h, pv_p, dout_b, dout_h, dout_s, num_prefixes, S, P, group, tiles, last_item,
     inner, outer, scale,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, SOFTCAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PACKED: tl.constexpr, SEVERAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (prefix tiles, kv heads, splits). Writes the partial sums dk and dv ``[splits, Hkv, P, D or E]``, fp32.
+    """Grid (prefix tiles or slots, kv heads, splits). Writes the partial sums dk and dv ``[splits, Hkv, P, D or E]``.
 
-    An item is one tile of rows of one query head of the group in one batch entry; the prefix knows no packing. This
-    program sums `split` items, and all programs together those before `last_item`.
+    An item is one tile of rows of one query head of the group. One shared prefix is read by all items: `tiles` a batch
+    entry, the prefix knows no packing. Of several, prefix n is read by the row tiles ``item_bounds[n]`` to
+    ``item_bounds[n + 1]`` of a list (sequence and first row of each) that is sorted by prefix. The splits share a
+    prefix's items evenly.
     """
-    key = tl.program_id(0) * BLOCK_N
     kv_head = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
-    key_N = key + tl.arange(0, BLOCK_N)
-    k_ND = load_tile(prefix_k + kv_head * pk_h, pk_p, key, P, D, BLOCK_N, BLOCK_D)
-    v_NE = load_tile(prefix_v + kv_head * pv_h, pv_p, key, P, E, BLOCK_N, BLOCK_E)
-    dk_ND = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv_NE = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-    for item in tl.range(part * split, tl.minimum(part * split + split, last_item)):
-        member = item // tiles
-        batch = tl.cast(member // group, tl.int64)
-        head = kv_head * group + member % group
-        sums = (batch * tl.num_programs(1) * group + head) * S
-        dk_ND, dv_NE = _key_gradient(
-            dk_ND, dv_NE, k_ND, v_NE, key_N, q + batch * q_b + head * q_h, dout + batch * dout_b + head * dout_h,
-            lse + sums, delta + sums, q_s, dout_s, item % tiles * BLOCK_M, 0, 0, S, P, 0, inner, outer,
-            D, E, BLOCK_D, BLOCK_E, BLOCK_M, False, False, False, SOFTCAP,
-        )  # fmt: skip
-    row = (tl.cast(part, tl.int64) * tl.num_programs(1) + kv_head) * P
-    store_tile(dk + row * D, D, key, P, dk_ND * scale, D, BLOCK_N, BLOCK_D)
-    store_tile(dv + row * E, E, key, P, dv_NE, E, BLOCK_N, BLOCK_E)
+    first, keys, key, prefix = find_tile(prefix_bounds, tl.program_id(0), num_prefixes, P, BLOCK_N, SEVERAL)
+    if key < keys:
+        first_item = part * 0
+        if SEVERAL:
+            first_item = tl.load(item_bounds + prefix) * group
+            last_item = tl.load(item_bounds + prefix + 1) * group
+        split = tl.cdiv(last_item - first_item, tl.num_programs(2))
+        first_item += part * split
+        key_N = key + tl.arange(0, BLOCK_N)
+        k_ND = load_tile(prefix_k + kv_head * pk_h + first * pk_p, pk_p, key, keys, D, BLOCK_N, BLOCK_D)
+        v_NE = load_tile(prefix_v + kv_head * pv_h + first * pv_p, pv_p, key, keys, E, BLOCK_N, BLOCK_E)
+        dk_ND = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        dv_NE = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+        for item in tl.range(first_item, tl.minimum(first_item + split, last_item)):
+            start = tl.cast(item * 0, tl.int64)
+            rows = S
+            if SEVERAL:
+                batch = tl.load(item_sequence + item // group)
+                row = tl.load(item_row + item // group)
+                head = kv_head * group + item % group
+                if PACKED:
+                    start = tl.load(cu_seqlens + batch).to(tl.int64)
+                    rows = tl.load(cu_seqlens + batch + 1) - tl.load(cu_seqlens + batch)
+                    batch = batch * 0
+                batch = batch.to(tl.int64)
+            else:
+                member = item // tiles
+                batch = tl.cast(member // group, tl.int64)
+                head = kv_head * group + member % group
+                row = item % tiles * BLOCK_M
+            sums = (batch * tl.num_programs(1) * group + head) * S + start
+            dk_ND, dv_NE = _key_gradient(
+                dk_ND, dv_NE, k_ND, v_NE, key_N, q + batch * q_b + head * q_h + start * q_s,
+                dout + batch * dout_b + head * dout_h + start * dout_s, lse + sums, delta + sums, q_s, dout_s, row,
+                0, 0, rows, keys, 0, q, 0, inner, outer,
+                D, E, BLOCK_D, BLOCK_E, BLOCK_M, False, False, False, SOFTCAP, False,
+            )  # fmt: skip
+        at = (tl.cast(part, tl.int64) * tl.num_programs(1) + kv_head) * P + first
+        store_tile(dk + at * D, D, key, keys, dk_ND * scale, D, BLOCK_N, BLOCK_D)
+        store_tile(dv + at * E, E, key, keys, dv_NE, E, BLOCK_N, BLOCK_E)

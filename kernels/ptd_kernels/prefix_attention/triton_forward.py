@@ -17,7 +17,9 @@ import triton
 import triton.language as tl
 
 from ptd_kernels.prefix_attention.triton_tiles import (
+    find_prefix,
     find_tile,
+    load_bias,
     load_tile,
     score,
     seen_keys,
@@ -27,17 +29,20 @@ from ptd_kernels.prefix_attention.triton_tiles import (
 
 
 @triton.jit
-def _attend(
-    out_ME, sum_M, top_M, q_MD, k, v, k_t, v_t, low, all_low, all_high, high, keys, row_M, rows, window, inner, outer,
+def attend(
+    out_ME, sum_M, top_M, q_MD, k, v, k_t, v_t, low, all_low, all_high, high, keys, row_M, rows, window,
+    bias, bias_s, inner, outer,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
-    OWN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    OWN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Continue the softmax over the keys from `low` to `high`; those from `all_low` to `all_high` need no mask."""
     for key in tl.range(low, high, BLOCK_N):
         k_ND = load_tile(k, k_t, key, keys, D, BLOCK_N, BLOCK_D)
         score_MN, _ = score(tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee"), inner, outer, SOFTCAP)
+        key_N = key + tl.arange(0, BLOCK_N)
+        if OWN and BIAS:
+            score_MN += load_bias(bias, bias_s, row_M[:, None], key_N[None, :], rows, keys)
         if (key < all_low) | (key >= all_high):
-            key_N = key + tl.arange(0, BLOCK_N)
             seen_MN = visible(row_M[:, None], key_N[None, :], rows, keys, window, OWN, CAUSAL, WINDOW)
             score_MN = tl.where(seen_MN, score_MN, -float("inf"))
         new_top_M = tl.maximum(top_M, tl.max(score_MN, 1))
@@ -54,11 +59,12 @@ def _attend(
 
 @triton.jit(do_not_specialize=["num_sequences", "S", "T", "P", "window", "group"])
 def forward_kernel(
-    q, k, v, prefix_k, prefix_v, out, lse, cu_seqlens,
-    q_b, q_h, q_s, k_b, k_h, k_t, v_b, v_h, v_t, pk_h, pk_p, pv_h, pv_p, out_b, out_h, out_s,
+    q, k, v, prefix_k, prefix_v, bias, out, lse, cu_seqlens, prefix_index, prefix_bounds,
+    q_b, q_h, q_s, k_b, k_h, k_t, v_b, v_h, v_t, pk_h, pk_p, pv_h, pv_p, bias_b, bias_h, bias_s, out_b, out_h, out_s,
     num_sequences, S, T, P, window, group, inner, outer,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PACKED: tl.constexpr,
+    BIAS: tl.constexpr, SEVERAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles or slots, query heads, batch). Writes out and lse ``[B, Hq, S]``, contiguous fp32."""
@@ -66,7 +72,7 @@ def forward_kernel(
     slot = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    start, rows, row = find_tile(cu_seqlens, slot, num_sequences, S, BLOCK_M, PACKED)
+    start, rows, row, sequence = find_tile(cu_seqlens, slot, num_sequences, S, BLOCK_M, PACKED)
     keys = rows if PACKED else T
     if row < rows:
         kv_head = head // group
@@ -76,18 +82,23 @@ def forward_kernel(
         sum_M = tl.zeros((BLOCK_M,), tl.float32)
         top_M = tl.full((BLOCK_M,), -float("inf"), tl.float32)
 
-        prefix_k += kv_head * pk_h
-        prefix_v += kv_head * pv_h
-        out_ME, sum_M, top_M = _attend(
+        first, P = find_prefix(prefix_index, prefix_bounds, sequence if PACKED else batch, P, SEVERAL)
+        prefix_k += kv_head * pk_h + first * pk_p
+        prefix_v += kv_head * pv_h + first * pv_p
+        out_ME, sum_M, top_M = attend(
             out_ME, sum_M, top_M, q_MD, prefix_k, prefix_v, pk_p, pv_p, 0, 0, P // BLOCK_N * BLOCK_N, P, P,
-            row_M, rows, window, inner, outer, D, E, BLOCK_D, BLOCK_E, BLOCK_N, False, CAUSAL, WINDOW, SOFTCAP,
+            row_M, rows, window, bias, bias_s, inner, outer,
+            D, E, BLOCK_D, BLOCK_E, BLOCK_N, False, CAUSAL, WINDOW, SOFTCAP, BIAS,
         )  # fmt: skip
+        # Packed, the bias is [S, T] over the whole pack.
+        bias += batch * bias_b + head * bias_h + start * bias_s + start
         k += batch * k_b + kv_head * k_h + start * k_t
         v += batch * v_b + kv_head * v_h + start * v_t
         low, all_low, all_high, high = seen_keys(row, rows, keys, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
-        out_ME, sum_M, top_M = _attend(
+        out_ME, sum_M, top_M = attend(
             out_ME, sum_M, top_M, q_MD, k, v, k_t, v_t, low, all_low, all_high, high, keys,
-            row_M, rows, window, inner, outer, D, E, BLOCK_D, BLOCK_E, BLOCK_N, True, CAUSAL, WINDOW, SOFTCAP,
+            row_M, rows, window, bias, bias_s, inner, outer,
+            D, E, BLOCK_D, BLOCK_E, BLOCK_N, True, CAUSAL, WINDOW, SOFTCAP, BIAS,
         )  # fmt: skip
 
         blind_M = sum_M == 0.0

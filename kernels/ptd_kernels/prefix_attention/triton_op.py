@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,12 +22,17 @@ from ptd_kernels.prefix_attention.triton_backward import (
     prefix_gradient_kernel,
     query_gradient_kernel,
 )
+from ptd_kernels.prefix_attention.triton_decode import decode_kernel, join
 from ptd_kernels.prefix_attention.triton_forward import forward_kernel
-from ptd_kernels.prefix_attention.triton_table import DELTA, tile_for
+from ptd_kernels.prefix_attention.triton_table import DELTA, Tile, decode_tile, decodes, tiles_for
 from ptd_kernels.prefix_attention.triton_tiles import padded, score_factors
+from ptd_kernels.prefix_attention.triton_tune import Choices, allowed, cache_file, choose, size_class
 
-# How many programs the prefix's gradient is split into, per multiprocessor: enough to fill the device twice.
+# How many programs the prefix's gradient, or decoding, is split into, per multiprocessor: enough to fill it twice.
 _WAVES = 2
+_FLAGS = ("CAUSAL", "WINDOW", "SOFTCAP", "PACKED", "BIAS", "SEVERAL")
+# A split of the decode kernel gets at least so many tiles of keys.
+_SPLIT_TILES = 2
 
 
 @functools.cache
@@ -37,11 +44,42 @@ def _device(device: torch.device) -> tuple[int, int]:
     return properties.major * 10 + properties.minor, properties.multi_processor_count
 
 
-def _launch(kernel: Any, name: str, grid: Any, common: dict[str, Any], q: Tensor, head_size: int) -> None:
-    """Run `kernel` with its tile from the table; `grid` is given that tile."""
-    tile = tile_for(name, _device(q.device)[0], q.dtype != torch.float32, head_size)
+@functools.cache
+def _choices() -> Choices:
+    return Choices(cache_file())
+
+
+def _with_tile(name: str, common: dict[str, Any], q: Tensor, run: Callable[[Tile], Any]) -> Any:
+    """``run(tile)`` with the tile for this kernel and problem, timed if that is not known yet (triton_tune.py)."""
+    half, head_size = q.dtype != torch.float32, max(common["D"], common["E"])
+    candidates = tiles_for(name, _device(q.device)[0], half, head_size, common["BIAS"])
+    if len(candidates) == 1 or not allowed():
+        return run(candidates[0])
+    flags = [flag for flag in _FLAGS if common[flag]]
+    sizes = size_class(q.shape[0] * q.shape[1], common["S"], common["T"], common["P"])
+    key = " ".join(
+        [torch.cuda.get_device_name(q.device), f"triton-{triton.__version__}", name, str(q.dtype),
+         f"{common['D']},{common['E']}", f"group-{common['group']}", sizes, *flags]
+    )  # fmt: skip
+
+    def measure(tile: Tile) -> float:
+        try:
+            return float(triton.testing.do_bench(lambda: run(tile), warmup=10, rep=30, return_mode="median"))
+        except triton.runtime.errors.OutOfResources:
+            return math.inf
+
+    capturing = torch.cuda.is_current_stream_capturing()
+    return run(choose(key, candidates, measure, _choices(), may_measure=not capturing))
+
+
+def _launch(kernel: Any, name: str, grid: Any, common: dict[str, Any], q: Tensor) -> None:
+    """Run `kernel` with its tile; `grid` is given that tile."""
+    _with_tile(name, common, q, lambda tile: _run(kernel, grid(tile), common, tile))
+
+
+def _run(kernel: Any, grid: tuple[int, ...], common: dict[str, Any], tile: Tile) -> None:
     wanted = {key: value for key, value in common.items() if key in kernel.arg_names}
-    kernel[grid(tile)](**wanted, BLOCK_M=tile.rows, BLOCK_N=tile.keys, num_warps=tile.warps, num_stages=tile.stages)
+    kernel[grid](**wanted, BLOCK_M=tile.rows, BLOCK_N=tile.keys, num_warps=tile.warps, num_stages=tile.stages)
 
 
 def _strides(prefix: str, axes: str, x: Tensor) -> dict[str, int]:
@@ -58,7 +96,8 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def _arguments(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, bias: Tensor | None,
+    cu_seqlens: Tensor | None, prefix_index: Tensor | None, prefix_bounds: Tensor | None,
     scale: float, causal: bool, window: int | None, softcap: float | None,
 ) -> dict[str, Any]:  # fmt: skip
     """What the kernels share. Each takes the names it knows."""
@@ -67,17 +106,24 @@ def _arguments(
     prefix_k = k[0, :, :0] if prefix_k is None else _unit_stride(prefix_k.to(q.dtype))
     prefix_v = v[0, :, :0] if prefix_v is None else _unit_stride(prefix_v.to(q.dtype))
     inner, outer = score_factors(scale, softcap)
+    several = prefix_index is not None and prefix_bounds is not None
+    bias_BHST = None if bias is None else _unit_stride(bias).expand(q.shape[0], q.shape[1], -1, -1)
     return {
         "q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v,
+        "bias": q if bias_BHST is None else bias_BHST,
+        # Pointers that no kernel follows where there is nothing to point at.
         "cu_seqlens": q if cu_seqlens is None else cu_seqlens,
+        "prefix_index": prefix_index if several else q, "prefix_bounds": prefix_bounds if several else q,
         **_strides("q", "bhs", q), **_strides("k", "bht", k), **_strides("v", "bht", v),
         **_strides("pk", "hp", prefix_k), **_strides("pv", "hp", prefix_v),
+        **_strides("bias", "bhs", q if bias_BHST is None else bias_BHST),
+        "num_prefixes": 0 if prefix_bounds is None else prefix_bounds.numel() - 1,
         "num_sequences": 0 if cu_seqlens is None else cu_seqlens.numel() - 1,
         "S": q.shape[2], "T": k.shape[2], "P": prefix_k.shape[1], "window": window or 0,
         "group": q.shape[1] // k.shape[1], "inner": inner, "outer": outer, "scale": scale,
         "D": q.shape[3], "E": v.shape[3], "BLOCK_D": padded(q.shape[3]), "BLOCK_E": padded(v.shape[3]),
         "CAUSAL": causal, "WINDOW": window is not None, "SOFTCAP": softcap is not None,
-        "PACKED": cu_seqlens is not None,
+        "PACKED": cu_seqlens is not None, "BIAS": bias is not None, "SEVERAL": several,
     }  # fmt: skip
 
 
@@ -88,25 +134,33 @@ def _tiles(length: int, block: int, common: dict[str, Any]) -> int:
 
 @torch.library.custom_op("ptd_kernels::prefix_attention", mutates_args=())
 def prefix_attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, bias: Tensor | None,
+    cu_seqlens: Tensor | None, prefix_index: Tensor | None, prefix_bounds: Tensor | None,
     scale: float, causal: bool, window: int | None, softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output ``[B, Hq, S, E]`` and log-sum-exp ``[B, Hq, S]`` (fp32; 0 for rows that see nothing)."""
-    B, Hq, S, D = q.shape
+    B, Hq, S, _ = q.shape
     E = v.shape[3]
     out = _like_hugging_face(B, Hq, S, E, like=q)
     lse = q.new_empty(B, Hq, S, dtype=torch.float32)
     if out.numel():
-        common = _arguments(q, k, v, prefix_k, prefix_v, cu_seqlens, scale, causal, window, softcap)
+        common = _arguments(
+            q, k, v, prefix_k, prefix_v, bias, cu_seqlens, prefix_index, prefix_bounds, scale, causal, window, softcap,
+        )  # fmt: skip
         common |= {"out": out, "lse": lse, **_strides("out", "bhs", out)}
+        if cu_seqlens is None and decodes(S, common["group"], q.dtype != torch.float32):
+            with _on(q.device):
+                _decode(common, out, lse)
+            return out, lse
         with _on(q.device):
-            _launch(forward_kernel, "forward", lambda t: (_tiles(S, t.rows, common), Hq, B), common, q, max(D, E))
+            _launch(forward_kernel, "forward", lambda t: (_tiles(S, t.rows, common), Hq, B), common, q)
     return out, lse
 
 
 @prefix_attention_forward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, bias: Tensor | None,
+    cu_seqlens: Tensor | None, prefix_index: Tensor | None, prefix_bounds: Tensor | None,
     scale: float, causal: bool, window: int | None, softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, Hq, S, _ = q.shape
@@ -116,53 +170,101 @@ def _(
 @torch.library.custom_op("ptd_kernels::prefix_attention_backward", mutates_args=())
 def prefix_attention_backward(
     dout: Tensor, out: Tensor, lse: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, bias: Tensor | None,
+    cu_seqlens: Tensor | None, prefix_index: Tensor | None, prefix_bounds: Tensor | None,
     scale: float, causal: bool, window: int | None, softcap: float | None,
     needs_q: bool, needs_own: bool, needs_prefix: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and the prefix; those that nobody needs are empty."""
-    B, Hq, S, D = q.shape
-    Hkv, T, E = k.shape[1], k.shape[2], v.shape[3]
+    B, Hq, S, _ = q.shape
+    Hkv, T = k.shape[1:3]
     dq, dk, dv, dprefix_k, dprefix_v = _gradients(q, k, v, prefix_k, prefix_v, needs_q, needs_own, needs_prefix)
     if not q.numel():
         return dq, dk.zero_(), dv.zero_(), dprefix_k.zero_(), dprefix_v.zero_()
-    common = _arguments(q, k, v, prefix_k, prefix_v, cu_seqlens, scale, causal, window, softcap)
+    common = _arguments(
+        q, k, v, prefix_k, prefix_v, bias, cu_seqlens, prefix_index, prefix_bounds, scale, causal, window, softcap,
+    )  # fmt: skip
     dout = _unit_stride(dout)
     common |= {"out": out, "dout": dout, "lse": lse, "delta": torch.empty_like(lse)}
     common |= {**_strides("out", "bhs", out), **_strides("dout", "bhs", dout), **_strides("dq", "bhs", dq)}
-    widest = max(D, E)
     with _on(q.device):
         wanted = {key: value for key, value in common.items() if key in delta_kernel.arg_names}
         delta_kernel[(triton.cdiv(S, DELTA.rows), Hq, B)](**wanted, BLOCK_M=DELTA.rows, num_warps=DELTA.warps)
         if needs_q:
             common |= {"dq": dq}
             grid = lambda tile: (_tiles(S, tile.rows, common), Hq, B)  # noqa: E731
-            _launch(query_gradient_kernel, "query_gradient", grid, common, q, widest)
+            _launch(query_gradient_kernel, "query_gradient", grid, common, q)
         if needs_own and T:
             own = common | {"dk": dk, "dv": dv, **_strides("dk", "bht", dk), **_strides("dv", "bht", dv)}
             grid = lambda tile: (_tiles(T, tile.keys, common), Hkv, B)  # noqa: E731
-            _launch(key_gradient_kernel, "key_gradient", grid, own, q, widest)
+            _launch(key_gradient_kernel, "key_gradient", grid, own, q)
         if needs_prefix and common["P"]:
-            partial_k, partial_v = _prefix_gradient(common, q, Hkv, widest)
+            partial_k, partial_v = _prefix_gradient(common, q, Hkv)
             dprefix_k.copy_(partial_k.sum(0))
             dprefix_v.copy_(partial_v.sum(0))
     return dq, dk, dv, dprefix_k, dprefix_v
 
 
-def _prefix_gradient(common: dict[str, Any], q: Tensor, Hkv: int, head_size: int) -> tuple[Tensor, Tensor]:
+def _decode(common: dict[str, Any], out: Tensor, lse: Tensor) -> None:
+    """The forward pass of few queries, its keys split over as many programs as fill the device."""
+    B, Hq, S, _ = out.shape
+    architecture, multiprocessors = _device(out.device)
+    rows, widest = S * common["group"], max(common["D"], common["E"])
+    tile = decode_tile(rows, architecture, out.dtype != torch.float32, widest)
+    Hkv = Hq // common["group"]
+    keys = common["T"] + common["P"] // max(1, common["num_prefixes"])
+    splits = max(1, min(triton.cdiv(_WAVES * multiprocessors, B * Hkv), triton.cdiv(keys, _SPLIT_TILES * tile.keys)))
+    outs, sums = (out.new_empty(splits, *x.shape, dtype=torch.float32) for x in (out, lse))
+    wanted = {key: value for key, value in common.items() if key in decode_kernel.arg_names}
+    wanted |= {"out": outs, "lse": sums, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
+    decode_kernel[(splits, Hkv, B)](**wanted, num_warps=tile.warps, num_stages=tile.stages)
+    whole, total = join(outs, sums)
+    out.copy_(whole)
+    lse.copy_(total.masked_fill(total == -torch.inf, 0.0))
+
+
+def _prefix_gradient(common: dict[str, Any], q: Tensor, Hkv: int) -> tuple[Tensor, Tensor]:
     """Partial sums ``[splits, Hkv, P, D]`` and ``[splits, Hkv, P, E]`` in fp32, to be summed over the splits."""
-    architecture, multiprocessors = _device(q.device)
-    tile = tile_for("prefix_gradient", architecture, q.dtype != torch.float32, head_size)
-    tiles, P = triton.cdiv(q.shape[2], tile.rows), common["P"]
-    items = q.shape[0] * common["group"] * tiles
-    programs = triton.cdiv(P, tile.keys) * Hkv
-    split = triton.cdiv(items, max(1, min(items, triton.cdiv(_WAVES * multiprocessors, programs))))
-    splits = triton.cdiv(items, split)
-    partial_k, partial_v = (q.new_empty(splits, Hkv, P, common[x], dtype=torch.float32) for x in ("D", "E"))
-    arguments = common | {"dk": partial_k, "dv": partial_v, "tiles": tiles, "last_item": items, "split": split}
-    grid = (triton.cdiv(P, tile.keys), Hkv, splits)
-    _launch(prefix_gradient_kernel, "prefix_gradient", lambda tile: grid, arguments, q, head_size)
-    return partial_k, partial_v
+    P, wanted = common["P"], _WAVES * _device(q.device)[1]
+
+    def run(tile: Tile) -> tuple[Tensor, Tensor]:
+        tiles = triton.cdiv(q.shape[2], tile.rows)
+        items = q.shape[0] * common["group"] * tiles
+        slots = P // tile.keys + common["num_prefixes"] if common["SEVERAL"] else triton.cdiv(P, tile.keys)
+        # Rounded so that no split is without items, if one prefix has them all.
+        split = triton.cdiv(items, max(1, min(items, triton.cdiv(wanted, slots * Hkv))))
+        splits = triton.cdiv(items, split)
+        partials = [q.new_empty(splits, Hkv, P, common[x], dtype=torch.float32) for x in ("D", "E")]
+        arguments = common | {"dk": partials[0], "dv": partials[1], "tiles": tiles, "last_item": items}
+        arguments |= dict.fromkeys(("item_bounds", "item_sequence", "item_row"), q)
+        if common["SEVERAL"]:
+            arguments |= _items(common, q, tile.rows)
+        _run(prefix_gradient_kernel, (slots, Hkv, splits), arguments, tile)
+        return partials[0], partials[1]
+
+    sums: tuple[Tensor, Tensor] = _with_tile("prefix_gradient", common, q, run)
+    return sums
+
+
+def _items(common: dict[str, Any], q: Tensor, block: int) -> dict[str, Tensor]:
+    """The tiles of `block` rows of all sequences, sorted by the prefix they read, and where each prefix's begin.
+
+    Computed on the device: neither the lengths nor the prefixes of the sequences are known on the host.
+    """
+    B, _, S, _ = q.shape
+    index = common["prefix_index"]
+    if common["PACKED"]:
+        tiles = (common["cu_seqlens"].diff() + (block - 1)) // block
+    else:
+        tiles = torch.full((B,), triton.cdiv(S, block), dtype=torch.int32, device=q.device)
+    prefix, order = index.sort(stable=True)
+    ends = tiles[order].cumsum(0)
+    item = torch.arange(B * _tiles(S, block, common), device=q.device)
+    position = torch.searchsorted(ends, item, right=True).clamp_(max=len(order) - 1)
+    row = (item - (ends - tiles[order])[position]) * block
+    readers = torch.searchsorted(prefix, torch.arange(common["num_prefixes"] + 1, device=q.device, dtype=prefix.dtype))
+    bounds = torch.nn.functional.pad(ends, (1, 0))[readers]
+    return {"item_bounds": bounds.int(), "item_sequence": order[position].int(), "item_row": row.int()}
 
 
 def _gradients(
@@ -184,7 +286,8 @@ def _gradients(
 @prefix_attention_backward.register_fake
 def _(
     dout: Tensor, out: Tensor, lse: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, bias: Tensor | None,
+    cu_seqlens: Tensor | None, prefix_index: Tensor | None, prefix_bounds: Tensor | None,
     scale: float, causal: bool, window: int | None, softcap: float | None,
     needs_q: bool, needs_own: bool, needs_prefix: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -204,7 +307,7 @@ def _backward(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
         dout, *ctx.saved_tensors, *ctx.options, needs_q, needs_k or needs_v, needs_prefix_k or needs_prefix_v
     )
     needed = zip(gradients, ctx.needs_input_grad[:5], strict=True)
-    return *(gradient if needs else None for gradient, needs in needed), *(None,) * 5
+    return *(gradient if needs else None for gradient, needs in needed), *(None,) * 8
 
 
 prefix_attention_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -1,7 +1,8 @@
 """Tile sizes of the Triton kernels, by architecture, precision and head size. Chosen by what the compiler reports.
 
 Nothing here has been timed yet: the rule was no spills up to head size 128, shared memory that fits, and the largest
-tiles that leave both true (tests/ptd_kernels/test_triton_compile.py asserts them; README.md has its numbers).
+tiles that leave both true (tests/ptd_kernels/test_triton_compile.py asserts them; README.md has its numbers). On a GPU
+the tile of `TABLE` is timed against the few of `ALTERNATIVES` (triton_tune.py), for which the same holds.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ TABLE: dict[tuple[int, bool, int], dict[str, Tile]] = {
     (90, True, 128): _tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
     (90, True, 256): _tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
     (80, True, 32): _tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 4, 3)),
-    (80, True, 64): _tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 64, 4, 3), Tile(64, 64, 4, 2)),
+    (80, True, 64): _tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 64, 4, 3), Tile(64, 64, 8, 2)),
     (80, True, 128): _tiles(Tile(128, 32, 8, 3), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
     (80, True, 256): _tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     (80, False, 32): _tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 4, 2)),
@@ -43,15 +44,72 @@ TABLE: dict[tuple[int, bool, int], dict[str, Tile]] = {
 # fp32 in IEEE precision runs on the ordinary cores, the same on both architectures.
 TABLE |= {(90, half, width): tiles for (arch, half, width), tiles in TABLE.items() if arch == 80 and not half}
 
+# Smaller tiles, fewer warps: they may win where there is little to do, or registers limit how much runs at a time.
+ALTERNATIVES: dict[tuple[int, int], dict[str, tuple[Tile, ...]]] = {
+    (90, 64): {
+        "forward": (Tile(128, 64, 8, 3), Tile(64, 128, 4, 3), Tile(64, 64, 4, 3)),
+        "query_gradient": (Tile(64, 64, 4, 3), Tile(128, 32, 8, 3)),
+        "key_gradient": (Tile(64, 64, 4, 2), Tile(64, 64, 8, 3)),
+        "prefix_gradient": (Tile(64, 64, 4, 2), Tile(64, 64, 8, 3)),
+    },
+    (90, 128): {
+        "forward": (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
+        "query_gradient": (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
+        "prefix_gradient": (Tile(64, 64, 8, 2),),
+    },
+    (90, 256): {"forward": (Tile(128, 32, 8, 2), Tile(64, 32, 4, 2))},
+    (80, 64): {
+        "forward": (Tile(64, 64, 4, 3), Tile(128, 32, 4, 3)),
+        "query_gradient": (Tile(64, 32, 4, 3),),
+        "prefix_gradient": (Tile(32, 64, 4, 2),),
+    },
+    (80, 128): {
+        "forward": (Tile(64, 32, 4, 3),),
+        "query_gradient": (Tile(64, 32, 8, 2),),
+        "key_gradient": (Tile(64, 64, 8, 1),),
+        "prefix_gradient": (Tile(64, 64, 8, 1),),
+    },
+    (80, 256): {"forward": (Tile(32, 32, 4, 2),)},
+}
+
 # In the interpreter: small, so that short sequences have several tiles, and mostly oblong, so that a swap shows.
 INTERPRETED = _tiles(Tile(64, 16, 4, 1), Tile(32, 32, 4, 1), Tile(16, 64, 4, 1), Tile(64, 16, 4, 1))
+# Of the decode kernel, whose rows are as many as the call has: (is it 16-bit, widest head size) -> tile without them.
+DECODE: dict[tuple[bool, int], Tile] = {
+    (True, 128): Tile(0, 32, 4, 3),
+    (True, 256): Tile(0, 32, 8, 2),
+    (False, 64): Tile(0, 32, 4, 1),
+    (False, 256): Tile(0, 16, 8, 1),
+}
 DELTA = Tile(32, 0, 4, 1)
 WIDTHS = (32, 64, 128, 256)
 
 
-def tile_for(kernel: str, architecture: int, half: bool, head_size: int) -> Tile:
-    """The tile of `kernel` for a device of this compute capability (90 is 9.0), or for the interpreter (0)."""
+def tiles_for(kernel: str, architecture: int, half: bool, head_size: int, biased: bool = False) -> tuple[Tile, ...]:
+    """Tiles of `kernel` for a device of this compute capability (90 is 9.0), or for the interpreter (0); the one to
+    take untimed is the first."""
     if architecture == 0:
-        return INTERPRETED[kernel]
-    width = next(w for w in WIDTHS if head_size <= w)
-    return TABLE[90 if architecture // 10 == 9 else 80, half, width][kernel]
+        return (INTERPRETED[kernel],)
+    architecture, width = 90 if architecture // 10 == 9 else 80, next(w for w in WIDTHS if head_size <= w)
+    tiles = TABLE[architecture, half, width][kernel], *_alternatives(kernel, architecture, half, width)
+    if biased and kernel in ("forward", "query_gradient"):
+        # The tile of biases and its addresses take the registers that half of the scores leave.
+        wide = [tile for tile in tiles if tile is tiles[0] or tile.keys >= 64]
+        tiles = tuple(tile._replace(keys=max(16, tile.keys // 2)) for tile in wide)
+    return tuple(dict.fromkeys(tiles))
+
+
+def _alternatives(kernel: str, architecture: int, half: bool, width: int) -> tuple[Tile, ...]:
+    return ALTERNATIVES.get((architecture, max(64, width)), {}).get(kernel, ()) if half else ()
+
+
+def decodes(queries: int, group: int, half: bool) -> bool:
+    """Whether the decode kernel takes this many queries of so many heads a key/value head: few, that fit one tile."""
+    return queries <= 4 and queries * group <= (64 if half else 16)
+
+
+def decode_tile(rows: int, architecture: int, half: bool, head_size: int) -> Tile:
+    """The tile of the decode kernel for this many query rows a key/value head."""
+    width = min(w for is_half, w in DECODE if is_half == half and head_size <= w)
+    tile = Tile(0, 16, 4, 1) if architecture == 0 else DECODE[half, width]
+    return tile._replace(rows=max(16, 1 << (rows - 1).bit_length()))

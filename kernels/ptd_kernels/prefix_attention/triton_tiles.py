@@ -33,16 +33,16 @@ def padded(head_size: int) -> int:
 
 @triton.jit
 def find_tile(cu_seqlens, slot, num_sequences, length, BLOCK: tl.constexpr, PACKED: tl.constexpr):
-    """The tile that `slot` stands for: its sequence's first token and length, and the tile's first row in it.
+    """The tile that `slot` stands for: its sequence's first token, length and number, and the tile's first row in it.
 
     Packed sequence i owns the slots from ``cu_seqlens[i] // BLOCK + i`` on: always enough for its tiles, at most one
     too many, and found by bisection, so nobody has to read cu_seqlens on the host. A surplus slot gets a first row past
     the end.
     """
     start = slot * 0
+    low = slot * 0
     row = slot * BLOCK
     if PACKED:
-        low = slot * 0
         high = low + num_sequences - 1
         while low < high:
             middle = (low + high + 1) // 2
@@ -52,7 +52,19 @@ def find_tile(cu_seqlens, slot, num_sequences, length, BLOCK: tl.constexpr, PACK
         start = tl.load(cu_seqlens + low)
         length = tl.load(cu_seqlens + low + 1) - start
         row = (slot - start // BLOCK - low) * BLOCK
-    return tl.cast(start, tl.int64), length, row
+    return tl.cast(start, tl.int64), length, row, low
+
+
+@triton.jit
+def find_prefix(prefix_index, prefix_bounds, sequence, P, SEVERAL: tl.constexpr):
+    """First key and number of keys of the prefix that `sequence` reads, of all those that lie end to end along P."""
+    first = tl.cast(sequence * 0, tl.int64)
+    if SEVERAL:
+        chosen = tl.load(prefix_index + sequence)
+        start = tl.load(prefix_bounds + chosen)
+        first = tl.cast(start, tl.int64)
+        P = tl.load(prefix_bounds + chosen + 1) - start
+    return first, P
 
 
 @triton.jit
@@ -126,6 +138,13 @@ def store_tile(base, stride, first, length, tile, SIZE: tl.constexpr, BLOCK: tl.
     column = tl.arange(0, BLOCK_SIZE)[None, :]
     pointers = base + tl.cast(first, tl.int64) * stride + (index * stride + column)
     tl.store(pointers, tile.to(base.dtype.element_ty), mask=(first + index < length) & (column < SIZE))
+
+
+@triton.jit
+def load_bias(bias, stride, row_M, key_N, rows, keys):
+    """Own tokens' bias, in base 2 like the scores; `row_M` and `key_N` broadcast against each other."""
+    pointers = bias + row_M.to(tl.int64) * stride + key_N
+    return tl.load(pointers, mask=(row_M < rows) & (key_N < keys), other=0.0).to(tl.float32) * 1.4426950408889634
 
 
 @triton.jit

@@ -1,0 +1,370 @@
+"""Prefix attention: milliseconds, TFLOP/s and bytes of every backend, against what people use instead.
+
+    python benchmarks/bench_prefix_attention.py --output benchmarks/results/prefix_attention   # a GPU, 8 minutes
+    python benchmarks/bench_prefix_attention.py --quick --output quick                         # seconds, a CPU will do
+
+Rivals: (i) the prefix expanded over the batch and concatenated to the keys, then SDPA, as PEFT runs it (packed
+sequences: as a padded batch); (ii) the same keys under FlexAttention, compiled (of a pack the prefix need not be
+expanded; GPU only, on some cells, since each costs a compilation); (iii) no prefix: a bound from below.
+
+All run in one process, in turns; a time is the median over `--repeats`. TFLOP/s count the pairs of query and key that
+the rule lets see each other, 4 · D · heads each forward and 2.5 times that backward, so a rival's work on padding
+counts as time, not as work. `kept` are the bytes that wait for the backward pass beside the inputs, `peak` (GPU) what
+forward and backward had allocated at most. Before it is timed, each output is compared with (i). Writes OUTPUT.csv,
+OUTPUT.png and OUTPUT.json (command, commit, hardware, versions, date).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from ptd_kernels import available_backends, explain_backend, prefix_attention
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+CONCAT, FLEX, NO_PREFIX = "expand + concat + SDPA", "FlexAttention", "no prefix"
+LEAVES = ("q", "k", "v", "prefix_k", "prefix_v")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One problem. `lengths`: packed; S is then their sum and B 1. `T` own keys, S if None."""
+
+    name: str
+    B: int
+    S: int
+    P: int
+    Hq: int = 32
+    Hkv: int = 8
+    D: int = 128
+    T: int | None = None
+    causal: bool = True
+    lengths: tuple[int, ...] | None = None
+    flex: bool = False
+
+    @property
+    def keys(self) -> int:
+        return self.S if self.T is None else self.T
+
+    def pairs(self) -> tuple[int, int]:
+        """Pairs of a query and an own key that it sees, and of a query and a prefix key, over batch or pack."""
+        own = 0
+        for length in self.lengths or (self.S,) * self.B:
+            keys = self.keys if self.lengths is None else length
+            own += length * keys - (length * (length - 1) // 2 if self.causal else 0)
+        return own, self.B * self.S * self.P
+
+    def teraflops(self, who: str, direction: str) -> float:
+        own, prefix = self.pairs()
+        pairs = own if who == NO_PREFIX else own + prefix
+        return 4e-12 * self.Hq * self.D * pairs * (2.5 if direction == "backward" else 1.0)
+
+
+def _mixed(number: int, mean: int) -> tuple[int, ...]:
+    """Lengths from a quarter of the mean to nearly twice it."""
+    return tuple(mean // 4 + (3 * mean // 2) * i // max(1, number - 1) for i in range(number))
+
+
+_PACK = _mixed(32, 512)
+FULL = [
+    *(Cell(f"P {P}", 4, 4096, P, flex=P in (128, 2048)) for P in (32, 128, 512, 2048, 8192)),
+    *(Cell(f"S {S}", 16384 // S, S, 128) for S in (512, 2048, 16384)),
+    *(Cell(f"head {D}", 4, 4096, 128, D=D) for D in (64, 80, 256)),
+    Cell("multi-head", 4, 4096, 128, Hkv=32),
+    Cell("bidirectional", 32, 512, 128, Hq=16, Hkv=16, D=64, causal=False, flex=True),
+    *(Cell(f"packed, P {P}", 1, sum(_PACK), P, lengths=_PACK, flex=P == 128) for P in (128, 2048)),
+    *(Cell(f"decode, B {B}", B, 1, 128, T=4096) for B in (1, 16)),
+]
+_SMALL = {"Hq": 4, "Hkv": 2, "D": 32}
+QUICK = [
+    Cell("P 8", 2, 64, 8, **_SMALL),
+    Cell("P 128", 2, 64, 128, **_SMALL),
+    Cell("packed", 1, sum(_mixed(4, 32)), 16, lengths=_mixed(4, 32), **_SMALL),
+    Cell("decode", 2, 1, 16, T=64, **_SMALL),
+]
+
+
+def tensors(cell: Cell, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v and the prefix, laid out as Hugging Face has them."""
+    torch.manual_seed(0)
+    shapes = [
+        (cell.B, cell.S, cell.Hq, cell.D), (cell.B, cell.keys, cell.Hkv, cell.D), (cell.B, cell.keys, cell.Hkv, cell.D),
+        (cell.P, cell.Hkv, cell.D), (cell.P, cell.Hkv, cell.D),
+    ]  # fmt: skip
+    made = [torch.randn(shape, device=device, dtype=dtype).transpose(-3, -2) for shape in shapes]
+    return [x.requires_grad_() for x in made]
+
+
+def rivals(cell: Cell, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[..., Tensor]]:
+    """Functions of q, k, v, prefix_k, prefix_v that all return ``[B, Hq, S, D]``."""
+    cu_seqlens = None
+    if cell.lengths is not None:
+        cu_seqlens = torch.tensor([0, *cell.lengths], device=device).cumsum(0).int()
+    longest = None if cell.lengths is None else max(cell.lengths)
+    options: dict[str, Any] = {"causal": cell.causal, "cu_seqlens": cu_seqlens, "max_seqlen": longest}
+    named: dict[str, Callable[..., Tensor]] = {}
+    for backend in available_backends():
+        try:
+            explain_backend(
+                device=device, dtype=dtype, head_dim=cell.D, packed=cell.lengths is not None, backend=backend
+            )
+        except ValueError:
+            continue
+        if backend != "reference":
+            named[backend] = lambda *x, backend=backend: prefix_attention(*x, backend=backend, **options)
+    named[CONCAT] = lambda *x: concat_sdpa(cell, *x)
+    named[NO_PREFIX] = lambda q, k, v, *_: without_prefix(cell, options, q, k, v)
+    if cell.flex and device.type == "cuda":
+        named[FLEX] = flex(cell, cu_seqlens, device)
+    return named
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    rows, keys = q.shape[2], k.shape[2]
+    if not causal or rows == 1:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    if rows == keys:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    # The mask that SDPA hands to flash attention as a flag; a dense one would cost it that kernel.
+    bias = causal_lower_right(rows, keys)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
+
+
+def concat_sdpa(cell: Cell, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
+    """(i). A pack becomes a batch padded on the right, whose padding no real query sees under the causal rule."""
+    if cell.lengths is not None:
+        q, k, v = (_pad(x, cell.lengths) for x in (q, k, v))
+    k = torch.cat([prefix_k.expand(len(k), -1, -1, -1), k], dim=2)
+    v = torch.cat([prefix_v.expand(len(v), -1, -1, -1), v], dim=2)
+    out = _sdpa(q, k, v, cell.causal)
+    if cell.lengths is None:
+        return out
+    return torch.cat([out[i, :, :length] for i, length in enumerate(cell.lengths)], dim=1)[None]
+
+
+def _pad(x_1HNX: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    parts = [part.transpose(1, 2)[0] for part in x_1HNX.split(lengths, dim=2)]
+    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).transpose(1, 2)
+
+
+def without_prefix(cell: Cell, options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(iii)."""
+    if cell.lengths is not None or cell.keys != cell.S:
+        return prefix_attention(q, k, v, None, None, backend="merge", **options)
+    return _sdpa(q, k, v, cell.causal)
+
+
+def flex(cell: Cell, cu_seqlens: Tensor | None, device: torch.device) -> Callable[..., Tensor]:
+    """(ii)."""
+    P, offset = cell.P, cell.keys - cell.S
+    sequence_S = torch.zeros(cell.S, dtype=torch.int64, device=device)
+    if cu_seqlens is not None:
+        sequence_S = torch.searchsorted(cu_seqlens, torch.arange(cell.S, device=device), right=True)
+
+    def visible(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        own = key - P
+        seen = own <= row + offset if cell.causal else own >= 0
+        if cu_seqlens is not None:
+            seen = seen & (sequence_S[row] == sequence_S[own.clamp(min=0)])
+        return (key < P) | seen
+
+    mask = create_block_mask(visible, None, None, cell.S, P + cell.keys, device=device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
+        k = torch.cat([prefix_k.expand(len(k), -1, -1, -1), k], dim=2)
+        v = torch.cat([prefix_v.expand(len(v), -1, -1, -1), v], dim=2)
+        return compiled(q, k, v, block_mask=mask, enable_gqa=True)
+
+    return run
+
+
+def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Milliseconds, and what `run` returned."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        result = run()
+        return 1e3 * (time.perf_counter() - began), result
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    result = run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end), result
+
+
+def kept_bytes(run: Callable[[], Tensor], inputs: list[Tensor]) -> int:
+    """Of the storages saved for backward, without those of the inputs."""
+    storages: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out = run()
+    given = {x.untyped_storage().data_ptr() for x in inputs}
+    size = sum(size for where, size in storages.items() if where not in given)
+    del out
+    return size
+
+
+def measure(cell: Cell, device: torch.device, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
+    """A row for each rival and direction; nothing for one that the device has no memory for."""
+    x = tensors(cell, device, dtype)
+    dout = torch.randn(cell.B, cell.S, cell.Hq, cell.D, device=device, dtype=dtype).transpose(1, 2)
+    named = rivals(cell, device, dtype)
+    backward = cell.S > 1
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    expected = named[CONCAT](*x).detach()
+    for who in list(named):
+        try:
+            # Warms up, compiles, and tunes.
+            out = named[who](*x)
+            if who != NO_PREFIX:
+                error = ((out.detach().float() - expected.float()).norm() / expected.float().norm()).item()
+                assert error < (1e-4 if dtype == torch.float32 else 2e-2), f"{who} is off by {error:.1e} in {cell.name}"
+            needed = x[:3] if who == NO_PREFIX else x
+            if backward:
+                torch.autograd.grad(out, needed, dout)
+            del out
+            peak = None
+            if device.type == "cuda":
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                out = named[who](*x)
+                if backward:
+                    torch.autograd.grad(out, needed, dout)
+                peak = torch.cuda.max_memory_allocated() - before
+                del out
+        except torch.OutOfMemoryError:
+            print(f"{cell.name}: {who} runs out of memory", file=sys.stderr)
+            del named[who]
+            continue
+        kept = kept_bytes(lambda who=who: named[who](*x), x)
+        sizes = {**asdict(cell), "T": cell.keys, "dtype": str(dtype).removeprefix("torch."), "flex": None}
+        sizes = {key: value for key, value in sizes.items() if key not in ("flex", "lengths")}
+        for direction in ("forward", "backward") if backward else ("forward",):
+            rows[who, direction] = {
+                **sizes, "packed": cell.lengths is not None, "who": who, "direction": direction, "times": [],
+                "kept": kept, "peak": peak,
+            }  # fmt: skip
+    for _ in range(repeats):
+        for who, run in named.items():
+            ms, out = timed(lambda run=run: run(*x), device)
+            rows[who, "forward"]["times"].append(ms)
+            if backward:
+                needed = x[:3] if who == NO_PREFIX else x
+                ms, _ = timed(lambda out=out, needed=needed: torch.autograd.grad(out, needed, dout), device)
+                rows[who, "backward"]["times"].append(ms)
+            del out
+    for row in rows.values():
+        row["ms"] = statistics.median(row.pop("times"))
+        row["teraflops_per_second"] = 1e3 * cell.teraflops(row["who"], row["direction"]) / row["ms"]
+    return list(rows.values())
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Time relative to (i), a group of bars a cell, a panel a direction."""
+    who = [name for name in dict.fromkeys(row["who"] for row in rows) if name != CONCAT]
+    cells = list(dict.fromkeys(row["name"] for row in rows))
+    ms = {(row["name"], row["direction"], row["who"]): row["ms"] for row in rows}
+    figure = Figure(figsize=(max(7, 1.1 * len(cells)), 7), layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True)
+    for axes, direction in zip(panels, ("forward", "backward"), strict=True):
+        for i, name in enumerate(who):
+            heights = [
+                ms.get((cell, direction, name), math.nan) / ms.get((cell, direction, CONCAT), math.nan)
+                for cell in cells
+            ]
+            axes.bar(
+                [c + (i + 0.5) / (len(who) + 1) for c in range(len(cells))], heights, 1 / (len(who) + 1), label=name
+            )
+        axes.axhline(1.0, color="black", linewidth=0.8)
+        axes.set_ylabel(f"{direction}: time / {CONCAT}")
+        axes.set_ylim(bottom=0)
+    panels[0].legend(fontsize="small", ncols=3)
+    panels[1].set_xticks([c + 0.5 for c in range(len(cells))], cells, rotation=30, ha="right")
+    figure.savefig(file, dpi=120)
+
+
+def record(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, skipped: list[str]) -> dict[str, Any]:
+    """Where the numbers come from."""
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    libraries = {"torch": torch.__version__, "python": platform.python_version(), "cuda": torch.version.cuda}
+    try:
+        import triton
+
+        libraries["triton"] = triton.__version__
+    except ImportError:
+        pass
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "hardware": hardware,
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype),
+        "repeats": args.repeats,
+        "versions": libraries,
+        "date": date.today().isoformat(),
+        "cells_skipped_for_time": skipped,
+    }
+
+
+def main() -> None:
+    """Measure the grid until it or the time is over."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="four tiny cells")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, CPU float32")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--minutes", type=float, default=8.0, help="no cell is begun later than this")
+    parser.add_argument("--output", type=Path, required=True, help="path without suffix")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    began, rows, skipped = time.perf_counter(), [], []
+    for cell in QUICK if args.quick else FULL:
+        if rows and time.perf_counter() - began > 60 * args.minutes:
+            skipped.append(cell.name)
+            continue
+        measured = measure(cell, device, dtype, args.repeats)
+        rows += measured
+        for row in measured:
+            rate = f"{row['teraflops_per_second']:8.2f} TFLOP/s"
+            print(f"{cell.name:16} {row['who']:24} {row['direction']:9} {row['ms']:9.3f} ms {rate}", flush=True)
+    if skipped:
+        print(f"not measured, the {args.minutes:g} minutes were over: {', '.join(skipped)}", file=sys.stderr)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with args.output.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    args.output.with_suffix(".json").write_text(json.dumps(record(args, device, dtype, skipped), indent=1) + "\n")
+    plot(rows, args.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

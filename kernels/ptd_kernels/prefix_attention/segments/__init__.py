@@ -1,0 +1,30 @@
+"""Kernels that attend to one segment of keys and also return the log-sum-exp: a file for each library, and plain torch.
+
+`pick` chooses one of those that have been run and tested somewhere, unless it is told which to prefer.
+"""
+
+from __future__ import annotations
+
+from ptd_kernels.prefix_attention.segments.cudnn import CUDNN
+from ptd_kernels.prefix_attention.segments.eager import EAGER
+from ptd_kernels.prefix_attention.segments.flash_attn_2 import FLASH_ATTN_2
+from ptd_kernels.prefix_attention.segments.flash_attn_4 import FLASH_ATTN_4
+from ptd_kernels.prefix_attention.segments.kernel import Gradients, Kernel, Need, Rule
+from ptd_kernels.prefix_attention.segments.torch_flash_cpu import TORCH_FLASH_CPU
+from ptd_kernels.prefix_attention.segments.torch_flash_cuda import TORCH_FLASH_CUDA
+
+__all__ = [
+    "CUDNN", "EAGER", "FLASH_ATTN_2", "FLASH_ATTN_4", "ON_REQUEST", "TORCH_FLASH_CPU", "TORCH_FLASH_CUDA", "Gradients",
+    "Kernel", "Need", "Rule", "pick",
+]  # fmt: skip
+
+# The first that does not refuse. Plain torch refuses nothing.
+_PREFERENCE = (TORCH_FLASH_CPU, TORCH_FLASH_CUDA, EAGER)
+# Not chosen unasked: these libraries are optional, and no adapter to them has been timed.
+ON_REQUEST = (FLASH_ATTN_2, FLASH_ATTN_4, CUDNN)
+
+
+def pick(need: Need, preferred: Kernel | None = None) -> Kernel:
+    """`preferred` if it can do it, else the first that can."""
+    candidates = _PREFERENCE if preferred is None else (preferred, *_PREFERENCE)
+    return next(kernel for kernel in candidates if kernel.refuses(need) is None)

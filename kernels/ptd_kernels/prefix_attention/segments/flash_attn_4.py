@@ -1,0 +1,75 @@
+"""The package flash-attn-4 (flash_attn.cute, for Hopper and Blackwell): packed natively. Never run so far. Its dQ is
+summed by atomics on Hopper: reruns differ in the last bits. Legend of shapes: problem.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptd_kernels.prefix_attention.segments.kernel import (
+    Gradients,
+    Kernel,
+    Need,
+    Rule,
+    from_flash_layout,
+    lengths,
+    refuses_on_gpu,
+    to_flash_layout,
+)
+
+_HEAD_SIZES = (64, 96, 128)
+
+
+@functools.cache
+def _library() -> tuple[Any, str | None]:
+    """flash_attn.cute.interface, or why there is none."""
+    try:
+        return importlib.import_module("flash_attn.cute.interface"), None
+    except (ImportError, AttributeError) as error:
+        return None, f"the package flash-attn-4 cannot be imported ({error})"
+
+
+def _bounds(q: Tensor, k: Tensor, rule: Rule) -> dict[str, Tensor | None]:
+    cu_seqlens, _, _ = lengths(q, k, rule)
+    return {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    packed = rule.cu_seqlens is not None
+    tensors = [to_flash_layout(x, packed) for x in (q, k, v)]
+    out, lse = _library()[0]._flash_attn_fwd(
+        *tensors, softmax_scale=rule.scale, causal=rule.offset is not None, return_lse=True, **_bounds(q, k, rule)
+    )[:2]
+    # Rows without any key (more queries than keys) must not count.
+    lse = lse.masked_fill(lse == torch.inf, -torch.inf)
+    return from_flash_layout(out, packed), lse[None] if packed else lse
+
+
+def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule) -> Gradients:
+    packed = rule.cu_seqlens is not None
+    dout, q_, k_, v_, out = (to_flash_layout(x, packed) for x in (dout, q, k, v, out))
+    sums = (lse[0] if packed else lse).contiguous()
+    gradients = _library()[0]._flash_attn_bwd(
+        q_, k_, v_, out, dout, sums, softmax_scale=rule.scale, causal=rule.offset is not None, **_bounds(q, k, rule)
+    )[:3]
+    return Gradients(*(from_flash_layout(x, packed) for x in gradients))
+
+
+def _refuses(need: Need) -> str | None:
+    if (reason := refuses_on_gpu(need)) is not None:
+        return reason
+    if torch.cuda.get_device_capability(need.q.device)[0] not in (9, 10):
+        return "it is written for Hopper and Blackwell (compute capability 9.x and 10.x)"
+    if need.q.shape[3] not in _HEAD_SIZES:
+        return f"it takes the head sizes {', '.join(map(str, _HEAD_SIZES))}"
+    if need.rule.window is not None:
+        return "its backward has no window on every architecture"
+    return _library()[1]
+
+
+FLASH_ATTN_4 = Kernel("flash-attn 4", _forward, _backward, _refuses, max_rows=None)

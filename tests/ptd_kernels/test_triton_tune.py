@@ -1,0 +1,97 @@
+"""Choosing a tile by its time: kept in a file, read by the next process, and never trusted blindly."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from ptd_kernels.prefix_attention.triton_table import ALTERNATIVES, KERNELS, TABLE, Tile, tiles_for
+from ptd_kernels.prefix_attention.triton_tune import Choices, allowed, cache_file, choose, size_class
+
+SLOW, FAST, BROKEN = Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(256, 256, 8, 3)
+TIMES = {SLOW: 2.0, FAST: 1.0, BROKEN: math.inf}
+
+
+def never(tile: Tile) -> float:
+    raise AssertionError(f"{tile} was measured again")
+
+
+def test_the_fastest_is_chosen_once_for_all_processes(tmp_path: Path) -> None:
+    file = tmp_path / "made" / "tiles.json"
+    assert choose("a", [SLOW, BROKEN, FAST], TIMES.__getitem__, Choices(file)) == FAST
+    assert choose("a", [SLOW, BROKEN, FAST], never, Choices(file)) == FAST
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_processes_keep_each_others_choices(tmp_path: Path) -> None:
+    one, other = (Choices(tmp_path / "tiles.json") for _ in range(2))
+    assert one.get("a") is other.get("b") is None
+    one.put("a", SLOW)
+    other.put("b", FAST)
+    assert (Choices(one.file).get("a"), Choices(one.file).get("b")) == (SLOW, FAST)
+
+
+def test_a_tile_that_is_no_candidate_any_more_is_chosen_anew(tmp_path: Path) -> None:
+    choices = Choices(tmp_path / "tiles.json")
+    choices.put("a", BROKEN)
+    assert choose("a", [SLOW, FAST], TIMES.__getitem__, choices) == FAST
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": [1, 2]}', '{"a": null}'])
+def test_a_broken_file_is_no_file(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "tiles.json"
+    file.write_text(content)
+    assert choose("a", [SLOW, FAST], TIMES.__getitem__, Choices(file)) == FAST
+    assert Choices(file).get("a") == FAST
+
+
+def test_a_file_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    choices = Choices(tmp_path / "taken" / "tiles.json")
+    assert choose("a", [SLOW, FAST], TIMES.__getitem__, choices) == FAST
+    assert choose("a", [SLOW, FAST], never, choices) == FAST
+
+
+def test_the_first_is_taken_where_nothing_may_or_can_be_measured(tmp_path: Path) -> None:
+    choices = Choices(tmp_path / "tiles.json")
+    assert choose("a", [SLOW, FAST], never, choices, may_measure=False) == SLOW
+    assert choose("a", [BROKEN], TIMES.__getitem__, choices) == BROKEN
+    assert choices.get("a") is None
+
+
+def test_when_tiles_may_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PTD_KERNELS_TUNE", raising=False)
+    assert allowed()
+    monkeypatch.setenv("PTD_KERNELS_TUNE", "0")
+    assert not allowed()
+    monkeypatch.delenv("PTD_KERNELS_TUNE")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not allowed()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_where_the_file_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PTD_KERNELS_CACHE", "/a")
+    assert cache_file() == Path("/a/tiles.json")
+    monkeypatch.delenv("PTD_KERNELS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
+    assert cache_file() == Path("/b/ptd_kernels/tiles.json")
+
+
+def test_size_class() -> None:
+    assert size_class(0, 1, 2, 3, 4096, 4097) == "0x1x2x4x4096x8192"
+
+
+def test_candidates_start_with_the_tables_own() -> None:
+    for architecture, half, width in TABLE:
+        for kernel in KERNELS:
+            tiles = tiles_for(kernel, architecture, half, width)
+            assert tiles[0] == TABLE[architecture, half, width][kernel]
+            assert len(set(tiles)) == len(tiles)
+            assert half or len(tiles) == 1
+    assert all(len(tiles_for("forward", arch, True, 64, biased=True)) > 1 for arch, _ in ALTERNATIVES)
+    assert tiles_for("forward", 0, True, 64) == tiles_for("forward", 0, False, 256)
