@@ -36,9 +36,9 @@ TABLE: dict[tuple[int, bool, int], dict[str, Tile]] = {
     (80, True, 64): _tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 64, 4, 3), Tile(64, 64, 8, 2)),
     (80, True, 128): _tiles(Tile(128, 32, 8, 3), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
     (80, True, 256): _tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    (80, False, 32): _tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 4, 2)),
+    (80, False, 32): _tiles(Tile(64, 64, 8, 2), Tile(32, 64, 4, 1), Tile(32, 64, 4, 2)),
     (80, False, 64): _tiles(Tile(64, 32, 8, 2), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    (80, False, 128): _tiles(Tile(32, 16, 8, 1), Tile(16, 64, 8, 1), Tile(16, 16, 4, 1), Tile(16, 32, 8, 1)),
+    (80, False, 128): _tiles(Tile(32, 16, 8, 1), Tile(16, 64, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
     (80, False, 256): _tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
 # fp32 in IEEE precision runs on the ordinary cores, the same on both architectures.
