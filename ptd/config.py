@@ -56,7 +56,10 @@ class BackboneConfig(Section):
         0.0, ge=0, description="LLM.int8's outlier threshold (the paper's is 6); 0: no outliers apart, faster"
     )
     gradient_checkpointing: bool = Field(False, description="recompute layers in backward: less memory, slower")
-    attention: str = Field("auto", description="backend of prefix_attention: auto, merge, reference or triton")
+    attention: str = Field(
+        "auto",
+        description="backend of prefix_attention: auto, merge, triton, reference, or merge-cudnn, merge-flash-attn-2, -4",
+    )
     trust_remote_code: bool = Field(False, description="run model code that comes with the checkpoint")
 
     @model_validator(mode="after")
