@@ -58,7 +58,7 @@ class BackboneConfig(Section):
     gradient_checkpointing: bool = Field(False, description="recompute layers in backward: less memory, slower")
     attention: str = Field(
         "auto",
-        description="backend of prefix_attention: auto, merge, triton, reference, merge-cudnn, merge-flash-attn-2 or -4",
+        description="backend of prefix_attention: auto, merge, triton, reference, or merge with a library by name",
     )
     trust_remote_code: bool = Field(False, description="run model code that comes with the checkpoint")
 
