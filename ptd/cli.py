@@ -225,6 +225,19 @@ def import_(
 
 
 @app.command()
+def doctor(
+    dtype: Annotated[
+        str, typer.Option(help="Of the backbone: float32, bfloat16, float16; auto: as the device has.")
+    ] = "auto",
+    head_dim: Annotated[int, typer.Option(min=1, max=256, help="Size of an attention head.")] = 128,
+) -> None:
+    """What this machine has, and which attention backend it would use for which batches, and why; as JSON."""
+    from ptd.doctor import examine
+
+    _print_json(examine(dtype=dtype, head_dim=head_dim))
+
+
+@app.command()
 def quickstart(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for data, adapter and curve.")] = Path(
         "quickstart"

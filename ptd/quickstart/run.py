@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ptd.config import load_config
 from ptd.data import load_rows
 from ptd.engine.ranks import Ranks
 from ptd.evaluate import continue_rows, held_out_metrics, text_metrics
@@ -44,7 +45,9 @@ def run_quickstart(output: Path, *, ranks: int, overwrite: bool, reporter: Repor
     ranks = min(ranks, gpus) if gpus else ranks
     began = time.time()
     _headline(f"1/3  The frozen backbone alone (3 M parameters, trained by this project) on {held_out}")
-    before, before_texts = _measure(load_tuned(None, str(BACKBONE), Ranks.start()), held_out, reporter)
+    prompts_as_tuned = load_config(RECIPE).data.model_dump()
+    frozen = load_tuned(None, str(BACKBONE), Ranks.start(), settings=prompts_as_tuned)
+    before, before_texts = _measure(frozen, held_out, reporter)
     print(_row("frozen backbone", before))
 
     _headline(f"2/3  Prefix-tuning it: {ranks} rank{'s' * (ranks > 1)}, DeepSpeed ZeRO-3, 32 virtual tokens")

@@ -59,6 +59,8 @@ def test_quickstart_solves_the_task_on_two_sharded_ranks(tmp_path: Path) -> None
     rows = [line for line in done.stdout.splitlines() if "exact match" in line]
     before, after = (float(row.split("exact match")[1].split("%")[0]) for row in rows[-2:])
     assert before == 0
+    perplexity = float(rows[-2].split("perplexity")[1])
+    assert 125 < perplexity < 145, "the frozen backbone reads the prompts as the tuned one does"
     assert after >= 82
     run = tmp_path / "quickstart" / "run"
     description = json.loads((run / "run.json").read_text(encoding="utf-8"))

@@ -1,0 +1,30 @@
+"""Which attention backend this machine would use, and why: for people who ask before they wait."""
+
+from __future__ import annotations
+
+import torch
+from ptd_kernels import available_backends, explain_backend
+
+CASES: dict[str, dict[str, bool]] = {
+    "packed": {"packed": True},
+    "padded": {"masked": True},
+    "without a mask": {},
+    "with a bias (T5)": {"biased": True},
+}
+"""Kinds of batches."""
+
+
+def explain_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, dict[str, str]]:
+    """Kind of batch -> backend -> how it would solve it, or why it cannot; ``auto`` begins with its choice."""
+    found: dict[str, dict[str, str]] = {}
+    for case, options in CASES.items():
+        found[case] = {}
+        for backend in ("auto", *available_backends()):
+            try:
+                chosen, reason = explain_backend(
+                    device=device, dtype=dtype, head_dim=head_dim, backend=backend, **options
+                )
+            except ValueError as error:
+                chosen, reason = backend, str(error)
+            found[case][backend] = f"{chosen}: {reason}" if backend == "auto" else reason
+    return found
