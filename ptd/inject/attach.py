@@ -74,7 +74,10 @@ class Attachment:
         except BaseException:
             self._restore()
             raise
-        self.slots = [give_slot(call.module, backend) for call in calls]
+        kinds = [layer.kind for layer in self.shape.layers]
+        self.slots = [
+            give_slot(call.module, backend, cross=kind == "cross") for call, kind in zip(calls, kinds, strict=True)
+        ]
         self.packable = len(self.stacks) == 1 and self.stacks[0].takes_positions
         self.packable &= all(call.causal or call.window is None for call in calls)
         for stack in self.stacks:

@@ -30,6 +30,7 @@ class LayerSlot:
     """What the attention function finds in its module: ``key``, ``value`` ``[P, H, D]``; None without a prefix."""
 
     backend: str = "auto"
+    cross: bool = False
     key: Tensor | None = None
     value: Tensor | None = None
 
@@ -52,9 +53,9 @@ probed: ContextVar[list[Call] | None] = ContextVar("ptd_probed", default=None)
 """A list while a probe runs: it collects the calls, and attention puts out zeros."""
 
 
-def give_slot(module: nn.Module, backend: str) -> LayerSlot:
+def give_slot(module: nn.Module, backend: str, *, cross: bool = False) -> LayerSlot:
     """Put a slot into an attention module (not as a submodule: it is no part of the model's state)."""
-    slot = LayerSlot(backend)
+    slot = LayerSlot(backend, cross)
     object.__setattr__(module, _SLOT, slot)
     return slot
 
@@ -106,8 +107,10 @@ def attention_forward(
         )
     packed = cu_seq_lens_q is not None
     rows = query.shape[2]
-    # T5's relative position bias; of frozen weights, but under gradient checkpointing T5 asks for its gradient.
-    bias = None if options.get("position_bias") is None else options["position_bias"].detach()
+    # T5's relative position bias; what it gives cross-attention is all zeros.
+    bias: Tensor | None = None if slot.cross else options.get("position_bias")
+    if bias is not None:
+        bias = bias.detach()  # of frozen weights, but under gradient checkpointing T5 asks for its gradient
     masked = attention_mask is not None and not packed
     if causal and not masked and 1 < rows < key.shape[2]:
         # sdpa_mask counts on SDPA's causal rule, which starts at the first key; the rest is a static cache's free room.
