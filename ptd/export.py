@@ -9,8 +9,7 @@ from ptd.checkpoint import backbone_reference, load_adapter, save_adapter
 from ptd.config import BackboneConfig
 from ptd.engine.ranks import Ranks
 from ptd.engine.setup import prepare
-from ptd.tasks import Output
-from ptd.types import PrefixLayout, UserError
+from ptd.types import Output, PrefixLayout, UserError
 
 OUTPUTS: dict[str | None, Output] = {"SEQ_2_SEQ_LM": "seq2seq_lm", "FEATURE_EXTRACTION": "body"}
 """What a backbone ends in under PEFT's task types; all others: a causal language model."""

@@ -32,6 +32,9 @@ class UserError(Exception):
 Architecture = Literal["decoder", "encoder", "encoder-decoder"]
 """What kind of transformer a backbone is."""
 
+Output = Literal["causal_lm", "masked_lm", "seq2seq_lm", "body"]
+"""What a backbone ends in: a language model's logits, or its last hidden states."""
+
 AttentionKind = Literal["decoder", "encoder", "cross"]
 """Where an attention layer sits: in a decoder (causal), in an encoder, or from a decoder to an encoder's output."""
 

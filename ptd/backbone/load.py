@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -27,9 +27,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptd.backbone.quantize import keep_differentiable, quantization_of
 from ptd.config import BackboneConfig
-from ptd.types import Architecture, UserError
+from ptd.types import Architecture, Output, UserError
 
-Output = Literal["causal_lm", "masked_lm", "seq2seq_lm", "body"]
 _CLASSES: dict[str, tuple[Any, Any]] = {
     "causal_lm": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
     "masked_lm": (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING),

@@ -46,6 +46,13 @@ def check_column(rows: Dataset, field: str, column: str, what: str) -> None:
         )
 
 
+def check_text(value: Any, column: str, place: str) -> None:
+    """Raise `UserError`, naming the ``place`` ("row 3 of train.jsonl"), if the value is no text."""
+    if not isinstance(value, str):
+        given = "missing" if value is None else f"{type(value).__name__} ({repr(value)[:60]})"
+        raise UserError(f"{place}: {column!r} has to be text, but is {given}; write it as a string")
+
+
 @contextmanager
 def cut_on_the_right(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """Some tokenizers come with ``truncation_side: left``, which suits prompts of a decoder."""

@@ -15,9 +15,10 @@ import numpy as np
 
 from ptd.config import DataConfig, fields_of
 from ptd.data.chat import chat_prompt, chat_tokens
+from ptd.data.fields import check_column, check_text
 from ptd.data.filling import encode, fill, special_affixes
-from ptd.data.templates import marks_of, parse_template
-from ptd.types import IGNORE_INDEX, DataReport, Examples, UserError
+from ptd.data.templates import marks_of, parse_template, prompt_template
+from ptd.types import DataReport, Examples, UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,12 +53,11 @@ def tokenize(
         supervised += mask
         supervised[offsets[-1]] = 0
         offsets.append(len(tokens))
-    flat = np.frombuffer(tokens, dtype=np.int32)
     learned = np.frombuffer(supervised, dtype=bool)
-    labels = np.full(len(flat), IGNORE_INDEX, dtype=np.int32)
-    labels[:-1][learned[1:]] = flat[1:][learned[1:]]
-    report = DataReport(len(rows), len(flat), int(learned.sum()), prompts_cut, completions_cut)
-    return Examples(flat, labels, np.frombuffer(offsets, dtype=np.int64), report)
+    report = DataReport(len(rows), len(tokens), int(learned.sum()), prompts_cut, completions_cut)
+    return Examples.of_text(
+        np.frombuffer(tokens, dtype=np.int32), learned, np.frombuffer(offsets, dtype=np.int64), report
+    )
 
 
 def prompts_and_references(
@@ -196,24 +196,11 @@ def _chunks(
     """
     fields = fields_of("causal_lm", config.format)
     columns = {field: config.columns.get(field, field) for field in fields}
-    template = None
-    if config.prompt_template is not None:
-        if "prompt" in config.columns:
-            raise UserError("data.columns.prompt: has no effect beside data.prompt_template; remove one of them")
-        template = parse_template(config.prompt_template)
-        template.check_columns(rows.column_names, what)
-        if template.masks:
-            raise UserError(
-                "data.prompt_template: {mask} has no meaning where text is generated; it belongs in task.patterns "
-                "of task.kind classification (a column named mask cannot be used: rename it)"
-            )
+    template = prompt_template(config, rows.column_names, what)
+    if template is not None:
         del columns["prompt"]
     for field, column in columns.items():
-        if column not in rows.column_names:
-            raise UserError(
-                f"{what} has no column {column!r}; it has {', '.join(rows.column_names)}. "
-                f"Name the column that holds the {field}, e.g. data.columns: {{{field}: {rows.column_names[0]}}}"
-            )
+        check_column(rows, field, column, what)
     used = {*columns.values(), *(template.fields if template is not None else ())}
     rows = rows.select_columns(sorted(used)).with_format(None)
     for begin in range(0, len(rows), _ROWS_AT_ONCE):
@@ -235,11 +222,7 @@ def _check(values: list[Any], column: str, field: str, first: int, what: str) ->
             raise UserError(f"row {row} of {what} has no {column!r}; add it or remove the row")
         if field == "messages":
             continue
-        if not isinstance(value, str):
-            raise UserError(
-                f"row {row} of {what}: {column!r} has to be text, but is {type(value).__name__} ({repr(value)[:60]}); "
-                "write it as a string"
-            )
+        check_text(value, column, f"row {row} of {what}")
         if not value and field != "prompt":
             raise UserError(f"row {row} of {what} has an empty {column!r}: there is nothing to learn; remove the row")
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ptd.config import DataConfig
 from ptd.types import UserError
 
 MASK_SLOT = -(2**31)
@@ -169,3 +170,22 @@ def marks_of(templates: Sequence[str], key: str = "data.prompt_template") -> int
             "so give each the same number of {v:n} tokens"
         )
     return next(iter(counts.values()), 0)
+
+
+def prompt_template(data: DataConfig, columns: Sequence[str], what: str) -> Template | None:
+    """``data.prompt_template``, checked against the data's columns; None if there is none.
+
+    Raises `UserError` for a field that is no column, for ``{mask}``, and beside ``data.columns.prompt``.
+    """
+    if data.prompt_template is None:
+        return None
+    if "prompt" in data.columns:
+        raise UserError("data.columns.prompt: has no effect beside data.prompt_template; remove one of them")
+    template = parse_template(data.prompt_template)
+    template.check_columns(columns, what)
+    if template.masks:
+        raise UserError(
+            "data.prompt_template: {mask} has no meaning where text is generated; it belongs in task.patterns "
+            "of task.kind classification (a column named mask cannot be used: rename it)"
+        )
+    return template

@@ -14,8 +14,7 @@ from ptd.deepspeed_config import resolve_dtype
 from ptd.engine.forward import Forward
 from ptd.engine.ranks import Ranks
 from ptd.inject import Attachment, check_supported
-from ptd.tasks import Output
-from ptd.types import BackboneShape, UserError
+from ptd.types import BackboneShape, Output, UserError
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,11 @@ from torch import Tensor
 
 from ptd.config import DataConfig, TaskConfig
 from ptd.readouts import Readout
-from ptd.types import Architecture, Examples, HeadSettings
+from ptd.types import Architecture, Examples, HeadSettings, Output
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-Output = Literal["causal_lm", "masked_lm", "seq2seq_lm", "body"]
-"""What the backbone ends in: a language model's logits, or its last hidden states."""
 
 
 class _Common(Protocol):

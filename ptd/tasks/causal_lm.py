@@ -9,8 +9,8 @@ from ptd.config import DataConfig, TaskConfig
 from ptd.data import marks_of, prompts_and_references, tokenize
 from ptd.data.formats import fill_prompts
 from ptd.readouts.language_model import LanguageModel
-from ptd.tasks import Output, register
-from ptd.types import Architecture, Examples, HeadSettings, UserError
+from ptd.tasks import register
+from ptd.types import Architecture, Examples, HeadSettings, Output, UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset

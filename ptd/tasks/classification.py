@@ -18,11 +18,11 @@ from ptd.data.templates import Mask, Text, parse_template
 from ptd.readouts import Readout
 from ptd.readouts.cloze import Cloze, Word
 from ptd.readouts.heads import Head, PooledClassifier, Pooling
-from ptd.tasks import Output, register
+from ptd.tasks import register
 from ptd.tasks.cloze import Variant, plan
 from ptd.tasks.layouts import Laid, pattern_sequences, text_sequences
 from ptd.tasks.weights import check_weights, learn_weights
-from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, UserError
+from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, Output, UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ptd.data.fields import cut_on_the_right, field_chunks
+from ptd.data.fields import check_text, cut_on_the_right, field_chunks
 from ptd.data.filling import fill, special_affixes
 from ptd.data.templates import Template
 from ptd.tasks.cloze import Variant
@@ -48,7 +48,8 @@ def text_sequences(
     cut = 0
     for first, chunk in field_chunks(rows, fields, what, optional=() if pair_given else ("pair",)):
         for field, values in chunk.items():
-            _check_texts(values, fields[field], first, what)
+            for row, value in enumerate(values, first):
+                check_text(value, fields[field], f"row {row} of {what}")
         texts = [chunk[field] for field in ("text", "pair") if field in chunk]
         special = tokenizer.num_special_tokens_to_add(pair=len(texts) > 1)
         if special >= max_length:
@@ -125,10 +126,3 @@ def pattern_sequences(
                 laid.sequences.append(ids)
                 laid.read.append(read)
     return Laid(laid.sequences, laid.read, cut)
-
-
-def _check_texts(values: list[Any], column: str, first: int, what: str) -> None:
-    for row, value in enumerate(values, first):
-        if not isinstance(value, str):
-            given = "missing" if value is None else f"{type(value).__name__} ({repr(value)[:60]})"
-            raise UserError(f"row {row} of {what}: {column!r} has to be text, but is {given}; write it as a string")

@@ -22,8 +22,8 @@ from torch import Tensor
 from ptd.config import DataConfig, TaskConfig
 from ptd.data.fields import cut_on_the_right, field_chunks
 from ptd.readouts.spans import CANDIDATE, END, START, Spans
-from ptd.tasks import Output, register
-from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, UserError
+from ptd.tasks import register
+from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, Output, UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset

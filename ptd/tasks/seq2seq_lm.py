@@ -15,12 +15,12 @@ import numpy as np
 
 from ptd.config import DataConfig, TaskConfig
 from ptd.data import marks_of
-from ptd.data.fields import check_column, cut_on_the_right, field_chunks
+from ptd.data.fields import check_column, check_text, cut_on_the_right, field_chunks
 from ptd.data.filling import encode, fill, special_affixes
-from ptd.data.templates import parse_template
+from ptd.data.templates import parse_template, prompt_template
 from ptd.readouts.language_model import LanguageModel
-from ptd.tasks import Output, register
-from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, UserError
+from ptd.tasks import register
+from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, Output, UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -167,7 +167,7 @@ def _chunks(
         needed[_COMPLETION] = completion
     for first, chunk in field_chunks(rows, needed, what):
         for row, text in enumerate(chunk.get(_COMPLETION, []), first):
-            _check_text(text, completion, f"row {row} of {what}")
+            check_text(text, completion, f"row {row} of {what}")
             if not text:
                 raise UserError(f"row {row} of {what} has an empty {completion!r}: nothing to learn; remove the row")
         prompts, cut = prompts_of(chunk, first, tokenizer, max_length)
@@ -182,24 +182,19 @@ _PromptsOf = Callable[[dict[str, list[Any]], int, Any, int], tuple[list[list[int
 
 def _prompt_fields(rows: Dataset, data: DataConfig, what: str) -> tuple[dict[str, str], _PromptsOf]:
     """The fields that make a prompt, and how a chunk of them becomes tokens and the number of cut ones."""
-    if data.prompt_template is None:
+    template = prompt_template(data, rows.column_names, what)
+    if template is None:
         column = data.columns.get("prompt", "prompt")
 
         def plain(
             chunk: dict[str, list[Any]], first: int, tokenizer: PreTrainedTokenizerBase, max_length: int
         ) -> tuple[list[list[int]], int]:
             for row, text in enumerate(chunk["prompt"], first):
-                _check_text(text, column, f"row {row} of {what}")
+                check_text(text, column, f"row {row} of {what}")
             return whole_prompts(chunk["prompt"], tokenizer, max_length)
 
         return {"prompt": column}, plain
 
-    if "prompt" in data.columns:
-        raise UserError("data.columns.prompt: has no effect beside data.prompt_template; remove one of them")
-    template = parse_template(data.prompt_template)
-    template.check_columns(rows.column_names, what)
-    if template.masks:
-        raise UserError("data.prompt_template: {mask} has no meaning where text is generated; remove it")
     if not template.fields:
         raise UserError(
             f"data.prompt_template: {template.source!r} is the same for every row; write a {{column}} field"
@@ -223,11 +218,6 @@ def whole_prompts(
     room = None if max_length is None else max(0, max_length - len(head) - len(tail))
     cut = 0 if room is None else sum(len(ids) > room for ids in encoded)
     return [head + ids[:room] + tail for ids in encoded], cut
-
-
-def _check_text(text: Any, column: str, place: str) -> None:
-    if not isinstance(text, str):
-        raise UserError(f"{place}: {column!r} has to be text, but is {type(text).__name__}; write it as a string")
 
 
 @register("seq2seq_lm")

@@ -15,9 +15,9 @@ from torch import Tensor
 from ptd.config import DataConfig, TaskConfig
 from ptd.data.fields import cut_on_the_right, field_chunks
 from ptd.readouts.tags import Tags
-from ptd.tasks import Output, register
+from ptd.tasks import register
 from ptd.tasks.weights import check_weights, learn_weights
-from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, UserError
+from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, Output, UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
