@@ -102,6 +102,8 @@ def _train(
         on_save=artifacts.save_state,
     )
     with ExitStack() as stack:
+        if records is not None:  # also when the run breaks off: TensorBoard writes from a thread until it is closed
+            stack.callback(records.close)
         if zero3 is not None:
             stack.enter_context(metered_deepspeed(step.meter))
         loop.run(start, total)
@@ -217,7 +219,6 @@ class Artifacts:
         self.keep_adapter("adapter")
         result["best"] = self.best or None
         if records is not None:
-            records.close()
             for record in read_records(self.folder.path):
                 result |= {key: value for key, value in record.items() if key == "loss" or key.startswith("eval_")}
             plot_loss(self.folder.path)
