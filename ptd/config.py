@@ -48,13 +48,27 @@ class BackboneConfig(Section):
 
     path: str = Field(description="folder of a Hugging Face model, or its hub id")
     revision: str | None = Field(None, description="hub revision")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: the checkpoint's own")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: the checkpoint's own; float16 trains with a loss scale"
+    )
     quantization: Literal["none", "int8", "nf4"] = Field(
-        "none", description="frozen weights in 8 or 4 bits (bitsandbytes), whole on every rank"
+        "none", description="frozen weights in 8 or 4 bits (bitsandbytes)"
     )
     int8_threshold: float = Field(
         0.0, ge=0, description="LLM.int8's outlier threshold (the paper's is 6); 0: no outliers apart, faster"
     )
+    sharding: Literal["none", "world", "node"] = Field(
+        "none",
+        description="none: the weights whole on every rank; world: one copy over all ranks (ZeRO-3); "
+        "node: one copy over the ranks of each node, so that no weights travel between nodes",
+    )
+    sharding_group_size: int | None = Field(
+        None, ge=1, description="ranks that share one copy with sharding: node; default: those of a node"
+    )
+    offload: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="where the shards live that are not in use: the GPU, host memory or offload_folder"
+    )
+    offload_folder: str | None = Field(None, description="folder on a local NVMe disk, for offload: nvme")
     gradient_checkpointing: bool = Field(False, description="recompute layers in backward: less memory, slower")
     attention: str = Field(
         "auto",
@@ -66,6 +80,21 @@ class BackboneConfig(Section):
     def _consistent(self) -> BackboneConfig:
         if self.int8_threshold and self.quantization != "int8":
             raise ValueError("int8_threshold: has no effect without quantization: int8; remove it")
+        if self.sharding_group_size is not None and self.sharding != "node":
+            raise ValueError("sharding_group_size: has no effect without sharding: node; remove it")
+        if self.offload != "none" and self.sharding == "none":
+            raise ValueError(
+                f"offload: {self.offload} is for shards of the weights; set sharding: node or world (one GPU will do)"
+            )
+        if (self.offload_folder is not None) != (self.offload == "nvme"):
+            raise ValueError("offload_folder: offload: nvme needs a folder on the NVMe disk, and nothing else takes one")
+        if self.quantization == "int8" and self.sharding != "none":
+            raise ValueError(
+                "quantization: int8 weights are not sharded (bitsandbytes keeps all of them on every rank); use "
+                "quantization: nf4, which is, or quantization: none, or sharding: none"
+            )
+        if self.quantization == "nf4" and self.offload == "nvme":
+            raise ValueError("offload: nvme takes weights of one dtype only, which nf4 does not have; use offload: cpu")
         return self
 
 
