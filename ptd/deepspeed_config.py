@@ -473,9 +473,9 @@ def _take_offload(run: _Merge) -> dict[str, Any]:
     """The checked section without device and path, which RUN.yaml's keys say now."""
     path, document = "zero_optimization.offload_param", run.document
     section = document.section(path, OFFLOAD_PARAM_KEYS)
-    device = section.pop("device", "none")
+    device = section.pop("device", None)
     folder = section.pop("nvme_path", None)
-    if device not in ("none", "cpu", "nvme"):
+    if device not in (None, "none", "cpu", "nvme"):
         document.refuse(f"{path}.device", f"has to be 'cpu', 'nvme' or 'none', got {device!r}")
     if device == "nvme" and not isinstance(folder, str):
         document.refuse(f"{path}.device", "'nvme' needs nvme_path, a folder on the NVMe disk")
