@@ -10,10 +10,9 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from ptd.config import BackboneConfig
-from ptd.types import UserError
+from ptd.types import DTYPES, UserError
 
 T = TypeVar("T", bound=nn.Module)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def quantization_of(config: BackboneConfig, model_config: Any) -> BitsAndBytesConfig | None:
