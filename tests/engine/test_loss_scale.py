@@ -8,12 +8,13 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import save_backbone, tiny_model, tiny_tokenizer
+from families import tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -25,6 +26,9 @@ from ptd.train import train
 from ptd.types import Reporter, UserError
 
 Start = Callable[..., list[str]]
+# float16 rounds each number by up to 5e-4. Measured, worst of the methods: 1.2e-3 of the loss, 3e-3 of the gradient's
+# norm; its cosine is 1 - 5e-6.
+LOSS_TOLERANCE, NORM_TOLERANCE, COSINE = 3e-3, 1e-2, 0.999
 METHODS: dict[str, dict[str, Any]] = {
     "prefix": {"name": "prefix", "num_virtual_tokens": 4, "prefix_projection": True, "encoder_hidden_size": 16},
     "prompt": {"name": "prompt", "num_virtual_tokens": 4},
@@ -153,13 +157,14 @@ def test_training_is_that_of_float32(start: Start, tmp_path: Path, method: str) 
     for name in ("float16", "recomputed"):
         assert series(tmp_path / name, "loss_scale") == [1024.0] * 3
         assert series(tmp_path / name, "skipped_steps") == [0] * 3
-        # float16 keeps 11 bits: 5e-4 of each number. Measured: LOSS of the loss, NORM of the gradient's norm
-        assert series(tmp_path / name, "loss") == pytest.approx(series(tmp_path / "float32", "loss"), rel=1e-3)
+        assert series(tmp_path / name, "loss") == pytest.approx(
+            series(tmp_path / "float32", "loss"), rel=LOSS_TOLERANCE
+        )
         assert series(tmp_path / name, "grad_norm") == pytest.approx(
-            series(tmp_path / "float32", "grad_norm"), rel=1e-2
+            series(tmp_path / "float32", "grad_norm"), rel=NORM_TOLERANCE
         )
         gradients = [first_gradient(tmp_path / folder) for folder in (name, "float32")]
-        assert cosine_similarity(*gradients, dim=0) >= 0.999
+        assert cosine_similarity(*gradients, dim=0) >= COSINE
     assert series(tmp_path / "float32", "loss_scale") == []
     assert kept(tmp_path / "float16", 3).keys() - kept(tmp_path / "float32", 3).keys() == {
         "loss_scale.value",
@@ -176,8 +181,8 @@ def test_a_gradient_too_small_for_float16_survives(start: Start, tmp_path: Path)
     true, scaled, unscaled = (first_gradient(tmp_path / name, "encoder") for name in ("float32", "scaled", "unscaled"))
     assert true.norm() > 0
     assert not unscaled.any()
-    assert cosine_similarity(scaled, true, dim=0) >= 0.999
-    assert scaled.norm() == pytest.approx(float(true.norm()), rel=1e-2)
+    assert cosine_similarity(scaled, true, dim=0) >= COSINE
+    assert scaled.norm() == pytest.approx(float(true.norm()), rel=NORM_TOLERANCE)
 
 
 def test_overflow_lowers_the_scale_skips_and_goes_on(start: Start, tmp_path: Path) -> None:
@@ -198,7 +203,7 @@ def test_overflow_lowers_the_scale_skips_and_goes_on(start: Start, tmp_path: Pat
     assert kept(tmp_path / "run", 24)["optimizer.step.encoder.embedding"] == 24 - count
 
 
-def test_a_loss_that_is_not_finite_is_no_overflow(start: Start, rows_file: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_is_no_overflow(start: Start, tmp_path: Path) -> None:
     broken = tiny_model("llama")
     with torch.no_grad():
         broken.lm_head.weight[5, 0] = torch.nan
@@ -211,12 +216,10 @@ def test_a_loss_that_is_not_finite_is_no_overflow(start: Start, rows_file: Path,
 
 
 def test_gradients_that_are_not_finite_at_scale_one_end_the_run(start: Start, tmp_path: Path) -> None:
-    """A body whose gradient overflows float16 whatever the scale."""
-    folder = save_backbone(tmp_path / "steep")
-    changes = {"backbone.path": str(folder), "task.class_weights": {"a": 1e30, "b": 1e30}, "train.max_steps": 40}
-    notes: list[str] = []
+    """Weights of the loss whose gradient float16 cannot hold whatever the scale."""
+    changes = {"task.class_weights": {"a": 1e30, "b": 1e30}, "train.max_steps": 40}
     with pytest.raises(UserError, match="10 steps in a row"):
-        notes += start(tmp_path / "run", "p_tuning_v2", changes)
+        start(tmp_path / "run", "p_tuning_v2", changes)
     assert series(tmp_path / "run", "loss_scale") == [2.0 ** max(0, 16 - step) for step in range(16 + 9)]
 
 
@@ -239,7 +242,7 @@ def test_resumed_run_is_bit_identical(start: Start, tmp_path: Path) -> None:
     for key in ("loss", "grad_norm", "loss_scale"):
         assert series(resumed, key) == series(whole, key)
     scales = series(whole, "loss_scale")
-    moves = [after / before for before, after in zip(scales, scales[1:], strict=False)]
+    moves = [after / before for before, after in pairwise(scales)]
     assert {0.5, 1.0, 2.0} == set(moves[6:])  # behind the checkpoint, too
     assert 0 < kept(whole, 6)["loss_scale.good_steps"] < 3
     for step in (6, 12, 16):
