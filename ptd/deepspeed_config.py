@@ -330,7 +330,7 @@ def _take_dtype(run: _Merge) -> None:
         if enabled is None or (not enabled and run.config.backbone.dtype == "float16"):
             continue
         run.set(f"{name}.enabled", "bfloat16" if enabled else "float32", "backbone.dtype", written=enabled)
-    if run.config.backbone.dtype in (AUTO, "float16"):
+    if half is not False and run.config.backbone.dtype in (AUTO, "float16"):
         _take_loss_scale(run)
 
 

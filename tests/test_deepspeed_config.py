@@ -238,6 +238,10 @@ def test_how_the_loss_scale_falls_is_ignored_with_a_warning() -> None:
     assert (config.train.loss_scale_window, config.train.initial_scale_power) == (1000, 16)
 
 
+def test_loss_scaling_that_is_off_means_nothing() -> None:
+    assert applied({"fp16": {"enabled": False, "loss_scale": 128, "loss_scale_window": 7}}).train == run().train
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_loss_scaling_means_nothing_in_another_dtype(dtype: str) -> None:
     config = apply_deepspeed(run({"fp16": {"enabled": "auto", **LOSS_SCALING}}, dtype=dtype))[0]
