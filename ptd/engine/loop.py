@@ -22,7 +22,7 @@ from ptd.engine.setup import Prepared
 from ptd.types import Reporter, UserError
 
 MAX_SKIPPED = 10
-"""Steps in a row that may be skipped for a loss or gradient that is not finite; lowering the loss scale is not counted."""
+"""Steps in a row that may be skipped for a loss or gradient that is not finite, beside overflows of the loss scale."""
 
 
 @dataclass
