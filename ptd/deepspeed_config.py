@@ -446,7 +446,7 @@ def _take_zero(run: _Merge) -> dict[str, Any]:
     stage = _check_stage(document, section.get("stage"))
     for key, value in section.items():
         _check_zero_value(document, f"zero_optimization.{key}", key, value)
-    _take_sharding(run, stage, section.get("zero_hpz_partition_size"))
+    _take_sharding(run, stage, document.values["zero_optimization"].get("zero_hpz_partition_size"))
     if "offload_param" in section:
         section["offload_param"] = _take_offload(run)
     for key, reason in ZERO_IGNORED.items():
