@@ -88,6 +88,7 @@ def load_model(
             revision=config.revision,
             dtype=DTYPES.get(config.dtype, config.dtype),
             trust_remote_code=config.trust_remote_code,
+            use_safetensors=None if config.allow_pickle else True,
             output_loading_info=True,
             **options,
         )
@@ -161,7 +162,10 @@ class _readable:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)):
             reason = str(error).strip().split("\n")[0]
-            raise UserError(
-                f"backbone.path: cannot load {self.path!r}: {reason} "
-                "Give a folder that save_pretrained wrote, or the id of a model on the hub that can be reached."
-            ) from error
+            advice = "Give a folder that save_pretrained wrote, or the id of a model on the hub that can be reached."
+            if "safetensors" in reason and any(Path(self.path).expanduser().glob("*.bin")):
+                advice = (
+                    "Its .bin files are pickles: convert them (save_pretrained writes safetensors), or set "
+                    "backbone.allow_pickle: true to have them unpickled as tensors."
+                )
+            raise UserError(f"backbone.path: cannot load {self.path!r}: {reason} {advice}") from error

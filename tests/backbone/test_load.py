@@ -184,6 +184,15 @@ def test_a_damaged_checkpoint_is_refused(damage, damaged):
         load(damaged)
 
 
+def test_pickled_weights_are_read_only_on_demand(damaged):
+    file = damaged / "model.safetensors"
+    torch.save(load_file(file), damaged / "pytorch_model.bin")
+    file.unlink()
+    with pytest.raises(UserError, match=r"\.bin files are pickles: .* set backbone\.allow_pickle: true"):
+        load(damaged)
+    assert fingerprint(load(damaged, allow_pickle=True)) == fingerprint(tiny_model("llama"))
+
+
 @pytest.mark.parametrize("family", ["bloom", "falcon", "jamba"])
 def test_an_unsupported_family_is_refused_before_its_weights_are_read(family, tmp_path):
     tiny_config(family).save_pretrained(tmp_path)  # no weights at all
