@@ -120,7 +120,9 @@ def test_eval_with_generation_adds_text_metrics(ptd: Any, trained: Path) -> None
 
 
 def test_eval_of_the_plain_backbone_needs_no_adapter(ptd: Any, trained: Path, backbone_dir: Path) -> None:
-    outcome = ptd("eval", "--backbone", backbone_dir, "--data", trained.parent / "rows.jsonl", "--set", "max_length=64")
+    outcome = ptd(
+        "eval", "--backbone", backbone_dir, "--data", trained.parent / "rows.jsonl", "--set", "data.max_length=64"
+    )
     assert outcome.code == 0, outcome.err
     assert json.loads(outcome.out)["loss"] > 0
 
@@ -162,7 +164,7 @@ def test_export_and_import_keep_the_adapter(ptd: Any, trained: Path, tmp_path: P
     assert ptd("import", tmp_path / "peft", tmp_path / "back", "--backbone", backbone_dir).code == 0
     data = trained.parent / "rows.jsonl"
     losses = [
-        json.loads(ptd("eval", "--adapter", adapter, "--data", data, "--set", "max_length=64").out)["loss"]
+        json.loads(ptd("eval", "--adapter", adapter, "--data", data, "--set", "data.max_length=64").out)["loss"]
         for adapter in (trained, tmp_path / "peft", tmp_path / "back")
     ]
     assert losses[0] == losses[1] == losses[2]
