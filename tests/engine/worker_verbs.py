@@ -8,6 +8,7 @@ What a rank prints goes to FOLDER/NAME.RANK; nothing is asserted here but that t
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ptd.cli import main
+from ptd.engine.ranks import Ranks
 from ptd.generate import load_tuned, start_ranks
 
 
@@ -25,7 +27,6 @@ def parted(adapter: str, sharding: str, rank_file: Path) -> None:
     parameters = list(tuned.prepared.model.parameters())
     whole = sum(parameter.ds_numel for parameter in parameters)
     rank_file.write_text(str(sum(parameter.ds_tensor.numel() for parameter in parameters) / whole))
-    ranks.stop()
 
 
 def run(commands: dict[str, list[str]], folder: Path, rank: int) -> None:
@@ -40,9 +41,9 @@ def run(commands: dict[str, list[str]], folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    import os
-
     torch.set_num_threads(1)
     cases, target, rank = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), int(os.environ["RANK"])
+    ranks = Ranks.start()  # one group for all commands: a second one would find the first one's addresses in the store
     run(cases["commands"], target, rank)
     parted(cases["adapter"], "world", target / f"parted.{rank}")
+    ranks.stop()
