@@ -98,8 +98,13 @@ def load_tuned(adapter: str | None, backbone: str | None, ranks: Ranks, *, setti
     facts = found.facts if found is not None else {}
     architecture = architecture_of(config)
     described = facts.get("task") or {"kind": _text_task(architecture, config.path)}
+    described_task = task_config(described)
     data = data_config({**facts.get("data", {}), **settings.get("data", {})})
-    task = make_task(task_config(described), data, architecture)
+    try:
+        data.check_task(described_task.kind)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    task = make_task(described_task, data, architecture)
     tokenizer = load_tokenizer(config)
     prepared = prepare(config, ranks, zero3_config(config), output=task.output)
     readout = task.readout(tokenizer, prepared.shape.hidden_size, method_head(facts.get("method", {})))

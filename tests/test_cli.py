@@ -164,7 +164,7 @@ BAD_CHANGES = {
     "backbone.sharding_group_size=2": "sharding_group_size: has no effect without sharding: node",
     "backbone.attention=nonsense": "backbone.attention: there is no backend 'nonsense'",
     "data.max_length=1": "data.max_length: got 1",
-    "data.columns={nowhere: text}": "data.columns",
+    "data.columns={nowhere: text}": "data.columns: format prompt_completion has no field 'nowhere'",
     "backbone": "write it as SECTION.KEY=VALUE",
 }
 
