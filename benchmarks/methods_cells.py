@@ -136,7 +136,7 @@ def run_ptd(cell: Cell, backbone: str, folder: Path) -> dict[str, Any]:
     parts = sections(cell)
     held_out, decoding = str(folder / "eval.jsonl"), Decoding(max_new_tokens=MAX_NEW_TOKENS)
     if cell.method == "frozen":
-        settings = parts["data"]
+        settings = {"data": parts["data"]}
         found = evaluate(held_out, adapter=None, backbone=backbone, settings=settings, decoding=decoding, batch_size=30)
         return {**_numbers(found), "trained_parameters": 0, "seconds": 0.0}
     config = {

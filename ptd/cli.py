@@ -7,7 +7,7 @@ import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -28,8 +28,14 @@ Adapter = Annotated[
 Backbone = Annotated[
     str | None, typer.Option("--backbone", "-b", help="Backbone folder or hub id; default: the one the adapter names.")
 ]
-Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Backbone's dtype; auto: as stored.")
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="A key of the sections backbone or data, e.g. backbone.sharding=world or data.max_length=64; repeatable. "
+        "Default: as in training, the backbone whole on every rank.",
+    ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences that run together.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
@@ -86,15 +92,11 @@ def evaluate(
     data: Annotated[str, typer.Option("--data", "-d", help="Rows to evaluate on: file, dataset folder or hub name.")],
     adapter: Adapter = None,
     backbone: Backbone = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A key of the data section, e.g. format=text; default: as in training."),
-    ] = None,
+    changes: Changes = None,
     generate: Annotated[bool, typer.Option("--generate", help="Also generate: BLEU, ROUGE-L and exact match.")] = False,
     max_new_tokens: MaxNewTokens = 128,
     num_beams: NumBeams = 1,
     batch_size: BatchSize = 16,
-    dtype: Dtype = "auto",
 ) -> None:
     """Print loss and the task's metrics (perplexity for text) and, with --generate, text metrics as one JSON object.
 
@@ -102,7 +104,7 @@ def evaluate(
     """
     from ptd.config import parse_settings
 
-    settings = parse_settings(setting or [])
+    settings = parse_settings(changes or [])
     _quiet()
     from ptd.console import make_reporter
     from ptd.evaluate import evaluate as run_evaluation
@@ -116,8 +118,7 @@ def evaluate(
         settings=settings,
         decoding=decoding,
         batch_size=batch_size,
-        dtype=dtype,
-        reporter=make_reporter(),
+        reporter=make_reporter() if _is_main() else None,
     )
     if _is_main():
         _print_json(result)
@@ -136,38 +137,47 @@ def generate(
     num_beams: NumBeams = 1,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     batch_size: BatchSize = 16,
-    dtype: Dtype = "auto",
+    changes: Changes = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line: prompt and completion.")] = False,
 ) -> None:
     """Continue prompts with the tuned backbone; prints one completion a line."""
-    if prompts and file is not None:
-        raise UserError("give prompts as arguments or with --file, not both")
-    if not prompts and file is None and sys.stdin.isatty():
-        raise UserError("no prompt: give it as an argument, with --file, or on stdin")
-    from ptd.generate import Decoding, read_prompts
+    from ptd.config import parse_settings
+    from ptd.generate import Decoding
     from ptd.generate import generate as run_generation
 
-    if file is not None:
-        prompts = read_prompts(file)
-    elif not prompts:
-        prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
-        if not prompts:
-            raise UserError("no prompt on stdin; write one a line")
+    settings = parse_settings(changes or [])
+    prompts = _prompts(prompts, file) if _is_main() else []
     _quiet()
     from ptd.console import make_reporter
 
-    decoding = Decoding(max_new_tokens, temperature, top_p, top_k, num_beams, seed)
     texts = run_generation(
         prompts,
         adapter=adapter,
         backbone=backbone,
-        decoding=decoding,
+        settings=settings,
+        decoding=Decoding(max_new_tokens, temperature, top_p, top_k, num_beams, seed),
         batch_size=batch_size,
-        dtype=dtype,
-        reporter=make_reporter(),
+        reporter=make_reporter() if _is_main() else None,
     )
     for prompt, text in zip(prompts, texts, strict=True):
         print(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False) if as_json else text)
+
+
+def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
+    from ptd.generate import read_prompts
+
+    if given and file is not None:
+        raise UserError("give prompts as arguments or with --file, not both")
+    if given:
+        return given
+    if file is not None:
+        return read_prompts(file)
+    if sys.stdin.isatty():
+        raise UserError("no prompt: give it as an argument, with --file, or on stdin")
+    prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise UserError("no prompt on stdin; write one a line")
+    return prompts
 
 
 @app.command()
@@ -176,16 +186,24 @@ def predict(
     adapter: Annotated[str, typer.Option("--adapter", "-a", help="Adapter folder, or a run's output folder.")],
     backbone: Backbone = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSONL file to write; default: stdout.")] = None,
+    changes: Changes = None,
     batch_size: BatchSize = 16,
-    dtype: Dtype = "auto",
 ) -> None:
     """Label rows: each row comes back as a JSON line with its label and probabilities, its tags, or its answer."""
+    from ptd.config import parse_settings
+
+    settings = parse_settings(changes or [])
     _quiet()
     from ptd.console import make_reporter
     from ptd.predict import predict as run_prediction
 
     found = run_prediction(
-        data, adapter=adapter, backbone=backbone, batch_size=batch_size, dtype=dtype, reporter=make_reporter()
+        data,
+        adapter=adapter,
+        backbone=backbone,
+        settings=settings,
+        batch_size=batch_size,
+        reporter=make_reporter() if _is_main() else None,
     )
     lines = [json.dumps(row, ensure_ascii=False, default=str) for row in found]
     if not _is_main():

@@ -360,12 +360,49 @@ def parse_method(section: dict[str, Any]) -> Any:
         raise UserError("\n".join(_explain(error, None, prefix="method"))) from error
 
 
-def parse_settings(pairs: list[str]) -> dict[str, Any]:
-    """``key=value`` pairs (values are YAML) as a mapping; raises `UserError`."""
-    settings: dict[str, Any] = {}
+NOT_SETTABLE = {
+    "backbone.path": "the backbone is given as --backbone",
+    "backbone.revision": "the revision is the one the adapter was trained on; for another give a folder as --backbone",
+    "backbone.gradient_checkpointing": "nothing is trained here; remove it",
+    "data.train": "nothing is trained here; remove it",
+    "data.train_split": "nothing is trained here; remove it",
+    "data.max_tokens": "batches are of --batch-size rows here; remove it",
+    "data.eval": "the rows are given as --data",
+}
+"""Keys of the sections of `parse_settings` that it refuses, and why."""
+
+
+def parse_settings(pairs: list[str]) -> dict[str, dict[str, Any]]:
+    """``SECTION.KEY=VALUE`` pairs (values are YAML) of the sections backbone and data, for verbs that do not train.
+
+    Raises `UserError` for other keys, naming the nearest; the values are checked by `backbone_config` and
+    `data_config`.
+    """
+    sections: dict[str, type[Section]] = {"backbone": BackboneConfig, "data": DataConfig}
+    names = {key: section for section, model in sections.items() for key in model.model_fields}
+    known = [key for name, section in names.items() if (key := f"{section}.{name}") not in NOT_SETTABLE]
+    settings: dict[str, dict[str, Any]] = {}
     for pair in pairs:
+        given, sign, _ = pair.partition("=")
+        key = ".".join(given.split(".")[:2])  # what follows is inside of the value, as in data.columns.text
+        if not sign or not given:
+            raise UserError(f"--set {pair}: write it as SECTION.KEY=VALUE, e.g. backbone.dtype=bfloat16")
+        if key in NOT_SETTABLE:
+            raise UserError(f"--set {key}: {NOT_SETTABLE[key]}")
+        if key not in known:
+            near = difflib.get_close_matches(key.rpartition(".")[2], names, n=1, cutoff=0.6)
+            meant = f"did you mean {names[near[0]]}.{near[0]}?" if near else f"valid keys: {', '.join(sorted(known))}"
+            raise UserError(f"--set {key}: unknown key; {meant}")
         _apply_override(settings, pair)
     return settings
+
+
+def backbone_config(settings: dict[str, Any]) -> BackboneConfig:
+    """Validate a ``backbone`` section on its own; raises `UserError`."""
+    try:
+        return BackboneConfig.model_validate(_repair_scientific(settings))
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(error, BackboneConfig, prefix="backbone"))) from error
 
 
 def data_config(settings: dict[str, Any]) -> DataConfig:
@@ -373,7 +410,7 @@ def data_config(settings: dict[str, Any]) -> DataConfig:
     try:
         return DataConfig.model_validate(settings)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(error, DataConfig))) from error
+        raise UserError("\n".join(_explain(error, DataConfig, prefix="data"))) from error
 
 
 def task_config(settings: dict[str, Any]) -> TaskConfig:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ptd.config import RunConfig, parse_config
+from ptd.config import BackboneConfig, RunConfig, parse_config
 from ptd.types import UserError
 
 SHIPPED = Path(__file__).parents[1] / "ds_configs"
@@ -154,7 +154,37 @@ def apply_deepspeed(
     _take_scheduler(run)
     zero = _take_zero(run)
     document.warn_ignored()
-    return run.config, _zero3(run.config, zero, document) if run.config.backbone.sharding != "none" else None
+    config, aio = run.config, document.section("aio")
+    return config, zero3_config(config.backbone, config.train.per_device_train_batch_size, zero=zero, aio=aio)
+
+
+def zero3_config(
+    backbone: BackboneConfig,
+    micro_batch: int = 1,
+    *,
+    zero: dict[str, Any] | None = None,
+    aio: dict[str, Any] | None = None,
+) -> dict[str, Any] | None:
+    """DeepSpeed's configuration of a sharded backbone: placement only, no optimizer, schedule, logging or casts.
+
+    None with ``backbone.sharding: none``. ``micro_batch``: rows of a micro-batch, which DeepSpeed insists on knowing.
+    ``zero``, ``aio``: the sections of a JSON, checked already: how ZeRO-3 gathers, how NVMe offload reads.
+    """
+    if backbone.sharding == "none":
+        return None
+    section = {**(zero or {}), "stage": 3}
+    offload = section.pop("offload_param", {})
+    if backbone.offload != "none":
+        folder = {"nvme_path": backbone.offload_folder} if backbone.offload_folder else {}
+        section["offload_param"] = {"pin_memory": True, **offload, "device": backbone.offload, **folder}
+    zero3 = {
+        "zero_optimization": section,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": 1,  # ptd accumulates at the prompt
+        "steps_per_print": NEVER,
+        "wall_clock_breakdown": False,
+    }
+    return {**zero3, "aio": aio} if aio else zero3
 
 
 def check_batch_size(config: RunConfig, world_size: int, *, source: str | dict[str, Any] | None = None) -> None:
@@ -528,29 +558,6 @@ def _take_offload(run: _Merge) -> dict[str, Any]:
     beside = {"backbone.offload_folder": folder} if device == "nvme" else {}
     run.set(f"{path}.device", device, "backbone.offload", beside=beside)
     return section
-
-
-def _zero3(config: RunConfig, zero: dict[str, Any], document: _Document) -> dict[str, Any]:
-    """The configuration for DeepSpeed: placement only, no optimizer, no schedule, no logging, no casts."""
-    backbone = config.backbone
-    zero = {**zero, "stage": 3}
-    offload = zero.pop("offload_param", {})
-    if backbone.offload != "none":
-        place = {
-            "device": backbone.offload,
-            **({"nvme_path": backbone.offload_folder} if backbone.offload_folder else {}),
-        }
-        zero["offload_param"] = {"pin_memory": True, **offload, **place}
-    zero3 = {
-        "zero_optimization": zero,
-        "train_micro_batch_size_per_gpu": config.train.per_device_train_batch_size,
-        "gradient_accumulation_steps": 1,  # ptd accumulates at the prompt
-        "steps_per_print": NEVER,
-        "wall_clock_breakdown": False,
-    }
-    if aio := document.section("aio"):  # how NVMe offload reads; DeepSpeed checks it
-        zero3["aio"] = aio
-    return zero3
 
 
 def _find(source: str) -> Path:

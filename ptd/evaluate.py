@@ -9,7 +9,7 @@ from ptd.data import load_rows
 from ptd.engine.evaluation import HeldOut
 from ptd.engine.evaluation import evaluate as evaluate_held_out
 from ptd.engine.ranks import Ranks
-from ptd.generate import Decoding, Tuned, decode, load_tuned
+from ptd.generate import Decoding, Settings, Tuned, decode, load_tuned, start_ranks
 from ptd.types import Reporter, UserError
 
 
@@ -18,26 +18,27 @@ def evaluate(
     *,
     adapter: str | None,
     backbone: str | None = None,
-    settings: dict[str, Any] | None = None,
+    settings: Settings | None = None,
     decoding: Decoding | None = None,
     batch_size: int = 16,
-    dtype: str = "auto",
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Evaluate on ``data`` (as ``data.eval``); with ``decoding`` also generate and compare with the references.
 
-    The rows are read as the adapter was trained (its ``data`` section), changed by ``settings``. Without ``adapter``
-    the plain ``backbone`` is evaluated. Under a launcher loss and metrics are taken over all ranks. Raises `UserError`.
+    Backbone and rows are treated as in the adapter's training, changed by ``settings`` (of the sections ``backbone``
+    and ``data``). Without ``adapter`` the plain ``backbone`` is evaluated. Under a launcher the ranks share the rows
+    and all return the same. Raises `UserError`.
     """
-    ranks, reporter = Ranks.start(), reporter or Reporter()
+    ranks, reporter = start_ranks(settings), reporter or Reporter()
     try:
-        tuned = load_tuned(adapter, backbone, ranks, dtype=dtype, settings={**(settings or {}), "eval": data})
+        tuned = load_tuned(adapter, backbone, ranks, settings=settings)
         rows = load_rows(data, tuned.task.data.eval_split, what="--data")
         result = held_out_metrics(tuned, rows, ranks, batch_size=batch_size, reporter=reporter, what=data)
         if decoding is not None:
-            result |= text_metrics(
-                *continue_rows(tuned, rows, decoding, batch_size=batch_size, reporter=reporter, what=data)
+            outputs, references = continue_rows(
+                tuned, rows, decoding, ranks, batch_size=batch_size, reporter=reporter, what=data
             )
+            result |= ranks.on_main(lambda: text_metrics(outputs, references))
         return result
     finally:
         ranks.stop()
@@ -55,16 +56,23 @@ def held_out_metrics(
 
 
 def continue_rows(
-    tuned: Tuned, rows: Any, decoding: Decoding, *, batch_size: int, reporter: Reporter, what: str = "--data"
+    tuned: Tuned,
+    rows: Any,
+    decoding: Decoding,
+    ranks: Ranks,
+    *,
+    batch_size: int,
+    reporter: Reporter,
+    what: str = "--data",
 ) -> tuple[list[str], list[str]]:
-    """What the model generates for the prompt of each row, and the row's reference."""
+    """What the model generates for the prompt of each row (on rank 0; elsewhere nothing), and the row's reference."""
     task = tuned.task
     if not task.generates:
         raise UserError("--generate: the adapter was trained to label, not to write; leave it out")
     room = tuned.room(decoding.max_new_tokens)
     longest = task.data.max_length if room is None else max(1, min(task.data.max_length, room))
     prompts, references = task.prompts_and_references(rows, tuned.tokenizer, max_length=longest, what=what)
-    return decode(tuned, prompts, decoding, batch_size=batch_size, reporter=reporter), references
+    return decode(tuned, prompts, decoding, ranks, batch_size=batch_size, reporter=reporter), references
 
 
 def text_metrics(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import GenerationConfig
 
 from ptd.backbone import architecture_of, load_tokenizer
 from ptd.checkpoint import Adapter, load_adapter
-from ptd.config import BackboneConfig, data_config, task_config
+from ptd.config import BackboneConfig, backbone_config, data_config, task_config
+from ptd.deepspeed_config import zero3_config
+from ptd.engine.evaluation import in_order
 from ptd.engine.ranks import Ranks
 from ptd.engine.setup import Prepared, prepare
 from ptd.methods import method_head
@@ -20,6 +23,12 @@ from ptd.readouts import Readout
 from ptd.tasks import Task, make_task
 from ptd.tasks.seq2seq_lm import target_language
 from ptd.types import Architecture, Reporter, UserError
+
+Settings = Mapping[str, dict[str, Any]]
+"""Changes to the run's sections ``backbone`` and ``data``, by section and key."""
+
+AS_TRAINED = ("dtype", "quantization", "int8_threshold")
+"""Keys of the run's backbone section that hold for its adapter too; where the weights are placed is no part of it."""
 
 
 @dataclass(frozen=True)
@@ -52,35 +61,55 @@ class Tuned:
         return context - self.prepared.attachment.extra_positions - used
 
 
-def load_tuned(
-    adapter: str | None,
-    backbone: str | None,
-    ranks: Ranks,
-    *,
-    dtype: str = "auto",
-    settings: dict[str, Any] | None = None,
-) -> Tuned:
-    """Load the adapter's backbone (or ``backbone``) and put the adapter on it.
+def start_ranks(settings: Settings | None) -> Ranks:
+    """Join the processes of a launcher; a single one joins a group only to shard its backbone."""
+    return Ranks.start(needs_group=(settings or {}).get("backbone", {}).get("sharding", "none") != "none")
 
-    The task is the one the adapter was trained for, its ``data`` section changed by ``settings``; without an adapter,
-    or with one that PEFT wrote, the text task of the backbone's architecture. Raises `UserError` if nothing names a
-    backbone, or the adapter was made for another one.
+
+def backbone_of(adapter: Adapter | None, path: str | None, changes: dict[str, Any] | None = None) -> BackboneConfig:
+    """The adapter's backbone (or the one at ``path``) as it was in training, whole on every rank, with ``changes``.
+
+    Raises `UserError` if nothing names a backbone, or the changes are not valid.
     """
-    found = load_adapter(adapter) if adapter is not None else None
-    path = backbone or (found.backbone if found is not None else "")
-    if not path:
+    named = path or (adapter.backbone if adapter is not None else "")
+    if not named:
         raise UserError("no backbone is known: the adapter names none; give --backbone")
-    revision = found.revision if found is not None and backbone is None else None
-    config = BackboneConfig(path=path, revision=revision, dtype=dtype)
+    trained = adapter.facts.get("backbone_config", {}) if adapter is not None else {}
+    section = {**{key: trained[key] for key in AS_TRAINED if key in trained}, **(changes or {})}
+    if section.get("quantization") != "int8" and "int8_threshold" not in (changes or {}):
+        section.pop("int8_threshold", None)
+    revision = adapter.revision if adapter is not None and path is None else None
+    return backbone_config({**section, "path": named, "revision": revision})
+
+
+def load_tuned(adapter: str | None, backbone: str | None, ranks: Ranks, *, settings: Settings | None = None) -> Tuned:
+    """Load the adapter's backbone (or ``backbone``) and put the adapter on it. Every rank calls this together.
+
+    Backbone and data are treated as in training, changed by ``settings``; the task is the one the adapter was trained
+    for, without an adapter, or with one that PEFT wrote, the text task of the backbone's architecture. Raises
+    `UserError` if nothing names a backbone, the adapter was made for another one, or a setting is not valid.
+    """
+    settings = settings or {}
+    unknown = sorted(set(settings) - {"backbone", "data"})
+    if unknown:
+        raise UserError(f"settings: there is no section {unknown[0]!r} to change; there are backbone and data")
+    found = load_adapter(adapter) if adapter is not None else None
+    config = backbone_of(found, backbone, settings.get("backbone"))
     facts = found.facts if found is not None else {}
     architecture = architecture_of(config)
-    described = facts.get("task") or {"kind": _text_task(architecture, path)}
-    task = make_task(task_config(described), data_config({**facts.get("data", {}), **(settings or {})}), architecture)
+    described = facts.get("task") or {"kind": _text_task(architecture, config.path)}
+    described_task = task_config(described)
+    data = data_config({**facts.get("data", {}), **settings.get("data", {})})
+    try:
+        data.check_task(described_task.kind)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    task = make_task(described_task, data, architecture)
     tokenizer = load_tokenizer(config)
-    prepared = prepare(config, ranks, output=task.output)
+    prepared = prepare(config, ranks, zero3_config(config), output=task.output)
     readout = task.readout(tokenizer, prepared.shape.hidden_size, method_head(facts.get("method", {})))
     if found is not None:
-        found.check_fits(prepared.shape, prepared.fingerprint, path=path)
+        found.check_fits(prepared.shape, prepared.fingerprint, path=config.path)
         prepared.attachment.set(found.layout.state(found.flat.to(ranks.device)))
         _load_head(readout, found)
     return Tuned(prepared, tokenizer, found, task, readout.to(ranks.device))
@@ -101,16 +130,20 @@ def _load_head(readout: Readout, adapter: Adapter) -> None:
 
 
 def decode(
-    tuned: Tuned, prompts: Sequence[Sequence[int]], decoding: Decoding, *, batch_size: int, reporter: Reporter
+    tuned: Tuned,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    ranks: Ranks,
+    *,
+    batch_size: int,
+    reporter: Reporter,
 ) -> list[str]:
-    """Continue each prompt (token ids); returns the new text only, in the order given.
+    """Continue each prompt (token ids, on all ranks the same); returns the new text only, in the order given.
 
-    Prompts of similar length run together, padded on the left (those of an encoder on the right). Raises `UserError`
-    for one that leaves no room.
+    Prompts of similar length run together, padded on the left (those of an encoder on the right). The ranks share the
+    batches, which are the same on any number of them and have random numbers of their own, so the texts do not depend
+    on it; rank 0 returns them, the others nothing. Raises `UserError` for a prompt that leaves no room.
     """
-    model, tokenizer = tuned.prepared.model, tuned.tokenizer
-    of_encoder = tuned.task.output == "seq2seq_lm"
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     longest = max((len(prompt) for prompt in prompts), default=0)
     room = tuned.room(longest)
     if any(len(prompt) == 0 for prompt in prompts):
@@ -120,27 +153,41 @@ def decode(
             f"a prompt of {longest} tokens leaves no room in the backbone's context for an answer; shorten it"
         )
     new_tokens = decoding.max_new_tokens if room is None else min(room, decoding.max_new_tokens)
-    generation = _generation_config(tuned, decoding, new_tokens)
-    texts = [""] * len(prompts)
-    torch.manual_seed(decoding.seed)
+    together = tuned.prepared.sharded and ranks.world_size > 1
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+    found: dict[int, str] = {}
     reporter.start("generate", len(prompts))
-    for begin in range(0, len(order), batch_size):
-        chosen = order[begin : begin + batch_size]
-        width = len(prompts[chosen[0]])
-        ids = torch.full((len(chosen), width), generation.pad_token_id, device=model.device)
-        mask = torch.zeros_like(ids)
-        for row, index in enumerate(chosen):
-            prompt = torch.tensor(prompts[index], device=model.device)
-            place = slice(0, len(prompt)) if of_encoder else slice(width - len(prompt), width)
-            ids[row, place] = prompt
-            mask[row, place] = 1
-        with torch.no_grad():
-            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=generation)
-        written = output if of_encoder else output[:, width:]
-        for index, text in zip(chosen, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
-            texts[index] = text
-        reporter.advance("generate", min(begin + batch_size, len(order)))
+    for begin in range(0, len(batches), ranks.world_size):
+        number = begin + ranks.rank
+        if number < len(batches):
+            torch.manual_seed(int(np.random.SeedSequence([decoding.seed, number]).generate_state(1)[0]))
+            chosen = [prompts[index] for index in batches[number]]
+            texts = _continue(tuned, chosen, _generation_config(tuned, decoding, new_tokens), synced=together)
+            found |= zip(batches[number], texts, strict=True)
+        elif together:  # done after one token, it goes on for the others, who need this rank's shards
+            _continue(tuned, [prompts[order[-1]]], _generation_config(tuned, Decoding(), 1), synced=True)
+        reporter.advance("generate", min((begin + ranks.world_size) * batch_size, len(prompts)))
     reporter.finish("generate")
+    return in_order(found, ranks)
+
+
+@torch.no_grad()
+def _continue(
+    tuned: Tuned, prompts: Sequence[Sequence[int]], generation: GenerationConfig, *, synced: bool
+) -> list[str]:
+    """The new text of one batch. ``synced``: with as many forward passes as the rank that needs most."""
+    model, of_encoder = tuned.prepared.model, tuned.task.output == "seq2seq_lm"
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), generation.pad_token_id, device=model.device)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        place = slice(0, len(prompt)) if of_encoder else slice(width - len(prompt), width)
+        ids[row, place] = torch.tensor(prompt, device=model.device)
+        mask[row, place] = 1
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=generation, synced_gpus=synced)
+    written = output if of_encoder else output[:, width:]
+    texts: list[str] = tuned.tokenizer.batch_decode(written, skip_special_tokens=True)
     return texts
 
 
@@ -174,20 +221,26 @@ def generate(
     *,
     adapter: str | None,
     backbone: str | None = None,
+    settings: Settings | None = None,
     decoding: Decoding | None = None,
     batch_size: int = 16,
-    dtype: str = "auto",
     reporter: Reporter | None = None,
 ) -> list[str]:
     """Continue each of ``prompts`` (put into the adapter's prompt template); returns the new text only.
 
-    Raises `UserError`.
+    Under a launcher the prompts are rank 0's, the ranks share them and rank 0 returns the texts; the others return
+    nothing. Raises `UserError`.
     """
-    tuned = load_tuned(adapter, backbone, Ranks.start(), dtype=dtype)
-    if not tuned.task.generates:
-        raise UserError("the adapter was trained to label, not to write; use ptd predict")
-    ids = tuned.task.prompts(prompts, tuned.tokenizer)
-    return decode(tuned, ids, decoding or Decoding(), batch_size=batch_size, reporter=reporter or Reporter())
+    ranks, reporter = start_ranks(settings), reporter or Reporter()
+    try:
+        tuned = load_tuned(adapter, backbone, ranks, settings=settings)
+        task = tuned.task
+        if not task.generates:
+            raise UserError("the adapter was trained to label, not to write; use ptd predict")
+        ids = ranks.on_main(lambda: task.prompts(prompts, tuned.tokenizer))
+        return decode(tuned, ids, decoding or Decoding(), ranks, batch_size=batch_size, reporter=reporter)
+    finally:
+        ranks.stop()
 
 
 def read_prompts(path: Path) -> list[str]:

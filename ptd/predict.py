@@ -6,8 +6,7 @@ from typing import Any
 
 from ptd.data import load_rows
 from ptd.engine.evaluation import HeldOut, scores_of
-from ptd.engine.ranks import Ranks
-from ptd.generate import load_tuned
+from ptd.generate import Settings, load_tuned, start_ranks
 from ptd.types import Reporter, UserError
 
 
@@ -16,19 +15,20 @@ def predict(
     *,
     adapter: str,
     backbone: str | None = None,
+    settings: Settings | None = None,
     batch_size: int = 16,
-    dtype: str = "auto",
     reporter: Reporter | None = None,
 ) -> list[dict[str, Any]]:
     """The rows of ``data`` (a file, folder or hub name, as ``data.eval``), each with what the task answers added.
 
-    The rows need no labels. An answer's field that a row has already, such as its own label, is added as
+    The rows need no labels. Backbone and rows are treated as in training, changed by ``settings`` (of the sections
+    ``backbone`` and ``data``). An answer's field that a row has already, such as its own label, is added as
     ``predicted_…``. Under a launcher the ranks share the rows and rank 0 returns them; the others return nothing.
     Raises `UserError`, also for an adapter that writes text.
     """
-    ranks, reporter = Ranks.start(), reporter or Reporter()
+    ranks, reporter = start_ranks(settings), reporter or Reporter()
     try:
-        tuned = load_tuned(adapter, backbone, ranks, dtype=dtype)
+        tuned = load_tuned(adapter, backbone, ranks, settings=settings)
         task, tokenizer = tuned.task, tuned.tokenizer
         if task.generates:
             raise UserError("the adapter was trained to write, not to label; use ptd generate")

@@ -208,6 +208,7 @@ class Artifacts:
             head={name: parameter.detach() for name, parameter in self.step.readout.named_parameters()},
             facts={
                 "fingerprint": self.prepared.fingerprint,
+                "backbone_config": resolved["backbone"],
                 "method": resolved["method"],
                 "task": self.task.facts(),
                 "data": resolved["data"],

@@ -120,9 +120,66 @@ def test_eval_with_generation_adds_text_metrics(ptd: Any, trained: Path) -> None
 
 
 def test_eval_of_the_plain_backbone_needs_no_adapter(ptd: Any, trained: Path, backbone_dir: Path) -> None:
-    outcome = ptd("eval", "--backbone", backbone_dir, "--data", trained.parent / "rows.jsonl", "--set", "max_length=64")
+    outcome = ptd(
+        "eval", "--backbone", backbone_dir, "--data", trained.parent / "rows.jsonl", "--set", "data.max_length=64"
+    )
     assert outcome.code == 0, outcome.err
     assert json.loads(outcome.out)["loss"] > 0
+
+
+def test_a_backbone_is_used_as_it_was_trained_unless_told(ptd: Any, trained: Path, tmp_path: Path) -> None:
+    """The stored weights are float32, and so was the run; a second adapter says it was trained in bfloat16."""
+    shutil.copytree(trained / "adapter", tmp_path / "half")
+    described = json.loads((tmp_path / "half" / "ptd.json").read_text())
+    assert described["backbone_config"]["dtype"] == "float32"
+    assert described["backbone"] == described["backbone_config"]["path"], "the folder is its own key"
+    described["backbone_config"] |= {"dtype": "bfloat16", "trust_remote_code": True, "sharding": "world"}
+    (tmp_path / "half" / "ptd.json").write_text(json.dumps(described))
+
+    def loss(adapter: Path, *changes: str) -> float:
+        options = [word for change in changes for word in ("--set", change)]
+        outcome = ptd("eval", "--adapter", adapter, "--data", trained.parent / "rows.jsonl", *options)
+        assert outcome.code == 0, outcome.err
+        return float(json.loads(outcome.out)["loss"])
+
+    assert loss(tmp_path / "half") == loss(trained, "backbone.dtype=bfloat16") != loss(trained)
+    assert loss(tmp_path / "half", "backbone.dtype=float32", "backbone.attention=reference") == pytest.approx(
+        loss(trained), rel=1e-5
+    )
+    del described["backbone_config"]  # as older versions wrote it
+    (tmp_path / "half" / "ptd.json").write_text(json.dumps(described))
+    assert loss(tmp_path / "half") == loss(trained, "backbone.dtype=auto", "data.max_length=64")
+
+
+BAD_CHANGES = {
+    "format=text": "did you mean data.format?",
+    "dtype=bfloat16": "did you mean backbone.dtype?",
+    "backbone.dtyp=bfloat16": "did you mean backbone.dtype?",
+    "train.learning_rate=1": "valid keys: backbone.attention",
+    "backbone.path=other": "the backbone is given as --backbone",
+    "data.eval=rows.jsonl": "the rows are given as --data",
+    "backbone.gradient_checkpointing=true": "nothing is trained here",
+    "backbone.dtype=float8": "backbone.dtype: got 'float8'",
+    "backbone.offload=cpu": "offload: cpu is for shards of the weights; set sharding",
+    "backbone.sharding_group_size=2": "sharding_group_size: has no effect without sharding: node",
+    "backbone.attention=nonsense": "backbone.attention: there is no backend 'nonsense'",
+    "data.max_length=1": "data.max_length: got 1",
+    "data.columns={nowhere: text}": "data.columns: format prompt_completion has no field 'nowhere'",
+    "backbone": "write it as SECTION.KEY=VALUE",
+}
+
+
+@pytest.mark.parametrize("change", BAD_CHANGES)
+def test_bad_changes_are_refused_with_advice(ptd: Any, trained: Path, change: str) -> None:
+    common = ("--adapter", trained, "--set", change)
+    commands = [("eval", *common, "--data", trained.parent / "rows.jsonl")]
+    if not change.startswith("data"):
+        commands += [("generate", *common, "hello"), ("predict", *common, "--data", trained.parent / "rows.jsonl")]
+    for command in commands:
+        outcome = ptd(*command)
+        assert outcome.code == 2, outcome.err
+        assert BAD_CHANGES[change] in outcome.err
+        assert "Traceback" not in outcome.err
 
 
 def test_generate_takes_prompts_from_arguments_file_and_stdin(ptd: Any, trained: Path, tmp_path: Path) -> None:
@@ -162,7 +219,7 @@ def test_export_and_import_keep_the_adapter(ptd: Any, trained: Path, tmp_path: P
     assert ptd("import", tmp_path / "peft", tmp_path / "back", "--backbone", backbone_dir).code == 0
     data = trained.parent / "rows.jsonl"
     losses = [
-        json.loads(ptd("eval", "--adapter", adapter, "--data", data, "--set", "max_length=64").out)["loss"]
+        json.loads(ptd("eval", "--adapter", adapter, "--data", data, "--set", "data.max_length=64").out)["loss"]
         for adapter in (trained, tmp_path / "peft", tmp_path / "back")
     ]
     assert losses[0] == losses[1] == losses[2]

@@ -197,7 +197,7 @@ def answers(tuned: Tuned, rows: Any) -> list[Any]:
     ranks = Ranks.start()
     if tuned.task.generates:
         prompts, _ = tuned.task.prompts_and_references(rows, tuned.tokenizer, max_length=40, what="rows")
-        return decode(tuned, prompts, Decoding(max_new_tokens=4), batch_size=4, reporter=Reporter())
+        return decode(tuned, prompts, Decoding(max_new_tokens=4), ranks, batch_size=4, reporter=Reporter())
     examples = tuned.task.tokenize(rows, tuned.tokenizer, what="rows", labelled=False)
     held_out = HeldOut(tuned.task, examples, rows, 4, tuned.task.data.packing, tuned.tokenizer.pad_token_id)
     return tuned.task.answers(scores_of(held_out, tuned.prepared, tuned.readout, ranks, Reporter()), examples)
@@ -232,7 +232,7 @@ def test_trains_its_own_parameters_and_comes_back(
     assert bool(trained) == (method != "hard_prompt")
 
     # Saved and loaded: the same backbone bit for bit, the same loss and metrics, the same answers.
-    tuned = load_tuned(str(out / "adapter"), None, Ranks.start(), dtype="float32")
+    tuned = load_tuned(str(out / "adapter"), None, Ranks.start())
     backbone, untouched = loop.prepared.model.state_dict(), tuned.prepared.model.state_dict()
     assert list(backbone) == list(untouched)
     assert [name for name, tensor in backbone.items() if not torch.equal(tensor, untouched[name])] == []

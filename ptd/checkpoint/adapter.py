@@ -41,8 +41,8 @@ class Adapter:
 
     ``flat`` is the fp32 prompt that ``layout`` reads (``[0, 0]`` for none); ``backbone`` the path or hub id it was made
     for; ``task_type`` and ``peft_type`` are PEFT's names (None: PEFT has none); ``head`` the state dict of the
-    readout's parameters; ``facts`` what else there is to know: ``fingerprint``, ``method``, ``task``, ``data`` (empty
-    for an adapter that PEFT wrote).
+    readout's parameters; ``facts`` what else there is to know: ``fingerprint``, and the run's sections
+    ``backbone_config``, ``method``, ``task``, ``data`` (empty for an adapter that PEFT wrote).
     """
 
     flat: Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from ptd.engine.setup import Prepared
 from ptd.readouts import Readout
 from ptd.tasks import Task
 from ptd.types import Examples, Reporter
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -85,14 +87,15 @@ def _pass(
         reporter.advance("eval", step + 1)
     reporter.finish("eval")
     loss, weight, supervised = ranks.all_reduce(total).tolist()
-    return loss / weight, int(supervised), _in_order(found, ranks) if want_scores else []
+    return loss / weight, int(supervised), in_order(found, ranks) if want_scores else []
 
 
 def _number(value: Tensor | float) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float64).cpu()
 
 
-def _in_order(found: dict[int, Tensor], ranks: Ranks) -> list[Tensor]:
+def in_order(found: dict[int, T], ranks: Ranks) -> list[T]:
+    """What all ranks ``found``, in the order of its numbers (on rank 0; elsewhere nothing)."""
     if ranks.world_size > 1:
         parts: list[Any] = [None] * ranks.world_size
         dist.gather_object(found, parts if ranks.is_main else None, dst=0)

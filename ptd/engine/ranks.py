@@ -31,6 +31,8 @@ class Ranks:
     world_size: int
     local_world_size: int
     device: torch.device
+    joined: bool = False
+    """Whether it was these ranks that joined the process group, and are to leave it."""
 
     @property
     def is_main(self) -> bool:
@@ -52,11 +54,12 @@ class Ranks:
             device = torch.device("cpu")
             if "OMP_NUM_THREADS" not in os.environ and world_size > 1:
                 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
-        if (world_size > 1 or needs_group) and not dist.is_initialized():
+        joins = (world_size > 1 or needs_group) and not dist.is_initialized()
+        if joins:
             if world_size == 1:
                 _describe_single_process()
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-        return cls(rank, world_size, local_world_size, device)
+        return cls(rank, world_size, local_world_size, device, joins)
 
     @staticmethod
     def free_port() -> int:
@@ -66,8 +69,8 @@ class Ranks:
             return int(probe.getsockname()[1])
 
     def stop(self) -> None:
-        """Leave the process group."""
-        if dist.is_initialized():
+        """Leave the process group, unless it was there before."""
+        if self.joined and dist.is_initialized():
             dist.destroy_process_group()
 
     @cached_property

@@ -23,6 +23,8 @@ class Prepared:
     attachment: Attachment
     run: Forward
     fingerprint: str
+    sharded: bool = False
+    """Every forward pass is one of all ranks together."""
 
     @property
     def shape(self) -> BackboneShape:
@@ -44,7 +46,7 @@ def prepare(
         shards.run(model)
     identity = ranks.on_main(lambda: fingerprint(model))
     attachment = Attachment(model, backend=config.attention)
-    return Prepared(model, attachment, Forward(model, attachment, ranks.device), identity)
+    return Prepared(model, attachment, Forward(model, attachment, ranks.device), identity, zero3 is not None)
 
 
 def check_context(shape: BackboneShape, num_virtual_tokens: int, max_length: int) -> None:

@@ -46,7 +46,7 @@ def run_quickstart(output: Path, *, ranks: int, overwrite: bool, reporter: Repor
     began = time.time()
     _headline(f"1/3  The frozen backbone alone (3 M parameters, trained by this project) on {held_out}")
     prompts_as_tuned = load_config(RECIPE).data.model_dump()
-    frozen = load_tuned(None, str(BACKBONE), Ranks.start(), settings=prompts_as_tuned)
+    frozen = load_tuned(None, str(BACKBONE), Ranks.start(), settings={"data": prompts_as_tuned})
     before, before_texts = _measure(frozen, held_out, reporter)
     print(_row("frozen backbone", before))
 
@@ -91,7 +91,7 @@ def _environment(gpus: int) -> dict[str, str]:
 def _measure(tuned: Tuned, held_out: Path, reporter: Reporter) -> tuple[dict[str, Any], list[str]]:
     rows = load_rows(str(held_out), "train", what="quickstart")
     metrics = held_out_metrics(tuned, rows, Ranks.start(), batch_size=16, reporter=Reporter())
-    texts, references = continue_rows(tuned, rows, DECODING, batch_size=50, reporter=reporter)
+    texts, references = continue_rows(tuned, rows, DECODING, Ranks.start(), batch_size=50, reporter=reporter)
     slots = [slot_accuracy(prompt, text) for prompt, text in zip(rows["prompt"], texts, strict=True)]
     return {**metrics, **text_metrics(texts, references), "slots": 100 * sum(slots) / len(slots)}, texts
 

@@ -117,7 +117,10 @@ def test_trained_in_few_bits_and_used_in_many(folders, kind, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     evaluated = [record["eval_loss"] for record in records if "eval_loss" in record]
     assert evaluated[-1] < evaluated[0], "it goes on learning after an evaluation"
-    whole = evaluate(str(rows), adapter=str(tmp_path / "out"))
+    as_trained = evaluate(str(rows), adapter=str(tmp_path / "out"))
+    assert as_trained["loss"] == pytest.approx(result["eval_loss"], rel=1e-6)
+    whole = evaluate(str(rows), adapter=str(tmp_path / "out"), settings={"backbone": {"quantization": "none"}})
+    assert whole["loss"] != pytest.approx(as_trained["loss"], rel=1e-6)
     assert whole["loss"] == pytest.approx(result["eval_loss"], rel={"int8": 0.1, "nf4": 0.25}[kind])
 
 

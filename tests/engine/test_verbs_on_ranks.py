@@ -1,0 +1,141 @@
+"""``ptd eval``, ``predict`` and ``generate`` on ranks, the backbone in every placement: what one process says."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from contextlib import redirect_stdout
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import EOS, VOCAB, save_backbone
+from transformers import GenerationConfig
+
+from ptd.cli import main
+from ptd.config import parse_config
+from ptd.train import train
+
+WORKER = Path(__file__).with_name("worker_verbs.py")
+# Wide enough that DeepSpeed shards the layers (it leaves weights below 100,000 numbers whole), in 4 bits too.
+WIDE = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 2}
+WIDE_T5 = {"d_model": 384, "d_ff": 384, "d_kv": 96}
+PROMPTS = ["a cat", "the quick brown fox jumps", "12 times 3 is", "I", "what is it that you have seen there?"]
+SHARDED = {
+    "world": ["--set", "backbone.sharding=world"],
+    "node": ["--set", "backbone.sharding=node", "--set", "backbone.sharding_group_size=1"],
+    "nf4": ["--set", "backbone.sharding=world", "--set", "backbone.quantization=nf4"],
+    "replicated": [],
+}
+
+
+def stops_early(folder: Path) -> Path:
+    """Let a tenth of the vocabulary end a text, so that texts of a random model have very different lengths."""
+    GenerationConfig(
+        eos_token_id=[EOS, *range(7, VOCAB, 10)], pad_token_id=0, decoder_start_token_id=0
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory, rows_file: Path) -> dict[str, Path]:
+    """A text model, a classifier and an encoder-decoder, each barely trained; with their rows."""
+    folder = tmp_path_factory.mktemp("adapters")
+    llama = stops_early(save_backbone(folder / "llama", **WIDE))
+    t5 = stops_early(save_backbone(folder / "t5", "t5", **WIDE_T5))
+    labelled = folder / "labelled.jsonl"
+    labelled.write_text("".join(json.dumps({"text": t, "label": t[0] < "b"}) + "\n" for t in PROMPTS))
+    prefix = {"name": "prefix", "num_virtual_tokens": 4}
+    runs: dict[str, Any] = {
+        "text": (llama, prefix, "causal_lm", rows_file),
+        "labels": (llama, {"name": "head"}, "classification", labelled),
+        "t5": (t5, prefix, "seq2seq_lm", rows_file),
+    }
+    for name, (backbone, method, kind, rows) in runs.items():
+        raw = {
+            "backbone": {"path": str(backbone), "dtype": "float32"},
+            "method": method,
+            "task": {"kind": kind},
+            "data": {"train": str(rows), "max_length": 64},
+            "train": {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 0.1},
+            "output_dir": str(folder / name),
+        }
+        train(parse_config(raw))
+    return {"rows": rows_file, "labelled": labelled, **{name: folder / name for name in runs}}
+
+
+@pytest.fixture(scope="module")
+def commands(adapters: dict[str, Path]) -> dict[str, list[str]]:
+    """Command lines without a word of sharding, by name."""
+    few = ["--batch-size", "2", "--max-new-tokens", "8"]
+    five = ["--batch-size", "5"]
+    text = ["generate", "--adapter", str(adapters["text"]), "--json", *PROMPTS]
+    return {
+        "eval": [
+            "eval",
+            "--adapter",
+            str(adapters["text"]),
+            "--data",
+            str(adapters["rows"]),
+            "--generate",
+            *few,
+            *five,
+        ],
+        "predict": ["predict", "--adapter", str(adapters["labels"]), "--data", str(adapters["labelled"])],
+        "generate": [*text, *few],
+        "beams": [*text, *few, "--num-beams", "3"],
+        "sample": [*text, *few, "--temperature", "1"],
+        "one batch": text,
+        "t5": ["generate", "--adapter", str(adapters["t5"]), "--json", *PROMPTS, *few],
+    }
+
+
+CASES = [
+    *(("world", name) for name in ("eval", "predict", "generate", "beams", "sample", "one batch", "t5")),
+    *((placement, name) for placement in ("node", "nf4") for name in ("eval", "predict", "generate")),
+    *(("replicated", name) for name in ("generate", "sample")),
+]
+
+
+@pytest.fixture(scope="module")
+def printed(launch, adapters, commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of what two ranks printed, in one job."""
+    folder = tmp_path_factory.mktemp("printed")
+    lines = {f"{placement}-{name}": [*commands[name], *SHARDED[placement]] for placement, name in CASES}
+    case_file = folder / "cases.json"
+    case_file.write_text(json.dumps({"commands": lines, "adapter": str(adapters["text"])}))
+    launch(2, WORKER, case_file, folder)
+    return folder
+
+
+@cache
+def in_one_process(*arguments: str) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["ptd", *arguments])
+        with redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as stop:
+            main()
+    assert not stop.value.code
+    return out.getvalue()
+
+
+def numbers(printed: str, name: str) -> list[Any]:
+    rows = [json.loads(printed)] if name == "eval" else [json.loads(line) for line in printed.splitlines()]
+    return [json.loads(json.dumps(row), parse_float=lambda text: pytest.approx(float(text), rel=1e-5)) for row in rows]
+
+
+@pytest.mark.parametrize(("placement", "name"), CASES)
+def test_ranks_say_what_one_process_says(printed: Path, commands, placement: str, name: str) -> None:
+    quantised = ["--set", "backbone.quantization=nf4"] if placement == "nf4" else []
+    alone = in_one_process(*commands[name], *quantised)
+    ranks = [(printed / f"{placement}-{name}.{rank}").read_text() for rank in range(2)]
+    assert ranks[1] == "", "rank 0 alone prints"
+    assert numbers(ranks[0], name) == numbers(alone, name)
+    if name in ("generate", "t5"):
+        lengths = {len(json.loads(line)["completion"]) for line in alone.splitlines()}
+        assert len(lengths) > 2, "ranks are done at different times"
+
+
+def test_the_weights_are_parted(printed: Path) -> None:
+    assert all(float((printed / f"parted.{rank}").read_text()) < 0.51 for rank in range(2))

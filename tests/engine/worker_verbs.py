@@ -1,0 +1,49 @@
+"""Run under torchrun by test_verbs_on_ranks.py: ``ptd`` with one command line after the other, as a person types them.
+
+    torchrun --nproc-per-node 2 worker_verbs.py COMMANDS.json FOLDER
+
+What a rank prints goes to FOLDER/NAME.RANK; nothing is asserted here but that the weights are parted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+
+from ptd.cli import main
+from ptd.engine.ranks import Ranks
+from ptd.generate import load_tuned, start_ranks
+
+
+def parted(adapter: str, sharding: str, rank_file: Path) -> None:
+    settings = {"backbone": {"sharding": sharding}}
+    ranks = start_ranks(settings)
+    tuned = load_tuned(adapter, None, ranks, settings=settings)
+    parameters = list(tuned.prepared.model.parameters())
+    whole = sum(parameter.ds_numel for parameter in parameters)
+    rank_file.write_text(str(sum(parameter.ds_tensor.numel() for parameter in parameters) / whole))
+
+
+def run(commands: dict[str, list[str]], folder: Path, rank: int) -> None:
+    for name, arguments in commands.items():
+        sys.argv = ["ptd", *arguments]
+        with (folder / f"{name}.{rank}").open("w", encoding="utf-8") as file, redirect_stdout(file):
+            try:
+                main()
+            except SystemExit as stop:
+                if stop.code:
+                    raise
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    cases, target, rank = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), int(os.environ["RANK"])
+    ranks = Ranks.start()  # one group for all commands: a second one would find the first one's addresses in the store
+    run(cases["commands"], target, rank)
+    parted(cases["adapter"], "world", target / f"parted.{rank}")
+    ranks.stop()
