@@ -313,7 +313,7 @@ def _build_step(config: RunConfig, trained: Trained, ranks: Ranks) -> PromptStep
         epsilon=config.train.adam_epsilon,
         weight_decay=config.train.weight_decay,
     )
-    return PromptStep(trained, optimizer, ranks, NetworkMeter(ranks.world_size), config.train.max_grad_norm)
+    return PromptStep(trained, optimizer, ranks, NetworkMeter(ranks), config.train.max_grad_norm)
 
 
 def _batches(
