@@ -87,7 +87,9 @@ class BackboneConfig(Section):
                 f"offload: {self.offload} is for shards of the weights; set sharding: node or world (one GPU will do)"
             )
         if (self.offload_folder is not None) != (self.offload == "nvme"):
-            raise ValueError("offload_folder: offload: nvme needs a folder on the NVMe disk, and nothing else takes one")
+            raise ValueError(
+                "offload_folder: offload: nvme needs a folder on the NVMe disk, and nothing else takes one"
+            )
         if self.quantization == "int8" and self.sharding != "none":
             raise ValueError(
                 "quantization: int8 weights are not sharded (bitsandbytes keeps all of them on every rank); use "

@@ -107,7 +107,6 @@ ZERO_REFUSED = {
     "mics_hierarchical_params_gather": _GONE,
     "mics_shard_size": _GONE,
     "zenflow": "it overlaps optimizer steps of the backbone, which has none; remove it",
-    "zero_hpz_partition_size": "DeepSpeed crashes with it when the model has no optimizer; remove it or set 1",
     "zero_quantized_nontrainable_weights": "it works on CUDA in fp16 only, which ptd does not train in; remove it",
     "zero_quantized_weights": "it would run the backbone with weights rounded to int8 at every gather; remove it",
     "zeropp_loco_param": _GONE,
@@ -130,36 +129,23 @@ def apply_deepspeed(
 ) -> tuple[RunConfig, dict[str, Any] | None]:
     """Read ``config.deepspeed`` (or ``source``) into the run.
 
-    Returns the `RunConfig` with the JSON's values applied, and the ZeRO-3 configuration to load and shard the backbone
-    with; None when nothing is to be sharded. With ``backbone.dtype: auto`` its ``bf16.enabled`` is still ``"auto"``,
-    which DeepSpeed takes for false (float32): put the checkpoint's dtype in with `resolve_dtype`.
+    Returns the `RunConfig` with the JSON's values applied, and the ZeRO-3 configuration to shard the backbone with;
+    None when nothing is to be sharded (``backbone.sharding: none``).
 
     Raises:
         UserError: the JSON cannot be read, contradicts RUN.yaml, or asks for what ptd cannot do.
     """
     source = config.deepspeed if source is None else source
-    if source is None:
-        return config, None
-    document = _Document.read(source)
+    document = _Document.read({} if source is None else source)
     document.check_keys()
     run = _Merge(config, document)
     _take_batch(run)
     _take_dtype(run)
     _take_optimizer(run)
     _take_scheduler(run)
-    zero = _take_zero(document)
+    zero = _take_zero(run)
     document.warn_ignored()
-    return run.config, _zero3(run.config, zero, document) if zero is not None else None
-
-
-def resolve_dtype(zero3: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """``zero3`` for weights of ``dtype`` (``"bfloat16"``, ``"torch.float32"`` …): settles ``dtype: auto``.
-
-    Under ZeRO-3 it is ``bf16.enabled`` alone that decides what the weights become, whatever dtype `from_pretrained` is
-    asked for: false makes a bfloat16 checkpoint float32 (twice the memory), true rounds a float32 one. [measured with
-    DeepSpeed 0.19.8 and transformers 5.23]
-    """
-    return {**zero3, "bf16": {"enabled": dtype.removeprefix("torch.") == "bfloat16"}}
+    return run.config, _zero3(run.config, zero, document) if run.config.backbone.sharding != "none" else None
 
 
 def check_batch_size(config: RunConfig, world_size: int, *, source: str | dict[str, Any] | None = None) -> None:
@@ -261,10 +247,13 @@ class _Merge:
         self.original = config
         self.origin: dict[str, str] = {}  # RUN.yaml's key -> the JSON key that has set it
 
-    def set(self, json_key: str, value: Any, key: str, *, written: Any = None) -> None:
+    def set(
+        self, json_key: str, value: Any, key: str, *, written: Any = None, beside: dict[str, Any] | None = None
+    ) -> None:
         """Give the RUN.yaml key ``key`` (``section.name``) the JSON's ``value``; "auto" and null leave it alone.
 
-        ``written``: how the JSON says the value, if not in RUN.yaml's words.
+        ``written``: how the JSON says the value, if not in RUN.yaml's words. ``beside``: keys that are valid only
+        together with it, and their values.
         """
         if value is None or value == AUTO:
             return
@@ -273,7 +262,9 @@ class _Merge:
         if isinstance(value, bool):  # a number to Python and to pydantic
             self.document.refuse(json_key, f"has to be what {key} takes, got {shown}")
         raw = self.config.model_dump(exclude_unset=True)
-        raw.setdefault(section, {})[name] = value
+        for path, item in ((key, value), *(beside or {}).items()):
+            own_section, own_name = path.split(".")
+            raw.setdefault(own_section, {})[own_name] = item
         merged = parse_config(raw, source=f"{self.document.name}: {json_key}: {shown} sets {key}")
         new, old = getattr(getattr(merged, section), name), getattr(getattr(self.config, section), name)
         fixed = key in self.origin or self.in_run_file(key)
@@ -411,35 +402,47 @@ def _forbid_shadowed(run: _Merge, json_name: str, params: dict[str, Any], shadow
     )
 
 
-def _take_zero(document: _Document) -> dict[str, Any] | None:
-    """The checked ``zero_optimization`` section to hand on; None unless its stage is 3."""
+def _take_zero(run: _Merge) -> dict[str, Any]:
+    """The checked ``zero_optimization`` section to hand on, without what RUN.yaml's keys say now."""
+    document = run.document
     if document.values.get("zero_optimization") is False:  # DeepSpeed's old way to write stage 0
-        return None
+        document.values["zero_optimization"] = {"stage": 0}
     document.refuse_active(document.section("zero_optimization"), ZERO_REFUSED, prefix="zero_optimization.")
     section = document.section("zero_optimization", ZERO_KEYS | ZERO_REFUSED.keys())
     if not section:
-        return None
-    _check_stage(document, section.get("stage"))
+        return {}
+    stage = _check_stage(document, section.get("stage"))
     for key, value in section.items():
         _check_zero_value(document, f"zero_optimization.{key}", key, value)
+    _take_sharding(run, stage, section.get("zero_hpz_partition_size"))
     if "offload_param" in section:
-        section["offload_param"] = _offload_param(document)
+        section["offload_param"] = _take_offload(run)
     for key, reason in ZERO_IGNORED.items():
         if key in section and not _is_off(key, section[key]):
             document.ignored.append(f"zero_optimization.{key} ({reason})")
+    unused = {"stage", "zero_hpz_partition_size", *ZERO_REFUSED, *ZERO_IGNORED}
     # int(): DeepSpeed takes 5e8 for a size, but json gives a float.
-    return (
-        {
-            key: int(value) if key in ZERO_SIZES else value
-            for key, value in section.items()
-            if key not in ZERO_REFUSED and key not in ZERO_IGNORED and value is not None
-        }
-        if section["stage"] == 3
-        else None
-    )
+    return {
+        key: int(value) if key in ZERO_SIZES else value
+        for key, value in section.items()
+        if key not in unused and value is not None
+    }
 
 
-def _check_stage(document: _Document, stage: Any) -> None:
+def _take_sharding(run: _Merge, stage: int, group_size: Any) -> None:
+    """Stage 3 over all ranks, or (DeepSpeed's hpZ) with a whole copy in each group of ranks.
+
+    hpZ's other copy, over all ranks, is for updates, which a frozen backbone never gets.
+    """
+    sharding, size = run.config.backbone.sharding, group_size if isinstance(group_size, int | float) else None
+    if stage == 3 and (group_size == AUTO or (size is not None and size > 1)):
+        run.set("zero_optimization.zero_hpz_partition_size", "node", "backbone.sharding", written=group_size)
+        run.set("zero_optimization.zero_hpz_partition_size", size, "backbone.sharding_group_size")
+    elif not (stage == 3 and sharding == "node"):  # RUN.yaml may say more than the JSON's stage does
+        run.set("zero_optimization.stage", {3: "world", 0: "none"}[stage], "backbone.sharding", written=stage)
+
+
+def _check_stage(document: _Document, stage: Any) -> int:
     if stage is None:
         document.refuse("zero_optimization.stage", "is missing; give 3 to shard the backbone or 0 to replicate it")
     if stage in (1, 2) and not isinstance(stage, bool):
@@ -450,6 +453,7 @@ def _check_stage(document: _Document, stage: Any) -> None:
         )
     if isinstance(stage, bool) or stage not in (0, 3):
         document.refuse("zero_optimization.stage", f"has to be 3 or 0, got {stage!r}")
+    return int(stage)
 
 
 def _check_zero_value(document: _Document, path: str, key: str, value: Any) -> None:
@@ -465,14 +469,16 @@ def _check_zero_value(document: _Document, path: str, key: str, value: Any) -> N
             document.refuse(path, f"has to be {wanted}, got {value!r}")
 
 
-def _offload_param(document: _Document) -> dict[str, Any]:
-    path = "zero_optimization.offload_param"
+def _take_offload(run: _Merge) -> dict[str, Any]:
+    """The checked section without device and path, which RUN.yaml's keys say now."""
+    path, document = "zero_optimization.offload_param", run.document
     section = document.section(path, OFFLOAD_PARAM_KEYS)
-    device = section.get("device", "none")
+    device = section.pop("device", "none")
+    folder = section.pop("nvme_path", None)
     if device not in ("none", "cpu", "nvme"):
         document.refuse(f"{path}.device", f"has to be 'cpu', 'nvme' or 'none', got {device!r}")
-    if device == "nvme" and not isinstance(section.get("nvme_path"), str):
-        document.refuse(f"{path}.nvme_path", "device 'nvme' needs the path of a folder on the NVMe disk")
+    if device == "nvme" and not isinstance(folder, str):
+        document.refuse(f"{path}.device", "'nvme' needs nvme_path, a folder on the NVMe disk")
     for key in ("buffer_count", "buffer_size", "max_in_cpu"):
         if key in section:
             if not _is_size(section[key]):
@@ -480,22 +486,32 @@ def _offload_param(document: _Document) -> dict[str, Any]:
             section[key] = int(section[key])
     if not isinstance(section.get("pin_memory", True), bool):
         document.refuse(f"{path}.pin_memory", f"has to be true or false, got {section['pin_memory']!r}")
+    beside = {"backbone.offload_folder": folder} if device == "nvme" else {}
+    run.set(f"{path}.device", device, "backbone.offload", beside=beside)
     return section
 
 
 def _zero3(config: RunConfig, zero: dict[str, Any], document: _Document) -> dict[str, Any]:
-    """The configuration for DeepSpeed: placement only, no optimizer, no schedule, no logging."""
+    """The configuration for DeepSpeed: placement only, no optimizer, no schedule, no logging, no casts."""
+    backbone = config.backbone
+    zero = {**zero, "stage": 3}
+    offload = zero.pop("offload_param", {})
+    if backbone.offload != "none":
+        place = {
+            "device": backbone.offload,
+            **({"nvme_path": backbone.offload_folder} if backbone.offload_folder else {}),
+        }
+        zero["offload_param"] = {"pin_memory": True, **offload, **place}
     zero3 = {
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": config.train.per_device_train_batch_size,
         "gradient_accumulation_steps": 1,  # ptd accumulates at the prompt
         "steps_per_print": NEVER,
         "wall_clock_breakdown": False,
-        "bf16": {"enabled": AUTO},
     }
     if aio := document.section("aio"):  # how NVMe offload reads; DeepSpeed checks it
         zero3["aio"] = aio
-    return zero3 if config.backbone.dtype == AUTO else resolve_dtype(zero3, config.backbone.dtype)
+    return zero3
 
 
 def _find(source: str) -> Path:
