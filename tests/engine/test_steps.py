@@ -160,26 +160,34 @@ def test_sum_over_nodes(two_nodes: dict[str, Any]) -> None:
     assert sums["collectives"] == [1, 3, 3]
 
 
-@pytest.mark.parametrize("encoder", ["direct", "mlp8", "mlp512"])
-def test_bytes_between_nodes_are_those_of_the_prompt(two_nodes: dict[str, Any], encoder: str) -> None:
-    """Prompt: between two nodes there and back. Counts: a ring over the four ranks, of whose links two cross."""
-    case = two_nodes[encoder]
-    sent, prompt, counts, embedding, norms = case["bytes"], P * WIDTH * 4, 4 * 8, P * EMBEDDING * 4, 4 * 4
+@pytest.mark.parametrize("case", ["direct", "mlp8", "mlp512", "node"])
+def test_bytes_between_nodes_are_those_of_the_prompt(two_nodes: dict[str, Any], case: str) -> None:
+    """Whatever the encoder's width, and with the backbone sharded inside each node.
+
+    Prompt: between two nodes there and back. Counts: a ring over the four ranks, of whose links two cross.
+    """
+    sent, prompt, counts, embedding, norms = two_nodes[case]["bytes"], P * WIDTH * 4, 4 * 8, P * EMBEDDING * 4, 4 * 4
     crossing_counts = 2 * 2 * 3 * counts // 4
     assert sent["network_bytes_between_nodes"] == 2 * prompt + crossing_counts
     assert sent["network"]["between_nodes"] == {"prompt": {"all_reduce": 2 * prompt + crossing_counts}}
     inside = sent["network"]["inside_nodes"]["prompt"]
     assert inside["reduce_scatter"] == inside["all_gather"] == 2 * prompt
-    of_encoder = 0 if encoder == "direct" else 2 * all_reduce_bytes(2, prompt, embedding, norms)
+    of_encoder = 2 * all_reduce_bytes(2, prompt, embedding, norms) if case.startswith("mlp") else 0
     assert inside["all_reduce"] == crossing_counts + of_encoder
-    assert_same_collectives(case, 4)
 
 
-def test_zero3_over_all_ranks_sends_half_of_the_backbone_between_two_nodes(two_nodes: dict[str, Any]) -> None:
-    """The ring over four ranks crosses twice."""
-    sent = two_nodes["zero3"]["bytes"]["network"]
-    assert sent["between_nodes"]["backbone"] == sent["inside_nodes"]["backbone"]
-    assert sent["inside_nodes"]["backbone"]["all_gather"] > 0
+def test_backbone_bytes_over_two_nodes(two_nodes: dict[str, Any], measured: dict[str, Any]) -> None:
+    """Over all ranks 3/4 of the weights pass each of four links, two of them between nodes; inside nodes 1/2 do."""
+    world, node = two_nodes["world"]["bytes"]["network"], two_nodes["node"]["bytes"]["network"]
+    assert world["between_nodes"]["backbone"] == world["inside_nodes"]["backbone"]
+    assert 3 * node["inside_nodes"]["backbone"]["all_gather"] == 4 * world["inside_nodes"]["backbone"]["all_gather"]
+    whole = 4 * 2 * measured["backbone_parameters"]
+    assert whole <= node["inside_nodes"]["backbone"]["all_gather"] <= 2 * whole
+
+
+@pytest.mark.parametrize("case", ["direct", "mlp512", "world", "node"])
+def test_the_meter_misses_no_collective_of_two_nodes(two_nodes: dict[str, Any], case: str) -> None:
+    assert_same_collectives(two_nodes[case], 4)
 
 
 def test_shard_groups(two_nodes: dict[str, Any]) -> None:

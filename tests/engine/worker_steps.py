@@ -303,15 +303,15 @@ def network_case(
     records: list[dict[str, Any]] = []
     loop = make_loop(prepared, step, batches, ranks, records.append)
     with metered_deepspeed(step.meter) if placement == "zero3" else nullcontext():
-        loop.run(0, 1)  # ZeRO-3 traces the order of the layers in its first step
+        loop.run(0, 3)  # ZeRO-3 traces the order of the layers first, and compares it over all ranks
         counted.clear()
         with CommDebugMode() as torchs_count:
-            loop.run(1, 2)
+            loop.run(3, 4)
     kinds: dict[str, int] = {}
     for _, kind, _ in counted:
         kinds[kind] = kinds.get(kind, 0) + 1
     return {
-        "bytes": {key: records[1][key] for key in records[1] if key.startswith("network")},
+        "bytes": {key: records[3][key] for key in records[3] if key.startswith("network")},
         "counted": kinds,
         "torch": {str(operation): count for operation, count in torchs_count.get_comm_counts().items()},
         "collectives": [list(entry) for entry in counted if entry[0] == "prompt"],
@@ -435,17 +435,17 @@ def checkpoint_case(prepared: Prepared, batches: Batches, writers: Ranks, reader
 # ---- all of them
 
 
-def zero3_settings(folder: str) -> dict[str, Any]:
+def sharded(folder: str, ranks: Ranks, sharding: str) -> Prepared:
     raw = {
-        "backbone": {"path": folder, "dtype": "float32"},
+        "backbone": {"path": folder, "dtype": "float32", "sharding": sharding},
         "method": {"name": "prefix"},
         "data": {},
         # A threshold of 0: this backbone is so small that DeepSpeed would not shard any of it by itself.
         "deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
     }
-    zero3 = apply_deepspeed(parse_config(raw))[1]
+    config, zero3 = apply_deepspeed(parse_config(raw))
     assert zero3 is not None
-    return zero3
+    return prepare(config.backbone, ranks, zero3)
 
 
 def main(folder: str, results_file: str) -> None:
@@ -456,7 +456,7 @@ def main(folder: str, results_file: str) -> None:
     ).backbone
     prepared = {
         "replicated": prepare(backbone, ranks),
-        "zero3": prepare(backbone, ranks, zero3_settings(folder)),
+        "zero3": sharded(folder, ranks, "world"),
     }
     plain = prepared["replicated"]
     results: dict[str, Any] = {}
@@ -516,7 +516,9 @@ def main(folder: str, results_file: str) -> None:
             hidden = 0 if name == "direct" else int(name[3:])
             encoder = make_encoder(plain, name, hidden=hidden)
             results[f"nodes/{name}"] = network_case(plain, batches, nodes, encoder, "replicated")
-        results["nodes/zero3"] = network_case(prepared["zero3"], batches, nodes, variants["direct"][0], "zero3")
+        direct = variants["direct"][0]
+        results["nodes/world"] = network_case(prepared["zero3"], batches, nodes, direct, "zero3")
+        results["nodes/node"] = network_case(sharded(folder, nodes, "node"), batches, nodes, direct, "zero3")
         results["nodes/sums"] = sum_over_nodes_case(ranks, nodes)
         results["nodes/shard_groups"] = shard_groups_case(nodes)
         results["checkpoint/nodes_to_flat"] = checkpoint_case(plain, batches, nodes, ranks)
