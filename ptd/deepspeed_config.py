@@ -77,6 +77,13 @@ ZERO_IGNORED = {
     "compute_grad_norm": "the frozen backbone has no weight gradients",
     "elastic_checkpoint": "ptd writes its own checkpoints",
 }
+FP16_IGNORED = {
+    "auto_cast": "the backbone's inputs are token numbers",
+    "hysteresis": "the loss scale falls with every overflow",
+    "consecutive_hysteresis": "the loss scale falls with every overflow",
+    "min_loss_scale": "the loss scale falls to 1 if it has to",
+    "fp16_master_weights_and_grads": "the frozen backbone has no weight gradients",
+}
 _GONE = "DeepSpeed itself has removed it; remove it here too"
 REFUSED = {
     "amp": f"{_GONE} and set backbone.dtype",
@@ -107,7 +114,7 @@ ZERO_REFUSED = {
     "mics_hierarchical_params_gather": _GONE,
     "mics_shard_size": _GONE,
     "zenflow": "it overlaps optimizer steps of the backbone, which has none; remove it",
-    "zero_quantized_nontrainable_weights": "it works on CUDA in fp16 only, which ptd does not train in; remove it",
+    "zero_quantized_nontrainable_weights": "it works in fp16 on CUDA only and rounds the weights; remove it",
     "zero_quantized_weights": "it would run the backbone with weights rounded to int8 at every gather; remove it",
     "zeropp_loco_param": _GONE,
 }
@@ -116,6 +123,8 @@ NEUTRAL: dict[str, Any] = {
     "compute_grad_norm": True,
     "gradient_allreduce_op": "mean",
     "gradient_predivide_factor": 1,
+    "hysteresis": 1,
+    "min_loss_scale": 1,
     "sequence_parallel_size": 1,
     "zero_hpz_partition_size": 1,
 }
@@ -297,15 +306,38 @@ def _take_batch(run: _Merge) -> None:
 
 
 def _take_dtype(run: _Merge) -> None:
-    if _flag(run.document, "fp16", FP16_KEYS):
+    half = _flag(run.document, "fp16", FP16_KEYS)
+    if half:
+        run.set("fp16.enabled", "float16", "backbone.dtype", written=True)
+    elif half is False and run.config.backbone.dtype == "float16":
         run.document.refuse(
             "fp16.enabled",
-            "true is not supported: gradients at the prompt would need loss scaling; use bf16, which needs none",
+            "is false, but RUN.yaml sets backbone.dtype to 'float16'; say true or 'auto'",
         )
     for name in ("bf16", "bfloat16"):  # the second is DeepSpeed's older spelling
         enabled = _flag(run.document, name, BF16_KEYS)
-        if enabled is not None:
-            run.set(f"{name}.enabled", "bfloat16" if enabled else "float32", "backbone.dtype", written=enabled)
+        if half and enabled:
+            run.document.refuse(f"{name}.enabled", "is true, and so is fp16.enabled; the backbone has one dtype")
+        if enabled is None or (not enabled and run.config.backbone.dtype == "float16"):
+            continue
+        run.set(f"{name}.enabled", "bfloat16" if enabled else "float32", "backbone.dtype", written=enabled)
+    if half is not False and run.config.backbone.dtype in (AUTO, "float16"):
+        _take_loss_scale(run)
+
+
+def _take_loss_scale(run: _Merge) -> None:
+    document, section = run.document, run.document.section("fp16")
+    if not _is_off("loss_scale", section.get("loss_scale")):
+        document.refuse(
+            "fp16.loss_scale",
+            f"{section['loss_scale']!r} is not supported: the scale falls when gradients overflow and rises again; "
+            "give 0, and where it starts as fp16.initial_scale_power",
+        )
+    for key in ("initial_scale_power", "loss_scale_window"):
+        run.set(f"fp16.{key}", section.get(key), f"train.{key}")
+    for key, reason in FP16_IGNORED.items():
+        if not _is_off(key, section.get(key)):
+            document.ignored.append(f"fp16.{key} ({reason})")
 
 
 def _flag(document: _Document, name: str, known: Iterable[str]) -> bool | None:
@@ -473,9 +505,9 @@ def _take_offload(run: _Merge) -> dict[str, Any]:
     """The checked section without device and path, which RUN.yaml's keys say now."""
     path, document = "zero_optimization.offload_param", run.document
     section = document.section(path, OFFLOAD_PARAM_KEYS)
-    device = section.pop("device", "none")
+    device = section.pop("device", None)
     folder = section.pop("nvme_path", None)
-    if device not in ("none", "cpu", "nvme"):
+    if device not in (None, "none", "cpu", "nvme"):
         document.refuse(f"{path}.device", f"has to be 'cpu', 'nvme' or 'none', got {device!r}")
     if device == "nvme" and not isinstance(folder, str):
         document.refuse(f"{path}.device", "'nvme' needs nvme_path, a folder on the NVMe disk")

@@ -105,6 +105,11 @@ HONOURED = [
     ({"bf16": {"enabled": True}}, "backbone.dtype", "bfloat16"),
     ({"bf16": {"enabled": False}}, "backbone.dtype", "float32"),
     ({"bfloat16": {"enabled": True}}, "backbone.dtype", "bfloat16"),
+    ({"fp16": {"enabled": True}}, "backbone.dtype", "float16"),
+    ({"fp16": {"enabled": True}, "bf16": {"enabled": False}}, "backbone.dtype", "float16"),
+    ({"fp16": {"enabled": False}, "bf16": {"enabled": False}}, "backbone.dtype", "float32"),
+    ({"fp16": {"enabled": True, "initial_scale_power": 12}}, "train.initial_scale_power", 12),
+    ({"fp16": {"enabled": "auto", "loss_scale_window": 1000}}, "train.loss_scale_window", 1000),
     ({"optimizer": {"type": "AdamW", "params": {"lr": 3e-3}}}, "train.learning_rate", 3e-3),
     ({"optimizer": {"type": "Adam", "params": {"betas": [0.8, 0.9]}}}, "train.adam_beta1", 0.8),
     ({"optimizer": {"type": "DeepSpeedCPUAdam", "params": {"betas": [0.8, 0.9]}}}, "train.adam_beta2", 0.9),
@@ -205,6 +210,46 @@ def test_dtype_contradiction() -> None:
     assert apply_deepspeed(run({"bf16": {"enabled": True}}, dtype="auto"))[0].backbone.dtype == "bfloat16"
 
 
+def test_float16_of_the_run_file() -> None:
+    """bf16 off does not contradict it, fp16 off does."""
+    for section in ({"bf16": {"enabled": False}}, {"fp16": {"enabled": "auto"}, "bf16": {"enabled": False}}):
+        assert apply_deepspeed(run(section, dtype="float16"))[0].backbone.dtype == "float16"
+    for section, said in (
+        ({"fp16": {"enabled": False}}, r"fp16.enabled: is false.* backbone.dtype to 'float16'"),
+        ({"bf16": {"enabled": True}}, r"bf16.enabled: is true.* backbone.dtype to 'float16'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            apply_deepspeed(run(section, dtype="float16"))
+
+
+# As Hugging Face's documentation has it.
+LOSS_SCALING = {
+    "loss_scale": 0,
+    "loss_scale_window": 1000,
+    "initial_scale_power": 16,
+    "hysteresis": 2,
+    "min_loss_scale": 1,
+}
+
+
+def test_how_the_loss_scale_falls_is_ignored_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match=r"ignored: fp16.hysteresis \(the loss scale falls with every overflow\)$"):
+        config = applied({"fp16": {"enabled": True, **LOSS_SCALING}})
+    assert (config.train.loss_scale_window, config.train.initial_scale_power) == (1000, 16)
+
+
+def test_loss_scaling_that_is_off_means_nothing() -> None:
+    assert applied({"fp16": {"enabled": False, "loss_scale": 128, "loss_scale_window": 7}}).train == run().train
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_loss_scaling_means_nothing_in_another_dtype(dtype: str) -> None:
+    config = apply_deepspeed(run({"fp16": {"enabled": "auto", **LOSS_SCALING}}, dtype=dtype))[0]
+    assert config.train == run().train
+    with pytest.raises(UserError, match=f"train.loss_scale_window: has no effect with backbone.dtype {dtype}"):
+        run(dtype=dtype, loss_scale_window=1000)
+
+
 def test_two_keys_of_the_json_may_not_contradict_each_other() -> None:
     section = {
         "optimizer": {"params": {"lr": 0.1}},
@@ -248,7 +293,12 @@ REFUSED = [
     ({"zero_optimization": {"stage": 3, "offload_param": {"devise": 1}}}, "offload_param.devise", "param.device?"),
     ({"zero_optimization": {"stage": 3, "stage3_prefetch_bucket": 1}}, "prefetch_bucket", "prefetch_bucket_size?"),
     ({"zero_optimization": {"stage": 3, 3: 1}}, "zero_optimization.3", "unknown key"),
-    ({"fp16": {"enabled": True}}, "fp16.enabled", "use bf16"),
+    ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "bf16.enabled", "one dtype"),
+    ({"fp16": {"enabled": "yes"}}, "fp16.enabled", "true, false or 'auto'"),
+    ({"fp16": {"enabled": True, "loss_scale": 128}}, "fp16.loss_scale", "give 0"),
+    ({"fp16": {"enabled": True, "initial_scale_power": -1}}, "fp16.initial_scale_power", "greater than or equal to 0"),
+    ({"fp16": {"enabled": True, "loss_scale_window": True}}, "fp16.loss_scale_window", "got true"),
+    ({"fp16": {"scale_window": 1}}, "fp16.scale_window", "fp16.loss_scale_window?"),
     ({"bf16": {"enabled": "yes"}}, "bf16.enabled", "true, false or 'auto'"),
     ({"bf16": True}, "bf16", "has to be an object"),
     ({"bf16": {"enable": True}}, "bf16.enable", "bf16.enabled?"),

@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptd.backbone.quantize import keep_differentiable, quantization_of
 from ptd.config import BackboneConfig
-from ptd.types import Architecture, Output, UserError
+from ptd.types import DTYPES, Architecture, Output, UserError
 
 _CLASSES: dict[str, tuple[Any, Any]] = {
     "causal_lm": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
@@ -34,7 +34,6 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
     "seq2seq_lm": (AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
     "body": (AutoModel, MODEL_MAPPING),
 }
-DTYPES: dict[str, torch.dtype | str] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def architecture_of(config: BackboneConfig) -> Architecture:
@@ -87,7 +86,7 @@ def load_model(
             config.path,
             config=model_config,
             revision=config.revision,
-            dtype=DTYPES[config.dtype],
+            dtype=DTYPES.get(config.dtype, config.dtype),
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
             **options,

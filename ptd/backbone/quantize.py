@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from ptd.config import BackboneConfig
-from ptd.types import UserError
+from ptd.types import DTYPES, UserError
 
 T = TypeVar("T", bound=nn.Module)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def quantization_of(config: BackboneConfig, model_config: Any, *, sharded: bool = False) -> BitsAndBytesConfig | None:
     """What ``from_pretrained`` is to be told; None for weights as they are (a quantised checkpoint stays what it is).
 
     ``int8``: LLM.int8() (Dettmers et al. 2022); ``nf4``: 4-bit NormalFloat with double quantisation (QLoRA, Dettmers et
-    al. 2023), multiplied in the backbone's dtype. Raises `UserError` without bitsandbytes, or for a checkpoint that is quantised already.
+    al. 2023), multiplied in the backbone's dtype. Raises `UserError` without bitsandbytes, for a checkpoint that is
+    quantised already, and for one that is in a form that cannot be ``sharded``.
     """
     saved = getattr(model_config, "quantization_config", None)
     if saved is not None and sharded and not _is_4bit(saved):

@@ -30,6 +30,9 @@ Group = dist.ProcessGroup | None
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers as wide as an element, to sum its bits."""
 
+PIECE = {"cpu": 2**16, "cuda": 2**24}
+"""Numbers summed at once: torch widens them first, and larger temporaries leave holes in a CPU's heap."""
+
 
 @dataclass(frozen=True)
 class _Weight:
@@ -158,7 +161,9 @@ def checksum(values: Tensor) -> int:
     """Sum of the elements' bits, each as a signed integer of its width, modulo 2**64; of any dtype."""
     if not values.numel():
         return 0
-    return int(values.view(BITS[values.element_size()]).sum(dtype=torch.int64))
+    bits = values.view(BITS[values.element_size()])
+    pieces = bits.split(PIECE[values.device.type])
+    return int(torch.stack([piece.sum(dtype=torch.int64) for piece in pieces]).sum())
 
 
 def make_ready() -> None:

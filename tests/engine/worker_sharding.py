@@ -142,7 +142,9 @@ def measure(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     except UserError as error:
         return {"refused": str(error)}
     plain = {key: value for key, value in case["backbone"].items() if not key.startswith(("sharding", "offload"))}
-    whole = prepare(parse_config({"backbone": plain, "method": {"name": "prefix"}, "data": {}}).backbone, ALONE, output=output)
+    whole = prepare(
+        parse_config({"backbone": plain, "method": {"name": "prefix"}, "data": {}}).backbone, ALONE, output=output
+    )
     ids = torch.randint(5, 200, (2, TOKENS), generator=torch.Generator().manual_seed(ranks.rank))
     results: dict[str, Any] = {"fingerprints": [parted.fingerprint, whole.fingerprint]}
     if zero3 is not None:
@@ -163,7 +165,9 @@ def measure(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+    return one.dtype == other.dtype and torch.equal(
+        one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)
+    )
 
 
 def main(cases_file: str, results_file: str) -> None:
