@@ -111,10 +111,9 @@ class Ranks:
         if sharding != "node" or size == self.world_size:
             return None
         if self.world_size % size:
-            key = "sharding" if group_size is None else "sharding_group_size"
             raise UserError(
-                f"backbone.{key}: {self.world_size} ranks are not groups of {size}, each with a copy of the backbone; "
-                f"set backbone.sharding_group_size to a divisor of {self.world_size}, or backbone.sharding: world"
+                f"backbone.sharding_group_size: {self.world_size} ranks do not divide into groups of {size}; "
+                "give a size that divides them, or set backbone.sharding: world"
             )
         return self._consecutive(size)
 

@@ -195,7 +195,7 @@ def test_shard_groups(two_nodes: dict[str, Any]) -> None:
     expected = [[None, [rank // 2 * 2, rank // 2 * 2 + 1], [rank], None] for rank in range(4)]
     assert groups["members"] == [[*those, those[1]] for those in expected]
     assert groups["made_once"]
-    assert "backbone.sharding_group_size: 4 ranks are not groups of 3" in groups["refusal"]
+    assert "backbone.sharding_group_size: 4 ranks do not divide into groups of 3" in groups["refusal"]
 
 
 @pytest.mark.parametrize("case", ["direct/nan", "direct/inf", "mlp/nan", "mlp/gradient"])
