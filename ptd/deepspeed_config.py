@@ -266,23 +266,24 @@ class _Merge:
         """
         if value is None or value == AUTO:
             return
-        section, name = key.split(".")
         shown = json.dumps(value if written is None else written, default=repr)
         if isinstance(value, bool):  # a number to Python and to pydantic
             self.document.refuse(json_key, f"has to be what {key} takes, got {shown}")
+        values = {key: value, **(beside or {})}
         raw = self.config.model_dump(exclude_unset=True)
-        for path, item in ((key, value), *(beside or {}).items()):
-            own_section, own_name = path.split(".")
-            raw.setdefault(own_section, {})[own_name] = item
+        for path, item in values.items():
+            section, name = path.split(".")
+            raw.setdefault(section, {})[name] = item
         merged = parse_config(raw, source=f"{self.document.name}: {json_key}: {shown} sets {key}")
-        new, old = getattr(getattr(merged, section), name), getattr(getattr(self.config, section), name)
-        fixed = key in self.origin or self.in_run_file(key)
-        if fixed and new != old:
-            where = f"{self.origin[key]} is" if key in self.origin else f"RUN.yaml sets {key} to"
-            self.document.refuse(
-                json_key, f"is {shown}, but {where} {old!r}; give both the same value, or set {json_key} to 'auto'"
-            )
-        self.origin.setdefault(key, json_key)
+        for path in values:
+            new, old = value_at(merged, path), value_at(self.config, path)
+            fixed = path in self.origin or self.in_run_file(path)
+            if fixed and new != old:
+                where = f"{self.origin[path]} is" if path in self.origin else f"RUN.yaml sets {path} to"
+                self.document.refuse(
+                    json_key, f"is {shown}, but {where} {old!r}; give both the same value, or set {json_key} to 'auto'"
+                )
+            self.origin.setdefault(path, json_key)
         self.config = merged
 
     def in_run_file(self, key: str) -> bool:
@@ -290,6 +291,12 @@ class _Merge:
         section, name = key.split(".")
         values = getattr(self.original, section)
         return name in values.model_fields_set and getattr(values, name) not in (None, AUTO)
+
+
+def value_at(config: RunConfig, path: str) -> Any:
+    """The value of the key ``section.name``."""
+    section, name = path.split(".")
+    return getattr(getattr(config, section), name)
 
 
 def _take_batch(run: _Merge) -> None:
@@ -446,7 +453,7 @@ def _take_zero(run: _Merge) -> dict[str, Any]:
     stage = _check_stage(document, section.get("stage"))
     for key, value in section.items():
         _check_zero_value(document, f"zero_optimization.{key}", key, value)
-    _take_sharding(run, stage, section.get("zero_hpz_partition_size"))
+    _take_sharding(run, stage, document.values["zero_optimization"].get("zero_hpz_partition_size"))
     if "offload_param" in section:
         section["offload_param"] = _take_offload(run)
     for key, reason in ZERO_IGNORED.items():

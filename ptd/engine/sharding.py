@@ -7,6 +7,7 @@ rank ever holds more than its shard and one weight. What was kept is proved by c
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import sys
@@ -59,6 +60,9 @@ class Shards:
 
     def __init__(self, zero3: dict[str, Any], group: Group = None, *, dtype: torch.dtype = torch.float32) -> None:
         make_ready()
+        if not torch.cuda.is_available():  # pinning is for copies to a GPU; elsewhere DeepSpeed compiles an op for it
+            zero3 = copy.deepcopy(zero3)
+            zero3["zero_optimization"].get("offload_param", {})["pin_memory"] = False
         self.zero3, self.group = zero3, group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         # The dtype matters to the buffers of NVMe offload alone. Given a module (here an empty one), it also puts in

@@ -13,7 +13,6 @@ import pytest
 from families import save_backbone, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
-pytest.importorskip("bitsandbytes", reason="the extra `quant` is not installed")
 WORKER = Path(__file__).with_name("worker_sharding.py")
 TOLERANCE = 1e-5
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}  # 4-bit blocks have 64 numbers
