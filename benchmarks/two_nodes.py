@@ -230,9 +230,8 @@ def report(work: Path, output: Path, systems: list[str]) -> None:
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({**evidence, "steps": STEPS, "results": results}, indent=2) + "\n", encoding="utf-8")
-    print(
-        "| system | link | seconds a step | MB a step on the wire | MB a step in metrics.jsonl (wire against it) |\n|---|---|---|---|---|"
-    )
+    print("| system | link | seconds a step | MB a step on the wire | in metrics.jsonl (wire against it) |")
+    print("|---|---|---|---|---|")
     for row in results:
         counted = row.get("network_bytes_between_nodes")
         said = f"{counted / 1e6:.2f} ({row['wire_bytes'] / counted - 1:+.1%})" if counted else "–"
