@@ -124,7 +124,7 @@ class Ptd:
         trained = Trained(encoder, LanguageModel())
         optimizer = build_optimizer(trained, learning_rate=1e-3, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.01)
         ranks = Ranks(0, 1, 1, CPU)
-        self.prompt_step = PromptStep(trained, optimizer, ranks, NetworkMeter(1), max_grad_norm=1.0)
+        self.prompt_step = PromptStep(trained, optimizer, ranks, NetworkMeter(ranks), max_grad_norm=1.0)
 
     def loss(self, step: int) -> Tensor:
         self.attachment.set(self.prompt_step.encode())

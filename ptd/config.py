@@ -75,7 +75,7 @@ class BackboneConfig(Section):
         description="backend of prefix_attention: auto, merge, triton, reference, or merge with a library by name",
     )
     allow_pickle: bool = Field(
-        False, description="also read weights from .bin files, which are pickles (tensors only); default: safetensors only"
+        False, description="also read weights from .bin files, which are pickles (as tensors only)"
     )
     trust_remote_code: bool = Field(False, description="run model code that comes with the checkpoint")
 

@@ -318,7 +318,7 @@ def _build_step(config: RunConfig, trained: Trained, ranks: Ranks, dtype: torch.
     scale = None
     if dtype is torch.float16:
         scale = LossScale(config.train.initial_scale_power, config.train.loss_scale_window)
-    return PromptStep(trained, optimizer, ranks, NetworkMeter(ranks.world_size), config.train.max_grad_norm, scale)
+    return PromptStep(trained, optimizer, ranks, NetworkMeter(ranks), config.train.max_grad_norm, scale)
 
 
 def _batches(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import get_scheduler
 from ptd.config import TrainConfig
 from ptd.data import Batches, prefetch
 from ptd.engine.evaluation import HeldOut, evaluate
+from ptd.engine.meter import summary
 from ptd.engine.prompt_step import PromptStep, StepResult
 from ptd.engine.ranks import Ranks
 from ptd.engine.setup import Prepared
@@ -62,7 +63,7 @@ class Loop:
             skipped = self._count_skipped(number, skipped, result)
             line = None
             if number % self.config.logging_steps == 0 or number == stop:
-                record = window.record(number, rate(index), result)
+                record = window.record(number, rate(index), result, self.ranks)
                 self.on_record(record)
                 line = f"loss {result.loss:.4f}  lr {rate(index):.2e}  {record['tokens_per_second']:.0f} tokens/s"
                 window = Window()
@@ -94,6 +95,7 @@ class Loop:
             return
         self.prepared.attachment.set(self.step.state())
         metrics = evaluate(self.held_out, self.prepared, self.step.readout, self.ranks, self.reporter)
+        self.step.meter.take()  # what an evaluation gathers is no step's
         shown = {key: value for key, value in metrics.items() if isinstance(value, float)}
         line = "eval " + "  ".join(f"{key} {value:.4f}" for key, value in shown.items())
         self.reporter.advance("train", number, line) if number else self.reporter.note(line)
@@ -124,20 +126,21 @@ class Window:
     def __init__(self) -> None:
         self.steps = self.tokens = self.supervised = self.skipped = 0
         self.seconds = 0.0
-        self.network: Counter[str] = Counter()
+        self.network: defaultdict[tuple[str, str, str], float] = defaultdict(float)
 
-    def add(self, result: StepResult, seconds: float, network: dict[str, int]) -> None:
+    def add(self, result: StepResult, seconds: float, network: dict[tuple[str, str, str], float]) -> None:
         self.steps += 1
         self.seconds += seconds
         self.tokens += result.tokens
         self.supervised += result.supervised_tokens
         self.skipped += result.skipped
-        self.network.update(network)
+        for key, size in network.items():
+            self.network[key] += size
 
-    def record(self, number: int, learning_rate: float, last: StepResult) -> dict[str, Any]:
+    def record(self, number: int, learning_rate: float, last: StepResult, ranks: Ranks) -> dict[str, Any]:
         """``loss``, ``lr``, ``grad_norm`` and ``loss_scale`` are the last step's.
 
-        Tokens are sums over all ranks, seconds means a step, bytes what this rank sends a step.
+        Tokens are sums, seconds and bytes means a step; tokens and bytes count all ranks, which call this together.
         """
         return {
             "step": number,
@@ -149,9 +152,7 @@ class Window:
             "tokens_per_second": self.tokens / self.seconds,
             "step_seconds": self.seconds / self.steps,
             "peak_memory_bytes": peak_memory_bytes(),
-            "network_bytes": sum(self.network.values()) // self.steps,
-            "network_bytes_prompt": self.network["prompt"] // self.steps,
-            "network_bytes_backbone": self.network["backbone"] // self.steps,
+            **summary(ranks, self.network, self.steps),
             "skipped_steps": self.skipped,
             **({} if last.loss_scale is None else {"loss_scale": last.loss_scale}),
         }

@@ -1,12 +1,14 @@
 """Bytes on the network, counted from the collectives that really run.
 
-The convention is that of ring algorithms: what one rank sends. For a buffer of b bytes over n ranks an all-reduce sends
-2(n−1)/n·b, an all-gather or reduce-scatter of a full buffer of b bytes (n−1)/n·b, a broadcast b from its source.
+The convention is that of ring algorithms over a group's ranks in order: every rank sends to the next one, and what it
+sends crosses between nodes if that one is on another. For a buffer of b bytes over n ranks each sends 2(n−1)/n·b in
+an all-reduce and (n−1)/n·b in an all-gather or reduce-scatter whose full buffer is b; a broadcast sends b along the
+ring, from its source to the rank before it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,51 +20,73 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ptd.engine.ranks import Ranks
+
 _C10D: Any = torch._C._distributed_c10d
+PLACES = ("inside_nodes", "between_nodes")
+SOURCES = ("prompt", "backbone")
 FACTORS: dict[str, Callable[[int], float]] = {
     "all_reduce": lambda n: 2 * (n - 1) / n,
     "all_gather": lambda n: (n - 1) / n,
     "reduce_scatter": lambda n: (n - 1) / n,
     "broadcast": lambda n: 1.0,
 }
-_KINDS = {
-    "allreduce_": "all_reduce",
-    "all_reduce": "all_reduce",
-    "all_reduce_": "all_reduce",
-    "_allgather_base_": "all_gather",
-    "allgather_": "all_gather",
-    "all_gather_into_tensor": "all_gather",
-    "_reduce_scatter_base_": "reduce_scatter",
-    "reduce_scatter_tensor": "reduce_scatter",
-    "broadcast_": "broadcast",
+KEYS = [(place, source, kind) for place in PLACES for source in SOURCES for kind in FACTORS]
+"""What bytes are counted by: place, source and collective."""
+
+# Operation -> its collective and which of its arguments holds the full buffer, or all of its parts.
+_OPERATIONS = {
+    "allreduce_": ("all_reduce", 0),
+    "all_reduce": ("all_reduce", 0),
+    "all_reduce_": ("all_reduce", 0),
+    "_allgather_base_": ("all_gather", 0),
+    "allgather_": ("all_gather", 0),
+    "all_gather_into_tensor": ("all_gather", 0),  # functional: a shard, and the number of shards behind it
+    "_reduce_scatter_base_": ("reduce_scatter", 1),
+    "reduce_scatter_tensor": ("reduce_scatter", 0),
+    "broadcast_": ("broadcast", 0),
 }
 _SILENT = {"wait_tensor", "barrier", "monitored_barrier_", "_wrap_tensor_autograd"}
 """Operations of the same namespaces that send nothing worth counting."""
+# DeepSpeed's -> its collective, its leading parameters, and which of them is the full buffer.
+_DEEPSPEED = {
+    "all_gather_into_tensor": ("all_gather", ("output_tensor", "input_tensor", "group"), "output_tensor"),
+    "all_gather": ("all_gather", ("tensor_list", "tensor", "group"), "tensor_list"),
+    "all_reduce": ("all_reduce", ("tensor", "op", "group"), "tensor"),
+    "broadcast": ("broadcast", ("tensor", "src", "group"), "tensor"),
+    "reduce_scatter_tensor": ("reduce_scatter", ("output_tensor", "input_tensor", "op", "group"), "input_tensor"),
+}
 
 
 def _bytes(tensors: Any) -> int:
-    return max((t.numel() * t.element_size() for t in tree_leaves(tensors) if isinstance(t, Tensor)), default=0)
+    return sum(tensor.nbytes for tensor in tree_leaves(tensors) if isinstance(tensor, Tensor))
 
 
 class NetworkMeter(TorchDispatchMode):
-    """Counts collectives while it is active (a context manager) into ``sent``: bytes by ``(source, collective)``."""
+    """Counts collectives while it is active (a context manager) into ``sent``: this rank's bytes by `KEYS`.
 
-    def __init__(self, world_size: int) -> None:
+    What runs inside it counts as ``prompt``, what `metered_deepspeed` sees as ``backbone``.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
         super().__init__()
-        self.world_size = world_size
-        self.sent: Counter[tuple[str, str]] = Counter()
+        self.ranks = ranks
+        self.sent: defaultdict[tuple[str, str, str], float] = defaultdict(float)
 
-    def add(self, source: str, kind: str, size: int, group_size: int) -> None:
-        if group_size > 1:
-            self.sent[source, kind] += round(FACTORS[kind](group_size) * size)
+    def add(self, source: str, kind: str, size: int, members: list[int], root: int = 0) -> None:
+        """Count a collective of ``size`` bytes over ``members``, ranks in the group's order (``root``: an index)."""
+        own = members.index(self.ranks.rank)
+        following = (own + 1) % len(members)
+        if len(members) == 1 or (kind == "broadcast" and following == root):
+            return
+        apart = self.ranks.node_of(members[following]) != self.ranks.node_of(self.ranks.rank)
+        self.sent[PLACES[apart], source, kind] += FACTORS[kind](len(members)) * size
 
-    def take(self) -> dict[str, int]:
-        """Bytes by source (``prompt``, ``backbone``) since the last call."""
-        total: Counter[str] = Counter()
-        for (source, _), size in self.sent.items():
-            total[source] += size
+    def take(self) -> dict[tuple[str, str, str], float]:
+        """This rank's bytes since the last call."""
+        taken = dict(self.sent)
         self.sent.clear()
-        return dict(total)
+        return taken
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:  # a mode comes before a subclass: let DTensor unfold into the collectives it needs first
@@ -70,21 +94,37 @@ class NetworkMeter(TorchDispatchMode):
         if func.namespace in ("c10d", "_c10d_functional"):
             name = func._schema.name.split("::")[1]
             if name not in _SILENT:
-                self.add("prompt", _KINDS[name], self._payload(name, args), self._group_size(args))
+                kind, buffer = _OPERATIONS[name]
+                size = _bytes(args[buffer]) * (int(args[1]) if name == "all_gather_into_tensor" else 1)
+                self.add("prompt", kind, size, _members(args), int(args[2]) if kind == "broadcast" else 0)
         return func(*args, **(kwargs or {}))
 
-    def _payload(self, name: str, args: Any) -> int:
-        if name == "all_gather_into_tensor":  # functional: its argument is the shard
-            return _bytes(args[0]) * int(args[1])
-        return _bytes(args[:2])
 
-    def _group_size(self, args: Any) -> int:
-        for value in args:
-            if isinstance(value, str) and value not in ("sum", "avg", "min", "max"):
-                return int(_C10D._resolve_process_group(value).size())
-            if isinstance(value, torch.ScriptObject) and "ProcessGroup" in str(value._type()):
-                return int(dist.ProcessGroup.unbox(value).size())
-        return self.world_size
+def _members(args: Any) -> list[int]:
+    """The ranks of the group among an operation's arguments."""
+    group = None
+    for value in args:
+        if isinstance(value, str) and value not in ("sum", "avg", "min", "max"):
+            group = _C10D._resolve_process_group(value)
+        elif isinstance(value, torch.ScriptObject) and "ProcessGroup" in str(value._type()):
+            group = dist.ProcessGroup.unbox(value)
+    return dist.get_process_group_ranks(group)
+
+
+def summary(ranks: Ranks, sent: dict[tuple[str, str, str], float], steps: int) -> dict[str, Any]:
+    """What all ranks sent, as means over ``steps``: the fields of a record. Every rank calls this together."""
+    own = torch.tensor([sent.get(key, 0.0) for key in KEYS], dtype=torch.float64, device=ranks.device)
+    bytes_of = {key: round(total / steps) for key, total in zip(KEYS, ranks.all_reduce(own).tolist(), strict=True)}
+    nested: dict[str, Any] = {}
+    for (place, source, kind), size in bytes_of.items():
+        if size:
+            nested.setdefault(place, {}).setdefault(source, {})[kind] = size
+    return {
+        "network_bytes": sum(bytes_of.values()),
+        **{f"network_bytes_{name}": sum(size for key, size in bytes_of.items() if name in key) for name in SOURCES},
+        "network_bytes_between_nodes": sum(size for key, size in bytes_of.items() if "between_nodes" in key),
+        "network": nested,
+    }
 
 
 @contextmanager
@@ -96,26 +136,23 @@ def metered_deepspeed(meter: NetworkMeter) -> Iterator[None]:
     if backend is None:
         yield
         return
-    watched = {
-        "all_gather_into_tensor": "all_gather",
-        "all_gather": "all_gather",
-        "all_reduce": "all_reduce",
-        "broadcast": "broadcast",
-        "reduce_scatter_tensor": "reduce_scatter",
-    }
 
-    def counting(call: Callable[..., Any], kind: str) -> Callable[..., Any]:
+    def counting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        kind, parameters, buffer = _DEEPSPEED[name]
+
         def counted(*args: Any, **kwargs: Any) -> Any:
-            group = kwargs.get("group")
-            meter.add("backbone", kind, _bytes((args, kwargs)), dist.get_world_size(group))
+            given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+            members = dist.get_process_group_ranks(given.get("group"))
+            root = members.index(given["src"]) if kind == "broadcast" else 0
+            meter.add("backbone", kind, _bytes(given[buffer]), members, root)
             return call(*args, **kwargs)
 
         return counted
 
-    for name, kind in watched.items():
-        setattr(backend, name, counting(getattr(backend, name), kind))
+    for name in _DEEPSPEED:
+        setattr(backend, name, counting(name, getattr(backend, name)))
     try:
         yield
     finally:
-        for name in watched:
+        for name in _DEEPSPEED:
             delattr(backend, name)

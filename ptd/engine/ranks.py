@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
 from typing import Any, TypeVar, cast
@@ -13,19 +14,27 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.functional import pad
 
 from ptd.types import PromptEncoder, UserError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 """After this long without the others a collective fails instead of waiting for ever."""
+SMALL = 1024
+"""Bytes up to which a sum over nodes is one call: three would wait longer than the bytes they save take."""
+
+# Renamed in torch 2.13; the older names warn there.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all processes of the run."""
+    """This process among all processes of the run. Rank r is on node ``r // local_world_size``."""
 
     rank: int
     world_size: int
@@ -33,6 +42,7 @@ class Ranks:
     device: torch.device
     joined: bool = False
     """Whether it was these ranks that joined the process group, and are to leave it."""
+    _groups: dict[int, ProcessGroup] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -59,6 +69,11 @@ class Ranks:
             if world_size == 1:
                 _describe_single_process()
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        if world_size > 1:
+            # Where nodes have different numbers of ranks all agree on what divides each of them.
+            sizes: list[Any] = [None] * world_size
+            dist.all_gather_object(sizes, local_world_size)
+            local_world_size = math.gcd(*sizes)
         return cls(rank, world_size, local_world_size, device, joins)
 
     @staticmethod
@@ -73,14 +88,50 @@ class Ranks:
         if self.joined and dist.is_initialized():
             dist.destroy_process_group()
 
+    @property
+    def nodes(self) -> int:
+        """Nodes with ``local_world_size`` ranks each; 1 if the world is not made of such: then it is one."""
+        nodes, uneven = divmod(self.world_size, self.local_world_size)
+        return 1 if uneven else nodes
+
+    def node_of(self, rank: int) -> int:
+        return rank // self.local_world_size
+
     @cached_property
     def mesh(self) -> DeviceMesh:
         """The ranks of this node: the mesh a wide encoder layer is split over."""
-        nodes, uneven = divmod(self.world_size, self.local_world_size)
-        if nodes == 1 or uneven:
+        if self.nodes == 1:
             return init_device_mesh(self.device.type, (self.world_size,))
-        names = ("node", "local")
-        return init_device_mesh(self.device.type, (nodes, self.local_world_size), mesh_dim_names=names)["local"]
+        return DeviceMesh.from_group(self._consecutive(self.local_world_size), self.device.type)
+
+    def shard_group(self, sharding: str, group_size: int | None = None) -> ProcessGroup | None:
+        """The ranks that hold one copy of a backbone with ``backbone.sharding``; None: all of them.
+
+        ``node``: this rank's ``group_size`` consecutive ranks, by default those of its node. Every rank calls this
+        together; a group is made once. Raises `UserError` if the ranks are not a multiple of the group.
+        """
+        size = group_size or self.local_world_size
+        if sharding != "node" or size == self.world_size:
+            return None
+        if self.world_size % size:
+            raise UserError(
+                f"backbone.sharding_group_size: {self.world_size} ranks do not divide into groups of {size}; "
+                "give a size that divides them, or set backbone.sharding: world"
+            )
+        return self._consecutive(size)
+
+    def _consecutive(self, size: int) -> ProcessGroup:
+        """This rank's group of ``size`` consecutive ranks."""
+        if size not in self._groups:
+            starts = range(0, self.world_size, size)
+            self._groups[size] = _own_group([list(range(start, start + size)) for start in starts])
+        return self._groups[size]
+
+    @cached_property
+    def _counterparts(self) -> ProcessGroup:
+        """The ranks with this one's place on their node, one from each node."""
+        local = self.local_world_size
+        return _own_group([list(range(place, self.world_size, local)) for place in range(local)])
 
     def distribute(self, encoder: PromptEncoder) -> PromptEncoder:
         """Move the encoder to this rank's device and split its wide layers over the node's ranks.
@@ -94,28 +145,24 @@ class Ranks:
             parallelize_module(encoder, self.mesh, plan)
         return encoder
 
-    def shard_group(self, sharding: str, size: int | None) -> dist.ProcessGroup | None:
-        """The ranks that share one copy of the backbone with this one; None: all of them.
-
-        ``sharding: node``: consecutive ranks, ``size`` of them or those of a node. Every rank calls this together.
-        Raises `UserError` if the ranks do not divide into such groups.
-        """
-        if sharding != "node":
-            return None
-        size = size or self.local_world_size
-        if self.world_size % size:
-            raise UserError(
-                f"backbone.sharding_group_size: {self.world_size} ranks do not divide into groups of {size}; "
-                "give a size that divides them, or set backbone.sharding: world"
-            )
-        own: dist.ProcessGroup = dist.new_subgroups(size)[0]
-        return own
-
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum over all ranks, in place."""
-        if self.world_size > 1:
+        """Sum over all ranks, in place and the same on all of them bit for bit.
+
+        Over n nodes of l ranks: reduce-scatter inside the node, all-reduce of 1/l between counterparts on the nodes,
+        all-gather inside the node. 2(n−1)·bytes cross between nodes where one ring over all ranks sends 2(n−1/l).
+        """
+        if self.world_size == 1:
+            return tensor
+        if self.nodes == 1 or self.local_world_size == 1 or tensor.nbytes <= SMALL:
             dist.all_reduce(tensor)
-        return tensor
+            return tensor
+        node, counterparts = self._consecutive(self.local_world_size), self._counterparts
+        whole = pad(tensor.flatten(), (0, -tensor.numel() % self.local_world_size))
+        share = whole.new_empty(whole.numel() // self.local_world_size)
+        _reduce_scatter(share, whole, group=node)
+        dist.all_reduce(share, group=counterparts)
+        _all_gather(whole, share, group=node)
+        return tensor.copy_(whole[: tensor.numel()].view_as(tensor))
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -139,6 +186,12 @@ class Ranks:
         if outcome[1] is not None:
             raise outcome[1]
         return cast(T, outcome[0])
+
+
+def _own_group(groups: list[list[int]]) -> ProcessGroup:
+    """Make these groups, which every rank does in the same order; returns the one this rank is in."""
+    group: ProcessGroup = dist.new_subgroups_by_enumeration(groups, timeout=TIMEOUT)[0]
+    return group
 
 
 def _describe_single_process() -> None:

@@ -44,6 +44,8 @@ RECORD_FIELDS = {
     "network_bytes": int,
     "network_bytes_prompt": int,
     "network_bytes_backbone": int,
+    "network_bytes_between_nodes": int,
+    "network": dict,
     "skipped_steps": int,
 }
 EVAL_FIELDS = {"step": int, "eval_loss": float, "eval_perplexity": float, "eval_supervised_tokens": int}
@@ -156,6 +158,7 @@ def test_metrics_are_complete(finished: Path) -> None:
         assert record["tokens_per_second"] == pytest.approx(record["tokens"] / record["step_seconds"])
         assert record["peak_memory_bytes"] > 2**20
         assert record["network_bytes"] == record["skipped_steps"] == 0
+        assert record["network"] == {}
     for record in evaluated:
         assert record["eval_perplexity"] == pytest.approx(math.exp(record["eval_loss"]))
     # An epoch is 22 rows in steps of 4: its six steps see every token once, as an evaluation does.
@@ -214,7 +217,7 @@ def test_tensorboard_file_is_readable(finished: Path) -> None:
 
     events = EventAccumulator(str(finished / "tensorboard"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == (RECORD_FIELDS.keys() | EVAL_FIELDS.keys()) - {"step"}
+    assert set(events.Tags()["scalars"]) == (RECORD_FIELDS.keys() | EVAL_FIELDS.keys()) - {"step", "network"}
     losses = events.Scalars("loss")
     assert [event.step for event in losses] == list(range(1, STEPS + 1))
     assert [event.value for event in losses] == pytest.approx(series(finished, "loss"), rel=1e-6)  # stored in fp32

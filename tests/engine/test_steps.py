@@ -98,7 +98,8 @@ def test_wide_layer_and_its_moments_are_divided_by_the_ranks(measured: dict[str,
 
 
 def all_reduce_bytes(world: int, *numbers_of_bytes: int) -> int:
-    return sum(2 * (world - 1) * size // world for size in numbers_of_bytes)
+    """Of all ranks together."""
+    return sum(2 * (world - 1) * size for size in numbers_of_bytes)
 
 
 @pytest.mark.parametrize("placement", ["replicated", "zero3"])
@@ -112,27 +113,89 @@ def test_network_bytes_of_a_step(measured: dict[str, Any], world: int, placement
         assert mlp["network_bytes_prompt"] == all_reduce_bytes(world, counts, prompt, prompt, embedding, norms)
         assert mlp["network_bytes_backbone"] == direct["network_bytes_backbone"]
     assert direct["network_bytes"] == direct["network_bytes_prompt"] + direct["network_bytes_backbone"]
+    assert direct["network_bytes_between_nodes"] == 0
 
 
 def test_backbone_bytes_are_those_of_gathering_it(measured: dict[str, Any], world: int) -> None:
     """Each weight is gathered at least once and, forward and backward, at most twice a micro-batch."""
     assert measured["network/replicated/direct"]["bytes"]["network_bytes_backbone"] == 0
     sent = measured["network/zero3/direct"]["bytes"]["network_bytes_backbone"]
-    whole = 4 * (world - 1) * measured["backbone_parameters"] // world
+    whole = 4 * (world - 1) * measured["backbone_parameters"]
     assert whole <= sent <= 2 * whole
 
 
 @pytest.mark.parametrize("encoder", ["direct", *(f"mlp{hidden}" for hidden in HIDDEN_SIZES)])
 @pytest.mark.parametrize("placement", ["replicated", "zero3"])
-def test_the_meter_misses_no_collective(measured: dict[str, Any], placement: str, encoder: str) -> None:
+def test_the_meter_misses_no_collective(measured: dict[str, Any], world: int, placement: str, encoder: str) -> None:
     """torch's CommDebugMode watches the same step and knows nothing of the meter."""
-    case = measured[f"network/{placement}/{encoder}"]
+    assert_same_collectives(measured[f"network/{placement}/{encoder}"], world)
+
+
+def assert_same_collectives(case: dict[str, Any], world: int) -> None:
     names = {"c10d.allreduce_": "all_reduce", "c10d_functional.all_reduce": "all_reduce"}
-    names["c10d._allgather_base_"] = "all_gather"
+    names |= {"c10d._allgather_base_": "all_gather", "c10d._reduce_scatter_base_": "reduce_scatter"}
     seen_by_torch: dict[str, int] = {}
     for operation, count in case["torch"].items():
         seen_by_torch[names[operation]] = seen_by_torch.get(names[operation], 0) + count
+    if world > 1:  # the record's own sum of the counts
+        seen_by_torch["all_reduce"] -= 1
     assert case["counted"] == seen_by_torch
+
+
+# ---- four ranks as two nodes of two
+
+
+@pytest.fixture
+def two_nodes(measured: dict[str, Any], world: int) -> dict[str, Any]:
+    if world < 4:
+        pytest.skip("two nodes of two ranks")
+    return {name.removeprefix("nodes/"): case for name, case in measured.items() if name.startswith("nodes/")}
+
+
+def test_sum_over_nodes(two_nodes: dict[str, Any]) -> None:
+    """The first is so small that it goes in one call."""
+    sums = two_nodes["sums"]
+    assert max(sums["errors"]) <= 1e-6
+    assert sums["ranks_equal"] == [True] * 3
+    assert sums["collectives"] == [1, 3, 3]
+
+
+@pytest.mark.parametrize("case", ["direct", "mlp8", "mlp512", "node"])
+def test_bytes_between_nodes_are_those_of_the_prompt(two_nodes: dict[str, Any], case: str) -> None:
+    """Whatever the encoder's width, and with the backbone sharded inside each node.
+
+    Prompt: between two nodes there and back. Counts: a ring over the four ranks, of whose links two cross.
+    """
+    sent, prompt, counts, embedding, norms = two_nodes[case]["bytes"], P * WIDTH * 4, 4 * 8, P * EMBEDDING * 4, 4 * 4
+    crossing_counts = 2 * 2 * 3 * counts // 4
+    assert sent["network_bytes_between_nodes"] == 2 * prompt + crossing_counts
+    assert sent["network"]["between_nodes"] == {"prompt": {"all_reduce": 2 * prompt + crossing_counts}}
+    inside = sent["network"]["inside_nodes"]["prompt"]
+    assert inside["reduce_scatter"] == inside["all_gather"] == 2 * prompt
+    of_encoder = 2 * all_reduce_bytes(2, prompt, embedding, norms) if case.startswith("mlp") else 0
+    assert inside["all_reduce"] == crossing_counts + of_encoder
+
+
+def test_backbone_bytes_over_two_nodes(two_nodes: dict[str, Any], measured: dict[str, Any]) -> None:
+    """Over all ranks 3/4 of the weights pass each of four links, two of them between nodes; inside nodes 1/2 do."""
+    world, node = two_nodes["world"]["bytes"]["network"], two_nodes["node"]["bytes"]["network"]
+    assert world["between_nodes"]["backbone"] == world["inside_nodes"]["backbone"]
+    assert 3 * node["inside_nodes"]["backbone"]["all_gather"] == 4 * world["inside_nodes"]["backbone"]["all_gather"]
+    whole = 4 * 2 * measured["backbone_parameters"]
+    assert whole <= node["inside_nodes"]["backbone"]["all_gather"] <= 2 * whole
+
+
+@pytest.mark.parametrize("case", ["direct", "mlp512", "world", "node"])
+def test_the_meter_misses_no_collective_of_two_nodes(two_nodes: dict[str, Any], case: str) -> None:
+    assert_same_collectives(two_nodes[case], 4)
+
+
+def test_shard_groups(two_nodes: dict[str, Any]) -> None:
+    groups = two_nodes["shard_groups"]
+    expected = [[None, [rank // 2 * 2, rank // 2 * 2 + 1], [rank], None] for rank in range(4)]
+    assert groups["members"] == [[*those, those[1]] for those in expected]
+    assert groups["made_once"]
+    assert "backbone.sharding_group_size: 4 ranks do not divide into groups of 3" in groups["refusal"]
 
 
 @pytest.mark.parametrize("case", ["direct/nan", "direct/inf", "mlp/nan", "mlp/gradient"])

@@ -179,7 +179,7 @@ def make_encoder(prepared: Prepared, kind: str, *, hidden: int = 16) -> PrefixEn
 def make_step(encoder: PrefixEncoder, ranks: Ranks, loss_scale: LossScale | None = None) -> PromptStep:
     trained = Trained(ranks.distribute(copy.deepcopy(encoder)), LanguageModel())
     optimizer = build_optimizer(trained, **OPTIMIZER)
-    return PromptStep(trained, optimizer, ranks, NetworkMeter(ranks.world_size), MAX_GRAD_NORM, loss_scale)
+    return PromptStep(trained, optimizer, ranks, NetworkMeter(ranks), MAX_GRAD_NORM, loss_scale)
 
 
 class Notes(Reporter):
@@ -297,27 +297,54 @@ def network_case(
     counted: list[tuple[str, str, int]] = []
     add = step.meter.add
 
-    def counting_add(source: str, kind: str, size: int, group_size: int) -> None:
+    def counting_add(source: str, kind: str, size: int, members: list[int], root: int = 0) -> None:
         counted.append((source, kind, size))
-        add(source, kind, size, group_size)
+        add(source, kind, size, members, root)
 
     step.meter.add = counting_add
     records: list[dict[str, Any]] = []
     loop = make_loop(prepared, step, batches, ranks, records.append)
     with metered_deepspeed(step.meter) if placement == "zero3" else nullcontext():
-        loop.run(0, 1)  # ZeRO-3 traces the order of the layers in its first step
+        loop.run(0, 3)  # ZeRO-3 traces the order of the layers first, and compares it over all ranks
         counted.clear()
         with CommDebugMode() as torchs_count:
-            loop.run(1, 2)
+            loop.run(3, 4)
     kinds: dict[str, int] = {}
     for _, kind, _ in counted:
         kinds[kind] = kinds.get(kind, 0) + 1
     return {
-        "bytes": {key: records[1][key] for key in records[1] if key.startswith("network_bytes")},
+        "bytes": {key: records[3][key] for key in records[3] if key.startswith("network")},
         "counted": kinds,
         "torch": {str(operation): count for operation, count in torchs_count.get_comm_counts().items()},
         "collectives": [list(entry) for entry in counted if entry[0] == "prompt"],
     }
+
+
+def sum_over_nodes_case(ranks: Ranks, nodes: Ranks) -> dict[str, Any]:
+    """A gradient of every rank summed node by node and in one call; two ranks do not divide all of the sizes."""
+    draw = torch.Generator().manual_seed(ranks.rank)
+    results: dict[str, Any] = {"errors": [], "ranks_equal": [], "collectives": []}
+    for numel in (7, 4096, 4097):
+        own = torch.randn(numel, generator=draw)
+        with CommDebugMode() as counts:
+            by_nodes = nodes.all_reduce(own.clone())
+        results["errors"].append(relative(by_nodes, ranks.all_reduce(own)))
+        results["ranks_equal"].append(len(set(gather(fingerprint({"sum": by_nodes})))) == 1)
+        results["collectives"].append(counts.get_total_counts())
+    return results
+
+
+def shard_groups_case(nodes: Ranks) -> dict[str, Any]:
+    """Who shares a copy of the backbone, by rank; the last two ask again."""
+    asked = [("world", None), ("node", None), ("node", 1), ("node", 4), ("node", 2)]
+    groups = [nodes.shard_group(sharding, size) for sharding, size in asked]
+    refusal = ""
+    try:
+        nodes.shard_group("node", 3)
+    except UserError as error:
+        refusal = str(error)
+    members = [None if group is None else dist.get_process_group_ranks(group) for group in groups]
+    return {"members": gather(members), "made_once": groups[4] is groups[1], "refusal": refusal}
 
 
 @contextmanager
@@ -414,17 +441,17 @@ def checkpoint_case(prepared: Prepared, batches: Batches, writers: Ranks, reader
 # ---- all of them
 
 
-def zero3_settings(folder: str) -> dict[str, Any]:
+def sharded(folder: str, ranks: Ranks, sharding: str) -> Prepared:
     raw = {
-        "backbone": {"path": folder, "dtype": "float32"},
+        "backbone": {"path": folder, "dtype": "float32", "sharding": sharding},
         "method": {"name": "prefix"},
         "data": {},
         # A threshold of 0: this backbone is so small that DeepSpeed would not shard any of it by itself.
         "deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
     }
-    zero3 = apply_deepspeed(parse_config(raw))[1]
+    config, zero3 = apply_deepspeed(parse_config(raw))
     assert zero3 is not None
-    return zero3
+    return prepare(config.backbone, ranks, zero3)
 
 
 def main(folder: str, results_file: str) -> None:
@@ -435,7 +462,7 @@ def main(folder: str, results_file: str) -> None:
     ).backbone
     prepared = {
         "replicated": prepare(backbone, ranks),
-        "zero3": prepare(backbone, ranks, zero3_settings(folder)),
+        "zero3": sharded(folder, ranks, "world"),
     }
     plain = prepared["replicated"]
     results: dict[str, Any] = {}
@@ -492,6 +519,15 @@ def main(folder: str, results_file: str) -> None:
     results["giving_up/nine"] = giving_up_case(plain, ranks, variants["direct"][0], range(2, 11))
     if ranks.world_size == 4:
         nodes = extra["two_nodes_mlp"][1]
+        for name in ("direct", "mlp8", "mlp512"):
+            hidden = 0 if name == "direct" else int(name[3:])
+            encoder = make_encoder(plain, name, hidden=hidden)
+            results[f"nodes/{name}"] = network_case(plain, batches, nodes, encoder, "replicated")
+        direct = variants["direct"][0]
+        results["nodes/world"] = network_case(prepared["zero3"], batches, nodes, direct, "zero3")
+        results["nodes/node"] = network_case(sharded(folder, nodes, "node"), batches, nodes, direct, "zero3")
+        results["nodes/sums"] = sum_over_nodes_case(ranks, nodes)
+        results["nodes/shard_groups"] = shard_groups_case(nodes)
         results["checkpoint/nodes_to_flat"] = checkpoint_case(plain, batches, nodes, ranks)
         results["checkpoint/flat_to_nodes"] = checkpoint_case(plain, batches, ranks, nodes)
     if ranks.is_main:
