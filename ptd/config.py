@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from ptd.methods import method
+from ptd.shipped import find_recipe
 from ptd.types import UserError
 
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
@@ -87,7 +88,9 @@ class BackboneConfig(Section):
                 f"offload: {self.offload} is for shards of the weights; set sharding: node or world (one GPU will do)"
             )
         if (self.offload_folder is not None) != (self.offload == "nvme"):
-            raise ValueError("offload_folder: offload: nvme needs a folder on the NVMe disk, and nothing else takes one")
+            raise ValueError(
+                "offload_folder: offload: nvme needs a folder on the NVMe disk, and nothing else takes one"
+            )
         if self.quantization == "int8" and self.sharding != "none":
             raise ValueError(
                 "quantization: int8 weights are not sharded (bitsandbytes keeps all of them on every rank); use "
@@ -290,12 +293,12 @@ class RunConfig(Section):
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read RUN.yaml, apply ``a.b=value`` overrides (values are YAML) and validate.
+    """Read RUN.yaml (or the shipped recipe of that name), apply ``a.b=value`` overrides (values are YAML) and validate.
 
     Raises `UserError` with one line for each thing that is wrong.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = find_recipe(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the run file {path}: {error}") from error
     try:

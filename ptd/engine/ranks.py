@@ -19,8 +19,8 @@ from torch.distributed.tensor.parallel import parallelize_module
 from ptd.types import PromptEncoder, UserError
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=30)
-"""After this long without the others a collective fails instead of waiting for ever."""
+TIMEOUT = "PTD_TIMEOUT_MINUTES"
+"""Environment variable: after so long without the others a collective fails instead of waiting for ever; default 30."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Ranks:
         if (world_size > 1 or needs_group) and not dist.is_initialized():
             if world_size == 1:
                 _describe_single_process()
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=collective_timeout())
         return cls(rank, world_size, local_world_size, device)
 
     @staticmethod
@@ -119,6 +119,18 @@ class Ranks:
         if outcome[1] is not None:
             raise outcome[1]
         return cast(T, outcome[0])
+
+
+def collective_timeout() -> timedelta:
+    """The process group's timeout; raises `UserError` unless the environment gives minutes, or nothing."""
+    given = os.environ.get(TIMEOUT, "30")
+    try:
+        limit = timedelta(minutes=float(given))
+    except (ValueError, OverflowError):
+        limit = timedelta(0)
+    if limit < timedelta(seconds=1):
+        raise UserError(f"{TIMEOUT}: has to be a number of minutes, at least a second's worth; got {given!r}")
+    return limit
 
 
 def _describe_single_process() -> None:
