@@ -19,8 +19,8 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 SBIN = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 FINAL = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
 
-# The two nodes are this machine twice, told apart by their ports. The GPU nodes only exist on paper: no slurmd is there,
-# but sbatch --test-only says whether a script's request could be met.
+# The two nodes are this machine twice, told apart by their ports. The GPU nodes exist on paper only: no slurmd is
+# there, but sbatch --test-only says whether a script's request could be met.
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
