@@ -24,7 +24,7 @@ def test_shipped_run_file(path: Path) -> None:
     config, _ = apply_deepspeed(load_config(path))
     assert config.data.train
     assert path.read_text(encoding="utf-8").startswith("#")
-    assert "ptd train" in path.read_text(encoding="utf-8").split("backbone:")[0]
+    assert re.search(r"ptd (train|launch)", path.read_text(encoding="utf-8").split("backbone:")[0])
 
 
 ARCHITECTURE: dict[str, Architecture] = {"causal_lm": "decoder", "seq2seq_lm": "encoder-decoder"}
