@@ -32,7 +32,6 @@ OWN = {
 """Options of sbatch that the script sets itself, and what of ``ptd launch slurm`` they come from."""
 WHY = {
     "ntasks-per-node": "one task is one rank",
-    "chdir": "relative paths of the run file start here, wherever sbatch is called",
     "open-mode": "a job that is queued again adds to its logs",
 }
 
@@ -76,6 +75,7 @@ def render(job: Job) -> str:
         overrides=job.program.overrides,
         sweep=job.sweep,
         overwrite=job.program.overwrite,
+        chdir=str(job.chdir),
         log_dir=str(job.log_dir),
     )
 
@@ -151,7 +151,6 @@ def _options(job: Job) -> dict[str, str | None]:
         **job.options,
         **({"array": f"0-{len(job.sweep) - 1}"} if job.sweep else {}),
         **({"requeue": None} if job.requeue else {}),
-        "chdir": str(job.chdir),
         "output": f"{job.log_dir}/{number}.log",
         "open-mode": "append",
     }

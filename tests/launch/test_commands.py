@@ -147,7 +147,7 @@ def test_the_command_line(
     )
     assert code == 0
     assert "#SBATCH --time=1:00:00\n#SBATCH --exclusive\n" in out
-    assert f"#SBATCH --chdir={tmp_path} " in out
+    assert f"\ncd {tmp_path}\n" in out
     assert f"#SBATCH --output={tmp_path}/out/logs/%j.log" in out
     for line, message in (
         ("local causal_lm.yaml train.seeed=1", "did you mean train.seed"),
