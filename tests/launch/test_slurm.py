@@ -24,6 +24,7 @@ from ptd.types import UserError
 ROOT = Path(__file__).parents[2]
 # Everything that a shell, sbatch, srun, YAML or Jinja might take for its own.
 HOSTILE = "{prompt} $(touch pwned) `touch pwned` \"; touch pwned; ' %j %t {{ x }} \\ # ü\n\n"
+JOB = EXAMPLES["single_node.sbatch"]
 
 
 def launch(*arguments: str | Path, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -104,9 +105,6 @@ def test_a_job_that_slurm_refuses_is_a_clean_error(slurm: Any, tmp_path: Path, m
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="--dry-run"):
         submit(render(JOB), tmp_path)
-
-
-JOB = EXAMPLES["single_node.sbatch"]
 
 
 def test_shipped_scripts_are_what_the_template_renders() -> None:
