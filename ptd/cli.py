@@ -30,7 +30,9 @@ Adapter = Annotated[
 Backbone = Annotated[
     str | None, typer.Option("--backbone", "-b", help="Backbone folder or hub id; default: the one the adapter names.")
 ]
-Dtype = Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="Backbone's dtype; auto: as stored.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Backbone's dtype; auto: as stored.")
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences that run together.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 NumBeams = Annotated[int, typer.Option(min=1, help="Beams; 1: no beam search.")]

@@ -240,6 +240,10 @@ class TrainConfig(Section):
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
+    initial_scale_power: int = Field(16, ge=0, le=64, description="float16: the loss scale starts at 2 ** this")
+    loss_scale_window: int = Field(
+        2000, ge=1, description="float16: steps without an overflow after which the loss scale is doubled"
+    )
     seed: int = Field(0, ge=0)
     logging_steps: int = Field(10, ge=1)
     eval_steps: int | None = Field(None, ge=1, description="default: only at the end")
@@ -275,6 +279,14 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _data_fits_task(self) -> RunConfig:
         self.data.check_task(self.task.kind)
+        return self
+
+    @model_validator(mode="after")
+    def _scaled_in_float16(self) -> RunConfig:
+        for name in ("initial_scale_power", "loss_scale_window"):
+            given = getattr(self.train, name) != TrainConfig.model_fields[name].default
+            if given and self.backbone.dtype not in ("auto", "float16"):
+                raise ValueError(f"train.{name}: has no effect with backbone.dtype {self.backbone.dtype}; remove it")
         return self
 
     def method_config(self) -> Any:

@@ -77,6 +77,13 @@ ZERO_IGNORED = {
     "compute_grad_norm": "the frozen backbone has no weight gradients",
     "elastic_checkpoint": "ptd writes its own checkpoints",
 }
+FP16_IGNORED = {
+    "auto_cast": "the backbone's inputs are token numbers",
+    "hysteresis": "the loss scale falls with every overflow",
+    "consecutive_hysteresis": "the loss scale falls with every overflow",
+    "min_loss_scale": "the loss scale falls to 1 if it has to",
+    "fp16_master_weights_and_grads": "the frozen backbone has no weight gradients",
+}
 _GONE = "DeepSpeed itself has removed it; remove it here too"
 REFUSED = {
     "amp": f"{_GONE} and set backbone.dtype",
@@ -107,8 +114,7 @@ ZERO_REFUSED = {
     "mics_hierarchical_params_gather": _GONE,
     "mics_shard_size": _GONE,
     "zenflow": "it overlaps optimizer steps of the backbone, which has none; remove it",
-    "zero_hpz_partition_size": "DeepSpeed crashes with it when the model has no optimizer; remove it or set 1",
-    "zero_quantized_nontrainable_weights": "it works on CUDA in fp16 only, which ptd does not train in; remove it",
+    "zero_quantized_nontrainable_weights": "it works in fp16 on CUDA only and rounds the weights; remove it",
     "zero_quantized_weights": "it would run the backbone with weights rounded to int8 at every gather; remove it",
     "zeropp_loco_param": _GONE,
 }
@@ -117,6 +123,8 @@ NEUTRAL: dict[str, Any] = {
     "compute_grad_norm": True,
     "gradient_allreduce_op": "mean",
     "gradient_predivide_factor": 1,
+    "hysteresis": 1,
+    "min_loss_scale": 1,
     "sequence_parallel_size": 1,
     "zero_hpz_partition_size": 1,
 }
@@ -130,36 +138,23 @@ def apply_deepspeed(
 ) -> tuple[RunConfig, dict[str, Any] | None]:
     """Read ``config.deepspeed`` (or ``source``) into the run.
 
-    Returns the `RunConfig` with the JSON's values applied, and the ZeRO-3 configuration to load and shard the backbone
-    with; None when nothing is to be sharded. With ``backbone.dtype: auto`` its ``bf16.enabled`` is still ``"auto"``,
-    which DeepSpeed takes for false (float32): put the checkpoint's dtype in with `resolve_dtype`.
+    Returns the `RunConfig` with the JSON's values applied, and the ZeRO-3 configuration to shard the backbone with;
+    None when nothing is to be sharded (``backbone.sharding: none``).
 
     Raises:
         UserError: the JSON cannot be read, contradicts RUN.yaml, or asks for what ptd cannot do.
     """
     source = config.deepspeed if source is None else source
-    if source is None:
-        return config, None
-    document = _Document.read(source)
+    document = _Document.read({} if source is None else source)
     document.check_keys()
     run = _Merge(config, document)
     _take_batch(run)
     _take_dtype(run)
     _take_optimizer(run)
     _take_scheduler(run)
-    zero = _take_zero(document)
+    zero = _take_zero(run)
     document.warn_ignored()
-    return run.config, _zero3(run.config, zero, document) if zero is not None else None
-
-
-def resolve_dtype(zero3: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """``zero3`` for weights of ``dtype`` (``"bfloat16"``, ``"torch.float32"`` …): settles ``dtype: auto``.
-
-    Under ZeRO-3 it is ``bf16.enabled`` alone that decides what the weights become, whatever dtype `from_pretrained` is
-    asked for: false makes a bfloat16 checkpoint float32 (twice the memory), true rounds a float32 one. [measured with
-    DeepSpeed 0.19.8 and transformers 5.23]
-    """
-    return {**zero3, "bf16": {"enabled": dtype.removeprefix("torch.") == "bfloat16"}}
+    return run.config, _zero3(run.config, zero, document) if run.config.backbone.sharding != "none" else None
 
 
 def check_batch_size(config: RunConfig, world_size: int, *, source: str | dict[str, Any] | None = None) -> None:
@@ -261,28 +256,34 @@ class _Merge:
         self.original = config
         self.origin: dict[str, str] = {}  # RUN.yaml's key -> the JSON key that has set it
 
-    def set(self, json_key: str, value: Any, key: str, *, written: Any = None) -> None:
+    def set(
+        self, json_key: str, value: Any, key: str, *, written: Any = None, beside: dict[str, Any] | None = None
+    ) -> None:
         """Give the RUN.yaml key ``key`` (``section.name``) the JSON's ``value``; "auto" and null leave it alone.
 
-        ``written``: how the JSON says the value, if not in RUN.yaml's words.
+        ``written``: how the JSON says the value, if not in RUN.yaml's words. ``beside``: keys that are valid only
+        together with it, and their values.
         """
         if value is None or value == AUTO:
             return
-        section, name = key.split(".")
         shown = json.dumps(value if written is None else written, default=repr)
         if isinstance(value, bool):  # a number to Python and to pydantic
             self.document.refuse(json_key, f"has to be what {key} takes, got {shown}")
+        values = {key: value, **(beside or {})}
         raw = self.config.model_dump(exclude_unset=True)
-        raw.setdefault(section, {})[name] = value
+        for path, item in values.items():
+            section, name = path.split(".")
+            raw.setdefault(section, {})[name] = item
         merged = parse_config(raw, source=f"{self.document.name}: {json_key}: {shown} sets {key}")
-        new, old = getattr(getattr(merged, section), name), getattr(getattr(self.config, section), name)
-        fixed = key in self.origin or self.in_run_file(key)
-        if fixed and new != old:
-            where = f"{self.origin[key]} is" if key in self.origin else f"RUN.yaml sets {key} to"
-            self.document.refuse(
-                json_key, f"is {shown}, but {where} {old!r}; give both the same value, or set {json_key} to 'auto'"
-            )
-        self.origin.setdefault(key, json_key)
+        for path in values:
+            new, old = value_at(merged, path), value_at(self.config, path)
+            fixed = path in self.origin or self.in_run_file(path)
+            if fixed and new != old:
+                where = f"{self.origin[path]} is" if path in self.origin else f"RUN.yaml sets {path} to"
+                self.document.refuse(
+                    json_key, f"is {shown}, but {where} {old!r}; give both the same value, or set {json_key} to 'auto'"
+                )
+            self.origin.setdefault(path, json_key)
         self.config = merged
 
     def in_run_file(self, key: str) -> bool:
@@ -290,6 +291,12 @@ class _Merge:
         section, name = key.split(".")
         values = getattr(self.original, section)
         return name in values.model_fields_set and getattr(values, name) not in (None, AUTO)
+
+
+def value_at(config: RunConfig, path: str) -> Any:
+    """The value of the key ``section.name``."""
+    section, name = path.split(".")
+    return getattr(getattr(config, section), name)
 
 
 def _take_batch(run: _Merge) -> None:
@@ -306,15 +313,38 @@ def _take_batch(run: _Merge) -> None:
 
 
 def _take_dtype(run: _Merge) -> None:
-    if _flag(run.document, "fp16", FP16_KEYS):
+    half = _flag(run.document, "fp16", FP16_KEYS)
+    if half:
+        run.set("fp16.enabled", "float16", "backbone.dtype", written=True)
+    elif half is False and run.config.backbone.dtype == "float16":
         run.document.refuse(
             "fp16.enabled",
-            "true is not supported: gradients at the prompt would need loss scaling; use bf16, which needs none",
+            "is false, but RUN.yaml sets backbone.dtype to 'float16'; say true or 'auto'",
         )
     for name in ("bf16", "bfloat16"):  # the second is DeepSpeed's older spelling
         enabled = _flag(run.document, name, BF16_KEYS)
-        if enabled is not None:
-            run.set(f"{name}.enabled", "bfloat16" if enabled else "float32", "backbone.dtype", written=enabled)
+        if half and enabled:
+            run.document.refuse(f"{name}.enabled", "is true, and so is fp16.enabled; the backbone has one dtype")
+        if enabled is None or (not enabled and run.config.backbone.dtype == "float16"):
+            continue
+        run.set(f"{name}.enabled", "bfloat16" if enabled else "float32", "backbone.dtype", written=enabled)
+    if half is not False and run.config.backbone.dtype in (AUTO, "float16"):
+        _take_loss_scale(run)
+
+
+def _take_loss_scale(run: _Merge) -> None:
+    document, section = run.document, run.document.section("fp16")
+    if not _is_off("loss_scale", section.get("loss_scale")):
+        document.refuse(
+            "fp16.loss_scale",
+            f"{section['loss_scale']!r} is not supported: the scale falls when gradients overflow and rises again; "
+            "give 0, and where it starts as fp16.initial_scale_power",
+        )
+    for key in ("initial_scale_power", "loss_scale_window"):
+        run.set(f"fp16.{key}", section.get(key), f"train.{key}")
+    for key, reason in FP16_IGNORED.items():
+        if not _is_off(key, section.get(key)):
+            document.ignored.append(f"fp16.{key} ({reason})")
 
 
 def _flag(document: _Document, name: str, known: Iterable[str]) -> bool | None:
@@ -411,35 +441,47 @@ def _forbid_shadowed(run: _Merge, json_name: str, params: dict[str, Any], shadow
     )
 
 
-def _take_zero(document: _Document) -> dict[str, Any] | None:
-    """The checked ``zero_optimization`` section to hand on; None unless its stage is 3."""
+def _take_zero(run: _Merge) -> dict[str, Any]:
+    """The checked ``zero_optimization`` section to hand on, without what RUN.yaml's keys say now."""
+    document = run.document
     if document.values.get("zero_optimization") is False:  # DeepSpeed's old way to write stage 0
-        return None
+        document.values["zero_optimization"] = {"stage": 0}
     document.refuse_active(document.section("zero_optimization"), ZERO_REFUSED, prefix="zero_optimization.")
     section = document.section("zero_optimization", ZERO_KEYS | ZERO_REFUSED.keys())
     if not section:
-        return None
-    _check_stage(document, section.get("stage"))
+        return {}
+    stage = _check_stage(document, section.get("stage"))
     for key, value in section.items():
         _check_zero_value(document, f"zero_optimization.{key}", key, value)
+    _take_sharding(run, stage, document.values["zero_optimization"].get("zero_hpz_partition_size"))
     if "offload_param" in section:
-        section["offload_param"] = _offload_param(document)
+        section["offload_param"] = _take_offload(run)
     for key, reason in ZERO_IGNORED.items():
         if key in section and not _is_off(key, section[key]):
             document.ignored.append(f"zero_optimization.{key} ({reason})")
+    unused = {"stage", "zero_hpz_partition_size", *ZERO_REFUSED, *ZERO_IGNORED}
     # int(): DeepSpeed takes 5e8 for a size, but json gives a float.
-    return (
-        {
-            key: int(value) if key in ZERO_SIZES else value
-            for key, value in section.items()
-            if key not in ZERO_REFUSED and key not in ZERO_IGNORED and value is not None
-        }
-        if section["stage"] == 3
-        else None
-    )
+    return {
+        key: int(value) if key in ZERO_SIZES else value
+        for key, value in section.items()
+        if key not in unused and value is not None
+    }
 
 
-def _check_stage(document: _Document, stage: Any) -> None:
+def _take_sharding(run: _Merge, stage: int, group_size: Any) -> None:
+    """Stage 3 over all ranks, or (DeepSpeed's hpZ) with a whole copy in each group of ranks.
+
+    hpZ's other copy, over all ranks, is for updates, which a frozen backbone never gets.
+    """
+    sharding, size = run.config.backbone.sharding, group_size if isinstance(group_size, int | float) else None
+    if stage == 3 and (group_size == AUTO or (size is not None and size > 1)):
+        run.set("zero_optimization.zero_hpz_partition_size", "node", "backbone.sharding", written=group_size)
+        run.set("zero_optimization.zero_hpz_partition_size", size, "backbone.sharding_group_size")
+    elif not (stage == 3 and sharding == "node"):  # RUN.yaml may say more than the JSON's stage does
+        run.set("zero_optimization.stage", {3: "world", 0: "none"}[stage], "backbone.sharding", written=stage)
+
+
+def _check_stage(document: _Document, stage: Any) -> int:
     if stage is None:
         document.refuse("zero_optimization.stage", "is missing; give 3 to shard the backbone or 0 to replicate it")
     if stage in (1, 2) and not isinstance(stage, bool):
@@ -450,6 +492,7 @@ def _check_stage(document: _Document, stage: Any) -> None:
         )
     if isinstance(stage, bool) or stage not in (0, 3):
         document.refuse("zero_optimization.stage", f"has to be 3 or 0, got {stage!r}")
+    return int(stage)
 
 
 def _check_zero_value(document: _Document, path: str, key: str, value: Any) -> None:
@@ -465,14 +508,16 @@ def _check_zero_value(document: _Document, path: str, key: str, value: Any) -> N
             document.refuse(path, f"has to be {wanted}, got {value!r}")
 
 
-def _offload_param(document: _Document) -> dict[str, Any]:
-    path = "zero_optimization.offload_param"
+def _take_offload(run: _Merge) -> dict[str, Any]:
+    """The checked section without device and path, which RUN.yaml's keys say now."""
+    path, document = "zero_optimization.offload_param", run.document
     section = document.section(path, OFFLOAD_PARAM_KEYS)
-    device = section.get("device", "none")
-    if device not in ("none", "cpu", "nvme"):
+    device = section.pop("device", None)
+    folder = section.pop("nvme_path", None)
+    if device not in (None, "none", "cpu", "nvme"):
         document.refuse(f"{path}.device", f"has to be 'cpu', 'nvme' or 'none', got {device!r}")
-    if device == "nvme" and not isinstance(section.get("nvme_path"), str):
-        document.refuse(f"{path}.nvme_path", "device 'nvme' needs the path of a folder on the NVMe disk")
+    if device == "nvme" and not isinstance(folder, str):
+        document.refuse(f"{path}.device", "'nvme' needs nvme_path, a folder on the NVMe disk")
     for key in ("buffer_count", "buffer_size", "max_in_cpu"):
         if key in section:
             if not _is_size(section[key]):
@@ -480,22 +525,32 @@ def _offload_param(document: _Document) -> dict[str, Any]:
             section[key] = int(section[key])
     if not isinstance(section.get("pin_memory", True), bool):
         document.refuse(f"{path}.pin_memory", f"has to be true or false, got {section['pin_memory']!r}")
+    beside = {"backbone.offload_folder": folder} if device == "nvme" else {}
+    run.set(f"{path}.device", device, "backbone.offload", beside=beside)
     return section
 
 
 def _zero3(config: RunConfig, zero: dict[str, Any], document: _Document) -> dict[str, Any]:
-    """The configuration for DeepSpeed: placement only, no optimizer, no schedule, no logging."""
+    """The configuration for DeepSpeed: placement only, no optimizer, no schedule, no logging, no casts."""
+    backbone = config.backbone
+    zero = {**zero, "stage": 3}
+    offload = zero.pop("offload_param", {})
+    if backbone.offload != "none":
+        place = {
+            "device": backbone.offload,
+            **({"nvme_path": backbone.offload_folder} if backbone.offload_folder else {}),
+        }
+        zero["offload_param"] = {"pin_memory": True, **offload, **place}
     zero3 = {
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": config.train.per_device_train_batch_size,
         "gradient_accumulation_steps": 1,  # ptd accumulates at the prompt
         "steps_per_print": NEVER,
         "wall_clock_breakdown": False,
-        "bf16": {"enabled": AUTO},
     }
     if aio := document.section("aio"):  # how NVMe offload reads; DeepSpeed checks it
         zero3["aio"] = aio
-    return zero3 if config.backbone.dtype == AUTO else resolve_dtype(zero3, config.backbone.dtype)
+    return zero3
 
 
 def _find(source: str) -> Path:

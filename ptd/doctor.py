@@ -7,10 +7,8 @@ from typing import Any
 import torch
 
 from ptd.inject import explain_attention
-from ptd.types import UserError
+from ptd.types import DTYPES, UserError
 from ptd.versions import versions
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def examine(*, dtype: str = "auto", head_dim: int = 128) -> dict[str, Any]:

@@ -15,12 +15,13 @@ import torch
 from ptd.backbone import TextConditioner, architecture_of, load_tokenizer
 from ptd.checkpoint import Adapter, backbone_reference, save_adapter, save_state
 from ptd.checkpoint.run_folder import RunFolder, clear, open_run
-from ptd.checkpoint.run_state import load_tensors, tensors_of
+from ptd.checkpoint.run_state import load_tensors
 from ptd.config import DataConfig, RunConfig, TrainConfig
 from ptd.data import Batches, load_rows
 from ptd.deepspeed_config import apply_deepspeed, check_batch_size
 from ptd.engine.evaluation import HeldOut
 from ptd.engine.loop import Loop, peak_memory_bytes
+from ptd.engine.loss_scale import LossScale
 from ptd.engine.meter import NetworkMeter, metered_deepspeed
 from ptd.engine.prompt_step import PromptStep, Trained, build_optimizer
 from ptd.engine.ranks import Ranks
@@ -79,7 +80,7 @@ def _train(
         held_out = HeldOut(task, eval_rows, rows, size, config.data.packing, tokenizer.pad_token_id)
     prepared = prepare(config.backbone, ranks, zero3, output=task.output)
     trained = _build(config, prepared, task, tokenizer, ranks)
-    step = _build_step(config, trained, ranks)
+    step = _build_step(config, trained, ranks, prepared.model.dtype)
     batches = _batches(config.data, settings, train_rows, tokenizer, prepared, ranks)
     total = settings.max_steps or batches.total_steps(settings.num_train_epochs)
     if not trains:
@@ -140,7 +141,7 @@ class Artifacts:
                     f"output_dir: the run in {self.folder.path} was trained with another {key} ({facts.get(key)} "
                     f"there, {value} here) under the same name; restore it, or --overwrite to start again"
                 )
-        load_tensors(self.folder.checkpoint, tensors_of(self.step.trained, self.step.optimizer))
+        load_tensors(self.folder.checkpoint, self.step.tensors())
         self.best = facts["best"]
         return int(facts["step"])
 
@@ -169,7 +170,7 @@ class Artifacts:
         save_state(
             self.folder.checkpoints,
             number,
-            tensors_of(self.step.trained, self.step.optimizer),
+            self.step.tensors(),
             {"rows_per_step": rows * self.ranks.world_size, "best": self.best, **self._origin()},
             is_main=self.ranks.is_main,
             barrier=self.ranks.barrier,
@@ -304,7 +305,7 @@ def _build(config: RunConfig, prepared: Prepared, task: Task, tokenizer: Any, ra
     return Trained(ranks.distribute(encoder), readout.to(ranks.device))
 
 
-def _build_step(config: RunConfig, trained: Trained, ranks: Ranks) -> PromptStep:
+def _build_step(config: RunConfig, trained: Trained, ranks: Ranks, dtype: torch.dtype) -> PromptStep:
     optimizer = build_optimizer(
         trained,
         learning_rate=config.train.learning_rate,
@@ -313,7 +314,10 @@ def _build_step(config: RunConfig, trained: Trained, ranks: Ranks) -> PromptStep
         epsilon=config.train.adam_epsilon,
         weight_decay=config.train.weight_decay,
     )
-    return PromptStep(trained, optimizer, ranks, NetworkMeter(ranks.world_size), config.train.max_grad_norm)
+    scale = None
+    if dtype is torch.float16:
+        scale = LossScale(config.train.initial_scale_power, config.train.loss_scale_window)
+    return PromptStep(trained, optimizer, ranks, NetworkMeter(ranks.world_size), config.train.max_grad_norm, scale)
 
 
 def _batches(

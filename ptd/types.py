@@ -19,6 +19,9 @@ from torch import Tensor, nn
 IGNORE_INDEX = -100
 """Label of a position that carries no loss (the value Hugging Face and torch use)."""
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What the weights of a backbone may be, by the names of ``backbone.dtype``."""
+
 
 class UserError(Exception):
     """Something the user gave cannot work. The message says what was given, why it cannot work and what to do.

@@ -160,7 +160,7 @@ def test_unknown_names_are_refused_with_the_nearest(tmp_path: Path, override: st
         ("train.lr_scheduler_type=cos", "train.lr_scheduler_type: got 'cos'"),
         ("train=3", "train: got 3"),
         ("train=[1]", "train: got [1]"),
-        ("backbone.dtype=float16", "backbone.dtype: got 'float16'"),
+        ("backbone.dtype=float8", "backbone.dtype: got 'float8'"),
         ("backbone.path=3", "backbone.path: got 3"),
         ("backbone.gradient_checkpointing=7", "backbone.gradient_checkpointing: got 7"),
         ("data.packing=maybe", "data.packing: got 'maybe'"),

@@ -13,16 +13,17 @@ from hypothesis import strategies as st
 
 from ptd import deepspeed_config as module
 from ptd.config import RunConfig, parse_config
-from ptd.deepspeed_config import apply_deepspeed, check_batch_size, resolve_dtype
+from ptd.deepspeed_config import apply_deepspeed, check_batch_size
 from ptd.shipped import DS_CONFIGS
 from ptd.types import UserError
 
 ZERO3: dict[str, Any] = {"zero_optimization": {"stage": 3}}
+NVME = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/nvme"}}}
 
 
-def run(deepspeed: Any = None, *, dtype: str | None = None, **train: Any) -> RunConfig:
+def run(deepspeed: Any = None, *, backbone: dict[str, Any] | None = None, **train: Any) -> RunConfig:
     raw: dict[str, Any] = {
-        "backbone": {"path": "m"} | ({"dtype": dtype} if dtype else {}),
+        "backbone": {"path": "m", **(backbone or {})},
         "method": {"name": "prefix"},
         "data": {"train": "x.jsonl"},
         "deepspeed": deepspeed,
@@ -106,6 +107,11 @@ HONOURED = [
     ({"bf16": {"enabled": True}}, "backbone.dtype", "bfloat16"),
     ({"bf16": {"enabled": False}}, "backbone.dtype", "float32"),
     ({"bfloat16": {"enabled": True}}, "backbone.dtype", "bfloat16"),
+    ({"fp16": {"enabled": True}}, "backbone.dtype", "float16"),
+    ({"fp16": {"enabled": True}, "bf16": {"enabled": False}}, "backbone.dtype", "float16"),
+    ({"fp16": {"enabled": False}, "bf16": {"enabled": False}}, "backbone.dtype", "float32"),
+    ({"fp16": {"enabled": True, "initial_scale_power": 12}}, "train.initial_scale_power", 12),
+    ({"fp16": {"enabled": "auto", "loss_scale_window": 1000}}, "train.loss_scale_window", 1000),
     ({"optimizer": {"type": "AdamW", "params": {"lr": 3e-3}}}, "train.learning_rate", 3e-3),
     ({"optimizer": {"type": "Adam", "params": {"betas": [0.8, 0.9]}}}, "train.adam_beta1", 0.8),
     ({"optimizer": {"type": "DeepSpeedCPUAdam", "params": {"betas": [0.8, 0.9]}}}, "train.adam_beta2", 0.9),
@@ -121,6 +127,14 @@ HONOURED = [
         7,
     ),
     ({"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 70}}}, "train.max_steps", 70),
+    (ZERO3, "backbone.sharding", "world"),
+    ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 1}}, "backbone.sharding", "world"),
+    ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "auto"}}, "backbone.sharding", "node"),
+    ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}}, "backbone.sharding", "node"),
+    ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}}, "backbone.sharding_group_size", 4),
+    ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "backbone.offload", "cpu"),
+    (NVME, "backbone.offload", "nvme"),
+    (NVME, "backbone.offload_folder", "/nvme"),
 ]
 
 
@@ -143,7 +157,10 @@ def automatic(value: Any, name: str = "") -> Any:
     return value if name == "type" else "auto"
 
 
-@pytest.mark.parametrize(("section", "key", "value"), [entry for entry in HONOURED if "lr_sched" not in entry[1]])
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [entry for entry in HONOURED if "lr_sched" not in entry[1] and "backbone.offload" not in entry[1]],
+)
 def test_auto_leaves_the_run_file_alone(section: dict[str, Any], key: str, value: Any) -> None:
     assert value_at(applied(automatic(section)), key) == value_at(run(), key)
 
@@ -200,10 +217,50 @@ def test_the_second_beta_contradicts() -> None:
 
 def test_dtype_contradiction() -> None:
     for enabled, dtype in ((True, "float32"), (False, "bfloat16")):
-        config = run({"bf16": {"enabled": enabled}}, dtype=dtype)
+        config = run({"bf16": {"enabled": enabled}}, backbone={"dtype": dtype})
         with pytest.raises(UserError, match=rf"bf16.enabled: is {json.dumps(enabled)}.* backbone.dtype to '{dtype}'"):
             apply_deepspeed(config)
-    assert apply_deepspeed(run({"bf16": {"enabled": True}}, dtype="auto"))[0].backbone.dtype == "bfloat16"
+    assert apply_deepspeed(run({"bf16": {"enabled": True}}, backbone={"dtype": "auto"}))[0].backbone.dtype == "bfloat16"
+
+
+def test_float16_of_the_run_file() -> None:
+    """bf16 off does not contradict it, fp16 off does."""
+    for section in ({"bf16": {"enabled": False}}, {"fp16": {"enabled": "auto"}, "bf16": {"enabled": False}}):
+        assert apply_deepspeed(run(section, backbone={"dtype": "float16"}))[0].backbone.dtype == "float16"
+    for section, said in (
+        ({"fp16": {"enabled": False}}, r"fp16.enabled: is false.* backbone.dtype to 'float16'"),
+        ({"bf16": {"enabled": True}}, r"bf16.enabled: is true.* backbone.dtype to 'float16'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            apply_deepspeed(run(section, backbone={"dtype": "float16"}))
+
+
+# As Hugging Face's documentation has it.
+LOSS_SCALING = {
+    "loss_scale": 0,
+    "loss_scale_window": 1000,
+    "initial_scale_power": 16,
+    "hysteresis": 2,
+    "min_loss_scale": 1,
+}
+
+
+def test_how_the_loss_scale_falls_is_ignored_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match=r"ignored: fp16.hysteresis \(the loss scale falls with every overflow\)$"):
+        config = applied({"fp16": {"enabled": True, **LOSS_SCALING}})
+    assert (config.train.loss_scale_window, config.train.initial_scale_power) == (1000, 16)
+
+
+def test_loss_scaling_that_is_off_means_nothing() -> None:
+    assert applied({"fp16": {"enabled": False, "loss_scale": 128, "loss_scale_window": 7}}).train == run().train
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_loss_scaling_means_nothing_in_another_dtype(dtype: str) -> None:
+    config = apply_deepspeed(run({"fp16": {"enabled": "auto", **LOSS_SCALING}}, backbone={"dtype": dtype}))[0]
+    assert config.train == run().train
+    with pytest.raises(UserError, match=f"train.loss_scale_window: has no effect with backbone.dtype {dtype}"):
+        run(backbone={"dtype": dtype}, loss_scale_window=1000)
 
 
 def test_two_keys_of_the_json_may_not_contradict_each_other() -> None:
@@ -245,11 +302,16 @@ REFUSED = [
     ({"zero_optimization": {"stage": 3, "sub_group_size": -1}}, "zero_optimization.sub_group_size", "at least 0"),
     ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, "zero_optimization.offload_param", "an object"),
     ({"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}}, "offload_param.device", "'nvme'"),
-    ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.nvme_path", "needs"),
+    ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device", "nvme_path"),
     ({"zero_optimization": {"stage": 3, "offload_param": {"devise": 1}}}, "offload_param.devise", "param.device?"),
     ({"zero_optimization": {"stage": 3, "stage3_prefetch_bucket": 1}}, "prefetch_bucket", "prefetch_bucket_size?"),
     ({"zero_optimization": {"stage": 3, 3: 1}}, "zero_optimization.3", "unknown key"),
-    ({"fp16": {"enabled": True}}, "fp16.enabled", "use bf16"),
+    ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "bf16.enabled", "one dtype"),
+    ({"fp16": {"enabled": "yes"}}, "fp16.enabled", "true, false or 'auto'"),
+    ({"fp16": {"enabled": True, "loss_scale": 128}}, "fp16.loss_scale", "give 0"),
+    ({"fp16": {"enabled": True, "initial_scale_power": -1}}, "fp16.initial_scale_power", "greater than or equal to 0"),
+    ({"fp16": {"enabled": True, "loss_scale_window": True}}, "fp16.loss_scale_window", "got true"),
+    ({"fp16": {"scale_window": 1}}, "fp16.scale_window", "fp16.loss_scale_window?"),
     ({"bf16": {"enabled": "yes"}}, "bf16.enabled", "true, false or 'auto'"),
     ({"bf16": True}, "bf16", "has to be an object"),
     ({"bf16": {"enable": True}}, "bf16.enable", "bf16.enabled?"),
@@ -365,15 +427,70 @@ def test_anything_gives_a_config_or_a_user_error(section: dict[Any, Any]) -> Non
 # --- what DeepSpeed gets -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "enabled"), [("bfloat16", True), ("float32", False), ("auto", "auto")])
-def test_the_dict_says_the_dtype(dtype: str, enabled: Any) -> None:
-    zero3 = apply_deepspeed(run(ZERO3, dtype=dtype, per_device_train_batch_size=5, gradient_accumulation_steps=3))[1]
+def test_the_dict_says_nothing_of_dtypes_and_accumulation() -> None:
+    config = run(ZERO3, backbone={"dtype": "bfloat16"}, per_device_train_batch_size=5, gradient_accumulation_steps=3)
+    zero3 = apply_deepspeed(config)[1]
     assert zero3 is not None
-    assert zero3["bf16"] == {"enabled": enabled}
+    assert not {"bf16", "fp16", "optimizer", "scheduler"} & zero3.keys()
     assert (zero3["train_micro_batch_size_per_gpu"], zero3["gradient_accumulation_steps"]) == (5, 1)
-    assert resolve_dtype(zero3, "torch.bfloat16")["bf16"]["enabled"] is True
-    assert resolve_dtype(zero3, "float32")["bf16"]["enabled"] is False
-    assert zero3["bf16"] == {"enabled": enabled}, "the given one is not changed"
+
+
+def test_sharding_needs_no_json() -> None:
+    for backbone, offload in (
+        ({"sharding": "node"}, None),
+        ({"sharding": "world", "offload": "cpu"}, {"device": "cpu", "pin_memory": True}),
+        (
+            {"sharding": "world", "offload": "nvme", "offload_folder": "/x"},
+            {"device": "nvme", "nvme_path": "/x", "pin_memory": True},
+        ),
+    ):
+        config, zero3 = apply_deepspeed(run(backbone=backbone))
+        assert config == run(backbone=backbone)
+        assert zero3 is not None
+        assert zero3["zero_optimization"] == {"stage": 3, **({"offload_param": offload} if offload else {})}
+
+
+def test_a_json_adds_to_what_the_run_file_says_of_placement() -> None:
+    section = {
+        "zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 7, "offload_param": {"buffer_count": 9}}
+    }
+    for sharding in ("world", "node"):
+        config, zero3 = apply_deepspeed(run(section, backbone={"sharding": sharding, "offload": "cpu"}))
+        assert zero3 is not None
+        assert config.backbone.sharding == sharding
+        assert zero3["zero_optimization"] == {
+            "stage": 3,
+            "stage3_prefetch_bucket_size": 7,
+            "offload_param": {"device": "cpu", "pin_memory": True, "buffer_count": 9},
+        }
+
+
+@pytest.mark.parametrize(
+    ("section", "backbone", "said"),
+    [
+        (ZERO3, {"sharding": "none"}, "stage: is 3, but RUN.yaml sets backbone.sharding to 'none'"),
+        ({"zero_optimization": {"stage": 0}}, {"sharding": "node"}, "stage: is 0, but RUN.yaml sets backbone.sharding"),
+        (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}},
+            {"sharding": "world"},
+            "zero_hpz_partition_size: is 4, but RUN.yaml sets backbone.sharding to 'world'",
+        ),
+        (NVME, {"sharding": "world", "offload": "cpu"}, "RUN.yaml sets backbone.offload to 'cpu'"),
+        (
+            NVME,
+            {"sharding": "world", "offload": "nvme", "offload_folder": "/other"},
+            "RUN.yaml sets backbone.offload_folder to '/other'",
+        ),
+        (ZERO3, {"quantization": "int8"}, "use quantization: nf4"),
+        (NVME, {"quantization": "nf4"}, "use offload: cpu"),
+    ],
+)
+def test_placements_that_contradict_each_other_are_refused(
+    section: dict[str, Any], backbone: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        apply_deepspeed(run(section, backbone=backbone))
+    assert said in str(caught.value)
 
 
 def test_auto_values_are_left_to_deepspeed_and_sizes_are_whole() -> None:
@@ -389,7 +506,7 @@ def test_auto_values_are_left_to_deepspeed_and_sizes_are_whole() -> None:
     assert zero3["zero_optimization"] == {
         "stage": 3,
         "sub_group_size": 1_000_000_000,
-        "offload_param": {"device": "cpu", "buffer_size": 100_000_000},
+        "offload_param": {"device": "cpu", "buffer_size": 100_000_000, "pin_memory": True},
     }
     assert isinstance(zero3["zero_optimization"]["sub_group_size"], int)
 
@@ -434,18 +551,18 @@ def test_the_key_lists_are_deepspeeds() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(DS_CONFIGS.glob("*.json")), ids=lambda path: path.name)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_shipped_files_are_what_deepspeed_takes(path: Path, dtype: str) -> None:
+def test_shipped_files_are_what_deepspeed_takes(path: Path) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        config, zero3 = apply_deepspeed(run(str(path), dtype=dtype))
+        config, zero3 = apply_deepspeed(run(str(path)))
     assert config.train == run().train, "a shipped file leaves the optimisation to RUN.yaml"
     if zero3 is not None:
         taken = DeepSpeedConfig(zero3)
+        offload = taken.zero_config.offload_param
+        assert (str(getattr(offload.device, "value", offload.device)) if offload else "none") == config.backbone.offload
         assert taken.zero_config.stage == 3
-        assert taken.bfloat16_config.enabled is (dtype == "bfloat16")
         assert taken.optimizer_name is None
         assert taken.scheduler_name is None
         assert not taken.float16_config.enabled

@@ -1,4 +1,4 @@
-"""Load a language model frozen: on every rank whole, or sharded over all ranks (ZeRO-3)."""
+"""Load a language model frozen, as its checkpoint has it or quantised."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
-from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptd.backbone.quantize import keep_differentiable, quantization_of
 from ptd.config import BackboneConfig
-from ptd.types import Architecture, Output, UserError
+from ptd.types import DTYPES, Architecture, Output, UserError
 
 _CLASSES: dict[str, tuple[Any, Any]] = {
     "causal_lm": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
@@ -35,7 +34,6 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
     "seq2seq_lm": (AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
     "body": (AutoModel, MODEL_MAPPING),
 }
-DTYPES: dict[str, torch.dtype | str] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def architecture_of(config: BackboneConfig) -> Architecture:
@@ -54,16 +52,15 @@ def load_model(
     output: Output = "causal_lm",
     *,
     device: torch.device,
-    zero3: dict[str, Any] | None = None,
+    sharded: bool = False,
     check: Callable[[type[PreTrainedModel] | None, Any], None] = lambda model_class, model_config: None,
 ) -> PreTrainedModel:
     """Load the model of ``config.path`` in eval mode with every parameter frozen.
 
     Args:
         output: what it ends in; ``body``: the last hidden states (of an encoder-decoder: its encoder's).
-        device: where a replicated model goes; ZeRO-3 places its own shards.
-        zero3: a DeepSpeed configuration with ZeRO stage 3: the parameters come back partitioned over all ranks
-            (shape ``[0]``; ``torch.distributed`` must be initialised, and every rank must call this).
+        device: where the model goes.
+        sharded: each weight is taken away and put somewhere else the moment it is read (`ptd.engine.sharding.Shards`).
         check: called with model class and model config before any weight is read; raises what it objects to.
 
     Raises:
@@ -81,43 +78,30 @@ def load_model(
     options: dict[str, Any] = {}
     if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
         options["add_pooling_layer"] = False  # trained for another task, absent from most checkpoints, never read
-    quantized = quantization_of(config, model_config)
-    if quantized is not None and zero3 is not None:
-        raise UserError(
-            f"backbone.quantization: {config.quantization} weights are not sharded by ZeRO-3 (each rank would keep all "
-            "of them); remove the deepspeed section, or set quantization: none"
-        )
+    quantized = quantization_of(config, model_config, sharded=sharded)
     if quantized is not None:
         options |= {"quantization_config": quantized, "device_map": {"": device}}
-    if zero3 is not None:
-        # Under zero.Init this switch alone decides the weights' dtype; what from_pretrained is told has no effect.
-        zero3 = {**zero3, "bf16": {"enabled": _sharded_dtype(config, model_config) is torch.bfloat16}}
-    keep_alive = HfDeepSpeedConfig(zero3) if zero3 is not None else None  # from_pretrained finds it by weak reference
-    try:
-        with _readable(config):
-            model, report = auto_class.from_pretrained(
-                config.path,
-                config=model_config,
-                revision=config.revision,
-                dtype=DTYPES[config.dtype],
-                trust_remote_code=config.trust_remote_code,
-                output_loading_info=True,
-                **options,
-            )
-            if report["missing_keys"]:  # transformers fills them with random numbers and goes on
-                raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}.")
-    finally:
-        if keep_alive is not None:
-            unset_hf_deepspeed_config()
-    # ZeRO-3 and bitsandbytes have put the weights where they belong.
-    placed = zero3 is not None or getattr(model, "is_quantized", False)
+    with _readable(config):
+        model, report = auto_class.from_pretrained(
+            config.path,
+            config=model_config,
+            revision=config.revision,
+            dtype=DTYPES.get(config.dtype, config.dtype),
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+        if report["missing_keys"]:  # transformers fills them with random numbers and goes on
+            raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}.")
     if output == "body" and model_config.is_encoder_decoder:
         model = model.get_encoder()
     model.requires_grad_(False)
     model.eval()
     if config.gradient_checkpointing:
         checkpoint_layers(model)
-    return keep_differentiable(model) if placed else model.to(device)
+    if getattr(model, "is_quantized", False):  # and placed already
+        return keep_differentiable(model)
+    return model if sharded else model.to(device)
 
 
 def _model_config(config: BackboneConfig) -> Any:
@@ -153,16 +137,6 @@ def load_tokenizer(config: BackboneConfig) -> Any:
         return AutoTokenizer.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-
-
-def _sharded_dtype(config: BackboneConfig, model_config: Any) -> torch.dtype:
-    dtype = model_config.dtype if config.dtype == "auto" else DTYPES[config.dtype]
-    if dtype is torch.float16:
-        raise UserError(
-            f"backbone.dtype: {config.path} is stored in float16, which ZeRO-3 sharding does not take here; "
-            "set backbone.dtype to bfloat16 or float32"
-        )
-    return torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
 
 
 def _explain_missing(config: BackboneConfig) -> None:

@@ -18,7 +18,14 @@ from ptd.types import UserError
 
 OWN = ("run.json", "metrics.jsonl", "loss.png", "adapter", "best", "checkpoints", "tensorboard")
 FREE_TO_CHANGE = {
-    "backbone": {"gradient_checkpointing", "attention"},
+    "backbone": {
+        "gradient_checkpointing",
+        "attention",
+        "sharding",
+        "sharding_group_size",
+        "offload",
+        "offload_folder",
+    },
     "data": {"eval", "eval_split"},
     "train": {
         "logging_steps",

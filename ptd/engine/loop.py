@@ -22,7 +22,7 @@ from ptd.engine.setup import Prepared
 from ptd.types import Reporter, UserError
 
 MAX_SKIPPED = 10
-"""Steps in a row that may be skipped for a loss or gradient that is not finite."""
+"""Steps in a row that may be skipped for a loss or gradient that is not finite, beside overflows of the loss scale."""
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Loop:
         for batch in micro_batches:
             reading = self.step.readout(self.prepared.run, batch)
             if batch.rows or reading.loss.requires_grad:  # with nothing but a head, a filler depends on nothing trained
-                reading.loss.backward()
+                self.step.loss_scale.apply(reading.loss).backward()
             sums += torch.stack([torch.as_tensor(value).detach().to(sums) for value in (reading.loss, reading.weight)])
             tokens += batch.tokens
             supervised += batch.supervised_tokens
@@ -103,6 +103,10 @@ class Loop:
     def _count_skipped(self, number: int, so_far: int, result: StepResult) -> int:
         if not result.skipped:
             return 0
+        if result.overflow:  # the scale was too high, which is how its limit is found
+            lowered = f"loss scale lowered to {self.step.loss_scale.value:g}"
+            self.reporter.note(f"step {number} skipped on all ranks: a gradient overflowed; {lowered}")
+            return so_far
         self.reporter.note(
             f"step {number} skipped on all ranks: loss {result.loss}, gradient norm {result.grad_norm} (not finite)"
         )
@@ -131,9 +135,9 @@ class Window:
         self.network.update(network)
 
     def record(self, number: int, learning_rate: float, last: StepResult) -> dict[str, Any]:
-        """``loss``, ``lr`` and ``grad_norm`` are the last step's; tokens are sums, seconds and bytes means a step.
+        """``loss``, ``lr``, ``grad_norm`` and ``loss_scale`` are the last step's.
 
-        Tokens count all ranks, bytes are what this rank sends.
+        Tokens are sums over all ranks, seconds means a step, bytes what this rank sends a step.
         """
         return {
             "step": number,
@@ -149,6 +153,7 @@ class Window:
             "network_bytes_prompt": self.network["prompt"] // self.steps,
             "network_bytes_backbone": self.network["backbone"] // self.steps,
             "skipped_steps": self.skipped,
+            **({} if last.loss_scale is None else {"loss_scale": last.loss_scale}),
         }
 
 

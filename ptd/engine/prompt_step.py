@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ptd.checkpoint.run_state import tensors_of
+from ptd.engine.loss_scale import LossScale
 from ptd.engine.meter import NetworkMeter
 from ptd.engine.ranks import Ranks
 from ptd.readouts import Readout
@@ -26,13 +28,19 @@ from ptd.types import PromptEncoder, PromptState
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step over all ranks. ``loss`` is the mean over all that is predicted."""
+    """One optimizer step over all ranks. ``loss`` is the mean over all that is predicted.
+
+    ``loss_scale``: the scale this step ran with, if there is one; ``overflow``: skipped because it was too high, and
+    lowered for the next.
+    """
 
     loss: float
     grad_norm: float
     tokens: int
     supervised_tokens: int
     skipped: bool
+    loss_scale: float | None = None
+    overflow: bool = False
 
 
 class Trained(nn.Module):
@@ -50,8 +58,8 @@ class Trained(nn.Module):
 class PromptStep:
     """What is trained, with its optimizer and the reduction.
 
-    Use: ``state = step.encode()``; run micro-batches against ``state``, each ``loss.backward()`` with a summed loss;
-    ``step.finish(loss_sum, weight, tokens, supervised_tokens)``.
+    Use: ``state = step.encode()``; run micro-batches against ``state``, each ``step.loss_scale.apply(loss).backward()``
+    with a summed loss; ``step.finish(loss_sum, weight, tokens, supervised_tokens)``.
     """
 
     def __init__(
@@ -61,10 +69,12 @@ class PromptStep:
         ranks: Ranks,
         meter: NetworkMeter,
         max_grad_norm: float,
+        loss_scale: LossScale | None = None,
     ) -> None:
         self.trained, self.optimizer, self.ranks, self.meter = trained, optimizer, ranks, meter
         self.encoder, self.readout = trained.encoder, trained.readout
         self.max_grad_norm = max_grad_norm
+        self.loss_scale = loss_scale or LossScale.none()
         self._flat: Tensor | None = None
         self._leaf: PromptState | None = None
 
@@ -78,6 +88,10 @@ class PromptStep:
         """The prompt as it stands, without a gradient. Every rank calls this together."""
         return self.encoder.state(self.flat())
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a resumed run needs, by name, to be saved, or loaded in place."""
+        return tensors_of(self.trained, self.optimizer) | self.loss_scale.tensors()
+
     def encode(self) -> PromptState:
         """Run the encoder; returns the leaf state, at which micro-batches accumulate their gradients."""
         with self.meter:
@@ -90,7 +104,8 @@ class PromptStep:
     def finish(self, loss_sum: Tensor, weight: Tensor | float, tokens: int, supervised_tokens: int) -> StepResult:
         """Reduce, run the encoder's backward, clip and step. A step that is not finite is skipped on all ranks.
 
-        The mean loss of the step is the sum of all ranks' ``loss_sum`` over the sum of their ``weight``.
+        The mean loss of the step is the sum of all ranks' ``loss_sum`` (without the loss scale) over the sum of their
+        ``weight``.
         """
         assert self._flat is not None
         device = loss_sum.device
@@ -99,21 +114,27 @@ class PromptStep:
             counts = torch.tensor([tokens, supervised_tokens], dtype=torch.float64, device=device)
             totals = self.ranks.all_reduce(torch.cat([torch.stack(own), counts]))
             loss, all_tokens, supervised = totals[0] / totals[1], int(totals[2]), int(totals[3])
+            scale = self.loss_scale.value
+            divisor = totals[1] * scale
             if self._flat.requires_grad:
                 gradient = self.ranks.all_reduce(self._leaf_gradient())
-                self._flat.backward(gradient.div_(totals[1]).to(self._flat.dtype))
-            self._reduce_readout(totals[1])
+                self._flat.backward(gradient.div_(divisor).to(self._flat.dtype))
+            self._reduce_readout(divisor)
             norm = self._grad_norm()
-            skipped = not (math.isfinite(float(norm)) and math.isfinite(float(loss)))
+            finite, finite_loss = math.isfinite(float(norm)), math.isfinite(float(loss))
+            # A loss that is not finite was so before it was scaled: it says nothing about the scale.
+            overflow = finite_loss and self.loss_scale.update(finite=finite)
+            skipped = not (finite and finite_loss)
             if not skipped:
                 if self.max_grad_norm > 0:
                     self._scale(torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0))
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self._flat = self._leaf = None
-        return StepResult(float(loss), float(norm), all_tokens, supervised, skipped)
+        used = scale if self.loss_scale.used else None
+        return StepResult(float(loss), float(norm), all_tokens, supervised, skipped, used, overflow)
 
-    def _reduce_readout(self, weight: Tensor) -> None:
+    def _reduce_readout(self, divisor: Tensor) -> None:
         """Sum the readout's gradients over all ranks, in one buffer, and divide them."""
         parameters = list(self.readout.parameters())
         if not parameters:
@@ -124,7 +145,7 @@ class PromptStep:
         for part, parameter in zip(parts, parameters, strict=True):
             if parameter.grad is not None:
                 part.copy_(parameter.grad.flatten())
-        self.ranks.all_reduce(flat).div_(weight)
+        self.ranks.all_reduce(flat).div_(divisor)
         for part, parameter in zip(parts, parameters, strict=True):
             parameter.grad = part.view_as(parameter)
 

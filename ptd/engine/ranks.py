@@ -91,6 +91,23 @@ class Ranks:
             parallelize_module(encoder, self.mesh, plan)
         return encoder
 
+    def shard_group(self, sharding: str, size: int | None) -> dist.ProcessGroup | None:
+        """The ranks that share one copy of the backbone with this one; None: all of them.
+
+        ``sharding: node``: consecutive ranks, ``size`` of them or those of a node. Every rank calls this together.
+        Raises `UserError` if the ranks do not divide into such groups.
+        """
+        if sharding != "node":
+            return None
+        size = size or self.local_world_size
+        if self.world_size % size:
+            raise UserError(
+                f"backbone.sharding_group_size: {self.world_size} ranks do not divide into groups of {size}; "
+                "give a size that divides them, or set backbone.sharding: world"
+            )
+        own: dist.ProcessGroup = dist.new_subgroups(size)[0]
+        return own
+
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
         if self.world_size > 1:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from ptd.backbone import fingerprint, load_model
 from ptd.config import BackboneConfig
-from ptd.deepspeed_config import resolve_dtype
 from ptd.engine.forward import Forward
 from ptd.engine.ranks import Ranks
 from ptd.inject import Attachment, check_supported
@@ -35,18 +33,18 @@ def prepare(
     config: BackboneConfig, ranks: Ranks, zero3: dict[str, Any] | None = None, *, output: Output = "causal_lm"
 ) -> Prepared:
     """Load, shard (with ``zero3``) and attach to the backbone. Every rank calls this together."""
-    if zero3 is not None:
-        from ptd.engine import sharding  # importing deepspeed takes seconds; only sharded runs pay for it
+    if zero3 is None:
+        model = load_model(config, output, device=ranks.device, check=check_supported)
+    else:
+        from ptd.engine.sharding import Shards  # importing deepspeed takes seconds; only sharded runs pay for it
 
-        sharding.make_ready()
-    model = load_model(config, output, device=ranks.device, zero3=zero3, check=check_supported)
-    identity = [fingerprint(model)]
-    if zero3 is not None:
-        sharding.shard(model, resolve_dtype(zero3, str(model.dtype)))
-        if dist.is_initialized():
-            dist.broadcast_object_list(identity, src=0, device=ranks.device)
+        shards = Shards(zero3, ranks.shard_group(config.sharding, config.sharding_group_size))
+        with shards.receiving():
+            model = load_model(config, output, device=ranks.device, sharded=True, check=check_supported)
+        shards.run(model)
+    identity = ranks.on_main(lambda: fingerprint(model))
     attachment = Attachment(model, backend=config.attention)
-    return Prepared(model, attachment, Forward(model, attachment, ranks.device), identity[0])
+    return Prepared(model, attachment, Forward(model, attachment, ranks.device), identity)
 
 
 def check_context(shape: BackboneShape, num_virtual_tokens: int, max_length: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from families import VOCAB, save_backbone
@@ -16,7 +17,6 @@ from ptd.methods.prefix import PrefixEncoder
 from ptd.train import train
 from ptd.types import UserError, same_backbone
 
-bnb = pytest.importorskip("bitsandbytes", reason="the extra `quant` is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning")
 CPU = torch.device("cpu")
 IDS = torch.randint(5, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -130,6 +130,15 @@ def test_what_does_not_go_together_is_refused(folders, tmp_path):
         load(saved, "nf4")
     again = load(saved)
     assert any(isinstance(module, bnb.nn.Linear4bit) for module in again.modules()), "it loads as it is"
-    config = BackboneConfig(path=str(folders["llama"]), quantization="int8")
-    with pytest.raises(UserError, match="not sharded by ZeRO-3"):
-        load_model(config, device=CPU, zero3={"zero_optimization": {"stage": 3}})
+    eight = tmp_path / "eight"
+    load(folders["llama"], "int8").save_pretrained(eight)
+    with pytest.raises(UserError, match=r"backbone\.sharding: .* in a form that cannot be sharded"):
+        load_model(BackboneConfig(path=str(eight)), device=CPU, sharded=True)
+    for settings, said in (
+        ({"quantization": "int8", "sharding": "world"}, "are not sharded"),
+        ({"offload": "cpu"}, "set sharding: node or world"),
+        ({"sharding": "world", "offload": "nvme"}, "offload_folder: offload: nvme needs a folder"),
+        ({"sharding": "world", "sharding_group_size": 2}, "no effect without sharding: node"),
+    ):
+        with pytest.raises(UserError, match=said):
+            parse_config({"backbone": {"path": "x", **settings}, "method": {"name": "prefix"}, "data": {}})

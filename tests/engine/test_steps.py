@@ -148,6 +148,16 @@ def test_step_that_is_not_finite_on_one_rank_is_skipped_on_all(measured: dict[st
     assert "nan" in note
 
 
+def test_overflow_on_one_rank_lowers_the_loss_scale_on_all(measured: dict[str, Any], world: int) -> None:
+    """And a scale, a power of two, changes no bit of what is trained."""
+    result = measured["skipping/mlp/scaled"]
+    assert result["loss_scale"] == [[2.0**16] * 3 + [2.0**15] * 2] * world
+    assert result["skipped"] == [[0, 0, 1, 0, 0]] * world
+    assert result["ranks_equal"]
+    assert result["states"] == measured["skipping/mlp/gradient"]["states"]
+    assert result["notes"] == ["step 3 skipped on all ranks: a gradient overflowed; loss scale lowered to 32768"]
+
+
 def test_ten_skipped_steps_in_a_row_end_the_run(measured: dict[str, Any], world: int) -> None:
     result = measured["giving_up/ten"]
     assert result["records"] == 2 + 9

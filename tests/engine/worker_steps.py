@@ -34,6 +34,7 @@ from ptd.config import TrainConfig, parse_config
 from ptd.data import Batches
 from ptd.deepspeed_config import apply_deepspeed
 from ptd.engine.loop import Loop
+from ptd.engine.loss_scale import LossScale
 from ptd.engine.meter import NetworkMeter, metered_deepspeed
 from ptd.engine.prompt_step import PromptStep, Trained, build_optimizer
 from ptd.engine.ranks import Ranks
@@ -175,11 +176,10 @@ def make_encoder(prepared: Prepared, kind: str, *, hidden: int = 16) -> PrefixEn
         return PrefixEncoder(prepared.shape.layers, P, **sizes.get(kind, wide))
 
 
-def make_step(encoder: PrefixEncoder, ranks: Ranks, max_grad_norm: float = MAX_GRAD_NORM) -> PromptStep:
+def make_step(encoder: PrefixEncoder, ranks: Ranks, loss_scale: LossScale | None = None) -> PromptStep:
     trained = Trained(ranks.distribute(copy.deepcopy(encoder)), LanguageModel())
-    return PromptStep(
-        trained, build_optimizer(trained, **OPTIMIZER), ranks, NetworkMeter(ranks.world_size), max_grad_norm
-    )
+    optimizer = build_optimizer(trained, **OPTIMIZER)
+    return PromptStep(trained, optimizer, ranks, NetworkMeter(ranks.world_size), MAX_GRAD_NORM, loss_scale)
 
 
 class Notes(Reporter):
@@ -336,9 +336,11 @@ def poisoned(prepared: Prepared, when: Callable[[], bool], kind: str) -> Iterato
     yield run
 
 
-def skipping_case(prepared: Prepared, ranks: Ranks, encoder: PrefixEncoder, kind: str) -> dict[str, Any]:
+def skipping_case(
+    prepared: Prepared, ranks: Ranks, encoder: PrefixEncoder, kind: str, loss_scale: LossScale | None = None
+) -> dict[str, Any]:
     """Step 3 of 5 is poisoned in the first of the last rank's two micro-batches."""
-    step = make_step(encoder, ranks)
+    step = make_step(encoder, ranks, loss_scale)
     calls = 0
 
     def when() -> bool:
@@ -364,6 +366,8 @@ def skipping_case(prepared: Prepared, ranks: Ranks, encoder: PrefixEncoder, kind
         "finite": all(bool(torch.isfinite(tensor).all()) for tensor in everything().values()),
         "ranks_equal": len(set(map(tuple, gather(states)))) == 1,
         "notes": notes.lines,
+        "states": states,
+        "loss_scale": gather([record.get("loss_scale") for record in records]),
         "optimizer_steps": float(next(iter(step.optimizer.state.values()))["step"]),
     }
 
@@ -483,6 +487,7 @@ def main(folder: str, results_file: str) -> None:
             results[case] = network_case(prepared[placement], batches, ranks, encoder, placement)
     for name, kind in (("direct", "nan"), ("direct", "inf"), ("mlp", "nan"), ("mlp", "gradient")):
         results[f"skipping/{name}/{kind}"] = skipping_case(plain, ranks, variants[name][0], kind)
+    results["skipping/mlp/scaled"] = skipping_case(plain, ranks, variants["mlp"][0], "gradient", LossScale())
     results["giving_up/ten"] = giving_up_case(plain, ranks, variants["direct"][0], range(2, 12))
     results["giving_up/nine"] = giving_up_case(plain, ranks, variants["direct"][0], range(2, 11))
     if ranks.world_size == 4:

@@ -2,7 +2,8 @@
 
     python tests/ptd_kernels/compile_triton_kernels.py --head 64,64 --dtype bf16 --variant causal all --arch 90
 
-prints one JSON object a kernel; ``--markdown`` a table, ``--tile`` tries another tile. Not with TRITON_INTERPRET=1.
+prints one JSON object a kernel; ``--markdown`` a table, ``--tile`` tries another tile, ``--summary FILE …`` makes the
+tables of the operator's README from what was printed. Not with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import triton
 from ptd_kernels.prefix_attention import triton_backward, triton_decode, triton_forward
-from ptd_kernels.prefix_attention.triton_table import DELTA, Tile, decode_tile, decodes, tiles_for
+from ptd_kernels.prefix_attention.triton_table import DELTA, WIDTHS, Tile, decode_tile, decodes, tiles_for
 from ptd_kernels.prefix_attention.triton_tiles import padded
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -124,6 +125,46 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found["REG"]), "local": int(found["STACK"]) + int(found["LOCAL"])}
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """The table's own tiles with the worst that the compiler says of them over all head sizes, dtypes and variants."""
+    columns = [name for name in SOURCES if name != "delta"]
+    lines = [f"| GPU, type | head size | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
+    for biased in (False, True):
+        for arch, half, width in product((90, 80), (True, False), WIDTHS):
+            if arch == 90 and not half:  # the same tiles as on sm_80, and the same code but for a register or two
+                continue
+            cells = []
+            for name in columns:
+                found = [
+                    row
+                    for row in rows
+                    if row["kernel"] == name
+                    and (row["arch"] == arch or not half)
+                    and (row["dtype"] != "fp32") == half
+                    and width_of(row) == width
+                    and ("BIAS" in VARIANTS[row["variant"]]) == biased
+                ]
+                cells.append(cell(found))
+            kind = f"sm_{arch}, 16-bit" if half else "both, fp32"
+            lines.append(f"| {kind}{', bias' if biased else ''} | ≤ {width} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def width_of(row: dict[str, Any]) -> int:
+    return next(width for width in WIDTHS if max(row["D"], row["E"]) <= width)
+
+
+def cell(rows: list[dict[str, Any]]) -> str:
+    """``tile warps stages: registers, bytes spilled, KiB shared``, of the rows with the first row's tile."""
+    if not rows:
+        return "–"
+    first = rows[0]
+    same = [row for row in rows if all(row[key] == first[key] for key in ("tile", "warps", "stages"))]
+    registers, local, shared = (max(row[key] for row in same) for key in ("registers", "local", "shared"))
+    shape = f"{first['tile'].replace('x', '×')} {first['warps']}w {first['stages']}s"
+    return f"{shape}: {registers}, {local}, {round(shared / 1024)}"
+
+
 def main() -> None:
     """Compile what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -135,7 +176,12 @@ def main() -> None:
     parser.add_argument("--tile", type=int, nargs=4, help="rows keys warps stages, instead of the table's")
     parser.add_argument("--candidates", action="store_true", help="all tiles that may be chosen, not only the table's")
     parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--summary", nargs="+", type=Path, metavar="FILE", help="compile nothing, sum up these rows")
     args = parser.parse_args()
+    if args.summary:
+        lines = [line for file in args.summary for line in file.read_text().splitlines()]
+        print(summary([json.loads(line) for line in lines]))
+        return
     columns = ("head", "kernel", "arch", "dtype", "variant", "tile", "warps", "stages", "registers", "local", "shared")
     if args.markdown:
         print("|", " | ".join(columns), "|\n|", " | ".join("---" for _ in columns), "|")

@@ -72,13 +72,19 @@ ALTERNATIVES: dict[tuple[int, int], dict[str, tuple[Tile, ...]]] = {
     (80, 256): {"forward": (Tile(32, 32, 4, 2),)},
 }
 
+# Where the half of a tile's keys that a bias leaves (`tiles_for`) still spills, all in fp32.
+BIASED: dict[int, dict[str, Tile]] = {
+    32: {"key_gradient": Tile(32, 64, 8, 1)},
+    64: {"forward": Tile(32, 16, 8, 1), "query_gradient": Tile(32, 16, 8, 1)},
+    128: {"forward": Tile(16, 16, 8, 1), "query_gradient": Tile(16, 16, 8, 1)},
+}
+
 # In the interpreter: small, so that short sequences have several tiles, and mostly oblong, so that a swap shows.
 INTERPRETED = _tiles(Tile(64, 16, 4, 1), Tile(32, 32, 4, 1), Tile(16, 64, 4, 1), Tile(64, 16, 4, 1))
 # Of the decode kernel, whose rows are as many as the call has: (is it 16-bit, widest head size) -> tile without them.
 DECODE: dict[tuple[bool, int], Tile] = {
     (True, 128): Tile(0, 32, 4, 3),
     (True, 256): Tile(0, 32, 8, 2),
-    (False, 64): Tile(0, 32, 4, 1),
     (False, 256): Tile(0, 16, 8, 1),
 }
 DELTA = Tile(32, 0, 4, 1)
@@ -92,6 +98,8 @@ def tiles_for(kernel: str, architecture: int, half: bool, head_size: int, biased
         return (INTERPRETED[kernel],)
     architecture, width = 90 if architecture // 10 == 9 else 80, next(w for w in WIDTHS if head_size <= w)
     tiles = TABLE[architecture, half, width][kernel], *_alternatives(kernel, architecture, half, width)
+    if biased and not half and kernel in BIASED.get(width, {}):
+        return (BIASED[width][kernel],)
     if biased and kernel in ("forward", "query_gradient"):
         # The tile of biases and its addresses take the registers that half of the scores leave.
         wide = [tile for tile in tiles if tile is tiles[0] or tile.keys >= 64]
