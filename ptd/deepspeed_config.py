@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ptd.config import BackboneConfig, RunConfig, parse_config
+from ptd.shipped import DS_CONFIGS
 from ptd.types import UserError
 
-SHIPPED = Path(__file__).parents[1] / "ds_configs"
 AUTO = "auto"
 NEVER = 2**31 - 1  # steps between two progress lines of DeepSpeed; ptd logs by itself
 
@@ -564,12 +564,12 @@ def _find(source: str) -> Path:
     """The file of that path, or else the shipped one of that name."""
     path = Path(source).expanduser()
     try:
-        for candidate in (path, SHIPPED / path.name):
+        for candidate in (path, DS_CONFIGS / path.name):
             if candidate.is_file():
                 return candidate
     except (OSError, ValueError) as error:  # a name too long, or with a null character
         raise UserError(f"deepspeed: {source!r} is not a path: {error}") from error
-    shipped = ", ".join(sorted(file.name for file in SHIPPED.glob("*.json"))) or "none"
+    shipped = ", ".join(sorted(file.name for file in DS_CONFIGS.glob("*.json"))) or "none"
     raise UserError(f"deepspeed: there is no file {source!r}; give a DeepSpeed JSON, or one that ptd ships: {shipped}")
 
 
