@@ -69,8 +69,8 @@ class Shards:
         offload = zero3["zero_optimization"].get("offload_param", {}).get("device")
         if offload == "nvme" and not deepspeed.ops.op_builder.AsyncIOBuilder().is_compatible():
             raise UserError(
-                "backbone.offload: the disk is read by an operator that DeepSpeed compiles, which needs libaio's headers "
-                "and a compiler (Debian: apt install libaio-dev g++); install them, or set offload: cpu"
+                "backbone.offload: the disk is read by an operator that DeepSpeed compiles, which needs libaio and "
+                "a compiler (Debian: apt install libaio-dev g++); install them, or set offload: cpu"
             )
         # The dtype matters to the buffers of NVMe offload alone. Given a module (here an empty one), it also puts in
         # the linear function that keeps no reference to a gathered weight between forward and backward.
