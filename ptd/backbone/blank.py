@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
@@ -51,7 +52,8 @@ def blank_model(
             model_config, dtype=dtype or torch.float32, trust_remote_code=config.trust_remote_code, **options
         )
         if quantized is not None:
-            AutoHfQuantizer.from_config(quantized).preprocess_model(model, device_map={"": "cpu"})
+            with unset_fake_temporarily():  # bitsandbytes' parameters are no subclass of what FakeTensorMode makes
+                AutoHfQuantizer.from_config(quantized).preprocess_model(model, device_map={"": "cpu"})
             for module in list(model.modules()):
                 _quantize(module, dtype or torch.float32)
     if output == "body" and model_config.is_encoder_decoder:

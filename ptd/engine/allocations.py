@@ -32,15 +32,12 @@ _FACTORIES = {aten.arange, aten.zeros, aten.ones, aten.full, aten.empty, aten.ra
 class Interval:
     """Between two events: the bytes alive by category at the moment when most were.
 
-    ``event``: what ended it (see `Allocations.mark`); ``peak``: category -> bytes.
+    ``event``: what ended it (see `Allocations.mark`); ``peak``: category -> bytes; ``start``: the same at its beginning.
     """
 
     event: Any
     peak: dict[str, int]
-
-    @property
-    def total(self) -> int:
-        return sum(self.peak.values())
+    start: dict[str, int]
 
 
 class Allocations(TorchDispatchMode):
@@ -71,6 +68,7 @@ class Allocations(TorchDispatchMode):
         self._alive: Counter[str] = Counter()
         self._total = self._peak_total = 0
         self._peak: dict[str, int] = {}
+        self._start: dict[str, int] = {}
         self._known: dict[int, tuple[Any, str, int]] = {}
 
     @contextmanager
@@ -91,11 +89,14 @@ class Allocations(TorchDispatchMode):
 
     def mark(self, event: Any) -> None:
         """End an interval of the timeline."""
-        self.timeline.append(Interval(event, self._peak))
-        self._peak, self._peak_total = dict(self._alive), self._total
+        self.timeline.append(Interval(event, self._peak, self._start))
+        self._start = dict(self._alive)
+        self._peak, self._peak_total = self._start, self._total
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # asked for more often than everything else
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
         args, answer = self._without_data(func, args, kwargs)
         if answer is not None:
             return answer[0]
