@@ -307,7 +307,11 @@ def _flop_formulas() -> dict[Any, Callable[..., int]]:
     def eight_bit(a: Tensor, b: Tensor, *rest: Any, **options: Any) -> int:
         return 2 * (a.numel() // a.shape[-1]) * b.numel()
 
+    def grouped(a: Tensor, b: Tensor, *rest: Any, **options: Any) -> int:
+        return 2 * a.shape[0] * b.shape[1] * b.shape[2]
+
     formulas: dict[Any, Callable[..., int]] = {
+        aten._grouped_mm: grouped,
         aten._scaled_dot_product_flash_attention_for_cpu: attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
         aten._flash_attention_forward: flash,
