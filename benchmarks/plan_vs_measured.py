@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -78,11 +80,12 @@ def resident() -> dict[str, int]:
 def work(request: dict[str, Any]) -> dict[str, int]:
     """Three steps of the run in this process (one of its ranks); ``peak``: bytes of the third above the baseline."""
     import torch
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     from ptd.engine.ranks import Ranks
 
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line a layer and step
     ranks = Ranks.start(needs_group="deepspeed" in request["run"])
     on_gpu = ranks.device.type == "cuda"
     take_steps({**request["run"], "backbone": {"path": request["small"], "dtype": "float32"}, "deepspeed": None}, ranks, 1)
@@ -171,7 +174,6 @@ def main() -> None:
     import torch
     from ptd.config import parse_config
     from ptd.plan import plan
-    from ptd.versions import versions
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = []
@@ -197,14 +199,21 @@ def main() -> None:
             row = results[-1]
             print(f"{name:34} planned {row['planned_bytes'] / 2**20:8.0f} MiB  measured {measured / 2**20:8.0f} MiB  "
                   f"ratio {row['planned_over_measured']:.3f}", flush=True)  # fmt: skip
-    if args.output is not None:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-        record = {
-            "command": "python benchmarks/plan_vs_measured.py", "commit": commit.strip(), "date": str(date.today()),
-            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "cores": os.cpu_count(),
-            "versions": versions(), "model": MODEL, "results": results,
-        }  # fmt: skip
-        args.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            if args.output is not None:
+                args.output.write_text(json.dumps(record(results, device), indent=2) + "\n", encoding="utf-8")
+
+
+def record(results: list[dict[str, Any]], device: str) -> dict[str, Any]:
+    """The results with where they come from."""
+    import torch
+    from ptd.versions import versions
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    return {
+        "command": "python benchmarks/plan_vs_measured.py", "commit": commit.strip(), "date": str(date.today()),
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu",
+        "cores": os.cpu_count(), "versions": versions(), "model": MODEL, "results": results,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
