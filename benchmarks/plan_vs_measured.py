@@ -2,8 +2,8 @@
 
     python benchmarks/plan_vs_measured.py --output benchmarks/results/plan_vs_measured.json
 
-Each case is a Llama with random weights, written to a temporary folder, and the fullest micro-batch of its run file. The
-third optimizer step is measured (DeepSpeed knows the order of the modules from then on). With a GPU:
+Each case is a Llama with random weights, written to a temporary folder, and the fullest micro-batch of its run file.
+The third optimizer step is measured (DeepSpeed knows the order of the modules from then on). With a GPU:
 ``torch.cuda.max_memory_allocated``. Without one: how much the peak of resident memory in that step (VmHWM, reset before
 it through /proc/self/clear_refs) lies above what the process had before the backbone was loaded, after a step of a tiny
 model has loaded what libraries keep. glibc is told to give freed blocks of 64 KiB and more back to the system at once;
@@ -25,7 +25,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 256}
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 256,
+}
 MODEL = {
     "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16,
     "num_key_value_heads": 8, "vocab_size": 8192, "max_position_embeddings": 4096,
@@ -35,7 +41,9 @@ PROJECTION = {**PREFIX, "prefix_projection": True, "encoder_hidden_size": 512}
 ZERO3 = str(ROOT / "ds_configs" / "zero3.json")
 CASES: dict[str, dict[str, Any]] = {
     "replicated, packed": {"method": PROJECTION, "rows": 4, "max_length": 512},
-    "gradient checkpointing": {"backbone": {"gradient_checkpointing": True}, "method": PREFIX, "rows": 8, "max_length": 512},
+    "gradient checkpointing": {
+        "backbone": {"gradient_checkpointing": True}, "method": PREFIX, "rows": 8, "max_length": 512,
+    },
     "nf4": {"backbone": {"quantization": "nf4"}, "method": PREFIX, "rows": 2, "max_length": 512},
     "int8": {"backbone": {"quantization": "int8"}, "method": PREFIX, "rows": 2, "max_length": 512},
     "bfloat16": {"backbone": {"dtype": "bfloat16"}, "method": PREFIX, "rows": 4, "max_length": 512},
@@ -88,7 +96,9 @@ def work(request: dict[str, Any]) -> dict[str, int]:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line a layer and step
     ranks = Ranks.start(needs_group="deepspeed" in request["run"])
     on_gpu = ranks.device.type == "cuda"
-    take_steps({**request["run"], "backbone": {"path": request["small"], "dtype": "float32"}, "deepspeed": None}, ranks, 1)
+    take_steps(
+        {**request["run"], "backbone": {"path": request["small"], "dtype": "float32"}, "deepspeed": None}, ranks, 1
+    )
     before = resident()["VmRSS"]
 
     def begin() -> None:
@@ -106,6 +116,7 @@ def work(request: dict[str, Any]) -> dict[str, int]:
 def take_steps(run: dict[str, Any], ranks: Any, steps: int, before_last: Any = lambda: None) -> None:
     """Optimizer steps on the fullest micro-batch of a run, by the parts that ``ptd train`` is made of."""
     import torch
+
     from ptd.backbone import architecture_of
     from ptd.config import parse_config
     from ptd.deepspeed_config import apply_deepspeed
@@ -172,6 +183,7 @@ def main() -> None:
         print(json.dumps(work(json.loads(args.worker))))
         return
     import torch
+
     from ptd.config import parse_config
     from ptd.plan import plan
 
@@ -206,6 +218,7 @@ def main() -> None:
 def record(results: list[dict[str, Any]], device: str) -> dict[str, Any]:
     """The results with where they come from."""
     import torch
+
     from ptd.versions import versions
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout

@@ -1,4 +1,4 @@
-"""How progress looks (bars in a terminal, plain lines anywhere else, both on stderr), and the tables of a plan (stdout)."""
+"""How progress looks (bars in a terminal, plain lines anywhere else; stderr), and the tables of a plan (stdout)."""
 
 from __future__ import annotations
 

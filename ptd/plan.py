@@ -47,6 +47,7 @@ class Plan:
     rows: int
     accumulation: int
     assumptions: list[str]
+    parameters: int
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; bytes and FLOPs as whole numbers."""
@@ -68,8 +69,6 @@ class Plan:
             "placements": [_plain(each, own=each is self.own) for each in self.estimates],
             "assumptions": self.assumptions,
         }
-
-    parameters: int = 0
 
 
 def _plain(each: Estimate, *, own: bool) -> dict[str, Any]:
@@ -151,7 +150,8 @@ def trace_run(
     config = config.model_copy(update={"backbone": config.backbone.model_copy(update=changed)})
     config = config.model_copy(update={"task": _with_labels(config)})
     task: Task = make_task(config.task, config.data, architecture_of(config.backbone))
-    task = task.fit(None, "the plan")  # type: ignore[arg-type]  # labels are given, so no row is looked at
+    no_rows: Any = None  # labels are given, so fitting looks at none
+    task = task.fit(no_rows, "the plan")
     chosen, facts = method(config.method_name), facts_of(config, task)
     chosen.check(config.method_config(), facts)
     tokenizer = _tokenizer(config, needed=facts.cloze)
@@ -237,8 +237,8 @@ def recommend(estimates: list[Estimate], config: RunConfig) -> tuple[Estimate | 
         least = min(estimates, key=lambda each: each.peak)
         if not smaller:
             return None, (
-                f"nothing fits: {least.placement.name} needs least, {_gib(least.peak)} a rank; {hint}take more or larger "
-                "GPUs, or lower data.max_length"
+                f"nothing fits: {least.placement.name} needs least, {_gib(least.peak)} a rank; {hint}take more or "
+                "larger GPUs, or lower data.max_length"
             )
         return smaller[0], (
             f"no placement fits {rows_of(config)} rows a micro-batch; {smaller[0].placement.name} is the cheapest that "
@@ -263,10 +263,10 @@ def recommend(estimates: list[Estimate], config: RunConfig) -> tuple[Estimate | 
 
 def _assumptions(config: RunConfig, machine: Machine, limits: Limits, supervised: float) -> list[str]:
     found = [
-        f"every row has data.max_length = {config.data.max_length} tokens and {supervised:.0%} of a text's tokens carry "
-        "loss",
-        "a token costs the FLOPs of forward and backward pass, recomputation included; a multiplication and an addition "
-        "are two, attention counts hidden pairs too",
+        f"every row has data.max_length = {config.data.max_length} tokens, and {supervised:.0%} of a text's tokens "
+        "carry loss",
+        "a token costs the FLOPs of forward and backward pass, recomputation included; a multiplication and an "
+        "addition are two, attention counts hidden pairs too",
     ]
     if machine.is_gpu:
         found.append(
@@ -275,8 +275,8 @@ def _assumptions(config: RunConfig, machine: Machine, limits: Limits, supervised
             "peak for fragmentation"
         )
     found.append(
-        f"DeepSpeed keeps weights that are used again within {limits.max_reuse_distance:.0e} numbers whole, and those of "
-        f"up to {limits.param_persistence_threshold:.0e} numbers always"
+        f"DeepSpeed keeps weights that are used again within {limits.max_reuse_distance:.0e} numbers whole, and those "
+        f"of up to {limits.param_persistence_threshold:.0e} numbers always"
     )
     return found
 

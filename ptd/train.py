@@ -297,9 +297,7 @@ def _build(config: RunConfig, prepared: Prepared, task: Task, tokenizer: Any, ra
     return Trained(ranks.distribute(trained.encoder), trained.readout.to(ranks.device))
 
 
-def build_trained(
-    config: RunConfig, prepared: Prepared, task: Task, tokenizer: Any, device: torch.device
-) -> Trained:
+def build_trained(config: RunConfig, prepared: Prepared, task: Task, tokenizer: Any, device: torch.device) -> Trained:
     """Prompt encoder and readout, initialised and still on the CPU; ``device``: the backbone's."""
     settings, chosen = config.method_config(), method(config.method_name)
     conditioner = TextConditioner(prepared.model, tokenizer, device)

@@ -24,7 +24,7 @@ def blank_model(
     *,
     check: Callable[[type[PreTrainedModel] | None, Any], None] = lambda model_class, model_config: None,
 ) -> PreTrainedModel:
-    """The model that `ptd.backbone.load_model` would load, as its config describes it: frozen, in eval mode, quantised.
+    """The model that `ptd.backbone.load_model` would load, by its config: frozen, in eval mode, quantised.
 
     Its tensors have no data. With ``dtype: auto`` they have the config's dtype, float32 where that names none.
     Raises `UserError` for a config that cannot be read, and for checkpoints that other libraries have quantised.
@@ -68,7 +68,7 @@ def blank_model(
 def _quantize(module: nn.Module, dtype: torch.dtype) -> None:
     """Give a layer of bitsandbytes the tensors it has once its weight is quantised."""
     from bitsandbytes import functional
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
     if not isinstance(module, Linear4bit | Linear8bitLt):
         return
@@ -76,7 +76,7 @@ def _quantize(module: nn.Module, dtype: torch.dtype) -> None:
     if module.bias is not None:
         module.bias = nn.Parameter(torch.empty(module.out_features, dtype=dtype), requires_grad=False)
     if isinstance(module, Linear4bit):
-        settings = module.weight
+        settings: Any = module.weight
         packed, module.quant_state = functional.quantize_4bit(
             source, compress_statistics=settings.compress_statistics, quant_type=settings.quant_type
         )

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 SMALL = 1 << 16
-"""Integer tensors made from nothing keep their data up to this many numbers: lengths, positions, bounds of sequences."""
+"""Integer tensors made from nothing keep their data up to this many numbers: lengths, positions, sequence bounds."""
 _FACTORIES = {aten.arange, aten.zeros, aten.ones, aten.full, aten.empty, aten.randperm, aten.scalar_tensor}
 
 
@@ -42,7 +42,7 @@ _SHAPES = {aten._grouped_mm: _grouped_mm}
 class Interval:
     """Between two events: the bytes alive by category at the moment when most were.
 
-    ``event``: what ended it (see `Allocations.mark`); ``peak``: category -> bytes; ``start``: the same at its beginning.
+    ``event``: what ended it (see `Allocations.mark`); ``peak``: category -> bytes; ``start``: at its beginning.
     """
 
     event: Any
@@ -175,4 +175,5 @@ class Allocations(TorchDispatchMode):
 
 
 def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    key: int = tensor.untyped_storage()._cdata
+    return key

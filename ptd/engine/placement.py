@@ -1,4 +1,4 @@
-"""What a traced step needs under a placement of the frozen weights: bytes on a rank, bytes on the wire, cost a token."""
+"""What a traced step needs under a placement of the frozen weights: bytes on a rank and on the wire, cost a token."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the frozen weights are, as ``backbone.quantization``, ``sharding`` (``group_size`` ranks) and ``offload``."""
+    """Where the frozen weights are: ``backbone.quantization``, ``sharding`` over ``group_size`` ranks, ``offload``."""
 
     quantization: Quantization = "none"
     sharding: Sharding = "none"
@@ -61,7 +61,7 @@ class Placement:
 
     @property
     def name(self) -> str:
-        parts = [self.quantization] if self.quantization != "none" else []
+        parts: list[str] = [self.quantization] if self.quantization != "none" else []
         parts += [self.sharding] if self.sharding != "none" else []
         parts += [f"offload {self.offload}"] if self.offload != "none" else []
         return " + ".join(parts) or "none"
@@ -99,8 +99,8 @@ def estimate(
     """What a rank needs, and sends, in a step of ``accumulation`` micro-batches of ``rows`` rows.
 
     ``items``: bytes at the fullest moment; the encoder's are its weights, gradients and what its passes hold.
-    ``sent_inside``: bytes a rank sends inside its node a step; ``sent_between``: bytes a node sends to the others, where
-    rings cross its border once. ``largest_rows``: of a micro-batch that would fit; activations and logits grow with it.
+    ``sent_inside``: bytes a rank sends inside its node a step; ``sent_between``: bytes a node sends to the others,
+    where rings cross its border once. ``largest_rows``: of a micro-batch that would fit; activations and logits grow with it.
     """
     gathered, static, host = None, trace.weight_bytes, 0
     if placement.shards:

@@ -150,7 +150,7 @@ def _flow(encoder: PromptEncoder, prompt_numel: int) -> int:
     if not plan:
         return 0
     inputs = sum(
-        encoder.get_submodule(name).in_features  # type: ignore[misc, operator]
+        encoder.get_submodule(name).in_features  # type: ignore[misc]
         for name, style in plan.items()
         if isinstance(style, ColwiseParallel)
     )
@@ -231,12 +231,14 @@ class _Uses:
 
 
 def _numbers(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    size: int = tensor.numel() * tensor.element_size()
+    return size
 
 
 def _dequantised(a: Tensor, b: Tensor, shape: Any, *rest: Any, **options: Any) -> int:
     """gemm_4bit: the weight in the compute dtype (its absmax in fp32 is gone by then)."""
-    return math.prod(shape) * a.element_size()
+    size: int = math.prod(shape) * a.element_size()
+    return size
 
 
 def _gpu_workspaces() -> dict[Any, Callable[..., int]]:
@@ -294,12 +296,14 @@ def _flop_formulas() -> dict[Any, Callable[..., int]]:
 
     def flash(q: Tensor, k: Tensor, v: Tensor, *bounds: Any, **options: Any) -> int:
         cu_q, _, max_q, max_k = bounds[:4]
-        return 2 * q.shape[-2] * _pairs(q, k, cu_q, max_q, max_k) * (q.shape[-1] + v.shape[-1])
+        terms: int = q.shape[-1] + v.shape[-1]
+        return 2 * q.shape[-2] * _pairs(q, k, cu_q, max_q, max_k) * terms
 
     def flash_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *bounds: Any,
                        **options: Any) -> int:  # fmt: skip
         cu_q, _, max_q, max_k = bounds[:4]
-        return 2 * q.shape[-2] * _pairs(q, k, cu_q, max_q, max_k) * (3 * q.shape[-1] + 2 * v.shape[-1])
+        terms: int = 3 * q.shape[-1] + 2 * v.shape[-1]
+        return 2 * q.shape[-2] * _pairs(q, k, cu_q, max_q, max_k) * terms
 
     def four_bit(a: Tensor, b: Tensor, shape: Any, *rest: Any, **options: Any) -> int:
         return 2 * (a.numel() // a.shape[-1]) * math.prod(shape)

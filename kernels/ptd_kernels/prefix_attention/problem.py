@@ -20,8 +20,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256
 Prefix: TypeAlias = Tensor | Sequence[Tensor] | None
 stand_in: ContextVar[tuple[int, int] | None] = ContextVar("ptd_kernels_stand_in", default=None)
-"""Compute capability of the NVIDIA GPU that tensors on the CPU stand for, while a pass without data (FakeTensorMode) asks
-what that GPU would do; None: they are what they are."""
+"""Compute capability of the NVIDIA GPU that tensors on the CPU stand for, while a pass without data (FakeTensorMode)
+asks what that GPU would do; None: they are what they are."""
 
 
 def nvidia_capability(device: torch.device) -> tuple[int, int] | None:
