@@ -100,7 +100,8 @@ def estimate(
 
     ``items``: bytes at the fullest moment; the encoder's are its weights, gradients and what its passes hold.
     ``sent_inside``: bytes a rank sends inside its node a step; ``sent_between``: bytes a node sends to the others,
-    where rings cross its border once. ``largest_rows``: of a micro-batch that would fit; activations and logits grow with it.
+    where rings cross its border once. ``largest_rows``: of a micro-batch that would fit, as activations and logits grow
+    with it.
     """
     gathered, static, host = None, trace.weight_bytes, 0
     if placement.shards:

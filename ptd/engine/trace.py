@@ -306,7 +306,8 @@ def _flop_formulas() -> dict[Any, Callable[..., int]]:
         return 2 * q.shape[-2] * _pairs(q, k, cu_q, max_q, max_k) * terms
 
     def four_bit(a: Tensor, b: Tensor, shape: Any, *rest: Any, **options: Any) -> int:
-        return 2 * (a.numel() // a.shape[-1]) * math.prod(shape)
+        numbers: int = math.prod(shape)
+        return 2 * (a.numel() // a.shape[-1]) * numbers
 
     def eight_bit(a: Tensor, b: Tensor, *rest: Any, **options: Any) -> int:
         return 2 * (a.numel() // a.shape[-1]) * b.numel()
