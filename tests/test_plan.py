@@ -253,7 +253,17 @@ def test_a_plan_people_read(ptd: Any, tmp_path: Path) -> None:
     tiny_config("llama").save_pretrained(tmp_path)
     code, out, err = ptd(write_run(tmp_path), "data.max_length=64", "--gpus", 2, "--nodes", 2, "--gpu-memory", "2GiB")
     assert code == 0, err
-    for word in ("weights", "gather buffers", "activations", "logits", "encoder", "optimizer", "prompt", "node", "best:"):
+    for word in (
+        "weights",
+        "gather buffers",
+        "activations",
+        "logits",
+        "encoder",
+        "optimizer",
+        "prompt",
+        "node",
+        "best:",
+    ):
         assert word in out
 
 

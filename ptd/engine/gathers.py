@@ -1,9 +1,11 @@
 """Which weights are whole on a rank at which moment of a micro-batch when DeepSpeed shards them, and what it gathers.
 
 A model of ``PartitionedParameterCoordinator`` (DeepSpeed 0.19.8, runtime/zero/partitioned_param_coordinator.py) in its
-steady state: from the third forward pass on it knows the order of the modules. Before a module runs its weights are
+steady state: from the third training step on it knows the order of the modules. Before a module runs its weights are
 gathered, and those of the next modules up to ``prefetch_bucket_size`` numbers; afterwards they are released unless they
-are used again within ``max_reuse_distance`` numbers. Weights of up to ``param_persistence_threshold`` numbers stay.
+are used again within ``max_reuse_distance`` numbers. What is released in the forward pass it decides once, by the first order it
+has seen complete (``functools.lru_cache`` on ``__params_to_release``): that of the pass with which ptd looks at the
+attention layers, which has no backward pass, so a forward pass keeps nothing for the backward one. Weights of up to ``param_persistence_threshold`` numbers stay.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ from typing import Any, Literal, NamedTuple
 
 
 class Use(NamedTuple):
-    """A module with weights begins (``fetch``) or ends (``release``), in a forward or a backward pass."""
+    """A module begins (``fetch``) or ends (``release``), in a forward or a ``backward`` pass."""
 
     kind: Literal["fetch", "release"]
     module: int
+    backward: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,9 @@ class _Coordinator:
     def __init__(self, weights: Sequence[Weight], modules: Sequence[Sequence[int]], uses: Sequence[Use], group: int,
                  limits: Limits) -> None:  # fmt: skip
         self.weights, self.modules, self.group, self.limits = weights, modules, group, limits
-        self.order = [use.module for use in uses if use.kind == "fetch"]
+        fetches = [use for use in uses if use.kind == "fetch"]
+        self.order = [use.module for use in fetches]
+        self.forward_steps = next((step for step, use in enumerate(fetches) if use.backward), len(fetches))
         numels = [sum(weights[i].numel for i in modules[module]) for module in self.order]
         self.before = [0, *accumulate(numels)]
         self.steps_of: dict[int, list[int]] = {}
@@ -164,7 +169,11 @@ class _Coordinator:
             used_soon = following < len(steps) and (
                 self.before[steps[following]] - self.before[self.step] < self.limits.max_reuse_distance
             )
-            if not used_soon and self.fetched_for.get(weight, -1) <= self.step:
+            if self.step <= self.forward_steps:
+                used_soon &= steps[min(following, len(steps) - 1)] < self.forward_steps
+            elif self.fetched_for.get(weight, -1) > self.step:
+                continue
+            if not used_soon:
                 self.available.discard(weight)
                 self.live_numel -= self.weights[weight].numel
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from ptd.engine.allocations import Allocations, Interval
@@ -39,7 +40,7 @@ class Trace:
     """What one step of one micro-batch does on one rank that holds the whole backbone.
 
     ``timeline``: intervals between the backbone's `Use` s, the bytes by category at the fullest moment of each;
-    ``weights`` are the frozen parameters, ``modules`` the indices of those that each used module has of its own;
+    ``weights`` are the frozen parameters, ``modules`` the indices of those that each module has of its own;
     ``fixed_bytes``: buffers, and the scales of quantised weights. ``flops``: of forward and backward pass.
     """
 
@@ -188,7 +189,8 @@ def _make_state(optimizer: torch.optim.Optimizer, seen: Allocations) -> None:
 
 
 class _Uses:
-    """Marks the timeline where DeepSpeed would gather and release: around modules with weights of their own."""
+    """Marks the timeline where DeepSpeed would gather and release: around every module (ahead of one without weights
+    of its own it gathers for others)."""
 
     def __init__(self, model: nn.Module, weights: dict[int, Weight], seen: Allocations) -> None:
         self.members: list[tuple[int, ...]] = []
@@ -196,11 +198,12 @@ class _Uses:
         number = {key: index for index, key in enumerate(weights)}
         for module in model.modules():
             own = tuple(sorted({number[id(parameter)] for parameter in module.parameters(recurse=False)}))
-            if own:
-                begin, end = (self._marker(seen, Use(kind, len(self.members))) for kind in ("fetch", "release"))
-                self.members.append(own)
-                self._hooks.append(module.register_forward_pre_hook(self._before(begin, end)))
-                self._hooks.append(module.register_forward_hook(self._after(begin, end)))
+            here = len(self.members)
+            begin, end = self._marker(seen, Use("fetch", here)), self._marker(seen, Use("release", here))
+            back, done = self._marker(seen, Use("fetch", here, True)), self._marker(seen, Use("release", here, True))
+            self.members.append(own)
+            self._hooks.append(module.register_forward_pre_hook(self._before(begin, done)))
+            self._hooks.append(module.register_forward_hook(self._after(back, end)))
 
     @staticmethod
     def _marker(seen: Allocations, use: Use) -> Callable[..., None]:
@@ -210,7 +213,7 @@ class _Uses:
     def _before(begin: Callable[..., None], end: Callable[..., None]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             begin()
-            for value in args:
+            for value in tree_leaves(args):
                 if isinstance(value, Tensor) and value.requires_grad:
                     value.register_hook(end)
 
@@ -220,8 +223,9 @@ class _Uses:
     def _after(begin: Callable[..., None], end: Callable[..., None]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             end()
-            if isinstance(output, Tensor) and output.requires_grad:
-                output.register_hook(begin)
+            for value in tree_leaves(output):
+                if isinstance(value, Tensor) and value.requires_grad:
+                    value.register_hook(begin)
 
         return hook
 

@@ -1,4 +1,4 @@
-"""Three steps of a ZeRO-3 run on ranks that torchrun started: what DeepSpeed keeps, gathers and sends in the third.
+"""Four steps of a ZeRO-3 run on ranks that torchrun started: what DeepSpeed keeps, and what it sends in the fourth.
 
     torchrun … worker_gathers.py RUN.json
 
@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-
-import torch
 
 from ptd.backbone import architecture_of
 from ptd.config import parse_config
@@ -31,23 +29,13 @@ prepared = prepare(config.backbone, ranks, zero3, output=task.output)
 trained = build_trained(config, prepared, task, None, ranks.device)
 batch = sample_batch(config, task, LanguageModel(), rows_of(config), packed=True)
 parameters = list(prepared.model.parameters())
-meter, most = NetworkMeter(ranks.world_size), 0
-
-
-def count(*unused: object) -> None:
-    global most
-    most = max(most, sum(p.ds_numel for p in parameters if p.ds_status.name == "AVAILABLE"))
-
-
-for module in prepared.model.modules():
-    module.register_forward_pre_hook(count)  # behind DeepSpeed's own hook, which gathers
-for _ in range(3):
-    most = 0
+meter = NetworkMeter(ranks.world_size)
+for _ in range(4):
     meter.take()
     prepared.attachment.set(trained.encoder.state(trained.encoder()))
     with metered_deepspeed(meter):
         LanguageModel()(prepared.run, batch).loss.backward()
 shards = sum(p.ds_tensor.numel() for p in parameters)
 if ranks.is_main:
-    print(json.dumps({"shards": shards, "most": most, "sent": meter.take()["backbone"], "torch": torch.__version__}))
+    print(json.dumps({"shards": shards, "sent": meter.take()["backbone"]}))
 ranks.stop()
