@@ -99,6 +99,10 @@ def work(request: dict[str, Any]) -> dict[str, int]:
     take_steps(
         {**request["run"], "backbone": {"path": request["small"], "dtype": "float32"}, "deepspeed": None}, ranks, 1
     )
+    if "deepspeed" in request["run"]:
+        from ptd.engine import sharding  # its import alone takes some 100 MB
+
+        sharding.make_ready()
     before = resident()["VmRSS"]
 
     def begin() -> None:

@@ -80,7 +80,8 @@ class _Bucket:
 
 class _Coordinator:
     def __init__(self, weights: Sequence[Weight], modules: Sequence[Sequence[int]], uses: Sequence[Use], group: int,
-                 limits: Limits) -> None:  # fmt: skip
+                 limits: Limits, stages: bool) -> None:  # fmt: skip
+        self.stages, self.staged = stages, 0
         self.weights, self.modules, self.group, self.limits = weights, modules, group, limits
         fetches = [use for use in uses if use.kind == "fetch"]
         self.order = [use.module for use in fetches]
@@ -122,6 +123,7 @@ class _Coordinator:
         if members:
             bucket = _Bucket(members, self.weights, self.group)
             self.nbytes += bucket.padded
+            self.staged += bucket.padded if self.stages else 0
             self.live_numel += sum(self.weights[i].numel for i in members)
             self.in_flight.update(dict.fromkeys(members, bucket))
 
@@ -141,7 +143,8 @@ class _Coordinator:
         self._prefetch({i for i in needed if self.fetched_for.get(i, -1) < self.step})
         self.step += 1
         live = self._live()
-        return Moment(live, max(peak, live))
+        staged, self.staged = self.staged, 0
+        return Moment(live, max(peak, live + staged))
 
     def _prefetch(self, unexpected: set[int]) -> None:
         while self.queue and unexpected:
@@ -179,13 +182,20 @@ class _Coordinator:
 
 
 def gathers(
-    weights: Sequence[Weight], modules: Sequence[Sequence[int]], uses: Sequence[Use], group: int, limits: Limits
+    weights: Sequence[Weight],
+    modules: Sequence[Sequence[int]],
+    uses: Sequence[Use],
+    group: int,
+    limits: Limits,
+    *,
+    stages: bool = False,
 ) -> Gathered:
     """Simulate a micro-batch on a rank of a group of ``group`` ranks.
 
     ``modules``: the indices into ``weights`` that each module has of its own; ``uses``: a micro-batch's, in order.
+    ``stages``: the collective gathers into a tensor of its own first, as gloo's does (newLikeFlat in ProcessGroupGloo).
     """
-    coordinator = _Coordinator(weights, modules, uses, group, limits)
+    coordinator = _Coordinator(weights, modules, uses, group, limits, stages)
     for use in uses:  # the first pass leaves behind what the second begins with
         coordinator.use(use)
     coordinator.begin()

@@ -106,7 +106,7 @@ def estimate(
     gathered, static, host = None, trace.weight_bytes, 0
     if placement.shards:
         group = placement.group_size
-        gathered = gathers(trace.weights, trace.modules, _uses(trace), group, limits)
+        gathered = gathers(trace.weights, trace.modules, _uses(trace), group, limits, stages=not machine.is_gpu)
         shard = sum(math.ceil(weight.numel / group) * weight.itemsize for weight in trace.weights)
         on_device = shard if placement.offload == "none" else 0
         host = shard if placement.offload == "cpu" else 0
@@ -145,7 +145,7 @@ def _moments(trace: Trace, gathered: Gathered | None, static: int) -> list[dict[
             moment = next(steady)
             live = moment.live
             if following is not None and moment.while_gathering:
-                found.append(_items(following.start, static, moment.while_gathering))
+                found.append(_items(following.peak, static, moment.while_gathering))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def test_a_wide_prefetch_holds_all_and_none_holds_one_layer() -> None:
     weights = [Weight(1000, 2)] * 6
     modules = [(layer,) for layer in range(6)]
     wide = gathers(weights, modules, uses_of(6), 4, Limits(param_persistence_threshold=0))
-    assert max(moment.live for moment in wide.moments) == 6 * 2000
+    assert max(moment.live for moment in wide.moments) == 5 * 2000 + 5 * 2000, "copies, beside what they come from"
     assert wide.nbytes == 12 * 2000, "a forward pass keeps nothing for the backward one"
     narrow = gathers(weights, modules, uses_of(6), 4, Limits(0, 0, 1000, 0))
     assert max(moment.live for moment in narrow.moments) == 2000
@@ -75,7 +76,6 @@ def test_a_trace_of_a_step_has_a_use_for_each_pass(tmp_path: Path) -> None:
     )
     trace = trace_run(config, capability=None, local_ranks=1)
     events = [interval.event for interval in trace.timeline if interval.event is not None]
-    largest = max(range(len(trace.modules)), key=lambda module: len(trace.modules[module]))
     assert events[0].kind == "fetch"
-    fetched = [event.module for event in events if event.kind == "fetch"]
-    assert fetched.count(largest) >= 3, "forward, recomputation and backward"
+    fetched = Counter(event.module for event in events if event.kind == "fetch")
+    assert max(fetched.values()) == 3, "forward, recomputation and backward"
