@@ -3,9 +3,10 @@
 A model of ``PartitionedParameterCoordinator`` (DeepSpeed 0.19.8, runtime/zero/partitioned_param_coordinator.py) in its
 steady state: from the third training step on it knows the order of the modules. Before a module runs its weights are
 gathered, and those of the next modules up to ``prefetch_bucket_size`` numbers; afterwards they are released unless they
-are used again within ``max_reuse_distance`` numbers. What is released in the forward pass it decides once, by the first order it
-has seen complete (``functools.lru_cache`` on ``__params_to_release``): that of the pass with which ptd looks at the
-attention layers, which has no backward pass, so a forward pass keeps nothing for the backward one. Weights of up to ``param_persistence_threshold`` numbers stay.
+are used again within ``max_reuse_distance`` numbers. What is released in the forward pass it decides once, by the first
+order it has seen complete (``functools.lru_cache`` on ``__params_to_release``): that of the pass with which ptd looks
+at the attention layers, which has no backward pass, so a forward pass keeps nothing for the backward one. Weights of up
+to ``param_persistence_threshold`` numbers stay.
 """
 
 from __future__ import annotations
