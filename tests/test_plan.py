@@ -128,12 +128,10 @@ def test_the_weights_are_counted_exactly(quantization: str, tmp_path: Path) -> N
     assert sum(weight.nbytes for weight in trace.weights) == sum(
         parameter.numel() * parameter.element_size() for parameter in model.parameters()
     )
-    scales = sum(
-        tensor.numel() * tensor.element_size()
-        for module in model.modules()
-        for tensor in [getattr(getattr(module, "state", None), "SCB", None)]
-        if tensor is not None
-    )
+    scales = 0
+    for module in model.modules():
+        kept = [getattr(getattr(module, name, None), "SCB", None) for name in ("weight", "state")]
+        scales += max((4 * tensor.numel() for tensor in kept if isinstance(tensor, torch.Tensor)), default=0)
     for parameter in model.parameters():
         if (state := getattr(parameter, "quant_state", None)) is not None:
             scales += state.absmax.numel() + 4 * state.state2.absmax.numel() + 4
