@@ -1,6 +1,6 @@
 """What the compiler says of the Triton kernels for sm_80 and sm_90, without a GPU: they compile, fit and do not spill.
 
-PTD_COMPILE_ALL=1 runs every kernel × head size × dtype × variant (an hour and a half on one core) instead of a selection.
+PTD_COMPILE_ALL=1 runs every kernel × head size × dtype × variant (1.5 hours on one core) instead of a selection.
 """
 
 from __future__ import annotations
