@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done, 2 something given cannot work (said on stderr), 1 a defect, 130 interrupted."""
+"""The command line. What its exit codes mean: `ptd.exit_codes`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ptd.types import UserError
+from ptd.exit_codes import INTERRUPTED
+from ptd.types import Preempted, UserError
 
 app = typer.Typer(
     name="ptd",
@@ -64,6 +65,7 @@ def train(
         list[str] | None, typer.Argument(help="Changes to it, e.g. train.learning_rate=3e-3.", metavar="[KEY=VALUE]...")
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a run that is in output_dir already.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Continue a run also if it failed again and again.")] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     """Train as RUN.yaml says. The same command typed again continues a run that was interrupted.
@@ -71,6 +73,10 @@ def train(
     On several GPUs or nodes start it with a launcher, e.g.
     deepspeed --no_local_rank --module ptd.cli train RUN.yaml
     """
+    from ptd.engine.preemption import StopRequest
+
+    request = StopRequest.listen()  # before the imports that take long
+
     from ptd.config import load_config
     from ptd.console import make_reporter
 
@@ -78,7 +84,11 @@ def train(
     _quiet()
     from ptd.train import train as run_training
 
-    result = run_training(config, overwrite=overwrite, reporter=make_reporter())
+    try:
+        result = run_training(config, overwrite=overwrite, retry=retry, reporter=make_reporter(), request=request)
+    except Preempted:
+        request.ignore_more()
+        raise
     if _is_main():
         _print_json({"output_dir": str(config.output_dir), **result})
         print(f"adapter: {config.output_dir / 'adapter'}", file=sys.stderr)
@@ -297,8 +307,12 @@ def main() -> None:
         if _is_main():
             print(f"ptd: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Preempted as stopped:
+        if _is_main():
+            print(f"ptd: {stopped}", file=sys.stderr)
+        sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":
