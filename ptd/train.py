@@ -188,7 +188,7 @@ class Artifacts:
         if self.folder.checkpoint is None:
             clear(self.folder)
         self.folder.write({"status": "running", **self.description})
-        return Records(self.folder.path, start)
+        return Records(self.folder.path, start, evaluation_due=self.evaluation_due)
 
     @property
     def evaluation_due(self) -> bool:

@@ -103,10 +103,11 @@ class Loop:
 
     def _step(self, index: int, micro_batches: list[Any]) -> tuple[StepResult, float]:
         """One optimizer step, and the seconds in which this rank did its own part of it."""
-        clock = Stopwatch(self.ranks.device)
+        self.heartbeat(f"step {index + 1}")
         # Randomness is a function of seed and step: a resumed run needs no generator state, all ranks draw alike.
         torch.manual_seed(self.config.seed * 1_000_003 + index)
         self.prepared.attachment.set(self.step.encode())
+        clock = Stopwatch(self.ranks.device)  # from here to the sums over ranks nothing waits for the others
         sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         tokens = supervised = 0
         for batch in micro_batches:

@@ -104,7 +104,7 @@ class Watched(Reporter):
         self._reporter.start(task, total, done)
 
     def advance(self, task: str, done: int, line: str | None = None) -> None:
-        self._watchdog.beat(f"{task} {done + 1}")
+        self._watchdog.beat(f"{task}, after {done}")
         self._reporter.advance(task, done, line)
 
     def finish(self, task: str) -> None:

@@ -25,7 +25,6 @@ def refusal(attempts: list[Attempt], step: int, max_restarts: int = 3, folder: P
     try:
         check_attempts(attempts, step, max_restarts, folder)
     except RepeatedFailure as error:
-        assert error.exit_code == FATAL
         return str(error)
     return None
 
