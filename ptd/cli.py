@@ -310,7 +310,11 @@ def main() -> None:
     except Preempted as stopped:
         if _is_main():
             print(f"ptd: {stopped}", file=sys.stderr)
-        sys.exit(stopped.exit_code)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # At once: Python's shutdown takes each rank another while, and the first that is gone makes a launcher kill
+        # the others, whose code would then be that of a kill.
+        os._exit(stopped.exit_code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 
