@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done, 2 something given cannot work (said on stderr), 1 a defect, 130 interrupted."""
+"""The command line. What its exit codes mean: `ptd.exit_codes`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ptd import cli_launch
-from ptd.types import UserError
+from ptd.exit_codes import INTERRUPTED
+from ptd.types import Preempted, UserError
 
 app = typer.Typer(
     name="ptd",
@@ -66,12 +67,17 @@ def train(
         list[str] | None, typer.Argument(help="Changes to it, e.g. train.learning_rate=3e-3.", metavar="[KEY=VALUE]...")
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a run that is in output_dir already.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Continue a run also if it failed again and again.")] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     """Train as RUN.yaml says. The same command typed again continues a run that was interrupted.
 
     On several GPUs or nodes start it by ptd launch, or by any launcher that sets RANK and WORLD_SIZE.
     """
+    from ptd.engine.preemption import StopRequest
+
+    request = StopRequest.listen()  # before the imports that take long
+
     from ptd.config import load_config
     from ptd.console import make_reporter
 
@@ -79,7 +85,11 @@ def train(
     _quiet()
     from ptd.train import train as run_training
 
-    result = run_training(config, overwrite=overwrite, reporter=make_reporter())
+    try:
+        result = run_training(config, overwrite=overwrite, retry=retry, reporter=make_reporter(), request=request)
+    except Preempted:
+        request.ignore_more()
+        raise
     if _is_main():
         _print_json({"output_dir": str(config.output_dir), **result})
         print(f"adapter: {config.output_dir / 'adapter'}", file=sys.stderr)
@@ -333,8 +343,16 @@ def main() -> None:
         if _is_main():
             print(f"ptd: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Preempted as stopped:
+        if _is_main():
+            print(f"ptd: {stopped}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # At once: Python's shutdown takes each rank another while, and the first that is gone makes a launcher kill
+        # the others, whose code would then be that of a kill.
+        os._exit(stopped.exit_code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -252,6 +252,12 @@ class TrainConfig(Section):
     eval_steps: int | None = Field(None, ge=1, description="default: only at the end")
     save_steps: int | None = Field(None, ge=1, description="resumable checkpoint; default: only at the end")
     save_total_limit: int = Field(2, ge=1)
+    max_restarts: int = Field(3, ge=0, description="starts of a run after failures; stops that were asked for are free")
+    hang_timeout_minutes: float = Field(
+        20.0,
+        ge=0,
+        description="a rank that makes no progress for so long ends itself, with its stacks in logs/; 0: never",
+    )
     metric_for_best_model: str = Field(
         "loss",
         description="evaluation metric by which best/ is kept; all but loss and perplexity: the higher the better",

@@ -5,31 +5,34 @@ from __future__ import annotations
 import math
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from ptd.backbone import TextConditioner, architecture_of, load_tokenizer
 from ptd.checkpoint import Adapter, backbone_reference, save_adapter, save_state
+from ptd.checkpoint.attempts import begun, ended
 from ptd.checkpoint.run_folder import RunFolder, clear, open_run
 from ptd.checkpoint.run_state import load_tensors
 from ptd.config import DataConfig, RunConfig, TrainConfig
 from ptd.data import Batches, load_rows
 from ptd.deepspeed_config import apply_deepspeed, check_batch_size
 from ptd.engine.evaluation import HeldOut
-from ptd.engine.loop import Loop, peak_memory_bytes
+from ptd.engine.loop import Loop, Stopped, peak_memory_bytes
 from ptd.engine.loss_scale import LossScale
 from ptd.engine.meter import NetworkMeter, metered_deepspeed
+from ptd.engine.preemption import StopRequest
 from ptd.engine.prompt_step import PromptStep, Trained, build_optimizer
 from ptd.engine.ranks import Ranks
 from ptd.engine.records import Records, plot_loss, read_records
 from ptd.engine.setup import Prepared, check_context, prepare
+from ptd.engine.watchdog import Watchdog, Watched
 from ptd.methods import TaskFacts, method
 from ptd.tasks import Task, make_task
-from ptd.types import Examples, Reporter, UserError
+from ptd.types import Examples, Preempted, Reporter, UserError
 from ptd.versions import versions
 
 PEFT_TASKS: dict[str, str | None] = {
@@ -41,26 +44,39 @@ PEFT_TASKS: dict[str, str | None] = {
 """PEFT's name for a task over a backbone with this output."""
 
 
-def train(config: RunConfig, *, overwrite: bool = False, reporter: Reporter | None = None) -> dict[str, Any]:
+def train(
+    config: RunConfig,
+    *,
+    overwrite: bool = False,
+    retry: bool = False,
+    reporter: Reporter | None = None,
+    request: StopRequest | None = None,
+) -> dict[str, Any]:
     """Train as ``config`` says and leave the artifacts in ``config.output_dir``; returns the result of run.json.
 
-    An unfinished run of the same configuration in ``output_dir`` is continued. Raises `UserError`.
+    An unfinished run of the same configuration in ``output_dir`` is continued, with ``retry`` also one that keeps
+    failing. Raises `UserError`, and `Preempted` if any rank's ``request`` asked to stop.
     """
     config, zero3 = apply_deepspeed(config)
     ranks = Ranks.start(needs_group=zero3 is not None)
     check_batch_size(config, ranks.world_size)
     reporter = reporter if reporter is not None and ranks.is_main else Reporter()
     try:
-        return _train(config, zero3, ranks, overwrite, reporter)
+        folder = ranks.on_main(lambda: open_run(config, overwrite=overwrite, retry=retry))
+        return _train(config, zero3, ranks, folder, reporter, request or StopRequest())
     finally:
         ranks.stop()
 
 
 def _train(
-    config: RunConfig, zero3: dict[str, Any] | None, ranks: Ranks, overwrite: bool, reporter: Reporter
+    config: RunConfig,
+    zero3: dict[str, Any] | None,
+    ranks: Ranks,
+    folder: RunFolder,
+    reporter: Reporter,
+    request: StopRequest,
 ) -> dict[str, Any]:
     began = time.time()
-    folder = ranks.on_main(lambda: open_run(config, overwrite=overwrite))
     for note in folder.notes:
         reporter.note(note)
     settings = fit_batch(config, ranks.world_size, folder.facts().get("rows_per_step"), reporter)
@@ -90,6 +106,8 @@ def _train(
     artifacts = Artifacts(config, folder, prepared, task, step, ranks, settings, train_rows.digest())
     start = artifacts.resume()
     records = artifacts.begin(start)
+    stacks = folder.path / "logs" / f"rank-{ranks.rank}.stacks"
+    watchdog = Watchdog(settings.hang_timeout_minutes * 60, stacks, ranks.rank)
     loop = Loop(
         settings,
         prepared,
@@ -97,19 +115,26 @@ def _train(
         batches,
         held_out,
         ranks,
-        reporter,
+        Watched(reporter, watchdog),
         on_record=records.write if records is not None else lambda record: None,
         on_eval=artifacts.keep_best,
         on_save=artifacts.save_state,
+        request=request,
+        heartbeat=watchdog.beat,
     )
-    with ExitStack() as stack:
+    with artifacts.attempt(), watchdog, ExitStack() as stack:
         if records is not None:  # also when the run breaks off: TensorBoard writes from a thread until it is closed
             stack.callback(records.close)
         if zero3 is not None:
             stack.enter_context(metered_deepspeed(step.meter))
-        loop.run(start, total)
-    result = {"steps": total, "seconds": time.time() - began, "peak_memory_bytes": peak_memory_bytes()}
-    return artifacts.finish(result, records)
+        if ranks.any(request.wanted):  # asked while the backbone was loading
+            artifacts.preempt(start, None)
+        stopped = loop.run(start, total, evaluation_due=artifacts.evaluation_due)
+        if stopped is not None:
+            artifacts.preempt(stopped.step, stopped)
+        watchdog.beat("writing the adapter")
+        result = {"steps": total, "seconds": time.time() - began, "peak_memory_bytes": peak_memory_bytes()}
+        return artifacts.finish(result, records)
 
 
 @dataclass
@@ -154,24 +179,59 @@ class Artifacts:
             "world_size": self.ranks.world_size,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "trained_parameters": self.step.trained.count(),
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **self._origin(),
+            "attempts": begun(list(self.folder.attempts), start),
         }
+        self.description["started"] = self.description["attempts"][0]["started"]
         if not self.ranks.is_main:
             return None
         if self.folder.checkpoint is None:
             clear(self.folder)
         self.folder.write({"status": "running", **self.description})
-        return Records(self.folder.path, start)
+        return Records(self.folder.path, start, evaluation_due=self.evaluation_due)
 
-    def save_state(self, number: int) -> None:
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the checkpoint was written before the evaluation that belongs to its step."""
+        return bool(self.folder.facts().get("evaluation_due"))
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Record how this attempt ends, unless it was recorded within."""
+        try:
+            yield
+        except Preempted:
+            raise
+        except KeyboardInterrupt:
+            self._end("interrupted")
+            raise
+        except Exception as error:
+            with suppress(OSError):  # a full disk, for one, is what may have ended it
+                self._end("failed", error=f"{type(error).__name__}: {error}"[:500])
+            raise
+
+    def _end(self, status: str, **facts: Any) -> None:
+        if self.ranks.is_main:
+            self.description["attempts"] = ended(self.description["attempts"], status, **facts)
+            self.folder.write({"status": status, **self.description})
+
+    def preempt(self, number: int, stopped: Stopped | None) -> NoReturn:
+        """Keep where the run ``stopped`` (None: where it had begun), and raise `Preempted`."""
+        if stopped is not None:
+            self.save_state(number, evaluation_due=stopped.evaluation_due)
+        self._end("preempted", step=number)
+        self.ranks.barrier()
+        raise Preempted(f"asked to stop, stopped after step {number}; the same command goes on from there")
+
+    def save_state(self, number: int, *, evaluation_due: bool = False) -> None:
         """Keep everything to continue from after step ``number``. Every rank calls this together."""
         rows = self.settings.per_device_train_batch_size * self.settings.gradient_accumulation_steps
+        also = {"evaluation_due": True} if evaluation_due else {}
         save_state(
             self.folder.checkpoints,
             number,
             self.step.tensors(),
-            {"rows_per_step": rows * self.ranks.world_size, "best": self.best, **self._origin()},
+            {"rows_per_step": rows * self.ranks.world_size, "best": self.best, **also, **self._origin()},
             is_main=self.ranks.is_main,
             barrier=self.ranks.barrier,
             keep=self.settings.save_total_limit,
@@ -224,7 +284,8 @@ class Artifacts:
             for record in read_records(self.folder.path):
                 result |= {key: value for key, value in record.items() if key == "loss" or key.startswith("eval_")}
             plot_loss(self.folder.path)
-            self.folder.write({"status": "finished", **self.description, "result": result})
+            self.description["result"] = result
+            self._end("finished", step=result["steps"])
         self.ranks.barrier()
         return result
 

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ptd.exit_codes import REQUEUE, USAGE
+
 IGNORE_INDEX = -100
 """Label of a position that carries no loss (the value Hugging Face and torch use)."""
 
@@ -29,7 +31,16 @@ class UserError(Exception):
     The command line prints it without a traceback and exits with ``exit_code``.
     """
 
-    exit_code = 2
+    exit_code = USAGE
+
+
+class Preempted(Exception):
+    """The run was asked to stop and did, with everything kept: the same command goes on from there.
+
+    The command line prints it without a traceback and exits with ``exit_code``.
+    """
+
+    exit_code = REQUEUE
 
 
 Architecture = Literal["decoder", "encoder", "encoder-decoder"]

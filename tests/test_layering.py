@@ -15,12 +15,14 @@ PTD = sorted((ROOT / "ptd").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
 # Layer -> the parts of ptd it may import (itself always). A module belongs to the first pattern that fits its name.
-STAGES = ["types", "versions", "shipped", "config", "deepspeed_config", "methods", "readouts", "data", "tasks"]
+STAGES = ["types", "exit_codes", "versions", "shipped", "config", "deepspeed_config", "methods", "readouts", "data"]
+STAGES += ["tasks"]
 STAGES += ["backbone", "checkpoint", "inject"]
 VERBS = ["train", "evaluate", "generate", "predict", "export", "plan", "bench", "launch", "doctor"]
 LAYERS: dict[str, list[str]] = {
     "ptd": ["types", "api"],
-    "ptd.types": [],
+    "ptd.types": ["exit_codes"],
+    "ptd.exit_codes": [],
     "ptd.versions": [],
     "ptd.methods*": ["types"],
     "ptd.readouts*": ["types"],
@@ -30,7 +32,7 @@ LAYERS: dict[str, list[str]] = {
     "ptd.data*": ["types", "config"],
     "ptd.tasks*": ["types", "config", "data", "readouts"],
     "ptd.backbone*": ["types", "config"],
-    "ptd.checkpoint*": ["types", "config"],
+    "ptd.checkpoint*": ["types", "exit_codes", "config"],
     "ptd.inject*": ["types"],
     "ptd.engine*": STAGES,
     # The stages for a user's own training loop: beside the engine, not on top of it.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ptd.checkpoint.attempts import Attempt, check_attempts, settled
 from ptd.checkpoint.files import write_json
 from ptd.checkpoint.run_state import latest_complete, read_facts
 from ptd.config import RunConfig
@@ -32,6 +33,8 @@ FREE_TO_CHANGE = {
         "eval_steps",
         "save_steps",
         "save_total_limit",
+        "max_restarts",
+        "hang_timeout_minutes",
         "per_device_eval_batch_size",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
@@ -42,11 +45,15 @@ FREE_TO_CHANGE = {
 
 @dataclass(frozen=True)
 class RunFolder:
-    """An output folder that this run may use; ``checkpoint`` is where it continues from (None: from the start)."""
+    """An output folder that this run may use; ``checkpoint`` is where it continues from (None: from the start).
+
+    ``attempts``: what became of earlier starts of the run.
+    """
 
     path: Path
     checkpoint: Path | None
     notes: tuple[str, ...] = ()
+    attempts: tuple[Attempt, ...] = ()
 
     @property
     def checkpoints(self) -> Path:
@@ -62,8 +69,11 @@ class RunFolder:
         write_json(self.path / "run.json", content)
 
 
-def open_run(config: RunConfig, *, overwrite: bool) -> RunFolder:
-    """Decide between a fresh start, continuing, and refusal (`UserError`); nothing is written."""
+def open_run(config: RunConfig, *, overwrite: bool, retry: bool = False) -> RunFolder:
+    """Decide between a fresh start, continuing, and refusal (`UserError`); nothing is written.
+
+    ``retry``: continue also a run that keeps failing.
+    """
     folder = config.output_dir
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir: {folder} is a file; give a folder")
@@ -74,6 +84,7 @@ def open_run(config: RunConfig, *, overwrite: bool) -> RunFolder:
         previous = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         same = identity(previous["config"]) == identity(config.to_dict())
         status = previous["status"]
+        attempts = [dict(attempt) for attempt in previous.get("attempts", [])]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"output_dir: {folder} holds {', '.join(held)} but no readable run.json; "
@@ -99,7 +110,10 @@ def open_run(config: RunConfig, *, overwrite: bool) -> RunFolder:
     notes.append(
         f"continuing from {checkpoint.name}" if checkpoint else "no checkpoint yet; starting from the beginning"
     )
-    return RunFolder(folder, checkpoint, tuple(notes))
+    step = int(read_facts(checkpoint)["step"]) if checkpoint else 0
+    attempts = settled(attempts, step, forgive=retry)
+    check_attempts(attempts, step, config.train.max_restarts, folder)
+    return RunFolder(folder, checkpoint, tuple(notes), tuple(attempts))
 
 
 def clear(folder: RunFolder) -> None:

@@ -7,7 +7,7 @@ import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ptd.config import TrainConfig
 from ptd.data import Batches, prefetch
 from ptd.engine.evaluation import HeldOut, evaluate
 from ptd.engine.meter import summary
+from ptd.engine.preemption import StopRequest
 from ptd.engine.prompt_step import PromptStep, StepResult
 from ptd.engine.ranks import Ranks
 from ptd.engine.setup import Prepared
@@ -26,11 +27,20 @@ MAX_SKIPPED = 10
 """Steps in a row that may be skipped for a loss or gradient that is not finite, beside overflows of the loss scale."""
 
 
+@dataclass(frozen=True)
+class Stopped:
+    """A run that was asked to stop, after ``step``. ``evaluation_due``: this step's evaluation is still to come."""
+
+    step: int
+    evaluation_due: bool
+
+
 @dataclass
 class Loop:
     """Everything a run needs while it trains; `run` does it.
 
-    ``on_record`` gets each record, ``on_eval`` each evaluation, ``on_save`` the steps after which to keep the state.
+    ``on_record`` gets each record, ``on_eval`` each evaluation, ``on_save`` the steps after which to keep the state,
+    ``heartbeat`` what begins now, at each micro-batch at least.
     """
 
     config: TrainConfig
@@ -43,22 +53,32 @@ class Loop:
     on_record: Callable[[dict[str, Any]], None]
     on_eval: Callable[[int, dict[str, float]], None]
     on_save: Callable[[int], None]
+    request: StopRequest = field(default_factory=StopRequest)
+    heartbeat: Callable[[str], None] = lambda doing: None
 
-    def run(self, start: int, stop: int) -> None:
-        """Optimizer steps ``start`` … ``stop − 1``; a step's number in records counts from 1. None: only evaluate."""
+    def run(self, start: int, stop: int, *, evaluation_due: bool = False) -> Stopped | None:
+        """Optimizer steps ``start`` … ``stop − 1``; a step's number in records counts from 1. None: only evaluate.
+
+        ``evaluation_due``: first evaluate what step ``start`` left. When any rank's ``request`` asks to stop, all
+        ranks do after the same step, and are told which; its state is then to be saved.
+        """
         if stop == 0:
             self.evaluate(0)
-            return
+            return None
         rate = learning_rates(self.config, stop)
         window = Window()
         skipped = 0
         self.reporter.start("train", stop, start)
+        if evaluation_due:
+            self.evaluate(start)
+        ready = time.perf_counter()
         for index, micro_batches in prefetch(self.batches, start, stop):
             began = time.perf_counter()
             for group in self.step.optimizer.param_groups:
                 group["lr"] = rate(index) * group["scale"]
-            result = self._step(index, micro_batches)
-            window.add(result, time.perf_counter() - began, self.step.meter.take())
+            result, own_seconds = self._step(index, micro_batches)
+            own_seconds += began - ready  # waiting for data is a rank's own, too
+            window.add(result, time.perf_counter() - began, own_seconds, self.step.meter.take())
             number = index + 1
             skipped = self._count_skipped(number, skipped, result)
             line = None
@@ -68,26 +88,39 @@ class Loop:
                 line = f"loss {result.loss:.4f}  lr {rate(index):.2e}  {record['tokens_per_second']:.0f} tokens/s"
                 window = Window()
             self.reporter.advance("train", number, line)
-            if number == stop or (self.config.eval_steps and number % self.config.eval_steps == 0):
+            evaluates = number == stop or bool(self.config.eval_steps and number % self.config.eval_steps == 0)
+            if result.stop:  # at once: an evaluation may take longer than there is time
+                self.reporter.finish("train")
+                return Stopped(number, evaluates and self.held_out is not None)
+            if evaluates:
                 self.evaluate(number)
             if number == stop or (self.config.save_steps and number % self.config.save_steps == 0):
+                self.heartbeat(f"saving after step {number}")
                 self.on_save(number)
+            ready = time.perf_counter()
         self.reporter.finish("train")
+        return None
 
-    def _step(self, index: int, micro_batches: list[Any]) -> StepResult:
+    def _step(self, index: int, micro_batches: list[Any]) -> tuple[StepResult, float]:
+        """One optimizer step, and the seconds in which this rank did its own part of it."""
+        self.heartbeat(f"step {index + 1}")
         # Randomness is a function of seed and step: a resumed run needs no generator state, all ranks draw alike.
         torch.manual_seed(self.config.seed * 1_000_003 + index)
         self.prepared.attachment.set(self.step.encode())
+        clock = Stopwatch(self.ranks.device)  # from here to the sums over ranks nothing waits for the others
         sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         tokens = supervised = 0
         for batch in micro_batches:
+            self.heartbeat(f"step {index + 1}")
             reading = self.step.readout(self.prepared.run, batch)
             if batch.rows or reading.loss.requires_grad:  # with nothing but a head, a filler depends on nothing trained
                 self.step.loss_scale.apply(reading.loss).backward()
             sums += torch.stack([torch.as_tensor(value).detach().to(sums) for value in (reading.loss, reading.weight)])
             tokens += batch.tokens
             supervised += batch.supervised_tokens
-        return self.step.finish(sums[0], sums[1], tokens, supervised)
+        clock.stop()
+        result = self.step.finish(sums[0], sums[1], tokens, supervised, stop=self.request.wanted)
+        return result, clock.seconds()
 
     def evaluate(self, number: int) -> None:
         """Loss and metrics of what is trained, as it stands now, on the held-out rows."""
@@ -125,12 +158,15 @@ class Window:
 
     def __init__(self) -> None:
         self.steps = self.tokens = self.supervised = self.skipped = 0
-        self.seconds = 0.0
+        self.seconds = self.own_seconds = 0.0
         self.network: defaultdict[tuple[str, str, str], float] = defaultdict(float)
 
-    def add(self, result: StepResult, seconds: float, network: dict[tuple[str, str, str], float]) -> None:
+    def add(
+        self, result: StepResult, seconds: float, own_seconds: float, network: dict[tuple[str, str, str], float]
+    ) -> None:
         self.steps += 1
         self.seconds += seconds
+        self.own_seconds += own_seconds
         self.tokens += result.tokens
         self.supervised += result.supervised_tokens
         self.skipped += result.skipped
@@ -152,10 +188,32 @@ class Window:
             "tokens_per_second": self.tokens / self.seconds,
             "step_seconds": self.seconds / self.steps,
             "peak_memory_bytes": peak_memory_bytes(),
-            **summary(ranks, self.network, self.steps),
+            **summary(ranks, self.network, self.own_seconds, self.steps),
             "skipped_steps": self.skipped,
             **({} if last.loss_scale is None else {"loss_scale": last.loss_scale}),
         }
+
+
+class Stopwatch:
+    """Seconds from now to `stop` of what this process has its device do; to be read when the device has done it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        self._times: list[float] = []
+        self._mark(0)
+
+    def _mark(self, place: int) -> None:
+        if self._events:
+            self._events[place].record()
+        self._times.append(time.perf_counter())
+
+    def stop(self) -> None:
+        self._mark(1)
+
+    def seconds(self) -> float:
+        if self._events:
+            return float(self._events[0].elapsed_time(self._events[1])) / 1000
+        return self._times[1] - self._times[0]
 
 
 def peak_memory_bytes() -> int:

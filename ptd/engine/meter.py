@@ -111,10 +111,16 @@ def _members(args: Any) -> list[int]:
     return dist.get_process_group_ranks(group)
 
 
-def summary(ranks: Ranks, sent: dict[tuple[str, str, str], float], steps: int) -> dict[str, Any]:
-    """What all ranks sent, as means over ``steps``: the fields of a record. Every rank calls this together."""
-    own = torch.tensor([sent.get(key, 0.0) for key in KEYS], dtype=torch.float64, device=ranks.device)
-    bytes_of = {key: round(total / steps) for key, total in zip(KEYS, ranks.all_reduce(own).tolist(), strict=True)}
+def summary(ranks: Ranks, sent: dict[tuple[str, str, str], float], own_seconds: float, steps: int) -> dict[str, Any]:
+    """What all ranks sent and how long each worked, as means over ``steps``: the fields of a record.
+
+    ``own_seconds``: this rank's, of all these steps. Every rank calls this together.
+    """
+    seconds = [own_seconds if rank == ranks.rank else 0.0 for rank in range(ranks.world_size)]
+    own = [*(sent.get(key, 0.0) for key in KEYS), *seconds]
+    totals = ranks.all_reduce(torch.tensor(own, dtype=torch.float64, device=ranks.device)).tolist()
+    bytes_of = {key: round(total / steps) for key, total in zip(KEYS, totals, strict=False)}
+    seconds = [total / steps for total in totals[len(KEYS) :]]
     nested: dict[str, Any] = {}
     for (place, source, kind), size in bytes_of.items():
         if size:
@@ -124,6 +130,16 @@ def summary(ranks: Ranks, sent: dict[tuple[str, str, str], float], steps: int) -
         **{f"network_bytes_{name}": sum(size for key, size in bytes_of.items() if name in key) for name in SOURCES},
         "network_bytes_between_nodes": sum(size for key, size in bytes_of.items() if "between_nodes" in key),
         "network": nested,
+        **(_slowest(seconds) if ranks.world_size > 1 else {}),
+    }
+
+
+def _slowest(seconds: list[float]) -> dict[str, Any]:
+    slowest = max(range(len(seconds)), key=seconds.__getitem__)
+    return {
+        "slowest_rank": slowest,
+        "slowest_rank_seconds": seconds[slowest],
+        "mean_rank_seconds": sum(seconds) / len(seconds),
     }
 
 

@@ -31,7 +31,7 @@ class StepResult:
     """One optimizer step over all ranks. ``loss`` is the mean over all that is predicted.
 
     ``loss_scale``: the scale this step ran with, if there is one; ``overflow``: skipped because it was too high, and
-    lowered for the next.
+    lowered for the next. ``stop``: some rank was asked to stop.
     """
 
     loss: float
@@ -41,6 +41,7 @@ class StepResult:
     skipped: bool
     loss_scale: float | None = None
     overflow: bool = False
+    stop: bool = False
 
 
 class Trained(nn.Module):
@@ -101,17 +102,25 @@ class PromptStep:
             tensor.requires_grad_()
         return self._leaf
 
-    def finish(self, loss_sum: Tensor, weight: Tensor | float, tokens: int, supervised_tokens: int) -> StepResult:
+    def finish(
+        self,
+        loss_sum: Tensor,
+        weight: Tensor | float,
+        tokens: int,
+        supervised_tokens: int,
+        *,
+        stop: bool = False,
+    ) -> StepResult:
         """Reduce, run the encoder's backward, clip and step. A step that is not finite is skipped on all ranks.
 
         The mean loss of the step is the sum of all ranks' ``loss_sum`` (without the loss scale) over the sum of their
-        ``weight``.
+        ``weight``. ``stop``: whether this rank was asked to stop; all ranks learn it from the same sum.
         """
         assert self._flat is not None
         device = loss_sum.device
         with self.meter:
             own = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in (loss_sum.detach(), weight)]
-            counts = torch.tensor([tokens, supervised_tokens], dtype=torch.float64, device=device)
+            counts = torch.tensor([tokens, supervised_tokens, stop], dtype=torch.float64, device=device)
             totals = self.ranks.all_reduce(torch.cat([torch.stack(own), counts]))
             loss, all_tokens, supervised = totals[0] / totals[1], int(totals[2]), int(totals[3])
             scale = self.loss_scale.value
@@ -132,7 +141,9 @@ class PromptStep:
             self.optimizer.zero_grad(set_to_none=True)
         self._flat = self._leaf = None
         used = scale if self.loss_scale.used else None
-        return StepResult(float(loss), float(norm), all_tokens, supervised, skipped, used, overflow)
+        return StepResult(
+            float(loss), float(norm), all_tokens, supervised, skipped, used, overflow, stop=bool(totals[4])
+        )
 
     def _reduce_readout(self, divisor: Tensor) -> None:
         """Sum the readout's gradients over all ranks, in one buffer, and divide them."""

@@ -164,6 +164,10 @@ class Ranks:
         _all_gather(whole, share, group=node)
         return tensor.copy_(whole[: tensor.numel()].view_as(tensor))
 
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` holds on some rank. Every rank calls this together."""
+        return bool(self.all_reduce(torch.tensor(float(flag), device=self.device)))
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()

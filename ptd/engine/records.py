@@ -13,14 +13,17 @@ METRICS = "metrics.jsonl"
 class Records:
     """Writer of the records of a run, on rank 0. Training records carry ``loss``, evaluations ``eval_loss``.
 
-    After a resume at ``after_step`` the records behind it are dropped: they will be written again.
+    After a resume at ``after_step`` the records behind it are dropped: they will be written again; if the step's own
+    ``evaluation_due``, that one too.
     """
 
-    def __init__(self, folder: Path, after_step: int) -> None:
+    def __init__(self, folder: Path, after_step: int, *, evaluation_due: bool = False) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = folder / METRICS
         kept = [record for record in read_records(folder) if record["step"] <= after_step]
+        if evaluation_due:
+            kept = [record for record in kept if record["step"] < after_step or "eval_loss" not in record]
         self.path.write_text("".join(_line(record) for record in kept), encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=after_step + 1 if after_step else None)
 

@@ -104,8 +104,8 @@ def all_reduce_bytes(world: int, *numbers_of_bytes: int) -> int:
 
 @pytest.mark.parametrize("placement", ["replicated", "zero3"])
 def test_network_bytes_of_a_step(measured: dict[str, Any], world: int, placement: str) -> None:
-    """Loss, weight and two counts in fp64, and the gradient at the prompt; an MLP adds output, dE and four norms."""
-    counts, prompt, embedding, norms = 4 * 8, P * WIDTH * 4, P * EMBEDDING * 4, 4 * 4
+    """Loss, weight, two counts, a stop in fp64, the gradient at the prompt; an MLP adds output, dE and four norms."""
+    counts, prompt, embedding, norms = 5 * 8, P * WIDTH * 4, P * EMBEDDING * 4, 4 * 4
     direct = measured[f"network/{placement}/direct"]["bytes"]
     assert direct["network_bytes_prompt"] == all_reduce_bytes(world, counts, prompt)
     for hidden in HIDDEN_SIZES:
@@ -166,7 +166,7 @@ def test_bytes_between_nodes_are_those_of_the_prompt(two_nodes: dict[str, Any], 
 
     Prompt: between two nodes there and back. Counts: a ring over the four ranks, of whose links two cross.
     """
-    sent, prompt, counts, embedding, norms = two_nodes[case]["bytes"], P * WIDTH * 4, 4 * 8, P * EMBEDDING * 4, 4 * 4
+    sent, prompt, counts, embedding, norms = two_nodes[case]["bytes"], P * WIDTH * 4, 5 * 8, P * EMBEDDING * 4, 4 * 4
     crossing_counts = 2 * 2 * 3 * counts // 4
     assert sent["network_bytes_between_nodes"] == 2 * prompt + crossing_counts
     assert sent["network"]["between_nodes"] == {"prompt": {"all_reduce": 2 * prompt + crossing_counts}}
