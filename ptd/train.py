@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from ptd.backbone import TextConditioner, architecture_of, load_tokenizer
-from ptd.checkpoint import Adapter, backbone_reference, save_adapter, save_state
+from ptd.checkpoint import Adapter, Saver, backbone_reference, save_adapter
+from ptd.checkpoint.files import writing
 from ptd.checkpoint.run_folder import RunFolder, clear, open_run
-from ptd.checkpoint.run_state import load_tensors
+from ptd.checkpoint.run_state import clean, load_tensors
 from ptd.config import DataConfig, RunConfig, TrainConfig
 from ptd.data import Batches, load_rows
 from ptd.deepspeed_config import apply_deepspeed, check_batch_size
@@ -101,8 +102,10 @@ def _train(
         on_record=records.write if records is not None else lambda record: None,
         on_eval=artifacts.keep_best,
         on_save=artifacts.save_state,
+        on_boundary=artifacts.saver.poll,
     )
     with ExitStack() as stack:
+        stack.callback(artifacts.saver.close)
         if records is not None:  # also when the run breaks off: TensorBoard writes from a thread until it is closed
             stack.callback(records.close)
         if zero3 is not None:
@@ -125,7 +128,11 @@ class Artifacts:
     settings: TrainConfig
     data_digest: str
     best: dict[str, Any] = field(default_factory=dict)
+    saver: Saver = field(init=False)
     description: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.saver = Saver(self.folder.checkpoints, self.ranks, keep=self.settings.save_total_limit)
 
     def resume(self) -> int:
         """Load the checkpoint, if there is one; returns the step to start from.
@@ -157,25 +164,27 @@ class Artifacts:
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **self._origin(),
         }
-        if not self.ranks.is_main:
-            return None
-        if self.folder.checkpoint is None:
-            clear(self.folder)
-        self.folder.write({"status": "running", **self.description})
-        return Records(self.folder.path, start)
+        records: list[Records] = []
+
+        def begin() -> None:
+            with writing(self.folder.path):
+                if self.folder.checkpoint is None:
+                    clear(self.folder)
+                self.folder.write({"status": "running", **self.description})
+                clean(self.folder.checkpoints)
+                records.append(Records(self.folder.path, start))
+
+        self.ranks.on_main(begin)
+        return records[0] if records else None
 
     def save_state(self, number: int) -> None:
-        """Keep everything to continue from after step ``number``. Every rank calls this together."""
+        """Begin to keep everything to continue from after step ``number``. Every rank calls this together.
+
+        It is on disk when ``saver.wait()`` has returned.
+        """
         rows = self.settings.per_device_train_batch_size * self.settings.gradient_accumulation_steps
-        save_state(
-            self.folder.checkpoints,
-            number,
-            self.step.tensors(),
-            {"rows_per_step": rows * self.ranks.world_size, "best": self.best, **self._origin()},
-            is_main=self.ranks.is_main,
-            barrier=self.ranks.barrier,
-            keep=self.settings.save_total_limit,
-        )
+        facts = {"rows_per_step": rows * self.ranks.world_size, "best": self.best, **self._origin()}
+        self.saver.save(number, self.step.tensors(), facts)
 
     def keep_best(self, number: int, metrics: dict[str, Any]) -> None:
         """Keep the adapter as ``best`` if no evaluation so far was better by ``train.metric_for_best_model``."""
@@ -193,8 +202,12 @@ class Artifacts:
         """Write what is trained as it stands. Every rank calls this together."""
         with torch.no_grad():
             flat = self.step.flat()
-        if self.ranks.is_main:
-            save_adapter(self.folder.path / name, self._adapter(flat))
+
+        def write() -> None:
+            with writing(self.folder.path / name):
+                save_adapter(self.folder.path / name, self._adapter(flat))
+
+        self.ranks.on_main(write)
 
     def _adapter(self, flat: torch.Tensor) -> Adapter:
         resolved, encoder = self.config.to_dict(), self.step.encoder
@@ -217,14 +230,16 @@ class Artifacts:
         )
 
     def finish(self, result: dict[str, Any], records: Records | None) -> dict[str, Any]:
-        """Write the adapter, the curve and the result."""
+        """Write the adapter, the curve and the result, after the last checkpoint."""
+        self.saver.wait()
         self.keep_adapter("adapter")
         result["best"] = self.best or None
         if records is not None:
             for record in read_records(self.folder.path):
                 result |= {key: value for key, value in record.items() if key == "loss" or key.startswith("eval_")}
-            plot_loss(self.folder.path)
-            self.folder.write({"status": "finished", **self.description, "result": result})
+            with writing(self.folder.path):
+                plot_loss(self.folder.path)
+                self.folder.write({"status": "finished", **self.description, "result": result})
         self.ranks.barrier()
         return result
 

@@ -30,7 +30,8 @@ MAX_SKIPPED = 10
 class Loop:
     """Everything a run needs while it trains; `run` does it.
 
-    ``on_record`` gets each record, ``on_eval`` each evaluation, ``on_save`` the steps after which to keep the state.
+    ``on_record`` gets each record, ``on_eval`` each evaluation, ``on_save`` the steps after which to keep the state;
+    ``on_boundary`` is called after every step, when all ranks have done it.
     """
 
     config: TrainConfig
@@ -43,6 +44,7 @@ class Loop:
     on_record: Callable[[dict[str, Any]], None]
     on_eval: Callable[[int, dict[str, float]], None]
     on_save: Callable[[int], None]
+    on_boundary: Callable[[], None] = lambda: None
 
     def run(self, start: int, stop: int) -> None:
         """Optimizer steps ``start`` … ``stop − 1``; a step's number in records counts from 1. None: only evaluate."""
@@ -58,6 +60,7 @@ class Loop:
             for group in self.step.optimizer.param_groups:
                 group["lr"] = rate(index) * group["scale"]
             result = self._step(index, micro_batches)
+            self.on_boundary()
             window.add(result, time.perf_counter() - began, self.step.meter.take())
             number = index + 1
             skipped = self._count_skipped(number, skipped, result)
