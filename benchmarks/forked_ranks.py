@@ -19,8 +19,6 @@ from pathlib import Path
 
 from ptd.engine.ranks import Ranks
 
-GRACE = 5.0
-"""Seconds that the other ranks have after one failed, and again after SIGTERM."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -42,15 +40,18 @@ class Job:
                     self.codes[rank] = os.waitstatus_to_exitcode(status)
         return len(self.codes) == len(self.pids)
 
-    def wait(self, timeout: float = 300.0) -> list[int]:
-        """Exit codes by rank; after ``timeout`` seconds, or once a rank failed, the others are ended."""
+    def wait(self, timeout: float = 300.0, grace: float = 5.0) -> list[int]:
+        """Exit codes by rank; after ``timeout`` seconds, or once a rank failed, the others are ended.
+
+        They have ``grace`` seconds to end by themselves, and as many again after SIGTERM.
+        """
         deadline = time.monotonic() + timeout
         while not self.poll() and time.monotonic() < deadline and not any(self.codes.values()):
             time.sleep(0.02)
         for number in (None, signal.SIGTERM, signal.SIGKILL):
             if number is not None:
                 self.kill(number)
-            deadline = time.monotonic() + GRACE
+            deadline = time.monotonic() + grace
             while not self.poll() and (time.monotonic() < deadline or number is signal.SIGKILL):
                 time.sleep(0.02)
         return [self.codes[rank] for rank in range(len(self.pids))]
