@@ -26,7 +26,7 @@ from ptd.engine.loss_scale import LossScale
 from ptd.engine.meter import NetworkMeter, metered_deepspeed
 from ptd.engine.prompt_step import PromptStep, Trained, build_optimizer
 from ptd.engine.ranks import Ranks
-from ptd.engine.records import Records, plot_loss, read_records
+from ptd.engine.records import METRICS, Records, plot_loss, read_records
 from ptd.engine.setup import Prepared, check_context, prepare
 from ptd.methods import TaskFacts, method
 from ptd.tasks import Task, make_task
@@ -132,7 +132,8 @@ class Artifacts:
     description: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.saver = Saver(self.folder.checkpoints, self.ranks, keep=self.settings.save_total_limit)
+        records = self.folder.path / METRICS
+        self.saver = Saver(self.folder.checkpoints, self.ranks, keep=self.settings.save_total_limit, records=records)
 
     def resume(self) -> int:
         """Load the checkpoint, if there is one; returns the step to start from.

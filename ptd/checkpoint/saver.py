@@ -56,12 +56,15 @@ class _Write:
 class Saver:
     """Writes ``root/step-NNNNNN/`` and keeps the newest ``keep``; at most one write is in flight.
 
+    ``records``: a file that is appended to beside the training; what it held at the boundary is on disk before the
+    checkpoint is.
+
     All ranks call `save`, `poll` and `wait` together; each raises `UserError` on all of them if a write failed on any
     (disk full, read-only …), which leaves the checkpoints that were whole as they are.
     """
 
-    def __init__(self, root: Path, ranks: Group, *, keep: int) -> None:
-        self.root, self.ranks, self.keep = root, ranks, keep
+    def __init__(self, root: Path, ranks: Group, *, keep: int, records: Path | None = None) -> None:
+        self.root, self.ranks, self.keep, self.records = root, ranks, keep, records
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._plan: SavePlan | None = None
         self._write: _Write | None = None
@@ -72,17 +75,13 @@ class Saver:
         Waits for the write before this one.
         """
         self.wait()
-        ready = self._threads.submit(self._prepare, step)
         planner = DefaultSavePlanner()
         planner.set_up_planner(tensors, is_coordinator=self.ranks.is_main)
         if self._plan is None:
             self._plan = self._make_plan(planner)
-        plan = self._plan
-        copies = {item.index: _copy(planner.resolve_data(item)) for item in plan.items}
-        self._write = _Write(step, facts, ready)
-        wait_for([ready])
-        self._check(self.ranks.gather(self._outcome(ready)))
-        self._write = _Write(step, facts, self._threads.submit(_write_part, self._temporary(step), plan, copies))
+        copies = {item.index: _copy(planner.resolve_data(item)) for item in self._plan.items}
+        work = self._threads.submit(_write_part, self._temporary(step), self._plan, copies)
+        self._write = _Write(step, facts, work)
 
     def poll(self) -> None:
         """Move the write in flight on, without waiting for it."""
@@ -147,13 +146,6 @@ class Saver:
             f"{reason}); see that the folder has space and is writable, then the same command {then}"
         )
 
-    def _prepare(self, step: int) -> Files:
-        if self.ranks.is_main:
-            make_folders(self.root)
-            shutil.rmtree(self._temporary(step), ignore_errors=True)
-            self._temporary(step).mkdir()
-        return {}
-
     def _make_plan(self, planner: DefaultSavePlanner) -> SavePlan:
         """Who writes what: shards where they are, what all ranks hold once, spread over them."""
         plans, _ = planner.create_global_plan(self.ranks.gather(planner.create_local_plan()))
@@ -168,10 +160,14 @@ class Saver:
         for name, (size, _) in files.items():
             if not (temporary / name).is_file() or (temporary / name).stat().st_size != size:
                 raise OSError(f"{name} is not as its rank wrote it; the folder has to be the same on all nodes")
+        for path in set(temporary.iterdir()) - {temporary / name for name in files}:
+            path.unlink()  # of a process that was killed
         write_json(temporary / FACTS, {"step": write.step, **write.facts})
         write_json(temporary / MANIFEST, {**files, FACTS: listed(temporary / FACTS)})
         if final.exists():  # passed over as damaged when the run continued
             self._delete(final)
+        if self.records is not None:
+            sync(self.records)
         temporary.rename(final)
         sync(self.root)
         write_atomically(self.root / LATEST, final.name + "\n")
@@ -207,7 +203,8 @@ def _copy(tensor: Any) -> Tensor:
 
 
 def _write_part(folder: Path, plan: SavePlan, copies: dict[MetadataIndex, Tensor]) -> Files:
-    """Write this rank's tensors and force them to disk."""
+    """Write this rank's tensors and force them to disk; whichever rank is first makes the folder."""
+    make_folders(folder)
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     writer.per_thread_copy_ahead = 0  # the copies are on the CPU already; a stream would make a context on GPU 0
     results = writer.write_data(plan, _Copies(copies)).wait()

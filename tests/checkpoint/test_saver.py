@@ -78,7 +78,7 @@ def test_what_is_saved_is_what_was_there_at_the_boundary(root: Path, monkeypatch
     train(module, optimizer)
     writer.poll()
     assert latest_complete(root) == (None, [])
-    assert [path.name for path in root.iterdir()] == [".writing-000001"]
+    assert not root.exists()
     may_write.set()
     writer.wait()
     loaded = tensors_of(*make())
@@ -134,11 +134,24 @@ def test_a_failed_write_leaves_the_last_whole_one_and_says_what_to_do(
     assert latest_complete(root) == (root / "step-000003", [])
 
 
-def test_a_folder_that_cannot_be_made_is_said_at_once(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     module, optimizer = make()
-    with pytest.raises(UserError, match=r"step 1 .*starts from the beginning"):
-        Saver(tmp_path / "file" / "checkpoints", Alone(), keep=1).save(1, tensors_of(module, optimizer), {})
+    writer = Saver(tmp_path / "file" / "checkpoints", Alone(), keep=1)
+    writer.save(1, tensors_of(module, optimizer), {})
+    with pytest.raises(UserError, match=r"step 1 .*Not a directory.*starts from the beginning"):
+        writer.wait()
+
+
+def test_what_a_killed_process_left_in_the_folder_is_not_taken_over(root: Path) -> None:
+    (root / ".writing-000001").mkdir(parents=True)
+    (root / ".writing-000001" / "shard-00002-model-00001-of-00001.safetensors").write_bytes(b"half")
+    module, optimizer = make()
+    writer = Saver(root, Alone(), keep=1)
+    writer.save(1, tensors_of(module, optimizer), {})
+    writer.wait()
+    assert latest_complete(root) == (root / "step-000001", [])
+    load_tensors(root / "step-000001", tensors_of(module, optimizer))
 
 
 def test_a_defect_in_the_thread_is_no_users_error(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
