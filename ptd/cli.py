@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ptd import cli_launch
 from ptd.types import UserError
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(cli_launch.app, name="launch")
 
 Adapter = Annotated[
     str | None, typer.Option("--adapter", "-a", help="Adapter folder (ptd's or PEFT's), or a run's output folder.")
@@ -68,8 +70,7 @@ def train(
 ) -> None:
     """Train as RUN.yaml says. The same command typed again continues a run that was interrupted.
 
-    On several GPUs or nodes start it with a launcher, e.g.
-    deepspeed --no_local_rank --module ptd.cli train RUN.yaml
+    On several GPUs or nodes start it by ptd launch, or by any launcher that sets RANK and WORLD_SIZE.
     """
     from ptd.config import load_config
     from ptd.console import make_reporter
