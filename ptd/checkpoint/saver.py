@@ -164,24 +164,24 @@ class Saver:
             path.unlink()  # of a process that was killed
         write_json(temporary / FACTS, {"step": write.step, **write.facts})
         write_json(temporary / MANIFEST, {**files, FACTS: listed(temporary / FACTS)})
-        if final.exists():  # passed over as damaged when the run continued
-            self._delete(final)
         if self.records is not None:
             sync(self.records)
+        if final.exists():  # passed over as damaged when the run continued
+            self._set_aside(final)
         temporary.rename(final)
         sync(self.root)
         write_atomically(self.root / LATEST, final.name + "\n")
         # One of a later step was passed over as damaged; if it counted among the kept, it would push out whole ones.
         mine = [path for path in checkpoints(self.root) if step_of(path) <= write.step]
         for old in set(checkpoints(self.root)) - set(mine[: self.keep]):
-            self._delete(old)
+            self._set_aside(old)
+        for doomed in self.root.glob(f"{DELETED}*"):
+            shutil.rmtree(doomed)
         return {}
 
-    def _delete(self, folder: Path) -> None:
-        """Remove a checkpoint so that none is ever seen half removed."""
-        doomed = self.root / (DELETED + folder.name)
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+    def _set_aside(self, folder: Path) -> None:
+        """Out of sight before it is deleted, so that none is ever seen half deleted."""
+        folder.rename(self.root / (DELETED + folder.name))
 
     def _temporary(self, step: int) -> Path:
         return self.root / f"{WRITING}{step:06d}"

@@ -152,26 +152,28 @@ def before_rename(step: int) -> Fault:
     return fault
 
 
-def full_disk(step: int) -> Fault:
-    """The last bytes of the file system are taken just before a checkpoint."""
+def at_save(step: int, action: Callable[[Path], None]) -> Fault:
+    """``action(checkpoints)`` on rank 0 while no rank writes, just before a checkpoint."""
 
-    def fill(self: Saver, number: int, *rest: Any) -> None:
+    def act(self: Saver, number: int, *rest: Any) -> None:
         if number == step:
-            free = os.statvfs(self.root.parent)
-            (self.root.parent / "filler").write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - LEFT_BYTES)))
+            self.wait()
+            if self.ranks.is_main:
+                action(self.root)
+            self.ranks.gather(None)
 
-    return lambda rank: before(Saver, "save", fill) if rank == 0 else None
+    return lambda rank: before(Saver, "save", act)
 
 
-def read_only(step: int) -> Fault:
-    """The folder of checkpoints becomes read-only, for root too."""
+def fill_disk(checkpoints: Path) -> None:
+    free = os.statvfs(checkpoints)
+    (checkpoints.parent / "filler").write_bytes(bytes(free.f_bavail * free.f_frsize - LEFT_BYTES))
 
-    def mount(self: Saver, number: int, *rest: Any) -> None:
-        if number == step:
-            run("mount", "--bind", self.root, self.root)
-            run("mount", "-o", "remount,ro,bind", self.root)
 
-    return lambda rank: before(Saver, "save", mount) if rank == 0 else None
+def make_read_only(checkpoints: Path) -> None:
+    """For root too."""
+    run("mount", "--bind", checkpoints, checkpoints)
+    run("mount", "-o", "remount,ro,bind", checkpoints)
 
 
 def run(*command: str | Path) -> None:
@@ -218,9 +220,9 @@ class Story:
             (output / "checkpoints" / leftover).mkdir()
             (output / "checkpoints" / leftover / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
         if mounts:
-            self.train("disk full", "faults", 2, full_disk(12))
+            self.train("disk full", "faults", 2, at_save(12, fill_disk))
             (output / "filler").unlink()
-            self.train("read-only", "faults", 2, read_only(12))
+            self.train("read-only", "faults", 2, at_save(12, make_read_only))
             run("umount", output / "checkpoints")
             run("mount", "-o", "remount,ro", output)
             self.train("read-only from the start", "faults", 2)
