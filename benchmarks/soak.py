@@ -109,7 +109,7 @@ def sleep_until(job: Job, deadline: float) -> None:
 
 
 def one_kill(job: Job, draw: random.Random, start_seconds: float, reach_seconds: float) -> dict[str, Any] | None:
-    """Kill one rank of ``job`` at a random time; None if it had ended by then."""
+    """Kill one rank of ``job`` at a random time; None if that rank had ended by then."""
     began = time.monotonic()
     in_start = draw.random() < IN_START
     delay, victim = draw.random(), draw.randrange(RANKS)
@@ -123,8 +123,14 @@ def one_kill(job: Job, draw: random.Random, start_seconds: float, reach_seconds:
         return None
     job.kill(signal.SIGKILL, victim)
     codes = job.wait(grace=0.5)
-    assert codes[victim] == -signal.SIGKILL or 0 in codes, codes
+    if codes[victim] == 0:
+        return None
     return {"rank": victim, "step": steps_done(job), "seconds": time.monotonic() - began}
+
+
+def is_finished(output: Path) -> bool:
+    run = output / "run.json"
+    return run.exists() and json.loads(run.read_text(encoding="utf-8"))["status"] == "finished"
 
 
 def left_alone(run_file: Path, folder: Path) -> tuple[float, float]:
@@ -151,24 +157,22 @@ def soak(run_file: Path, folder: Path, kills: int, steps: int, seed: int) -> dic
     began, finished = time.monotonic(), False
     while not finished:
         job = begin(run_file, folder / "soaked", folder / "logs" / f"{len(killed):04d}")
-        if len(killed) == kills:
-            codes = job.wait(timeout=3600)
-            finished = True
-        else:
+        hit = None
+        if len(killed) < kills:
             # On average a fifth less than what would be even, so that the run does not end before the last kill.
-            reach = 1.6 * (steps - reached) / (kills - len(killed)) * step_seconds
+            reach = min(1.6 / (kills - len(killed)), 0.6) * (steps - reached) * step_seconds
             hit = one_kill(job, draw, first, reach)
-            finished, codes = hit is None, job.wait()
-            if hit is not None:
-                killed.append(hit)
-                reached = max(reached, hit["step"])
-                in_start, writing = not hit["step"], any(checkpoints.glob(".writing-*"))
-                seen["during the start" if in_start else "while training"] += 1
-                seen["with a checkpoint half written"] += writing
-                print(f"kill {len(killed)}/{kills}: rank {hit['rank']} at step {hit['step'] or 'start'}", flush=True)
+        codes = job.wait(timeout=3600)
+        finished = is_finished(folder / "soaked")
+        if hit is not None:
+            killed.append(hit)
+            reached = max(reached, hit["step"])
+            seen["while training" if hit["step"] else "during the start"] += 1
+            seen["with a checkpoint half written"] += any(checkpoints.glob(".writing-*"))
+            print(f"kill {len(killed)}/{kills}: rank {hit['rank']} at step {hit['step'] or 'start'}", flush=True)
+        elif not finished:
+            raise RuntimeError(f"a start that nobody killed ended with {codes}:\n{job.log(0)[-4000:]}")
         seen["checkpoints passed over"] += job.log(0).count("passed over")
-        if finished and any(codes):
-            raise RuntimeError(f"the last start failed with {codes}:\n{job.log(0)[-4000:]}")
     return {
         "kills": len(killed),
         "steps": steps,
