@@ -7,10 +7,11 @@ import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
+from ptd import cli_launch
 from ptd.exit_codes import INTERRUPTED
 from ptd.types import Preempted, UserError
 
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(cli_launch.app, name="launch")
 
 Adapter = Annotated[
     str | None, typer.Option("--adapter", "-a", help="Adapter folder (ptd's or PEFT's), or a run's output folder.")
@@ -70,8 +72,7 @@ def train(
 ) -> None:
     """Train as RUN.yaml says. The same command typed again continues a run that was interrupted.
 
-    On several GPUs or nodes start it with a launcher, e.g.
-    deepspeed --no_local_rank --module ptd.cli train RUN.yaml
+    On several GPUs or nodes start it by ptd launch, or by any launcher that sets RANK and WORLD_SIZE.
     """
     from ptd.engine.preemption import StopRequest
 
@@ -265,6 +266,41 @@ def doctor(
     from ptd.doctor import examine
 
     _print_json(examine(dtype=dtype, head_dim=head_dim))
+
+
+@app.command()
+def plan(
+    run: Annotated[Path, typer.Argument(help="The run file (YAML).", metavar="RUN.yaml")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, e.g. backbone.sharding=node.", metavar="[KEY=VALUE]...")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs (ranks) of one node.")] = 1,
+    gpu_memory: Annotated[str, typer.Option(help="Memory of one GPU (of one rank with --device cpu).")] = "80GiB",
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="What the run would run on.")] = "cuda",
+    supervised: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of a text's tokens that carry loss; 1: all of them.")
+    ] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables; sizes in bytes.")] = False,
+) -> None:
+    """What a run needs and where it fits, before any weights or GPUs are there: only the backbone's config is read."""
+    from ptd.config import load_config
+
+    config = load_config(run, overrides)
+    _quiet()
+    from ptd.console import make_reporter, print_plan
+    from ptd.plan import plan as make_plan
+
+    found = make_plan(
+        config,
+        gpus=gpus,
+        nodes=nodes,
+        memory=gpu_memory,
+        device=device,
+        supervised=supervised,
+        reporter=make_reporter(),
+    ).to_dict()
+    _print_json(found) if as_json else print_plan(found)
 
 
 @app.command()

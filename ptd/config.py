@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from ptd.methods import method
+from ptd.shipped import find_recipe
 from ptd.types import UserError
 
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
@@ -313,12 +314,12 @@ class RunConfig(Section):
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read RUN.yaml, apply ``a.b=value`` overrides (values are YAML) and validate.
+    """Read RUN.yaml (or the shipped recipe of that name), apply ``a.b=value`` overrides (values are YAML) and validate.
 
     Raises `UserError` with one line for each thing that is wrong.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = find_recipe(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the run file {path}: {error}") from error
     try:

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ptd.config import BackboneConfig, RunConfig, parse_config
+from ptd.shipped import DS_CONFIGS
 from ptd.types import UserError
 
-SHIPPED = Path(__file__).parents[1] / "ds_configs"
 AUTO = "auto"
+NVME_BUFFER = 300_000_000  # numbers; a shard has to fit, and DeepSpeed's own 100 million are too few for an embedding
 NEVER = 2**31 - 1  # steps between two progress lines of DeepSpeed; ptd logs by itself
 
 
@@ -174,9 +175,11 @@ def zero3_config(
         return None
     section = {**(zero or {}), "stage": 3}
     offload = section.pop("offload_param", {})
-    if backbone.offload != "none":
-        folder = {"nvme_path": backbone.offload_folder} if backbone.offload_folder else {}
-        section["offload_param"] = {"pin_memory": True, **offload, "device": backbone.offload, **folder}
+    if backbone.offload == "cpu":
+        section["offload_param"] = {"pin_memory": True, **offload, "device": "cpu"}
+    elif backbone.offload == "nvme":
+        place = {"device": "nvme", "nvme_path": backbone.offload_folder}
+        section["offload_param"] = {"pin_memory": True, "buffer_size": NVME_BUFFER, **offload, **place}
     zero3 = {
         "zero_optimization": section,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -564,12 +567,12 @@ def _find(source: str) -> Path:
     """The file of that path, or else the shipped one of that name."""
     path = Path(source).expanduser()
     try:
-        for candidate in (path, SHIPPED / path.name):
+        for candidate in (path, DS_CONFIGS / path.name):
             if candidate.is_file():
                 return candidate
     except (OSError, ValueError) as error:  # a name too long, or with a null character
         raise UserError(f"deepspeed: {source!r} is not a path: {error}") from error
-    shipped = ", ".join(sorted(file.name for file in SHIPPED.glob("*.json"))) or "none"
+    shipped = ", ".join(sorted(file.name for file in DS_CONFIGS.glob("*.json"))) or "none"
     raise UserError(f"deepspeed: there is no file {source!r}; give a DeepSpeed JSON, or one that ptd ships: {shipped}")
 
 

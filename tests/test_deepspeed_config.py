@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from ptd import deepspeed_config as module
 from ptd.config import RunConfig, parse_config
-from ptd.deepspeed_config import SHIPPED, apply_deepspeed, check_batch_size
+from ptd.deepspeed_config import apply_deepspeed, check_batch_size
+from ptd.shipped import DS_CONFIGS
 from ptd.types import UserError
 
 ZERO3: dict[str, Any] = {"zero_optimization": {"stage": 3}}
@@ -440,7 +441,7 @@ def test_sharding_needs_no_json() -> None:
         ({"sharding": "world", "offload": "cpu"}, {"device": "cpu", "pin_memory": True}),
         (
             {"sharding": "world", "offload": "nvme", "offload_folder": "/x"},
-            {"device": "nvme", "nvme_path": "/x", "pin_memory": True},
+            {"device": "nvme", "nvme_path": "/x", "pin_memory": True, "buffer_size": 300_000_000},
         ),
     ):
         config, zero3 = apply_deepspeed(run(backbone=backbone))
@@ -549,7 +550,7 @@ def test_the_key_lists_are_deepspeeds() -> None:
     assert not module.HONOURED & (module.IGNORED | module.REFUSED.keys())
 
 
-@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.json")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(DS_CONFIGS.glob("*.json")), ids=lambda path: path.name)
 def test_shipped_files_are_what_deepspeed_takes(path: Path) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
@@ -568,5 +569,5 @@ def test_shipped_files_are_what_deepspeed_takes(path: Path) -> None:
 
 
 def test_shipped_files_are_described() -> None:
-    text = (SHIPPED / "README.md").read_text()
-    assert all(f"`{path.name}`" in text for path in SHIPPED.glob("*.json"))
+    text = (DS_CONFIGS / "README.md").read_text()
+    assert all(f"`{path.name}`" in text for path in DS_CONFIGS.glob("*.json"))

@@ -15,7 +15,18 @@ PTD = sorted((ROOT / "ptd").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
 # Layer -> the parts of ptd it may import (itself always). A module belongs to the first pattern that fits its name.
-STAGES = ["types", "exit_codes", "versions", "config", "deepspeed_config", "methods", "readouts", "data", "tasks"]
+STAGES = [
+    "types",
+    "exit_codes",
+    "versions",
+    "shipped",
+    "config",
+    "deepspeed_config",
+    "methods",
+    "readouts",
+    "data",
+    "tasks",
+]
 STAGES += ["backbone", "checkpoint", "inject"]
 VERBS = ["train", "evaluate", "generate", "predict", "export", "plan", "bench", "launch", "doctor"]
 LAYERS: dict[str, list[str]] = {
@@ -25,8 +36,9 @@ LAYERS: dict[str, list[str]] = {
     "ptd.versions": [],
     "ptd.methods*": ["types"],
     "ptd.readouts*": ["types"],
-    "ptd.config": ["types", "methods"],
-    "ptd.deepspeed_config": ["types", "config"],
+    "ptd.shipped": [],
+    "ptd.config": ["types", "methods", "shipped"],
+    "ptd.deepspeed_config": ["types", "config", "shipped"],
     "ptd.data*": ["types", "config"],
     "ptd.tasks*": ["types", "config", "data", "readouts"],
     "ptd.backbone*": ["types", "config"],
@@ -36,11 +48,13 @@ LAYERS: dict[str, list[str]] = {
     # The stages for a user's own training loop: beside the engine, not on top of it.
     "ptd.api": STAGES,
     **{f"ptd.{verb}": [*STAGES, "engine", *VERBS] for verb in VERBS},
+    "ptd.launch*": STAGES,  # starts processes; what runs in them is another verb's
     # The story of the shipped backbone is a verb; what made the backbone and its data uses nothing of the toolkit.
     "ptd.quickstart.run": [*STAGES, "engine", "quickstart", *VERBS],
     "ptd.quickstart*": ["types"],
     "ptd.console": ["types", "config"],
-    "ptd.cli": [*STAGES, "engine", "quickstart", "console", *VERBS],
+    "ptd.cli_launch": [*STAGES, "engine", "launch"],
+    "ptd.cli": [*STAGES, "cli_launch", "engine", "quickstart", "console", *VERBS],
 }
 
 # Third-party package -> the modules that may import it.
@@ -50,8 +64,9 @@ ONLY_IMPORTERS = {
     "transformers.integrations.deepspeed": ["ptd.backbone*"],
     "datasets": ["ptd.data*", "ptd.tasks*"],
     "ptd_kernels": ["ptd.inject*", "ptd_kernels*"],
-    "typer": ["ptd.cli", "ptd.console"],
+    "typer": ["ptd.cli", "ptd.cli_launch", "ptd.console"],
     "rich": ["ptd.cli", "ptd.console"],
+    "jinja2": ["ptd.launch*"],
 }
 
 # Modules that may import these third-party packages only (the standard library is always allowed).
@@ -65,7 +80,7 @@ PURE = {
 }
 THIRD_PARTY = set(
     """
-    accelerate bitsandbytes datasets deepspeed einops flash_attn huggingface_hub liger_kernel matplotlib numpy
+    accelerate bitsandbytes datasets deepspeed einops flash_attn huggingface_hub jinja2 liger_kernel matplotlib numpy
     pandas peft ptd_kernels pyarrow pydantic rich rouge_score sacrebleu safetensors scipy seqeval sklearn
     tokenizers torch torchmetrics tqdm transformers triton typer yaml
     """.split()  # noqa: SIM905

@@ -12,6 +12,7 @@ import pytest
 from ptd.config import RunConfig, TaskKind, load_config
 from ptd.deepspeed_config import apply_deepspeed
 from ptd.methods import TaskFacts, method, methods
+from ptd.shipped import RECIPES, find_recipe
 from ptd.tasks import make_task
 from ptd.types import Architecture
 
@@ -24,7 +25,7 @@ def test_shipped_run_file(path: Path) -> None:
     config, _ = apply_deepspeed(load_config(path))
     assert config.data.train
     assert path.read_text(encoding="utf-8").startswith("#")
-    assert "ptd train" in path.read_text(encoding="utf-8").split("backbone:")[0]
+    assert re.search(r"ptd (train|launch)", path.read_text(encoding="utf-8").split("backbone:")[0])
 
 
 ARCHITECTURE: dict[str, Architecture] = {"causal_lm": "decoder", "seq2seq_lm": "encoder-decoder"}
@@ -44,6 +45,16 @@ def test_every_kind_of_task_has_a_run_file() -> None:
     assert {load_config(path).task.kind for path in RUN_FILES} == set(get_args(TaskKind))
     listed = (ROOT / "launch" / "README.md").read_text(encoding="utf-8")
     assert [path.name for path in ROOT.glob("launch/recipes/*") if f"`recipes/{path.name}`" not in listed] == []
+
+
+def test_a_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From any folder; a file of the user's comes first, and a folder of the user's is not looked past."""
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("7b.yaml") == find_recipe("launch/recipes/7b.yaml") == RECIPES / "7b.yaml"
+    for mine in ("mine/7b.yaml", "8b.yaml"):
+        assert find_recipe(mine) == Path(mine)
+    Path("7b.yaml").touch()
+    assert find_recipe("7b.yaml") == Path("7b.yaml")
 
 
 def headings(name: str) -> str:

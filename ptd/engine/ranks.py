@@ -22,8 +22,8 @@ from torch.nn.functional import pad
 from ptd.types import PromptEncoder, UserError
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=30)
-"""After this long without the others a collective fails instead of waiting for ever."""
+TIMEOUT = "PTD_TIMEOUT_MINUTES"
+"""Environment variable: after so long without the others a collective fails instead of waiting for ever; default 30."""
 SMALL = 1024
 """Bytes up to which a sum over nodes is one call: three would wait longer than the bytes they save take."""
 
@@ -68,7 +68,7 @@ class Ranks:
         if joins:
             if world_size == 1:
                 _describe_single_process()
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=collective_timeout())
         if world_size > 1:
             # Where nodes have different numbers of ranks all agree on what divides each of them.
             sizes: list[Any] = [None] * world_size
@@ -194,8 +194,20 @@ class Ranks:
 
 def _own_group(groups: list[list[int]]) -> ProcessGroup:
     """Make these groups, which every rank does in the same order; returns the one this rank is in."""
-    group: ProcessGroup = dist.new_subgroups_by_enumeration(groups, timeout=TIMEOUT)[0]
+    group: ProcessGroup = dist.new_subgroups_by_enumeration(groups, timeout=collective_timeout())[0]
     return group
+
+
+def collective_timeout() -> timedelta:
+    """The process group's timeout; raises `UserError` unless the environment gives minutes, or nothing."""
+    given = os.environ.get(TIMEOUT, "30")
+    try:
+        limit = timedelta(minutes=float(given))
+    except (ValueError, OverflowError):
+        limit = timedelta(0)
+    if limit < timedelta(seconds=1):
+        raise UserError(f"{TIMEOUT}: has to be a number of minutes, at least a second's worth; got {given!r}")
+    return limit
 
 
 def _describe_single_process() -> None:

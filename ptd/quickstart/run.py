@@ -17,6 +17,7 @@ from ptd.data import load_rows
 from ptd.engine.ranks import Ranks
 from ptd.evaluate import continue_rows, held_out_metrics, text_metrics
 from ptd.generate import Decoding, Tuned, load_tuned
+from ptd.launch import Program, environment, local_command
 from ptd.quickstart import BACKBONE
 from ptd.quickstart.task import slot_accuracy, write_task
 from ptd.types import Reporter, UserError
@@ -53,7 +54,7 @@ def run_quickstart(output: Path, *, ranks: int, overwrite: bool, reporter: Repor
     _headline(f"2/3  Prefix-tuning it: {ranks} rank{'s' * (ranks > 1)}, DeepSpeed ZeRO-3, 32 virtual tokens")
     command = training_command(ranks, train, held_out, run)
     print("$ " + " ".join(_shown(part) for part in command), flush=True)
-    status = subprocess.run(command, env=_environment(gpus), stdout=subprocess.DEVNULL, check=False).returncode
+    status = subprocess.run(command, env=environment(gpus), stdout=subprocess.DEVNULL, check=False).returncode
     if status:
         raise UserError(f"training ended with exit code {status}; what it said stands above")
 
@@ -74,18 +75,9 @@ def run_quickstart(output: Path, *, ranks: int, overwrite: bool, reporter: Repor
 
 def training_command(ranks: int, train: Path, held_out: Path, run: Path) -> list[str]:
     """DeepSpeed's launcher on this machine with ``ptd train`` on every rank."""
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--no_local_rank"]
     overrides = [f"backbone.path={BACKBONE}", f"data.train={train}", f"data.eval={held_out}", f"output_dir={run}"]
-    return [
-        *launcher,
-        *("--master_port", str(Ranks.free_port()), "--log_level", "error"),
-        *("--module", "ptd.cli", "train", str(RECIPE), *overrides),
-    ]
-
-
-def _environment(gpus: int) -> dict[str, str]:
-    # Naming the accelerator keeps DeepSpeed from warning on every process that it found none.
-    return {**os.environ, **({} if gpus else {"DS_ACCELERATOR": "cpu"})}
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES") if torch.cuda.is_available() else None
+    return local_command(Program.of(RECIPE, overrides), ranks, port=Ranks.free_port(), devices=devices)
 
 
 def _measure(tuned: Tuned, held_out: Path, reporter: Reporter) -> tuple[dict[str, Any], list[str]]:

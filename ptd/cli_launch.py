@@ -1,0 +1,205 @@
+"""``ptd launch local|ssh|slurm``: the command line's part that starts runs on many GPUs and nodes."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ptd.types import UserError
+
+app = typer.Typer(
+    help="Start ptd train on many GPUs and nodes: here, over ssh, or by Slurm.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Run = Annotated[Path, typer.Argument(help="The run file (YAML).", metavar="RUN.yaml")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Changes to it, e.g. train.learning_rate=3e-3.", metavar="[KEY=VALUE]...")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and stop.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace a run that is in output_dir already.")]
+LogDir = Annotated[Path | None, typer.Option(help="A log for each rank in this folder, instead of the terminal.")]
+RanksPerNode = Annotated[
+    int | None, typer.Option(min=1, help="Processes on a node that has no GPU; with GPUs there is one for each.")
+]
+
+
+@app.command()
+def local(
+    run: Run,
+    overrides: Overrides = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=0, help="GPUs to use; default: all that are visible. 0: run on the CPU.")
+    ] = None,
+    ranks_per_node: RanksPerNode = None,
+    log_dir: LogDir = None,
+    master_port: Annotated[int | None, typer.Option(min=1, help="Default: one that is free.")] = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Start the run on this machine's GPUs, with DeepSpeed's launcher."""
+    import torch
+
+    from ptd.engine.ranks import Ranks
+    from ptd.launch import Program, environment, local_command
+
+    program = Program.of(run, overrides, overwrite=overwrite)
+    program.config()
+    there = torch.cuda.device_count()
+    gpus = there if gpus_per_node is None else gpus_per_node
+    if gpus > there:
+        raise UserError(f"--gpus-per-node: {gpus} asked for, but {there} visible here; 0 runs on the CPU")
+    command = local_command(
+        program,
+        _ranks(gpus, ranks_per_node),
+        port=master_port or Ranks.free_port(),
+        devices=os.environ.get("CUDA_VISIBLE_DEVICES") if gpus else None,
+        log_dir=log_dir,
+    )
+    _become(command, environment(gpus), dry_run)
+
+
+@app.command()
+def ssh(
+    run: Run,
+    hostfile: Annotated[Path, typer.Option(help="Lines of: NAME slots=GPUS.")],
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Use the first so many; default: all.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Default: each node's slots.")] = None,
+    no_ssh: Annotated[
+        bool, typer.Option("--no-ssh", help="Start this node's ranks only; give the command on every node.")
+    ] = False,
+    node_rank: Annotated[
+        int | None, typer.Option(min=0, help="With --no-ssh: which line of the hostfile is this node, from 0.")
+    ] = None,
+    master_addr: Annotated[
+        str | None,
+        typer.Option(help="Address of the first node that the others reach; default: its name in the hostfile."),
+    ] = None,
+    master_port: Annotated[int, typer.Option(min=1, help="Free on the first node.")] = 29500,
+    log_dir: LogDir = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Start the run on the nodes of a hostfile, with DeepSpeed's launcher: all of them by pdsh, or one by one.
+
+    All nodes need the same paths: this Python environment, the current folder, model and data.
+    """
+    from ptd.launch import Cluster, Program, no_ssh_command, pdsh_command, read_hostfile
+
+    program = Program.of(run, overrides, overwrite=overwrite)
+    program.config()
+    hosts = read_hostfile(hostfile)
+    if nodes is not None and nodes > len(hosts):
+        raise UserError(f"--nodes: {nodes} asked for, but {hostfile} names {len(hosts)}")
+    hosts = hosts[:nodes]
+    small = [host for host in hosts if gpus_per_node is not None and gpus_per_node > host.slots]
+    if small:
+        raise UserError(f"--gpus-per-node: {gpus_per_node} asked for, but {small[0].name} has slots={small[0].slots}")
+    cluster = Cluster(hostfile, len(hosts), gpus_per_node, master_port, log_dir)
+    if not no_ssh:
+        if node_rank is not None:
+            raise UserError("--node-rank: over ssh all nodes are started from here; remove it, or add --no-ssh")
+        if not dry_run and shutil.which("pdsh") is None:
+            raise UserError("pdsh is not on this machine; install it (apt-get install pdsh), or see --no-ssh")
+        _become(pdsh_command(program, cluster, master_addr=master_addr), dict(os.environ), dry_run)
+        return
+    if node_rank is None and not dry_run:
+        raise UserError(f"--no-ssh: add --node-rank, 0 to {len(hosts) - 1}; --dry-run prints the command of each node")
+    if node_rank is not None and node_rank >= len(hosts):
+        raise UserError(f"--node-rank: {node_rank} of {len(hosts)} nodes; they are counted from 0")
+    for index in range(len(hosts)) if node_rank is None else [node_rank]:
+        if dry_run:
+            print(f"# node {index}: {hosts[index].name}")
+        address = master_addr or hosts[0].name
+        command = no_ssh_command(program, cluster, node_rank=index, master_addr=address)
+        _become(command, dict(os.environ), dry_run)
+
+
+@app.command()
+def slurm(
+    run: Run,
+    nodes: Annotated[int, typer.Option(min=1)],
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="0: nodes without GPUs.")],
+    overrides: Overrides = None,
+    ranks_per_node: RanksPerNode = None,
+    partition: Annotated[str | None, typer.Option(help="As sbatch's; so are the next ones.")] = None,
+    account: Annotated[str | None, typer.Option()] = None,
+    qos: Annotated[str | None, typer.Option()] = None,
+    time: Annotated[str | None, typer.Option(help="E.g. 12:00:00.")] = None,
+    job_name: Annotated[str | None, typer.Option()] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(min=1, help="Cores of each rank.")] = None,
+    mem: Annotated[str | None, typer.Option(help="Of a node, e.g. 200G.")] = None,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="Any other option of sbatch: key=value, or a flag.", metavar="KEY[=VALUE]")
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Several values of a key: every combination is a run of its own in a job array.",
+            metavar="KEY=V1,V2,...",
+        ),
+    ] = None,
+    requeue: Annotated[bool, typer.Option("--requeue", help="Queue the job again when it is preempted.")] = False,
+    log_dir: Annotated[Path | None, typer.Option(help="Default: logs in output_dir.")] = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Submit the run to Slurm; prints the job's id. --dry-run prints the sbatch script instead."""
+    from ptd.launch import Job, Program, directives, render, submit
+    from ptd.launch import sweep as combinations
+
+    program = Program.of(run, overrides, overwrite=overwrite)
+    config = program.config()
+    if requeue and config.train.save_steps is None:
+        raise UserError("--requeue: a job that is queued again starts from its last checkpoint; set train.save_steps")
+    named = {
+        "job-name": job_name,
+        "partition": partition,
+        "account": account,
+        "qos": qos,
+        "time": time,
+        "cpus-per-task": None if cpus_per_task is None else str(cpus_per_task),
+        "mem": mem,
+    }
+    job = Job(
+        program,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        ranks_per_node=_ranks(gpus_per_node, ranks_per_node),
+        chdir=Path.cwd(),
+        log_dir=(log_dir or config.output_dir / "logs").absolute(),
+        options={name: value for name, value in named.items() if value is not None} | directives(sbatch or []),
+        sweep=combinations(program, sweep or [], config.output_dir),
+        requeue=requeue,
+    )
+    script = render(job)
+    if dry_run:
+        print(script, end="")
+        return
+    number = submit(script, job.log_dir)
+    print(number)
+    print(f"logs: {job.log_dir}/{number}*\nstate: squeue --job {number}", file=sys.stderr)
+
+
+def _ranks(gpus: int, ranks: int | None) -> int:
+    if gpus and ranks not in (None, gpus):
+        raise UserError(f"--ranks-per-node: {ranks} ranks on {gpus} GPUs; there is one for each, so remove it")
+    return gpus or ranks or 1
+
+
+def _become(command: list[str], environment: dict[str, str], dry_run: bool) -> None:
+    """Print the command, or go on as it: its signals, output and exit code are this process's."""
+    if dry_run:
+        print(shlex.join(command))
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execvpe(command[0], command, environment)

@@ -1,0 +1,20 @@
+"""Starting ``ptd train`` on all ranks: by DeepSpeed's launcher here or over ssh, and by Slurm."""
+
+from ptd.launch.deepspeed import Cluster, environment, local_command, no_ssh_command, pdsh_command, read_hostfile
+from ptd.launch.program import Program
+from ptd.launch.slurm import Job, directives, render, submit, sweep
+
+__all__ = [
+    "Cluster",
+    "Job",
+    "Program",
+    "directives",
+    "environment",
+    "local_command",
+    "no_ssh_command",
+    "pdsh_command",
+    "read_hostfile",
+    "render",
+    "submit",
+    "sweep",
+]

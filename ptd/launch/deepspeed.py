@@ -1,0 +1,133 @@
+"""The commands of DeepSpeed's launcher: on this machine, over ssh (pdsh), and one a node without ssh."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from ptd.launch.program import Program
+from ptd.types import UserError
+
+LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner"]
+"""What the ``deepspeed`` command runs, with this interpreter."""
+HOSTFILE_LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
+
+
+@dataclass(frozen=True)
+class Host:
+    """A line of a hostfile: a node and how many ranks (GPUs) it takes."""
+
+    name: str
+    slots: int
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The first ``nodes`` of a hostfile, and ``slots`` ranks on each (None: as the hostfile says)."""
+
+    hostfile: Path
+    nodes: int
+    slots: int | None
+    port: int
+    log_dir: Path | None = None
+
+    @property
+    def options(self) -> list[str]:
+        """Those of DeepSpeed's launcher that say so."""
+        slots = [] if self.slots is None else ["--num_gpus", str(self.slots)]
+        return ["--hostfile", str(self.hostfile.absolute()), "--num_nodes", str(self.nodes), *slots]
+
+
+def local_command(
+    program: Program, ranks: int, *, port: int, devices: str | None = None, log_dir: Path | None = None
+) -> list[str]:
+    """``ranks`` processes on this machine.
+
+    ``devices`` is CUDA_VISIBLE_DEVICES, of which the first ``ranks`` are used: with ``--num_gpus`` DeepSpeed would pass
+    over it and take the GPUs 0, 1, … that belong to somebody else. Raises `UserError` if they do not suffice, or are
+    not numbers (DeepSpeed's ``--include`` takes no UUIDs).
+    """
+    which = ["--num_gpus", str(ranks)]
+    if devices:
+        given = devices.split(",")
+        if ranks > len(given) or not all(name.strip().isdigit() for name in given):
+            raise UserError(
+                f"CUDA_VISIBLE_DEVICES={devices}: {ranks} ranks need as many GPUs, given by number; change it, or "
+                "lower --gpus-per-node"
+            )
+        which = ["--include", "localhost:" + ",".join(name.strip() for name in given[:ranks])]
+    # DeepSpeed reads /job/hostfile, where there is one, unless told otherwise.
+    return [*LAUNCHER, "--hostfile", os.devnull, *which, *_options(port, log_dir), *program.arguments]
+
+
+def pdsh_command(program: Program, cluster: Cluster, *, master_addr: str | None = None) -> list[str]:
+    """The one command that starts the ranks of all nodes over ssh. The nodes share files and paths with this one."""
+    for place in (os.getcwd(), str(cluster.log_dir or ".")):
+        if shlex.quote(place) != place:
+            raise UserError(
+                f"DeepSpeed hands {place!r} unquoted to the shell of the nodes; "
+                f"use a folder without these characters: {_odd(place)}"
+            )
+    address = [] if master_addr is None else ["--master_addr", master_addr]
+    # A single node would otherwise be taken for this one.
+    where = [*cluster.options, "--force_multi", *address]
+    return [*LAUNCHER, *where, *_options(cluster.port, cluster.log_dir), *map(_through_pdsh, program.arguments)]
+
+
+def no_ssh_command(program: Program, cluster: Cluster, *, node_rank: int, master_addr: str) -> list[str]:
+    """The command of node ``node_rank``, to be started there."""
+    where = [*cluster.options, "--no_ssh", "--node_rank", str(node_rank), "--master_addr", master_addr]
+    return [*LAUNCHER, *where, *_options(cluster.port, cluster.log_dir), *program.arguments]
+
+
+def environment(gpus: int) -> dict[str, str]:
+    """The launcher's environment on a machine with so many GPUs."""
+    # `local_command` has read it; left in place DeepSpeed would say that it ignores it.
+    kept = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES" or not gpus}
+    # Naming the accelerator keeps DeepSpeed from warning on every process that it found none.
+    return {**kept, **({} if gpus else {"DS_ACCELERATOR": "cpu"})}
+
+
+def read_hostfile(path: Path) -> list[Host]:
+    """The nodes of a hostfile in DeepSpeed's form; raises `UserError` for what it would not take."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--hostfile: cannot read {path}: {error}") from error
+    hosts: dict[str, Host] = {}
+    for number, line in enumerate(lines, start=1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        found = HOSTFILE_LINE.fullmatch(text)
+        if found is None or not int(found[2]):
+            raise UserError(f"--hostfile: {path}, line {number}: {text!r} is not 'NAME slots=NUMBER_OF_GPUS'")
+        if found[1] in hosts:
+            raise UserError(f"--hostfile: {path}, line {number}: {found[1]} stands there twice; add up its slots")
+        hosts[found[1]] = Host(found[1], int(found[2]))
+    if not hosts:
+        raise UserError(f"--hostfile: {path} names no node; write one a line: NAME slots=NUMBER_OF_GPUS")
+    return list(hosts.values())
+
+
+def _options(port: int, log_dir: Path | None) -> list[str]:
+    logs = [] if log_dir is None else ["--enable_each_rank_log", str(log_dir.absolute())]
+    return ["--master_port", str(port), *logs, "--log_level", "error", "--no_local_rank", "--module"]
+
+
+def _odd(text: str) -> str:
+    return " ".join(sorted({character for character in text if shlex.quote(character) != character}))
+
+
+def _through_pdsh(argument: str) -> str:
+    """``argument`` so that it arrives whole: pdsh expands ``%n``, the node's shell everything a shell expands.
+
+    DeepSpeed puts double quotes around arguments with spaces, and backslashes before the double quotes in them; it
+    leaves all else to the shell.
+    """
+    argument = argument.replace("%", "%%")
+    return re.sub(r"[\\$`]", r"\\\g<0>", argument) if " " in argument else shlex.quote(argument)

@@ -1,0 +1,37 @@
+"""The scripts in ``launch/slurm``, to be read and to be copied: ``python -m ptd.launch.examples`` writes them anew."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from ptd.launch.program import Program
+from ptd.launch.slurm import Job, render
+from ptd.shipped import SLURM
+
+PROJECT = Path("/path/to/project")
+EIGHT_GPUS = Job(
+    Program(PROJECT / "run.yaml"),
+    nodes=1,
+    gpus_per_node=8,
+    ranks_per_node=8,
+    chdir=PROJECT,
+    log_dir=PROJECT / "out" / "logs",
+    options={"time": "12:00:00", "cpus-per-task": "8"},
+    python="/path/to/.venv/bin/python",
+)
+SWEEP = tuple(
+    (f"train.learning_rate={rate}", f"output_dir=out/{index}") for index, rate in enumerate(("1e-3", "5e-3", "2e-2"))
+)
+EXAMPLES = {
+    "single_node.sbatch": EIGHT_GPUS,
+    "multi_node.sbatch": replace(EIGHT_GPUS, nodes=4),
+    "array_sweep.sbatch": replace(EIGHT_GPUS, sweep=SWEEP),
+    "requeue.sbatch": replace(
+        EIGHT_GPUS, nodes=4, requeue=True, program=Program(PROJECT / "run.yaml", ("train.save_steps=100",))
+    ),
+}
+
+if __name__ == "__main__":
+    for name, job in EXAMPLES.items():
+        (SLURM / name).write_text(render(job), encoding="utf-8")

@@ -1,0 +1,178 @@
+"""Slurm: the scripts that are shipped and rendered, and a run that a real one starts on two nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ptd.engine.records import read_records
+from ptd.launch import Program, directives, render, submit, sweep
+from ptd.launch.examples import EXAMPLES
+from ptd.quickstart import BACKBONE
+from ptd.quickstart.task import write_task
+from ptd.shipped import SLURM
+from ptd.types import UserError
+
+ROOT = Path(__file__).parents[2]
+# Everything that a shell, sbatch, srun, YAML or Jinja might take for its own.
+HOSTILE = "{prompt} $(touch pwned) `touch pwned` \"; touch pwned; ' %j %t {{ x }} \\ # ü\n\n"
+JOB = EXAMPLES["single_node.sbatch"]
+
+
+def launch(*arguments: str | Path, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ptd.cli", "launch", *map(str, arguments)],
+        cwd=folder,
+        env={**environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder, with a space in its name: rows and a run file of ten steps over ZeRO-3, its paths relative."""
+    folder = tmp_path_factory.mktemp("my project")
+    write_task(folder)
+    run: dict[str, Any] = {
+        "backbone": {"path": str(BACKBONE), "dtype": "float32"},
+        "method": {"name": "prefix", "num_virtual_tokens": 8, "prefix_projection": True, "encoder_hidden_size": 32},
+        "data": {"train": "train.jsonl", "max_length": 256, "prompt_template": HOSTILE},
+        "train": {"max_steps": 10, "logging_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 7e-3},
+        "deepspeed": "zero3.json",
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
+    return folder
+
+
+def test_two_nodes_train_as_two_ranks_here(slurm: Any, project: Path) -> None:
+    here = launch(
+        *("local", "run.yaml", "output_dir=here", "--ranks-per-node", "2", "--log-dir", "here/logs"),
+        folder=project,
+        environment=dict(os.environ),
+    )
+    assert here.returncode == 0, here.stderr
+    assert len(list((project / "here" / "logs").glob("*_rank[01].log"))) == 2
+    template = json.dumps(HOSTILE)
+    submitted = launch(
+        *("slurm", "run.yaml", "output_dir=far", f"data.prompt_template={template}"),
+        *("--nodes", "2", "--gpus-per-node", "0", "--time", "10:00", "--sbatch", f"comment={HOSTILE.strip()}"),
+        folder=project,
+        environment=slurm.environment,
+    )
+    assert submitted.returncode == 0, submitted.stderr
+    number = submitted.stdout.strip()
+    job = slurm.wait(number, seconds=240)
+    logs = project / "far" / "logs"
+    said = "\n".join(path.read_text() for path in [logs / f"{number}.log", *logs.glob(f"{number}/*")])
+    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), said
+    assert {job["NumNodes"], job["NumTasks"]} == {"2"}
+    assert sorted(path.name for path in (logs / number).iterdir()) == ["rank-0.log", "rank-1.log"]
+    assert "train 10/10" in (logs / number / "rank-0.log").read_text()
+    assert (logs / f"{number}.sbatch").read_text().startswith("#!/bin/bash")
+
+    whole, parts = read_records(project / "here"), read_records(project / "far")
+    assert [record["step"] for record in parts] == list(range(1, 11))
+    assert [record["loss"] for record in parts] == pytest.approx([record["loss"] for record in whole], rel=1e-6)
+    assert parts[-1]["loss"] < parts[0]["loss"]
+    run = json.loads((project / "far" / "run.json").read_text())
+    assert (run["status"], run["world_size"]) == ("finished", 2)
+    assert run["config"]["data"]["prompt_template"] == HOSTILE
+    assert not list(project.rglob("pwned"))
+
+
+def test_slurm_takes_the_shipped_scripts(slurm: Any) -> None:
+    for name in EXAMPLES:
+        slurm.run("sbatch", "--test-only", "--partition", "gpu", SLURM / name)
+
+
+def test_a_job_that_slurm_refuses_is_a_clean_error(slurm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PATH", "SLURM_CONF"):
+        monkeypatch.setenv(name, slurm.environment[name])
+    with pytest.raises(UserError, match=r"sbatch refused the job: .*invalid partition"):
+        submit(render(replace(JOB, options={"partition": "nowhere"})), tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="--dry-run"):
+        submit(render(JOB), tmp_path)
+
+
+def test_shipped_scripts_are_what_the_template_renders() -> None:
+    """After a change of the template: python -m ptd.launch.examples"""
+    assert {path.name for path in SLURM.glob("*.sbatch")} == EXAMPLES.keys()
+    for name, job in EXAMPLES.items():
+        assert (SLURM / name).read_text(encoding="utf-8") == render(job), name
+        assert max(map(len, render(job).splitlines())) <= 120, name
+
+
+def bash(script: str, **variables: str) -> str:
+    """What a bash prints that has sourced the script up to its srun."""
+    before, marker, _ = script.replace(f"cd {JOB.chdir}\n", "").partition("logs=")
+    assert marker
+    stand_in = 'scontrol() { printf "%s\\n" node-a node-b; }\n'
+    done = subprocess.run(
+        ["bash", "-c", f'{stand_in}{before}\nprintf "%s\\0" "$MASTER_ADDR" "$MASTER_PORT" "${{command[@]}}"'],
+        env={"PATH": os.environ["PATH"], "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_ID": "1234567", **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+def test_the_command_of_every_array_task_is_its_own() -> None:
+    program = replace(JOB.program, overrides=(f"data.prompt_template={HOSTILE}",), overwrite=True)
+    job = replace(JOB, program=program, sweep=(("train.seed=1",), (f"train.seed={HOSTILE}",)))
+    for task, requeued in ((0, "0"), (1, "2")):
+        address, port, *command, end = bash(
+            render(job), SLURM_ARRAY_TASK_ID=str(task), SLURM_RESTART_COUNT=requeued
+        ).split("\0")
+        assert (address, port, end) == ("node-a", "24567", "")
+        assert command[:3] == [job.python, "-u", "-m"]
+        again = ["--overwrite"] if requeued == "0" else []
+        assert command[3:] == [*replace(program, overwrite=False).arguments, *job.sweep[task], *again]
+
+
+def test_what_a_script_cannot_hold_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--comment: .*one line"):
+        render(replace(JOB, options={"comment": "a\n#SBATCH --exclusive"}))
+    with pytest.raises(UserError, match=r"--log-dir: .*pattern"):
+        render(replace(JOB, log_dir=Path("/100%/j")))
+    assert directives(["exclusive", "constraint=a100&nvlink", "--exclude=n[1-2]"]) == {
+        "exclusive": None,
+        "constraint": "a100&nvlink",
+        "exclude": "n[1-2]",
+    }
+    for pair, message in (("nodes=3", "use that"), ("chdir=/tmp", "current directory"), ("a b=1", "as sbatch does")):
+        with pytest.raises(UserError, match=message):
+            directives([pair])
+
+
+def test_a_sweep_is_every_combination_as_it_was_written(project: Path) -> None:
+    program = Program.of(project / "run.yaml")
+    out = Path("runs")
+    assert sweep(program, ["train.learning_rate=1e-3,5e-3", 'method={name: prompt}, {name: "prefix"}'], out) == (
+        ("train.learning_rate=1e-3", "method={name: prompt}", "output_dir=runs/0"),
+        ("train.learning_rate=1e-3", 'method={name: "prefix"}', "output_dir=runs/1"),
+        ("train.learning_rate=5e-3", "method={name: prompt}", "output_dir=runs/2"),
+        ("train.learning_rate=5e-3", 'method={name: "prefix"}', "output_dir=runs/3"),
+    )
+    assert sweep(program, [], out) == ()
+    for setting, message in (
+        ("train.seed", "key=value,value"),
+        ("train.seed=", "key=value,value"),
+        ("train.seed=1]", "no YAML list"),
+        ("train.sed=1", "did you mean train.seed"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sweep(program, [setting], out)
