@@ -13,10 +13,11 @@ from typing import Any, NoReturn
 import torch
 
 from ptd.backbone import TextConditioner, architecture_of, load_tokenizer
-from ptd.checkpoint import Adapter, backbone_reference, save_adapter, save_state
+from ptd.checkpoint import Adapter, Saver, backbone_reference, save_adapter
 from ptd.checkpoint.attempts import begun, ended
+from ptd.checkpoint.files import writing
 from ptd.checkpoint.run_folder import RunFolder, clear, open_run
-from ptd.checkpoint.run_state import load_tensors
+from ptd.checkpoint.run_state import clean, load_tensors
 from ptd.config import DataConfig, RunConfig, TrainConfig
 from ptd.data import Batches, load_rows
 from ptd.deepspeed_config import apply_deepspeed, check_batch_size
@@ -27,7 +28,7 @@ from ptd.engine.meter import NetworkMeter, metered_deepspeed
 from ptd.engine.preemption import StopRequest
 from ptd.engine.prompt_step import PromptStep, Trained, build_optimizer
 from ptd.engine.ranks import Ranks
-from ptd.engine.records import Records, plot_loss, read_records
+from ptd.engine.records import METRICS, Records, plot_loss, read_records
 from ptd.engine.setup import Prepared, check_context, prepare
 from ptd.engine.watchdog import Watchdog, Watched
 from ptd.methods import TaskFacts, method
@@ -119,10 +120,12 @@ def _train(
         on_record=records.write if records is not None else lambda record: None,
         on_eval=artifacts.keep_best,
         on_save=artifacts.save_state,
+        on_boundary=artifacts.saver.poll,
         request=request,
         heartbeat=watchdog.beat,
     )
     with artifacts.attempt(), watchdog, ExitStack() as stack:
+        stack.callback(artifacts.saver.close)
         if records is not None:  # also when the run breaks off: TensorBoard writes from a thread until it is closed
             stack.callback(records.close)
         if zero3 is not None:
@@ -150,7 +153,12 @@ class Artifacts:
     settings: TrainConfig
     data_digest: str
     best: dict[str, Any] = field(default_factory=dict)
+    saver: Saver = field(init=False)
     description: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        records = self.folder.path / METRICS
+        self.saver = Saver(self.folder.checkpoints, self.ranks, keep=self.settings.save_total_limit, records=records)
 
     def resume(self) -> int:
         """Load the checkpoint, if there is one; returns the step to start from.
@@ -183,12 +191,18 @@ class Artifacts:
             "attempts": begun(list(self.folder.attempts), start),
         }
         self.description["started"] = self.description["attempts"][0]["started"]
-        if not self.ranks.is_main:
-            return None
-        if self.folder.checkpoint is None:
-            clear(self.folder)
-        self.folder.write({"status": "running", **self.description})
-        return Records(self.folder.path, start, evaluation_due=self.evaluation_due)
+        records: list[Records] = []
+
+        def begin() -> None:
+            with writing(self.folder.path):
+                if self.folder.checkpoint is None:
+                    clear(self.folder)
+                self.folder.write({"status": "running", **self.description})
+                clean(self.folder.checkpoints)
+                records.append(Records(self.folder.path, start, evaluation_due=self.evaluation_due))
+
+        self.ranks.on_main(begin)
+        return records[0] if records else None
 
     @property
     def evaluation_due(self) -> bool:
@@ -206,7 +220,7 @@ class Artifacts:
             self._end("interrupted")
             raise
         except Exception as error:
-            with suppress(OSError):  # a full disk, for one, is what may have ended it
+            with suppress(OSError, UserError):  # a full disk, for one, is what may have ended it
                 self._end("failed", error=f"{type(error).__name__}: {error}"[:500])
             raise
 
@@ -219,23 +233,20 @@ class Artifacts:
         """Keep where the run ``stopped`` (None: where it had begun), and raise `Preempted`."""
         if stopped is not None:
             self.save_state(number, evaluation_due=stopped.evaluation_due)
+            self.saver.wait()
         self._end("preempted", step=number)
         self.ranks.barrier()
         raise Preempted(f"asked to stop, stopped after step {number}; the same command goes on from there")
 
     def save_state(self, number: int, *, evaluation_due: bool = False) -> None:
-        """Keep everything to continue from after step ``number``. Every rank calls this together."""
+        """Begin to keep everything to continue from after step ``number``. Every rank calls this together.
+
+        It is on disk when ``saver.wait()`` has returned.
+        """
         rows = self.settings.per_device_train_batch_size * self.settings.gradient_accumulation_steps
         also = {"evaluation_due": True} if evaluation_due else {}
-        save_state(
-            self.folder.checkpoints,
-            number,
-            self.step.tensors(),
-            {"rows_per_step": rows * self.ranks.world_size, "best": self.best, **also, **self._origin()},
-            is_main=self.ranks.is_main,
-            barrier=self.ranks.barrier,
-            keep=self.settings.save_total_limit,
-        )
+        facts = {"rows_per_step": rows * self.ranks.world_size, "best": self.best, **also, **self._origin()}
+        self.saver.save(number, self.step.tensors(), facts)
 
     def keep_best(self, number: int, metrics: dict[str, Any]) -> None:
         """Keep the adapter as ``best`` if no evaluation so far was better by ``train.metric_for_best_model``."""
@@ -253,8 +264,12 @@ class Artifacts:
         """Write what is trained as it stands. Every rank calls this together."""
         with torch.no_grad():
             flat = self.step.flat()
-        if self.ranks.is_main:
-            save_adapter(self.folder.path / name, self._adapter(flat))
+
+        def write() -> None:
+            with writing(self.folder.path / name):
+                save_adapter(self.folder.path / name, self._adapter(flat))
+
+        self.ranks.on_main(write)
 
     def _adapter(self, flat: torch.Tensor) -> Adapter:
         resolved, encoder = self.config.to_dict(), self.step.encoder
@@ -277,13 +292,15 @@ class Artifacts:
         )
 
     def finish(self, result: dict[str, Any], records: Records | None) -> dict[str, Any]:
-        """Write the adapter, the curve and the result."""
+        """Write the adapter, the curve and the result, after the last checkpoint."""
+        self.saver.wait()
         self.keep_adapter("adapter")
         result["best"] = self.best or None
         if records is not None:
             for record in read_records(self.folder.path):
                 result |= {key: value for key, value in record.items() if key == "loss" or key.startswith("eval_")}
-            plot_loss(self.folder.path)
+            with writing(self.folder.path):
+                plot_loss(self.folder.path)
             self.description["result"] = result
             self._end("finished", step=result["steps"])
         self.ranks.barrier()

@@ -15,18 +15,8 @@ PTD = sorted((ROOT / "ptd").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
 # Layer -> the parts of ptd it may import (itself always). A module belongs to the first pattern that fits its name.
-STAGES = [
-    "types",
-    "exit_codes",
-    "versions",
-    "shipped",
-    "config",
-    "deepspeed_config",
-    "methods",
-    "readouts",
-    "data",
-    "tasks",
-]
+STAGES = ["types", "exit_codes", "versions", "shipped", "config", "deepspeed_config", "methods", "readouts", "data"]
+STAGES += ["tasks"]
 STAGES += ["backbone", "checkpoint", "inject"]
 VERBS = ["train", "evaluate", "generate", "predict", "export", "plan", "bench", "launch", "doctor"]
 LAYERS: dict[str, list[str]] = {

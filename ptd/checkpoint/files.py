@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+from ptd.types import UserError
 
 
 def sync(path: Path) -> None:
@@ -15,6 +21,28 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folders(path: Path) -> None:
+    """Create a folder and those above it that are missing, and force their names to disk."""
+    if not path.is_dir():
+        make_folders(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes to an output folder: says what to do (`UserError`) where the file system refuses."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        place = getattr(error, "filename", None) or path
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"output_dir: cannot write {place} ({reason}); see that the folder has space and is writable, then the "
+            "same command continues from the last checkpoint"
+        ) from error
 
 
 def write_atomically(path: Path, content: str) -> None:
@@ -28,4 +56,9 @@ def write_atomically(path: Path, content: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
-    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(path, as_json(value))
+
+
+def as_json(value: Any) -> str:
+    """The text that `write_json` writes."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

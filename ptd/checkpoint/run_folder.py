@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ptd.checkpoint.attempts import Attempt, check_attempts, settled
-from ptd.checkpoint.files import write_json
+from ptd.checkpoint.files import make_folders, write_json, writing
 from ptd.checkpoint.run_state import latest_complete, read_facts
 from ptd.config import RunConfig
 from ptd.types import UserError
@@ -64,9 +64,10 @@ class RunFolder:
         return read_facts(self.checkpoint) if self.checkpoint is not None else {}
 
     def write(self, content: dict[str, Any]) -> None:
-        """Replace run.json."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / "run.json", content)
+        """Replace run.json. Raises `UserError` where that cannot be written."""
+        with writing(self.path):
+            make_folders(self.path)
+            write_json(self.path / "run.json", content)
 
 
 def open_run(config: RunConfig, *, overwrite: bool, retry: bool = False) -> RunFolder:

@@ -2,7 +2,7 @@
 
 Tensors go through torch.distributed.checkpoint with safetensors files (each rank writes its shards; loading reshards
 to any number of ranks). A checkpoint is written to a temporary folder, forced to disk, listed with sizes and SHA-256
-in ``manifest.json`` and only then renamed; ``latest`` names the newest.
+in ``manifest.json`` and only then renamed (`ptd.checkpoint.saver`); ``latest`` names the newest, for people.
 """
 
 from __future__ import annotations
@@ -11,21 +11,23 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
-from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.distributed.tensor import DTensor
 
-from ptd.checkpoint.files import sync, write_atomically, write_json
+from ptd.checkpoint.files import as_json
 
-MANIFEST, FACTS = "manifest.json", "state.json"
+MANIFEST, FACTS, LATEST = "manifest.json", "state.json", "latest"
+WRITING, DELETED = ".writing-", ".deleted-"
+"""What the names of folders begin with that are not whole yet, or not any more."""
+Listing: TypeAlias = list[Any]
+"""``[size in bytes, SHA-256]`` of a file, as the manifest has it."""
 
 
 def tensors_of(trained: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -51,55 +53,24 @@ def _whole_if_replicated(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def save_state(
-    root: Path,
-    step: int,
-    tensors: dict[str, Tensor],
-    facts: dict[str, Any],
-    *,
-    is_main: bool,
-    barrier: Callable[[], None],
-    keep: int,
-) -> Path:
-    """Write checkpoint ``step`` and delete all but the newest ``keep``. Every rank calls this together."""
-    final, temporary = root / f"step-{step:06d}", root / f".writing-{step:06d}"
-    if is_main:
-        root.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-    barrier()
-    alone = not dist.is_initialized()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # "assuming a single process", which is what is meant
-        writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-        save_distributed(tensors, storage_writer=writer, no_dist=alone)
-    barrier()
-    if is_main:
-        write_json(temporary / FACTS, {"step": step, **facts})
-        files = sorted(path for path in temporary.iterdir() if path.is_file())
-        for path in files:
-            sync(path)
-        write_json(temporary / MANIFEST, {path.name: [path.stat().st_size, _sha256(path)] for path in files})
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        sync(root)
-        write_atomically(root / "latest", final.name + "\n")
-        # One of a later step was passed over as damaged; if it counted among the kept, it would push out whole ones.
-        mine = [path for path in checkpoints(root) if _step_of(path) <= step]
-        for old in set(checkpoints(root)) - set(mine[:keep]):
-            shutil.rmtree(old)
-    barrier()
-    return final
-
-
 def checkpoints(root: Path) -> list[Path]:
     """The finished checkpoint folders, newest first."""
     found = [path for path in root.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
-    return sorted(found, key=_step_of, reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The step a finished checkpoint was written after."""
     return int(folder.name.removeprefix("step-"))
+
+
+def clean(root: Path) -> None:
+    """Remove what a killed process left half written or half deleted."""
+    for pattern in (f"{WRITING}*", f"{DELETED}*"):
+        for folder in root.glob(pattern):
+            shutil.rmtree(folder)
+    for file in root.glob(".*.tmp"):
+        file.unlink()
 
 
 def latest_complete(root: Path) -> tuple[Path | None, list[str]]:
@@ -127,22 +98,31 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
             load_distributed(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
-def _damage(folder: Path) -> str | None:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name, (size, checksum) in manifest.items():
-            if (folder / name).stat().st_size != size:
-                return f"{name} is cut"
-            if _sha256(folder / name) != checksum:
-                return f"{name} is damaged"
-    except (OSError, ValueError) as error:
-        return f"unreadable ({error})"
-    return None
-
-
-def _sha256(path: Path) -> str:
+def listed(path: Path) -> Listing:
+    """Size and SHA-256 of a file as it is now."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return digest.hexdigest()
+    return [path.stat().st_size, digest.hexdigest()]
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint: every byte of every file counts, the manifest's own too."""
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        if not isinstance(manifest, dict) or FACTS not in manifest or as_json(manifest) != text:
+            return f"{MANIFEST} is damaged"
+        for name, listing in manifest.items():
+            path = folder / name
+            if [path.stat().st_size] != listing[:1]:
+                return f"{name} is cut"
+            if listed(path) != listing:
+                return f"{name} is damaged"
+        strange = {path.name for path in folder.glob("*.safetensors")} - manifest.keys()
+        if strange:  # the reader takes all there are
+            return f"{', '.join(sorted(strange))} does not belong to it"
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return f"unreadable ({error})"
+    return None

@@ -39,8 +39,9 @@ class Stopped:
 class Loop:
     """Everything a run needs while it trains; `run` does it.
 
-    ``on_record`` gets each record, ``on_eval`` each evaluation, ``on_save`` the steps after which to keep the state,
-    ``heartbeat`` what begins now, at each micro-batch at least.
+    ``on_record`` gets each record, ``on_eval`` each evaluation, ``on_save`` the steps after which to keep the state;
+    ``on_boundary`` is called after every step, when all ranks have done it; ``heartbeat`` is told what begins now, at
+    each micro-batch at least.
     """
 
     config: TrainConfig
@@ -53,6 +54,7 @@ class Loop:
     on_record: Callable[[dict[str, Any]], None]
     on_eval: Callable[[int, dict[str, float]], None]
     on_save: Callable[[int], None]
+    on_boundary: Callable[[], None] = lambda: None
     request: StopRequest = field(default_factory=StopRequest)
     heartbeat: Callable[[str], None] = lambda doing: None
 
@@ -78,6 +80,7 @@ class Loop:
                 group["lr"] = rate(index) * group["scale"]
             result, own_seconds = self._step(index, micro_batches)
             own_seconds += began - ready  # waiting for data is a rank's own, too
+            self.on_boundary()
             window.add(result, time.perf_counter() - began, own_seconds, self.step.meter.take())
             number = index + 1
             skipped = self._count_skipped(number, skipped, result)

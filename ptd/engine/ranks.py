@@ -172,6 +172,13 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier()
 
+    def gather(self, value: T, /) -> list[T]:
+        """This value of every rank, in their order. Every rank calls this together."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def on_main(self, work: Callable[[], T]) -> T:
         """Run ``work`` on rank 0; every rank returns its result, or raises the `UserError` it raised."""
         outcome: list[Any] = [None, None]

@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ptd.checkpoint.files import write_atomically, writing
+
 METRICS = "metrics.jsonl"
 
 
@@ -24,19 +26,24 @@ class Records:
         kept = [record for record in read_records(folder) if record["step"] <= after_step]
         if evaluation_due:
             kept = [record for record in kept if record["step"] < after_step or "eval_loss" not in record]
-        self.path.write_text("".join(_line(record) for record in kept), encoding="utf-8")
+        write_atomically(self.path, "".join(_line(record) for record in kept))
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=after_step + 1 if after_step else None)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record (a number that is not finite as null); its numbers go to TensorBoard under its ``step``."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(record))
-        for key, value in record.items():
-            if key != "step" and isinstance(value, (int, float)):
-                self._board.add_scalar(key, value, record["step"])
+        """Append one record (a number that is not finite as null); its numbers go to TensorBoard under its ``step``.
+
+        Raises `UserError` where that cannot be written.
+        """
+        with writing(self.path):
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_line(record))
+            for key, value in record.items():
+                if key != "step" and isinstance(value, (int, float)):
+                    self._board.add_scalar(key, value, record["step"])
 
     def close(self) -> None:
-        self._board.close()
+        with writing(self.path):
+            self._board.close()
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +11,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from ptd.checkpoint.files import write_json
+from ptd.checkpoint.run_state import listed
 from ptd.config import parse_config
 from ptd.engine.records import read_records
 from ptd.train import train
@@ -230,10 +231,8 @@ def test_changed_backbone_or_data_under_the_same_name_is_refused(runs: Runs, tmp
     folder = shutil.copytree(runs.killed, tmp_path / "moved")
     checkpoint = folder / "checkpoints" / "step-000006"
     state = json.loads((checkpoint / "state.json").read_text())
-    (checkpoint / "state.json").write_text(json.dumps({**state, what: "0" * 16}))
+    write_json(checkpoint / "state.json", {**state, what: "0" * 16})
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    content = (checkpoint / "state.json").read_bytes()
-    manifest["state.json"] = [len(content), hashlib.sha256(content).hexdigest()]
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    write_json(checkpoint / "manifest.json", {**manifest, "state.json": listed(checkpoint / "state.json")})
     with pytest.raises(UserError, match=f"another {what}"):
         runs.continue_alone(folder)

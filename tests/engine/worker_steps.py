@@ -29,7 +29,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from ptd.checkpoint.run_state import load_tensors, save_state, tensors_of
+from ptd.checkpoint import Saver
+from ptd.checkpoint.run_state import load_tensors, tensors_of
 from ptd.config import TrainConfig, parse_config
 from ptd.data import Batches
 from ptd.deepspeed_config import apply_deepspeed
@@ -428,9 +429,10 @@ def checkpoint_case(prepared: Prepared, batches: Batches, writers: Ranks, reader
     folder = [tempfile.mkdtemp() if writers.is_main else ""]
     dist.broadcast_object_list(folder, src=0)
     written = tensors_of(step.trained, step.optimizer)
-    kept = save_state(
-        Path(folder[0]), 2, written, {"rows": 1}, is_main=writers.is_main, barrier=writers.barrier, keep=1
-    )
+    saver = Saver(Path(folder[0]), writers, keep=1)
+    saver.save(2, written, {"rows": 1})
+    saver.wait()
+    kept = Path(folder[0]) / "step-000002"
     other = make_step(make_encoder(prepared, "mlp"), readers)
     read = tensors_of(other.trained, other.optimizer)
     load_tensors(kept, read)
