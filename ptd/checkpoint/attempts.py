@@ -32,6 +32,8 @@ def now() -> str:
 def begun(attempts: list[Attempt], from_step: int) -> list[Attempt]:
     """With one more, which begins now; it carries the number of its Slurm job, if it is one."""
     job = os.environ.get("SLURM_JOB_ID")
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format_map(os.environ)
     return [*attempts, {"started": now(), "from_step": from_step, **({"job": job} if job else {})}]
 
 
