@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ptd import cli_launch
-from ptd.types import UserError
+from ptd.types import RankError, UserError
 
 app = typer.Typer(
     name="ptd",
@@ -295,7 +295,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        if _is_main():
+        if _is_main() or isinstance(error, RankError):
             print(f"ptd: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

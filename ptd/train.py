@@ -23,6 +23,7 @@ from ptd.engine.evaluation import HeldOut
 from ptd.engine.loop import Loop, peak_memory_bytes
 from ptd.engine.loss_scale import LossScale
 from ptd.engine.meter import NetworkMeter, metered_deepspeed
+from ptd.engine.preflight import bytes_to_write, check_run, check_space
 from ptd.engine.prompt_step import PromptStep, Trained, build_optimizer
 from ptd.engine.ranks import Ranks
 from ptd.engine.records import Records, plot_loss, read_records
@@ -51,6 +52,7 @@ def train(config: RunConfig, *, overwrite: bool = False, reporter: Reporter | No
     check_batch_size(config, ranks.world_size)
     reporter = reporter if reporter is not None and ranks.is_main else Reporter()
     try:
+        check_run(config, ranks)
         return _train(config, zero3, ranks, overwrite, reporter)
     finally:
         ranks.stop()
@@ -87,6 +89,8 @@ def _train(
         reporter.note(f"method {config.method_name} trains nothing: the backbone is evaluated as it is")
         total = 0
 
+    needed = bytes_to_write(trained.count(), step.flat().numel(), settings.save_total_limit)
+    ranks.on_main(lambda: check_space(config.output_dir, needed))
     artifacts = Artifacts(config, folder, prepared, task, step, ranks, settings, train_rows.digest())
     start = artifacts.resume()
     records = artifacts.begin(start)

@@ -32,6 +32,10 @@ class UserError(Exception):
     exit_code = 2
 
 
+class RankError(UserError):
+    """A `UserError` that the other ranks may not know of: each rank that raises it prints it."""
+
+
 Architecture = Literal["decoder", "encoder", "encoder-decoder"]
 """What kind of transformer a backbone is."""
 
