@@ -19,6 +19,7 @@ from ptd.shipped import DS_CONFIGS
 from ptd.types import UserError
 
 AUTO = "auto"
+NVME_BUFFER = 300_000_000  # numbers; a shard has to fit, and DeepSpeed's own 100 million are too few for an embedding
 NEVER = 2**31 - 1  # steps between two progress lines of DeepSpeed; ptd logs by itself
 
 
@@ -174,9 +175,11 @@ def zero3_config(
         return None
     section = {**(zero or {}), "stage": 3}
     offload = section.pop("offload_param", {})
-    if backbone.offload != "none":
-        folder = {"nvme_path": backbone.offload_folder} if backbone.offload_folder else {}
-        section["offload_param"] = {"pin_memory": True, **offload, "device": backbone.offload, **folder}
+    if backbone.offload == "cpu":
+        section["offload_param"] = {"pin_memory": True, **offload, "device": "cpu"}
+    elif backbone.offload == "nvme":
+        place = {"device": "nvme", "nvme_path": backbone.offload_folder}
+        section["offload_param"] = {"pin_memory": True, "buffer_size": NVME_BUFFER, **offload, **place}
     zero3 = {
         "zero_optimization": section,
         "train_micro_batch_size_per_gpu": micro_batch,

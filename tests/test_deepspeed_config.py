@@ -441,7 +441,7 @@ def test_sharding_needs_no_json() -> None:
         ({"sharding": "world", "offload": "cpu"}, {"device": "cpu", "pin_memory": True}),
         (
             {"sharding": "world", "offload": "nvme", "offload_folder": "/x"},
-            {"device": "nvme", "nvme_path": "/x", "pin_memory": True},
+            {"device": "nvme", "nvme_path": "/x", "pin_memory": True, "buffer_size": 300_000_000},
         ),
     ):
         config, zero3 = apply_deepspeed(run(backbone=backbone))

@@ -1,7 +1,7 @@
 """The frozen backbone: loading, its identity, and the text conditioning that initialisers ask for."""
 
 from ptd.backbone.conditioning import TextConditioner
-from ptd.backbone.fingerprint import fingerprint
-from ptd.backbone.load import architecture_of, load_model, load_tokenizer
+from ptd.backbone.fingerprint import fingerprint, part_of
+from ptd.backbone.load import architecture_of, dtype_of, load_model, load_tokenizer
 
-__all__ = ["TextConditioner", "architecture_of", "fingerprint", "load_model", "load_tokenizer"]
+__all__ = ["TextConditioner", "architecture_of", "dtype_of", "fingerprint", "load_model", "load_tokenizer", "part_of"]

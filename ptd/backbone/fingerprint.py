@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ def fingerprint(model: PreTrainedModel, *, without: str | None = None) -> str:
     quantised = False
     samples: dict[bool, list[Tensor]] = {True: [], False: []}
     for name, parameter, in_linear in _parameters(model.base_model, without):
-        held = getattr(parameter, "ds_tensor", parameter)
+        held = part_of(parameter)
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         if in_linear:
             kept.update(name.encode())
@@ -40,6 +41,18 @@ def fingerprint(model: PreTrainedModel, *, without: str | None = None) -> str:
             digest.update(joined.cpu().view(torch.int16).numpy().tobytes())
     parts = [kept] if quantised else [kept, linear]
     return "-".join(digest.hexdigest()[:12] for digest in parts)
+
+
+def part_of(parameter: Any) -> Any:
+    """What this rank has of a parameter: all of it, or its shard (flat), fetched from the disk if it lies there."""
+    shard = getattr(parameter, "ds_tensor", None)
+    if shard is None:
+        return parameter
+    if shard.status.name == "AVAILABLE":
+        return shard
+    fetched = torch.empty(shard.ds_numel, dtype=parameter.dtype)
+    parameter.nvme_swapper.swap_into_buffer(parameter, fetched)
+    return fetched
 
 
 def _parameters(model: nn.Module, without: str | None) -> Iterator[tuple[str, Tensor, bool]]:

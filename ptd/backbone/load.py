@@ -47,6 +47,11 @@ def architecture_of(config: BackboneConfig) -> Architecture:
     return "encoder" if reads_both_ways else "decoder"
 
 
+def dtype_of(config: BackboneConfig) -> torch.dtype:
+    """What the weights are loaded in; ``auto``: what the checkpoint's config says. Raises `UserError`."""
+    return DTYPES.get(config.dtype) or _model_config(config).dtype or torch.float32
+
+
 def load_model(
     config: BackboneConfig,
     output: Output = "causal_lm",

@@ -6,7 +6,7 @@ divided by the global number of supervised tokens; (4) the encoder's backward ru
 backward pass this is ordinary data parallelism, whatever the encoder's size.
 
 A readout with parameters of its own (a trained head) depends on the data; its gradient is summed over ranks as it is,
-in one flat all-reduce.
+in one flat buffer.
 """
 
 from __future__ import annotations

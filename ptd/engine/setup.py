@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ptd.backbone import fingerprint, load_model
+from ptd.backbone import dtype_of, fingerprint, load_model
 from ptd.config import BackboneConfig
 from ptd.engine.forward import Forward
 from ptd.engine.preflight import same_fingerprint
@@ -41,7 +41,8 @@ def prepare(
     else:
         from ptd.engine.sharding import Shards  # importing deepspeed takes seconds; only sharded runs pay for it
 
-        shards = Shards(zero3, ranks.shard_group(config.sharding, config.sharding_group_size))
+        group = ranks.shard_group(config.sharding, config.sharding_group_size)
+        shards = Shards(zero3, group, dtype=dtype_of(config))
         with shards.receiving():
             model = load_model(config, output, device=ranks.device, sharded=True, check=check_supported)
         shards.run(model)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from ptd.backbone import part_of
 from ptd.types import UserError
 
 with redirect_stdout(sys.stderr):  # where its logger writes is settled at import; stdout is for ptd's results
@@ -65,6 +66,12 @@ class Shards:
             zero3["zero_optimization"].get("offload_param", {})["pin_memory"] = False
         self.zero3, self.group = zero3, group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        offload = zero3["zero_optimization"].get("offload_param", {}).get("device")
+        if offload == "nvme" and not deepspeed.ops.op_builder.AsyncIOBuilder().is_compatible():
+            raise UserError(
+                "backbone.offload: the disk is read by an operator that DeepSpeed compiles, which needs libaio and "
+                "a compiler (Debian: apt install libaio-dev g++); install them, or set offload: cpu"
+            )
         # The dtype matters to the buffers of NVMe offload alone. Given a module (here an empty one), it also puts in
         # the linear function that keeps no reference to a gathered weight between forward and backward.
         flags = {"bf16": {"enabled": dtype is torch.bfloat16}, "fp16": {"enabled": dtype is torch.float16}}
@@ -127,7 +134,7 @@ class Shards:
             now = getattr(weight.module, weight.name)
             if now is weight.parameter or not hasattr(now, "ds_tensor"):
                 continue
-            same = now.ds_shape == weight.parameter.ds_shape and torch.equal(now.ds_tensor, weight.parameter.ds_tensor)
+            same = now.ds_shape == weight.parameter.ds_shape and torch.equal(part_of(now), part_of(weight.parameter))
             if not self._all(same):
                 setattr(weight.module, weight.name, weight.parameter)
 
@@ -157,7 +164,7 @@ class Shards:
 
     def _kept(self, parameter: Any) -> int:
         """The checksum of this rank's part of a parameter, without DeepSpeed's padding."""
-        shard = parameter.ds_tensor
+        shard = part_of(parameter)
         return checksum(shard[: max(0, min(shard.numel(), parameter.ds_numel - self.rank * shard.numel()))])
 
 

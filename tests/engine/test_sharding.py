@@ -6,6 +6,7 @@ worker_sharding.py runs all cases in one launch; a test here looks at some of th
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ LOADED = {
     "kept in host memory": ("llama", {"sharding": "node", "offload": "cpu"}, "causal_lm"),
     "nf4, kept in host memory": ("llama", {"sharding": "world", "offload": "cpu", "quantization": "nf4"}, "causal_lm"),
 }
+if os.environ.get("PTD_TEST_NVME") == "1":  # DeepSpeed compiles its reader first, which takes minutes
+    LOADED["kept on a disk"] = ("llama-wide", {"sharding": "node", "offload": "nvme"}, "causal_lm")
 GROUPS = {"world": 4, "node": 2}
 
 
@@ -47,6 +50,9 @@ def save_variants(folder: Path) -> dict[str, Path]:
     folders["llama"] = save_backbone(folder / "llama", "llama", num_key_value_heads=2, **WIDE)
     for family in ("mixtral", "gpt2", "bert", "t5"):
         folders[family] = save_backbone(folder / family, family, **(WIDE if family == "gpt2" else {}))
+    if "kept on a disk" in LOADED:  # a shard of less than 1 MiB would stay in memory
+        wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 4}
+        folders["llama-wide"] = save_backbone(folder / "llama-wide", "llama", **wide)
     tied = tiny_model("llama", tie_word_embeddings=True)
     tied.save_pretrained(folders["llama-tied"], max_shard_size="20KB")
     assert len(list(folders["llama-tied"].glob("*.safetensors"))) > 2
@@ -83,6 +89,9 @@ def measured(launch: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     for name, (saved, settings, output) in LOADED.items():
         backbone = {"path": str(folders[saved]), "dtype": "float32", **settings}
         cases[name] = {"backbone": backbone, "output": output}
+        if settings.get("offload") == "nvme":
+            backbone["offload_folder"] = str(folder)
+            cases[name]["zero"] = {"offload_param": {"buffer_size": 4_000_000, "buffer_count": 20}}
     tiny_model("llama", hidden_size=512, intermediate_size=2048, num_hidden_layers=10).save_pretrained(folder / "large")
     cases["memory"] = {"backbone": {"path": str(folder / "large"), "sharding": "world"}, "only_load": True}
     three = {"path": str(folders["llama"]), "sharding": "node", "sharding_group_size": 3}
