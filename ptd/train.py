@@ -89,7 +89,8 @@ def _train(
         reporter.note(f"method {config.method_name} trains nothing: the backbone is evaluated as it is")
         total = 0
 
-    needed = bytes_to_write(trained.count(), step.flat().numel(), settings.save_total_limit)
+    with torch.no_grad():
+        needed = bytes_to_write(trained.count(), step.flat().numel(), settings.save_total_limit)
     ranks.on_main(lambda: check_space(config.output_dir, needed))
     artifacts = Artifacts(config, folder, prepared, task, step, ranks, settings, train_rows.digest())
     start = artifacts.resume()

@@ -42,6 +42,7 @@ from ptd.tasks import make_task
 from ptd.types import BackboneShape, EmptyLayout, LayerShape, PrefixLayout, SoftLayout, UserError
 
 LONG = bool(os.environ.get("PTD_FUZZ"))
+pytestmark = pytest.mark.timeout(7200 if LONG else 300)
 ODD_NUMBERS: list[Any] = [
     *(True, -1, 0, 1, 2**31, 2**63, -(2**64), 10**30, 10**4000, 1e-320, 1e308, -0.0, math.inf, -math.inf, math.nan)
 ]
@@ -53,9 +54,9 @@ ODD_TEXTS = [
 
 
 def budget(examples: int) -> Any:
-    """Settings of a fuzz test: ``examples`` in the fixed budget, a hundred times as many in the long one."""
+    """Settings of a fuzz test: ``examples`` in the fixed budget, twenty times as many in the long one."""
     return settings(
-        max_examples=examples * (100 if LONG else 1),
+        max_examples=examples * (20 if LONG else 1),
         derandomize=not LONG,
         database=None,
         deadline=30_000,

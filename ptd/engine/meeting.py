@@ -111,7 +111,10 @@ def _store(member: Member, world_size: int) -> dist.Store:
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
         if member.rank == 0:
-            what = "set MASTER_PORT to a port that is free on the node of rank 0, and MASTER_ADDR to that node"
+            what = (
+                "Set MASTER_PORT to a port that is free on the node of rank 0 and MASTER_ADDR to that node, and see that "
+                "no other process has RANK=0"
+            )
         else:
             what = (
                 "MASTER_ADDR has to be the node of rank 0 under a name and address that all nodes reach, MASTER_PORT "

@@ -118,6 +118,8 @@ def check_writable(folder: Path, key: str) -> Path:
     place = folder.expanduser().absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
+    if place.exists() and not place.is_dir():
+        raise UserError(f"{key}: {place} is a file; give a folder")
     try:
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(b"\0" * 4096)
