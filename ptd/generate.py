@@ -120,7 +120,10 @@ def sections_of(adapter: Adapter | None, changes: dict[str, Any]) -> tuple[TaskC
     """
     facts = adapter.facts if adapter is not None else {}
     task, trained = facts.get("task"), facts.get("method")
-    head = method(trained["name"]).head(parse_method(trained)) if trained else HeadSettings()
+    head = HeadSettings()
+    if trained:
+        parsed = parse_method(trained)
+        head = method(trained["name"]).head(parsed)
     return task_config(task) if task else None, data_config({**facts.get("data", {}), **changes}), head
 
 

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shutil
 import tempfile
@@ -85,16 +84,16 @@ def check_output(folder: Path, ranks: Ranks) -> None:
         place = check_writable(folder, "output_dir")
         if ranks.world_size > 1:
             (place / mark).touch()
-        return str(place / mark)
+        return mark
 
-    left = Path(ranks.on_main(leave))
+    mark = ranks.on_main(leave)
     if ranks.world_size == 1:
         return
     try:
-        seen = ranks.gather(_appears(left))
+        seen = ranks.gather(_appears(folder, mark))
     finally:
         if ranks.is_main:
-            left.unlink(missing_ok=True)
+            (_existing(folder) / mark).unlink(missing_ok=True)
     blind = [rank for rank, there in enumerate(seen) if not there]
     if blind:
         raise UserError(
@@ -103,22 +102,28 @@ def check_output(folder: Path, ranks: Ranks) -> None:
         )
 
 
-def _appears(file: Path) -> bool:
+def _appears(folder: Path, mark: str) -> bool:
+    """Whether the file is seen where this rank would write."""
     limit = time.monotonic() + PATIENCE
-    while not file.exists():
+    while not (_existing(folder) / mark).exists():
         if time.monotonic() > limit:
             return False
-        os.scandir(file.parent).close() if file.parent.is_dir() else None
         time.sleep(0.2)
     return True
 
 
-def check_writable(folder: Path, key: str) -> Path:
-    """Raise `UserError` unless files can be made in ``folder``, or above it if it is yet to be made; returns where."""
+def _existing(folder: Path) -> Path:
+    """The folder, or what there is of it as long as it is yet to be made."""
     place = folder.expanduser().absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
-    if place.exists() and not place.is_dir():
+    return place
+
+
+def check_writable(folder: Path, key: str) -> Path:
+    """Raise `UserError` unless files can be made in ``folder``, or above it if it is yet to be made; returns where."""
+    place = _existing(folder)
+    if not place.is_dir():
         raise UserError(f"{key}: {place} is a file; give a folder")
     try:
         with tempfile.TemporaryFile(dir=place) as file:
@@ -141,10 +146,8 @@ def bytes_to_write(trained: int, adapter: int, save_total_limit: int) -> int:
 
 def check_space(folder: Path, needed: int) -> str:
     """Raise `UserError` if the disk of ``folder`` has less than ``needed`` bytes, beside what the run has there."""
-    place = folder.expanduser().absolute()
-    own = sum(path.stat().st_size for path in place.glob("checkpoints/*/*") if path.is_file())
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = _existing(folder)
+    own = sum(path.stat().st_size for path in folder.glob("checkpoints/*/*") if path.is_file())
     free = shutil.disk_usage(place).free
     if free + own < needed:
         raise UserError(
