@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,15 +21,12 @@ from ptd.checkpoint.run_folder import open_run
 from ptd.config import RunConfig, load_config
 from ptd.deepspeed_config import apply_deepspeed
 from ptd.engine.preflight import bytes_to_write, check_space, check_writable
-from ptd.engine.ranks import Ranks
+from ptd.engine.trial import sum_here
 from ptd.inject import Attachment, explain_attention
 from ptd.methods import TaskFacts, method
 from ptd.tasks import Task, make_task
 from ptd.types import DTYPES, UserError
 from ptd.versions import versions
-
-PATIENCE = 300.0
-"""Seconds for the ranks of this machine to start, meet and sum."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ def check_machine() -> Iterator[Check]:
     """What holds for any run on this machine."""
     yield _packages()
     yield _gpus()
-    yield _checked("collectives", _sum_here)
+    yield _checked("collectives", sum_here)
 
 
 def check_run(run: Path, overrides: list[str]) -> Iterator[Check]:
@@ -89,14 +85,15 @@ def check_run(run: Path, overrides: list[str]) -> Iterator[Check]:
     if config is None:
         return
     yield from _trust(config)
-    yield _checked("output folder", lambda: f"{check_writable(config.output_dir, 'output_dir')} can be written to")
+    output = _checked("output folder", lambda: f"{check_writable(config.output_dir, 'output_dir')} can be written to")
+    yield output
     yield _checked("run folder", lambda: _folder(config))
     if config.backbone.offload_folder is not None:
         folder, key = Path(config.backbone.offload_folder), "backbone.offload_folder"
         yield _checked("offload folder", lambda: f"{check_writable(folder, key)} can be written to")
     backbone = _checked("backbone", lambda: f"{config.backbone.path}, {architecture_of(config.backbone)}")
     yield backbone
-    if backbone.status != "failed":
+    if "failed" not in (output.status, backbone.status):
         yield _checked("disk space", lambda: _space(config))
 
 
@@ -134,57 +131,16 @@ def _gpus() -> Check:
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if built_in and not seen and visible != "":
-        cause = f"torch {torch.__version__} is built without CUDA" if torch.version.cuda is None else "the driver's side"
+        cause = (
+            f"torch {torch.__version__} is built without CUDA" if torch.version.cuda is None else "the driver's side"
+        )
         advice = f"{cause}; compare nvidia-smi with python -c 'import torch; torch.cuda.init()'"
         return Check("GPUs", "failed", f"this machine has {built_in}, torch sees none", advice)
     if not seen:
-        return Check("GPUs", "warning", "none; runs use the CPU" + (" (CUDA_VISIBLE_DEVICES hides them)" * bool(built_in)))
+        return Check(
+            "GPUs", "warning", "none; runs use the CPU" + (" (CUDA_VISIBLE_DEVICES hides them)" * bool(built_in))
+        )
     return Check("GPUs", "ok", "; ".join(_gpu(index) for index in range(seen)))
-
-
-def _sum_here() -> str:
-    """Start a rank for each GPU (two on the CPU with fewer than two), let them meet and sum."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    ranks, hidden = (gpus, False) if gpus > 1 else (2, True)
-    context = multiprocessing.get_context("spawn")
-    said = context.SimpleQueue()
-    port = Ranks.free_port()
-    started = [context.Process(target=_one_rank, args=(rank, ranks, port, hidden, said)) for rank in range(ranks)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(PATIENCE)
-    alive = [rank for rank, process in enumerate(started) if process.is_alive()]
-    for process in started:
-        process.kill()
-        process.join()
-    how = f"{ranks} ranks on {'the CPU, by gloo' if hidden else 'the GPUs, by NCCL'}"
-    if alive:
-        raise UserError(f"{how}: rank {alive[0]} did not end within {PATIENCE:g} s; see what it wrote above")
-    if not said.empty():
-        raise UserError(f"{how}: {said.get()}")
-    if any(process.exitcode for process in started):
-        raise UserError(f"{how}: one ended with code {max(started, key=lambda each: abs(each.exitcode or 0)).exitcode}; "
-                        "see what it wrote above")  # fmt: skip
-    return f"{how}, summed a number"
-
-
-def _one_rank(rank: int, ranks: int, port: int, hidden: bool, said: Any) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
-    if hidden:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    try:
-        Ranks.start().stop()
-    except UserError as error:
-        said.put(str(error))
 
 
 def _trust(config: RunConfig) -> Iterator[Check]:

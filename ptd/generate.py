@@ -13,7 +13,16 @@ from transformers import GenerationConfig
 
 from ptd.backbone import architecture_of, load_tokenizer
 from ptd.checkpoint import Adapter, load_adapter
-from ptd.config import BackboneConfig, DataConfig, TaskConfig, TaskKind, backbone_config, data_config, parse_method, task_config
+from ptd.config import (
+    BackboneConfig,
+    DataConfig,
+    TaskConfig,
+    TaskKind,
+    backbone_config,
+    data_config,
+    parse_method,
+    task_config,
+)
 from ptd.deepspeed_config import zero3_config
 from ptd.engine.evaluation import in_order
 from ptd.engine.ranks import Ranks

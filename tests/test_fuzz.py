@@ -47,7 +47,24 @@ ODD_NUMBERS: list[Any] = [
     *(True, -1, 0, 1, 2**31, 2**63, -(2**64), 10**30, 10**4000, 1e-320, 1e308, -0.0, math.inf, -math.inf, math.nan)
 ]
 ODD_TEXTS = [
-    *("", " ", "\0", "a\0b", "null", "1e5", "--1e5", "²e3", "1e", "0x1f", "é", "日本", "🙂", "\u202e", "\ufeff", "\ud7ff"),
+    *(
+        "",
+        " ",
+        "\0",
+        "a\0b",
+        "null",
+        "1e5",
+        "--1e5",
+        "²e3",
+        "1e",
+        "0x1f",
+        "é",
+        "日本",
+        "🙂",
+        "\u202e",
+        "\ufeff",
+        "\ud7ff",
+    ),
     *("..", "/", "/dev/null", "~", "~nobody/x", "a" * 5000, "{", "}", "{}", "{0}", "{v}", "{v:0}", "{v:3}", "{mask}"),
     *("{text} {v:2} {mask}", "{v:99999999}", "{a.b}", "{a[0]}", "{{", "%s", "$(id)", "; rm", "none", "prefix", "world"),
 ]
@@ -132,8 +149,7 @@ def only_user_errors() -> Iterator[None]:
 
 RUNS = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(RECIPES.glob("*.yaml"))]
 JSONS = [
-    json.loads(path.read_text(encoding="utf-8"))
-    for path in sorted((RECIPES.parents[1] / "ds_configs").glob("*.json"))
+    json.loads(path.read_text(encoding="utf-8")) for path in sorted((RECIPES.parents[1] / "ds_configs").glob("*.json"))
 ]
 RUNS += [{**RUNS[0], "deepspeed": document} for document in JSONS]
 BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
@@ -204,9 +220,7 @@ def test_run_files_of_anything(tmp_path_factory: pytest.TempPathFactory, content
         max_size=1,
     ),
 )
-def test_run_files_that_were_changed(
-    tmp_path_factory: pytest.TempPathFactory, run: Any, overrides: list[str]
-) -> None:
+def test_run_files_that_were_changed(tmp_path_factory: pytest.TempPathFactory, run: Any, overrides: list[str]) -> None:
     try:
         content = yaml.safe_dump(run, allow_unicode=True).encode("utf-8", "surrogatepass")
     except (yaml.YAMLError, RecursionError, ValueError):  # an int of over 4300 digits cannot be written
@@ -214,9 +228,15 @@ def test_run_files_that_were_changed(
     read_run(tmp_path_factory.getbasetemp() / "changed.yaml", content, overrides)
 
 
+SETTABLE = ["backbone.dtype", "data.columns", "data.columns.a.b", "data.max_length", "backbone", "x.y", "data.format"]
+
+
 @budget(60)
-@given(pairs=st.lists(st.builds("{}={}".format, st.sampled_from(["backbone.dtype", "data.columns", "data.columns.a.b",
-       "data.max_length", "backbone", "data.prompt_template", "x.y"]), st.sampled_from(ODD_TEXTS)) | st.text(max_size=9)))  # fmt: skip
+@given(
+    pairs=st.lists(
+        st.builds("{}={}".format, st.sampled_from(SETTABLE), st.sampled_from(ODD_TEXTS)) | st.text(max_size=9)
+    )
+)
 def test_settings_on_the_command_line(pairs: list[str]) -> None:
     with only_user_errors():
         data_config(parse_settings(pairs).get("data", {}))
@@ -252,7 +272,8 @@ ROWS: list[list[Any]] = [
             "label": "ab"[number % 2],
             "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}],
             "tokens": ["one", "two"], "tags": ["O", "B-x"],
-            "question": "who?", "context": "it was him " * 30 * number, "answers": {"text": ["him"], "answer_start": [7]},
+            "question": "who?", "context": "it was him " * 30 * number,
+            "answers": {"text": ["him"], "answer_start": [7]},
         }
         for number in range(1, 4)
     ]
@@ -358,7 +379,8 @@ def test_data_files(cache: Path, file: tuple[str, bytes], kind: str) -> None:
 
 ODD_DATA = {
     ".jsonl": [b"\0" * 50, b"{}", b"{}\n{}", b"[1]\n", b'{"a": NaN}', b'{"prompt": "' + b"x" * 10**6 + b'"}',
-               b'{"prompt": ' + b"[" * 100000, b'{"prompt": ' + b"9" * 5000 + b"}", b'{"prompt": "\\ud800", "completion": "x"}',
+               b'{"prompt": ' + b"[" * 100000, b'{"prompt": ' + b"9" * 5000 + b"}",
+               b'{"prompt": "\\ud800", "completion": "x"}',
                b'{"": 1}', b'{"prompt": "a", "prompt": 1}', b'{"text": "a", "label": 1e999}',
                b'{"text": "\\ud83d", "label": 0}\n{"text": "b", "label": 1}',
                b'{"tokens": ["\\ud83d"], "tags": [0]}\n{"tokens": [""], "tags": [1]}',
@@ -369,8 +391,8 @@ ODD_DATA = {
                b'{"question": "q", "context": "c", "answers": {"text": ["c"], "answer_start": ["0"]}}',
                b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]}'],
     ".json": [b"[]", b"[[]]", b"{}", b"null", b"[" * 100000, b"[{}, 1]", b'["\\ud800"]', b"9" * 5000],
-    ".csv": [b"", b"\n", b"a", b"a,a\n1,2", b'"', b"\0,\0\n1,2", b"prompt,completion\n\"" + b"x" * 10**6, b",\n,", b"a,b\n1",
-             b"text,label\n\0,1\nx,2"],
+    ".csv": [b"", b"\n", b"a", b"a,a\n1,2", b'"', b"\0,\0\n1,2", b"prompt,completion\n\"" + b"x" * 10**6, b",\n,",
+             b"a,b\n1", b"text,label\n\0,1\nx,2"],
     ".parquet": [b"", b"PAR1", b"PAR1" + b"\0" * 100 + b"PAR1", b"PAR1\xff\xff\xff\x7fPAR1"],
 }  # fmt: skip
 
@@ -394,7 +416,9 @@ FACTS = {
     "versions": {"ptd": "0"},
 }
 ADAPTERS: dict[str, Callable[[], Adapter]] = {
-    "prefix": lambda: Adapter(torch.ones(3, 32), PrefixLayout(LAYERS), "x", None, "CAUSAL_LM", "PREFIX_TUNING", {}, FACTS),
+    "prefix": lambda: Adapter(
+        torch.ones(3, 32), PrefixLayout(LAYERS), "x", None, "CAUSAL_LM", "PREFIX_TUNING", {}, FACTS
+    ),
     "soft": lambda: Adapter(torch.ones(3, 16), SoftLayout(16), "x", None, "CAUSAL_LM", "PROMPT_TUNING", {}, FACTS),
     "head": lambda: Adapter(
         torch.empty(0, 0), EmptyLayout(), "x", head={"w": torch.ones(2, 16)},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import json
 import pickle
 from collections.abc import Iterator
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from families import save_backbone
 
 from ptd.checkpoint import Adapter, load_adapter, save_adapter
@@ -81,7 +79,9 @@ def dangers(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_sources_run_nothing_that_they_read(path: Path) -> None:
-    found = [f"{path.relative_to(ROOT)}:{line}: {reason}" for line, reason in dangers(ast.parse(path.read_text("utf-8")))]
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {reason}" for line, reason in dangers(ast.parse(path.read_text("utf-8")))
+    ]
     assert not found, "\n".join(found)
 
 
@@ -131,6 +131,11 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
+def test_the_bomb_goes_off_where_pickles_are_opened(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "ran")))
+    assert (tmp_path / "ran").exists()
+
+
 def test_weights_that_are_a_pickle_are_not_opened(tmp_path: Path) -> None:
     """Neither by default, nor with ``allow_pickle``, which reads tensors only."""
     from ptd.backbone import load_model
@@ -139,7 +144,7 @@ def test_weights_that_are_a_pickle_are_not_opened(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save({"model.embed_tokens.weight": Bomb(ran)}, folder / "pytorch_model.bin")
     for allowed in (False, True):
-        with pytest.raises(UserError, match="backbone.path: cannot load"):
+        with pytest.raises(UserError, match=r"backbone\.path: cannot load"):
             load_model(BackboneConfig(path=str(folder), allow_pickle=allowed), device=torch.device("cpu"))
     assert not ran.exists()
 
@@ -156,17 +161,18 @@ def test_code_that_comes_with_a_checkpoint_does_not_run(tmp_path: Path) -> None:
     tokenizer |= {"tokenizer_class": "Surprise", "auto_map": {"AutoTokenizer": ["code.Surprise", None]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     assert BackboneConfig(path=str(folder)).trust_remote_code is False
-    with pytest.raises(UserError, match="backbone.path"):
+    with pytest.raises(UserError, match=r"backbone\.path"):
         architecture_of(BackboneConfig(path=str(folder)))
-    with pytest.raises(UserError, match="backbone.path"):
+    with pytest.raises(UserError, match=r"backbone\.path"):
         load_tokenizer(BackboneConfig(path=str(folder)))
     assert not ran.exists()
-    assert "trust_remote_code" in inspect.signature(transformers.dynamic_module_utils.resolve_trust_remote_code).parameters
 
 
 def test_a_run_file_makes_no_objects(tmp_path: Path) -> None:
     ran = tmp_path / "ran"
-    (tmp_path / "run.yaml").write_text(f"!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{ran}]]")
+    (tmp_path / "run.yaml").write_text(
+        f"!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{ran}]]"
+    )
     with pytest.raises(UserError, match="not valid YAML"):
         load_config(tmp_path / "run.yaml")
     (tmp_path / "run.yaml").write_text("backbone: {path: x}\nmethod: {name: prefix}\ndata: {train: x}")
@@ -190,8 +196,8 @@ def test_an_adapter_decides_nothing_about_trust_or_where_files_are_read(tmp_path
     folder = an_adapter(
         tmp_path / "adapter",
         backbone_config={
-            "path": "elsewhere", "trust_remote_code": True, "allow_pickle": True, "dtype": "float32", "revision": "evil",
-            "offload": "nvme", "sharding": "world", "offload_folder": "/", "attention": "reference",
+            "path": "elsewhere", "trust_remote_code": True, "allow_pickle": True, "dtype": "float32",
+            "revision": "evil", "offload": "nvme", "sharding": "world", "offload_folder": "/", "attention": "reference",
         },
         method={"name": "prefix", "num_virtual_tokens": 2, "init": "text", "init_text_file": str(secret)},
         data={"train": str(secret), "eval": "/etc/passwd", "max_length": 8},
@@ -257,7 +263,7 @@ def test_a_description_with_absurd_sizes(tmp_path: Path, file: str, changes: dic
     if file == CONFIG:
         (folder / EXTRA).unlink()
     (folder / file).write_text(json.dumps({**described, **changes}))
-    with pytest.raises(UserError, match="--adapter: the configuration in .* is incomplete or damaged"):
+    with pytest.raises(UserError, match=r"--adapter: the configuration in .* is incomplete or damaged"):
         load_adapter(folder)
 
 

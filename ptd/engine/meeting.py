@@ -1,9 +1,9 @@
 """How the ranks of a run find each other: a bounded meeting that says who is missing, a comparison, and a trial sum.
 
 torch's own rendezvous waits as long as the process group's collectives may take, and then says how many are missing.
-Here every rank first leaves a note about itself in the store at MASTER_ADDR; rank 0 reads them all, names the ranks that
-left none and what does not fit together, and everyone raises what it found. Then the process group is made and has to
-compute one sum.
+Here every rank first leaves a note about itself in the store at MASTER_ADDR; rank 0 reads them all, names the ranks
+that left none and what does not fit together, and everyone raises what it found. Then the process group is made and has
+to compute one sum.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from itertools import count
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from ptd.types import RankError, UserError
 from ptd.versions import versions
@@ -68,19 +71,19 @@ def join(member: Member, world_size: int, timeout: timedelta) -> None:
     """
     # A launcher that starts the ranks anew may keep the store of the last time.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"ptd-{attempt}-{next(_meetings)}", _store(member, world_size))
+    store = PrefixStore(f"ptd-{attempt}-{next(_meetings)}", _store(member, world_size))
     _meet(store, member, world_size)
     backend = "gloo" if member.gpu is None else "nccl"
     try:
         with _bounded(TRIAL, lambda: _stuck(store, member, world_size, backend)):
             store.set(f"trial/{member.rank}", "begun")
-            dist.init_process_group(
-                backend, store=store, rank=member.rank, world_size=world_size, timeout=timeout
-            )
+            dist.init_process_group(backend, store=store, rank=member.rank, world_size=world_size, timeout=timeout)
             _try_out(world_size, torch.device("cpu" if member.gpu is None else "cuda"))
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
-        raise RankError(f"{member} cannot exchange data with the others by {backend}: {reason}. {advice(backend)}") from error
+        raise RankError(
+            f"{member} cannot exchange data with the others by {backend}: {reason}. {advice(backend)}"
+        ) from error
 
 
 def _try_out(world_size: int, device: torch.device) -> None:
@@ -95,25 +98,26 @@ def _try_out(world_size: int, device: torch.device) -> None:
         raise RuntimeError(f"the ranks' numbers came as {found} and sum {int(total)}, which is wrong")
 
 
-def _store(member: Member, world_size: int) -> dist.Store:
+def _store(member: Member, world_size: int) -> Store:
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
     if not address or not port.isdecimal() or int(port) >= 2**16:
         raise RankError(
-            f"{member}: WORLD_SIZE is {world_size}, but MASTER_ADDR={address} and MASTER_PORT={port or None} do not say "
-            "where the ranks meet; start them by ptd launch, or set both to a host and free port of rank 0"
+            f"{member}: WORLD_SIZE is {world_size}, but MASTER_ADDR={address} and MASTER_PORT={port or None} do not "
+            "say where the ranks meet; start them by ptd launch, or set both to a host and free port of rank 0"
         )
     try:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own process holds the store
-            return next(dist.rendezvous("env://", timeout=MEETING))[0]
-        return dist.TCPStore(
+            store: Store = next(rendezvous("env://", timeout=MEETING))[0]
+            return store
+        return dist.TCPStore(  # type: ignore[attr-defined, no-any-return]
             address, int(port), world_size, member.rank == 0, MEETING, wait_for_workers=False, multi_tenant=True
         )
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
         if member.rank == 0:
             what = (
-                "Set MASTER_PORT to a port that is free on the node of rank 0 and MASTER_ADDR to that node, and see that "
-                "no other process has RANK=0"
+                "Set MASTER_PORT to a port that is free on the node of rank 0 and MASTER_ADDR to that node, and see "
+                "that no other process has RANK=0"
             )
         else:
             what = (
@@ -123,7 +127,7 @@ def _store(member: Member, world_size: int) -> dist.Store:
         raise RankError(f"{member} cannot meet the other ranks at {address}:{port}: {reason}. {what}") from error
 
 
-def _meet(store: dist.Store, member: Member, world_size: int) -> None:
+def _meet(store: Store, member: Member, world_size: int) -> None:
     """Wait for a note of every rank and compare them; every rank raises what rank 0 found."""
     try:
         if store.add(f"taken/{member.rank}", 1) > 1:
@@ -145,7 +149,7 @@ def _meet(store: dist.Store, member: Member, world_size: int) -> None:
         raise UserError(verdict)
 
 
-def _leave(store: dist.Store, member: Member, world_size: int) -> None:
+def _leave(store: Store, member: Member, world_size: int) -> None:
     """Give the others a moment to read why all stop: the store ends with rank 0."""
     store.set(f"left/{member.rank}", "")
     if member.rank == 0:
@@ -154,7 +158,7 @@ def _leave(store: dist.Store, member: Member, world_size: int) -> None:
             store.wait([f"left/{rank}" for rank in there], STEP)
 
 
-def _verdict(store: dist.Store, world_size: int) -> str:
+def _verdict(store: Store, world_size: int) -> str:
     """What is wrong with the ranks; empty: nothing."""
     notes = [f"member/{rank}" for rank in range(world_size)]
     try:
@@ -172,7 +176,7 @@ def _verdict(store: dist.Store, world_size: int) -> str:
     return disagreement([_member(store, rank) for rank in range(world_size)]) or ""
 
 
-def _member(store: dist.Store, rank: int) -> Member:
+def _member(store: Store, rank: int) -> Member:
     return Member(**json.loads(store.get(f"member/{rank}")))
 
 
@@ -180,7 +184,7 @@ def disagreement(members: Sequence[Member]) -> str | None:
     """Why these ranks cannot work together; None: they can."""
     names = sorted({name for member in members for name in member.versions})
     for name in names:
-        found = _by_value(members, lambda member, name=name: member.versions.get(name, "missing"))
+        found = _by_value(members, partial(_version, name))
         if len(found) > 1:
             return (
                 f"the ranks have different versions of {name}: {_said(found)}; results and messages between them would "
@@ -189,8 +193,8 @@ def disagreement(members: Sequence[Member]) -> str | None:
     kinds = _by_value(members, lambda member: "a CPU only" if member.gpu is None else "a GPU")
     if len(kinds) > 1:
         return (
-            f"some ranks see a GPU and others do not: {_said(kinds)}. Look at nvidia-smi and CUDA_VISIBLE_DEVICES where "
-            "none is seen, or hide the GPUs everywhere with CUDA_VISIBLE_DEVICES="
+            f"some ranks see a GPU and others do not: {_said(kinds)}. Look at nvidia-smi and CUDA_VISIBLE_DEVICES "
+            "where none is seen, or hide the GPUs everywhere with CUDA_VISIBLE_DEVICES="
         )
     shared = {gpu: ranks for gpu, ranks in _by_value(members, lambda member: member.gpu).items() if gpu is not None}
     for gpu, users in shared.items():
@@ -202,6 +206,10 @@ def disagreement(members: Sequence[Member]) -> str | None:
                 "with LOCAL_RANK from 0 in each node and all the node's GPUs visible, or exactly one for each rank"
             )
     return None
+
+
+def _version(name: str, member: Member) -> str:
+    return member.versions.get(name, "missing")
 
 
 def _by_value(members: Sequence[Member], value: Callable[[Member], Any]) -> dict[Any, list[Member]]:
@@ -241,11 +249,11 @@ def advice(backend: str) -> str:
     )
 
 
-def _stuck(store: dist.Store, member: Member, world_size: int, backend: str) -> str:
+def _stuck(store: Store, member: Member, world_size: int, backend: str) -> str:
     """What a rank says that has waited for `TRIAL`."""
     begun = f"{member}: the ranks met, but did not sum one number within {_seconds(TRIAL)} by {backend}"
     try:
-        own = store.clone()  # the other one may be in use by the call that does not return
+        own: Any = store.clone()  # type: ignore[attr-defined]  # the other one may be in use by the call that does not return
         own.set_timeout(STEP)
         absent = [rank for rank in range(world_size) if not own.check([f"trial/{rank}"])]
     except RuntimeError:

@@ -47,7 +47,9 @@ def prepare(
             model = load_model(config, output, device=ranks.device, sharded=True, check=check_supported)
         shards.run(model)
     # Of a sharded one rank 0 alone has the leading values, and the shards' checksums have been compared already.
-    identity = same_fingerprint(fingerprint(model), ranks) if zero3 is None else ranks.on_main(lambda: fingerprint(model))
+    identity = (
+        same_fingerprint(fingerprint(model), ranks) if zero3 is None else ranks.on_main(lambda: fingerprint(model))
+    )
     attachment = Attachment(model, backend=config.attention)
     return Prepared(model, attachment, Forward(model, attachment, ranks.device), identity, zero3 is not None)
 

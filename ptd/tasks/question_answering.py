@@ -161,7 +161,9 @@ def parse_answers(value: Any, context: str, place: str) -> list[Answer]:
     if isinstance(value, dict) and isinstance(value.get("text"), list):
         starts = value.get("answer_start") or [None] * len(value["text"])
         if not isinstance(starts, list):
-            raise UserError(f"{place}: answers has the list text, so answer_start has to be one too, not {starts!r:.60}")
+            raise UserError(
+                f"{place}: answers has the list text, so answer_start has to be one too, not {starts!r:.60}"
+            )
         if len(starts) != len(value["text"]):
             raise UserError(f"{place}: answers has {len(value['text'])} texts but {len(starts)} values of answer_start")
         value = [{"text": text, "answer_start": start} for text, start in zip(value["text"], starts, strict=True)]

@@ -61,7 +61,7 @@ def test_ranks_without_a_place_to_meet(monkeypatch: pytest.MonkeyPatch, port: st
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    with pytest.raises(UserError, match="WORLD_SIZE is 2, but MASTER_ADDR=localhost and MASTER_PORT=.* ptd launch"):
+    with pytest.raises(UserError, match=r"WORLD_SIZE is 2, but MASTER_ADDR=localhost and MASTER_PORT=.* ptd launch"):
         Ranks.start()
 
 

@@ -31,8 +31,12 @@ def test_ranks_that_mean_different_runs(launch, backbone_dir: Path, tmp_path: Pa
         assert found["other run"].startswith(
             "train.learning_rate: the ranks were given different runs: 0.1 on rank 0, 1.1 on rank 1; start every rank"
         )
-        assert re.match(r"output_dir: out is another folder for rank 1 than for rank 0, .* all nodes", found["not shared"])
-        assert re.match(r"backbone.path: rank 1 loaded another backbone \(fingerprint .*\) than", found["other weights"])
+        assert re.match(
+            r"output_dir: out is another folder for rank 1 than for rank 0, .* all nodes", found["not shared"]
+        )
+        assert re.match(
+            r"backbone.path: rank 1 loaded another backbone \(fingerprint .*\) than", found["other weights"]
+        )
         assert found["left"] == ""
 
 
@@ -45,7 +49,7 @@ def test_a_folder_that_can_be_written_to_is_left_as_it_was(tmp_path: Path) -> No
 def test_output_that_is_a_file_or_below_one(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "out"):
-        with pytest.raises(UserError, match="output_dir: .*file is a file; give a folder"):
+        with pytest.raises(UserError, match=r"output_dir: .*file is a file; give a folder"):
             check_writable(folder, "output_dir")
 
 

@@ -1,6 +1,6 @@
 """Run under torchrun by test_preflight.py: what the checks before a run say on two ranks, one line of JSON a rank.
 
-    torchrun --nproc-per-node 2 worker_preflight.py BACKBONE OTHER_BACKBONE FOLDER
+torchrun --nproc-per-node 2 worker_preflight.py BACKBONE OTHER_BACKBONE FOLDER
 """
 
 from __future__ import annotations
