@@ -7,7 +7,7 @@ import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -276,6 +276,41 @@ def doctor(
         print_checks(checks, found["attention"])
     if any(check.status == "failed" for check in checks):
         raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    run: Annotated[Path, typer.Argument(help="The run file (YAML).", metavar="RUN.yaml")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, e.g. backbone.sharding=node.", metavar="[KEY=VALUE]...")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs (ranks) of one node.")] = 1,
+    gpu_memory: Annotated[str, typer.Option(help="Memory of one GPU (of one rank with --device cpu).")] = "80GiB",
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="What the run would run on.")] = "cuda",
+    supervised: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of a text's tokens that carry loss; 1: all of them.")
+    ] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables; sizes in bytes.")] = False,
+) -> None:
+    """What a run needs and where it fits, before any weights or GPUs are there: only the backbone's config is read."""
+    from ptd.config import load_config
+
+    config = load_config(run, overrides)
+    _quiet()
+    from ptd.console import make_reporter, print_plan
+    from ptd.plan import plan as make_plan
+
+    found = make_plan(
+        config,
+        gpus=gpus,
+        nodes=nodes,
+        memory=gpu_memory,
+        device=device,
+        supervised=supervised,
+        reporter=make_reporter(),
+    ).to_dict()
+    _print_json(found) if as_json else print_plan(found)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""How progress looks: bars in a terminal, plain lines anywhere else. Both go to stderr; stdout is for results."""
+"""How progress looks (bars in a terminal, plain lines anywhere else; stderr), and the tables of a plan (stdout)."""
 
 from __future__ import annotations
 
@@ -99,3 +99,53 @@ def print_checks(checks: Sequence[Any], attention: dict[str, Any]) -> None:
             table.add_row(Text(f"  {backend}"), Text(reason))
         console.print(Text(f"\n{batch}"))
         console.print(table)
+
+
+def print_plan(found: dict[str, Any]) -> None:
+    """The tables of ``ptd plan`` on stdout, from `ptd.plan.Plan.to_dict`."""
+    console = Console(highlight=False)
+    placements = found["placements"]
+    shown = [each for each in placements if each["own"] or each["name"] == found["best"]]
+    head = (
+        f"{found['backbone_parameters'] / 1e9:.2f} B frozen and {found['trained_parameters']:,} trained parameters; "
+        f"{found['nodes']} × {found['ranks_per_node']} ranks, {_size(found['memory_bytes_per_rank'])} each, of which a "
+        f"step may fill {_size(found['usable_bytes_per_rank'])}; micro-batch of {found['micro_batch_rows']} rows, "
+        f"{found['micro_batch_tokens']:,} tokens; {found['flops_per_token'] / 1e9:.3g} GFLOP a token"
+    )
+    console.print(head, soft_wrap=True)
+    items = Table(title="Memory of one rank at the fullest moment of a step", title_justify="left")
+    items.add_column("")
+    for each in shown:
+        items.add_column(each["name"] + (" (this run)" if each["own"] else ""), justify="right")
+    for name in shown[0]["items"]:
+        items.add_row(name.replace("_", " "), *(_size(each["items"][name]) for each in shown))
+    items.add_row("together", *(_size(each["peak_bytes"]) for each in shown))
+    items.add_row("host memory", *(_size(each["host_bytes"]) for each in shown))
+    console.print(items)
+    table = Table(title="Placements of the frozen weights, the cheapest a token first", title_justify="left")
+    for column in ("placement", "a rank", "fits", "largest micro-batch", "sent by a rank in its node a step",
+                   "sent by a node a step", "relative cost a token"):  # fmt: skip
+        table.add_column(column, justify="left" if column == "placement" else "right")
+    cheapest = placements[0]["estimated_seconds_per_token"]
+    for each in placements:
+        rows = each["largest_micro_batch_rows"]
+        table.add_row(
+            each["name"] + (" (this run)" if each["own"] else ""),
+            _size(each["peak_bytes"]),
+            "yes" if each["fits"] else "no",
+            f"{rows:,} rows" if rows < 1 << 20 else "any",
+            _size(each["bytes_sent_inside_node_per_rank_and_step"]),
+            _size(each["bytes_sent_between_nodes_per_node_and_step"]),
+            f"{each['estimated_seconds_per_token'] / cheapest:.2f} ×",
+        )
+    console.print(table)
+    console.print(f"best: {found['reason']}" if found["best"] else found["reason"], soft_wrap=True)
+    for line in found["assumptions"]:
+        console.print(f"assumed: {line}", soft_wrap=True)
+
+
+def _size(count: int) -> str:
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if count >= 1 << power:
+            return f"{count / (1 << power):.1f} {unit}"
+    return f"{count} B"

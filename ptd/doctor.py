@@ -23,8 +23,9 @@ from ptd.deepspeed_config import apply_deepspeed
 from ptd.engine.preflight import bytes_to_write, check_space, check_writable
 from ptd.engine.trial import sum_here
 from ptd.inject import Attachment, explain_attention
-from ptd.methods import TaskFacts, method
+from ptd.methods import method
 from ptd.tasks import Task, make_task
+from ptd.train import facts_of
 from ptd.types import DTYPES, UserError
 from ptd.versions import versions
 
@@ -169,7 +170,6 @@ def trained_numbers(config: RunConfig) -> tuple[int, int]:
     A head whose labels the run learns from its data counts for two labels. Raises `UserError`.
     """
     task = _with_labels(config)
-    facts = TaskFacts(config.task.kind, task.labels, task.cloze, task.output == "body", task.virtual_tokens)
     chosen, settings = method(config.method_name), config.method_config()
     if getattr(settings, "init", None) not in (None, "random"):  # what it starts from does not change its size
         settings = dataclasses.replace(settings, init="random", init_text=None, init_text_file=None)
@@ -177,7 +177,9 @@ def trained_numbers(config: RunConfig) -> tuple[int, int]:
     with _without_data():
         model = blank_model(config.backbone, task.output)
         shape = Attachment(model).shape
-        encoder = chosen.build(settings, shape, TextConditioner(model, tokenizer, model.device), facts, seed=0)
+        encoder = chosen.build(
+            settings, shape, TextConditioner(model, tokenizer, model.device), facts_of(config, task), seed=0
+        )
         readout = task.readout(tokenizer, shape.hidden_size, chosen.head(settings))
         heads = sum(parameter.numel() for parameter in readout.parameters())
         trained = heads + sum(parameter.numel() for parameter in encoder.parameters() if parameter.requires_grad)

@@ -68,7 +68,7 @@ def _train(
     settings = fit_batch(config, ranks.world_size, folder.facts().get("rows_per_step"), reporter)
     tokenizer = load_tokenizer(config.backbone)
     task = make_task(config.task, config.data, architecture_of(config.backbone))
-    chosen, facts = method(config.method_name), _facts(config, task)
+    chosen, facts = method(config.method_name), facts_of(config, task)
     chosen.check(config.method_config(), facts)
     trains = chosen.has_prompt or facts.trained_head
     learned_from = "train" if trains else "eval"
@@ -82,7 +82,7 @@ def _train(
         held_out = HeldOut(task, eval_rows, rows, size, config.data.packing, tokenizer.pad_token_id)
     prepared = prepare(config.backbone, ranks, zero3, output=task.output)
     trained = _build(config, prepared, task, tokenizer, ranks)
-    step = _build_step(config, trained, ranks, prepared.model.dtype)
+    step = build_step(config, trained, ranks, prepared.model.dtype)
     batches = _batches(config.data, settings, train_rows, tokenizer, prepared, ranks)
     total = settings.max_steps or batches.total_steps(settings.num_train_epochs)
     if not trains:
@@ -293,25 +293,33 @@ def _examples(
     return task, examples, rows
 
 
-def _facts(config: RunConfig, task: Task) -> TaskFacts:
+def facts_of(config: RunConfig, task: Task) -> TaskFacts:
+    """What the method may know of the task."""
     return TaskFacts(config.task.kind, task.labels, task.cloze, task.output == "body", task.virtual_tokens)
 
 
 def _build(config: RunConfig, prepared: Prepared, task: Task, tokenizer: Any, ranks: Ranks) -> Trained:
     """Prompt encoder and readout, initialised alike on all ranks and put where they belong."""
+    trained = build_trained(config, prepared, task, tokenizer, ranks.device)
+    return Trained(ranks.distribute(trained.encoder), trained.readout.to(ranks.device))
+
+
+def build_trained(config: RunConfig, prepared: Prepared, task: Task, tokenizer: Any, device: torch.device) -> Trained:
+    """Prompt encoder and readout, initialised and still on the CPU; ``device``: the backbone's."""
     settings, chosen = config.method_config(), method(config.method_name)
-    conditioner = TextConditioner(prepared.model, tokenizer, ranks.device)
-    encoder = chosen.build(settings, prepared.shape, conditioner, _facts(config, task), seed=config.train.seed)
+    conditioner = TextConditioner(prepared.model, tokenizer, device)
+    encoder = chosen.build(settings, prepared.shape, conditioner, facts_of(config, task), seed=config.train.seed)
     with torch.no_grad():
         prepared.attachment.set(encoder.state(encoder()))
     check_context(prepared.shape, prepared.attachment.extra_positions, config.data.max_length)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         readout = task.readout(tokenizer, prepared.shape.hidden_size, chosen.head(settings))
-    return Trained(ranks.distribute(encoder), readout.to(ranks.device))
+    return Trained(encoder, readout)
 
 
-def _build_step(config: RunConfig, trained: Trained, ranks: Ranks, dtype: torch.dtype) -> PromptStep:
+def build_step(config: RunConfig, trained: Trained, ranks: Ranks, dtype: torch.dtype) -> PromptStep:
+    """The optimizer and the reduction around what is trained over a backbone of this ``dtype``."""
     optimizer = build_optimizer(
         trained,
         learning_rate=config.train.learning_rate,

@@ -1,22 +1,81 @@
-"""A backbone from its config alone, without weights: for sizes. Built inside ``FakeTensorMode``."""
+"""A backbone from its config alone, without weights: for planning. Built inside ``FakeTensorMode``."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
 
-from ptd.backbone.load import _CLASSES, _model_config, _readable
+from ptd.backbone.load import Blueprint, Check, dtype_of, frozen, readable
+from ptd.backbone.quantize import quantization_of
 from ptd.config import BackboneConfig
-from ptd.types import Output
+from ptd.types import Output, UserError
 
 
-def blank_model(config: BackboneConfig, output: Output = "causal_lm") -> PreTrainedModel:
-    """The model that `ptd.backbone.load_model` would load, by its config and not quantised; its tensors have no data.
+def blank_model(
+    config: BackboneConfig,
+    output: Output = "causal_lm",
+    *,
+    check: Check = lambda model_class, model_config: None,
+) -> PreTrainedModel:
+    """The model that `ptd.backbone.load_model` would load, by its config: frozen, in eval mode, quantised.
 
-    Raises `UserError` for a config that cannot be read.
+    Its tensors have no data. With ``dtype: auto`` they have the config's dtype, float32 where that names none.
+    Raises `UserError` for a config that cannot be read, and for checkpoints that other libraries have quantised.
     """
-    model_config = _model_config(config)
-    with _readable(config):
-        model: PreTrainedModel = _CLASSES[output][0].from_config(
-            model_config, trust_remote_code=config.trust_remote_code
+    built_as = Blueprint.of(config, output, check)
+    if getattr(built_as.config, "quantization_config", None) is not None:
+        raise UserError(
+            f"backbone.path: {config.path} is quantised already, and how its library runs it is not known here; plan "
+            "for the checkpoint it was made from, with backbone.quantization"
         )
-    return model.get_encoder() if output == "body" and model_config.is_encoder_decoder else model
+    dtype = dtype_of(config)
+    quantized = quantization_of(config, built_as.config)
+    with readable(config):
+        model = built_as.auto_class.from_config(
+            built_as.config, dtype=dtype, trust_remote_code=config.trust_remote_code, **built_as.options
+        )
+    if quantized is not None:
+        with unset_fake_temporarily():  # bitsandbytes' parameters are no subclass of what FakeTensorMode makes
+            AutoHfQuantizer.from_config(quantized).preprocess_model(model, device_map={"": "cpu"})
+            _fill_caches()
+        for module in list(model.modules()):
+            _quantize(module, dtype)
+    return frozen(model, config, output)
+
+
+def _fill_caches() -> None:
+    """Let bitsandbytes make its code tables of real numbers: it keeps the first ones for the life of the process."""
+    from bitsandbytes import functional
+
+    packed, state = functional.quantize_4bit(torch.ones(64, 64), compress_statistics=True, quant_type="nf4")
+    functional.dequantize_4bit(packed, state)
+
+
+def _quantize(module: nn.Module, dtype: torch.dtype) -> None:
+    """Give a layer of bitsandbytes the tensors it has once its weight is quantised."""
+    from bitsandbytes import functional
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+    if not isinstance(module, Linear4bit | Linear8bitLt):
+        return
+    source = torch.empty(module.out_features, module.in_features, dtype=dtype)
+    if module.bias is not None:
+        module.bias = nn.Parameter(torch.empty(module.out_features, dtype=dtype), requires_grad=False)
+    if isinstance(module, Linear4bit):
+        settings: Any = module.weight
+        packed, module.quant_state = functional.quantize_4bit(
+            source, compress_statistics=settings.compress_statistics, quant_type=settings.quant_type
+        )
+        weight: Any = nn.Parameter(packed, requires_grad=False)
+        weight.quant_state = module.quant_state
+    else:
+        module.state.CB = torch.empty_like(source, dtype=torch.int8)
+        module.state.SCB = torch.empty(module.out_features, dtype=torch.float32)
+        weight = nn.Parameter(module.state.CB, requires_grad=False)
+        weight.CB = weight.SCB = None
+    module.weight = weight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
     "seq2seq_lm": (AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
     "body": (AutoModel, MODEL_MAPPING),
 }
+Check = Callable[[type[PreTrainedModel] | None, Any], None]
 
 
 def architecture_of(config: BackboneConfig) -> Architecture:
@@ -57,7 +59,7 @@ def load_model(
     *,
     device: torch.device,
     sharded: bool = False,
-    check: Callable[[type[PreTrainedModel] | None, Any], None] = lambda model_class, model_config: None,
+    check: Check = lambda model_class, model_config: None,
 ) -> PreTrainedModel:
     """Load the model of ``config.path`` in eval mode with every parameter frozen.
 
@@ -70,25 +72,15 @@ def load_model(
     Raises:
         UserError: the folder or hub id cannot be read, or its weights do not fit its config.
     """
-    model_config = _model_config(config)
-    # A frozen body has nothing to regularise; checkpointed layers would otherwise draw dropout in training mode.
-    for name, value in model_config.to_dict().items():
-        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
-            setattr(model_config, name, 0.0)
-    auto_class, mapping = _CLASSES[output]
-    model_class = mapping.get(type(model_config), None)
-    model_class = model_class[0] if isinstance(model_class, tuple) else model_class
-    check(model_class, model_config)
-    options: dict[str, Any] = {}
-    if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
-        options["add_pooling_layer"] = False  # trained for another task, absent from most checkpoints, never read
-    quantized = quantization_of(config, model_config, sharded=sharded)
+    built_as = Blueprint.of(config, output, check)
+    options = dict(built_as.options)
+    quantized = quantization_of(config, built_as.config, sharded=sharded)
     if quantized is not None:
         options |= {"quantization_config": quantized, "device_map": {"": device}}
-    with _readable(config):
-        model, report = auto_class.from_pretrained(
+    with readable(config):
+        model, report = built_as.auto_class.from_pretrained(
             config.path,
-            config=model_config,
+            config=built_as.config,
             revision=config.revision,
             dtype=DTYPES.get(config.dtype, config.dtype),
             trust_remote_code=config.trust_remote_code,
@@ -98,20 +90,52 @@ def load_model(
         )
         if report["missing_keys"]:  # transformers fills them with random numbers and goes on
             raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}.")
-    if output == "body" and model_config.is_encoder_decoder:
+    model = frozen(model, config, output)
+    if sharded or getattr(model, "is_quantized", False):  # and placed already
+        return model
+    return model.to(device)
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What a model is built from: transformers' class, the model's config without dropout, and the class's options."""
+
+    auto_class: Any
+    config: Any
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, config: BackboneConfig, output: Output, check: Check) -> Blueprint:
+        """Reads the config alone; raises `UserError`, and what ``check`` objects to."""
+        model_config = _model_config(config)
+        # A frozen body has nothing to regularise; checkpointed layers would otherwise draw dropout in training mode.
+        for name, value in model_config.to_dict().items():
+            if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+                setattr(model_config, name, 0.0)
+        auto_class, mapping = _CLASSES[output]
+        model_class = mapping.get(type(model_config), None)
+        model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+        check(model_class, model_config)
+        options: dict[str, Any] = {}
+        if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
+            options["add_pooling_layer"] = False  # trained for another task, absent from most checkpoints, never read
+        return cls(auto_class, model_config, options)
+
+
+def frozen(model: PreTrainedModel, config: BackboneConfig, output: Output) -> PreTrainedModel:
+    """The part of a model that is run, in eval mode, nothing of it trained."""
+    if output == "body" and model.config.is_encoder_decoder:
         model = model.get_encoder()
     model.requires_grad_(False)
     model.eval()
     if config.gradient_checkpointing:
         checkpoint_layers(model)
-    if getattr(model, "is_quantized", False):  # and placed already
-        return keep_differentiable(model)
-    return model if sharded else model.to(device)
+    return keep_differentiable(model)
 
 
 def _model_config(config: BackboneConfig) -> Any:
     _explain_missing(config)
-    with _readable(config):
+    with readable(config):
         return AutoConfig.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
@@ -138,7 +162,7 @@ def _train_while_recording(layer: torch.nn.Module, _: Any) -> None:
 def load_tokenizer(config: BackboneConfig) -> Any:
     """The tokenizer that belongs to the backbone; raises `UserError`."""
     _explain_missing(config)
-    with _readable(config):
+    with readable(config):
         return AutoTokenizer.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
@@ -154,7 +178,7 @@ def _explain_missing(config: BackboneConfig) -> None:
         raise UserError(f"backbone.path: there is no model folder {config.path}; check the path")
 
 
-class _readable:
+class readable:
     """Turn what transformers raises about a checkpoint into a message that names the key."""
 
     def __init__(self, config: BackboneConfig) -> None:

@@ -109,7 +109,7 @@ def _store(member: Member, world_size: int) -> Store:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own process holds the store
             store: Store = next(rendezvous("env://", timeout=MEETING))[0]
             return store
-        return dist.TCPStore(  # type: ignore[attr-defined, no-any-return]
+        return dist.TCPStore(  # type: ignore[attr-defined]
             address, int(port), world_size, member.rank == 0, MEETING, wait_for_workers=False, multi_tenant=True
         )
     except RuntimeError as error:
@@ -253,7 +253,8 @@ def _stuck(store: Store, member: Member, world_size: int, backend: str) -> str:
     """What a rank says that has waited for `TRIAL`."""
     begun = f"{member}: the ranks met, but did not sum one number within {_seconds(TRIAL)} by {backend}"
     try:
-        own: Any = store.clone()  # type: ignore[attr-defined]  # the other one may be in use by the call that does not return
+        # The other one may be in use by the call that does not return.
+        own: Any = store.clone()  # type: ignore[attr-defined]
         own.set_timeout(STEP)
         absent = [rank for rank in range(world_size) if not own.check([f"trial/{rank}"])]
     except RuntimeError:

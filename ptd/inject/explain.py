@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from ptd_kernels import available_backends, explain_backend
+from ptd_kernels import available_backends, explain_backend, stand_in
 
 CASES: dict[str, dict[str, bool]] = {
     "packed": {"packed": True},
@@ -28,3 +31,13 @@ def explain_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -
                 chosen, reason = backend, str(error)
             found[case][backend] = f"{chosen}: {reason}" if backend == "auto" else reason
     return found
+
+
+@contextmanager
+def standing_in_for_gpu(capability: tuple[int, int] | None) -> Iterator[None]:
+    """Attention to tensors on the CPU, which have no data (FakeTensorMode), as a GPU of this capability would do it."""
+    token = stand_in.set(capability)
+    try:
+        yield
+    finally:
+        stand_in.reset(token)

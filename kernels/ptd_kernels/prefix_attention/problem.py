@@ -8,6 +8,7 @@ are several), D head size of queries and keys, E head size of values.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TypeAlias
@@ -18,6 +19,18 @@ from torch import Tensor
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256
 Prefix: TypeAlias = Tensor | Sequence[Tensor] | None
+stand_in: ContextVar[tuple[int, int] | None] = ContextVar("ptd_kernels_stand_in", default=None)
+"""Compute capability of the NVIDIA GPU that tensors on the CPU stand for, while a pass without data (FakeTensorMode)
+asks what that GPU would do; None: they are what they are."""
+
+
+def nvidia_capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of an NVIDIA GPU, or of what `stand_in` says the CPU stands for; None for other devices."""
+    if device.type == "cpu":
+        return stand_in.get()
+    if device.type != "cuda" or torch.version.cuda is None:
+        return None
+    return torch.cuda.get_device_capability(device)
 
 
 @dataclass(frozen=True)
@@ -251,7 +264,7 @@ def _check_packing(
         raise ValueError("cu_seqlens and mask exclude each other: packed sequences are separated by their offsets")
     if B != 1 or S != T:
         raise ValueError(f"cu_seqlens needs batch 1 and as many queries as keys; got batch {B}, {S} queries, {T} keys")
-    if cu_seqlens.device.type != "cpu":
+    if cu_seqlens.device.type != "cpu" or stand_in.get() is not None:
         return None
     offsets = tuple(cu_seqlens.tolist())
     if offsets[0] != 0 or offsets[-1] != S or any(a > b for a, b in pairwise(offsets)):

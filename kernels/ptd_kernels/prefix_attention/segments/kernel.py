@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ptd_kernels.prefix_attention.problem import nvidia_capability
+
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -73,9 +75,10 @@ def refuses_on_gpu(need: Need, *, different_values: bool = False, softcap: bool 
     """Why none of the GPU libraries' flash kernels takes this, or None. They differ in `different_values` (may the
     values' head size differ from the keys'?) and `softcap`."""
     q, rule = need.q, need.rule
-    if q.device.type != "cuda" or torch.version.cuda is None:
+    capability = nvidia_capability(q.device)
+    if capability is None:
         return f"it needs an NVIDIA GPU, the tensors are on {q.device}"
-    if torch.cuda.get_device_capability(q.device) < (8, 0):
+    if capability < (8, 0):
         return "it needs compute capability 8.0 or more"
     if q.dtype not in HALF:
         return f"it computes in fp16 and bf16, not in {q.dtype}"

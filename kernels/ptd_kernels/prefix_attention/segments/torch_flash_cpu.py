@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ptd_kernels.prefix_attention.problem import stand_in
 from ptd_kernels.prefix_attention.segments.kernel import HALF, Gradients, Kernel, Need, Rule, unit_stride, visible_keys
 
 aten = torch.ops.aten
@@ -61,7 +62,7 @@ def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: T
 
 
 def _refuses(need: Need) -> str | None:
-    if need.q.device.type != "cpu":
+    if need.q.device.type != "cpu" or stand_in.get() is not None:
         return f"it needs tensors on the CPU, they are on {need.q.device}"
     if need.rule.softcap is not None:
         return "it has no softcap"

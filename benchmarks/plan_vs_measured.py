@@ -1,0 +1,238 @@
+"""Peak memory of a training step: what ``ptd plan`` says against what the step really takes.
+
+    python benchmarks/plan_vs_measured.py --output benchmarks/results/plan_vs_measured.json
+
+Each case is a Llama with random weights, written to a temporary folder, and the fullest micro-batch of its run file.
+The third optimizer step is measured (DeepSpeed knows the order of the modules from then on). With a GPU:
+``torch.cuda.max_memory_allocated``. Without one: how much the peak of resident memory in that step (VmHWM, reset before
+it through /proc/self/clear_refs) lies above what the process had before the backbone was loaded, after a step of a tiny
+model has loaded what libraries keep. glibc is told to give freed blocks of 64 KiB and more back to the system at once;
+otherwise the peak would count what it keeps for later as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 256,
+}
+MODEL = {
+    "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16,
+    "num_key_value_heads": 8, "vocab_size": 8192, "max_position_embeddings": 4096,
+}  # fmt: skip
+PREFIX = {"name": "prefix", "num_virtual_tokens": 20}
+PROJECTION = {**PREFIX, "prefix_projection": True, "encoder_hidden_size": 512}
+ZERO3 = str(ROOT / "ds_configs" / "zero3.json")
+CASES: dict[str, dict[str, Any]] = {
+    "replicated, packed": {"method": PROJECTION, "rows": 4, "max_length": 512},
+    "gradient checkpointing": {
+        "backbone": {"gradient_checkpointing": True}, "method": PREFIX, "rows": 8, "max_length": 512,
+    },
+    "nf4": {"backbone": {"quantization": "nf4"}, "method": PREFIX, "rows": 2, "max_length": 512},
+    "int8": {"backbone": {"quantization": "int8"}, "method": PREFIX, "rows": 2, "max_length": 512},
+    "bfloat16": {"backbone": {"dtype": "bfloat16"}, "method": PREFIX, "rows": 4, "max_length": 512},
+    "ZeRO-3 on 2 ranks": {"method": PREFIX, "rows": 2, "max_length": 256, "deepspeed": ZERO3, "ranks": 2},
+    "ZeRO-3 on 2 ranks, little reuse": {
+        "method": PREFIX, "rows": 2, "max_length": 256, "ranks": 2,
+        "deepspeed": {"zero_optimization": {"stage": 3, "stage3_max_reuse_distance": 10_000_000,
+                                            "stage3_prefetch_bucket_size": 5_000_000}},
+    },
+}  # fmt: skip
+
+
+def run_config(case: dict[str, Any], folder: str) -> dict[str, Any]:
+    """The run file of a case, as a mapping."""
+    return {
+        "backbone": {"path": folder, "dtype": "float32", **case.get("backbone", {})},
+        "method": case["method"],
+        "data": {"train": "unread.jsonl", "max_length": case["max_length"]},
+        "train": {"per_device_train_batch_size": case["rows"], "max_steps": 3},
+        **({"deepspeed": case["deepspeed"]} if "deepspeed" in case else {}),
+    }
+
+
+def write_model(folder: str, sizes: dict[str, Any], *, weights: bool = True) -> None:
+    """A Llama of these sizes; random weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("llama", **sizes, dtype="float32")
+    config.save_pretrained(folder)
+    if weights:
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+def resident() -> dict[str, int]:
+    """Of this process, in bytes: VmRSS now, and VmHWM since it was last reset."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return {name: int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM")}
+
+
+def work(request: dict[str, Any]) -> dict[str, int]:
+    """Three steps of the run in this process (one of its ranks); ``peak``: bytes of the third above the baseline."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from ptd.engine.ranks import Ranks
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line a layer and step
+    ranks = Ranks.start(needs_group="deepspeed" in request["run"])
+    on_gpu = ranks.device.type == "cuda"
+    take_steps(
+        {**request["run"], "backbone": {"path": request["small"], "dtype": "float32"}, "deepspeed": None}, ranks, 1
+    )
+    if "deepspeed" in request["run"]:
+        from ptd.engine import sharding  # its import alone takes some 100 MB
+
+        sharding.make_ready()
+    before = resident()["VmRSS"]
+
+    def begin() -> None:
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+
+    take_steps(request["run"], ranks, 3, before_last=begin)
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resident()["VmHWM"] - before
+    ranks.stop()
+    return {"rank": ranks.rank, "peak": peak, "baseline": 0 if on_gpu else before}
+
+
+def take_steps(run: dict[str, Any], ranks: Any, steps: int, before_last: Any = lambda: None) -> None:
+    """Optimizer steps on the fullest micro-batch of a run, by the parts that ``ptd train`` is made of."""
+    import torch
+
+    from ptd.backbone import architecture_of
+    from ptd.config import parse_config
+    from ptd.deepspeed_config import apply_deepspeed
+    from ptd.engine.loop import Loop
+    from ptd.engine.prompt_step import Trained
+    from ptd.engine.sample import rows_of, sample_batch
+    from ptd.engine.setup import prepare
+    from ptd.tasks import make_task
+    from ptd.train import build_step, build_trained
+    from ptd.types import Reporter
+
+    config, zero3 = apply_deepspeed(parse_config({key: value for key, value in run.items() if value is not None}))
+    task = make_task(config.task, config.data, architecture_of(config.backbone))
+    prepared = prepare(config.backbone, ranks, zero3, output=task.output)
+    if ranks.device.type == "cpu" and zero3 is None:
+        # On a CPU weights that need no conversion stay in the mapped file, all of whose pages count as resident.
+        for parameter in prepared.model.parameters():
+            parameter.data = parameter.data.clone()
+    trained = build_trained(config, prepared, task, None, ranks.device)
+    trained = Trained(ranks.distribute(trained.encoder), trained.readout.to(ranks.device))
+    step = build_step(config, trained, ranks, prepared.model.dtype)
+    batch = sample_batch(config, task, trained.readout, rows_of(config), packed=prepared.attachment.packable)
+    ids = torch.randint(0, prepared.shape.vocab_size, batch.input_ids.shape)
+    batch = batch.map(lambda tensor: ids if tensor is batch.input_ids else tensor)
+    nothing = lambda *unused: None  # noqa: E731
+    loop = Loop(config.train, prepared, step, None, None, ranks, Reporter(), nothing, nothing, nothing)  # type: ignore[arg-type]
+    for index in range(steps):
+        if index == steps - 1:
+            before_last()
+        loop._step(index, [batch])
+
+
+def measure(run: dict[str, Any], small: str, ranks: int) -> list[dict[str, int]]:
+    """Run the ranks of a case as processes of their own; their reports."""
+    from ptd.engine.ranks import Ranks
+
+    common = {
+        **os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(Ranks.free_port()), "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
+        "MALLOC_ARENA_MAX": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+    }  # fmt: skip
+    request = json.dumps({"run": run, "small": small})
+    started = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--worker", request],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    outputs = [process.communicate()[0] for process in started]
+    if any(process.returncode for process in started):
+        raise SystemExit(f"a worker failed: {outputs}")
+    return [json.loads(output.strip().splitlines()[-1]) for output in outputs]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--only", nargs="*", help="names of cases")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker is not None:
+        print(json.dumps(work(json.loads(args.worker))))
+        return
+    import torch
+
+    from ptd.config import parse_config
+    from ptd.plan import plan
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = []
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as small:
+        write_model(folder, MODEL)
+        write_model(small, SMALL)
+        for name, case in CASES.items():
+            if args.only and name not in args.only:
+                continue
+            ranks = case.get("ranks", 1)
+            if device == "cuda" and ranks > torch.cuda.device_count():
+                continue
+            run = run_config(case, folder)
+            found = plan(parse_config(run), gpus=ranks, device=device, alternatives=False)
+            measured = max(report["peak"] for report in measure(run, small, ranks))
+            results.append(
+                {
+                    "case": name, "planned_bytes": found.own.peak, "measured_bytes": measured,
+                    "planned_over_measured": round(found.own.peak / measured, 4), "items": found.own.items,
+                    "run": {**run, "backbone": {**run["backbone"], "path": "random weights"}},
+                }
+            )  # fmt: skip
+            row = results[-1]
+            print(f"{name:34} planned {row['planned_bytes'] / 2**20:8.0f} MiB  measured {measured / 2**20:8.0f} MiB  "
+                  f"ratio {row['planned_over_measured']:.3f}", flush=True)  # fmt: skip
+            if args.output is not None:
+                args.output.write_text(json.dumps(record(results, device), indent=2) + "\n", encoding="utf-8")
+
+
+def record(results: list[dict[str, Any]], device: str) -> dict[str, Any]:
+    """The results with where they come from."""
+    import torch
+
+    from ptd.versions import versions
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    return {
+        "command": "python benchmarks/plan_vs_measured.py", "commit": commit.strip(), "date": str(date.today()),
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu",
+        "cores": os.cpu_count(), "versions": versions(), "model": MODEL, "results": results,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Which weights are whole on a rank at which moment of a micro-batch when DeepSpeed shards them, and what it gathers.
+
+A model of ``PartitionedParameterCoordinator`` (DeepSpeed 0.19.8, runtime/zero/partitioned_param_coordinator.py) in its
+steady state: from the third training step on it knows the order of the modules. Before a module runs its weights are
+gathered, and those of the next modules up to ``prefetch_bucket_size`` numbers; afterwards they are released unless they
+are used again within ``max_reuse_distance`` numbers. What is released in the forward pass it decides once, by the first
+order it has seen complete (``functools.lru_cache`` on ``__params_to_release``): that of the pass with which ptd looks
+at the attention layers, which has no backward pass, so a forward pass keeps nothing for the backward one. Weights of up
+to ``param_persistence_threshold`` numbers stay.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
+
+
+class Use(NamedTuple):
+    """A module begins (``fetch``) or ends (``release``), in a forward or a ``backward`` pass."""
+
+    kind: Literal["fetch", "release"]
+    module: int
+    backward: bool = False
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A frozen parameter as it is stored: ``numel`` numbers of ``itemsize`` bytes."""
+
+    numel: int
+    itemsize: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.itemsize
+
+
+@dataclass(frozen=True)
+class Limits:
+    """DeepSpeed's keys of ``zero_optimization``, without their prefix ``stage3_``, in numbers; its own defaults."""
+
+    prefetch_bucket_size: int = 50_000_000
+    param_persistence_threshold: int = 100_000
+    max_live_parameters: int = 1_000_000_000
+    max_reuse_distance: int = 1_000_000_000
+
+    @classmethod
+    def read(cls, zero3: dict[str, Any] | None) -> Limits:
+        """Of a DeepSpeed configuration; ``"auto"`` and what is missing are the defaults."""
+        section = (zero3 or {}).get("zero_optimization", {})
+        found = {name: section.get(f"stage3_{name}", section.get(name)) for name in cls.__dataclass_fields__}
+        return cls(**{name: int(value) for name, value in found.items() if isinstance(value, int | float)})
+
+
+class Moment(NamedTuple):
+    """Bytes of whole weights: ``live`` from here to the next use, ``while_gathering`` for a moment before."""
+
+    live: int
+    while_gathering: int
+
+
+class Gathered(NamedTuple):
+    """``moments``: one behind each use; ``nbytes``: what one micro-batch gathers, padded to whole shards."""
+
+    moments: list[Moment]
+    nbytes: int
+
+
+class _Bucket:
+    """Weights that one collective gathers. More than one are copied out of its buffer, which lives until all are."""
+
+    def __init__(self, members: Iterable[int], weights: Sequence[Weight], group: int) -> None:
+        self.members = set(members)
+        self.padded = sum(-(-weights[i].numel // group) * group * weights[i].itemsize for i in self.members)
+        self.buffer = self.padded if len(self.members) > 1 and group > 1 else 0
+        self.arrived = False
+
+
+class _Coordinator:
+    def __init__(self, weights: Sequence[Weight], modules: Sequence[Sequence[int]], uses: Sequence[Use], group: int,
+                 limits: Limits, stages: bool) -> None:  # fmt: skip
+        self.stages, self.staged = stages, 0
+        self.weights, self.modules, self.group, self.limits = weights, modules, group, limits
+        fetches = [use for use in uses if use.kind == "fetch"]
+        self.order = [use.module for use in fetches]
+        self.forward_steps = next((step for step, use in enumerate(fetches) if use.backward), len(fetches))
+        numels = [sum(weights[i].numel for i in modules[module]) for module in self.order]
+        self.before = [0, *accumulate(numels)]
+        self.steps_of: dict[int, list[int]] = {}
+        for step, module in enumerate(self.order):
+            for weight in modules[module]:
+                self.steps_of.setdefault(weight, []).append(step)
+        self.persistent = {i for i, w in enumerate(weights) if w.numel <= limits.param_persistence_threshold}
+        self.available = set(self.persistent)
+        self.in_flight: dict[int, _Bucket] = {}
+        self.nbytes = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """The next forward pass."""
+        self.step = self.live_numel = 0
+        self.in_flight.clear()
+        self.queue = [(step, weight) for step, module in enumerate(self.order) for weight in self.modules[module]]
+        self.queue.reverse()
+        self.fetched_for: dict[int, int] = {}
+        self.active: dict[int, set[int]] = {}
+
+    def use(self, use: Use) -> Moment:
+        if use.kind == "release":
+            self._release(use.module)
+            return Moment(self._live(), 0)
+        return self._fetch(use.module)
+
+    def _live(self) -> int:
+        buffers = {id(bucket): bucket for bucket in self.in_flight.values()}.values()
+        # What is on its way has a buffer; once it has arrived it has been copied out of it as well.
+        coming = sum(0 if bucket.arrived else max(bucket.padded - bucket.buffer, 0) for bucket in buffers)
+        return sum(self.weights[i].nbytes for i in self.available) + coming + sum(bucket.buffer for bucket in buffers)
+
+    def _gather(self, members: set[int]) -> None:
+        if members:
+            bucket = _Bucket(members, self.weights, self.group)
+            self.nbytes += bucket.padded
+            self.staged += bucket.padded if self.stages else 0
+            self.live_numel += sum(self.weights[i].numel for i in members)
+            self.in_flight.update(dict.fromkeys(members, bucket))
+
+    def _fetch(self, module: int) -> Moment:
+        needed = set(self.modules[module])
+        self._gather({i for i in needed if i not in self.available and i not in self.in_flight})
+        peak = 0
+        for weight in needed:
+            self.active.setdefault(weight, set()).add(module)
+            bucket = self.in_flight.get(weight)
+            if bucket is not None:
+                if not bucket.arrived:
+                    bucket.arrived = True
+                    self.available |= bucket.members
+                    peak = max(peak, self._live())
+                del self.in_flight[weight]
+        self._prefetch({i for i in needed if self.fetched_for.get(i, -1) < self.step})
+        self.step += 1
+        live = self._live()
+        staged, self.staged = self.staged, 0
+        return Moment(live, max(peak, live + staged))
+
+    def _prefetch(self, unexpected: set[int]) -> None:
+        while self.queue and unexpected:
+            step, weight = self.queue.pop()
+            self.fetched_for[weight] = step
+            unexpected.discard(weight)
+        room = min(self.limits.max_live_parameters - self.live_numel, self.limits.prefetch_bucket_size)
+        chosen: set[int] = set()
+        numel = 0
+        while self.queue and numel < room:
+            step, weight = self.queue.pop()
+            self.fetched_for[weight] = max(self.fetched_for.get(weight, -1), step)
+            if weight not in self.available and weight not in self.in_flight and weight not in chosen:
+                chosen.add(weight)
+                numel += self.weights[weight].numel
+        self._gather(chosen)
+
+    def _release(self, module: int) -> None:
+        for weight in self.modules[module]:
+            self.active.get(weight, set()).discard(module)
+            if weight in self.persistent or weight not in self.available or self.active.get(weight):
+                continue
+            steps = self.steps_of[weight]
+            following = bisect_left(steps, self.step)
+            used_soon = following < len(steps) and (
+                self.before[steps[following]] - self.before[self.step] < self.limits.max_reuse_distance
+            )
+            if self.step <= self.forward_steps:
+                used_soon &= steps[min(following, len(steps) - 1)] < self.forward_steps
+            elif self.fetched_for.get(weight, -1) > self.step:
+                continue
+            if not used_soon:
+                self.available.discard(weight)
+                self.live_numel -= self.weights[weight].numel
+
+
+def gathers(
+    weights: Sequence[Weight],
+    modules: Sequence[Sequence[int]],
+    uses: Sequence[Use],
+    group: int,
+    limits: Limits,
+    *,
+    stages: bool = False,
+) -> Gathered:
+    """Simulate a micro-batch on a rank of a group of ``group`` ranks.
+
+    ``modules``: the indices into ``weights`` that each module has of its own; ``uses``: a micro-batch's, in order.
+    ``stages``: the collective gathers into a tensor of its own first, as gloo's does (newLikeFlat in ProcessGroupGloo).
+    """
+    coordinator = _Coordinator(weights, modules, uses, group, limits, stages)
+    for use in uses:  # the first pass leaves behind what the second begins with
+        coordinator.use(use)
+    coordinator.begin()
+    coordinator.nbytes = 0
+    return Gathered([coordinator.use(use) for use in uses], coordinator.nbytes)

@@ -1,0 +1,298 @@
+"""``ptd plan``: what a run needs and where it fits, from its configuration alone. No weights and no data are read."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import re
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ptd.backbone import architecture_of, load_tokenizer
+from ptd.backbone.blank import blank_model
+from ptd.config import RunConfig
+from ptd.deepspeed_config import apply_deepspeed
+from ptd.engine.forward import Forward
+from ptd.engine.gathers import Limits
+from ptd.engine.placement import FRAGMENTATION, GIB, GPU_CONTEXT_BYTES, ITEMS, Estimate, Machine, Placement, estimate
+from ptd.engine.ranks import Ranks
+from ptd.engine.sample import rows_of, sample_batch
+from ptd.engine.setup import Prepared
+from ptd.engine.trace import Capability, Trace, split_encoder, trace_step, without_data
+from ptd.inject import Attachment, check_supported
+from ptd.methods import method
+from ptd.tasks import Task, make_task
+from ptd.train import build_step, build_trained, facts_of
+from ptd.types import Reporter, UserError
+
+GPU: Capability = (9, 0)
+"""The GPU that is planned for chooses its attention kernels as one of this compute capability (Hopper) does."""
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The run's own placement, all that were looked at (the cheapest a token first), and the one to take."""
+
+    own: Estimate
+    estimates: list[Estimate]
+    best: Estimate | None
+    reason: str
+    trace: Trace
+    machine: Machine
+    rows: int
+    accumulation: int
+    assumptions: list[str]
+    parameters: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; bytes and FLOPs as whole numbers."""
+        return {
+            "placement": self.own.placement.name,
+            "best": None if self.best is None else self.best.placement.name,
+            "reason": self.reason,
+            "ranks_per_node": self.machine.ranks_per_node,
+            "nodes": self.machine.nodes,
+            "memory_bytes_per_rank": self.machine.memory,
+            "usable_bytes_per_rank": self.machine.usable,
+            "micro_batch_rows": self.rows,
+            "micro_batch_tokens": self.trace.tokens,
+            "micro_batches_per_step": self.accumulation,
+            "backbone_parameters": self.parameters,
+            "trained_parameters": self.trace.trained_numel,
+            "prompt_numbers": self.trace.prompt_numel,
+            "flops_per_token": self.trace.flops // max(1, self.trace.tokens),
+            "placements": [_plain(each, own=each is self.own) for each in self.estimates],
+            "assumptions": self.assumptions,
+        }
+
+
+def _plain(each: Estimate, *, own: bool) -> dict[str, Any]:
+    return {
+        "name": each.placement.name,
+        "own": own,
+        "quantization": each.placement.quantization,
+        "sharding": each.placement.sharding,
+        "group_size": each.placement.group_size,
+        "offload": each.placement.offload,
+        "peak_bytes": each.peak,
+        "items": each.items,
+        "host_bytes": each.host_bytes,
+        "fits": each.fits,
+        "largest_micro_batch_rows": each.largest_rows,
+        "bytes_sent_inside_node_per_rank_and_step": each.sent_inside,
+        "bytes_sent_between_nodes_per_node_and_step": each.sent_between,
+        "estimated_seconds_per_token": each.seconds_per_token,
+    }
+
+
+def plan(
+    config: RunConfig,
+    *,
+    gpus: int = 1,
+    nodes: int = 1,
+    memory: str = "80GiB",
+    device: str = "cuda",
+    supervised: float = 1.0,
+    alternatives: bool = True,
+    reporter: Reporter | None = None,
+) -> Plan:
+    """Trace one step of ``config`` and place its weights on ``nodes`` of ``gpus`` ranks each.
+
+    ``memory``: of each GPU (a rank on a CPU), such as ``80GiB``; ``supervised``: share of a text's tokens with loss;
+    without ``alternatives`` only the run's own placement is looked at. Raises `UserError`.
+    """
+    reporter = reporter or Reporter()
+    config, zero3 = apply_deepspeed(config)
+    machine = Machine(gpus, nodes, parse_size(memory, "--gpu-memory"), is_gpu=device == "cuda")
+    capability = GPU if machine.is_gpu else None
+    own = _own_placement(config, machine)
+    candidates = _candidates(own, machine) if alternatives else [own]
+    limits, rows, accumulation = Limits.read(zero3), rows_of(config), config.train.gradient_accumulation_steps
+    traces: dict[str, Trace] = {}
+    for placement in [own, *candidates]:
+        if placement.quantization not in traces:
+            reporter.note(f"tracing a step with quantization: {placement.quantization}")
+            traces[placement.quantization] = trace_run(
+                config, placement.quantization, capability=capability, local_ranks=gpus, supervised=supervised
+            )
+
+    def judged(placement: Placement) -> Estimate:
+        return estimate(
+            traces[placement.quantization], placement, machine, rows=rows, accumulation=accumulation, limits=limits
+        )
+
+    of_run = judged(own)
+    estimates = sorted(
+        [of_run, *(judged(placement) for placement in candidates if placement != own)],
+        key=lambda each: each.seconds_per_token,
+    )
+    best, reason = recommend(estimates, config)
+    trace = traces[own.quantization]
+    # What bitsandbytes packs into bytes is counted where it is not packed.
+    whole = traces.get("none") or trace
+    parameters = sum(weight.numel for weight in whole.weights)
+    assumed = _assumptions(config, machine, limits, supervised)
+    return Plan(of_run, estimates, best, reason, trace, machine, rows, accumulation, assumed, parameters)
+
+
+def trace_run(
+    config: RunConfig, quantization: str = "none", *, capability: Capability, local_ranks: int, supervised: float = 1.0
+) -> Trace:
+    """One step of one micro-batch of the run, with the backbone in these bits. Raises `UserError`."""
+    changed = {"quantization": quantization}
+    if config.backbone.attention not in ("auto", "merge", "reference"):
+        changed["attention"] = "merge"
+    config = config.model_copy(update={"backbone": config.backbone.model_copy(update=changed)})
+    config = config.model_copy(update={"task": _with_labels(config)})
+    task: Task = make_task(config.task, config.data, architecture_of(config.backbone))
+    no_rows: Any = None  # labels are given, so fitting looks at none
+    task = task.fit(no_rows, "the plan")
+    chosen, facts = method(config.method_name), facts_of(config, task)
+    chosen.check(config.method_config(), facts)
+    tokenizer = _tokenizer(config, needed=facts.cloze)
+    ranks = Ranks(0, 1, 1, torch.device("cpu"))
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), without_data(capability) as seen:
+        warnings.simplefilter("ignore")  # of initialisers that look at what they have made
+        model = blank_model(config.backbone, task.output, check=check_supported)
+        attachment = Attachment(model, backend=config.backbone.attention)
+        prepared = Prepared(model, attachment, Forward(model, attachment, ranks.device), "")
+        trained = build_trained(config, prepared, task, tokenizer, ranks.device)
+        split_encoder(trained.encoder, local_ranks)
+        step = build_step(config, trained, ranks, model.dtype)
+        packed = config.data.packing and attachment.packable
+        batch = sample_batch(config, task, trained.readout, rows_of(config), packed=packed, supervised=supervised)
+        return trace_step(
+            prepared, step, batch, seen, vocab_size=prepared.shape.vocab_size, on_gpu=capability is not None
+        )
+
+
+def _with_labels(config: RunConfig) -> Any:
+    """The task with label names, which a run may learn from its data: two, where none are given."""
+    task = config.task
+    if task.kind not in ("classification", "token_classification"):
+        return task
+    labels = task.labels or list(task.verbalizer or {"0": [], "1": []})
+    weights = dict.fromkeys(labels, 1.0) if task.class_weights == "balanced" else task.class_weights
+    return task.model_copy(update={"labels": labels, "class_weights": weights})
+
+
+def _tokenizer(config: RunConfig, *, needed: bool) -> Any:
+    """The backbone's, if there is one or it is ``needed``: a folder with nothing but a config will do for most runs."""
+    try:
+        return load_tokenizer(config.backbone)
+    except UserError:
+        if needed:
+            raise
+        return None
+
+
+def _own_placement(config: RunConfig, machine: Machine) -> Placement:
+    backbone = config.backbone
+    sharding, offload = backbone.sharding, backbone.offload
+    size = {"none": 1, "world": machine.world_size, "node": backbone.sharding_group_size or machine.ranks_per_node}
+    if machine.world_size % size[sharding]:
+        raise UserError(
+            f"backbone.sharding_group_size: {size[sharding]} ranks do not divide the {machine.world_size} of "
+            f"--gpus {machine.ranks_per_node} --nodes {machine.nodes}; choose a divisor"
+        )
+    return Placement(backbone.quantization, sharding, offload, size[sharding])
+
+
+def _candidates(own: Placement, machine: Machine) -> list[Placement]:
+    """All worth looking at on this machine."""
+    found = [Placement()]
+    local, world = machine.ranks_per_node, machine.world_size
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        found += [Placement("int8"), Placement("nf4")]
+        found += [Placement("nf4", "node", group_size=local)] if local > 1 else []
+    if local > 1:
+        found.append(Placement(sharding="node", group_size=local))
+    if machine.nodes > 1:
+        found.append(Placement(sharding="world", group_size=world))
+    if machine.is_gpu:
+        found.append(Placement(sharding="node", offload="cpu", group_size=local))
+        if machine.nodes > 1:
+            found.append(Placement(sharding="world", offload="cpu", group_size=world))
+    same = {(each.quantization, each.group_size, each.offload) for each in [own]}
+    return [each for each in found if (each.quantization, each.group_size, each.offload) not in same]
+
+
+def recommend(estimates: list[Estimate], config: RunConfig) -> tuple[Estimate | None, str]:
+    """The cheapest a token that fits, and why in a sentence; else what would fit with fewer rows, or nothing."""
+    whole = next((each for each in estimates if each.placement == Placement()), None)
+    without = "" if whole is None else f"; whole on every rank they need {_gib(whole.peak)}"
+    fitting = [each for each in estimates if each.fits]
+    if not fitting:
+        hint = "" if config.backbone.gradient_checkpointing else "set backbone.gradient_checkpointing: true, or "
+        smaller = [each for each in estimates if each.largest_rows >= 1]
+        least = min(estimates, key=lambda each: each.peak)
+        if not smaller:
+            return None, (
+                f"nothing fits: {least.placement.name} needs least, {_gib(least.peak)} a rank; {hint}take more or "
+                "larger GPUs, or lower data.max_length"
+            )
+        return smaller[0], (
+            f"no placement fits {rows_of(config)} rows a micro-batch; {smaller[0].placement.name} is the cheapest that "
+            f"fits with fewer ({smaller[0].largest_rows}): {hint}lower train.per_device_train_batch_size and raise "
+            "gradient_accumulation_steps"
+        )
+    best = fitting[0]
+    placement = best.placement
+    sent = best.sent_for_weights
+    if placement.offload != "none":
+        why = "no copy of the weights fits the GPUs, so they live in host memory and come over when they are used"
+    elif placement.sharding == "world" and sent["between"]:
+        why = f"only one copy over all nodes fits; gathering it, a node sends {_gib(sent['between'])} a step"
+    elif placement.group_size > 1:
+        why = f"one copy over {placement.group_size} ranks fits, and no weights leave the node{without}"
+    elif placement.quantization != "none":
+        why = f"the weights fit on every rank in this form, so only the prompt travels{without}"
+    else:
+        why = "the weights fit whole on every rank, so only the prompt travels and nothing is gathered or unpacked"
+    return best, f"{placement.name}: of what fits the cheapest a token; {why}"
+
+
+def _assumptions(config: RunConfig, machine: Machine, limits: Limits, supervised: float) -> list[str]:
+    found = [
+        f"every row has data.max_length = {config.data.max_length} tokens, and {supervised:.0%} of a text's tokens "
+        "carry loss",
+        "a token costs the FLOPs of forward and backward pass, recomputation included; a multiplication and an "
+        "addition are two, attention counts hidden pairs too",
+    ]
+    if machine.is_gpu:
+        found.append(
+            f"attention runs as on a GPU of compute capability {'.'.join(map(str, GPU or ()))}; of its memory "
+            f"{GPU_CONTEXT_BYTES / GIB:g} GiB is for the CUDA context and {FRAGMENTATION:.0%} of the "
+            "peak for fragmentation"
+        )
+    found.append(
+        f"DeepSpeed keeps weights that are used again within {limits.max_reuse_distance:.0e} numbers whole, and those "
+        f"of up to {limits.param_persistence_threshold:.0e} numbers always"
+    )
+    return found
+
+
+def parse_size(text: str, what: str) -> int:
+    """``80GiB``, ``24 GB`` or plain bytes; raises `UserError` that names ``what``."""
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
+    unit = match[2].upper() if match else None
+    try:
+        size = int(float(match[1]) * _UNITS[unit]) if match and unit is not None else 0
+    except (KeyError, ValueError):
+        size = 0
+    if size < 1:
+        raise UserError(f"{what}: got {text!r}; write a size such as 80GiB or 24GB")
+    return size
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+__all__ = ["ITEMS", "Plan", "parse_size", "plan", "recommend", "trace_run"]

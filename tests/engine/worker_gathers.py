@@ -1,0 +1,42 @@
+"""Four steps of a ZeRO-3 run on ranks that torchrun started: what DeepSpeed keeps, and what it sends in the fourth.
+
+    torchrun … worker_gathers.py RUN.json
+
+Rank 0 prints a JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from ptd.backbone import architecture_of
+from ptd.config import parse_config
+from ptd.deepspeed_config import apply_deepspeed
+from ptd.engine.meter import NetworkMeter, metered_deepspeed
+from ptd.engine.ranks import Ranks
+from ptd.engine.sample import rows_of, sample_batch
+from ptd.engine.setup import prepare
+from ptd.readouts.language_model import LanguageModel
+from ptd.tasks import make_task
+from ptd.train import build_trained
+
+config, zero3 = apply_deepspeed(parse_config(json.loads(Path(sys.argv[1]).read_text())))
+ranks = Ranks.start(needs_group=True)
+task = make_task(config.task, config.data, architecture_of(config.backbone))
+prepared = prepare(config.backbone, ranks, zero3, output=task.output)
+trained = build_trained(config, prepared, task, None, ranks.device)
+batch = sample_batch(config, task, LanguageModel(), rows_of(config), packed=True)
+parameters = list(prepared.model.parameters())
+meter = NetworkMeter(ranks)
+for _ in range(4):
+    meter.take()
+    prepared.attachment.set(trained.encoder.state(trained.encoder()))
+    with metered_deepspeed(meter):
+        LanguageModel()(prepared.run, batch).loss.backward()
+shards = sum(p.ds_tensor.numel() for p in parameters)
+if ranks.is_main:
+    sent = sum(size for (_, source, _), size in meter.take().items() if source == "backbone")
+    print(json.dumps({"shards": shards, "sent": sent}))
+ranks.stop()
