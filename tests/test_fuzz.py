@@ -371,7 +371,7 @@ def read_data(folder: Path, suffix: str, content: bytes, kinds: Any) -> None:
         path.unlink()
 
 
-@budget(60)
+@budget(150)
 @given(file=rows_files(), kind=st.sampled_from(sorted(KINDS)))
 def test_data_files(cache: Path, file: tuple[str, bytes], kind: str) -> None:
     read_data(cache, *file, [kind])
