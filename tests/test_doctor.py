@@ -94,7 +94,7 @@ def test_a_run_that_can_start(tmp_path: Path, backbone_dir: Path) -> None:
 BROKEN: dict[str, tuple[dict[str, Any], str, str]] = {
     "unknown key": ({"train": {"max_step": 1}}, "run file", "did you mean train.max_steps"),
     "no backbone": ({"backbone": {"path": "./nowhere"}}, "backbone", "there is no model folder ./nowhere"),
-    "output is a device": ({"output_dir": "/proc/none"}, "output folder", "nothing can be written to /proc"),
+    "output is a device": ({"output_dir": "/proc/none"}, "output folder", "cannot write to /proc"),
 }
 
 

@@ -130,7 +130,7 @@ def check_writable(folder: Path, key: str) -> Path:
             file.write(b"\0" * 4096)
     except OSError as error:
         raise UserError(
-            f"{key}: nothing can be written to {place} ({error.strerror}); give a folder that you may write to, on a "
+            f"{key}: cannot write to {place} ({error.strerror}); give a folder that you may write to, on a "
             "disk with space that is not mounted read-only"
         ) from error
     return place

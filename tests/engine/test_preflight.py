@@ -55,7 +55,7 @@ def test_output_that_is_a_file_or_below_one(tmp_path: Path) -> None:
 
 def test_output_where_nothing_can_be_written() -> None:
     """/proc takes no files, whoever asks."""
-    with pytest.raises(UserError, match=r"output_dir: nothing can be written to /proc \(.*\); give a folder"):
+    with pytest.raises(UserError, match=r"output_dir: cannot write to /proc \(.*\); give a folder"):
         check_writable(Path("/proc/none"), "output_dir")
 
 
