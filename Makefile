@@ -1,6 +1,7 @@
 # make demo   tune the shipped backbone on two ranks, before and after (minutes, two CPU cores or GPUs)
 # make test   all tests
 # make check  style, types, formatting
+# make fuzz   run files, data files and adapters of anything, for minutes
 # make gpu    the attention kernels' tests and benchmark on one NVIDIA GPU
 # Each makes .venv and installs what it needs first. PYTHON=… chooses the interpreter (3.10 or newer).
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check gpu
+.PHONY: demo test check fuzz gpu
 demo: $(INSTALLED)
 	$(BIN)/ptd quickstart --output quickstart --overwrite
 
@@ -19,6 +20,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: $(INSTALLED)
+	PTD_FUZZ=1 $(BIN)/python -m pytest tests/test_fuzz.py
 
 gpu: $(INSTALLED)
 	CUBLAS_WORKSPACE_CONFIG=:4096:8 PTD_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/ptd_kernels

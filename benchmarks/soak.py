@@ -53,6 +53,7 @@ ROOT = Path(__file__).parents[1]
 RANKS, SAVE_STEPS, EVAL_STEPS = 2, 3, 25
 IN_START = 1 / 8
 TIMING = {"tokens_per_second", "step_seconds", "peak_memory_bytes"}
+TIMING |= {"slowest_rank", "slowest_rank_seconds", "mean_rank_seconds"}
 """Fields of a record that no two runs share."""
 
 
@@ -92,7 +93,8 @@ def begin(run_file: Path, output: Path, logs: Path) -> Job:
     """Start ``ptd train`` on all ranks."""
 
     def work(rank: int) -> None:
-        sys.argv = ["ptd", "train", str(run_file), f"output_dir={output}"]
+        # So often is a run only killed here: it would wait for a person.
+        sys.argv = ["ptd", "train", "--retry", str(run_file), f"output_dir={output}"]
         ptd_main()
 
     return start(RANKS, work, logs)
@@ -185,11 +187,13 @@ def soak(run_file: Path, folder: Path, kills: int, steps: int, seed: int) -> dic
 
 def differences(whole: Path, soaked: Path) -> list[str]:
     """In what the two runs differ; timing aside."""
-    sides = []
-    for folder in (whole, soaked):
-        kept = [{key: value for key, value in record.items() if key not in TIMING} for record in read_records(folder)]
-        sides.append(kept)
-    found = [f"record {a} != {b}" for a, b in zip(*sides, strict=False) if a != b]
+    sides = [read_records(folder) for folder in (whole, soaked)]
+    found = [
+        f"step {one['step']}, {key}: {one.get(key)} left alone, {other.get(key)} killed"
+        for one, other in zip(*sides, strict=False)
+        for key in sorted((one.keys() | other.keys()) - TIMING)
+        if one.get(key) != other.get(key)
+    ]
     if len(sides[0]) != len(sides[1]):
         found.append(f"{len(sides[0])} records left alone, {len(sides[1])} killed")
     for name in ("adapter", "best"):
@@ -242,7 +246,7 @@ def main() -> None:
         found.append(f"the run ended after {result['kills']} kills")
     if result["kills_seen"].get("checkpoints passed over"):
         found.append("a checkpoint was damaged by a kill")
-    result = {**result, "differences": found, **evidence()}
+    result = {**result, "differences": len(found), "first_differences": found[:20], **evidence()}
     print(json.dumps(result, indent=2))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

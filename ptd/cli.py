@@ -13,7 +13,7 @@ import typer
 
 from ptd import cli_launch
 from ptd.exit_codes import INTERRUPTED
-from ptd.types import Preempted, UserError
+from ptd.types import Preempted, RankError, UserError
 
 app = typer.Typer(
     name="ptd",
@@ -257,15 +257,35 @@ def import_(
 
 @app.command()
 def doctor(
+    run: Annotated[
+        Path | None, typer.Argument(help="A run file (YAML): also check what it asks for.", metavar="[RUN.yaml]")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, e.g. output_dir=out.", metavar="[KEY=VALUE]...")
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="Of the backbone: float32, bfloat16, float16; auto: as the device has.")
     ] = "auto",
     head_dim: Annotated[int, typer.Option(min=1, max=256, help="Size of an attention head.")] = 128,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """What this machine has, and which attention backend it would use for which batches, and why; as JSON."""
-    from ptd.doctor import examine
+    """Whether runs can work here, and which attention backend would be used for which batches, and why.
 
-    _print_json(examine(dtype=dtype, head_dim=head_dim))
+    Exit code 1 if a check failed.
+    """
+    from ptd.doctor import check_machine, check_run, examine
+
+    found = examine(dtype=dtype, head_dim=head_dim)
+    _quiet()
+    checks = [*check_machine(), *(check_run(run, overrides or []) if run is not None else ())]
+    if as_json:
+        _print_json({**found, "checks": [vars(check) for check in checks]})
+    else:
+        from ptd.console import print_checks
+
+        print_checks(checks, found["attention"])
+    if any(check.status == "failed" for check in checks):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -340,7 +360,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        if _is_main():
+        if _is_main() or isinstance(error, RankError):
             print(f"ptd: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except Preempted as stopped:

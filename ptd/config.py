@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -335,8 +336,28 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     return parse_config(raw, source=str(path))
 
 
+LARGEST, DEEPEST = 100_000, 50
+"""Values of a run file, and how deep they may lie in each other: far more than any run has."""
+
+
+def _check_size(raw: Any, source: str) -> None:
+    """Refuse (`UserError`) what would take for ever to read: YAML's aliases can say a lot in a line, and themselves."""
+    rest, seen = [(raw, 0)], 0
+    while rest:
+        value, depth = rest.pop()
+        inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+        rest += [(each, depth + 1) for each in inner]
+        seen += 1
+        if seen + len(rest) > LARGEST or depth > DEEPEST:
+            raise UserError(
+                f"{source}: has more than {LARGEST:,} values, or values more than {DEEPEST} levels deep, counting what "
+                "aliases repeat; no run needs that: write it plainly"
+            )
+
+
 def parse_config(raw: dict[str, Any], *, source: str = "the configuration") -> RunConfig:
     """Validate a plain mapping into a `RunConfig`; raises `UserError`."""
+    _check_size(raw, source)
     try:
         config = RunConfig.model_validate(_repair_scientific(raw))
     except ValidationError as error:
@@ -455,11 +476,19 @@ def _repair_scientific(value: Any) -> Any:
     """YAML 1.1 reads ``1e-2`` (no dot) as a string; people mean the number."""
     if isinstance(value, dict):
         return {key: _repair_scientific(item) for key, item in value.items()}
-    if isinstance(value, str):
-        mantissa, sign, exponent = value.lower().partition("e")
-        if sign and mantissa.lstrip("+-").isdigit() and exponent.lstrip("+-").isdigit():
-            return float(value)
-    return value
+    return float(value) if isinstance(value, str) and _SCIENTIFIC.fullmatch(value) else value
+
+
+_SCIENTIFIC = re.compile(r"[+-]?[0-9]+e[+-]?[0-9]+", re.IGNORECASE)
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: the beginning of it, whatever it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # a number of more than 4300 digits
+        text = f"{type(value).__name__} with a very long number"
+    return text if len(text) <= 200 else f"{text[:199]}…"
 
 
 def _explain(error: ValidationError, model: type[BaseModel] | None, prefix: str = "") -> list[str]:
@@ -475,7 +504,7 @@ def _explain(error: ValidationError, model: type[BaseModel] | None, prefix: str 
         elif item["type"] == "value_error":
             lines.append(f"{dotted}: {item['ctx']['error']}" if dotted else str(item["ctx"]["error"]))
         else:
-            lines.append(f"{dotted}: got {item['input']!r}; {item['msg'][0].lower()}{item['msg'][1:]}")
+            lines.append(f"{dotted}: got {_shown(item['input'])}; {item['msg'][0].lower()}{item['msg'][1:]}")
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from ptd.types import Reporter
 
@@ -77,6 +79,26 @@ class BarReporter(Reporter):
         self._progress.remove_task(self._tasks.pop(task))
         if not self._tasks:
             self._progress.stop()
+
+
+COLOURS = {"ok": "green", "warning": "yellow", "failed": "bold red"}
+
+
+def print_checks(checks: Sequence[Any], attention: dict[str, Any]) -> None:
+    """A table of checks (``name``, ``status``, ``found``, ``advice``), and one of what attention would run on."""
+    console = Console(highlight=False)
+    table = Table("check", "", "found", box=None, pad_edge=False, show_header=False)
+    for check in checks:
+        found = Text(check.found + (f"\n{check.advice}" if check.advice else ""))
+        table.add_row(check.name, Text(check.status, COLOURS[check.status]), found)
+    console.print(table)
+    console.print(f"\nattention with a prefix, {attention['dtype']}, heads of {attention['head_dim']}:")
+    for batch, backends in attention["backends"].items():
+        table = Table("backend", "reason", box=None, pad_edge=False, show_header=False)
+        for backend, reason in backends.items():
+            table.add_row(Text(f"  {backend}"), Text(reason))
+        console.print(Text(f"\n{batch}"))
+        console.print(table)
 
 
 def print_plan(found: dict[str, Any]) -> None:

@@ -1,14 +1,43 @@
-"""``ptd doctor``: what this machine has, and how attention with a prefix would run on it."""
+"""``ptd doctor``: what this machine has, how attention with a prefix would run on it, and whether a run could start."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import importlib.metadata
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from packaging.requirements import Requirement
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ptd.inject import explain_attention
+from ptd.backbone import TextConditioner, architecture_of, load_tokenizer
+from ptd.backbone.blank import blank_model
+from ptd.checkpoint.run_folder import open_run
+from ptd.config import RunConfig, load_config
+from ptd.deepspeed_config import apply_deepspeed
+from ptd.engine.preflight import bytes_to_write, check_space, check_writable
+from ptd.engine.trial import sum_here
+from ptd.inject import Attachment, explain_attention
+from ptd.methods import method
+from ptd.tasks import Task, make_task
+from ptd.train import facts_of
 from ptd.types import DTYPES, UserError
 from ptd.versions import versions
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table: what was found, and if that is no good, what to do."""
+
+    name: str
+    status: Literal["ok", "warning", "failed"]
+    found: str
+    advice: str = ""
 
 
 def examine(*, dtype: str = "auto", head_dim: int = 128) -> dict[str, Any]:
@@ -35,3 +64,136 @@ def examine(*, dtype: str = "auto", head_dim: int = 128) -> dict[str, Any]:
 def _gpu(index: int) -> str:
     found = torch.cuda.get_device_properties(index)
     return f"{found.name}, {found.total_memory / 2**30:.0f} GiB, sm_{found.major}{found.minor}"
+
+
+def check_machine() -> Iterator[Check]:
+    """What holds for any run on this machine."""
+    yield _packages()
+    yield _gpus()
+    yield _checked("collectives", sum_here)
+
+
+def check_run(run: Path, overrides: list[str]) -> Iterator[Check]:
+    """What holds for this run on this machine. What cannot be looked at, because of what failed before, is left out."""
+    config: RunConfig | None = None
+
+    def read() -> str:
+        nonlocal config
+        config, zero3 = apply_deepspeed(load_config(run, overrides))
+        return f"{run}: method {config.method_name}" + (" with sharded weights" if zero3 is not None else "")
+
+    yield _checked("run file", read)
+    if config is None:
+        return
+    yield from _trust(config)
+    output = _checked("output folder", lambda: f"{check_writable(config.output_dir, 'output_dir')} can be written to")
+    yield output
+    yield _checked("run folder", lambda: _folder(config))
+    if config.backbone.offload_folder is not None:
+        folder, key = Path(config.backbone.offload_folder), "backbone.offload_folder"
+        yield _checked("offload folder", lambda: f"{check_writable(folder, key)} can be written to")
+    backbone = _checked("backbone", lambda: f"{config.backbone.path}, {architecture_of(config.backbone)}")
+    yield backbone
+    if "failed" not in (output.status, backbone.status):
+        yield _checked("disk space", lambda: _space(config))
+
+
+def _checked(name: str, check: Callable[[], str]) -> Check:
+    try:
+        return Check(name, "ok", check())
+    except UserError as error:
+        found, _, advice = str(error).partition("; ")
+        return Check(name, "failed", found, advice)
+
+
+def _packages() -> Check:
+    try:
+        wanted = [Requirement(line) for line in importlib.metadata.requires("ptd") or []]
+    except importlib.metadata.PackageNotFoundError:
+        return Check("packages", "warning", "ptd runs from a folder, not installed", "pip install -e . checks them")
+    wrong = []
+    for requirement in wanted:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(f"{requirement} is missing")
+            continue
+        if not requirement.specifier.contains(found, prereleases=True):
+            wrong.append(f"{requirement} is {found}")
+    if wrong:
+        return Check("packages", "failed", ", ".join(wrong), "pip install them as they are asked for")
+    return Check("packages", "ok", ", ".join(f"{name} {version}" for name, version in versions().items()))
+
+
+def _gpus() -> Check:
+    built_in = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if built_in and not seen and visible != "":
+        cause = (
+            f"torch {torch.__version__} is built without CUDA" if torch.version.cuda is None else "the driver's side"
+        )
+        advice = f"{cause}; compare nvidia-smi with python -c 'import torch; torch.cuda.init()'"
+        return Check("GPUs", "failed", f"this machine has {built_in}, torch sees none", advice)
+    if not seen:
+        return Check(
+            "GPUs", "warning", "none; runs use the CPU" + (" (CUDA_VISIBLE_DEVICES hides them)" * bool(built_in))
+        )
+    return Check("GPUs", "ok", "; ".join(_gpu(index) for index in range(seen)))
+
+
+def _trust(config: RunConfig) -> Iterator[Check]:
+    risks = {
+        "trust_remote_code": "code that comes with the checkpoint runs as you",
+        "allow_pickle": "weights in .bin files are unpickled, as tensors only",
+    }
+    for key, what in risks.items():
+        if getattr(config.backbone, key):
+            yield Check("trust", "warning", f"backbone.{key}: {what}", "remove it unless you trust who made them")
+
+
+def _folder(config: RunConfig) -> str:
+    folder = open_run(config, overwrite=False)
+    return f"{folder.path}: " + ("; ".join(folder.notes) or "a new run")
+
+
+def _space(config: RunConfig) -> str:
+    trained, adapter = trained_numbers(config)
+    return check_space(config.output_dir, bytes_to_write(trained, adapter, config.train.save_total_limit))
+
+
+def trained_numbers(config: RunConfig) -> tuple[int, int]:
+    """How many numbers the run trains, and how many of them and of the prompt its adapter keeps; nothing is loaded.
+
+    A head whose labels the run learns from its data counts for two labels. Raises `UserError`.
+    """
+    task = _with_labels(config)
+    chosen, settings = method(config.method_name), config.method_config()
+    if getattr(settings, "init", None) not in (None, "random"):  # what it starts from does not change its size
+        settings = dataclasses.replace(settings, init="random", init_text=None, init_text_file=None)
+    tokenizer = load_tokenizer(config.backbone)
+    with _without_data():
+        model = blank_model(config.backbone, task.output)
+        shape = Attachment(model).shape
+        encoder = chosen.build(
+            settings, shape, TextConditioner(model, tokenizer, model.device), facts_of(config, task), seed=0
+        )
+        readout = task.readout(tokenizer, shape.hidden_size, chosen.head(settings))
+        heads = sum(parameter.numel() for parameter in readout.parameters())
+        trained = heads + sum(parameter.numel() for parameter in encoder.parameters() if parameter.requires_grad)
+        return trained, heads + encoder().numel()
+
+
+def _with_labels(config: RunConfig) -> Task:
+    task = config.task
+    if task.kind in ("classification", "token_classification") and not (task.labels or task.verbalizer):
+        task = task.model_copy(update={"labels": ["0", "1"], "class_weights": None})
+    return make_task(task, config.data, architecture_of(config.backbone))
+
+
+@contextmanager
+def _without_data() -> Iterator[None]:
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        yield

@@ -13,16 +13,25 @@ from transformers import GenerationConfig
 
 from ptd.backbone import architecture_of, load_tokenizer
 from ptd.checkpoint import Adapter, load_adapter
-from ptd.config import BackboneConfig, backbone_config, data_config, task_config
+from ptd.config import (
+    BackboneConfig,
+    DataConfig,
+    TaskConfig,
+    TaskKind,
+    backbone_config,
+    data_config,
+    parse_method,
+    task_config,
+)
 from ptd.deepspeed_config import zero3_config
 from ptd.engine.evaluation import in_order
 from ptd.engine.ranks import Ranks
 from ptd.engine.setup import Prepared, prepare
-from ptd.methods import method_head
+from ptd.methods import method
 from ptd.readouts import Readout
 from ptd.tasks import Task, make_task
 from ptd.tasks.seq2seq_lm import target_language
-from ptd.types import Architecture, Reporter, UserError
+from ptd.types import Architecture, HeadSettings, Reporter, UserError
 
 Settings = Mapping[str, dict[str, Any]]
 """Changes to the run's sections ``backbone`` and ``data``, by section and key."""
@@ -95,19 +104,17 @@ def load_tuned(adapter: str | None, backbone: str | None, ranks: Ranks, *, setti
         raise UserError(f"settings: there is no section {unknown[0]!r} to change; there are backbone and data")
     found = load_adapter(adapter) if adapter is not None else None
     config = backbone_of(found, backbone, settings.get("backbone"))
-    facts = found.facts if found is not None else {}
     architecture = architecture_of(config)
-    described = facts.get("task") or {"kind": _text_task(architecture, config.path)}
-    described_task = task_config(described)
-    data = data_config({**facts.get("data", {}), **settings.get("data", {})})
+    task_section, data, head = sections_of(found, settings.get("data", {}))
+    task_section = task_section or TaskConfig(kind=_text_task(architecture, config.path))
     try:
-        data.check_task(described_task.kind)
+        data.check_task(task_section.kind)
     except ValueError as error:
         raise UserError(str(error)) from error
-    task = make_task(described_task, data, architecture)
+    task = make_task(task_section, data, architecture)
     tokenizer = load_tokenizer(config)
     prepared = prepare(config, ranks, zero3_config(config), output=task.output)
-    readout = task.readout(tokenizer, prepared.shape.hidden_size, method_head(facts.get("method", {})))
+    readout = task.readout(tokenizer, prepared.shape.hidden_size, head)
     if found is not None:
         found.check_fits(prepared.shape, prepared.fingerprint, path=config.path)
         prepared.attachment.set(found.layout.state(found.flat.to(ranks.device)))
@@ -115,7 +122,21 @@ def load_tuned(adapter: str | None, backbone: str | None, ranks: Ranks, *, setti
     return Tuned(prepared, tokenizer, found, task, readout.to(ranks.device))
 
 
-def _text_task(architecture: Architecture, path: str) -> str:
+def sections_of(adapter: Adapter | None, changes: dict[str, Any]) -> tuple[TaskConfig | None, DataConfig, HeadSettings]:
+    """What the adapter records of its run: the task (None: nothing), the data section with ``changes``, and the head.
+
+    Raises `UserError` for what is not valid, whoever wrote it.
+    """
+    facts = adapter.facts if adapter is not None else {}
+    task, trained = facts.get("task"), facts.get("method")
+    head = HeadSettings()
+    if trained:
+        parsed = parse_method(trained)
+        head = method(trained["name"]).head(parsed)
+    return task_config(task) if task else None, data_config({**facts.get("data", {}), **changes}), head
+
+
+def _text_task(architecture: Architecture, path: str) -> TaskKind:
     if architecture == "encoder":
         raise UserError(f"the backbone {path} is an encoder, which has no task of its own; give --adapter")
     return "causal_lm" if architecture == "decoder" else "seq2seq_lm"

@@ -26,6 +26,7 @@ from ptd.engine.loop import Loop, Stopped, peak_memory_bytes
 from ptd.engine.loss_scale import LossScale
 from ptd.engine.meter import NetworkMeter, metered_deepspeed
 from ptd.engine.preemption import StopRequest
+from ptd.engine.preflight import bytes_to_write, check_run, check_space
 from ptd.engine.prompt_step import PromptStep, Trained, build_optimizer
 from ptd.engine.ranks import Ranks
 from ptd.engine.records import METRICS, Records, plot_loss, read_records
@@ -63,6 +64,7 @@ def train(
     check_batch_size(config, ranks.world_size)
     reporter = reporter if reporter is not None and ranks.is_main else Reporter()
     try:
+        check_run(config, ranks)
         folder = ranks.on_main(lambda: open_run(config, overwrite=overwrite, retry=retry))
         return _train(config, zero3, ranks, folder, reporter, request or StopRequest())
     finally:
@@ -104,6 +106,9 @@ def _train(
         reporter.note(f"method {config.method_name} trains nothing: the backbone is evaluated as it is")
         total = 0
 
+    with torch.no_grad():
+        needed = bytes_to_write(trained.count(), step.flat().numel(), settings.save_total_limit)
+    ranks.on_main(lambda: check_space(config.output_dir, needed))
     artifacts = Artifacts(config, folder, prepared, task, step, ranks, settings, train_rows.digest())
     start = artifacts.resume()
     records = artifacts.begin(start)

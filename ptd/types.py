@@ -43,6 +43,10 @@ class Preempted(Exception):
     exit_code = REQUEUE
 
 
+class RankError(UserError):
+    """A `UserError` that the other ranks may not know of: each rank that raises it prints it."""
+
+
 Architecture = Literal["decoder", "encoder", "encoder-decoder"]
 """What kind of transformer a backbone is."""
 

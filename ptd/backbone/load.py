@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -189,7 +188,7 @@ class readable:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)):
+        if isinstance(error, Exception) and not isinstance(error, UserError):  # transformers raises what it likes
             reason = str(error).strip().split("\n")[0]
             advice = "Give a folder that save_pretrained wrote, or the id of a model on the hub that can be reached."
             if "safetensors" in reason and any(Path(self.path).expanduser().glob("*.bin")):

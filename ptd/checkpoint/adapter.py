@@ -20,19 +20,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ptd.checkpoint import peft_format
 from ptd.checkpoint.files import sync, write_json
-from ptd.checkpoint.layouts import Layout, misfit, read_layout, write_layout
+from ptd.checkpoint.layouts import Layout, misfit, read_layout, whole, write_layout
 from ptd.types import BackboneShape, EmptyLayout, PromptState, UserError, same_backbone
 
 CONFIG, WEIGHTS, HEAD, EXTRA = "adapter_config.json", "adapter_model.safetensors", "head.safetensors", "ptd.json"
 KEY = "prompt_embeddings"
 OWN_KEYS = ("backbone", "revision", "peft_type", "task_type", "prompt", "head")
 """Keys of ptd.json beside the facts."""
+SECTIONS = ("backbone_config", "method", "task", "data")
+"""Facts that are sections of the run's configuration."""
+
+
+KINDS = ("F64", "F32", "F16", "BF16")
+"""safetensors' names of the dtypes a prompt or head may have; it is used in fp32."""
+
+LARGEST_DESCRIPTION = 16 << 20
+"""Bytes of a JSON file beside the tensors. Patterns, label names and layers take kilobytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,18 +136,21 @@ def load_adapter(path: str | Path) -> Adapter:
     try:
         layout, virtual = read_layout(found["prompt"]) if ours else peft_format.read_config(found)
         rows = virtual if ours else peft_format.stored_rows(found)
-        shapes = {name: tuple(map(int, shape)) for name, shape in found["head"].items()} if ours else {}
+        shapes = {name: tuple(map(whole, shape)) for name, shape in found["head"].items()} if ours else {}
         backbone = _name(found, "backbone" if ours else "base_model_name_or_path") or ""
         revision, task_type, peft_type = (_name(found, key) for key in ("revision", "task_type", "peft_type"))
+        facts = _facts(found) if ours else {}
     except UserError as error:
         raise UserError(f"--adapter: {folder} cannot be used: {error}") from None
     except (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
         raise UserError(f"--adapter: the configuration in {folder} is incomplete or damaged: {error!r}") from error
-    flat = torch.empty(0, 0) if isinstance(layout, EmptyLayout) else _read_prompt(folder / WEIGHTS, rows, layout.width)
+    owner = EXTRA if ours else CONFIG
+    flat = torch.empty(0, 0)
+    if not isinstance(layout, EmptyLayout):
+        flat = _read_tensors(folder / WEIGHTS, {KEY: (rows, layout.width)}, owner=owner)[KEY]
     # A copy, so that the unused half of what PEFT stores for an encoder-decoder is not kept in memory.
     flat = flat if rows == virtual else flat[:virtual].clone()
-    head = _read_head(folder / HEAD, shapes) if shapes else {}
-    facts = {key: value for key, value in found.items() if key not in OWN_KEYS} if ours else {}
+    head = _read_tensors(folder / HEAD, shapes, owner=owner) if shapes else {}
     return Adapter(flat, layout, backbone, revision, task_type, peft_type, head, facts)
 
 
@@ -149,8 +161,18 @@ def _holds_adapter(folder: Path) -> bool:
 def _name(values: dict[str, Any], key: str) -> str | None:
     value = values.get(key)
     if not isinstance(value, str | None):
-        raise TypeError(f"{key} is {value!r}")
+        raise TypeError(f"{key} is {value!r:.60}")
     return value
+
+
+def _facts(found: dict[str, Any]) -> dict[str, Any]:
+    """What the run says of itself; raises `TypeError` for a section that is none. Their content others check."""
+    facts = {key: value for key, value in found.items() if key not in OWN_KEYS}
+    for key in SECTIONS:
+        if not isinstance(facts.get(key, {}), dict):
+            raise TypeError(f"{key} is no section but {facts[key]!r:.60}")
+    _name(facts, "fingerprint")
+    return facts
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -165,44 +187,54 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     sync(path.parent)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]], *, owner: str) -> dict[str, Tensor]:
+    """The tensors of a file, none of which is read before names, shapes and dtypes are what ``owner`` says."""
     try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
+        with safe_open(path, framework="pt") as file:  # refuses a header that the file's size does not bear out
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            _check_shapes(path, shapes, expected, owner)
+            for name, part in slices.items():
+                if part.get_dtype() not in KINDS:
+                    raise UserError(
+                        f"--adapter: {name} in {path} is of dtype {part.get_dtype()}; it has to be one of "
+                        f"{', '.join(KINDS)}"
+                    )
+            tensors = {name: file.get_tensor(name).float() for name in slices}
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise UserError(f"--adapter: cannot read {path}: {error}") from error
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise UserError(f"--adapter: {path} holds values that are not finite; the adapter is damaged")
     return tensors
 
 
-def _read_prompt(path: Path, rows: int, width: int) -> Tensor:
-    tensors = _read_tensors(path)
-    if KEY not in tensors:
-        raise UserError(f"--adapter: {path} has {sorted(tensors)[:5]} but no {KEY!r}; it is not a prompt adapter")
-    others = sorted(set(tensors) - {KEY})
-    if others:
+def _check_shapes(
+    path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], owner: str
+) -> None:
+    if KEY in expected and KEY not in found:
+        raise UserError(f"--adapter: {path} has {sorted(found)[:5]} but no {KEY!r}; it is not a prompt adapter")
+    others = sorted(set(found) - set(expected))
+    if KEY in expected and others:
         raise UserError(
             f"--adapter: {path} holds {', '.join(others[:5])} beside the prompt; ptd reads prompts from PEFT's files, "
             "not trained layers of the backbone; save the adapter without modules_to_save"
         )
-    flat = tensors[KEY]
-    if tuple(flat.shape) != (rows, width) or not flat.numel():
-        raise UserError(f"--adapter: {path} has shape {tuple(flat.shape)}, its configuration says {[rows, width]}")
-    return flat.float()
-
-
-def _read_head(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    tensors = _read_tensors(path)
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if found != shapes:
-        raise UserError(f"--adapter: {path} holds {found}, {EXTRA} beside it says {dict(shapes)}; the head is damaged")
-    return tensors
+    if KEY in expected and found[KEY] != expected[KEY]:
+        raise UserError(
+            f"--adapter: {path} has shape {found[KEY]}, its configuration says {list(expected[KEY])}; it is damaged"
+        )
+    if dict(found) != dict(expected):
+        raise UserError(
+            f"--adapter: {path} holds {dict(found)}, {owner} beside it says {dict(expected)}; the head is damaged"
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > LARGEST_DESCRIPTION:
+            raise ValueError(f"it has more than {LARGEST_DESCRIPTION >> 20} MiB, which no description needs")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--adapter: cannot read {path}: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"--adapter: {path} has to hold a JSON object")

@@ -26,15 +26,24 @@ def read_layout(prompt: Any) -> tuple[Layout, int]:
     """The layout and its number of virtual tokens. Raises `KeyError`, `TypeError` or `ValueError` for a damaged one."""
     if prompt["kind"] == "none":
         return EmptyLayout(), 0
-    virtual = int(prompt["num_virtual_tokens"])
+    virtual = whole(prompt["num_virtual_tokens"])
     if prompt["kind"] == "soft_tokens":
         if not isinstance(prompt["in_front"], bool):
             raise TypeError(prompt)
-        return SoftLayout(int(prompt["hidden_size"]), prompt["in_front"]), virtual
-    layers = [LayerShape(int(heads), int(key), int(value), kind) for heads, key, value, kind in prompt["layers"]]
+        return SoftLayout(whole(prompt["hidden_size"]), prompt["in_front"]), virtual
+    layers = [LayerShape(whole(heads), whole(key), whole(value), kind) for heads, key, value, kind in prompt["layers"]]
     if prompt["kind"] != "prefix_kv" or any(layer.kind not in get_args(AttentionKind) for layer in layers):
         raise ValueError(prompt)
     return PrefixLayout(tuple(layers)), virtual
+
+
+def whole(value: Any) -> int:
+    """A size: a whole number over 0, and below 2³¹ as all sizes of a model are. Raises `TypeError` or `ValueError`."""
+    if type(value) is not int:
+        raise TypeError(f"{value!r:.60} is no whole number")
+    if not 0 < value < 2**31:
+        raise ValueError(f"{value:.6g} is no size")
+    return value
 
 
 def misfit(layout: Layout, shape: BackboneShape, *, kinds: bool) -> tuple[str, str] | None:

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ptd.checkpoint.layouts import Layout
+from ptd.checkpoint.layouts import Layout, whole
 from ptd.types import EmptyLayout, LayerShape, PrefixLayout, SoftLayout, UserError
 
 PREFIX_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
 SOFT_TYPES = ("PROMPT_TUNING", "P_TUNING")
 ENCODER_DECODER = "SEQ_2_SEQ_LM"
+MOST_LAYERS = 10_000
+"""Far more than any backbone has, and few enough to be listed."""
 PEFT_FORMAT = "0.21.2"
 """The PEFT version whose format is written and tested."""
 
@@ -81,7 +83,7 @@ def read_config(config: dict[str, Any]) -> tuple[Layout, int]:
     if kind not in PREFIX_TYPES + SOFT_TYPES:
         supported = ", ".join(PREFIX_TYPES + SOFT_TYPES)
         raise UserError(f"it is a PEFT adapter of type {kind}; supported: {supported}")
-    virtual, width = int(config["num_virtual_tokens"]), int(config["token_dim"])
+    virtual, width = whole(config["num_virtual_tokens"]), whole(config["token_dim"])
     if kind in SOFT_TYPES:
         return SoftLayout(width), virtual
     if config.get("task_type") == ENCODER_DECODER:
@@ -89,9 +91,11 @@ def read_config(config: dict[str, Any]) -> tuple[Layout, int]:
             f"it is a {kind} adapter of an encoder-decoder, to which PEFT gives no encoder and no cross-attention "
             "prefix, and layers of the decoder share theirs by mistake; tune a prefix with ptd instead"
         )
-    heads = int(config["num_attention_heads"])
+    heads, layers = whole(config["num_attention_heads"]), whole(config["num_layers"])
+    if layers > MOST_LAYERS or width % heads:
+        raise ValueError(f"{layers} layers with {width} numbers for {heads} heads")
     layer = LayerShape(heads, width // heads, width // heads)
-    return PrefixLayout((layer,) * int(config["num_layers"])), virtual
+    return PrefixLayout((layer,) * layers), virtual
 
 
 def stored_rows(config: dict[str, Any]) -> int:
@@ -99,12 +103,12 @@ def stored_rows(config: dict[str, Any]) -> int:
 
     Raises as `read_config` does.
     """
-    virtual = int(config["num_virtual_tokens"])
+    virtual = whole(config["num_virtual_tokens"])
     if config["peft_type"] in PREFIX_TYPES:
         return virtual
     encoder_decoder = config.get("task_type") == ENCODER_DECODER
     submodules = config.get("num_transformer_submodules")
-    submodules = 1 + encoder_decoder if submodules is None else int(submodules)
+    submodules = 1 + encoder_decoder if submodules is None else whole(submodules)
     if not 1 <= submodules <= 1 + encoder_decoder:
         raise ValueError(f"num_transformer_submodules {submodules} with task_type {config.get('task_type')}")
     return virtual * submodules

@@ -17,7 +17,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import datasets
 from datasets import Dataset, DatasetDict, Features, Json, Value, load_dataset
@@ -80,16 +80,29 @@ def _json_rows(path: Path, what: str) -> Iterator[Row]:
                 start = file.read(1)
             file.seek(0)
             if start == "[" and path.suffix.lower() == ".json":
-                yield from _objects(enumerate(json.load(file), start=1), f"{what}: {path}, element")
+                yield from _objects(enumerate(_array(file, path, what), start=1), f"{what}: {path}, element")
             else:
                 parsed = (
                     (number, _parse(line, number, path, what)) for number, line in enumerate(file, 1) if line.strip()
                 )
                 yield from _objects(parsed, f"{what}: {path}, line")
-        except json.JSONDecodeError as error:
-            raise UserError(f"{what}: {path}, line {error.lineno} is not valid JSON: {error.msg}") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{what}: {path} is not UTF-8 text ({error}); convert it, e.g. with iconv") from error
+
+
+def _array(file: TextIO, path: Path, what: str) -> Any:
+    try:
+        return json.load(file)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{what}: {path}, line {error.lineno} is not valid JSON: {error.msg}") from error
+    except UnicodeDecodeError:
+        raise
+    except _TOO_MUCH as error:
+        raise UserError(f"{what}: {path} cannot be read as JSON: {error}") from error
+
+
+_TOO_MUCH = (ValueError, RecursionError)
+"""What Python's JSON reader raises for a number of over 4300 digits, and for thousands of brackets in each other."""
 
 
 def _parse(line: str, number: int, path: Path, what: str) -> Any:
@@ -100,6 +113,8 @@ def _parse(line: str, number: int, path: Path, what: str) -> Any:
             f"{what}: {path}, line {number} is not valid JSON ({error.msg} at character {error.pos + 1}); "
             "each line has to be one object"
         ) from error
+    except _TOO_MUCH as error:
+        raise UserError(f"{what}: {path}, line {number} cannot be read as JSON: {error}") from error
 
 
 def _objects(values: Any, place: str) -> Iterator[Row]:

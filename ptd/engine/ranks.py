@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.functional import pad
 
+from ptd.engine.meeting import Member, join
 from ptd.types import PromptEncoder, UserError
 
 T = TypeVar("T")
@@ -58,7 +59,7 @@ class Ranks:
         rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
         if torch.cuda.is_available():
-            device = torch.device("cuda", local_rank)
+            device = torch.device("cuda", local_rank % torch.cuda.device_count())  # where each sees only its own: 0
             torch.cuda.set_device(device)
         else:
             device = torch.device("cpu")
@@ -68,7 +69,7 @@ class Ranks:
         if joins:
             if world_size == 1:
                 _describe_single_process()
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=collective_timeout())
+            join(Member.this(rank, local_world_size, device), world_size, collective_timeout())
         if world_size > 1:
             # Where nodes have different numbers of ranks all agree on what divides each of them.
             sizes: list[Any] = [None] * world_size

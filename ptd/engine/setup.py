@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ptd.backbone import dtype_of, fingerprint, load_model
 from ptd.config import BackboneConfig
 from ptd.engine.forward import Forward
+from ptd.engine.preflight import same_fingerprint
 from ptd.engine.ranks import Ranks
 from ptd.inject import Attachment, check_supported
 from ptd.types import BackboneShape, Output, UserError
@@ -45,7 +46,10 @@ def prepare(
         with shards.receiving():
             model = load_model(config, output, device=ranks.device, sharded=True, check=check_supported)
         shards.run(model)
-    identity = ranks.on_main(lambda: fingerprint(model))
+    # Of a sharded one rank 0 alone has the leading values, and the shards' checksums have been compared already.
+    identity = (
+        same_fingerprint(fingerprint(model), ranks) if zero3 is None else ranks.on_main(lambda: fingerprint(model))
+    )
     attachment = Attachment(model, backend=config.attention)
     return Prepared(model, attachment, Forward(model, attachment, ranks.device), identity, zero3 is not None)
 

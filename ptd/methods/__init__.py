@@ -142,11 +142,3 @@ def method(name: str) -> Method:
     if name not in known:
         raise UserError(f"method.name: there is no method {name!r}; available: {', '.join(sorted(known))}")
     return known[name]
-
-
-def method_head(section: dict[str, Any]) -> HeadSettings:
-    """The trained head that a ``method`` section describes, as an adapter recorded it; the default for an empty one."""
-    if "name" not in section:
-        return HeadSettings()
-    chosen = method(section["name"])
-    return chosen.head(chosen.config(**{key: value for key, value in section.items() if key != "name"}))

@@ -160,6 +160,10 @@ def parse_answers(value: Any, context: str, place: str) -> list[Answer]:
         value = [value] if value else []
     if isinstance(value, dict) and isinstance(value.get("text"), list):
         starts = value.get("answer_start") or [None] * len(value["text"])
+        if not isinstance(starts, list):
+            raise UserError(
+                f"{place}: answers has the list text, so answer_start has to be one too, not {starts!r:.60}"
+            )
         if len(starts) != len(value["text"]):
             raise UserError(f"{place}: answers has {len(value['text'])} texts but {len(starts)} values of answer_start")
         value = [{"text": text, "answer_start": start} for text, start in zip(value["text"], starts, strict=True)]
@@ -179,8 +183,10 @@ def _answer(item: dict[str, Any], context: str, place: str) -> Answer:
         start = context.find(text)
         if start < 0:
             raise UserError(f"{place}: the context does not contain the answer {text!r}; answers are pieces of it")
+    elif type(start) is not int or start < 0:
+        raise UserError(f"{place}: answer_start is {repr(start)[:60]}; give the number of the character, from 0")
     elif context[start : start + len(text)] != text:
-        there = context[start : start + len(text)] if isinstance(start, int) else start
+        there = context[start : start + len(text)]
         raise UserError(
             f"{place}: at answer_start {start} the context has {there!r}, not the answer {text!r}; "
             "correct it, or leave answer_start out to take the first place that has the text"

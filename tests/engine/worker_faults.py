@@ -70,8 +70,8 @@ def nan_on_one_rank(rank: int) -> None:
     """In all runs: the loss of the last rank in one step."""
     finish = PromptStep.finish
 
-    def spoiled(self: PromptStep, loss_sum: Any, *args: Any) -> Any:
-        return finish(self, loss_sum * float("nan") if Now.number == NAN_STEP else loss_sum, *args)
+    def spoiled(self: PromptStep, loss_sum: Any, *args: Any, **kwargs: Any) -> Any:
+        return finish(self, loss_sum * float("nan") if Now.number == NAN_STEP else loss_sum, *args, **kwargs)
 
     if rank == int(os.environ["WORLD_SIZE"]) - 1:
         PromptStep.finish = spoiled  # type: ignore[method-assign]
@@ -194,7 +194,8 @@ class Story:
             nan_on_one_rank(rank)
             if fault is not None:
                 fault(rank)
-            sys.argv = ["ptd", "train", self.run_file, f"output_dir={output}"]
+            # So often is a run only broken here: it would wait for a person.
+            sys.argv = ["ptd", "train", "--retry", self.run_file, f"output_dir={output}"]
             if ranks == 1:  # the same rows a step
                 sys.argv.append("train.per_device_train_batch_size=4")
             main()

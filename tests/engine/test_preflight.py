@@ -1,0 +1,93 @@
+"""What is refused before a run starts: on ranks that mean different runs, and for output that has no place."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import save_backbone
+
+from ptd.config import parse_config
+from ptd.engine import preflight
+from ptd.engine.preflight import bytes_to_write, check_space, check_writable, size
+from ptd.engine.ranks import Ranks
+from ptd.train import train
+from ptd.types import UserError
+
+WORKER = Path(__file__).with_name("worker_preflight.py")
+ALONE = Ranks(0, 1, 1, torch.device("cpu"))
+
+
+def test_ranks_that_mean_different_runs(launch, backbone_dir: Path, tmp_path: Path) -> None:
+    launch(2, WORKER, backbone_dir, save_backbone(tmp_path / "other", seed=1), tmp_path)
+    both = [json.loads((tmp_path / f"said.{rank}").read_text()) for rank in (0, 1)]
+    for found in both:
+        assert [found[name] for name in ("same run", "other disk", "shared")] == ["fine"] * 3
+        assert found["other run"].startswith(
+            "train.learning_rate: the ranks were given different runs: 0.1 on rank 0, 1.1 on rank 1; start every rank"
+        )
+        assert re.match(
+            r"output_dir: out is another folder for rank 1 than for rank 0, .* all nodes", found["not shared"]
+        )
+        assert re.match(
+            r"backbone.path: rank 1 loaded another backbone \(fingerprint .*\) than", found["other weights"]
+        )
+        assert found["left"] == ""
+
+
+def test_a_folder_that_can_be_written_to_is_left_as_it_was(tmp_path: Path) -> None:
+    assert check_writable(tmp_path / "new" / "deep", "output_dir") == tmp_path
+    preflight.check_output(tmp_path / "new", ALONE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_that_is_a_file_or_below_one(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(UserError, match=r"output_dir: .*file is a file; give a folder"):
+            check_writable(folder, "output_dir")
+
+
+def test_output_where_nothing_can_be_written() -> None:
+    """/proc takes no files, whoever asks."""
+    with pytest.raises(UserError, match=r"output_dir: nothing can be written to /proc \(.*\); give a folder"):
+        check_writable(Path("/proc/none"), "output_dir")
+
+
+def test_space_for_checkpoints(tmp_path: Path) -> None:
+    assert bytes_to_write(1000, 10, 2) == 4 * (3 * 1000 * 3 + 3 * 10)
+    free = shutil.disk_usage(tmp_path).free
+    assert "needed" in check_space(tmp_path / "out", 1000)
+    with pytest.raises(UserError, match=r"output_dir: .* free, but .* need .*; give a folder on another disk"):
+        check_space(tmp_path, 2 * free + 10**9)
+    assert [size(number) for number in (5, 1500, 12_340_000, 2 * 10**13)] == ["5 B", "1.5 KB", "12.3 MB", "20 TB"]
+
+
+def test_a_run_writes_no_more_than_was_reckoned(
+    backbone_dir: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what its own checkpoints take already counts as free."""
+    seen = []
+    monkeypatch.setattr("ptd.train.check_space", lambda folder, needed: seen.append(needed))
+    run = {
+        "backbone": {"path": str(backbone_dir), "dtype": "float32"},
+        "method": {"name": "prefix", "num_virtual_tokens": 64},
+        "data": {"train": str(rows_file), "max_length": 64},
+        "train": {"max_steps": 3, "save_steps": 1, "save_total_limit": 2, "per_device_train_batch_size": 2},
+        "output_dir": str(tmp_path / "out"),
+    }
+    train(parse_config(run))
+    kept = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*.safetensors"))
+    assert len(seen) == 1
+    # Two of three checkpoints' room is in use, and one of three adapters'; names and headers are small.
+    assert 0.5 * seen[0] < kept < seen[0]
+    own = sum(path.stat().st_size for path in tmp_path.glob("out/checkpoints/*/*"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    assert "needed" in check_space(tmp_path / "out", own + 1000)
+    with pytest.raises(UserError):
+        check_space(tmp_path / "out", own + 1001)
