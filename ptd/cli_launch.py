@@ -147,7 +147,9 @@ def slurm(
             metavar="KEY=V1,V2,...",
         ),
     ] = None,
-    requeue: Annotated[bool, typer.Option("--requeue", help="Queue the job again when it is preempted.")] = False,
+    requeue: Annotated[
+        bool, typer.Option("--requeue", help="Queue the job again when it is preempted or out of time.")
+    ] = False,
     log_dir: Annotated[Path | None, typer.Option(help="Default: logs in output_dir.")] = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,

@@ -32,6 +32,7 @@ OWN = {
 """Options of sbatch that the script sets itself, and what of ``ptd launch slurm`` they come from."""
 WHY = {
     "ntasks-per-node": "one task is one rank",
+    "signal": "before the time limit the ranks are told to stop with a checkpoint",
     "open-mode": "a job that is queued again adds to its logs",
 }
 
@@ -75,6 +76,7 @@ def render(job: Job) -> str:
         overrides=job.program.overrides,
         sweep=job.sweep,
         overwrite=job.program.overwrite,
+        requeue=job.requeue,
         chdir=str(job.chdir),
         log_dir=str(job.log_dir),
     )
@@ -150,7 +152,7 @@ def _options(job: Job) -> dict[str, str | None]:
         **({"gpus-per-node": str(job.gpus_per_node)} if job.gpus_per_node else {}),
         **job.options,
         **({"array": f"0-{len(job.sweep) - 1}"} if job.sweep else {}),
-        **({"requeue": None} if job.requeue else {}),
+        **({"requeue": None, "signal": job.options.get("signal", "USR1@120")} if job.requeue else {}),
         "output": f"{job.log_dir}/{number}.log",
         "open-mode": "append",
     }
@@ -171,7 +173,7 @@ def _about(job: Job) -> list[str]:
     ]
     if job.requeue:
         lines += [
-            "When the job is preempted or loses a node, Slurm queues it again under the same id; the same command then",
-            "goes on from the newest checkpoint (train.save_steps).",
+            "When its time ends, or it is preempted or loses a node, it is queued again under the same id; the same",
+            "command then goes on from the newest checkpoint (train.save_steps).",
         ]
     return lines

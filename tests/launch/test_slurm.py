@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,32 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_nodes_train_as_two_ranks_here(slurm: Any, project: Path) -> None:
+def start_job(slurm: Any, project: Path, *arguments: str) -> str:
+    """Two nodes of one rank each train; returns the job's id."""
+    submitted = launch(
+        *("slurm", "run.yaml", f"data.prompt_template={json.dumps(HOSTILE)}", *arguments),
+        *("--nodes", "2", "--gpus-per-node", "0", "--time", "10:00", "--sbatch", f"comment={HOSTILE.strip()}"),
+        folder=project,
+        environment=slurm.environment,
+    )
+    assert submitted.returncode == 0, submitted.stderr
+    return submitted.stdout.strip()
+
+
+def finished_job(slurm: Any, number: str, logs: Path) -> dict[str, str]:
+    job = slurm.wait(number, seconds=240)
+    said = "\n".join(path.read_text() for path in [logs / f"{number}.log", *logs.glob(f"{number}/*")])
+    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), said
+    return dict(job)
+
+
+@pytest.fixture(scope="module")
+def far(slurm: Any, project: Path) -> dict[str, str]:
+    """A job that trained in ``far``, undisturbed."""
+    return finished_job(slurm, start_job(slurm, project, "output_dir=far"), project / "far" / "logs")
+
+
+def test_two_nodes_train_as_two_ranks_here(far: dict[str, str], project: Path) -> None:
     here = launch(
         *("local", "run.yaml", "output_dir=here", "--ranks-per-node", "2", "--log-dir", "here/logs"),
         folder=project,
@@ -63,20 +89,8 @@ def test_two_nodes_train_as_two_ranks_here(slurm: Any, project: Path) -> None:
     )
     assert here.returncode == 0, here.stderr
     assert len(list((project / "here" / "logs").glob("*_rank[01].log"))) == 2
-    template = json.dumps(HOSTILE)
-    submitted = launch(
-        *("slurm", "run.yaml", "output_dir=far", f"data.prompt_template={template}"),
-        *("--nodes", "2", "--gpus-per-node", "0", "--time", "10:00", "--sbatch", f"comment={HOSTILE.strip()}"),
-        folder=project,
-        environment=slurm.environment,
-    )
-    assert submitted.returncode == 0, submitted.stderr
-    number = submitted.stdout.strip()
-    job = slurm.wait(number, seconds=240)
-    logs = project / "far" / "logs"
-    said = "\n".join(path.read_text() for path in [logs / f"{number}.log", *logs.glob(f"{number}/*")])
-    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), said
-    assert {job["NumNodes"], job["NumTasks"]} == {"2"}
+    number, logs = far["JobId"], project / "far" / "logs"
+    assert {far["NumNodes"], far["NumTasks"]} == {"2"}
     assert sorted(path.name for path in (logs / number).iterdir()) == ["rank-0.log", "rank-1.log"]
     assert "train 10/10" in (logs / number / "rank-0.log").read_text()
     assert (logs / f"{number}.sbatch").read_text().startswith("#!/bin/bash")
@@ -89,6 +103,27 @@ def test_two_nodes_train_as_two_ranks_here(slurm: Any, project: Path) -> None:
     assert (run["status"], run["world_size"]) == ("finished", 2)
     assert run["config"]["data"]["prompt_template"] == HOSTILE
     assert not list(project.rglob("pwned"))
+
+
+def test_a_job_that_is_told_to_stop_is_queued_again_and_finishes(
+    slurm: Any, far: dict[str, str], project: Path
+) -> None:
+    number = start_job(slurm, project, "output_dir=cut", "train.save_steps=100", "--requeue")
+    logs = project / "cut" / "logs"
+    log, deadline = logs / number / "rank-0.log", time.monotonic() + 120
+    while not log.exists() or "train 2/10" not in log.read_text():
+        assert time.monotonic() < deadline, slurm.job(number)
+        time.sleep(0.02)
+    slurm.run("scancel", "--signal=USR1", number)
+    job = finished_job(slurm, number, logs)
+    assert job["Restarts"] == "1"
+    run = json.loads((project / "cut" / "run.json").read_text())
+    first, second = run["attempts"]
+    assert (first["how"], second["how"], first["job"], second["job"]) == ("preempted", "finished", number, number)
+    assert 2 <= first["step"] == second["from_step"] < 10
+    assert f"stopped after step {first['step']}" in log.read_text()
+    whole, parts = ([record["loss"] for record in read_records(project / name)] for name in ("far", "cut"))
+    assert parts == whole
 
 
 def test_slurm_takes_the_shipped_scripts(slurm: Any) -> None:
