@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from importlib.metadata import version
@@ -341,10 +342,11 @@ def quickstart(
 
 def _quiet() -> None:
     """Keep libraries from talking over ours: their progress bars and advice on every rank."""
-    from transformers.utils import logging
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for a package that is not needed
+    from transformers.utils import logging as of_transformers
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    of_transformers.set_verbosity_error()
+    of_transformers.disable_progress_bar()
 
 
 def _is_main() -> bool:
