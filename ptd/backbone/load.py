@@ -90,10 +90,9 @@ def load_model(
         )
         if report["missing_keys"]:  # transformers fills them with random numbers and goes on
             raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}.")
+    placed = sharded or getattr(model, "is_quantized", False)
     model = frozen(model, config, output)
-    if sharded or getattr(model, "is_quantized", False):  # and placed already
-        return model
-    return model.to(device)
+    return model if placed else model.to(device)
 
 
 @dataclass(frozen=True)
@@ -124,13 +123,15 @@ class Blueprint:
 
 def frozen(model: PreTrainedModel, config: BackboneConfig, output: Output) -> PreTrainedModel:
     """The part of a model that is run, in eval mode, nothing of it trained."""
+    if getattr(model, "is_quantized", False):  # only then: it imports bitsandbytes, which takes two seconds
+        keep_differentiable(model)
     if output == "body" and model.config.is_encoder_decoder:
         model = model.get_encoder()
     model.requires_grad_(False)
     model.eval()
     if config.gradient_checkpointing:
         checkpoint_layers(model)
-    return keep_differentiable(model)
+    return model
 
 
 def _model_config(config: BackboneConfig) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,6 @@ from transformers import BitsAndBytesConfig
 
 from ptd.config import BackboneConfig
 from ptd.types import DTYPES, UserError
-
-T = TypeVar("T", bound=nn.Module)
 
 
 def quantization_of(config: BackboneConfig, model_config: Any, *, sharded: bool = False) -> BitsAndBytesConfig | None:
@@ -53,7 +51,7 @@ def _is_4bit(saved: Any) -> bool:
     return bool(settings.get("load_in_4bit"))
 
 
-def keep_differentiable(model: T) -> T:
+def keep_differentiable(model: nn.Module) -> None:
     """Give the 4-bit layers a forward pass through which gradients pass in every setting.
 
     bitsandbytes' own (0.50.2) repacks weights on a CPU in a pass without gradients, behind which they are zero then
@@ -66,7 +64,6 @@ def keep_differentiable(model: T) -> T:
         for module in model.modules():
             if isinstance(module, Linear4bit):
                 module.forward = partial(_linear4bit, module)
-    return model
 
 
 def _linear4bit(layer: Any, x: Tensor) -> Tensor:

@@ -139,17 +139,12 @@ class Shards:
                 setattr(weight.module, weight.name, weight.parameter)
 
     def _all(self, fact: bool) -> bool:
-        facts: list[Any] = [None] * self.size
-        dist.all_gather_object(facts, fact, group=self.group)
-        return all(facts)
+        return all(_gather(fact, self.group))
 
     def _check(self) -> None:
         own = {index: weight.sums for index, weight in enumerate(self._weights) if weight.sums is not None}
-        parts: list[Any] = [None] * self.size
-        dist.all_gather_object(parts, own, group=self.group)
-        read = [sums for _, sums in sorted(item for part in parts for item in part.items())]
-        everywhere: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, [sum(sums) for sums in read])
+        read = [sums for _, sums in sorted(item for part in _gather(own, self.group) for item in part.items())]
+        everywhere = _gather([sum(sums) for sums in read])
         if any(other != everywhere[0] for other in everywhere):
             raise UserError(
                 "backbone.path: the ranks read different weights under this path; put the same checkpoint on every node"
@@ -166,6 +161,13 @@ class Shards:
         """The checksum of this rank's part of a parameter, without DeepSpeed's padding."""
         shard = part_of(parameter)
         return checksum(shard[: max(0, min(shard.numel(), parameter.ds_numel - self.rank * shard.numel()))])
+
+
+def _gather(value: Any, group: Group = None) -> list[Any]:
+    """This value of every rank of the group, in their order."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def checksum(values: Tensor) -> int:
