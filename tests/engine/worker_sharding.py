@@ -11,9 +11,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,10 @@ from ptd.engine.setup import Prepared, prepare
 from ptd.engine.sharding import Shards
 from ptd.methods.prefix import PrefixEncoder
 from ptd.types import UserError
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from loading_memory import peaks
 
 ALONE = Ranks(0, 1, 1, torch.device("cpu"))
 RANKS_A_NODE = 2
@@ -94,32 +95,9 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-@contextmanager
-def peak_memory() -> Iterator[list[int]]:
-    """Peak of this process's own memory (anonymous pages; mapped files are the page cache's) above its start."""
-
-    def now() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem")))
-
-    start, found, done = now(), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            found[0] = max(found[0], now() - start)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield found
-    finally:
-        done.set()
-        thread.join()
-
-
 def measure_loading(config: BackboneConfig, zero3: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     shards = Shards(zero3, ranks.shard_group(config.sharding, config.sharding_group_size))
-    with peak_memory() as peak:
+    with peaks() as peak:
         with shards.receiving():
             model = load_model(config, device=ranks.device, sharded=True)
         shards.run(model)
