@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,8 @@ from ptd.types import UserError
 ROOT = Path(__file__).parents[2]
 # Everything that a shell, sbatch, srun, YAML or Jinja might take for its own.
 HOSTILE = "{prompt} $(touch pwned) `touch pwned` \"; touch pwned; ' %j %t {{ x }} \\ # ü\n\n"
+BOUND = 60
+"""Seconds in which a job ends that has lost a rank; here its KillWait is 5, and srun waits as long."""
 JOB = EXAMPLES["single_node.sbatch"]
 
 
@@ -56,13 +61,13 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start_job(slurm: Any, project: Path, *arguments: str) -> str:
+def start_job(slurm: Any, project: Path, *arguments: str, **variables: str) -> str:
     """Two nodes of one rank each train; returns the job's id."""
     submitted = launch(
         *("slurm", "run.yaml", f"data.prompt_template={json.dumps(HOSTILE)}", *arguments),
         *("--nodes", "2", "--gpus-per-node", "0", "--time", "10:00", "--sbatch", f"comment={HOSTILE.strip()}"),
         folder=project,
-        environment=slurm.environment,
+        environment={**slurm.environment, **variables},
     )
     assert submitted.returncode == 0, submitted.stderr
     return submitted.stdout.strip()
@@ -73,6 +78,27 @@ def finished_job(slurm: Any, number: str, logs: Path) -> dict[str, str]:
     said = "\n".join(path.read_text() for path in [logs / f"{number}.log", *logs.glob(f"{number}/*")])
     assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), said
     return dict(job)
+
+
+def wait_for_step(slurm: Any, number: str, log: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not log.exists() or f"train {step}/" not in log.read_text():
+        assert time.monotonic() < deadline, slurm.job(number)
+        time.sleep(0.02)
+
+
+def process_of(job: str, rank: str) -> int:
+    """The process of a rank of a job."""
+    marks = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", f"RANK={rank}"}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if marks <= set((folder / "environ").read_text(errors="replace").split("\0")):
+                return int(folder.name)
+    raise AssertionError(f"no process of rank {rank} of job {job}")
+
+
+def parent(process: int) -> int:
+    return int(re.search(r"PPid:\t(\d+)", (Path("/proc") / str(process) / "status").read_text())[1])
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +136,8 @@ def test_a_job_that_is_told_to_stop_is_queued_again_and_finishes(
 ) -> None:
     number = start_job(slurm, project, "output_dir=cut", "train.save_steps=100", "--requeue")
     logs = project / "cut" / "logs"
-    log, deadline = logs / number / "rank-0.log", time.monotonic() + 120
-    while not log.exists() or "train 2/10" not in log.read_text():
-        assert time.monotonic() < deadline, slurm.job(number)
-        time.sleep(0.02)
+    log = logs / number / "rank-0.log"
+    wait_for_step(slurm, number, log, 2)
     slurm.run("scancel", "--signal=USR1", number)
     job = finished_job(slurm, number, logs)
     assert job["Restarts"] == "1"
@@ -124,6 +148,21 @@ def test_a_job_that_is_told_to_stop_is_queued_again_and_finishes(
     assert f"stopped after step {first['step']}" in log.read_text()
     whole, parts = ([record["loss"] for record in read_records(project / name)] for name in ("far", "cut"))
     assert parts == whole
+
+
+def test_a_node_whose_part_of_the_step_is_killed_ends_the_job(slurm: Any, project: Path) -> None:
+    """Its rank and Slurm's process that would have told of it."""
+    number = start_job(slurm, project, "output_dir=lost", "train.max_steps=100000", SLURM_WAIT="5")
+    log = project / "lost" / "logs" / number / "rank-0.log"
+    wait_for_step(slurm, number, log, 2)
+    rank = process_of(number, "1")
+    stepd = parent(rank)
+    assert "slurmstepd" in (Path("/proc") / str(stepd) / "cmdline").read_text()
+    os.kill(stepd, signal.SIGKILL)
+    os.kill(rank, signal.SIGKILL)
+    job = slurm.wait(number, seconds=BOUND)
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "1:0")
+    assert json.loads((project / "lost" / "run.json").read_text())["status"] == "failed"
 
 
 def test_slurm_takes_the_shipped_scripts(slurm: Any) -> None:
@@ -166,7 +205,7 @@ def bash(script: str, **variables: str) -> str:
 
 
 def test_the_command_of_every_array_task_is_its_own() -> None:
-    program = replace(JOB.program, overrides=(f"data.prompt_template={HOSTILE}",), overwrite=True)
+    program = replace(JOB.program, overrides=(f"data.prompt_template={HOSTILE}",), flags=("--overwrite", "--retry"))
     job = replace(JOB, program=program, sweep=(("train.seed=1",), (f"train.seed={HOSTILE}",)))
     for task, requeued in ((0, "0"), (1, "2")):
         address, port, *command, end = bash(
@@ -174,8 +213,8 @@ def test_the_command_of_every_array_task_is_its_own() -> None:
         ).split("\0")
         assert (address, port, end) == ("node-a", "24567", "")
         assert command[:3] == [job.python, "-u", "-m"]
-        again = ["--overwrite"] if requeued == "0" else []
-        assert command[3:] == [*replace(program, overwrite=False).arguments, *job.sweep[task], *again]
+        again = ["--overwrite", "--retry"] if requeued == "0" else []
+        assert command[3:] == [*replace(program, flags=()).arguments, *job.sweep[task], *again]
 
 
 def test_what_a_script_cannot_hold_is_refused() -> None:
