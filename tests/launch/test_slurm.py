@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -15,50 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from user_project import HOSTILE, launch
 
 from ptd.engine.records import read_records
 from ptd.launch import Program, directives, render, submit, sweep
 from ptd.launch.examples import EXAMPLES
-from ptd.quickstart import BACKBONE
-from ptd.quickstart.task import write_task
 from ptd.shipped import SLURM
 from ptd.types import UserError
 
-ROOT = Path(__file__).parents[2]
-# Everything that a shell, sbatch, srun, YAML or Jinja might take for its own.
-HOSTILE = "{prompt} $(touch pwned) `touch pwned` \"; touch pwned; ' %j %t {{ x }} \\ # ü\n\n"
 BOUND = 60
 """Seconds in which a job ends that has lost a rank; here its KillWait is 5, and srun waits as long."""
 JOB = EXAMPLES["single_node.sbatch"]
-
-
-def launch(*arguments: str | Path, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ptd.cli", "launch", *map(str, arguments)],
-        cwd=folder,
-        env={**environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder, with a space in its name: rows and a run file of ten steps over ZeRO-3, its paths relative."""
-    folder = tmp_path_factory.mktemp("my project")
-    write_task(folder)
-    run: dict[str, Any] = {
-        "backbone": {"path": str(BACKBONE), "dtype": "float32"},
-        "method": {"name": "prefix", "num_virtual_tokens": 8, "prefix_projection": True, "encoder_hidden_size": 32},
-        "data": {"train": "train.jsonl", "max_length": 256, "prompt_template": HOSTILE},
-        "train": {"max_steps": 10, "logging_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 7e-3},
-        "deepspeed": "zero3.json",
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
-    return folder
 
 
 def start_job(slurm: Any, project: Path, *arguments: str, **variables: str) -> str:
@@ -67,7 +33,7 @@ def start_job(slurm: Any, project: Path, *arguments: str, **variables: str) -> s
         *("slurm", "run.yaml", f"data.prompt_template={json.dumps(HOSTILE)}", *arguments),
         *("--nodes", "2", "--gpus-per-node", "0", "--time", "10:00", "--sbatch", f"comment={HOSTILE.strip()}"),
         folder=project,
-        environment={**slurm.environment, **variables},
+        given={**slurm.environment, **variables},
     )
     assert submitted.returncode == 0, submitted.stderr
     return submitted.stdout.strip()
@@ -107,21 +73,15 @@ def far(slurm: Any, project: Path) -> dict[str, str]:
     return finished_job(slurm, start_job(slurm, project, "output_dir=far"), project / "far" / "logs")
 
 
-def test_two_nodes_train_as_two_ranks_here(far: dict[str, str], project: Path) -> None:
-    here = launch(
-        *("local", "run.yaml", "output_dir=here", "--ranks-per-node", "2", "--log-dir", "here/logs"),
-        folder=project,
-        environment=dict(os.environ),
-    )
-    assert here.returncode == 0, here.stderr
-    assert len(list((project / "here" / "logs").glob("*_rank[01].log"))) == 2
+def test_two_nodes_train_as_two_ranks_here(far: dict[str, str], project: Path, here: Path) -> None:
+    assert len(list((here / "logs").glob("*_rank[01].log"))) == 2
     number, logs = far["JobId"], project / "far" / "logs"
     assert {far["NumNodes"], far["NumTasks"]} == {"2"}
     assert sorted(path.name for path in (logs / number).iterdir()) == ["rank-0.log", "rank-1.log"]
     assert "train 10/10" in (logs / number / "rank-0.log").read_text()
     assert (logs / f"{number}.sbatch").read_text().startswith("#!/bin/bash")
 
-    whole, parts = read_records(project / "here"), read_records(project / "far")
+    whole, parts = read_records(here), read_records(project / "far")
     assert [record["step"] for record in parts] == list(range(1, 11))
     assert [record["loss"] for record in parts] == pytest.approx([record["loss"] for record in whole], rel=1e-6)
     assert parts[-1]["loss"] < parts[0]["loss"]
