@@ -39,12 +39,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import datasets
 import matplotlib.pyplot  # noqa: F401
 import torch
-import torch.utils.tensorboard
 import yaml
 from forked_ranks import Job, start
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import ptd.train  # noqa: F401
 from ptd.cli import main as ptd_main
 from ptd.engine.records import read_records
 from ptd.versions import versions

@@ -227,6 +227,31 @@ def predict(
         print(f"{len(lines)} rows: {output}", file=sys.stderr)
 
 
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Output folders of runs, whatever became of them.", metavar="OUT...")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="HTML file; default: report.html in the run's folder, for several here."),
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Also each plot as a PNG file in this folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Also print the figures as one JSON object.")] = False,
+) -> None:
+    """One page on a run, or on several beside each other: curves, speed, samples, settings.
+
+    A single file that opens without a network.
+    """
+    from ptd.report import report as write_report
+
+    found = write_report(runs, output, pngs=png)
+    if as_json:
+        _print_json(found)
+        return
+    print("\n".join([found["report"], *found["png"]]))
+
+
 @app.command("export")
 def export_(
     source: Annotated[str, typer.Argument(help="Adapter folder or run output folder.")],

@@ -259,6 +259,13 @@ class TrainConfig(Section):
         ge=0,
         description="a rank that makes no progress for so long ends itself, with its stacks in logs/; 0: never",
     )
+    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
+        ["tensorboard"], description="trackers that get the records too; one that fails never stops the run"
+    )
+    run_name: str | None = Field(None, min_length=1, description="in the trackers; default: output_dir's name")
+    samples: int = Field(
+        0, ge=0, description="held-out inputs whose continuation is kept, of the backbone alone and after the training"
+    )
     metric_for_best_model: str = Field(
         "loss",
         description="evaluation metric by which best/ is kept; all but loss and perplexity: the higher the better",
@@ -297,6 +304,16 @@ class RunConfig(Section):
             given = getattr(self.train, name) != TrainConfig.model_fields[name].default
             if given and self.backbone.dtype not in ("auto", "float16"):
                 raise ValueError(f"train.{name}: has no effect with backbone.dtype {self.backbone.dtype}; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _samples_of_text(self) -> RunConfig:
+        writes = self.task.kind in ("causal_lm", "seq2seq_lm") and self.data.format != "text"
+        if self.train.samples and not (writes and self.data.eval is not None):
+            raise ValueError(
+                "train.samples: continues the prompts of data.eval, so it needs that, a task.kind that writes text and "
+                "a data.format with prompts; remove it"
+            )
         return self
 
     def method_config(self) -> Any:

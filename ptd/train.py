@@ -28,11 +28,15 @@ from ptd.engine.preemption import StopRequest
 from ptd.engine.preflight import bytes_to_write, check_run, check_space
 from ptd.engine.prompt_step import PromptStep, Trained, build_optimizer
 from ptd.engine.ranks import Ranks
-from ptd.engine.records import METRICS, Records, plot_loss, read_records
+from ptd.engine.records import METRICS, Records, read_records
 from ptd.engine.setup import Prepared, check_context, prepare
 from ptd.engine.watchdog import Watchdog, Watched
+from ptd.generate import Tuned
 from ptd.methods import TaskFacts, method
+from ptd.report import leave_report
+from ptd.sampling import Sampler
 from ptd.tasks import Task, make_task
+from ptd.trackers import Tracked, start_trackers
 from ptd.types import Examples, Preempted, Reporter, UserError
 from ptd.versions import versions
 
@@ -113,9 +117,11 @@ def _train(
     ranks.on_main(lambda: check_space(config.output_dir, needed))
     artifacts = Artifacts(config, journal, prepared, task, step, ranks, settings, train_rows.digest())
     start = artifacts.resume()
-    records = artifacts.begin(start)
+    records = artifacts.begin(start, reporter)
     stacks = folder.path / "logs" / f"rank-{ranks.rank}.stacks"
     watchdog = Watchdog(settings.hang_timeout_minutes * 60, stacks, ranks.rank)
+    watched = Watched(reporter, watchdog)
+    sampler = Sampler.of(config, Tuned(prepared, tokenizer, None, task, step.readout), held_out, ranks, watched)
     loop = Loop(
         settings,
         prepared,
@@ -123,7 +129,7 @@ def _train(
         batches,
         held_out,
         ranks,
-        Watched(reporter, watchdog),
+        watched,
         on_record=records.write if records is not None else lambda record: None,
         on_eval=artifacts.keep_best,
         on_save=artifacts.save_state,
@@ -133,18 +139,23 @@ def _train(
     )
     with watchdog, ExitStack() as stack:
         stack.callback(artifacts.saver.close)
-        if records is not None:  # also when the run breaks off: TensorBoard writes from a thread until it is closed
-            stack.callback(records.close)
+        if records is not None:  # also when the run breaks off
+            stack.enter_context(records)
         if zero3 is not None:
             stack.enter_context(metered_deepspeed(step.meter))
         if ranks.any(request.wanted):  # asked while the backbone was loading
             artifacts.preempt(start, None)
+        if sampler is not None and start == 0:
+            sampler.keep(0, None)
+            step.meter.take()
         stopped = loop.run(start, total, evaluation_due=artifacts.evaluation_due)
         if stopped is not None:
             artifacts.preempt(stopped.step, stopped)
+        if sampler is not None and total:
+            sampler.keep(total, step.state())
         watchdog.beat("writing the adapter")
         result = {"steps": total, "seconds": time.time() - began, "peak_memory_bytes": peak_memory_bytes()}
-        return artifacts.finish(result, records)
+        return artifacts.finish(result, reporter)
 
 
 def _journal(config: RunConfig, folder: RunFolder, ranks: Ranks) -> Journal:
@@ -196,7 +207,7 @@ class Artifacts:
         self.best = facts["best"]
         return int(facts["step"])
 
-    def begin(self, start: int) -> Records | None:
+    def begin(self, start: int, reporter: Reporter) -> Records | None:
         """Open the folder for a run that begins at ``start``; returns the records' writer on rank 0."""
         records: list[Records] = []
 
@@ -206,7 +217,11 @@ class Artifacts:
                     clear(self.folder)
                 self.journal.training(trained_parameters=self.step.trained.count(), **self._origin())
                 clean(self.folder.checkpoints)
-                records.append(Records(self.folder.path, start, evaluation_due=self.evaluation_due))
+                content, settings = self.journal.content, self.settings
+                run = Tracked.of(self.folder.path, content["started"], settings.run_name, self.config.to_dict(), start)
+                trackers = start_trackers(settings.report_to, run, reporter.note)
+                due = self.evaluation_due
+                records.append(Records(self.folder.path, start, evaluation_due=due, trackers=trackers))
 
         self.ranks.on_main(begin)
         return records[0] if records else None
@@ -278,18 +293,19 @@ class Artifacts:
             },
         )
 
-    def finish(self, result: dict[str, Any], records: Records | None) -> dict[str, Any]:
-        """Write the adapter, the curve and the result, after the last checkpoint."""
+    def finish(self, result: dict[str, Any], reporter: Reporter) -> dict[str, Any]:
+        """Write the adapter, the result and the report, after the last checkpoint."""
         self.saver.wait()
         self.keep_adapter("adapter")
         result["best"] = self.best or None
-        if records is not None:
+        if self.ranks.is_main:
             for record in read_records(self.folder.path):
                 result |= {key: value for key, value in record.items() if key == "loss" or key.startswith("eval_")}
-            with writing(self.folder.path):
-                plot_loss(self.folder.path)
             self.journal.content["result"] = result
             self.journal.end("finished", step=result["steps"])
+            note = leave_report(self.folder.path)
+            if note is not None:
+                reporter.note(note)
         self.ranks.barrier()
         return result
 

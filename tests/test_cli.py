@@ -91,7 +91,7 @@ def test_train_leaves_what_the_readme_says(ptd: Any, tmp_path: Path, backbone_di
     assert "ptd generate" in outcome.err
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
-        *("adapter", "best", "checkpoints", "loss.png", "metrics.jsonl", "run.json", "tensorboard")
+        *("adapter", "best", "checkpoints", "loss.png", "metrics.jsonl", "report.html", "run.json", "tensorboard")
     }
     run = json.loads((out / "run.json").read_text())
     assert run["status"] == "finished"

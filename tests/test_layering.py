@@ -17,8 +17,9 @@ KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 # Layer -> the parts of ptd it may import (itself always). A module belongs to the first pattern that fits its name.
 STAGES = ["types", "exit_codes", "versions", "shipped", "config", "deepspeed_config", "methods", "readouts", "data"]
 STAGES += ["tasks"]
-STAGES += ["backbone", "checkpoint", "inject"]
-VERBS = ["train", "evaluate", "generate", "predict", "export", "plan", "bench", "launch", "doctor"]
+STAGES += ["backbone", "checkpoint", "inject", "trackers"]
+VERBS = ["train", "evaluate", "generate", "predict", "sampling", "report", "export", "plan", "bench", "launch"]
+VERBS += ["doctor"]
 LAYERS: dict[str, list[str]] = {
     "ptd": ["types", "api"],
     "ptd.types": ["exit_codes"],
@@ -34,10 +35,12 @@ LAYERS: dict[str, list[str]] = {
     "ptd.backbone*": ["types", "config"],
     "ptd.checkpoint*": ["types", "exit_codes", "config"],
     "ptd.inject*": ["types"],
+    "ptd.trackers*": [],
     "ptd.engine*": STAGES,
     # The stages for a user's own training loop: beside the engine, not on top of it.
     "ptd.api": STAGES,
     **{f"ptd.{verb}": [*STAGES, "engine", *VERBS] for verb in VERBS},
+    "ptd.report*": ["types", "versions", "checkpoint", "engine"],  # reads what a run has left; loads no backbone
     "ptd.launch*": STAGES,  # starts processes; what runs in them is another verb's
     # The story of the shipped backbone is a verb; what made the backbone and its data uses nothing of the toolkit.
     "ptd.quickstart.run": [*STAGES, "engine", "quickstart", *VERBS],
@@ -56,7 +59,10 @@ ONLY_IMPORTERS = {
     "ptd_kernels": ["ptd.inject*", "ptd_kernels*"],
     "typer": ["ptd.cli", "ptd.cli_launch", "ptd.console"],
     "rich": ["ptd.cli", "ptd.console"],
-    "jinja2": ["ptd.launch*"],
+    "jinja2": ["ptd.launch*", "ptd.report*"],
+    "tensorboard": ["ptd.trackers.tensorboard"],
+    "wandb": ["ptd.trackers.wandb"],
+    "mlflow": ["ptd.trackers.mlflow"],
 }
 
 # Modules that may import these third-party packages only (the standard library is always allowed).

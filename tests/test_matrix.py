@@ -212,7 +212,7 @@ def test_trains_its_own_parameters_and_comes_back(
     loops.clear()
     monkeypatch.setattr("ptd.train.Loop", WatchedLoop)
     # The curve is the same drawing whatever was trained, and takes half as long again as all the rest.
-    monkeypatch.setattr("ptd.train.plot_loss", lambda folder: None)
+    monkeypatch.setattr("ptd.train.leave_report", lambda folder: None)
     result = train(parse_config(settings(method, task, backbones[family], rows_file, out)))
     (loop,) = loops
     run = json.loads((out / "run.json").read_text())

@@ -17,7 +17,10 @@ from ptd.checkpoint.run_state import latest_complete, read_facts
 from ptd.config import RunConfig
 from ptd.types import UserError
 
-OWN = ("run.json", "metrics.jsonl", "loss.png", "adapter", "best", "checkpoints", "tensorboard")
+OWN = (
+    *("run.json", "metrics.jsonl", "samples.jsonl", "loss.png", "report.html"),
+    *("adapter", "best", "checkpoints", "tensorboard", "wandb"),
+)
 FREE_TO_CHANGE = {
     "backbone": {
         "gradient_checkpointing",
@@ -35,6 +38,9 @@ FREE_TO_CHANGE = {
         "save_total_limit",
         "max_restarts",
         "hang_timeout_minutes",
+        "report_to",
+        "run_name",
+        "samples",
         "per_device_eval_batch_size",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",

@@ -68,7 +68,7 @@ def run_quickstart(output: Path, *, ranks: int, overwrite: bool, reporter: Repor
         print(f"tuned      {_one_line(after_texts[index])}")
         print(f"reference  {rows[index]['completion']}")
     print(f"\n{time.time() - began:.0f} s in all. Adapter (PEFT loads it too): {run / 'adapter'}")
-    print(f"curve: {run / 'loss.png'}")
+    print(f"curves, samples, settings: {run / 'report.html'}")
     print(f"next: ptd generate --adapter {run} '{rows[0]['prompt']}'")
     return {"before": before, "after": after}
 

@@ -16,7 +16,8 @@ from matplotlib import image
 from safetensors.torch import load_file
 
 from ptd.config import parse_config
-from ptd.engine.records import Records, plot_loss, read_records
+from ptd.engine.records import Records, read_records
+from ptd.report.plots import plot_loss
 from ptd.train import train
 from ptd.types import Reporter, UserError
 

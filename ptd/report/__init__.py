@@ -1,0 +1,64 @@
+"""``ptd report``: what runs have left behind, as one page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ptd.checkpoint.files import make_folders, write_atomically
+from ptd.report import tables
+from ptd.report.data import read_run, read_runs
+from ptd.report.page import render
+from ptd.report.panels import panels
+from ptd.report.plots import plot_loss, save_pngs
+from ptd.types import UserError
+
+REPORT = "report.html"
+
+
+def report(folders: Sequence[Path], output: Path | None = None, *, pngs: Path | None = None) -> dict[str, Any]:
+    """Write the page of one run, or of several beside each other; with ``pngs`` also each plot as a file there.
+
+    ``output``: by default report.html in the folder of a single run, in the current one for several. Returns where it
+    was written (``report``, ``png``), the ``runs`` with their figures and, of several, the ``differences`` of their
+    settings. Raises `UserError` for folders that hold no run, or where the files cannot be written.
+    """
+    runs = read_runs(folders)
+    found = panels(runs)
+    target = output or (folders[0] / REPORT if len(folders) == 1 else Path(REPORT))
+    files: list[Path] = []
+    place: Path = target
+    try:
+        make_folders(target.parent)
+        write_atomically(target, render(runs, found))
+        if pngs is not None:
+            place = pngs
+            files = save_pngs(found, pngs)
+    except OSError as error:
+        raise UserError(
+            f"{'--output' if place is target else '--png'}: cannot write {place} ({error.strerror or error}); give "
+            "another place"
+        ) from error
+    return {
+        "report": str(target),
+        "png": [str(file) for file in files],
+        "runs": [{"name": run.name, **tables.plain(run)} for run in runs],
+        "differences": dict(tables.differences(runs)) if len(runs) > 1 else {},
+    }
+
+
+def leave_report(folder: Path) -> str | None:
+    """Write report.html and loss.png into a run's folder; returns what was in the way of that, if anything was.
+
+    The run is over and kept by then, so that nothing here is worth an error.
+    """
+    try:
+        run = read_run(folder)
+        found = panels([run])
+        plot_loss(folder)
+        write_atomically(folder / REPORT, render([run], found))
+    except Exception as error:
+        again = f"ptd report {folder} writes it again"
+        return f"{REPORT} was not written ({type(error).__name__}: {error}); {again}"
+    return None

@@ -1,0 +1,92 @@
+"""A run's folder as plain data, whatever state the run is in; what does not have the expected form is left out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ptd.engine.records import METRICS, read_records
+from ptd.engine.samples import read_samples
+from ptd.types import UserError
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """``facts`` is run.json, ``steps`` and ``evaluations`` are the two kinds of records, oldest first."""
+
+    name: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    steps: list[Record] = field(default_factory=list)
+    evaluations: list[Record] = field(default_factory=list)
+    samples: list[Record] = field(default_factory=list)
+
+    def section(self, name: str) -> dict[str, Any]:
+        """A mapping of run.json, or an empty one."""
+        return _mapping(self.facts.get(name))
+
+    def config(self, section: str, key: str) -> Any:
+        """A value of the resolved configuration, or None."""
+        return _mapping(self.section("config").get(section)).get(key)
+
+    @property
+    def attempts(self) -> list[dict[str, Any]]:
+        """The run's starts, oldest first."""
+        listed = self.facts.get("attempts")
+        return [_mapping(each) for each in listed] if isinstance(listed, list) else []
+
+    def last(self, key: str, records: Sequence[Record] | None = None) -> float | None:
+        """The newest number under ``key`` in ``records`` (None: those of steps)."""
+        found = numbers(self.steps if records is None else records, key)
+        return found[-1][1] if found else None
+
+
+def numbers(records: Iterable[Record], key: str) -> list[tuple[int, float]]:
+    """Step and value where there is a finite one."""
+    return [(record["step"], record[key]) for record in records if is_number(record.get(key))]
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_run(folder: Path, name: str | None = None) -> Run:
+    """Read a run's folder. Raises `UserError` if there is neither run.json nor metrics.jsonl in it."""
+    file = folder / "run.json"
+    if not file.is_file() and not (folder / METRICS).is_file():
+        what = "there is no such folder" if not folder.is_dir() else f"it has neither run.json nor {METRICS}"
+        raise UserError(f"cannot report on {folder}: {what}; give the output_dir of a run")
+    try:
+        facts = _mapping(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+        records = [_mapping(record) for record in read_records(folder)]
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot report on {folder}: {error}") from error
+    placed = [record for record in records if isinstance(record.get("step"), int)]
+    return Run(
+        name or folder.resolve().name,
+        facts,
+        [record for record in placed if "loss" in record],
+        [record for record in placed if "eval_loss" in record],
+        read_samples(folder),
+    )
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Runs under the shortest names that tell their folders apart."""
+    places = [folder.resolve() for folder in folders]
+    twice = sorted({str(place) for place in places if places.count(place) > 1})
+    if twice:
+        raise UserError(f"{twice[0]} is given twice; name each run once")
+    deepest = max(len(place.parts) for place in places)
+    lengths = range(1, deepest + 1)
+    length = next(n for n in lengths if len({place.parts[-n:] for place in places}) == len(places))
+    return [read_run(folder, "/".join(place.parts[-length:])) for folder, place in zip(folders, places, strict=True)]
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,70 @@
+"""The page of a report: one file that needs no network and no script."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from ptd.report import tables
+from ptd.report.data import Run
+from ptd.report.panels import Panel
+from ptd.report.plots import svg
+from ptd.report.theme import DARK, GLYPHS, LIGHT, variables
+from ptd.versions import versions
+
+HERE = Path(__file__).parent
+CURVES = ("loss", "eval_loss", "learning_rate", "grad_norm", "loss_scale")
+SPEED = ("throughput", "step_time", "memory", "network")
+
+
+def style() -> str:
+    """The style sheet, with the colours of both themes."""
+    sheet = (HERE / "style.css").read_text(encoding="utf-8")
+    dark = f"@media (prefers-color-scheme: dark) {{ :root {{ {variables(DARK)} }} }}"
+    return f":root {{ {variables(LIGHT)} }}\n{dark}\n{sheet}"
+
+
+def render(runs: Sequence[Run], found: Sequence[Panel]) -> str:
+    """HTML of one run, or of several beside each other. Whatever comes from the runs is escaped."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    several = len(runs) > 1
+    figures = [
+        {
+            "name": panel.name,
+            "title": panel.title,
+            "note": panel.note,
+            "svg": Markup(svg(panel, number, legend=not several and len(panel.curves) > 1)),
+        }
+        for number, panel in enumerate(found)
+    ]
+    return environment.from_string((HERE / "page.html").read_text(encoding="utf-8")).render(
+        style=Markup(style()),
+        runs=[_described(run, colour) for colour, run in enumerate(runs)],
+        title=f"{len(runs)} runs compared" if several else runs[0].name,
+        several=several,
+        overview=tables.overview(runs),
+        differences=tables.differences(runs) if several else [],
+        curves=[figure for figure in figures if figure["name"] in CURVES],
+        speed=[figure for figure in figures if figure["name"] in SPEED],
+        metrics=[figure for figure in figures if figure["name"] not in (*CURVES, *SPEED)],
+        version=versions().get("ptd", ""),
+    )
+
+
+def _described(run: Run, colour: int) -> dict[str, Any]:
+    return {
+        "name": run.name,
+        "colour": colour % len(LIGHT.palette),
+        "glyph": GLYPHS[colour % len(GLYPHS)],
+        "slowest": tables.slowest(run),
+        "attempts": tables.attempts(run),
+        "samples": tables.samples(run),
+        "config": tables.as_yaml(run),
+        "versions": run.section("versions"),
+        "commands": tables.commands(run),
+        "started_as": tables.started_as(run),
+    }

@@ -1,0 +1,180 @@
+"""Runs -> panels: which curves are drawn together, and in which units."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ptd.report.data import Record, Run, is_number
+
+STEP = "optimizer step"
+NOT_DRAWN = ("eval_loss", "eval_supervised_tokens", "eval_rows")
+"""Of an evaluation: has a panel of its own, or is no measure."""
+PERCENT = {"accuracy", "macro_f1", "mcc", "precision", "recall", "f1", "exact_match"}
+"""Metrics of the tasks that are 100 at best."""
+SPREAD = 30.0
+"""Largest over median value from which a logarithmic axis shows more."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """``y`` over ``x``; NaN is a gap. ``colour``: place in the palette; ``dashed``, ``dots``: how it is drawn."""
+
+    label: str
+    x: np.ndarray
+    y: np.ndarray
+    colour: int = 0
+    dashed: bool = False
+    dots: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves over one pair of axes. ``name`` fits a file name; ``marks`` are steps; ``note`` is said below."""
+
+    name: str
+    title: str
+    unit: str
+    curves: tuple[Curve, ...]
+    from_zero: bool = False
+    logarithmic: bool = False
+    marks: tuple[int, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """``main`` is drawn whole, ``other`` dashed: label, key of the records and what it is divided by."""
+
+    name: str
+    title: str
+    unit: str
+    main: tuple[str, str]
+    other: tuple[str, str] | None = None
+    divisor: float = 1.0
+    from_zero: bool = True
+    note: str = ""
+
+
+_KINDS = (
+    _Kind("learning_rate", "Learning rate", "learning rate (no unit)", ("learning rate", "lr")),
+    _Kind("grad_norm", "Gradient norm", "norm before clipping (no unit)", ("norm", "grad_norm"), from_zero=False),
+    _Kind("loss_scale", "Loss scale (float16)", "loss scale (no unit)", ("loss scale", "loss_scale"), from_zero=False),
+    _Kind("throughput", "Useful tokens", "tokens/s, all ranks", ("tokens", "tokens_per_second"),
+          note="Padding does not count."),
+    _Kind("step_time", "Time of a step", "seconds", ("whole step", "step_seconds"),
+          ("slowest rank's own part", "slowest_rank_seconds"),
+          note="A rank's own part is data, forward and backward; the rest is sums over ranks, optimizer and waiting."),
+    _Kind("memory", "Peak memory", "GiB, rank 0", ("peak so far", "peak_memory_bytes"), divisor=2**30,
+          note="Of the GPU's allocator; on a CPU of the whole process."),
+    _Kind("network", "Network", "MB a step, all ranks", ("inside nodes", "inside"), ("between nodes", "between"), 1e6),
+)  # fmt: skip
+
+
+def panels(runs: Sequence[Run]) -> list[Panel]:
+    """All panels that the runs have numbers for."""
+    found = [*_loss(runs)]
+    for kind in _KINDS:
+        found.append(_panel(kind, runs, [[_with_places(record) for record in run.steps] for run in runs]))
+    for key in metrics(runs):
+        metric = key.removeprefix("eval_")
+        unit = f"{metric} ({'%' if metric in PERCENT else 'no unit'})"
+        name = re.sub(r"[^A-Za-z0-9_.-]", "_", key)
+        kind = _Kind(name, f"Held-out {metric}", unit, (metric, key), from_zero=False)
+        found.append(_panel(kind, runs, [run.evaluations for run in runs], dots=True))
+    return [panel for panel in found if panel.curves]
+
+
+def metrics(runs: Sequence[Run]) -> list[str]:
+    """The records' names of what the evaluations measured beside the loss."""
+    names = {key: None for run in runs for record in run.evaluations for key in record if key.startswith("eval_")}
+    return [name for name in names if name not in NOT_DRAWN]
+
+
+def _loss(runs: Sequence[Run]) -> list[Panel]:
+    training = [_curve(run.name, run.steps, "loss", colour) for colour, run in enumerate(runs)]
+    colours = range(1, 2) if len(runs) == 1 else range(len(runs))
+    held_out = [
+        _curve(run.name, run.evaluations, "eval_loss", colour, dots=True)
+        for colour, run in zip(colours, runs, strict=True)
+    ]
+    unit = "loss (nats)"
+    if len(runs) > 1:
+        return [
+            _axes("loss", "Training loss", unit, training),
+            _axes("eval_loss", "Held-out loss", unit, held_out),
+        ]
+    both = [
+        Curve(label, curve.x, curve.y, curve.colour, dots=curve.dots)
+        for label, curve in zip(("training", "held-out rows"), [*training, *held_out], strict=True)
+    ]
+    panel = _axes("loss", "Loss", unit, both)
+    starts = [attempt.get("from_step") for attempt in runs[0].attempts[1:]]
+    marks = tuple(sorted({start for start in starts if isinstance(start, int) and start > 0}))
+    note = "Vertical lines: where an interrupted run was continued." if marks else ""
+    return [replace(panel, marks=marks, note=note)]
+
+
+def _panel(kind: _Kind, runs: Sequence[Run], records: Sequence[Sequence[Record]], dots: bool = False) -> Panel:
+    curves = []
+    for colour, (run, own) in enumerate(zip(runs, records, strict=True)):
+        pairs = [pair for pair in (kind.main, kind.other) if pair is not None]
+        for number, (label, key) in enumerate(pairs):
+            shade = colour if len(runs) > 1 else number
+            label = label if len(runs) == 1 else run.name
+            curves.append(_curve(label, own, key, shade, kind.divisor, dashed=number == 1, dots=dots))
+    panel = _axes(kind.name, kind.title, kind.unit, curves, from_zero=kind.from_zero)
+    said = kind.note
+    if len(runs) > 1 and kind.other is not None and any(curve.dashed for curve in panel.curves):
+        said = f"Whole lines: {kind.main[0]}; dashed: {kind.other[0]}. {said}".strip()
+    return replace(panel, note=said)
+
+
+def _axes(name: str, title: str, unit: str, curves: Sequence[Curve], *, from_zero: bool = False) -> Panel:
+    drawn = tuple(curve for curve in curves if np.isfinite(curve.y).any())
+    values = np.concatenate([curve.y[np.isfinite(curve.y)] for curve in drawn]) if drawn else np.zeros(1)
+    spread = not from_zero and values.min() > 0 and values.max() > SPREAD * np.median(values)
+    return Panel(name, title, unit, drawn, from_zero, bool(spread))
+
+
+def _curve(
+    label: str,
+    records: Sequence[Record],
+    key: str,
+    colour: int,
+    divisor: float = 1.0,
+    *,
+    dashed: bool = False,
+    dots: bool = False,
+) -> Curve:
+    given = [record for record in records if key in record]
+    values = [record[key] / divisor if is_number(record[key]) else np.nan for record in given]
+    steps = np.array([record["step"] for record in given], dtype=float)
+    return Curve(label, steps, np.array(values, dtype=float), colour, dashed, dots)
+
+
+def _with_places(record: Record) -> Record:
+    total, between = record.get("network_bytes"), record.get("network_bytes_between_nodes")
+    if not is_number(total) or not is_number(between) or not total:
+        return record
+    return {**record, "inside": total - between, "between": between}
+
+
+def thin(x: np.ndarray, y: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """The smallest and the largest value of each of ``columns`` equal parts of the axis, in their order: as much as
+    that many pixels can show. ``x`` ascends; a part without a finite value keeps one NaN."""
+    if len(x) <= 2 * columns:
+        return x, y
+    width = (x[-1] - x[0]) / columns or 1.0
+    column = np.minimum(((x - x[0]) / width).astype(int), columns - 1)
+    order = np.lexsort((y, column))  # NaN comes last in its column
+    starts = np.flatnonzero(np.diff(column[order], prepend=-1))
+    ends = np.append(starts[1:], len(order))
+    finite = np.add.reduceat(np.isfinite(y[order]).astype(int), starts)
+    largest = starts + np.maximum(finite, 1) - 1
+    assert (largest < ends).all()
+    kept = np.unique(np.concatenate([order[starts], order[largest]]))
+    return x[kept], y[kept]

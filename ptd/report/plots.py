@@ -1,0 +1,183 @@
+"""Panels -> figures, and figures -> PNG or SVG that takes its colours from the page."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+
+from ptd.report.data import read_run
+from ptd.report.panels import STEP, Curve, Panel, panels, thin
+from ptd.report.theme import LIGHT, MARKERS, SENTINEL, Theme, to_css
+
+SIZE = (4.6, 2.8)
+"""Inches: a page shows one at about this size on a phone, and larger elsewhere."""
+COLUMNS, FEWEST_COLUMNS = 600, 60
+"""Of a panel with one curve, and of each of very many: what is drawn of longer series (`thin`)."""
+SVG = "http://www.w3.org/2000/svg"
+XLINK = "{http://www.w3.org/1999/xlink}href"
+
+
+def draw(panel: Panel, theme: Theme, *, legend: bool, title: str = "") -> Figure:
+    """One figure. ``legend``: name the curves in it."""
+    figure = Figure(figsize=SIZE, facecolor="none" if theme is SENTINEL else theme.paper)
+    axes = figure.add_axes((0.15, 0.17, 0.82, 0.72 if legend or title else 0.79), facecolor="none")
+    columns = max(FEWEST_COLUMNS, COLUMNS // len(panel.curves))
+    for curve in panel.curves:
+        _add(axes, curve, theme, columns, marked=len({each.colour for each in panel.curves}) > 2)
+    for mark in panel.marks:
+        axes.axvline(mark, color=theme.ink, alpha=0.35, linewidth=0.8, linestyle=(0, (2, 2)))
+    _set_axes(axes, panel, theme)
+    if title:
+        axes.set_title(title, fontsize=9, color=theme.ink, loc="left", parse_math=False)
+    if legend:
+        _legend(axes, panel, theme)
+    return figure
+
+
+def _add(axes: Axes, curve: Curve, theme: Theme, columns: int, *, marked: bool) -> None:
+    x, y = thin(curve.x, curve.y, columns)
+    number = curve.colour % len(theme.palette)
+    options: dict[str, Any] = {"color": theme.palette[number], "linewidth": 1.3}
+    if curve.dashed:
+        options["linestyle"] = (0, (4, 2))
+    if curve.dots and len(x) <= 60:
+        options |= {"marker": MARKERS[number], "markersize": 3.6}
+    elif len(x) == 1:
+        options |= {"marker": MARKERS[number], "markersize": 4}
+    elif marked:  # a few along the line, not at the same places for all
+        options |= {"marker": MARKERS[number], "markersize": 3.6, "markevery": (0.04 * (1 + number), 0.25)}
+    axes.plot(x, y, **options)
+
+
+def _set_axes(axes: Axes, panel: Panel, theme: Theme) -> None:
+    axes.set_xlabel(STEP, fontsize=8.5, color=theme.ink)
+    axes.set_ylabel(panel.unit, fontsize=8.5, color=theme.ink, parse_math=False)
+    axes.tick_params(colors=theme.ink, labelsize=8, which="both", length=2.5)
+    for side, spine in axes.spines.items():
+        spine.set(color=theme.ink, alpha=0.5, visible=side in ("left", "bottom"))
+    axes.grid(color=theme.ink, alpha=0.15, linewidth=0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+    last = max(float(curve.x[-1]) for curve in panel.curves)
+    if last >= 10_000:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if panel.logarithmic:
+        axes.set_yscale("log")
+        axes.tick_params(labelsize=8, which="minor", labelleft=False)
+        return
+    top = max(float(np.nanmax(curve.y)) for curve in panel.curves)
+    if panel.from_zero:
+        axes.set_ylim(0, 1.06 * top if top > 0 else 1)
+    if top >= 10_000:
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    else:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:.6g}"))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, min_n_ticks=2))
+
+
+def _legend(axes: Axes, panel: Panel, theme: Theme) -> None:
+    # A label that begins with an underscore is none to matplotlib.
+    labels = [f" {curve.label}"[curve.label[:1] != "_" :][:40] for curve in panel.curves]
+    place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "ncols": 2, "borderaxespad": 0.2}
+    if len(labels) > 2:
+        place = {"loc": "best"}
+    lines = axes.lines[: len(labels)]
+    legend = axes.legend(lines, labels, frameon=False, fontsize=8, labelcolor=theme.ink, handlelength=1.8, **place)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def png(panel: Panel, path: Path, *, title: str = "", dpi: int = 200) -> None:
+    """Write a figure by itself, in light colours. Raises `OSError`."""
+    buffer = io.BytesIO()
+    with _quietly():
+        draw(panel, LIGHT, legend=len(panel.curves) > 1, title=title).savefig(buffer, format="png", dpi=dpi)
+    path.write_bytes(buffer.getvalue())
+
+
+def plot_loss(folder: Path) -> Path | None:
+    """Draw ``loss.png`` from the records of a run's folder; None when there is nothing to draw."""
+    found = [panel for panel in panels([read_run(folder)]) if panel.name == "loss"]
+    for panel in found:
+        png(panel, folder / "loss.png")
+    return folder / "loss.png" if found else None
+
+
+def svg(panel: Panel, number: int, *, legend: bool) -> str:
+    """The ``number``-th figure of a page as an ``<svg>`` element, in the page's own colours."""
+    buffer = io.StringIO()
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "ptd"}
+    with _quietly(), matplotlib.rc_context(settings):
+        draw(panel, SENTINEL, legend=legend).savefig(buffer, format="svg", metadata={"Date": None})
+    return _inline(buffer.getvalue(), panel, number)
+
+
+class _quietly(warnings.catch_warnings):
+    """Without warnings of names in letters that matplotlib's font does not have: the page has its own fonts."""
+
+    def __enter__(self) -> Any:
+        entered = super().__enter__()
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        return entered
+
+
+def _inline(text: str, panel: Panel, number: int) -> str:
+    """Without what a page has no use for; identifiers that no other figure has; colours of the page."""
+    ElementTree.register_namespace("", SVG)
+    root = ElementTree.fromstring(text)
+    for parent in list(root.iter()):
+        for child in [each for each in parent if each.tag.endswith(("}metadata", "}style"))]:
+            parent.remove(child)
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
+    names = {name: f"plot{number}-{index}" for index, name in enumerate(sorted(used))}
+    for element in root.iter():
+        own = element.attrib.pop("id", None)
+        if own in names:
+            element.set("id", names[own])
+        target = element.attrib.pop(XLINK, None)
+        if target is not None:
+            element.set("href", f"#{names[target[1:]]}")
+        if "clip-path" in element.attrib:
+            element.set("clip-path", f"url(#{names[element.attrib['clip-path'][5:-1]]})")
+        if "d" in element.attrib:
+            element.set("d", _shorter(element.attrib["d"]))
+        if "style" in element.attrib:
+            element.set("style", _style(element.attrib["style"]))
+    for name in ("width", "height", "version"):
+        root.attrib.pop(name, None)
+    root.set("class", "plot")
+    root.set("role", "img")
+    root.set("aria-label", f"{panel.title}: {panel.unit} over {STEP}")
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _shorter(path: str) -> str:
+    """Two decimals are a seventieth of a millimetre."""
+    return re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}", " ".join(path.split()))
+
+
+def _style(style: str) -> str:
+    for colour, variable in to_css().items():
+        style = style.replace(colour, variable)
+    # The page's font, in the size that was meant.
+    return re.sub(r"font: (?:[\w ]+ )?([\d.]+px) [^;]+", r"font-size: \1", style)
+
+
+def save_pngs(found: Sequence[Panel], folder: Path) -> list[Path]:
+    """One file a panel. Raises `OSError`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for panel in found:
+        files.append(folder / f"{panel.name}.png")
+        png(panel, files[-1], title=panel.title, dpi=300)
+    return files

@@ -1,0 +1,231 @@
+"""What a report says in words and tables."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import PurePath
+from typing import Any
+
+import yaml
+
+from ptd.report.data import Run, is_number, numbers
+from ptd.report.panels import metrics
+
+NOT_COMPARED = ("output_dir",)
+"""Settings in which two runs always differ."""
+
+
+def plain(run: Run) -> dict[str, Any]:
+    """The figures of a run by name; what is not known is None. Sizes in bytes, times in seconds."""
+    result, result_seconds = run.section("result"), run.section("result").get("seconds")
+    total, between = (_median(run, key) for key in ("network_bytes", "network_bytes_between_nodes"))
+    return {
+        "status": run.facts.get("status"),
+        "method": run.config("method", "name"),
+        "task": run.config("task", "kind"),
+        "backbone": run.config("backbone", "path"),
+        "steps": run.steps[-1]["step"] if run.steps else result.get("steps", 0),
+        "seconds": result_seconds if is_number(result_seconds) else None,
+        "loss": run.last("loss"),
+        **{key: run.last(key, run.evaluations) for key in ["eval_loss", *metrics([run])]},
+        "best": result.get("best"),
+        "trained_parameters": run.facts.get("trained_parameters"),
+        "tokens_per_second": _median(run, "tokens_per_second"),
+        "step_seconds": _median(run, "step_seconds"),
+        "peak_memory_bytes": max((value for _, value in numbers(run.steps, "peak_memory_bytes")), default=None),
+        "network_bytes_inside_nodes": total - between if total is not None and between is not None else None,
+        "network_bytes_between_nodes": between,
+        "skipped_steps": sum(int(value) for _, value in numbers(run.steps, "skipped_steps")),
+        "attempts": len(run.attempts),
+        "world_size": run.facts.get("world_size"),
+        "device": run.facts.get("device"),
+        "started": run.facts.get("started"),
+    }
+
+
+def _median(run: Run, key: str) -> float | None:
+    values = [value for _, value in numbers(run.steps, key)]
+    return statistics.median(values) if values else None
+
+
+def _number(value: float) -> str:
+    if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e15):
+        return f"{int(value):,}"
+    return f"{value:,.4g}" if 1e-4 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+def _decimals(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
+
+
+def _size(value: float) -> str:
+    for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
+        if value >= 10**power:
+            return (
+                f"{value / 10**power:,.3g} {unit}" if value < 10 ** (power + 3) else f"{value / 10**power:,.0f} {unit}"
+            )
+    return f"{value:.0f} B"
+
+
+def _memory(value: float) -> str:
+    return f"{value / 2**30:.2f} GiB"
+
+
+def _time(value: float) -> str:
+    if value < 60:
+        return f"{value:.3g} s"
+    minutes, seconds = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
+
+
+def _moment(value: Any) -> str:
+    try:
+        return datetime.fromisoformat(str(value)).strftime("%Y-%m-%d %H:%M UTC")
+    except ValueError:
+        return str(value)
+
+
+_ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("status", "status", str),
+    ("method", "method", str),
+    ("task", "task", str),
+    ("backbone", "backbone", lambda path: PurePath(str(path)).name or str(path)),
+    ("started", "started", _moment),
+    ("steps", "optimizer steps", _number),
+    ("seconds", "time (last start)", _time),
+    ("loss", "training loss, last (nats)", _decimals),
+    ("eval_loss", "held-out loss, last (nats)", _decimals),
+    ("trained_parameters", "trained parameters", _number),
+    ("tokens_per_second", "useful tokens/s, median", _number),
+    ("step_seconds", "time of a step, median", _time),
+    ("peak_memory_bytes", "peak memory, rank 0", _memory),
+    ("network_bytes_inside_nodes", "sent inside nodes, a step", _size),
+    ("network_bytes_between_nodes", "sent between nodes, a step", _size),
+    ("skipped_steps", "skipped steps", _number),
+    ("attempts", "starts", _number),
+    ("world_size", "ranks", _number),
+    ("device", "device", str),
+)
+
+
+def overview(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Name of a figure -> what it is in each run; without what none of them has."""
+    figures = [plain(run) for run in runs]
+    rows: list[tuple[str, list[str]]] = []
+    for key, label, form in _ROWS:
+        rows.append((label, [_shown(each.get(key), form) for each in figures]))
+        if key == "eval_loss":
+            for metric in metrics(runs):
+                label = f"held-out {metric.removeprefix('eval_')}, last"
+                rows.append((label, [_shown(each.get(metric), _number) for each in figures]))
+            rows.append(("best evaluation", [_best(each["best"]) for each in figures]))
+    return [(label, cells) for label, cells in rows if any(cells)]
+
+
+def _shown(value: Any, form: Callable[[Any], str]) -> str:
+    if value is None:
+        return ""
+    return form(value) if is_number(value) or form in (str, _moment) or isinstance(value, str) else ""
+
+
+def _best(best: Any) -> str:
+    if not isinstance(best, dict):
+        return ""
+    figures = [f"{name} {_number(best[name])}" for name in best if is_number(best[name]) and name != "step"]
+    return f"step {best.get('step')}: {', '.join(figures[:2])}"
+
+
+def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Settings that are not the same in all runs, as dotted keys, with each run's value."""
+    flat = [_flat(run.section("config")) for run in runs]
+    keys = [key for key in dict.fromkeys(key for each in flat for key in each) if key not in NOT_COMPARED]
+    cells = {key: [json.dumps(each[key]) if key in each else "" for each in flat] for key in keys}
+    return [(key, values) for key, values in cells.items() if len(set(values)) > 1]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found
+
+
+def slowest(run: Run) -> str:
+    """Which rank was the slowest how often, and what the others waited for it; empty without several ranks."""
+    named = [record for record in run.steps if is_number(record.get("slowest_rank"))]
+    if not named:
+        return ""
+    counts = dict.fromkeys(sorted({record["slowest_rank"] for record in named}), 0)
+    for record in named:
+        counts[record["slowest_rank"]] += 1
+    often = sorted(counts, key=lambda rank: -counts[rank])[:3]
+    share = ", ".join(f"rank {rank} in {100 * counts[rank] / len(named):.0f} %" for rank in often)
+    waits = [
+        (record["slowest_rank_seconds"] - record["mean_rank_seconds"]) / record["step_seconds"]
+        for record in named
+        if all(is_number(record.get(key)) for key in ("slowest_rank_seconds", "mean_rank_seconds", "step_seconds"))
+        and record["step_seconds"] > 0
+    ]
+    waited = f"; an average rank waited {100 * statistics.fmean(waits):.1f} % of a step for it" if waits else ""
+    return f"Slowest rank: {share} of the records{waited}."
+
+
+def attempts(run: Run) -> list[list[str]]:
+    """One row a start: when, from which step, how it ended, where, and why."""
+    rows = []
+    for attempt in run.attempts:
+        ended = _moment(attempt["ended"]) if "ended" in attempt else ""
+        how = str(attempt.get("how", "under way, or gone without a word"))
+        cells = [_moment(attempt.get("started", "")), str(attempt.get("from_step", "")), ended, how]
+        rows.append([*cells, str(attempt.get("step", "")), str(attempt.get("error", ""))])
+    return rows
+
+
+def samples(run: Run) -> list[dict[str, Any]]:
+    """Each input with its reference and what was written at each step: ``texts`` of (label, text)."""
+    by_step: dict[int, list[dict[str, Any]]] = {}
+    for sample in run.samples:
+        by_step.setdefault(sample["step"], []).append(sample)
+    found: list[dict[str, Any]] = []
+    for step, those in sorted(by_step.items()):
+        label = "backbone alone" if step == 0 else f"after step {step:,}"
+        for number, sample in enumerate(those):
+            if number == len(found):
+                found.append({"prompt": sample["prompt"], "reference": sample["reference"], "texts": []})
+            found[number]["texts"].append((label, sample["text"]))
+    return found
+
+
+def as_yaml(run: Run) -> str:
+    """The resolved configuration, which is a run file."""
+    return str(yaml.safe_dump(run.section("config"), sort_keys=False, allow_unicode=True))
+
+
+def commands(run: Run) -> str:
+    """What to type to repeat the run, from its configuration in run.yaml."""
+    pins = [
+        f"{name}=={version}"
+        for name, version in run.section("versions").items()
+        if name in ("torch", "transformers", "deepspeed")
+    ]
+    lines = [f"pip install ptd {shlex.join(pins)}".rstrip()]
+    ranks = run.facts.get("world_size")
+    if isinstance(ranks, int) and ranks > 1:
+        on_cpu = " --gpus-per-node 0 --ranks-per-node" if run.facts.get("device") == "cpu" else " --gpus-per-node"
+        lines.append(f"ptd launch local run.yaml{on_cpu} {ranks} output_dir=again   # {ranks} ranks, as this run had")
+    else:
+        lines.append("ptd train run.yaml output_dir=again")
+    return "\n".join(lines)
+
+
+def started_as(run: Run) -> str:
+    """The command line that every rank was started with, without the program's own place; empty from Python."""
+    command = run.facts.get("command")
+    if not isinstance(command, list) or "train" not in command[1:3]:
+        return ""
+    return "ptd " + shlex.join(str(part) for part in command[command.index("train", 1) :])

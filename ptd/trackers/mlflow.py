@@ -1,0 +1,62 @@
+"""MLflow. Its own variables hold: MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME (default ``ptd``).
+
+A run that is continued is found by its id, which it carries as the tag ``ptd.run``; what MLflow has of it is not sent
+again.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+
+from mlflow.entities import Metric, Param
+from mlflow.tracking import MlflowClient
+
+from ptd.trackers import Status, Tracked, flat
+
+TAG = "ptd.run"
+ENDS: dict[Status, str] = {"finished": "FINISHED", "preempted": "KILLED", "failed": "FAILED"}
+PARAMS, PARAM_LENGTH = 100, 500
+"""Settings of one request, and the longest that every MLflow server takes."""
+
+
+class Mlflow:
+    """One MLflow run, through a client of its own: the fluent API's active run stays the caller's."""
+
+    def __init__(self, run: Tracked) -> None:
+        self._client = client = MlflowClient()
+        self._last: dict[str, int] = {}
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "ptd")
+        experiment = client.get_experiment_by_name(name)
+        place = experiment.experiment_id if experiment is not None else client.create_experiment(name)
+        earlier = client.search_runs([place], f"tags.`{TAG}` = '{run.id}'", max_results=1)
+        self._continued = bool(earlier)
+        if earlier:
+            self._id = earlier[0].info.run_id
+            client.update_run(self._id, status="RUNNING")
+            return
+        self._id = client.create_run(place, run_name=run.name, tags={TAG: run.id}).info.run_id
+        params = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in flat(run.config).items()]
+        for begin in range(0, len(params), PARAMS):
+            client.log_batch(self._id, params=params[begin : begin + PARAMS])
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        now = int(1000 * time.time())
+        new = [Metric(key, float(value), now, step) for key, value in values.items() if step > self._known(key)]
+        if new:
+            self._client.log_batch(self._id, metrics=new)
+
+    def _known(self, key: str) -> int:
+        """The last step of which an earlier start sent this metric; −1: none."""
+        if key not in self._last:
+            history = self._client.get_metric_history(self._id, key) if self._continued else []
+            self._last[key] = max((metric.step for metric in history), default=-1)
+        return self._last[key]
+
+    def close(self, status: Status) -> None:
+        self._client.set_terminated(self._id, status=ENDS[status])
+
+
+def start(run: Tracked) -> Mlflow:
+    return Mlflow(run)
