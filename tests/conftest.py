@@ -1,4 +1,4 @@
-"""What all tests share: tests/families.py under the name ``families``, and a saved tiny backbone."""
+"""What all tests share: the files families.py and browser.py as modules of these names, and a saved tiny backbone."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-if "families" not in sys.modules:  # by file: this folder on sys.path would shadow the package ptd_kernels
-    spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
+for name in {"families", "browser"} - set(sys.modules):  # by file: on sys.path this folder would shadow ptd_kernels
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
-    sys.modules["families"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["families"])
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
 
 
 @pytest.fixture(scope="session")

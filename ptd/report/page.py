@@ -12,7 +12,7 @@ from markupsafe import Markup
 from ptd.report import tables
 from ptd.report.data import Run
 from ptd.report.panels import Panel
-from ptd.report.plots import svg
+from ptd.report.plots import MEAN_FROM, svg
 from ptd.report.theme import DARK, GLYPHS, LIGHT, variables
 from ptd.versions import versions
 
@@ -62,6 +62,7 @@ def _described(run: Run, colour: int) -> dict[str, Any]:
         "glyph": GLYPHS[colour % len(GLYPHS)],
         "slowest": tables.slowest(run),
         "attempts": tables.attempts(run),
+        "long": len(run.steps) >= MEAN_FROM,
         "samples": tables.samples(run),
         "config": tables.as_yaml(run),
         "versions": run.section("versions"),

@@ -15,6 +15,8 @@ NOT_DRAWN = ("eval_loss", "eval_supervised_tokens", "eval_rows")
 """Of an evaluation: has a panel of its own, or is no measure."""
 PERCENT = {"accuracy", "macro_f1", "mcc", "precision", "recall", "f1", "exact_match"}
 """Metrics of the tasks that are 100 at best."""
+LONGEST = 20
+"""Letters of a metric that an axis has room for."""
 SPREAD = 30.0
 """Largest over median value from which a logarithmic axis shows more."""
 
@@ -77,11 +79,12 @@ _KINDS = (
 def panels(runs: Sequence[Run]) -> list[Panel]:
     """All panels that the runs have numbers for."""
     found = [*_loss(runs)]
-    for kind in _KINDS:
-        found.append(_panel(kind, runs, [[_with_places(record) for record in run.steps] for run in runs]))
+    records = [[_with_places(record) for record in run.steps] for run in runs]
+    found += [_panel(kind, runs, records) for kind in _KINDS]
     for key in metrics(runs):
         metric = key.removeprefix("eval_")
-        unit = f"{metric} ({'%' if metric in PERCENT else 'no unit'})"
+        short = metric if len(metric) <= LONGEST else f"{metric[: LONGEST - 1]}…"
+        unit = f"{short} ({'%' if metric in PERCENT else 'no unit'})"
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", key)
         kind = _Kind(name, f"Held-out {metric}", unit, (metric, key), from_zero=False)
         found.append(_panel(kind, runs, [run.evaluations for run in runs], dots=True))

@@ -14,16 +14,19 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from ptd.report.data import read_run
 from ptd.report.panels import STEP, Curve, Panel, panels, thin
 from ptd.report.theme import LIGHT, MARKERS, SENTINEL, Theme, to_css
 
-SIZE = (4.6, 2.8)
+SIZE = (4.0, 2.55)
 """Inches: a page shows one at about this size on a phone, and larger elsewhere."""
 COLUMNS, FEWEST_COLUMNS = 600, 60
 """Of a panel with one curve, and of each of very many: what is drawn of longer series (`thin`)."""
+MEAN_FROM, MEAN_SHARE = 100, 50
+"""From so many records on a curve is drawn pale under its running mean over this part of them."""
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "{http://www.w3.org/1999/xlink}href"
 
@@ -31,33 +34,48 @@ XLINK = "{http://www.w3.org/1999/xlink}href"
 def draw(panel: Panel, theme: Theme, *, legend: bool, title: str = "") -> Figure:
     """One figure. ``legend``: name the curves in it."""
     figure = Figure(figsize=SIZE, facecolor="none" if theme is SENTINEL else theme.paper)
-    axes = figure.add_axes((0.15, 0.17, 0.82, 0.72 if legend or title else 0.79), facecolor="none")
+    axes = figure.add_axes((0.17, 0.19, 0.8, 0.7 if legend or title else 0.76), facecolor="none")
     columns = max(FEWEST_COLUMNS, COLUMNS // len(panel.curves))
-    for curve in panel.curves:
-        _add(axes, curve, theme, columns, marked=len({each.colour for each in panel.curves}) > 2)
+    marked = len({each.colour for each in panel.curves}) > 2
+    lines = [_add(axes, curve, theme, columns, marked=marked) for curve in panel.curves]
     for mark in panel.marks:
         axes.axvline(mark, color=theme.ink, alpha=0.35, linewidth=0.8, linestyle=(0, (2, 2)))
     _set_axes(axes, panel, theme)
     if title:
         axes.set_title(title, fontsize=9, color=theme.ink, loc="left", parse_math=False)
     if legend:
-        _legend(axes, panel, theme)
+        _legend(axes, lines, panel, theme)
     return figure
 
 
-def _add(axes: Axes, curve: Curve, theme: Theme, columns: int, *, marked: bool) -> None:
+def _add(axes: Axes, curve: Curve, theme: Theme, columns: int, *, marked: bool) -> Line2D:
     x, y = thin(curve.x, curve.y, columns)
     number = curve.colour % len(theme.palette)
     options: dict[str, Any] = {"color": theme.palette[number], "linewidth": 1.3}
     if curve.dashed:
         options["linestyle"] = (0, (4, 2))
+    if len(curve.x) >= MEAN_FROM and not curve.dots:
+        axes.plot(x, y, color=theme.palette[number], linewidth=0.8, alpha=0.3)
+        x, y = running_mean(curve.x, curve.y, MEAN_SHARE)
     if curve.dots and len(x) <= 60:
         options |= {"marker": MARKERS[number], "markersize": 3.6}
     elif len(x) == 1:
         options |= {"marker": MARKERS[number], "markersize": 4}
     elif marked:  # a few along the line, not at the same places for all
         options |= {"marker": MARKERS[number], "markersize": 3.6, "markevery": (0.04 * (1 + number), 0.25)}
-    axes.plot(x, y, **options)
+    return axes.plot(x, y, **options)[0]
+
+
+def running_mean(x: np.ndarray, y: np.ndarray, parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Means over windows of 1/``parts`` of the records, each half over the next; of what is finite in them."""
+    width = max(1, len(x) // parts)
+    starts = np.arange(0, len(x) - width + 1, max(1, width // 2))
+    finite = np.isfinite(y)
+    sums, counts = (np.concatenate([[0.0], np.cumsum(each)]) for each in (np.where(finite, y, 0.0), finite))
+    many = counts[starts + width] - counts[starts]
+    with np.errstate(invalid="ignore"):
+        means = (sums[starts + width] - sums[starts]) / many
+    return x[starts + (width - 1) // 2], means
 
 
 def _set_axes(axes: Axes, panel: Panel, theme: Theme) -> None:
@@ -67,7 +85,7 @@ def _set_axes(axes: Axes, panel: Panel, theme: Theme) -> None:
     for side, spine in axes.spines.items():
         spine.set(color=theme.ink, alpha=0.5, visible=side in ("left", "bottom"))
     axes.grid(color=theme.ink, alpha=0.15, linewidth=0.6)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
     last = max(float(curve.x[-1]) for curve in panel.curves)
     if last >= 10_000:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -85,13 +103,18 @@ def _set_axes(axes: Axes, panel: Panel, theme: Theme) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, min_n_ticks=2))
 
 
-def _legend(axes: Axes, panel: Panel, theme: Theme) -> None:
+def _legend(axes: Axes, lines: Sequence[Line2D], panel: Panel, theme: Theme) -> None:
     # A label that begins with an underscore is none to matplotlib.
     labels = [f" {curve.label}"[curve.label[:1] != "_" :][:40] for curve in panel.curves]
-    place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "ncols": 2, "borderaxespad": 0.2}
+    place = {
+        "loc": "lower left",
+        "bbox_to_anchor": (-0.02, 1.0),
+        "ncols": 2,
+        "borderaxespad": 0.2,
+        "columnspacing": 1.2,
+    }
     if len(labels) > 2:
         place = {"loc": "best"}
-    lines = axes.lines[: len(labels)]
     legend = axes.legend(lines, labels, frameon=False, fontsize=8, labelcolor=theme.ink, handlelength=1.8, **place)
     for text in legend.get_texts():
         text.set_parse_math(False)

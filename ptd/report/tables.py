@@ -53,9 +53,11 @@ def _median(run: Run, key: str) -> float | None:
 
 
 def _number(value: float) -> str:
-    if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e15):
+    if float(value).is_integer() and abs(value) < 1e15:
         return f"{int(value):,}"
-    return f"{value:,.4g}" if 1e-4 <= abs(value) < 1e6 else f"{value:.3g}"
+    if 1000 <= abs(value) < 1e12:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
 
 
 def _decimals(value: float) -> str:
@@ -90,11 +92,15 @@ def _moment(value: Any) -> str:
         return str(value)
 
 
+def _base(path: Any) -> str:
+    return PurePath(str(path)).name or str(path)
+
+
 _ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("status", "status", str),
     ("method", "method", str),
     ("task", "task", str),
-    ("backbone", "backbone", lambda path: PurePath(str(path)).name or str(path)),
+    ("backbone", "backbone", _base),
     ("started", "started", _moment),
     ("steps", "optimizer steps", _number),
     ("seconds", "time (last start)", _time),
@@ -130,14 +136,14 @@ def overview(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 def _shown(value: Any, form: Callable[[Any], str]) -> str:
     if value is None:
         return ""
-    return form(value) if is_number(value) or form in (str, _moment) or isinstance(value, str) else ""
+    return form(value) if is_number(value) or form in (str, _moment, _base) else str(value)
 
 
 def _best(best: Any) -> str:
     if not isinstance(best, dict):
         return ""
     figures = [f"{name} {_number(best[name])}" for name in best if is_number(best[name]) and name != "step"]
-    return f"step {best.get('step')}: {', '.join(figures[:2])}"
+    return f"step {_cell(best.get('step'))}: {', '.join(figures[:2])}"
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
@@ -181,9 +187,13 @@ def attempts(run: Run) -> list[list[str]]:
     for attempt in run.attempts:
         ended = _moment(attempt["ended"]) if "ended" in attempt else ""
         how = str(attempt.get("how", "under way, or gone without a word"))
-        cells = [_moment(attempt.get("started", "")), str(attempt.get("from_step", "")), ended, how]
-        rows.append([*cells, str(attempt.get("step", "")), str(attempt.get("error", ""))])
+        cells = [_moment(attempt.get("started", "")), _cell(attempt.get("from_step", "")), ended, how]
+        rows.append([*cells, _cell(attempt.get("step", "")), str(attempt.get("error", ""))])
     return rows
+
+
+def _cell(value: Any) -> str:
+    return _number(value) if is_number(value) else str(value)
 
 
 def samples(run: Run) -> list[dict[str, Any]]:
@@ -207,13 +217,13 @@ def as_yaml(run: Run) -> str:
 
 
 def commands(run: Run) -> str:
-    """What to type to repeat the run, from its configuration in run.yaml."""
+    """What to type to repeat the run, from its configuration in run.yaml and with ptd installed."""
     pins = [
         f"{name}=={version}"
         for name, version in run.section("versions").items()
         if name in ("torch", "transformers", "deepspeed")
     ]
-    lines = [f"pip install ptd {shlex.join(pins)}".rstrip()]
+    lines = [f"pip install {shlex.join(pins)}"] if pins else []
     ranks = run.facts.get("world_size")
     if isinstance(ranks, int) and ranks > 1:
         on_cpu = " --gpus-per-node 0 --ranks-per-node" if run.facts.get("device") == "cpu" else " --gpus-per-node"
