@@ -88,7 +88,9 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
-        self.call("Page.navigate", url=page.resolve().as_uri())
+        failed = self.call("Page.navigate", url=page.resolve().as_uri()).get("errorText")
+        if failed:
+            raise RuntimeError(f"{page}: {failed}")
         while not any(event.get("method") == "Page.loadEventFired" for event in self._events):
             self._events.append(self._read())
 

@@ -31,18 +31,16 @@ SVG = "http://www.w3.org/2000/svg"
 XLINK = "{http://www.w3.org/1999/xlink}href"
 
 
-def draw(panel: Panel, theme: Theme, *, legend: bool, title: str = "") -> Figure:
-    """One figure. ``legend``: name the curves in it."""
+def draw(panel: Panel, theme: Theme, *, legend: bool) -> Figure:
+    """One figure, without a title. ``legend``: name the curves in it."""
     figure = Figure(figsize=SIZE, facecolor="none" if theme is SENTINEL else theme.paper)
-    axes = figure.add_axes((0.17, 0.19, 0.8, 0.7 if legend or title else 0.76), facecolor="none")
+    axes = figure.add_axes((0.17, 0.19, 0.8, 0.7 if legend else 0.76), facecolor="none")
     columns = max(FEWEST_COLUMNS, COLUMNS // len(panel.curves))
     marked = len({each.colour for each in panel.curves}) > 2
     lines = [_add(axes, curve, theme, columns, marked=marked) for curve in panel.curves]
     for mark in panel.marks:
         axes.axvline(mark, color=theme.ink, alpha=0.35, linewidth=0.8, linestyle=(0, (2, 2)))
     _set_axes(axes, panel, theme)
-    if title:
-        axes.set_title(title, fontsize=9, color=theme.ink, loc="left", parse_math=False)
     if legend:
         _legend(axes, lines, panel, theme)
     return figure
@@ -106,25 +104,20 @@ def _set_axes(axes: Axes, panel: Panel, theme: Theme) -> None:
 def _legend(axes: Axes, lines: Sequence[Line2D], panel: Panel, theme: Theme) -> None:
     # A label that begins with an underscore is none to matplotlib.
     labels = [f" {curve.label}"[curve.label[:1] != "_" :][:40] for curve in panel.curves]
-    place = {
-        "loc": "lower left",
-        "bbox_to_anchor": (-0.02, 1.0),
-        "ncols": 2,
-        "borderaxespad": 0.2,
-        "columnspacing": 1.2,
-    }
-    if len(labels) > 2:
-        place = {"loc": "best"}
-    legend = axes.legend(lines, labels, frameon=False, fontsize=8, labelcolor=theme.ink, handlelength=1.8, **place)
+    place: dict[str, Any] = {"loc": "best"}
+    if len(labels) <= 2:  # above
+        place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "ncols": 2, "borderaxespad": 0.2}
+    look = {"frameon": False, "fontsize": 8, "labelcolor": theme.ink, "handlelength": 1.8, "columnspacing": 1.2}
+    legend = axes.legend(lines, labels, **look, **place)
     for text in legend.get_texts():
         text.set_parse_math(False)
 
 
-def png(panel: Panel, path: Path, *, title: str = "", dpi: int = 200) -> None:
+def png(panel: Panel, path: Path, *, dpi: int = 200) -> None:
     """Write a figure by itself, in light colours. Raises `OSError`."""
     buffer = io.BytesIO()
     with _quietly():
-        draw(panel, LIGHT, legend=len(panel.curves) > 1, title=title).savefig(buffer, format="png", dpi=dpi)
+        draw(panel, LIGHT, legend=len(panel.curves) > 1).savefig(buffer, format="png", dpi=dpi)
     path.write_bytes(buffer.getvalue())
 
 
@@ -202,5 +195,5 @@ def save_pngs(found: Sequence[Panel], folder: Path) -> list[Path]:
     files = []
     for panel in found:
         files.append(folder / f"{panel.name}.png")
-        png(panel, files[-1], title=panel.title, dpi=300)
+        png(panel, files[-1], dpi=300)
     return files

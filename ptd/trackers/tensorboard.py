@@ -55,7 +55,11 @@ class TensorBoard:
 
     def _add(self, event: Any) -> None:
         event.wall_time = time.time()
-        self._writer.write(event.SerializeToString())
+        try:
+            self._writer.write(event.SerializeToString())
+        except OSError:
+            self._writer.close()
+            raise
 
 
 def start(run: Tracked) -> TensorBoard:

@@ -36,7 +36,8 @@ OVER = """(() => {
     check(words, plot.getAttribute('aria-label'));
     for (const word of words) {
       const box = word.getBoundingClientRect();
-      if (box.left < frame.left - 1 || box.right > frame.right + 1 || box.top < frame.top - 1 || box.bottom > frame.bottom + 1)
+      const across = box.left >= frame.left - 1 && box.right <= frame.right + 1;
+      if (!across || box.top < frame.top - 1 || box.bottom > frame.bottom + 1)
         found.push(`outside of ${plot.getAttribute('aria-label')}: ${word.textContent}`);
     }
   }
