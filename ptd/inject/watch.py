@@ -180,7 +180,8 @@ class SharesOfPrompt:
 def attending_only_to(attachment: Attachment, kept: Sequence[int]) -> Iterator[None]:
     """Within it no query of any layer attends to a virtual token that is not among ``kept``.
 
-    All else is as with the whole prompt, positions too: the difference is what the hidden tokens do.
+    All else is as with the whole prompt, positions too: the difference is what the hidden tokens do. One that stands at
+    a mark where something is predicted still sees itself there.
     """
     tokens = _Tokens(attachment)
     numbers = torch.tensor(sorted(kept), dtype=torch.long)
