@@ -22,15 +22,20 @@ TITLES = {"all": "queries: all own tokens", "supervised": "queries: supervised p
 
 def draw(found: dict[str, Any], *, dark: bool = False) -> dict[str, bytes]:
     """PNG by name: ``prompt``, and of rows ``attention``, ``tokens`` and ``keep``."""
+    pictures = {}
+    for name, figure in figures(found, dark=dark).items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=DPI)
+        pictures[name] = buffer.getvalue()
+    return pictures
+
+
+def figures(found: dict[str, Any], *, dark: bool = False) -> dict[str, Figure]:
+    """The figures by name."""
     makers: dict[str, Callable[[dict[str, Any], bool], Figure]] = {"prompt": _prompt}
     if found["data"] is not None:
         makers |= {"attention": _attention, "tokens": _tokens, "keep": _keep}
-    pictures = {}
-    for name, make in makers.items():
-        buffer = io.BytesIO()
-        make(found, dark).savefig(buffer, format="png", dpi=DPI)
-        pictures[name] = buffer.getvalue()
-    return pictures
+    return {name: make(found, dark) for name, make in makers.items()}
 
 
 def _figure(height: float, dark: bool, panels: int = 1) -> tuple[Figure, list[Axes]]:
