@@ -34,7 +34,7 @@ from ptd.engine.setup import Prepared, check_context, prepare
 from ptd.engine.watchdog import Watchdog, Watched
 from ptd.methods import TaskFacts, method
 from ptd.tasks import Task, make_task
-from ptd.types import Examples, Preempted, Reporter, UserError
+from ptd.types import DataReport, Examples, Preempted, Reporter, UserError
 from ptd.versions import versions
 
 PEFT_TASKS: dict[str, str | None] = {
@@ -110,6 +110,7 @@ def _train(
         needed = bytes_to_write(trained.count(), step.flat().numel(), settings.save_total_limit)
     ranks.on_main(lambda: check_space(config.output_dir, needed))
     artifacts = Artifacts(config, folder, prepared, task, step, ranks, settings, train_rows.digest())
+    artifacts.learned_from = train_rows.report if trains else None
     start = artifacts.resume()
     records = artifacts.begin(start)
     stacks = folder.path / "logs" / f"rank-{ranks.rank}.stacks"
@@ -157,6 +158,7 @@ class Artifacts:
     ranks: Ranks
     settings: TrainConfig
     data_digest: str
+    learned_from: DataReport | None = None
     best: dict[str, Any] = field(default_factory=dict)
     saver: Saver = field(init=False)
     description: dict[str, Any] = field(default_factory=dict)
@@ -263,21 +265,22 @@ class Artifacts:
         sign = -1 if name in ("loss", "perplexity") else 1
         if math.isfinite(metrics[name]) and (not self.best or sign * metrics[name] > sign * self.best[name]):
             self.best = {**metrics, "step": number}
-            self.keep_adapter("best")
+            self.keep_adapter("best", self.best)
 
-    def keep_adapter(self, name: str) -> None:
-        """Write what is trained as it stands. Every rank calls this together."""
+    def keep_adapter(self, name: str, metrics: dict[str, Any]) -> None:
+        """Write what is trained as it stands, and how its evaluation went. Every rank calls this together."""
         with torch.no_grad():
             flat = self.step.flat()
 
         def write() -> None:
             with writing(self.folder.path / name):
-                save_adapter(self.folder.path / name, self._adapter(flat))
+                save_adapter(self.folder.path / name, self._adapter(flat, metrics))
 
         self.ranks.on_main(write)
 
-    def _adapter(self, flat: torch.Tensor) -> Adapter:
+    def _adapter(self, flat: torch.Tensor, metrics: dict[str, Any]) -> Adapter:
         resolved, encoder = self.config.to_dict(), self.step.encoder
+        learned = {} if self.learned_from is None else vars(self.learned_from)
         return Adapter(
             flat,
             encoder.layout,
@@ -292,6 +295,7 @@ class Artifacts:
                 "method": resolved["method"],
                 "task": self.task.facts(),
                 "data": resolved["data"],
+                "training": {**learned, "evaluation": metrics},
                 "versions": versions(),
             },
         )
@@ -299,11 +303,15 @@ class Artifacts:
     def finish(self, result: dict[str, Any], records: Records | None) -> dict[str, Any]:
         """Write the adapter, the curve and the result, after the last checkpoint."""
         self.saver.wait()
-        self.keep_adapter("adapter")
         result["best"] = self.best or None
+        evaluation: dict[str, Any] = {}
         if records is not None:
             for record in read_records(self.folder.path):
                 result |= {key: value for key, value in record.items() if key == "loss" or key.startswith("eval_")}
+                measured = {key[5:]: value for key, value in record.items() if key.startswith("eval_")}
+                evaluation = {**measured, "step": record["step"]} if measured else evaluation
+        self.keep_adapter("adapter", evaluation)
+        if records is not None:
             with writing(self.folder.path):
                 plot_loss(self.folder.path)
             self.description["result"] = result

@@ -215,7 +215,8 @@ def test_generate_samples_reproducibly(ptd: Any, trained: Path) -> None:
 
 def test_export_and_import_keep_the_adapter(ptd: Any, trained: Path, tmp_path: Path, backbone_dir: Path) -> None:
     assert ptd("export", trained, tmp_path / "peft").code == 0
-    assert {path.name for path in (tmp_path / "peft").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    written = {path.name for path in (tmp_path / "peft").iterdir()}
+    assert written == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
     assert ptd("import", tmp_path / "peft", tmp_path / "back", "--backbone", backbone_dir).code == 0
     data = trained.parent / "rows.jsonl"
     losses = [

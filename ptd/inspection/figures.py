@@ -61,7 +61,8 @@ def _attention(found: dict[str, Any], dark: bool) -> Figure:
     layers = [layer for layer in found["attention"] if layer["all"] is not None]
     sets = [name for name in TITLES if any(layer[name] is not None for layer in layers)]
     heads = max(len(layer["all"]) for layer in layers)
-    figure, axes = _figure(min(14.0, 1.9 + 0.24 * max(len(layers), 4)), dark, len(sets))
+    height = min(14.0, 1.9 + 0.24 * max(len(layers), 4))
+    figure, axes = _figure(height, dark, len(sets))
     ink = INK[dark][0]
     for each, name in zip(axes, sets, strict=True):
         grid = np.full((len(layers), heads), math.nan)
@@ -69,6 +70,7 @@ def _attention(found: dict[str, Any], dark: bool) -> Figure:
             if layer[name] is not None:
                 grid[row, : len(layer[name])] = 100 * np.array(layer[name])
         image = each.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=100, interpolation="nearest")
+        each.spines[:].set_visible(False)
         each.set_title(TITLES[name], fontsize=10)
         each.set_xlabel("head")
         each.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
@@ -76,7 +78,7 @@ def _attention(found: dict[str, Any], dark: bool) -> Figure:
         each.set_yticks(range(0, len(layers), step), [layer["layer"] for layer in layers][::step], fontsize=8)
         if each is not axes[0]:
             each.set_yticklabels([])
-    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=max(20, 7 * height))
     bar.set_label("share of attention on the prompt (%)", color=ink)
     bar.ax.tick_params(colors=ink)
     bar.outline.set_visible(False)
@@ -158,6 +160,7 @@ def _keep(found: dict[str, Any], dark: bool) -> Figure:
                      label=f"95 % of the gain: {found['enough']} tokens")  # fmt: skip
     axes.set(xlabel="virtual tokens kept, k", ylabel="loss (nats per prediction)", xlim=(-0.4, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(f"loss with the most useful tokens only ({found['data']['rows']} rows)", fontsize=10)
-    _legend(axes, dark, fontsize=9)
+    title = f"loss with the most useful tokens only ({found['data']['rows']} rows)"
+    figure.suptitle(title, fontsize=10, color=INK[dark][0])
+    _legend(axes, dark, fontsize=8.5, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3)  # above: clear of the curve
     return figure
