@@ -264,8 +264,9 @@ def inspect_(
         return
     folder = output or output_folder(adapter)
     write(found, folder)
-    notes = [*found["notes"], *([ADDS] if data is None else [])]
-    _print_json(found) if as_json else print_inspection(headline(found), notes, sections(found))
+    _print_json(found) if as_json else print_inspection(headline(found), found["notes"], sections(found))
+    if data is None:
+        print(ADDS, file=sys.stderr)
     print(f"written: {folder / 'index.html'}, its figures (PNG) and inspect.json", file=sys.stderr)
 
 

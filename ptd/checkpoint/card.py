@@ -233,7 +233,8 @@ def _name(path: Any) -> str | None:
 
 def _word(value: Any) -> str:
     """A value as one line of a table; what is markup in it stays text."""
-    number = type(value) in (int, float)
-    text = f"{value:,}" if type(value) is int else f"{value:.6g}" if number else " ".join(str(value).split())
+    text = " ".join(str(value).split())
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        text = f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
     text = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
     return re.sub(r"([\\`|<>\[\]*])", r"\\\1", text)
