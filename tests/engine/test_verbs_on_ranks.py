@@ -1,4 +1,4 @@
-"""``ptd eval``, ``predict``, ``generate`` and ``inspect`` on ranks, the backbone in every placement: what one process says."""
+"""``ptd eval``, ``predict``, ``generate``, ``inspect`` on ranks, in every placement: what one process says."""
 
 from __future__ import annotations
 
