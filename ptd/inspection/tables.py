@@ -41,8 +41,8 @@ def _tensors(found: dict[str, Any]) -> Section:
     prefixed = any(each["part"] in next(iter(own.values()), {}) for each in found["tensors"])
     rows = []
     for each in found["tensors"]:
-        text = [f"{own[each['layer']][each['part']]:.3g}"] if prefixed else []
-        figures = (f"{each['norm']:.3g}", *text, f"{each['effective_rank']:.1f}", f"{each['rank_90']}")
+        text = [f"{own[each['layer']][each['part']]:#.3g}"] if prefixed else []
+        figures = (f"{each['norm']:#.3g}", *text, f"{each['effective_rank']:.1f}", f"{each['rank_90']}")
         rows.append((each["layer"], each["part"], *figures))
     return Section(
         "The prompt by itself",
@@ -63,7 +63,7 @@ def _nearest(nearest: Sequence[dict[str, Any]]) -> Section:
         tuple(
             (
                 str(each["token"]),
-                f"{each['norm']:.3g}",
+                f"{each['norm']:#.3g}",
                 "   ".join(f"{near['token']!r} {near['cosine']:.2f}" for near in each["near"]),
             )
             for each in nearest
