@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -14,8 +13,8 @@ import torch
 
 from ptd.backbone import TextConditioner, architecture_of, load_tokenizer
 from ptd.checkpoint import Adapter, Saver, backbone_reference, save_adapter
-from ptd.checkpoint.attempts import begun, ended
 from ptd.checkpoint.files import writing
+from ptd.checkpoint.journal import Journal
 from ptd.checkpoint.run_folder import RunFolder, clear, open_run
 from ptd.checkpoint.run_state import clean, load_tensors
 from ptd.config import DataConfig, RunConfig, TrainConfig
@@ -66,7 +65,12 @@ def train(
     try:
         check_run(config, ranks)
         folder = ranks.on_main(lambda: open_run(config, overwrite=overwrite, retry=retry))
-        return _train(config, zero3, ranks, folder, reporter, request or StopRequest())
+        for note in folder.notes:
+            reporter.note(note)
+        journal = _journal(config, folder, ranks)
+        with journal.attempt():
+            ranks.on_main(journal.begin)
+            return _train(config, zero3, ranks, journal, reporter, request or StopRequest())
     finally:
         ranks.stop()
 
@@ -75,13 +79,11 @@ def _train(
     config: RunConfig,
     zero3: dict[str, Any] | None,
     ranks: Ranks,
-    folder: RunFolder,
+    journal: Journal,
     reporter: Reporter,
     request: StopRequest,
 ) -> dict[str, Any]:
-    began = time.time()
-    for note in folder.notes:
-        reporter.note(note)
+    began, folder = time.time(), journal.folder
     settings = fit_batch(config, ranks.world_size, folder.facts().get("rows_per_step"), reporter)
     tokenizer = load_tokenizer(config.backbone)
     task = make_task(config.task, config.data, architecture_of(config.backbone))
@@ -109,7 +111,7 @@ def _train(
     with torch.no_grad():
         needed = bytes_to_write(trained.count(), step.flat().numel(), settings.save_total_limit)
     ranks.on_main(lambda: check_space(config.output_dir, needed))
-    artifacts = Artifacts(config, folder, prepared, task, step, ranks, settings, train_rows.digest())
+    artifacts = Artifacts(config, journal, prepared, task, step, ranks, settings, train_rows.digest())
     artifacts.learned_from = train_rows.report if trains else None
     start = artifacts.resume()
     records = artifacts.begin(start)
@@ -130,7 +132,7 @@ def _train(
         request=request,
         heartbeat=watchdog.beat,
     )
-    with artifacts.attempt(), watchdog, ExitStack() as stack:
+    with watchdog, ExitStack() as stack:
         stack.callback(artifacts.saver.close)
         if records is not None:  # also when the run breaks off: TensorBoard writes from a thread until it is closed
             stack.callback(records.close)
@@ -146,12 +148,23 @@ def _train(
         return artifacts.finish(result, records)
 
 
+def _journal(config: RunConfig, folder: RunFolder, ranks: Ranks) -> Journal:
+    facts = {
+        "config": config.to_dict(),
+        "command": sys.argv,
+        "versions": versions(),
+        "world_size": ranks.world_size,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+    return Journal(folder, facts, is_main=ranks.is_main)
+
+
 @dataclass
 class Artifacts:
     """What this run leaves in its output folder, and what it finds there."""
 
     config: RunConfig
-    folder: RunFolder
+    journal: Journal
     prepared: Prepared
     task: Task
     step: PromptStep
@@ -161,9 +174,9 @@ class Artifacts:
     learned_from: DataReport | None = None
     best: dict[str, Any] = field(default_factory=dict)
     saver: Saver = field(init=False)
-    description: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.folder = self.journal.folder
         records = self.folder.path / METRICS
         self.saver = Saver(self.folder.checkpoints, self.ranks, keep=self.settings.save_total_limit, records=records)
 
@@ -187,24 +200,13 @@ class Artifacts:
 
     def begin(self, start: int) -> Records | None:
         """Open the folder for a run that begins at ``start``; returns the records' writer on rank 0."""
-        self.description = {
-            "config": self.config.to_dict(),
-            "command": sys.argv,
-            "versions": versions(),
-            "world_size": self.ranks.world_size,
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "trained_parameters": self.step.trained.count(),
-            **self._origin(),
-            "attempts": begun(list(self.folder.attempts), start),
-        }
-        self.description["started"] = self.description["attempts"][0]["started"]
         records: list[Records] = []
 
         def begin() -> None:
             with writing(self.folder.path):
                 if self.folder.checkpoint is None:
                     clear(self.folder)
-                self.folder.write({"status": "running", **self.description})
+                self.journal.training(trained_parameters=self.step.trained.count(), **self._origin())
                 clean(self.folder.checkpoints)
                 records.append(Records(self.folder.path, start, evaluation_due=self.evaluation_due))
 
@@ -216,32 +218,12 @@ class Artifacts:
         """Whether the checkpoint was written before the evaluation that belongs to its step."""
         return bool(self.folder.facts().get("evaluation_due"))
 
-    @contextmanager
-    def attempt(self) -> Iterator[None]:
-        """Record how this attempt ends, unless it was recorded within."""
-        try:
-            yield
-        except Preempted:
-            raise
-        except KeyboardInterrupt:
-            self._end("interrupted")
-            raise
-        except Exception as error:
-            with suppress(OSError, UserError):  # a full disk, for one, is what may have ended it
-                self._end("failed", error=f"{type(error).__name__}: {error}"[:500])
-            raise
-
-    def _end(self, status: str, **facts: Any) -> None:
-        if self.ranks.is_main:
-            self.description["attempts"] = ended(self.description["attempts"], status, **facts)
-            self.folder.write({"status": status, **self.description})
-
     def preempt(self, number: int, stopped: Stopped | None) -> NoReturn:
         """Keep where the run ``stopped`` (None: where it had begun), and raise `Preempted`."""
         if stopped is not None:
             self.save_state(number, evaluation_due=stopped.evaluation_due)
             self.saver.wait()
-        self._end("preempted", step=number)
+        self.journal.end("preempted", step=number)
         self.ranks.barrier()
         raise Preempted(f"asked to stop, stopped after step {number}; the same command goes on from there")
 
@@ -314,8 +296,8 @@ class Artifacts:
         if records is not None:
             with writing(self.folder.path):
                 plot_loss(self.folder.path)
-            self.description["result"] = result
-            self._end("finished", step=result["steps"])
+            self.journal.content["result"] = result
+            self.journal.end("finished", step=result["steps"])
         self.ranks.barrier()
         return result
 
