@@ -117,11 +117,10 @@ class SharesOfPrompt:
         **rule: Any,
     ) -> Tensor:
         queries, keys = self._tokens.sides(slot)
-        mass_BHSP = self._mass(self._tokens.of(keys), q, k, prefix_k, rule)
         weights_2BS, own_BT = self._queries(queries), self._queries(keys)[ALL]
         norms = [(x.double().norm(dim=-1).mean(dim=1) * own_BT).sum() for x in (k, v)]
         found = LayerShares(
-            torch.einsum("bhsp,nbs->nhp", mass_BHSP.double(), weights_2BS),
+            self._mass(self._tokens.of(keys), weights_2BS, q, k, prefix_k, rule),
             weights_2BS.sum(dim=(1, 2)),
             torch.stack(norms),
             own_BT.sum()[None],
@@ -130,14 +129,19 @@ class SharesOfPrompt:
         self.layers[index] = self.layers[index] + found if index in self.layers else found
         return prefix_attention(q, k, v, prefix_k, prefix_v, **rule)
 
-    def _mass(self, keys: Tensor, q: Tensor, k: Tensor, prefix_k: Tensor | None, rule: dict[str, Any]) -> Tensor:
-        """Probability of each virtual token: ``[B, Hq, S, P]``. ``keys`` ``[B, T]``: the ids of the own keys."""
+    def _mass(
+        self, keys: Tensor, weights: Tensor, q: Tensor, k: Tensor, prefix_k: Tensor | None, rule: dict[str, Any]
+    ) -> Tensor:
+        """Probability of each virtual token, summed by ``weights`` ``[2, B, S]`` of the queries: ``[2, Hq, P]``.
+
+        ``keys`` ``[B, T]``: the ids of the own keys.
+        """
         soft = self._attachment.stacks[0].soft
         count = prefix_k.shape[1] if prefix_k is not None else 0 if soft is None else soft.shape[0]
         work = torch.promote_types(q.dtype, torch.float32)
         heads, width = k.shape[1], k.shape[3]  # values as wide as the keys: what every kernel takes
-        if prefix_k is not None:
-            prefix_k = prefix_k.to(q.dtype).to(work)
+        prefix_k = None if prefix_k is None else prefix_k.to(q.dtype).to(work)
+        q, k, weights = q.to(work), k.to(work), weights.to(work)
         number_P = torch.arange(count, device=q.device)
         parts = []
         for begin in range(0, max(count, 1), width):
@@ -147,7 +151,8 @@ class SharesOfPrompt:
             prefix_v = None
             if prefix_k is not None:
                 prefix_v = (number_P[:, None] == chosen_E).to(work).expand(heads, -1, -1).contiguous()
-            parts.append(prefix_attention(q.to(work), k.to(work), own_v, prefix_k, prefix_v, **rule))
+            mass_BHSE = prefix_attention(q, k, own_v, prefix_k, prefix_v, **rule)
+            parts.append(torch.einsum("bhse,nbs->nhe", mass_BHSE, weights).double())
         return torch.cat(parts, dim=-1)[..., :count]
 
     def _queries(self, side: int) -> Tensor:
