@@ -24,6 +24,7 @@ from ptd.inspection import inspect, write
 from ptd.inspection.effects import POINTS, enough, sizes_to_try
 from ptd.inspection.figures import figures
 from ptd.inspection.geometry import layer_names, tensors_of
+from ptd.inspection.tables import sections
 from ptd.types import EmptyLayout, LayerShape, PrefixKV, PrefixLayout, SoftLayout, UserError
 
 P = 4
@@ -311,3 +312,19 @@ def test_a_folder_that_cannot_be_written(of_prefix: dict[str, Any], tmp_path: Pa
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--output: cannot write into .*file"):
         write(of_prefix, tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([5, 3, 1.1, 1.0, 1.0], "The 2 most useful of 4 tokens keep 95 %.* Fewer may do"),
+        ([5, 4, 3, 2, 1.0], "The 4 most useful of 4 tokens.* More tokens may be worth a try"),
+        ([5, 4, 0.5, 2, 1.0], r"With 2 the loss is lower than with all \(0\.5000\)"),
+        ([1, 1, 1, 1, 1.0], "the prompt gains nothing"),
+    ],
+)
+def test_what_is_said_of_the_number_of_tokens(of_prefix: dict[str, Any], losses: list[float], said: str) -> None:
+    keep = [{"tokens": size, "loss": loss} for size, loss in enumerate(losses)]
+    loss = of_prefix["loss"] | {"whole": losses[-1], "none": losses[0]}
+    text = sections(of_prefix | {"keep": keep, "loss": loss, "enough": enough(keep)})[0].text
+    assert re.search(said, text), text

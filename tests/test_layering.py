@@ -38,7 +38,7 @@ LAYERS: dict[str, list[str]] = {
     # The stages for a user's own training loop: beside the engine, not on top of it.
     "ptd.api": STAGES,
     **{f"ptd.{verb}": [*STAGES, "engine", *VERBS] for verb in VERBS},
-    "ptd.inspection*": [*STAGES, "engine", "evaluate", "generate"],
+    "ptd.inspection*": [*STAGES, "engine", "generate"],
     "ptd.launch*": STAGES,  # starts processes; what runs in them is another verb's
     # The story of the shipped backbone is a verb; what made the backbone and its data uses nothing of the toolkit.
     "ptd.quickstart.run": [*STAGES, "engine", "quickstart", *VERBS],

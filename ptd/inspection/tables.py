@@ -111,6 +111,9 @@ def _keep(found: dict[str, Any]) -> Section:
             f"The {found['enough']} most useful of {count} tokens keep 95 % of what the prompt gains "
             f"({loss['none']:.4f} → {loss['whole']:.4f} nats)."
         )
+        best = min(found["keep"], key=lambda point: point["loss"])
+        if best["loss"] < loss["whole"] - 0.05 * (loss["none"] - loss["whole"]):
+            verdict += f" With {best['tokens']} the loss is lower than with all ({best['loss']:.4f})."
         if found["enough"] > 0.75 * count:
             verdict += " More tokens may be worth a try."
         elif found["enough"] <= 0.5 * count:

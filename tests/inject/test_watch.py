@@ -208,7 +208,7 @@ def eager_attentions(output, kinds):
     return list(output.attentions)
 
 
-@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bert", "t5", "bart"])
 def test_shares_of_virtual_tokens_in_front(family):
     batch, model = batch_for(family), tiny_model(family)
     soft = torch.randn(P, 32, generator=torch.Generator().manual_seed(6))
