@@ -1,4 +1,4 @@
-"""The cost model of benchmarks/scaling.py: it gives back what it is fitted to, and its terms are what they are named."""
+"""The cost model of benchmarks/scaling.py: it gives back what it is fitted to; its terms are what they are named."""
 
 from __future__ import annotations
 
