@@ -37,7 +37,7 @@ from ptd.report import leave_report
 from ptd.sampling import Sampler
 from ptd.tasks import Task, make_task
 from ptd.trackers import Tracked, start_trackers
-from ptd.types import Examples, Preempted, Reporter, UserError
+from ptd.types import DataReport, Examples, Preempted, Reporter, UserError
 from ptd.versions import versions
 
 PEFT_TASKS: dict[str, str | None] = {
@@ -116,6 +116,7 @@ def _train(
         needed = bytes_to_write(trained.count(), step.flat().numel(), settings.save_total_limit)
     ranks.on_main(lambda: check_space(config.output_dir, needed))
     artifacts = Artifacts(config, journal, prepared, task, step, ranks, settings, train_rows.digest())
+    artifacts.learned_from = train_rows.report if trains else None
     start = artifacts.resume()
     records = artifacts.begin(start, reporter)
     stacks = folder.path / "logs" / f"rank-{ranks.rank}.stacks"
@@ -181,6 +182,7 @@ class Artifacts:
     ranks: Ranks
     settings: TrainConfig
     data_digest: str
+    learned_from: DataReport | None = None
     best: dict[str, Any] = field(default_factory=dict)
     saver: Saver = field(init=False)
 
@@ -260,21 +262,22 @@ class Artifacts:
         sign = -1 if name in ("loss", "perplexity") else 1
         if math.isfinite(metrics[name]) and (not self.best or sign * metrics[name] > sign * self.best[name]):
             self.best = {**metrics, "step": number}
-            self.keep_adapter("best")
+            self.keep_adapter("best", self.best)
 
-    def keep_adapter(self, name: str) -> None:
-        """Write what is trained as it stands. Every rank calls this together."""
+    def keep_adapter(self, name: str, metrics: dict[str, Any]) -> None:
+        """Write what is trained as it stands, and how its evaluation went. Every rank calls this together."""
         with torch.no_grad():
             flat = self.step.flat()
 
         def write() -> None:
             with writing(self.folder.path / name):
-                save_adapter(self.folder.path / name, self._adapter(flat))
+                save_adapter(self.folder.path / name, self._adapter(flat, metrics))
 
         self.ranks.on_main(write)
 
-    def _adapter(self, flat: torch.Tensor) -> Adapter:
+    def _adapter(self, flat: torch.Tensor, metrics: dict[str, Any]) -> Adapter:
         resolved, encoder = self.config.to_dict(), self.step.encoder
+        learned = {} if self.learned_from is None else vars(self.learned_from)
         return Adapter(
             flat,
             encoder.layout,
@@ -289,6 +292,7 @@ class Artifacts:
                 "method": resolved["method"],
                 "task": self.task.facts(),
                 "data": resolved["data"],
+                "training": {**learned, "evaluation": metrics},
                 "versions": versions(),
             },
         )
@@ -296,11 +300,15 @@ class Artifacts:
     def finish(self, result: dict[str, Any], reporter: Reporter) -> dict[str, Any]:
         """Write the adapter, the result and the report, after the last checkpoint."""
         self.saver.wait()
-        self.keep_adapter("adapter")
         result["best"] = self.best or None
+        evaluation: dict[str, Any] = {}
         if self.ranks.is_main:
             for record in read_records(self.folder.path):
                 result |= {key: value for key, value in record.items() if key == "loss" or key.startswith("eval_")}
+                measured = {key[5:]: value for key, value in record.items() if key.startswith("eval_")}
+                evaluation = {**measured, "step": record["step"]} if measured else evaluation
+        self.keep_adapter("adapter", evaluation)
+        if self.ranks.is_main:
             self.journal.content["result"] = result
             self.journal.end("finished", step=result["steps"])
             note = leave_report(self.folder.path)

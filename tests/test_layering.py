@@ -18,8 +18,8 @@ KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 STAGES = ["types", "exit_codes", "versions", "shipped", "config", "deepspeed_config", "methods", "readouts", "data"]
 STAGES += ["tasks"]
 STAGES += ["backbone", "checkpoint", "inject", "trackers"]
-VERBS = ["train", "evaluate", "generate", "predict", "sampling", "report", "export", "plan", "bench", "launch"]
-VERBS += ["doctor"]
+VERBS = ["train", "evaluate", "generate", "predict", "sampling", "inspection", "report", "export", "plan", "bench"]
+VERBS += ["launch", "doctor"]
 LAYERS: dict[str, list[str]] = {
     "ptd": ["types", "api"],
     "ptd.types": ["exit_codes"],
@@ -40,6 +40,7 @@ LAYERS: dict[str, list[str]] = {
     # The stages for a user's own training loop: beside the engine, not on top of it.
     "ptd.api": STAGES,
     **{f"ptd.{verb}": [*STAGES, "engine", *VERBS] for verb in VERBS},
+    "ptd.inspection*": [*STAGES, "engine", "generate", "report"],
     "ptd.report*": ["types", "versions", "checkpoint", "engine"],  # reads what a run has left; loads no backbone
     "ptd.launch*": STAGES,  # starts processes; what runs in them is another verb's
     # The story of the shipped backbone is a verb; what made the backbone and its data uses nothing of the toolkit.
@@ -59,7 +60,7 @@ ONLY_IMPORTERS = {
     "ptd_kernels": ["ptd.inject*", "ptd_kernels*"],
     "typer": ["ptd.cli", "ptd.cli_launch", "ptd.console"],
     "rich": ["ptd.cli", "ptd.console"],
-    "jinja2": ["ptd.launch*", "ptd.report*"],
+    "jinja2": ["ptd.inspection*", "ptd.launch*", "ptd.report*"],
     "tensorboard": ["ptd.trackers.tensorboard"],
     "wandb": ["ptd.trackers.wandb"],
     "mlflow": ["ptd.trackers.mlflow"],

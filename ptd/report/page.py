@@ -13,19 +13,12 @@ from ptd.report import tables
 from ptd.report.data import Run
 from ptd.report.panels import Panel
 from ptd.report.plots import MEAN_FROM, svg
-from ptd.report.theme import DARK, GLYPHS, LIGHT, variables
+from ptd.report.theme import GLYPHS, LIGHT, style
 from ptd.versions import versions
 
 HERE = Path(__file__).parent
 CURVES = ("loss", "eval_loss", "learning_rate", "grad_norm", "loss_scale")
 SPEED = ("throughput", "step_time", "memory", "network")
-
-
-def style() -> str:
-    """The style sheet, with the colours of both themes."""
-    sheet = (HERE / "style.css").read_text(encoding="utf-8")
-    dark = f"@media (prefers-color-scheme: dark) {{ :root {{ {variables(DARK)} }} }}"
-    return f":root {{ {variables(LIGHT)} }}\n{dark}\n{sheet}"
 
 
 def render(runs: Sequence[Run], found: Sequence[Panel]) -> str:

@@ -1,8 +1,9 @@
-"""Colours of a report. Runs differ by colour and by marker, so that none is told by its colour alone."""
+"""Colours and style of the pages. Runs differ by colour and by marker, so that none is told by its colour alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GLYPHS = ("●", "■", "▲", "◆", "▼", "✚")
@@ -47,6 +48,13 @@ def to_css() -> dict[str, str]:
     """`SENTINEL`'s colours -> what they stand for."""
     palette = {colour: f"var(--c{number})" for number, colour in enumerate(SENTINEL.palette)}
     return {SENTINEL.ink: "currentColor", **palette}
+
+
+def style() -> str:
+    """The style sheet of all pages that ptd writes, with the colours of both themes."""
+    sheet = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+    dark = f"@media (prefers-color-scheme: dark) {{ :root {{ {variables(DARK)} }} }}"
+    return f":root {{ {variables(LIGHT)} }}\n{dark}\n{sheet}"
 
 
 def variables(theme: Theme) -> str:

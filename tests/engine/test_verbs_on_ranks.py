@@ -1,4 +1,4 @@
-"""``ptd eval``, ``predict`` and ``generate`` on ranks, the backbone in every placement: what one process says."""
+"""``ptd eval``, ``predict``, ``generate``, ``inspect`` on ranks, in every placement: what one process says."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from families import EOS, VOCAB, save_backbone
 from transformers import GenerationConfig
 
 from ptd.cli import main
 from ptd.config import parse_config
+from ptd.engine.samples import read_samples
+from ptd.sampling import SPARE
 from ptd.train import train
 
 WORKER = Path(__file__).with_name("worker_verbs.py")
@@ -52,6 +55,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory, rows_file: Path) -> dict[
         "text": (llama, prefix, "causal_lm", rows_file),
         "labels": (llama, {"name": "head"}, "classification", labelled),
         "t5": (t5, prefix, "seq2seq_lm", rows_file),
+        "soft": (llama, {"name": "prompt", "num_virtual_tokens": 3}, "causal_lm", rows_file),
     }
     for name, (backbone, method, kind, rows) in runs.items():
         raw = {
@@ -71,6 +75,7 @@ def commands(adapters: dict[str, Path]) -> dict[str, list[str]]:
     """Command lines without a word of sharding, by name."""
     few = ["--batch-size", "2", "--max-new-tokens", "8"]
     five = ["--batch-size", "5"]
+    seen = ["--data", str(adapters["rows"]), "--rows", "7", "--json", "--output", str(adapters["text"].parent / "seen")]
     text = ["generate", "--adapter", str(adapters["text"]), "--json", *PROMPTS]
     return {
         "eval": [
@@ -89,13 +94,18 @@ def commands(adapters: dict[str, Path]) -> dict[str, list[str]]:
         "sample": [*text, *few, "--temperature", "1"],
         "one batch": text,
         "t5": ["generate", "--adapter", str(adapters["t5"]), "--json", *PROMPTS, *few],
+        "inspect t5": ["inspect", str(adapters["t5"]), *seen, "--batch-size", "2"],
+        "inspect soft": ["inspect", str(adapters["soft"]), *seen, "--batch-size", "2"],
     }
 
 
+SAMPLED = {"causal_lm": "text", "seq2seq_lm": "t5"}
+"""Tasks that write, and the adapter here of each."""
 CASES = [
     *(("world", name) for name in ("eval", "predict", "generate", "beams", "sample", "one batch", "t5")),
     *((placement, name) for placement in ("node", "nf4") for name in ("eval", "predict", "generate")),
-    *(("replicated", name) for name in ("generate", "sample")),
+    *(("replicated", name) for name in ("generate", "sample", "inspect t5")),
+    ("world", "inspect soft"),
 ]
 
 
@@ -104,10 +114,27 @@ def printed(launch, adapters, commands, tmp_path_factory: pytest.TempPathFactory
     """A folder of what two ranks printed, in one job."""
     folder = tmp_path_factory.mktemp("printed")
     lines = {f"{placement}-{name}": [*commands[name], *SHARDED[placement]] for placement, name in CASES}
+    lines |= {f"train-{kind}": ["train", str(run_file(adapters, folder, kind))] for kind in SAMPLED}
     case_file = folder / "cases.json"
     case_file.write_text(json.dumps({"commands": lines, "adapter": str(adapters["text"])}))
     launch(2, WORKER, case_file, folder)
     return folder
+
+
+def run_file(adapters: dict[str, Path], folder: Path, kind: str) -> Path:
+    """A run of two steps over ranks that share a backbone; it keeps samples of five inputs."""
+    adapter = adapters[SAMPLED[kind]]
+    run = {
+        "backbone": {"path": str(adapter.parent / {"text": "llama", "t5": "t5"}[adapter.name]), "sharding": "world"},
+        "method": {"name": "prefix", "num_virtual_tokens": 4},
+        "task": {"kind": kind},
+        "data": {"train": str(adapters["rows"]), "eval": str(adapters["rows"]), "max_length": 64},
+        "train": {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.1, "samples": 5},
+        "output_dir": str(folder / kind),
+    }
+    path = folder / f"{kind}.yaml"
+    path.write_text(json.dumps(run))
+    return path
 
 
 @cache
@@ -121,8 +148,13 @@ def in_one_process(*arguments: str) -> str:
 
 
 def numbers(printed: str, name: str) -> list[Any]:
-    rows = [json.loads(printed)] if name == "eval" else [json.loads(line) for line in printed.splitlines()]
-    return [json.loads(json.dumps(row), parse_float=lambda text: pytest.approx(float(text), rel=1e-5)) for row in rows]
+    whole = name == "eval" or name.startswith("inspect")
+    rows = [json.loads(printed)] if whole else [json.loads(line) for line in printed.splitlines()]
+
+    def close(text: str) -> Any:
+        return pytest.approx(float(text), rel=1e-5, abs=2e-6)  # of losses' changes, which are small, the losses' own
+
+    return [json.loads(json.dumps(row), parse_float=close) for row in rows]
 
 
 @pytest.mark.parametrize(("placement", "name"), CASES)
@@ -139,3 +171,23 @@ def test_ranks_say_what_one_process_says(printed: Path, commands, placement: str
 
 def test_the_weights_are_parted(printed: Path) -> None:
     assert all(float((printed / f"parted.{rank}").read_text()) < 0.51 for rank in range(2))
+
+
+@pytest.mark.parametrize("kind", SAMPLED)
+def test_samples_of_a_run_are_what_generate_writes(printed: Path, adapters: dict[str, Path], kind: str) -> None:
+    """On two ranks that share the backbone: without the prompt before the training, with the adapter after it."""
+    rows = [json.loads(line) for line in adapters["rows"].read_text().splitlines()[:5]]
+    samples = read_samples(printed / kind)
+    assert [sample["step"] for sample in samples] == [0] * 5 + [2] * 5
+    assert [sample["reference"] for sample in samples] == 2 * [row["completion"] for row in rows]
+    assert all(row["prompt"].strip() in sample["prompt"] for row, sample in zip(2 * rows, samples, strict=True))
+    longest = max(len(row["completion"]) for row in rows)
+    tokens = "--max-new-tokens", str(longest + (kind == "seq2seq_lm") + SPARE), "--set", "data.max_length=64"
+    run = yaml.safe_load((printed / f"{kind}.yaml").read_text())
+    alone = ["--backbone", run["backbone"]["path"]]
+    texts = [sample["text"] for sample in samples]
+    for source, own in ((alone, texts[:5]), (["--adapter", str(printed / kind)], texts[5:])):
+        said = in_one_process("generate", *source, *tokens, "--json", *(row["prompt"] for row in rows))
+        assert [json.loads(line)["completion"] for line in said.splitlines()] == own
+    assert texts[:5] != texts[5:]
+    assert "backbone alone" in (printed / kind / "report.html").read_text()
