@@ -99,6 +99,38 @@ def test_train_leaves_what_the_readme_says(ptd: Any, tmp_path: Path, backbone_di
     assert run["versions"]["torch"]
 
 
+def test_report_of_runs(ptd: Any, trained: Path, tmp_path: Path) -> None:
+    alone = ptd("report", trained, "--output", tmp_path / "page.html", "--png", tmp_path / "png")
+    assert alone.code == 0, alone.err
+    page, *pictures = map(Path, alone.out.splitlines())
+    assert page == tmp_path / "page.html"
+    assert {picture.name for picture in pictures} >= {"loss.png", "throughput.png", "learning_rate.png"}
+    assert all(picture.is_file() for picture in (page, *pictures))
+    shutil.copytree(trained, tmp_path / "again")
+    both = ptd("report", trained, tmp_path / "again", "--output", tmp_path / "both.html", "--json")
+    assert both.code == 0, both.err
+    found = json.loads(both.out)
+    assert [run["name"] for run in found["runs"]] == ["out", "again"]
+    assert found["runs"][0]["loss"] == json.loads((trained / "run.json").read_text())["result"]["loss"]
+    assert "again" in (tmp_path / "both.html").read_text()
+    assert ptd("report", tmp_path / "nowhere").code == 2
+
+
+def test_a_tracker_that_fails_does_not_stop_a_run(
+    ptd: Any, tmp_path: Path, backbone_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No client of W&B is here."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.delitem(sys.modules, "ptd.trackers.wandb", raising=False)
+    run = write_run(tmp_path, backbone_dir, train={"report_to": ["wandb"]})
+    outcome = ptd("train", run, "train.max_steps=2")
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.count("wandb gets no more records (it is not installed: pip install 'ptd[wandb]')") == 1
+    assert "Traceback" not in outcome.err
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 3
+    assert not (tmp_path / "out" / "tensorboard").exists()
+
+
 def test_eval_prints_one_json_object(ptd: Any, trained: Path) -> None:
     outcome = ptd("eval", "--adapter", trained, "--data", trained.parent / "rows.jsonl")
     assert outcome.code == 0, outcome.err

@@ -94,6 +94,22 @@ def test_whole_scientific_numbers_are_counts(tmp_path: Path) -> None:
     assert "max_steps" in refusal(tmp_path, MINIMAL, "train.max_steps=1e-3")
 
 
+def test_samples_need_prompts_to_continue(tmp_path: Path) -> None:
+    assert load(tmp_path, FULL, "train.samples=3").train.samples == 3
+    for overrides in (
+        ["data.eval=null"],
+        ["task.kind=classification", "data.columns={}"],
+        ["data.format=text", "data.columns={}"],
+    ):
+        said = refusal(tmp_path, FULL, "train.samples=3", *overrides)
+        assert "train.samples: continues the prompts of data.eval" in said
+
+
+def test_only_known_trackers(tmp_path: Path) -> None:
+    assert load(tmp_path, MINIMAL, "train.report_to=[]").train.report_to == []
+    assert "train.report_to" in refusal(tmp_path, MINIMAL, "train.report_to=[tensorbord]")
+
+
 def test_to_dict_is_plain_and_reads_back(tmp_path: Path) -> None:
     for text in (MINIMAL, FULL):
         config = load(tmp_path, text)

@@ -182,7 +182,7 @@ def test_samples_of_a_run_are_what_generate_writes(printed: Path, adapters: dict
     assert [sample["reference"] for sample in samples] == 2 * [row["completion"] for row in rows]
     assert all(row["prompt"].strip() in sample["prompt"] for row, sample in zip(2 * rows, samples, strict=True))
     longest = max(len(row["completion"]) for row in rows)
-    tokens = "--max-new-tokens", str(longest + (kind == "seq2seq_lm") + SPARE), "--set", "data.max_length=64"
+    tokens = "--max-new-tokens", str(longest + SPARE), "--set", "data.max_length=64"
     run = yaml.safe_load((printed / f"{kind}.yaml").read_text())
     alone = ["--backbone", run["backbone"]["path"]]
     texts = [sample["text"] for sample in samples]
