@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,6 +87,7 @@ def check_run(run: Path, overrides: list[str]) -> Iterator[Check]:
     if config is None:
         return
     yield from _trust(config)
+    yield from _trackers(config)
     output = _checked("output folder", lambda: f"{check_writable(config.output_dir, 'output_dir')} can be written to")
     yield output
     yield _checked("run folder", lambda: _folder(config))
@@ -96,6 +98,14 @@ def check_run(run: Path, overrides: list[str]) -> Iterator[Check]:
     yield backbone
     if "failed" not in (output.status, backbone.status):
         yield _checked("disk space", lambda: _space(config))
+
+
+def _trackers(config: RunConfig) -> Iterator[Check]:
+    """A run goes on without a tracker; better to know of that before it."""
+    for name in config.train.report_to:
+        if importlib.util.find_spec(name) is None:
+            found = f"train.report_to: {name} is not installed; the run would go on without it"
+            yield Check("trackers", "warning", found, f"pip install 'ptd[{name}]'")
 
 
 def _checked(name: str, check: Callable[[], str]) -> Check:

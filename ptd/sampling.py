@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,10 @@ LONGEST, SPARE = 128, 16
 
 @dataclass(frozen=True)
 class Sampler:
-    """Greedy continuations of the first ``train.samples`` held-out inputs, as ``ptd generate`` would write them."""
+    """Greedy continuations of the first ``train.samples`` held-out inputs, as ``ptd generate`` would write them.
+
+    ``heartbeat`` is told of every token, which from a backbone that is offloaded takes long.
+    """
 
     folder: Path
     tuned: Tuned
@@ -26,10 +30,17 @@ class Sampler:
     references: list[str]
     ranks: Ranks
     reporter: Reporter
+    heartbeat: Callable[[str], None]
 
     @classmethod
     def of(
-        cls, config: RunConfig, tuned: Tuned, held_out: HeldOut | None, ranks: Ranks, reporter: Reporter
+        cls,
+        config: RunConfig,
+        tuned: Tuned,
+        held_out: HeldOut | None,
+        ranks: Ranks,
+        reporter: Reporter,
+        heartbeat: Callable[[str], None],
     ) -> Sampler | None:
         """None where ``train.samples`` is 0. With the prompt on the backbone; every rank calls this together.
 
@@ -45,7 +56,7 @@ class Sampler:
             rows = held_out.rows.select(range(min(count, len(held_out.rows))))
             return task.prompts_and_references(rows, tuned.tokenizer, max_length=longest, what="data.eval")
 
-        return cls(config.output_dir, tuned, *ranks.on_main(read), ranks, reporter)
+        return cls(config.output_dir, tuned, *ranks.on_main(read), ranks, reporter, heartbeat)
 
     def keep(self, step: int, state: PromptState | None) -> None:
         """Write what comes of ``state`` (None: of the backbone alone) under ``step``. Every rank calls this together.
@@ -57,7 +68,12 @@ class Sampler:
         tokenizer = self.tuned.tokenizer
         expected = max(len(tokenizer(reference)["input_ids"]) for reference in self.references)
         decoding = Decoding(max_new_tokens=min(LONGEST, expected + SPARE))
-        texts = decode(self.tuned, own, decoding, self.ranks, batch_size=8, reporter=self.reporter)
+        model = self.tuned.prepared.model
+        alive = model.register_forward_pre_hook(lambda *_: self.heartbeat(f"samples of step {step}"))  # each token
+        try:
+            texts = decode(self.tuned, own, decoding, self.ranks, batch_size=8, reporter=self.reporter)
+        finally:
+            alive.remove()
 
         def write() -> None:
             shown = [[token for token in prompt if token >= 0] for prompt in self.prompts]

@@ -122,7 +122,8 @@ def _train(
     stacks = folder.path / "logs" / f"rank-{ranks.rank}.stacks"
     watchdog = Watchdog(settings.hang_timeout_minutes * 60, stacks, ranks.rank)
     watched = Watched(reporter, watchdog)
-    sampler = Sampler.of(config, Tuned(prepared, tokenizer, None, task, step.readout), held_out, ranks, watched)
+    tuned = Tuned(prepared, tokenizer, None, task, step.readout)
+    sampler = Sampler.of(config, tuned, held_out, ranks, watched, watchdog.beat)
     loop = Loop(
         settings,
         prepared,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -120,6 +121,19 @@ def test_trust_is_pointed_out(tmp_path: Path, backbone_dir: Path) -> None:
     run = run_file(tmp_path, backbone_dir, backbone={"trust_remote_code": True, "allow_pickle": True})
     found = [check.found for check in check_run(run, []) if check.status == "warning"]
     assert [line.partition(":")[0] for line in found] == ["backbone.trust_remote_code", "backbone.allow_pickle"]
+
+
+def test_a_tracker_that_is_not_installed_is_pointed_out(
+    tmp_path: Path, backbone_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "wandb" else found(name, *more)
+    )
+    run = run_file(tmp_path, backbone_dir, train={"report_to": ["tensorboard", "wandb"]})
+    (check,) = [check for check in check_run(run, []) if check.name == "trackers"]
+    assert check.found == "train.report_to: wandb is not installed; the run would go on without it"
+    assert check.advice == "pip install 'ptd[wandb]'"
 
 
 @pytest.mark.parametrize(
