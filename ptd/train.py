@@ -32,6 +32,7 @@ from ptd.engine.ranks import Ranks
 from ptd.engine.records import METRICS, Records, plot_loss, read_records
 from ptd.engine.setup import Prepared, check_context, prepare
 from ptd.engine.watchdog import Watchdog, Watched
+from ptd.inject import compile_layers
 from ptd.methods import TaskFacts, method
 from ptd.tasks import Task, make_task
 from ptd.types import Examples, Preempted, Reporter, UserError
@@ -98,6 +99,8 @@ def _train(
         size = config.train.eval_batch_size
         held_out = HeldOut(task, eval_rows, rows, size, config.data.packing, tokenizer.pad_token_id)
     prepared = prepare(config.backbone, ranks, zero3, output=task.output)
+    if config.backbone.compile:
+        compile_layers(prepared.model)
     trained = _build(config, prepared, task, tokenizer, ranks)
     step = build_step(config, trained, ranks, prepared.model.dtype)
     batches = _batches(config.data, settings, train_rows, tokenizer, prepared, ranks)

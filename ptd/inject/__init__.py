@@ -1,6 +1,7 @@
 """Injection: how a prompt reaches a model's attention or embeddings, dispatched on the kind of prompt state."""
 
 from ptd.inject.attach import Attachment, check_supported
+from ptd.inject.compile import compile_layers
 from ptd.inject.explain import explain_attention, standing_in_for_gpu
 
-__all__ = ["Attachment", "check_supported", "explain_attention", "standing_in_for_gpu"]
+__all__ = ["Attachment", "check_supported", "compile_layers", "explain_attention", "standing_in_for_gpu"]

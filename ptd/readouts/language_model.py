@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch.nn.functional import cross_entropy
-
 from ptd.readouts import Reading, Readout, Run
 from ptd.types import IGNORE_INDEX, Batch
 
@@ -14,7 +12,5 @@ class LanguageModel(Readout):
     def read(self, run: Run, batch: Batch, scores: bool) -> Reading:
         labels = batch.labels.flatten()
         positions = (labels != IGNORE_INDEX).nonzero().flatten()
-        logits = run(batch, positions)
-        targets = labels[positions].to(logits.device, non_blocking=True)
-        loss = cross_entropy(logits.float(), targets, reduction="sum")
+        loss = run.cross_entropy(batch, positions, labels[positions])
         return Reading(loss, float(batch.supervised_tokens))
