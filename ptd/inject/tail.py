@@ -54,7 +54,7 @@ class Watch:
         if one and output.ndim > 1 and output.shape[:-1] == args[0].shape[:-1]:
             self._fits.add(module)
         if type(module) is nn.Linear:
-            self._last = module, output
+            self._last = module, _identity(output)
 
     def behind_attention(self, members: set[nn.Module]) -> list[nn.Module]:
         """The largest modules among ``members`` that ran once, behind the last attention, with products in them, and
@@ -76,11 +76,16 @@ class Watch:
     def head_of(self, output: Any) -> nn.Linear | None:
         """The layer whose output the model put out as its logits, untouched."""
         logits = output.get("logits") if hasattr(output, "get") else None
-        if logits is None or self._last is None or self._last[1] is not logits:
+        if logits is None or self._last is None or self._last[1] != _identity(logits):
             return None
         head = self._last[0]
         assert isinstance(head, nn.Linear)
         return head
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    """Which memory it is, in what state (DeepSpeed's hooks hand on another view of it)."""
+    return tensor.untyped_storage()._cdata, tensor._version, tensor.storage_offset(), tensor.shape, tensor.dtype
 
 
 def _is_product(module: nn.Module) -> bool:
