@@ -103,7 +103,7 @@ class Step:
         self.attachment = Attachment(llama(dtype))
         if "tail" not in levers:
             self.attachment.stacks[-1].tail.modules.clear()
-            self.attachment.stacks[-1].tail.begin = lambda rows, kept: None  # type: ignore[method-assign]
+            self.attachment.stacks[-1].tail.begin = lambda tokens, kept: None  # type: ignore[method-assign]
         if "loss" not in levers:
             self.attachment.head.module = None
         if "compile" in levers:

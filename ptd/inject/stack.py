@@ -86,16 +86,16 @@ class Stack:
     def _begin_tail(self, kwargs: dict[str, Any]) -> None:
         """Tell the tail which of the tokens that run are read."""
         ids = kwargs.get("input_ids")
-        rows, length = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
+        tokens = kwargs["inputs_embeds"][..., 0] if ids is None else ids
         every_state = kwargs.get("output_hidden_states") or getattr(self.module.config, "output_hidden_states", False)
         if self.keep is None or every_state:
-            self.tail.begin(rows * length, None)
+            self.tail.begin(tokens, None)
         elif isinstance(self._own, slice):
             front = self._own.start
-            row = self.keep // (length - front)
-            self.tail.begin(rows * length, self.keep + front * (row + 1))
+            row = self.keep // (tokens.shape[1] - front)
+            self.tail.begin(tokens, self.keep + front * (row + 1))
         else:
-            self.tail.begin(rows * length, self.keep if self._own is None else self._own[self.keep])
+            self.tail.begin(tokens, self.keep if self._own is None else self._own[self.keep])
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._packed is not None:

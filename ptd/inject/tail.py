@@ -108,14 +108,15 @@ class Tail:
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
-        self._rows = 0
+        self._tokens: Tensor | None = None
         self._kept: Tensor | None = None
         self._shape: Any = None
 
-    def begin(self, rows: int, kept: Tensor | None) -> None:
-        """In the pass that begins now ``rows`` positions run and ``kept`` of them are read (None: all)."""
-        self._rows = rows
-        self._kept = kept if kept is not None and len(kept) <= SHARE * rows else None
+    def begin(self, tokens: Tensor, kept: Tensor | None) -> None:
+        """In the pass that begins now these ``tokens`` run, and of their flattened positions ``kept`` are read (None:
+        all). A tensor, not its size: torch.compile would take a number for a constant."""
+        self._tokens = tokens
+        self._kept = kept if kept is not None and len(kept) <= SHARE * tokens.numel() else None
 
     def hooks(self) -> list[Any]:
         return [
@@ -129,16 +130,16 @@ class Tail:
 
     def _gather(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         self._shape = None
-        if self._kept is None or args[0].shape[:-1].numel() != self._rows:
+        if self._kept is None or self._tokens is None or args[0].shape[:-1].numel() != self._tokens.numel():
             return None
         self._shape = args[0].shape[:-1]
         kept = args[0].flatten(0, -2).index_select(0, self._kept)
         return (kept.view(*(1,) * (len(self._shape) - 1), *kept.shape),)
 
     def _scatter(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if self._shape is None or self._kept is None:
+        if self._shape is None or self._kept is None or self._tokens is None:
             return None
-        everywhere = output.new_zeros(self._rows, output.shape[-1])
+        everywhere = output.new_zeros(self._tokens.numel(), output.shape[-1])
         everywhere = everywhere.index_copy_(0, self._kept, output.flatten(0, -2))
         shape, self._shape = self._shape, None
         return everywhere.view(*shape, -1)

@@ -53,7 +53,7 @@ def run(family, *, cut, kind="prefix", packed=False, checkpointing=False):
         pytest.skip("runs padded")
     tail, rows = attachment.stacks[-1].tail, []
     if not cut:
-        tail.begin = lambda rows, kept: None
+        tail.begin = lambda tokens, kept: None
     for module in tail.modules:
         module.register_forward_hook(lambda module, args, output: rows.append(args[0].shape[:-1].numel()))
     state = prompt(attachment, kind)
