@@ -154,7 +154,10 @@ def measure(kind: str, dtype: torch.dtype, steps: int, clock: Any) -> list[dict[
 
 
 def table(cells: list[dict[str, Any]]) -> str:
-    lines = ["| lengths | levers | tokens/s | against none | first step, s | loss differs by |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| lengths | levers | tokens/s | against none | first step, s | loss differs by |",
+        "|---|---|---|---|---|---|",
+    ]
     for cell in cells:
         low, high = cell["quartiles"]
         lines.append(

@@ -73,7 +73,8 @@ class BackboneConfig(Section):
     offload_folder: str | None = Field(None, description="folder on a local NVMe disk, for offload: nvme")
     gradient_checkpointing: bool = Field(False, description="recompute layers in backward: less memory, slower")
     compile: bool = Field(
-        False, description="torch.compile each layer: faster steps after a slow first one; whole, unquantised weights only"
+        False,
+        description="torch.compile each layer: faster steps after a slow first one; whole, unquantised weights only",
     )
     attention: str = Field(
         "auto",

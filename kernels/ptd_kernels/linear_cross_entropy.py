@@ -1,8 +1,8 @@
 """Cross-entropy of a frozen output layer, ``Σ_n −log softmax(h_n Wᵀ + b)[t_n]``, without keeping its logits.
 
-The layer is not trained, so the loss's only gradient is that of the hidden states, ``dh = (softmax(logits) − onehot) W``,
-which needs nothing that backward would know better: it is computed with the loss, a block of rows at a time, in the
-memory of the block's logits (Liger-Kernel, Hsu et al. 2024, arXiv:2410.10989, §3, does the same with a trained layer).
+The layer is not trained, so the only gradient is that of the hidden states, ``dh = (softmax(logits) − onehot) W``, which
+needs nothing that backward would know better: it is computed with the loss, a block of rows at a time, in the memory of
+the block's logits (Liger-Kernel, Hsu et al. 2024, arXiv:2410.10989, §3, does the same with a trained layer).
 Plain autograd holds the logits, their log-softmax and the gradients of both.
 """
 
@@ -66,9 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (ctx.gradient * dloss.to(ctx.gradient.dtype), *(None,) * 4)
 
 
-def _block(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, room: Tensor
-) -> tuple[Tensor, Tensor]:
+def _block(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
     """The losses ``[N]`` of a block of rows and its logits' gradient ``[N, V]``, both in ``room`` if it is fp32."""
     logits = room[: len(hidden)]
     if bias is None:

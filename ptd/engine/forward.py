@@ -15,7 +15,7 @@ from ptd.types import Batch
 
 
 class Forward:
-    """The `ptd.readouts.Run`: a language model's logits or their cross-entropy, or a body's last hidden states.
+    """The ``run`` of `ptd.readouts`: a language model's logits or their cross-entropy, or a body's last hidden states.
 
     Only the positions asked for reach what is behind the last attention, and the language model's head. With gradient
     checkpointing the backward pass has to come before the next forward pass.

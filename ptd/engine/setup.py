@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -39,7 +39,7 @@ def prepare(
     config: BackboneConfig, ranks: Ranks, zero3: dict[str, Any] | None = None, *, output: Output = "causal_lm"
 ) -> Prepared:
     """Load, shard (with ``zero3``) and attach to the backbone. Every rank calls this together."""
-    forget_passes: Callable[[], None] = lambda: None
+    shards = None
     if zero3 is None:
         model = load_model(config, output, device=ranks.device, check=check_supported)
     else:
@@ -50,16 +50,16 @@ def prepare(
         with shards.receiving():
             model = load_model(config, output, device=ranks.device, sharded=True, check=check_supported)
         shards.run(model)
-        forget_passes = shards.forget_passes
     # Of a sharded one rank 0 alone has the leading values, and the shards' checksums have been compared already.
     identity = (
         same_fingerprint(fingerprint(model), ranks) if zero3 is None else ranks.on_main(lambda: fingerprint(model))
     )
     attachment = Attachment(model, backend=config.attention)
-    forget_passes()
-    return Prepared(
-        model, attachment, Forward(model, attachment, ranks.device), identity, zero3 is not None, forget_passes
-    )
+    prepared = Prepared(model, attachment, Forward(model, attachment, ranks.device), identity)
+    if shards is None:
+        return prepared
+    shards.forget_passes()
+    return replace(prepared, sharded=True, forget_passes=shards.forget_passes)
 
 
 def check_context(shape: BackboneShape, num_virtual_tokens: int, max_length: int) -> None:

@@ -85,8 +85,9 @@ class Attachment:
         ]
         self.packable = len(self.stacks) == 1 and self.stacks[0].takes_positions
         self.packable &= all(call.causal or call.window is None for call in calls)
-        for part in (*self.stacks, self.head):
-            part.hook()
+        self.head.hook()
+        for stack in self.stacks:
+            stack.hook()
 
     @property
     def first_position(self) -> int:
@@ -136,8 +137,9 @@ class Attachment:
 
     def remove(self) -> None:
         """Restore the model as it was before."""
-        for part in (*self.stacks, self.head):
-            part.unhook()
+        self.head.unhook()
+        for stack in self.stacks:
+            stack.unhook()
         for module in self.model.modules():
             take_slot(module)
         self._restore()

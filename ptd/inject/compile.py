@@ -12,7 +12,7 @@ from ptd.inject.attention import IMPLEMENTATION, attention_forward
 from ptd.types import UserError
 
 RECOMPILE_LIMIT = 64
-"""Graphs of one function. Layers share their code: kinds of layers, with and without gradients or a cut tail, add up."""
+"""Graphs of one function. Layers share their code: kinds of layers, with gradients or without, add up."""
 
 
 def compile_layers(model: PreTrainedModel) -> None:

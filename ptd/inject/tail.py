@@ -104,7 +104,7 @@ def _position_wise(module: nn.Module) -> bool:
 
 
 class Tail:
-    """Hooks on these modules: each gets its input at the kept positions only, and zeros stand elsewhere in its output."""
+    """Hooks on these modules: each gets its input at the kept positions only, and puts out zeros elsewhere."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules

@@ -1,28 +1,22 @@
 """Readouts: how a batch's loss and scores come out of the backbone. One file is one readout; pure torch.
 
-A readout never sees a model, only a `Run`.
+A readout never sees a model, only ``run(batch, positions)``: what the backbone puts out (logits of a language model,
+the last hidden states of a body) at these of all flattened positions, each given once, ``[len(positions), width]``;
+None: at all of them. A run may also offer ``cross_entropy(batch, positions, targets)``, their fp32 sum for a language
+model, which it computes without holding logits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ptd.types import Batch
 
-
-class Run(Protocol):
-    """A batch through the backbone."""
-
-    def __call__(self, batch: Batch, positions: Tensor | None) -> Tensor:
-        """What the backbone puts out (logits of a language model, the last hidden states of a body) at these of all
-        flattened positions, each given once, ``[len(positions), width]``; None: at all of them."""
-
-    def cross_entropy(self, batch: Batch, positions: Tensor, targets: Tensor) -> Tensor:
-        """Sum over these positions of a language model's cross-entropy with ``targets`` ``[len(positions)]``, fp32."""
+Run = Callable[[Batch, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)

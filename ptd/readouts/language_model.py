@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch.nn.functional import cross_entropy
+
 from ptd.readouts import Reading, Readout, Run
 from ptd.types import IGNORE_INDEX, Batch
 
@@ -12,5 +14,9 @@ class LanguageModel(Readout):
     def read(self, run: Run, batch: Batch, scores: bool) -> Reading:
         labels = batch.labels.flatten()
         positions = (labels != IGNORE_INDEX).nonzero().flatten()
-        loss = run.cross_entropy(batch, positions, labels[positions])
-        return Reading(loss, float(batch.supervised_tokens))
+        fused = getattr(run, "cross_entropy", None)
+        if fused is not None:
+            return Reading(fused(batch, positions, labels[positions]), float(batch.supervised_tokens))
+        logits = run(batch, positions)
+        targets = labels[positions].to(logits.device, non_blocking=True)
+        return Reading(cross_entropy(logits.float(), targets, reduction="sum"), float(batch.supervised_tokens))

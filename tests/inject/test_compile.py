@@ -9,6 +9,7 @@ from families import tiny_model
 from ptd.inject import Attachment, compile_layers
 from ptd.types import UserError
 
+
 def test_without_a_compiler_it_says_so(monkeypatch):
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()

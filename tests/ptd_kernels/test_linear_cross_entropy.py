@@ -69,7 +69,7 @@ def test_without_gradients_nothing_is_kept_and_no_rows_are_no_loss():
 
 def test_what_it_cannot_do_is_refused():
     hidden, weight, bias, targets = inputs(torch.float32)
-    with pytest.raises(ValueError, match="not in torch.float16"):
+    with pytest.raises(ValueError, match=r"not in torch\.float16"):
         linear_cross_entropy(hidden.half(), weight.half(), bias.half(), targets)
     with pytest.raises(ValueError, match="freeze them"):
         linear_cross_entropy(hidden, weight.requires_grad_(), bias, targets)
