@@ -1,6 +1,6 @@
 """Cross-entropy of a frozen output layer, ``Σ_n −log softmax(h_n Wᵀ + b)[t_n]``, without keeping its logits.
 
-The layer is not trained, so the only gradient is that of the hidden states, ``dh = (softmax(logits) − onehot) W``, which
+The layer is not trained: the only gradient is that of the hidden states, ``dh = (softmax(logits) − onehot) W``, which
 needs nothing that backward would know better: it is computed with the loss, a block of rows at a time, in the memory of
 the block's logits (Liger-Kernel, Hsu et al. 2024, arXiv:2410.10989, §3, does the same with a trained layer).
 Plain autograd holds the logits, their log-softmax and the gradients of both.

@@ -3,9 +3,9 @@
 A model of ``PartitionedParameterCoordinator`` (DeepSpeed 0.19.8, runtime/zero/partitioned_param_coordinator.py) in its
 steady state: from the third training step on it knows the order of the modules. Before a module runs its weights are
 gathered, and those of the next modules up to ``prefetch_bucket_size`` numbers; afterwards they are released unless they
-are used again within ``max_reuse_distance`` numbers, be it by the backward pass. It decides that once, by the first order
-it has seen complete (``functools.lru_cache`` on ``__params_to_release``), which `Shards.forget_passes` makes a training
-step's. Weights of up to ``param_persistence_threshold`` numbers stay.
+are used again within ``max_reuse_distance`` numbers, be it by the backward pass. It decides that once, by the first
+order it has seen complete (``functools.lru_cache`` on ``__params_to_release``), which `Shards.forget_passes` makes that
+of a training step. Weights of up to ``param_persistence_threshold`` numbers stay.
 """
 
 from __future__ import annotations
