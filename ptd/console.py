@@ -21,7 +21,7 @@ from rich.text import Text
 
 from ptd.types import Reporter
 
-LABELS = {"train": "training", "eval": "evaluating", "generate": "generating"}
+LABELS = {"train": "training", "eval": "evaluating", "generate": "generating", "bench": "timing"}
 
 
 def make_reporter() -> Reporter:
@@ -142,6 +142,46 @@ def print_plan(found: dict[str, Any]) -> None:
     console.print(f"best: {found['reason']}" if found["best"] else found["reason"], soft_wrap=True)
     for line in found["assumptions"]:
         console.print(f"assumed: {line}", soft_wrap=True)
+
+
+def print_bench(found: dict[str, Any], heading: str | None = None) -> None:
+    """The tables of ``ptd bench`` on stdout, from what `ptd.bench.bench` returns."""
+    console = Console(highlight=False)
+    machine = found["machine"]
+    sides = [(lane, figures) for lane in found["lanes"] for figures in lane["sides"].values()]
+    rate = f"{machine['flops_per_second'] / 1e12:.3g} TFLOP/s in a product of {machine['size']} × {machine['size']}"
+    threads = "" if machine["threads"] is None else f", {machine['threads']} threads"
+    what = f"{found['hardware']}{threads}, {found['dtype']}: {rate}; {found['repeats']} steps of each side, in turns"
+    console.print(Text(what if heading is None else f"{heading}: {what}"), soft_wrap=True)
+    table = Table(title="Rates (medians) and memory", title_justify="left")
+    for column in ("", "useful tokens/s", "supervised tokens/s", "padding", "TFLOP/s", "of the machine's",
+                   "peak memory", "ptd / PEFT (quartiles)"):  # fmt: skip
+        table.add_column(column, justify="right" if column else "left")
+    for lane, figures in sides:
+        counted, ratio = figures["flops_per_second"] is not None, lane.get("ratio")
+        compared = figures is lane["sides"]["ptd"] and ratio is not None
+        table.add_row(
+            figures["title"],
+            f"{figures['useful_tokens_per_second']['median']:,.0f}",
+            f"{figures['supervised_tokens_per_second']['median']:,.0f}",
+            f"{figures['padding_share']:.0%}",
+            f"{figures['flops_per_second'] / 1e12:.3g}" if counted else "–",
+            f"{figures['share_of_matmul_rate']:.0%}" if counted else "–",
+            _size(figures["peak_memory_bytes"]),
+            "{:.2f} × ({:.2f}, {:.2f})".format(ratio["median"], *ratio["quartiles"]) if compared else "",
+        )
+    console.print(table)
+    split = Table(title="Milliseconds a step (means)", title_justify="left")
+    phases = list(sides[0][1]["phase_seconds"])
+    for column in ("", *phases, "together"):
+        split.add_column(column, justify="right" if column else "left")
+    for _, figures in sides:
+        parts = [f"{1000 * figures['phase_seconds'][phase]:.1f}" for phase in phases]
+        split.add_row(figures["title"], *parts, f"{1000 * figures['step_seconds']:.1f}")
+    console.print(split)
+    sent, between = found["network"]["network_bytes"], found["network"]["network_bytes_between_nodes"]
+    if sent:
+        console.print(f"network, all ranks, a step: {_size(sent)}, of which between nodes {_size(between)}")
 
 
 def _size(count: int) -> str:

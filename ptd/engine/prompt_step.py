@@ -26,7 +26,6 @@ from ptd.engine.ranks import Ranks
 from ptd.readouts import Readout
 from ptd.types import PromptEncoder, PromptState
 
-
 PHASES = ("data", "encoder", "forward", "backward", "reduce", "optimizer")
 """What a step's time is spent on; ``optimizer`` with clipping, ``encoder`` forward and backward."""
 
@@ -65,8 +64,8 @@ class PromptStep:
     """What is trained, with its optimizer and the reduction.
 
     Use: ``state = step.encode()``; run micro-batches against ``state``, each ``step.loss_scale.apply(loss).backward()``
-    with a summed loss; ``step.finish(loss_sum, weight, tokens, supervised_tokens)``. ``phase`` is told which of `PHASES`
-    begins; a benchmark listens.
+    with a summed loss; ``step.finish(loss_sum, weight, tokens, supervised_tokens)``. ``phase`` is told which of
+    `PHASES` begins now; a benchmark listens.
     """
 
     def __init__(
