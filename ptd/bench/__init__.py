@@ -91,8 +91,8 @@ def bench(
             lanes = [_lane(stack, setting, config, folder, ptd, facts, reporter) for setting in settings]
             for lane in lanes:
                 lane.same_work = _check(lane, facts["ptd"].dtype)
-        machine = ptd.ask("matmul_rate")
         _take_turns(lanes, warmup, repeats, ptd, reporter)
+        machine = ptd.ask("matmul_rate")  # last, because what it frees may stay resident
         network = ptd.ask("network", repeats * len(lanes))
         return _report(config, lanes, facts, machine, network, against, warmup, repeats)
 

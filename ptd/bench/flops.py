@@ -1,8 +1,8 @@
 """Floating-point operations of a training step by formula: what a side of a benchmark computes, padding included.
 
 A multiplication and an addition are two. A linear layer of ``in × out`` weights takes ``2 · in · out`` a row forward,
-and the same again backward where the gradient passes through it to its input; a frozen one has no gradient of its own.
-So a token costs 4N FLOPs over N frozen weights, less what lies in front of the first place where the prompt enters. The
+and the same again backward where the gradient passes through it to its input; only a trained head has a gradient of its
+own. So a token costs 4N FLOPs over N frozen weights, less what lies in front of the first place where the prompt enters. The
 language model's head counts for the positions that are projected. Attention takes ``2 · heads · (Dk + Dv)`` a pair of a
 query and a key forward and ``2 · heads · (3 Dk + 2 Dv)`` backward, because flash kernels compute the scores once more;
 hidden pairs count too, as in torch's ``FlopCounterMode``. Norms, softmax, rotary embeddings, the cross-entropy, the
@@ -127,7 +127,7 @@ def observed(module: nn.Module, load: Load, step: Callable[[], Any], head: nn.Mo
     """
     if any(parameter.ndim == 3 for parameter in module.parameters()):
         raise LookupError("it has mixtures of experts, which are no linear layers")
-    kinds = {count: kind for kind, count in load.rows.items() if count}
+    kinds = {count: kind for kind, count in reversed(load.rows.items()) if count}
     seen: dict[int, int] = {}
     used: set[nn.Module] = set()
     with _hooked(module, seen, used), torch.compiler.set_stance("force_eager"):
@@ -143,9 +143,10 @@ def observed(module: nn.Module, load: Load, step: Callable[[], Any], head: nn.Mo
 
 
 def distinct(load: Load) -> bool:
-    """Whether the kinds of rows can be told apart by their numbers."""
-    counts = [count for count in load.rows.values() if count]
-    return len(set(counts)) == len(counts)
+    """Whether the kinds of rows can be told apart by their numbers. Labels of whole sequences are as many as these."""
+    counts = [count for kind, count in load.rows.items() if count and kind != SEQUENCES]
+    whole = load.rows.get(SEQUENCES, 0)
+    return len(set(counts)) == len(counts) and whole not in (load.rows[POSITIONS], load.rows.get(SOURCE))
 
 
 @contextmanager
@@ -157,10 +158,11 @@ def _hooked(module: nn.Module, seen: dict[int, int], used: set[nn.Module]) -> It
         rows, cost = given.numel() // given.shape[-1], 2 * _size(layer)
         used.add(layer)
         seen[rows] = seen.get(rows, 0) + cost
-        if given.requires_grad and output.requires_grad:
+        passes = given.requires_grad + layer.get_parameter("weight").requires_grad  # a trained head has both
+        if passes and output.requires_grad:
 
             def passed(gradient: Tensor) -> None:
-                seen[rows] += cost
+                seen[rows] += passes * cost
 
             output.register_hook(passed)
 

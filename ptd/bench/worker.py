@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -53,6 +54,7 @@ def main() -> None:
 
     of_transformers.set_verbosity_error()
     of_transformers.disable_progress_bar()
+    warnings.simplefilter("ignore")  # of one library about another; nobody here can act on them
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no result
     serve(Connection(int(sys.argv[1])))
