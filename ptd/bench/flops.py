@@ -106,13 +106,16 @@ def padded_load(count: int, width: int, virtual_tokens: int, *, prefix: bool) ->
     return Load({POSITIONS: positions}, {"decoder": positions * keys}, {})
 
 
-def attention_layers(shape: BackboneShape, config: Any, state: PromptState) -> tuple[AttentionLayer, ...]:
+def attention_layers(
+    shape: BackboneShape, config: Any, state: PromptState, *, checkpointed: bool
+) -> tuple[AttentionLayer, ...]:
     """The attention of a backbone with this transformers ``config``, as ptd runs it with this kind of prompt."""
     heads = config.get_text_config().num_attention_heads
     soft, seen, found = isinstance(state, SoftTokens), set(), []
     for index, layer in enumerate(shape.layers):
-        # What a stack's first layer makes of the bare tokens depends on nothing trained.
-        bare = layer.kind != "cross" and layer.kind not in seen and not (soft and index == 0)
+        # What a stack's first layer makes of the bare tokens depends on nothing trained; but for checkpointing
+        # transformers has the embeddings require a gradient.
+        bare = layer.kind != "cross" and layer.kind not in seen and not (soft and index == 0) and not checkpointed
         trained = bool(state.num_virtual_tokens) and not bare
         found.append(AttentionLayer(heads, layer.key_dim, layer.value_dim, layer.kind, trained))
         seen.add(layer.kind)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ptd.bench.clock import PeakMemory, PhaseClock
-from ptd.bench.flops import Formula, attention_layers, distinct, load_of, observed
+from ptd.bench.flops import AttentionLayer, Formula, Load, attention_layers, distinct, load_of, observed
 from ptd.bench.machine import matmul_rate
 from ptd.bench.sides import GRADIENT, MATERIAL, PROMPT, Facts, Sample
 from ptd.checkpoint import peft_format
@@ -22,7 +22,7 @@ from ptd.engine.meter import metered_deepspeed, summary
 from ptd.engine.preflight import check_same_config
 from ptd.engine.ranks import Ranks
 from ptd.train import PEFT_TASKS, build_engine, read_material
-from ptd.types import Batch, Reporter, UserError
+from ptd.types import Batch, PromptState, Reporter, UserError
 
 
 class PtdSide:
@@ -96,7 +96,7 @@ class PtdSide:
             flat, state = self.step.flat(), self.step.state()
         torch.save(encoder.state_dict(), self.folder / PROMPT)
         peft = peft_format.write_config(layout, len(flat), encoder.peft_type)
-        attention = attention_layers(self.prepared.shape, self.prepared.model.config, state)
+        attention = self._attention(state)
         handed = {"peft_type": encoder.peft_type, "fields": peft, "attention": attention}
         with (self.folder / MATERIAL).open("wb") as file:
             pickle.dump((self.material.examples, self.material.tokenizer.pad_token_id or 0, handed), file)
@@ -175,19 +175,25 @@ class PtdSide:
         obstacle = peft_format.obstacle(encoder.layout, encoder.peft_type, PEFT_TASKS[self.material.task.output])
         return None if obstacle is None else f"{obstacle} (method {self.config.method_name})"
 
-    def _load(self, batch: Batch) -> Any:
+    def _attention(self, state: PromptState) -> tuple[AttentionLayer, ...]:
+        shape, config = self.prepared.shape, self.prepared.model.config
+        return attention_layers(shape, config, state, checkpointed=self.config.backbone.gradient_checkpointing)
+
+    def _load(self, batch: Batch) -> Load:
         return load_of(batch, self._state, {layer.kind for layer in self.prepared.shape.layers})
 
     def _count(self) -> str | None:
         """Find the formula of this run's FLOPs from one step without a result; returns why there is none."""
         self._state = self.step.state()
         rows = self.rows(0)
-        if self.ranks.world_size > 1 or self.prepared.sharded:  # all ranks have to do the same then
-            candidates = [self.batches.of(rows)[0]]
+        if self.ranks.world_size > 1:
+            batch: Batch | None = self.batches.of(rows)[0]
         else:
-            candidates = [batch for count in range(1, len(rows) + 1) for batch in self.batches.of(rows[:count])]
-        batch = next((batch for batch in candidates if distinct(self._load(batch))), None)
-        if batch is None or not batch.rows:
+            candidates = [each for count in range(1, len(rows) + 1) for each in self.batches.of(rows[:count])]
+            batch = next((each for each in candidates if distinct(self._load(each))), None)
+        if batch is None or self.ranks.any(
+            not (batch.rows and distinct(self._load(batch)))
+        ):  # all ranks go on together, or none
             return "the kinds of rows cannot be told apart in these batches"
 
         def step() -> None:
@@ -202,6 +208,5 @@ class PtdSide:
             return str(error)
         finally:
             self.step.optimizer.zero_grad(set_to_none=True)
-        layers = attention_layers(self.prepared.shape, model.config, self._state)
-        self.formula = Formula(linear, layers, config.gradient_checkpointing)
+        self.formula = Formula(linear, self._attention(self._state), config.gradient_checkpointing)
         return None
