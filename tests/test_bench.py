@@ -157,8 +157,9 @@ def test_experts_are_not_counted(tmp_path, rows_file) -> None:
         {"name": "prompt", "num_virtual_tokens": 5},
         # PEFT's MLP has an embedding as wide as the keys: 2 heads of 8.
         {**PREFIX, "prefix_projection": True, "embedding_size": 16, "encoder_hidden_size": 24},
+        {"name": "p_tuning", "num_virtual_tokens": 5, "encoder_hidden_size": 24},
     ],
-    ids=["prefix", "prompt", "prefix MLP"],
+    ids=["prefix", "prompt", "prefix MLP", "LSTM"],
 )
 def test_both_sides_do_the_same_work(tmp_path, backbone_dir, rows_file, method) -> None:
     ptd, peft = both(tmp_path, run_of(backbone_dir, rows_file, method, train={"gradient_accumulation_steps": 2}))
@@ -170,7 +171,7 @@ def test_both_sides_do_the_same_work(tmp_path, backbone_dir, rows_file, method) 
     batches = peft._batches(rows)
     assert len(batches) == 2
     found = counted(lambda: peft._forward_backward(batches))
-    if "prefix_projection" not in method:  # the re-parameterisation is not counted
+    if "encoder_hidden_size" not in method:  # the re-parameterisation is not counted
         assert sum(found.values()) == sum(peft.formula.flops(peft._load(batch)) for batch in batches)
 
     mine, theirs = ptd.take(rows), peft.take(rows)
@@ -239,11 +240,7 @@ def test_a_report_of_both_sides(tmp_path, backbone_dir, rows_file, capsys, monke
         ({"name": "head"}, {"task": {"kind": "classification"}}, "task.kind classification ends in another head"),
         ({**PREFIX, "freeze_first_token": True}, {}, "PEFT builds the prompt encoder of method prefix otherwise"),
         ({**PREFIX, "prefix_projection": True}, {}, "set method.embedding_size"),
-        (
-            {"name": "p_tuning", "num_virtual_tokens": 4},
-            {},
-            "PEFT (builds the prompt encoder of method p_tuning|refuses this run)",
-        ),
+        ({"name": "p_tuning"}, {"data": {"prompt_template": "{v:2}{prompt}{v:2}"}}, "PEFT puts them in front only"),
         (PREFIX, {"backbone": {"gradient_checkpointing": True}}, "PEFT refuses this run"),
         (PREFIX, {"backbone": {"sharding": "world"}}, "shards its backbone"),
     ],

@@ -1,12 +1,12 @@
 """Floating-point operations of a training step by formula: what a side of a benchmark computes, padding included.
 
 A multiplication and an addition are two. A linear layer of ``in × out`` weights takes ``2 · in · out`` a row forward,
-and the same again backward where the gradient passes through it to its input; only a trained head has a gradient of its
-own. So a token costs 4N FLOPs over N frozen weights, less what lies in front of the first place where the prompt enters. The
-language model's head counts for the positions that are projected. Attention takes ``2 · heads · (Dk + Dv)`` a pair of a
-query and a key forward and ``2 · heads · (3 Dk + 2 Dv)`` backward, because flash kernels compute the scores once more;
-hidden pairs count too, as in torch's ``FlopCounterMode``. Norms, softmax, rotary embeddings, the cross-entropy, the
-prompt encoder and the optimizer are not counted.
+and the same again backward where the gradient passes through it to its input; only a trained head has a gradient of
+its own. So a token costs 4N FLOPs over N frozen weights, less what lies in front of the first place where the prompt
+enters. The language model's head counts for the positions that are projected. Attention takes ``2 · heads · (Dk +
+Dv)`` a pair of a query and a key forward and ``2 · heads · (3 Dk + 2 Dv)`` backward, because flash kernels compute
+the scores once more; hidden pairs count too, as in torch's ``FlopCounterMode``. Norms, softmax, rotary embeddings,
+the cross-entropy, the prompt encoder and the optimizer are not counted.
 """
 
 from __future__ import annotations

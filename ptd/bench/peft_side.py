@@ -218,7 +218,8 @@ def _shared(config: RunConfig, peft_config: Any) -> dict[str, Any]:
     """What the method's configuration and PEFT's call by the same name (``prefix_projection``, for one)."""
     settings, names = config.method_config(), {field.name for field in fields(peft_config)}
     given = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name in names}
-    return {name: value for name, value in given.items() if value is not None}
+    # PEFT writes its choices (LSTM, MLP) in capitals.
+    return {k: v.upper() if isinstance(v, str) else v for k, v in given.items() if v is not None}
 
 
 def _start(encoder: Any, prompt: dict[str, Any], config: RunConfig) -> None:
