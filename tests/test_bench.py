@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import sys
@@ -232,6 +233,10 @@ def test_a_report_of_both_sides(tmp_path, backbone_dir, rows_file, capsys, monke
     curve = tmp_path / "curve.png"
     plot_curve("virtual tokens", [(16, found), (32, found)], curve)
     assert curve.is_file()
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    *_, line = importlib.import_module("throughput").rows_of_table({"tiny": found})
+    assert line.startswith("| tiny | best | ")
+    assert f"**{lane['ratio']['median']:.2f} ×**" in line
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def bench(
             "--against peft: the comparison is of one process each, and this is one of several that a launcher "
             "started; run it without the launcher, or leave out --against"
         )
-    reporter = reporter if os.environ.get("RANK", "0") == "0" and reporter is not None else Reporter()
+    reporter = _on_main(reporter)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ptd-bench-")))
         ptd: Player | Here
@@ -95,6 +95,10 @@ def bench(
         machine = ptd.ask("matmul_rate")  # last, because what it frees may stay resident
         network = ptd.ask("network", repeats * len(lanes))
         return _report(config, lanes, facts, machine, network, against, warmup, repeats)
+
+
+def _on_main(reporter: Reporter | None) -> Reporter:
+    return reporter if reporter is not None and os.environ.get("RANK", "0") == "0" else Reporter()
 
 
 def _start(stack: ExitStack, title: str, environment: dict[str, str], side: str, *arguments: Any) -> Player:
@@ -205,7 +209,7 @@ def _report(
 
 def sweep(key: str, values: Sequence[str], config_of: Callable[[str], RunConfig], **options: Any) -> dict[str, Any]:
     """`bench` with each of ``values`` of the configuration's ``key``; ``options`` are `bench`'s."""
-    reporter: Reporter = options.get("reporter") or Reporter()
+    reporter = _on_main(options.get("reporter"))
     points = []
     for value in values:
         reporter.note(f"{key}={value}")
