@@ -227,6 +227,49 @@ def predict(
         print(f"{len(lines)} rows: {output}", file=sys.stderr)
 
 
+@app.command("inspect")
+def inspect_(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder (ptd's or PEFT's), or a run's output folder.")],
+    data: Annotated[
+        str | None,
+        typer.Option("--data", "-d", help="Rows to see its effect on: file, dataset folder or hub name."),
+    ] = None,
+    backbone: Backbone = None,
+    changes: Changes = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to use at most, evenly spaced over the data.")] = 64,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write; default: inspect in the adapter's folder.")
+    ] = None,
+    batch_size: BatchSize = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """What a prompt does: attention on it by layer and head, its norms and ranks, the loss without each of its tokens.
+
+    Writes inspect.json, figures and index.html, which holds everything and opens without a network.
+    """
+    from ptd.config import parse_settings
+
+    settings = parse_settings(changes or [])
+    _quiet()
+    from ptd.console import make_reporter, print_inspection
+    from ptd.inspection import ADDS, output_folder, write
+    from ptd.inspection import inspect as run_inspection
+    from ptd.inspection.tables import headline, sections
+
+    reporter = make_reporter() if _is_main() else None
+    found = run_inspection(
+        adapter, data=data, backbone=backbone, settings=settings, rows=rows, batch_size=batch_size, reporter=reporter
+    )
+    if not _is_main():
+        return
+    folder = output or output_folder(adapter)
+    write(found, folder)
+    _print_json(found) if as_json else print_inspection(headline(found), found["notes"], sections(found))
+    if data is None:
+        print(ADDS, file=sys.stderr)
+    print(f"written: {folder / 'index.html'}, its figures (PNG) and inspect.json", file=sys.stderr)
+
+
 @app.command("export")
 def export_(
     source: Annotated[str, typer.Argument(help="Adapter folder or run output folder.")],

@@ -21,7 +21,13 @@ from rich.text import Text
 
 from ptd.types import Reporter
 
-LABELS = {"train": "training", "eval": "evaluating", "generate": "generating", "bench": "timing"}
+LABELS = {
+    "train": "training",
+    "eval": "evaluating",
+    "generate": "generating",
+    "inspect": "inspecting",
+    "bench": "timing",
+}
 
 
 def make_reporter() -> Reporter:
@@ -185,6 +191,29 @@ def print_bench(found: dict[str, Any], heading: str | None = None) -> None:
     sent, between = found["network"]["network_bytes"], found["network"]["network_bytes_between_nodes"]
     if sent:
         console.print(f"network, all ranks, a step: {_size(sent)}, of which between nodes {_size(between)}")
+
+
+MOST_ROWS = 40
+"""Rows of a table that a terminal is given."""
+
+
+def print_inspection(head: str, notes: Sequence[str], sections: Sequence[Any]) -> None:
+    """What ``ptd inspect`` found: ``sections`` with ``title``, ``text``, ``columns`` and ``rows``."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console.print(Text(head), soft_wrap=True)
+    for section in sections:
+        console.print(Text(f"\n{section.title}", style="bold"))
+        console.print(Text(section.text, style="dim"), soft_wrap=True)
+        table = Table(box=None, pad_edge=False)
+        for number, column in enumerate(section.columns):
+            table.add_column(column, justify="left" if number == 0 else "right")
+        for row in section.rows[:MOST_ROWS]:
+            table.add_row(*map(Text, row))
+        console.print(table)
+        if len(section.rows) > MOST_ROWS:
+            console.print(f"… and {len(section.rows) - MOST_ROWS} more, in inspect.json")
+    for note in notes:
+        console.print(Text(f"\nnote: {note}"), soft_wrap=True)
 
 
 def _size(count: int) -> str:

@@ -1,7 +1,4 @@
-"""``ptd eval``, ``predict`` and ``generate`` on ranks, the backbone in every placement: what one process says.
-
-And ``ptd bench``: what ranks take together.
-"""
+"""``ptd eval``, ``predict``, ``generate``, ``inspect`` on ranks, in every placement: what one process says; ``bench``."""
 
 from __future__ import annotations
 
@@ -55,6 +52,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory, rows_file: Path) -> dict[
         "text": (llama, prefix, "causal_lm", rows_file),
         "labels": (llama, {"name": "head"}, "classification", labelled),
         "t5": (t5, prefix, "seq2seq_lm", rows_file),
+        "soft": (llama, {"name": "prompt", "num_virtual_tokens": 3}, "causal_lm", rows_file),
     }
     for name, (backbone, method, kind, rows) in runs.items():
         raw = {
@@ -74,6 +72,7 @@ def commands(adapters: dict[str, Path]) -> dict[str, list[str]]:
     """Command lines without a word of sharding, by name."""
     few = ["--batch-size", "2", "--max-new-tokens", "8"]
     five = ["--batch-size", "5"]
+    seen = ["--data", str(adapters["rows"]), "--rows", "7", "--json", "--output", str(adapters["text"].parent / "seen")]
     text = ["generate", "--adapter", str(adapters["text"]), "--json", *PROMPTS]
     return {
         "eval": [
@@ -92,13 +91,16 @@ def commands(adapters: dict[str, Path]) -> dict[str, list[str]]:
         "sample": [*text, *few, "--temperature", "1"],
         "one batch": text,
         "t5": ["generate", "--adapter", str(adapters["t5"]), "--json", *PROMPTS, *few],
+        "inspect t5": ["inspect", str(adapters["t5"]), *seen, "--batch-size", "2"],
+        "inspect soft": ["inspect", str(adapters["soft"]), *seen, "--batch-size", "2"],
     }
 
 
 CASES = [
     *(("world", name) for name in ("eval", "predict", "generate", "beams", "sample", "one batch", "t5")),
     *((placement, name) for placement in ("node", "nf4") for name in ("eval", "predict", "generate")),
-    *(("replicated", name) for name in ("generate", "sample")),
+    *(("replicated", name) for name in ("generate", "sample", "inspect t5")),
+    ("world", "inspect soft"),
 ]
 
 
@@ -131,8 +133,13 @@ def in_one_process(*arguments: str) -> str:
 
 
 def numbers(printed: str, name: str) -> list[Any]:
-    rows = [json.loads(printed)] if name == "eval" else [json.loads(line) for line in printed.splitlines()]
-    return [json.loads(json.dumps(row), parse_float=lambda text: pytest.approx(float(text), rel=1e-5)) for row in rows]
+    whole = name == "eval" or name.startswith("inspect")
+    rows = [json.loads(printed)] if whole else [json.loads(line) for line in printed.splitlines()]
+
+    def close(text: str) -> Any:
+        return pytest.approx(float(text), rel=1e-5, abs=2e-6)  # of losses' changes, which are small, the losses' own
+
+    return [json.loads(json.dumps(row), parse_float=close) for row in rows]
 
 
 @pytest.mark.parametrize(("placement", "name"), CASES)
