@@ -376,9 +376,9 @@ def bench(
     ] = None,
     against: Annotated[str | None, typer.Option(help="What to take turns with: peft.")] = None,
     peft: Annotated[
-        Literal["as-run", "best", "both"],
-        typer.Option(help="PEFT as its users run it (random batches), in its best working setting, or both."),
-    ] = "both",
+        Literal["as-run", "best", "both"] | None,
+        typer.Option(help="PEFT as its users run it (random batches), in its best working setting; default: both."),
+    ] = None,
     sweeps: Annotated[
         list[str] | None,
         typer.Option("--sweep", metavar="SECTION.KEY=V1,V2,...", help="Also the curve over these values; repeatable."),
@@ -393,6 +393,8 @@ def bench(
     """How fast a run trains and where its time goes, alone or against PEFT on the same rows, step by step in turns."""
     from ptd.config import load_config
 
+    if peft is not None and against is None:
+        raise UserError(f"--peft {peft}: has no effect without --against peft; add that, or leave it out")
     config = load_config(run, overrides)
     _quiet()
     from ptd.bench import bench as run_bench
@@ -402,7 +404,7 @@ def bench(
 
     options: dict[str, Any] = {
         "against": against,
-        "settings": ("as-run", "best") if peft == "both" else (peft,),
+        "settings": ("as-run", "best") if peft in (None, "both") else (peft,),
         "repeats": repeats,
         "warmup": warmup,
         "reporter": make_reporter(),

@@ -259,10 +259,14 @@ def test_what_peft_cannot_do_is_refused(tmp_path, backbone_dir, rows_file, metho
         both(tmp_path, run_of(backbone_dir, rows, method, **sections))
 
 
-def test_what_cannot_be_timed_is_refused(tmp_path, backbone_dir, rows_file, monkeypatch) -> None:
+def test_what_cannot_be_timed_is_refused(tmp_path, backbone_dir, rows_file, monkeypatch, capsys) -> None:
     config = parse_config(run_of(backbone_dir, rows_file, PREFIX))
     with pytest.raises(UserError, match="nothing called 'nemo'"):
         bench(config, against="nemo")
+    monkeypatch.setattr(sys, "argv", ["ptd", "bench", "run.yaml", "--peft", "best"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--peft best: has no effect without --against peft" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="one of several that a launcher started"):
         bench(config, against="peft")

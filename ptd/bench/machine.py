@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -38,9 +39,11 @@ def evidence(*packages: str) -> dict[str, Any]:
 
 
 def _command() -> str:
-    """As typed, without the folder of the program."""
-    program = Path(sys.argv[0]).name
-    return " ".join(["ptd" if program in ("cli.py", "ptd") else f"python {program}", *sys.argv[1:]])
+    """As typed; a program of the clone by its path there, another without its folder."""
+    program, root = Path(sys.argv[0]).resolve(), Path(__file__).parents[2].resolve()
+    inside = program.relative_to(root) if program.is_relative_to(root) else Path(program.name)
+    named = ["ptd"] if program.name in ("cli.py", "ptd") else ["python", str(inside)]
+    return shlex.join([*named, *sys.argv[1:]])
 
 
 def commit() -> str | None:

@@ -38,9 +38,17 @@ class PtdSide:
                 "--against peft: this run shards its backbone with DeepSpeed, and the comparison runs each side in one "
                 "process that holds all of it; leave out --against, or sharding and deepspeed"
             )
-        self.ranks = ranks = Ranks.start(needs_group=zero3 is not None)
+        self.ranks = Ranks.start(needs_group=zero3 is not None)
         self._open = ExitStack()
-        self._open.callback(ranks.stop)
+        self._open.callback(self.ranks.stop)
+        try:
+            self._prepare(config, zero3, folder)
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, config: RunConfig, zero3: dict[str, Any] | None, folder: Path | None) -> None:
+        ranks = self.ranks
         check_batch_size(config, ranks.world_size)
         check_same_config(config, ranks)
         self.config, self.folder = config, folder

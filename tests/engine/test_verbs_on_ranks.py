@@ -1,4 +1,4 @@
-"""``ptd eval``, ``predict``, ``generate``, ``inspect`` on ranks, in every placement: what one process says; ``bench``."""
+"""``ptd eval``, ``predict``, ``generate``, ``inspect``, ``bench`` on ranks, in every placement: as in one process."""
 
 from __future__ import annotations
 
