@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from collections import defaultdict
@@ -10,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import get_scheduler
 
 from ptd.config import TrainConfig
 from ptd.data import Batches, prefetch
 from ptd.engine.evaluation import HeldOut, evaluate
-from ptd.engine.learning_rates import learning_rates
 from ptd.engine.meter import summary
 from ptd.engine.preemption import StopRequest
 from ptd.engine.prompt_step import PromptStep, StepResult
@@ -227,3 +228,16 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def learning_rates(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
+    """Learning rate by step index; transformers' schedules as a plain function, so that resuming needs no state."""
+    warmup = config.warmup_steps if config.warmup_steps is not None else math.ceil(config.warmup_ratio * total_steps)
+    probe = torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=config.learning_rate)  # polynomial looks at it
+    try:
+        schedule = get_scheduler(
+            config.lr_scheduler_type, probe, num_warmup_steps=warmup, num_training_steps=total_steps
+        )
+    except ValueError as error:
+        raise UserError(f"train.lr_scheduler_type: {config.lr_scheduler_type} cannot start: {error}") from error
+    return lambda step: config.learning_rate * schedule.lr_lambdas[0](step)

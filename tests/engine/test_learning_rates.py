@@ -9,8 +9,7 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 
 from ptd.config import TrainConfig
-from ptd.engine.learning_rates import learning_rates
-from ptd.types import UserError
+from ptd.engine.loop import learning_rates
 
 TYPES = get_args(TrainConfig.model_fields["lr_scheduler_type"].annotation)
 STEPS = 23
@@ -41,11 +40,6 @@ def test_warmup_ratio_is_rounded_as_transformers_does(ratio: float, tmp_path: ob
     by_ratio = learning_rates(TrainConfig(warmup_ratio=ratio), STEPS)
     by_steps = learning_rates(TrainConfig(warmup_steps=theirs), STEPS)
     assert [by_ratio(step) for step in range(STEPS)] == [by_steps(step) for step in range(STEPS)]
-
-
-def test_polynomial_needs_a_rate_above_its_end() -> None:
-    with pytest.raises(UserError, match=r"polynomial falls to 1e-07, but train.learning_rate is 1e-08; set a larger"):
-        learning_rates(TrainConfig(learning_rate=1e-8, lr_scheduler_type="polynomial"), STEPS)
 
 
 def test_warmup_steps_take_precedence_over_the_ratio() -> None:
