@@ -116,10 +116,6 @@ def test_the_crash_left_an_unfinished_run(runs: Runs) -> None:
     assert not (runs.killed / "metrics.jsonl").read_text().endswith("\n")
 
 
-def test_what_takes_seconds_to_import_and_is_not_needed_is_not_imported(runs: Runs) -> None:
-    assert "has imported:\n" in runs.crash.stderr
-
-
 def test_the_second_start_says_that_it_continues(runs: Runs) -> None:
     assert "continuing from step-000006\n" in runs.second.stderr
     assert "\ntrain 6/14" not in runs.second.stderr

@@ -26,7 +26,6 @@ def write_and_die(self: Records, record: dict[str, Any]) -> None:
     if record["step"] >= last_step:
         with self.path.open("a", encoding="utf-8") as file:
             file.write('{"step": 8, "lo')
-        print("has imported:", *sorted({"bitsandbytes", "peft"} & sys.modules.keys()), file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
