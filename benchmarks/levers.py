@@ -2,7 +2,7 @@
 
     python benchmarks/levers.py [--lengths e2e skewed] [--dtype float32] [--steps 12] [--threads 1] [--output FILE]
 
-The backbone is that of vs_peft_cpu.py: a Llama of 8 layers, hidden 512, 8 query and 4 key/value heads, vocabulary
+The backbone is that of throughput.py: a Llama of 8 layers, hidden 512, 8 query and 4 key/value heads, vocabulary
 32,000, random weights. P = 30 virtual tokens are trained directly, 8 rows a step, packed. Rows are as long as E2E's
 (mean 80 tokens, 37 % of them supervised) or log-normal (mean 180, σ 0.9, at most 1,024, 45 % supervised). Settings take
 turns on every batch; with one thread it is CPU time that counts, which other work on the machine disturbs less. The

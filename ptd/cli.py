@@ -227,6 +227,49 @@ def predict(
         print(f"{len(lines)} rows: {output}", file=sys.stderr)
 
 
+@app.command("inspect")
+def inspect_(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder (ptd's or PEFT's), or a run's output folder.")],
+    data: Annotated[
+        str | None,
+        typer.Option("--data", "-d", help="Rows to see its effect on: file, dataset folder or hub name."),
+    ] = None,
+    backbone: Backbone = None,
+    changes: Changes = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to use at most, evenly spaced over the data.")] = 64,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write; default: inspect in the adapter's folder.")
+    ] = None,
+    batch_size: BatchSize = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """What a prompt does: attention on it by layer and head, its norms and ranks, the loss without each of its tokens.
+
+    Writes inspect.json, figures and index.html, which holds everything and opens without a network.
+    """
+    from ptd.config import parse_settings
+
+    settings = parse_settings(changes or [])
+    _quiet()
+    from ptd.console import make_reporter, print_inspection
+    from ptd.inspection import ADDS, output_folder, write
+    from ptd.inspection import inspect as run_inspection
+    from ptd.inspection.tables import headline, sections
+
+    reporter = make_reporter() if _is_main() else None
+    found = run_inspection(
+        adapter, data=data, backbone=backbone, settings=settings, rows=rows, batch_size=batch_size, reporter=reporter
+    )
+    if not _is_main():
+        return
+    folder = output or output_folder(adapter)
+    write(found, folder)
+    _print_json(found) if as_json else print_inspection(headline(found), found["notes"], sections(found))
+    if data is None:
+        print(ADDS, file=sys.stderr)
+    print(f"written: {folder / 'index.html'}, its figures (PNG) and inspect.json", file=sys.stderr)
+
+
 @app.command("export")
 def export_(
     source: Annotated[str, typer.Argument(help="Adapter folder or run output folder.")],
@@ -322,6 +365,64 @@ def plan(
         reporter=make_reporter(),
     ).to_dict()
     _print_json(found) if as_json else print_plan(found)
+
+
+@app.command()
+def bench(
+    run: Annotated[Path, typer.Argument(help="The run file (YAML).", metavar="RUN.yaml")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes to it, e.g. train.per_device_train_batch_size=16.", metavar="[KEY=VALUE]..."),
+    ] = None,
+    against: Annotated[str | None, typer.Option(help="What to take turns with: peft.")] = None,
+    peft: Annotated[
+        Literal["as-run", "best", "both"] | None,
+        typer.Option(help="PEFT as its users run it (random batches), in its best working setting; default: both."),
+    ] = None,
+    sweeps: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", metavar="SECTION.KEY=V1,V2,...", help="Also the curve over these values; repeatable."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each side.")] = 15,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps of each side before that.")] = 3,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for bench.json and the plots.")] = Path(
+        "bench"
+    ),
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
+) -> None:
+    """How fast a run trains and where its time goes, alone or against PEFT on the same rows, step by step in turns."""
+    from ptd.config import load_config
+
+    if peft is not None and against is None:
+        raise UserError(f"--peft {peft}: has no effect without --against peft; add that, or leave it out")
+    config = load_config(run, overrides)
+    _quiet()
+    from ptd.bench import bench as run_bench
+    from ptd.bench import sweep
+    from ptd.bench.report import parse_sweep, write
+    from ptd.console import make_reporter, print_bench
+
+    options: dict[str, Any] = {
+        "against": against,
+        "settings": ("as-run", "best") if peft in (None, "both") else (peft,),
+        "repeats": repeats,
+        "warmup": warmup,
+        "reporter": make_reporter(),
+    }
+    wanted = [parse_sweep(given) for given in sweeps or []]
+    report = run_bench(config, **options)
+    curves = [
+        sweep(key, values, lambda value, key=key: load_config(run, [*(overrides or []), f"{key}={value}"]), **options)  # type: ignore[misc]
+        for key, values in wanted
+    ]
+    if not _is_main():
+        return
+    print_bench(report)
+    for curve in curves:
+        for point in curve["points"]:
+            print_bench(point["report"], f"{curve['key']}={point['value']}")
+    for path in write(output, report, curves):
+        print(path, file=sys.stderr)
 
 
 @app.command()

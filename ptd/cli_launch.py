@@ -25,6 +25,7 @@ Overrides = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and stop.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace a run that is in output_dir already.")]
+Retry = Annotated[bool, typer.Option("--retry", help="Continue a run also if it failed again and again.")]
 LogDir = Annotated[Path | None, typer.Option(help="A log for each rank in this folder, instead of the terminal.")]
 RanksPerNode = Annotated[
     int | None, typer.Option(min=1, help="Processes on a node that has no GPU; with GPUs there is one for each.")
@@ -42,6 +43,7 @@ def local(
     log_dir: LogDir = None,
     master_port: Annotated[int | None, typer.Option(min=1, help="Default: one that is free.")] = None,
     overwrite: Overwrite = False,
+    retry: Retry = False,
     dry_run: DryRun = False,
 ) -> None:
     """Start the run on this machine's GPUs, with DeepSpeed's launcher."""
@@ -50,7 +52,7 @@ def local(
     from ptd.engine.ranks import Ranks
     from ptd.launch import Program, environment, local_command
 
-    program = Program.of(run, overrides, overwrite=overwrite)
+    program = Program.of(run, overrides, overwrite=overwrite, retry=retry)
     program.config()
     there = torch.cuda.device_count()
     gpus = there if gpus_per_node is None else gpus_per_node
@@ -86,6 +88,7 @@ def ssh(
     master_port: Annotated[int, typer.Option(min=1, help="Free on the first node.")] = 29500,
     log_dir: LogDir = None,
     overwrite: Overwrite = False,
+    retry: Retry = False,
     dry_run: DryRun = False,
 ) -> None:
     """Start the run on the nodes of a hostfile, with DeepSpeed's launcher: all of them by pdsh, or one by one.
@@ -94,7 +97,7 @@ def ssh(
     """
     from ptd.launch import Cluster, Program, no_ssh_command, pdsh_command, read_hostfile
 
-    program = Program.of(run, overrides, overwrite=overwrite)
+    program = Program.of(run, overrides, overwrite=overwrite, retry=retry)
     program.config()
     hosts = read_hostfile(hostfile)
     if nodes is not None and nodes > len(hosts):
@@ -152,13 +155,14 @@ def slurm(
     ] = False,
     log_dir: Annotated[Path | None, typer.Option(help="Default: logs in output_dir.")] = None,
     overwrite: Overwrite = False,
+    retry: Retry = False,
     dry_run: DryRun = False,
 ) -> None:
     """Submit the run to Slurm; prints the job's id. --dry-run prints the sbatch script instead."""
     from ptd.launch import Job, Program, directives, render, submit
     from ptd.launch import sweep as combinations
 
-    program = Program.of(run, overrides, overwrite=overwrite)
+    program = Program.of(run, overrides, overwrite=overwrite, retry=retry)
     config = program.config()
     if requeue and config.train.save_steps is None:
         raise UserError("--requeue: a job that is queued again starts from its last checkpoint; set train.save_steps")

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 from ptd.backbone import TextConditioner, architecture_of, load_tokenizer
 from ptd.checkpoint import Adapter, Saver, backbone_reference, save_adapter
-from ptd.checkpoint.attempts import begun, ended
 from ptd.checkpoint.files import writing
+from ptd.checkpoint.journal import Journal
 from ptd.checkpoint.run_folder import RunFolder, clear, open_run
 from ptd.checkpoint.run_state import clean, load_tensors
 from ptd.config import DataConfig, RunConfig, TrainConfig
@@ -35,7 +34,7 @@ from ptd.engine.watchdog import Watchdog, Watched
 from ptd.inject import compile_layers
 from ptd.methods import TaskFacts, method
 from ptd.tasks import Task, make_task
-from ptd.types import Examples, Preempted, Reporter, UserError
+from ptd.types import DataReport, Examples, Preempted, Reporter, UserError
 from ptd.versions import versions
 
 PEFT_TASKS: dict[str, str | None] = {
@@ -67,7 +66,12 @@ def train(
     try:
         check_run(config, ranks)
         folder = ranks.on_main(lambda: open_run(config, overwrite=overwrite, retry=retry))
-        return _train(config, zero3, ranks, folder, reporter, request or StopRequest())
+        for note in folder.notes:
+            reporter.note(note)
+        journal = _journal(config, folder, ranks)
+        with journal.attempt():
+            ranks.on_main(journal.begin)
+            return _train(config, zero3, ranks, journal, reporter, request or StopRequest())
     finally:
         ranks.stop()
 
@@ -76,43 +80,24 @@ def _train(
     config: RunConfig,
     zero3: dict[str, Any] | None,
     ranks: Ranks,
-    folder: RunFolder,
+    journal: Journal,
     reporter: Reporter,
     request: StopRequest,
 ) -> dict[str, Any]:
-    began = time.time()
-    for note in folder.notes:
-        reporter.note(note)
+    began, folder = time.time(), journal.folder
     settings = fit_batch(config, ranks.world_size, folder.facts().get("rows_per_step"), reporter)
-    tokenizer = load_tokenizer(config.backbone)
-    task = make_task(config.task, config.data, architecture_of(config.backbone))
-    chosen, facts = method(config.method_name), facts_of(config, task)
-    chosen.check(config.method_config(), facts)
-    trains = chosen.has_prompt or facts.trained_head
-    learned_from = "train" if trains else "eval"
-    task, train_rows, rows = _examples(config.data, learned_from, task, tokenizer, ranks, reporter, learn=True)
-    held_out = None
-    if config.data.eval is not None:
-        eval_rows = train_rows
-        if trains:
-            _, eval_rows, rows = _examples(config.data, "eval", task, tokenizer, ranks, reporter)
-        size = config.train.eval_batch_size
-        held_out = HeldOut(task, eval_rows, rows, size, config.data.packing, tokenizer.pad_token_id)
-    prepared = prepare(config.backbone, ranks, zero3, output=task.output)
-    if config.backbone.compile:
-        compile_layers(prepared.model)
-    trained = _build(config, prepared, task, tokenizer, ranks)
-    step = build_step(config, trained, ranks, prepared.model.dtype)
-    batches = _batches(config.data, settings, train_rows, tokenizer, prepared, ranks)
+    material = read_material(config, ranks, reporter)
+    prepared, step, batches = build_engine(config, zero3, ranks, settings, material)
     total = settings.max_steps or batches.total_steps(settings.num_train_epochs)
-    if not trains:
+    if not material.trains:
         reporter.note(f"method {config.method_name} trains nothing: the backbone is evaluated as it is")
         total = 0
 
     with torch.no_grad():
-        needed = bytes_to_write(trained.count(), step.flat().numel(), settings.save_total_limit)
+        needed = bytes_to_write(step.trained.count(), step.flat().numel(), settings.save_total_limit)
     ranks.on_main(lambda: check_space(config.output_dir, needed))
-    artifacts = Artifacts(config, folder, prepared, task, step, ranks, settings, train_rows.digest())
+    artifacts = Artifacts(config, journal, prepared, material.task, step, ranks, settings, material.examples.digest())
+    artifacts.learned_from = material.examples.report if material.trains else None
     start = artifacts.resume()
     records = artifacts.begin(start)
     stacks = folder.path / "logs" / f"rank-{ranks.rank}.stacks"
@@ -122,7 +107,7 @@ def _train(
         prepared,
         step,
         batches,
-        held_out,
+        material.held_out,
         ranks,
         Watched(reporter, watchdog),
         on_record=records.write if records is not None else lambda record: None,
@@ -132,7 +117,7 @@ def _train(
         request=request,
         heartbeat=watchdog.beat,
     )
-    with artifacts.attempt(), watchdog, ExitStack() as stack:
+    with watchdog, ExitStack() as stack:
         stack.callback(artifacts.saver.close)
         if records is not None:  # also when the run breaks off: TensorBoard writes from a thread until it is closed
             stack.callback(records.close)
@@ -148,23 +133,35 @@ def _train(
         return artifacts.finish(result, records)
 
 
+def _journal(config: RunConfig, folder: RunFolder, ranks: Ranks) -> Journal:
+    facts = {
+        "config": config.to_dict(),
+        "command": sys.argv,
+        "versions": versions(),
+        "world_size": ranks.world_size,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+    return Journal(folder, facts, is_main=ranks.is_main)
+
+
 @dataclass
 class Artifacts:
     """What this run leaves in its output folder, and what it finds there."""
 
     config: RunConfig
-    folder: RunFolder
+    journal: Journal
     prepared: Prepared
     task: Task
     step: PromptStep
     ranks: Ranks
     settings: TrainConfig
     data_digest: str
+    learned_from: DataReport | None = None
     best: dict[str, Any] = field(default_factory=dict)
     saver: Saver = field(init=False)
-    description: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.folder = self.journal.folder
         records = self.folder.path / METRICS
         self.saver = Saver(self.folder.checkpoints, self.ranks, keep=self.settings.save_total_limit, records=records)
 
@@ -188,24 +185,13 @@ class Artifacts:
 
     def begin(self, start: int) -> Records | None:
         """Open the folder for a run that begins at ``start``; returns the records' writer on rank 0."""
-        self.description = {
-            "config": self.config.to_dict(),
-            "command": sys.argv,
-            "versions": versions(),
-            "world_size": self.ranks.world_size,
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "trained_parameters": self.step.trained.count(),
-            **self._origin(),
-            "attempts": begun(list(self.folder.attempts), start),
-        }
-        self.description["started"] = self.description["attempts"][0]["started"]
         records: list[Records] = []
 
         def begin() -> None:
             with writing(self.folder.path):
                 if self.folder.checkpoint is None:
                     clear(self.folder)
-                self.folder.write({"status": "running", **self.description})
+                self.journal.training(trained_parameters=self.step.trained.count(), **self._origin())
                 clean(self.folder.checkpoints)
                 records.append(Records(self.folder.path, start, evaluation_due=self.evaluation_due))
 
@@ -217,32 +203,12 @@ class Artifacts:
         """Whether the checkpoint was written before the evaluation that belongs to its step."""
         return bool(self.folder.facts().get("evaluation_due"))
 
-    @contextmanager
-    def attempt(self) -> Iterator[None]:
-        """Record how this attempt ends, unless it was recorded within."""
-        try:
-            yield
-        except Preempted:
-            raise
-        except KeyboardInterrupt:
-            self._end("interrupted")
-            raise
-        except Exception as error:
-            with suppress(OSError, UserError):  # a full disk, for one, is what may have ended it
-                self._end("failed", error=f"{type(error).__name__}: {error}"[:500])
-            raise
-
-    def _end(self, status: str, **facts: Any) -> None:
-        if self.ranks.is_main:
-            self.description["attempts"] = ended(self.description["attempts"], status, **facts)
-            self.folder.write({"status": status, **self.description})
-
     def preempt(self, number: int, stopped: Stopped | None) -> NoReturn:
         """Keep where the run ``stopped`` (None: where it had begun), and raise `Preempted`."""
         if stopped is not None:
             self.save_state(number, evaluation_due=stopped.evaluation_due)
             self.saver.wait()
-        self._end("preempted", step=number)
+        self.journal.end("preempted", step=number)
         self.ranks.barrier()
         raise Preempted(f"asked to stop, stopped after step {number}; the same command goes on from there")
 
@@ -266,21 +232,22 @@ class Artifacts:
         sign = -1 if name in ("loss", "perplexity") else 1
         if math.isfinite(metrics[name]) and (not self.best or sign * metrics[name] > sign * self.best[name]):
             self.best = {**metrics, "step": number}
-            self.keep_adapter("best")
+            self.keep_adapter("best", self.best)
 
-    def keep_adapter(self, name: str) -> None:
-        """Write what is trained as it stands. Every rank calls this together."""
+    def keep_adapter(self, name: str, metrics: dict[str, Any]) -> None:
+        """Write what is trained as it stands, and how its evaluation went. Every rank calls this together."""
         with torch.no_grad():
             flat = self.step.flat()
 
         def write() -> None:
             with writing(self.folder.path / name):
-                save_adapter(self.folder.path / name, self._adapter(flat))
+                save_adapter(self.folder.path / name, self._adapter(flat, metrics))
 
         self.ranks.on_main(write)
 
-    def _adapter(self, flat: torch.Tensor) -> Adapter:
+    def _adapter(self, flat: torch.Tensor, metrics: dict[str, Any]) -> Adapter:
         resolved, encoder = self.config.to_dict(), self.step.encoder
+        learned = {} if self.learned_from is None else vars(self.learned_from)
         return Adapter(
             flat,
             encoder.layout,
@@ -295,6 +262,7 @@ class Artifacts:
                 "method": resolved["method"],
                 "task": self.task.facts(),
                 "data": resolved["data"],
+                "training": {**learned, "evaluation": metrics},
                 "versions": versions(),
             },
         )
@@ -302,15 +270,19 @@ class Artifacts:
     def finish(self, result: dict[str, Any], records: Records | None) -> dict[str, Any]:
         """Write the adapter, the curve and the result, after the last checkpoint."""
         self.saver.wait()
-        self.keep_adapter("adapter")
         result["best"] = self.best or None
+        evaluation: dict[str, Any] = {}
         if records is not None:
             for record in read_records(self.folder.path):
                 result |= {key: value for key, value in record.items() if key == "loss" or key.startswith("eval_")}
+                measured = {key[5:]: value for key, value in record.items() if key.startswith("eval_")}
+                evaluation = {**measured, "step": record["step"]} if measured else evaluation
+        self.keep_adapter("adapter", evaluation)
+        if records is not None:
             with writing(self.folder.path):
                 plot_loss(self.folder.path)
-            self.description["result"] = result
-            self._end("finished", step=result["steps"])
+            self.journal.content["result"] = result
+            self.journal.end("finished", step=result["steps"])
         self.ranks.barrier()
         return result
 
@@ -372,6 +344,60 @@ def _examples(
     task, examples = ranks.on_main(read)
     reporter.note(f"data.{which}: {examples.report}")
     return task, examples, rows
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a run learns from, and is judged by.
+
+    ``trains``: whether anything is trained; otherwise ``examples`` are those it is evaluated on.
+    """
+
+    tokenizer: Any
+    task: Task
+    examples: Examples
+    held_out: HeldOut | None
+    trains: bool
+
+
+def read_material(config: RunConfig, ranks: Ranks, reporter: Reporter) -> Material:
+    """Read and tokenise the run's rows. Every rank calls this together; raises `UserError`."""
+    tokenizer = load_tokenizer(config.backbone)
+    task = make_task(config.task, config.data, architecture_of(config.backbone))
+    chosen, facts = method(config.method_name), facts_of(config, task)
+    chosen.check(config.method_config(), facts)
+    trains = chosen.has_prompt or facts.trained_head
+    learned_from = "train" if trains else "eval"
+    task, examples, rows = _examples(config.data, learned_from, task, tokenizer, ranks, reporter, learn=True)
+    held_out = None
+    if config.data.eval is not None:
+        eval_examples = examples
+        if trains:
+            _, eval_examples, rows = _examples(config.data, "eval", task, tokenizer, ranks, reporter)
+        size = config.train.eval_batch_size
+        held_out = HeldOut(task, eval_examples, rows, size, config.data.packing, tokenizer.pad_token_id)
+    return Material(tokenizer, task, examples, held_out, trains)
+
+
+class Engine(NamedTuple):
+    """What takes the steps of a run."""
+
+    prepared: Prepared
+    step: PromptStep
+    batches: Batches
+
+
+def build_engine(
+    config: RunConfig, zero3: dict[str, Any] | None, ranks: Ranks, settings: TrainConfig, material: Material
+) -> Engine:
+    """Load the backbone and put around it what the run trains. Every rank calls this together; raises `UserError`."""
+    prepared = prepare(config.backbone, ranks, zero3, output=material.task.output)
+    if config.backbone.compile:
+        compile_layers(prepared.model)
+    trained = _build(config, prepared, material.task, material.tokenizer, ranks)
+    step = build_step(config, trained, ranks, prepared.model.dtype)
+    batches = _batches(config.data, settings, material.examples, material.tokenizer, prepared, ranks)
+    return Engine(prepared, step, batches)
 
 
 def facts_of(config: RunConfig, task: Task) -> TaskFacts:

@@ -215,7 +215,8 @@ def test_generate_samples_reproducibly(ptd: Any, trained: Path) -> None:
 
 def test_export_and_import_keep_the_adapter(ptd: Any, trained: Path, tmp_path: Path, backbone_dir: Path) -> None:
     assert ptd("export", trained, tmp_path / "peft").code == 0
-    assert {path.name for path in (tmp_path / "peft").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    written = {path.name for path in (tmp_path / "peft").iterdir()}
+    assert written == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
     assert ptd("import", tmp_path / "peft", tmp_path / "back", "--backbone", backbone_dir).code == 0
     data = trained.parent / "rows.jsonl"
     losses = [
@@ -326,3 +327,28 @@ def test_help_and_version(ptd: Any) -> None:
         outcome = ptd(command, "--help")
         assert outcome.code == 0
         assert "Usage" in outcome.out
+
+
+def test_inspect_prints_tables_or_json(ptd: Any, trained: Path, tmp_path: Path) -> None:
+    outcome = ptd(
+        "inspect", trained, "--data", trained.parent / "rows.jsonl", "--rows", 5, "--output", tmp_path / "seen"
+    )
+    assert outcome.code == 0, outcome.err
+    assert "5 of 12 rows" in outcome.out
+    assert "How many virtual tokens are needed" in outcome.out
+    assert "no vocabulary token has such" in outcome.out
+    assert str(tmp_path / "seen" / "index.html") in outcome.err
+    alone = ptd("inspect", trained, "--json", "--output", tmp_path / "alone")
+    assert json.loads(alone.out)["data"] is None
+    assert json.loads(alone.out) == json.loads((tmp_path / "alone" / "inspect.json").read_text())
+    assert "--data ROWS adds" in alone.err
+
+
+def test_the_adapters_of_a_run_say_what_they_are(trained: Path) -> None:
+    result = json.loads((trained / "run.json").read_text())["result"]
+    for name, loss in (("adapter", result["eval_loss"]), ("best", result["best"]["loss"])):
+        text = (trained / name / "README.md").read_text(encoding="utf-8")
+        assert f"| loss | {loss:.6g} |" in text
+        assert "| rows | 12 |" in text
+        assert "| training data | rows.jsonl |" in text
+        assert str(trained.parent) not in text

@@ -18,7 +18,7 @@ KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 STAGES = ["types", "exit_codes", "versions", "shipped", "config", "deepspeed_config", "methods", "readouts", "data"]
 STAGES += ["tasks"]
 STAGES += ["backbone", "checkpoint", "inject"]
-VERBS = ["train", "evaluate", "generate", "predict", "export", "plan", "bench", "launch", "doctor"]
+VERBS = ["train", "evaluate", "generate", "predict", "inspection", "export", "plan", "bench", "launch", "doctor"]
 LAYERS: dict[str, list[str]] = {
     "ptd": ["types", "api"],
     "ptd.types": ["exit_codes"],
@@ -38,7 +38,9 @@ LAYERS: dict[str, list[str]] = {
     # The stages for a user's own training loop: beside the engine, not on top of it.
     "ptd.api": STAGES,
     **{f"ptd.{verb}": [*STAGES, "engine", *VERBS] for verb in VERBS},
+    "ptd.inspection*": [*STAGES, "engine", "generate"],
     "ptd.launch*": STAGES,  # starts processes; what runs in them is another verb's
+    "ptd.bench*": [*STAGES, "engine", *VERBS],
     # The story of the shipped backbone is a verb; what made the backbone and its data uses nothing of the toolkit.
     "ptd.quickstart.run": [*STAGES, "engine", "quickstart", *VERBS],
     "ptd.quickstart*": ["types"],
@@ -56,7 +58,7 @@ ONLY_IMPORTERS = {
     "ptd_kernels": ["ptd.inject*", "ptd_kernels*"],
     "typer": ["ptd.cli", "ptd.cli_launch", "ptd.console"],
     "rich": ["ptd.cli", "ptd.console"],
-    "jinja2": ["ptd.launch*"],
+    "jinja2": ["ptd.inspection*", "ptd.launch*"],
 }
 
 # Modules that may import these third-party packages only (the standard library is always allowed).

@@ -6,6 +6,7 @@
 ``adapter_config.json``        PEFT's description of it; missing where PEFT has no such thing
 ``head.safetensors``           the parameters of a trained head; missing where there is none
 ``ptd.json``                   ptd's own description and the facts of the run; missing in a plain PEFT adapter
+``README.md``                  the card: what it is and how to load it (`ptd.checkpoint.card`); never read
 =============================  =====================================================================================
 
 Re-parameterisations (MLP, LSTM) are not needed any more and not kept.
@@ -25,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ptd.checkpoint import peft_format
+from ptd.checkpoint.card import Subject, card, write_card
 from ptd.checkpoint.files import sync, write_json
 from ptd.checkpoint.layouts import Layout, misfit, read_layout, whole, write_layout
 from ptd.types import BackboneShape, EmptyLayout, PromptState, UserError, same_backbone
@@ -113,12 +115,28 @@ def save_adapter(folder: Path, adapter: Adapter, *, peft_only: bool = False) -> 
         write_json(folder / CONFIG, {**kind, "base_model_name_or_path": adapter.backbone, **prompt})
     if peft_only:
         (folder / EXTRA).unlink(missing_ok=True)
-        return
-    own = {
-        "prompt": write_layout(adapter.layout, len(adapter.flat)),
-        "head": {name: list(tensor.shape) for name, tensor in head.items()},
-    }
-    write_json(folder / EXTRA, {**adapter.facts, **kind, "backbone": adapter.backbone, **own})
+    else:
+        own = {
+            "prompt": write_layout(adapter.layout, len(adapter.flat)),
+            "head": {name: list(tensor.shape) for name, tensor in head.items()},
+        }
+        write_json(folder / EXTRA, {**adapter.facts, **kind, "backbone": adapter.backbone, **own})
+    write_card(folder, card(_subject(adapter, obstacle, head)))
+
+
+def _subject(adapter: Adapter, obstacle: str | None, head: Mapping[str, Tensor]) -> Subject:
+    return Subject(
+        backbone=adapter.backbone,
+        revision=adapter.revision,
+        task_type=adapter.task_type,
+        peft_type=adapter.peft_type,
+        num_virtual_tokens=len(adapter.flat),
+        prompt_numbers=adapter.flat.numel(),
+        head_numbers=sum(tensor.numel() for tensor in head.values()),
+        obstacle=obstacle,
+        head_left=bool(adapter.head) and not head,
+        facts=adapter.facts,
+    )
 
 
 def load_adapter(path: str | Path) -> Adapter:

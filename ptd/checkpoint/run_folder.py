@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +48,23 @@ FREE_TO_CHANGE = {
 class RunFolder:
     """An output folder that this run may use; ``checkpoint`` is where it continues from (None: from the start).
 
-    ``attempts``: what became of earlier starts of the run.
+    ``attempts``: what became of earlier starts of the run. ``replaces``: another run is there, to be removed.
     """
 
     path: Path
     checkpoint: Path | None
     notes: tuple[str, ...] = ()
     attempts: tuple[Attempt, ...] = ()
+    replaces: bool = False
 
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def step(self) -> int:
+        """The step it continues after."""
+        return int(self.facts().get("step", 0))
 
     def facts(self) -> dict[str, Any]:
         """What the checkpoint says beside its tensors; empty from the start."""
@@ -81,7 +87,7 @@ def open_run(config: RunConfig, *, overwrite: bool, retry: bool = False) -> RunF
         raise UserError(f"output_dir: {folder} is a file; give a folder")
     held = [name for name in OWN if (folder / name).exists()]
     if overwrite or not held:
-        return RunFolder(folder, None)
+        return RunFolder(folder, None, replaces=bool(held))
     try:
         previous = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         same = identity(previous["config"]) == identity(config.to_dict())
@@ -92,6 +98,8 @@ def open_run(config: RunConfig, *, overwrite: bool, retry: bool = False) -> RunF
             f"output_dir: {folder} holds {', '.join(held)} but no readable run.json; "
             "choose another folder or --overwrite"
         ) from error
+    if not same and held == ["run.json"]:  # it ended while it was loading, and may have been changed to mend that
+        return RunFolder(folder, None)
     if not same:
         changed = _differences(identity(previous["config"]), identity(config.to_dict()))
         raise UserError(
@@ -112,10 +120,10 @@ def open_run(config: RunConfig, *, overwrite: bool, retry: bool = False) -> RunF
     notes.append(
         f"continuing from {checkpoint.name}" if checkpoint else "no checkpoint yet; starting from the beginning"
     )
-    step = int(read_facts(checkpoint)["step"]) if checkpoint else 0
-    attempts = settled(attempts, step, forgive=retry)
-    check_attempts(attempts, step, config.train.max_restarts, folder)
-    return RunFolder(folder, checkpoint, tuple(notes), tuple(attempts))
+    found = RunFolder(folder, checkpoint, tuple(notes))
+    attempts = settled(attempts, found.step, forgive=retry)
+    check_attempts(attempts, found.step, config.train.max_restarts, folder)
+    return replace(found, attempts=tuple(attempts))
 
 
 def clear(folder: RunFolder) -> None:

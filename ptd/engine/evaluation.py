@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,11 +14,13 @@ from torch import Tensor
 from ptd.data import Batches
 from ptd.engine.ranks import Ranks
 from ptd.engine.setup import Prepared
-from ptd.readouts import Readout
+from ptd.readouts import Reading, Readout, Run
 from ptd.tasks import Task
-from ptd.types import Examples, Reporter
+from ptd.types import Batch, Examples, Reporter
 
 T = TypeVar("T")
+Reads = Callable[[Run, Batch, bool], Reading]
+"""A readout, or what stands around one."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,13 @@ def evaluate(
     return {"loss": loss, **metrics, "rows": held_out.examples.report.rows}
 
 
+def mean_loss(
+    held_out: HeldOut, prepared: Prepared, readout: Reads, ranks: Ranks, reporter: Reporter
+) -> tuple[float, int]:
+    """Mean loss over everything predicted, and the number of supervised tokens; on all ranks the same."""
+    return _pass(held_out, prepared, readout, ranks, reporter, want_scores=False)[:2]
+
+
 def scores_of(
     held_out: HeldOut, prepared: Prepared, readout: Readout, ranks: Ranks, reporter: Reporter
 ) -> list[Tensor]:
@@ -69,7 +79,7 @@ def scores_of(
 
 @torch.no_grad()
 def _pass(
-    held_out: HeldOut, prepared: Prepared, readout: Readout, ranks: Ranks, reporter: Reporter, *, want_scores: bool
+    held_out: HeldOut, prepared: Prepared, readout: Reads, ranks: Ranks, reporter: Reporter, *, want_scores: bool
 ) -> tuple[float, int, list[Tensor]]:
     batches = held_out.batches(prepared, ranks)
     total = torch.zeros(3, dtype=torch.float64, device=ranks.device)

@@ -179,6 +179,13 @@ class Shards:
         return checksum(shard[: max(0, min(shard.numel(), parameter.ds_numel - self.rank * shard.numel()))])
 
 
+@contextmanager
+def whole(parameter: Any) -> Iterator[None]:
+    """Within it a sharded parameter is complete on every rank. Every rank of its group enters together."""
+    with deepspeed.zero.GatheredParameters([parameter]):
+        yield
+
+
 def _gather(value: Any, group: Group = None) -> list[Any]:
     """This value of every rank of the group, in their order."""
     values: list[Any] = [None] * dist.get_world_size(group)

@@ -3,5 +3,15 @@
 from ptd.inject.attach import Attachment, check_supported
 from ptd.inject.compile import compile_layers
 from ptd.inject.explain import explain_attention, standing_in_for_gpu
+from ptd.inject.watch import LayerShares, SharesOfPrompt, attending_only_to
 
-__all__ = ["Attachment", "check_supported", "compile_layers", "explain_attention", "standing_in_for_gpu"]
+__all__ = [
+    "Attachment",
+    "LayerShares",
+    "SharesOfPrompt",
+    "attending_only_to",
+    "check_supported",
+    "compile_layers",
+    "explain_attention",
+    "standing_in_for_gpu",
+]

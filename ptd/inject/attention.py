@@ -7,8 +7,10 @@ prefix without any model code being patched. A layer's prefix lies in its attent
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ptd_kernels import prefix_attention
@@ -51,6 +53,10 @@ class Call:
 
 probed: ContextVar[list[Call] | None] = ContextVar("ptd_probed", default=None)
 """A list while a probe runs: it collects the calls, and attention puts out zeros."""
+
+
+watched: ContextVar[Callable[..., Tensor] | None] = ContextVar("ptd_watched", default=None)
+"""What stands between a layer and `prefix_attention`, if anything: called with the layer's slot and its arguments."""
 
 
 def give_slot(module: nn.Module, backend: str, *, cross: bool = False) -> LayerSlot:
@@ -116,7 +122,9 @@ def attention_forward(
         # sdpa_mask counts on SDPA's causal rule, which starts at the first key; the rest is a static cache's free room.
         key, value = key[:, :, :rows], value[:, :, :rows]
         bias = None if bias is None else bias[..., :rows]
-    out = prefix_attention(
+    watch = watched.get()
+    attend = prefix_attention if watch is None else partial(watch, slot)
+    out = attend(
         query,
         key,
         value,

@@ -16,12 +16,16 @@ class Program:
 
     run_file: Path
     overrides: tuple[str, ...] = ()
-    overwrite: bool = False
+    flags: tuple[str, ...] = ()
+    """What a person says of this start alone, not of one that Slurm repeats: ``--overwrite``, ``--retry``."""
 
     @classmethod
-    def of(cls, run_file: str | Path, overrides: list[str] | None = None, *, overwrite: bool = False) -> Program:
+    def of(
+        cls, run_file: str | Path, overrides: list[str] | None = None, *, overwrite: bool = False, retry: bool = False
+    ) -> Program:
         """The run file's path becomes absolute: the ranks may start in another folder."""
-        return cls(find_recipe(run_file).absolute(), tuple(overrides or ()), overwrite)
+        flags = [flag for flag, given in (("--overwrite", overwrite), ("--retry", retry)) if given]
+        return cls(find_recipe(run_file).absolute(), tuple(overrides or ()), tuple(flags))
 
     def config(self) -> RunConfig:
         """The run as every rank will read it; raises `UserError` for what can be seen without the backbone."""
@@ -31,5 +35,4 @@ class Program:
     @property
     def arguments(self) -> list[str]:
         """The module and its arguments, for ``python -m`` or ``deepspeed --module``."""
-        overwrite = ["--overwrite"] if self.overwrite else []
-        return ["ptd.cli", "train", str(self.run_file), *self.overrides, *overwrite]
+        return ["ptd.cli", "train", str(self.run_file), *self.overrides, *self.flags]

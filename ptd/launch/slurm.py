@@ -75,7 +75,7 @@ def render(job: Job) -> str:
         run_file=str(job.program.run_file),
         overrides=job.program.overrides,
         sweep=job.sweep,
-        overwrite=job.program.overwrite,
+        flags=job.program.flags,
         requeue=job.requeue,
         chdir=str(job.chdir),
         log_dir=str(job.log_dir),

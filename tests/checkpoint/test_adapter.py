@@ -23,6 +23,7 @@ from transformers import AutoModelForSequenceClassification
 import ptd
 from ptd.checkpoint import Adapter, load_adapter, save_adapter
 from ptd.checkpoint.adapter import CONFIG, EXTRA, HEAD, KEY, WEIGHTS
+from ptd.checkpoint.card import NAME as CARD
 from ptd.types import BackboneShape, EmptyLayout, LayerShape, PrefixLayout, SoftLayout, UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # by PEFT
@@ -79,14 +80,14 @@ ADAPTERS = {
     "nothing": lambda: Adapter(torch.empty(0, 0), EmptyLayout(), "some/backbone", facts={"task": {"kind": "x"}}),
 }
 FILES = {
-    "prefix": {CONFIG, WEIGHTS, EXTRA},
-    "prefix, layers of different size": {WEIGHTS, EXTRA},
-    "prefix, encoder-decoder": {WEIGHTS, EXTRA},
-    "soft, in front": {CONFIG, WEIGHTS, EXTRA},
-    "soft, at marks": {WEIGHTS, EXTRA},
-    "soft, with a head": {CONFIG, WEIGHTS, EXTRA, HEAD},
-    "head": {EXTRA, HEAD},
-    "nothing": {EXTRA},
+    "prefix": {CONFIG, WEIGHTS, EXTRA, CARD},
+    "prefix, layers of different size": {WEIGHTS, EXTRA, CARD},
+    "prefix, encoder-decoder": {WEIGHTS, EXTRA, CARD},
+    "soft, in front": {CONFIG, WEIGHTS, EXTRA, CARD},
+    "soft, at marks": {WEIGHTS, EXTRA, CARD},
+    "soft, with a head": {CONFIG, WEIGHTS, EXTRA, HEAD, CARD},
+    "head": {EXTRA, HEAD, CARD},
+    "nothing": {EXTRA, CARD},
 }
 
 
@@ -154,7 +155,7 @@ def test_a_folder_written_again_keeps_nothing_of_the_adapter_before(before, afte
 def test_round_trip_through_peft(kind, tmp_path):
     adapter = ADAPTERS[kind]()
     save_adapter(tmp_path, adapter, peft_only=True)
-    assert names(tmp_path) == {CONFIG, WEIGHTS}
+    assert names(tmp_path) == {CONFIG, WEIGHTS, CARD}
     assert_equal(load_adapter(tmp_path), replace(adapter, head={}, facts={}))
 
 

@@ -47,6 +47,7 @@ def test_an_exported_prompt_is_pefts_alone(tmp_path):
     assert {path.name for path in (tmp_path / "theirs").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "README.md",
     }
     model = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "theirs")
     assert torch.equal(model.prompt_encoder["default"].embedding.weight, adapter.flat)

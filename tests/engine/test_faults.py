@@ -45,7 +45,6 @@ SETTINGS: dict[str, Any] = {
     },
 }
 KILLS = ("mid-step", "mid-backward", "mid-save", "before the rename", "late")
-MOUNT_FAULTS = ("disk full", "read-only", "read-only from the start")
 
 
 def mounts() -> bool:
@@ -158,6 +157,13 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_cleanly(
     assert error.endswith("is writable, then the same command continues from step-000009")
     assert "Traceback" not in start["log"] + start["other_log"]
     assert start["checkpoints"] == ["latest", "step-000006", "step-000009"]
+
+
+def test_a_record_that_cannot_be_written_ends_the_run_cleanly(report: dict[str, Any]) -> None:
+    """Rank 0 writes them alone; the other one has lost it then."""
+    start = started(report, "disk full for a record")
+    assert start["codes"] == [2, 1], start["log"]
+    assert re.search(r"ptd: error: .*metrics.jsonl \(No space left on device\)", start["log"].splitlines()[-1])
 
 
 def test_a_read_only_folder_is_refused_at_the_start(report: dict[str, Any]) -> None:

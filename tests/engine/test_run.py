@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from matplotlib import image
 from safetensors.torch import load_file
 
 from ptd.config import parse_config
 from ptd.engine.records import Records, plot_loss, read_records
-from ptd.train import train
-from ptd.types import Reporter, UserError
+from ptd.types import UserError
 
 STEPS = 20
 # Recorded on x86-64 with AVX-512, torch 2.13.0, one thread; to record anew, print series(finished, "loss").
@@ -53,27 +53,8 @@ EVAL_FIELDS = {"step": int, "eval_loss": float, "eval_perplexity": float, "eval_
 Start = Callable[..., list[str]]
 
 
-class Stopped(Exception):
-    """The run is torn down here."""
-
-
-class Notes(Reporter):
-    """Keeps what is said; stops the run before the record of step ``stop`` is followed by anything."""
-
-    def __init__(self, stop: int | None) -> None:
-        self.lines: list[str] = []
-        self.stop = stop
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
-
-    def advance(self, task: str, done: int, line: str | None = None) -> None:
-        if task == "train" and done == self.stop:
-            raise Stopped
-
-
 @pytest.fixture(scope="module")
-def start(backbone_dir: Path, rows_file: Path) -> Start:
+def start(backbone_dir: Path, rows_file: Path, train_here: Start) -> Start:
     """``start(folder, {"train.seed": 3}, stop=7)`` trains into ``folder`` and returns what was said."""
     settings: dict[str, Any] = {
         "backbone": {"path": str(backbone_dir)},
@@ -96,12 +77,7 @@ def start(backbone_dir: Path, rows_file: Path) -> Start:
         for key, value in (changes or {}).items():
             section, name = key.split(".")
             raw[section][name] = value
-        notes = Notes(stop)
-        try:
-            train(parse_config(raw), overwrite=overwrite, reporter=notes)
-        except Stopped:
-            assert stop is not None
-        return notes.lines
+        return train_here(raw, stop=stop, overwrite=overwrite)
 
     return run
 
@@ -421,3 +397,62 @@ def test_overwrite_removes_nothing_when_something_given_is_bad(
     with pytest.raises(UserError):
         start(finished, {key: value}, overwrite=True)
     assert contents(finished) == before
+
+
+# ---- ends before training begins
+
+
+class Killed(BaseException):
+    """As a SIGKILL: nothing that the run does catches it."""
+
+
+@pytest.fixture
+def at_loading(start: Start, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``at_loading(error, folder)`` starts a run that ends by ``error`` where the backbone is loaded."""
+
+    def run(error: BaseException, folder: Path, changes: Any = None, overwrite: bool = False) -> None:
+        def fail(*arguments: Any, **named: Any) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr("ptd.train.prepare", fail)
+            with pytest.raises(type(error)):
+                start(folder, changes, overwrite=overwrite)
+
+    return run
+
+
+def test_a_run_that_cannot_be_loaded_is_not_tried_for_ever(
+    start: Start, at_loading: Callable[..., None], tmp_path: Path
+) -> None:
+    at_loading(torch.OutOfMemoryError("no room for the backbone"), tmp_path)
+    at_loading(Killed(), tmp_path)
+    first, second = json.loads((tmp_path / "run.json").read_text())["attempts"]
+    assert (first["how"], first["from_step"], first["step"]) == ("failed", 0, 0)
+    assert "no room for the backbone" in first["error"]
+    assert "how" not in second
+    with pytest.raises(UserError, match="failed twice before the first checkpoint"):
+        start(tmp_path)
+    start(tmp_path, {"backbone.dtype": "bfloat16", "train.max_steps": 1})  # mended, and no run with other settings
+    assert [attempt["how"] for attempt in json.loads((tmp_path / "run.json").read_text())["attempts"]] == ["finished"]
+
+
+@pytest.mark.parametrize("error", [UserError("what is given cannot be"), KeyboardInterrupt()])
+def test_what_a_person_ends_before_training_leaves_no_trace(
+    at_loading: Callable[..., None], stopped: Path, tmp_path: Path, error: BaseException
+) -> None:
+    at_loading(error, tmp_path / "fresh" / "run")
+    assert not (tmp_path / "fresh").exists()
+    folder = copy_of(stopped, tmp_path)
+    before = contents(folder)
+    at_loading(error, folder)
+    assert contents(folder) == before
+
+
+def test_a_run_that_is_to_be_replaced_stays_until_its_follower_is_loaded(
+    at_loading: Callable[..., None], stopped: Path, tmp_path: Path
+) -> None:
+    folder = copy_of(stopped, tmp_path)
+    before = contents(folder)
+    at_loading(Killed(), folder, {"train.seed": 1}, True)
+    assert contents(folder) == before

@@ -1,4 +1,4 @@
-"""``ptd eval``, ``predict`` and ``generate`` on ranks, the backbone in every placement: what one process says."""
+"""``ptd eval``, ``predict``, ``generate``, ``inspect``, ``bench`` on ranks, in every placement: as in one process."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory, rows_file: Path) -> dict[
         "text": (llama, prefix, "causal_lm", rows_file),
         "labels": (llama, {"name": "head"}, "classification", labelled),
         "t5": (t5, prefix, "seq2seq_lm", rows_file),
+        "soft": (llama, {"name": "prompt", "num_virtual_tokens": 3}, "causal_lm", rows_file),
     }
     for name, (backbone, method, kind, rows) in runs.items():
         raw = {
@@ -71,6 +72,7 @@ def commands(adapters: dict[str, Path]) -> dict[str, list[str]]:
     """Command lines without a word of sharding, by name."""
     few = ["--batch-size", "2", "--max-new-tokens", "8"]
     five = ["--batch-size", "5"]
+    seen = ["--data", str(adapters["rows"]), "--rows", "7", "--json", "--output", str(adapters["text"].parent / "seen")]
     text = ["generate", "--adapter", str(adapters["text"]), "--json", *PROMPTS]
     return {
         "eval": [
@@ -89,13 +91,16 @@ def commands(adapters: dict[str, Path]) -> dict[str, list[str]]:
         "sample": [*text, *few, "--temperature", "1"],
         "one batch": text,
         "t5": ["generate", "--adapter", str(adapters["t5"]), "--json", *PROMPTS, *few],
+        "inspect t5": ["inspect", str(adapters["t5"]), *seen, "--batch-size", "2"],
+        "inspect soft": ["inspect", str(adapters["soft"]), *seen, "--batch-size", "2"],
     }
 
 
 CASES = [
     *(("world", name) for name in ("eval", "predict", "generate", "beams", "sample", "one batch", "t5")),
     *((placement, name) for placement in ("node", "nf4") for name in ("eval", "predict", "generate")),
-    *(("replicated", name) for name in ("generate", "sample")),
+    *(("replicated", name) for name in ("generate", "sample", "inspect t5")),
+    ("world", "inspect soft"),
 ]
 
 
@@ -104,6 +109,13 @@ def printed(launch, adapters, commands, tmp_path_factory: pytest.TempPathFactory
     """A folder of what two ranks printed, in one job."""
     folder = tmp_path_factory.mktemp("printed")
     lines = {f"{placement}-{name}": [*commands[name], *SHARDED[placement]] for placement, name in CASES}
+    run = folder / "run.yaml"
+    sections = json.loads((adapters["text"] / "run.json").read_text())["config"]
+    run.write_text(json.dumps({name: sections[name] for name in ("backbone", "method", "data", "train")}))
+    timed = ["--repeats", "2", "--warmup", "1", "--sweep", "method.num_virtual_tokens=2,6"]
+    for placement in ("none", "world"):
+        sharding = f"backbone.sharding={placement}"
+        lines[f"bench-{placement}"] = ["bench", str(run), sharding, *timed, "-o", str(folder / placement)]
     case_file = folder / "cases.json"
     case_file.write_text(json.dumps({"commands": lines, "adapter": str(adapters["text"])}))
     launch(2, WORKER, case_file, folder)
@@ -121,8 +133,13 @@ def in_one_process(*arguments: str) -> str:
 
 
 def numbers(printed: str, name: str) -> list[Any]:
-    rows = [json.loads(printed)] if name == "eval" else [json.loads(line) for line in printed.splitlines()]
-    return [json.loads(json.dumps(row), parse_float=lambda text: pytest.approx(float(text), rel=1e-5)) for row in rows]
+    whole = name == "eval" or name.startswith("inspect")
+    rows = [json.loads(printed)] if whole else [json.loads(line) for line in printed.splitlines()]
+
+    def close(text: str) -> Any:
+        return pytest.approx(float(text), rel=1e-5, abs=2e-6)  # of losses' changes, which are small, the losses' own
+
+    return [json.loads(json.dumps(row), parse_float=close) for row in rows]
 
 
 @pytest.mark.parametrize(("placement", "name"), CASES)
@@ -139,3 +156,23 @@ def test_ranks_say_what_one_process_says(printed: Path, commands, placement: str
 
 def test_the_weights_are_parted(printed: Path) -> None:
     assert all(float((printed / f"parted.{rank}").read_text()) < 0.51 for rank in range(2))
+
+
+def test_a_benchmark_of_ranks(printed: Path) -> None:
+    """Rank 0 reports useful tokens of both ranks, and the bytes that the prompt and a sharded backbone take."""
+    found = {name: json.loads((printed / name / "bench.json").read_text()) for name in ("none", "world")}
+    for name, report in found.items():
+        assert "ms a step: reduce" in (printed / f"bench-{name}.0").read_text()
+        assert (printed / f"bench-{name}.1").read_text() == ""
+        assert (printed / name / "method.num_virtual_tokens.png").is_file()
+        (lane,) = report["lanes"]
+        side = lane["sides"]["ptd"]
+        assert lane["rows_per_step"] == side["settings"]["world_size"] * 2 == 4
+        assert side["phase_seconds"]["reduce"] > 0
+        assert side["flops_per_second"] > 0, side["flops_uncounted"]
+    (sweep,) = found["none"]["sweeps"]
+    # Each of two ranks sends as much as it sums: the prompt in fp32 (2 layers of keys and values, 512 wide) and totals.
+    for point, tokens in zip(sweep["points"], (2, 6), strict=True):
+        assert point["report"]["network"]["network_bytes"] == 2 * (4 * tokens * 2 * 2 * 256 + 8 * 5)
+    backbone = {name: report["network"]["network_bytes_backbone"] for name, report in found.items()}
+    assert backbone["none"] == 0 < backbone["world"]

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from ptd.checkpoint import Saver, saver
 from ptd.cli import main
 from ptd.engine.loop import Loop
 from ptd.engine.prompt_step import PromptStep
+from ptd.engine.records import Records
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -165,9 +166,23 @@ def at_save(step: int, action: Callable[[Path], None]) -> Fault:
     return lambda rank: before(Saver, "save", act)
 
 
-def fill_disk(checkpoints: Path) -> None:
+def at_record(step: int, output: Path) -> Fault:
+    """The disk is full to the last byte before rank 0 records a step."""
+
+    def fill(records: Records, record: dict[str, Any]) -> None:
+        if record["step"] == step:
+            fill_disk(output / "checkpoints", 0)
+            with suppress(OSError), (output / "last bytes").open("ab") as file:
+                while True:
+                    file.write(b"0")
+                    file.flush()
+
+    return lambda rank: before(Records, "write", fill)
+
+
+def fill_disk(checkpoints: Path, left: int = LEFT_BYTES) -> None:
     free = os.statvfs(checkpoints)
-    (checkpoints.parent / "filler").write_bytes(bytes(free.f_bavail * free.f_frsize - LEFT_BYTES))
+    (checkpoints.parent / "filler").write_bytes(bytes(free.f_bavail * free.f_frsize - left))
 
 
 def make_read_only(checkpoints: Path) -> None:
@@ -221,6 +236,9 @@ class Story:
             (output / "checkpoints" / leftover).mkdir()
             (output / "checkpoints" / leftover / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
         if mounts:
+            self.train("disk full for a record", "faults", 2, at_record(11, output))
+            for name in ("filler", "last bytes"):
+                (output / name).unlink(missing_ok=True)
             self.train("disk full", "faults", 2, at_save(12, fill_disk))
             (output / "filler").unlink()
             self.train("read-only", "faults", 2, at_save(12, make_read_only))

@@ -1,4 +1,4 @@
-"""A real Slurm for the tests of this folder."""
+"""A run to start, and a real Slurm to start it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,34 @@ from typing import Any
 
 import pytest
 
-NAME = "slurm_cluster"
-if NAME not in sys.modules:  # by file, as tests/conftest.py does
-    spec = importlib.util.spec_from_file_location(NAME, Path(__file__).with_name(f"{NAME}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[NAME] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[NAME])
+for name in ("slurm_cluster", "user_project"):
+    if name not in sys.modules:  # by file, as tests/conftest.py does
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder, with a space in its name."""
+    from user_project import make_project
+
+    folder = tmp_path_factory.mktemp("my project")
+    make_project(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def here(project: Path) -> Path:
+    """The run's output folder, trained by two ranks on this machine."""
+    from user_project import launch
+
+    arguments = ["local", "run.yaml", "output_dir=here", "--ranks-per-node", "2", "--log-dir", "here/logs"]
+    done = launch(*arguments, folder=project)
+    assert done.returncode == 0, done.stderr
+    return project / "here"
 
 
 @pytest.fixture(scope="session")

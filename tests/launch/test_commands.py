@@ -21,7 +21,7 @@ from ptd.types import UserError
 
 RECIPE = ROOT / "launch" / "recipes" / "causal_lm.yaml"
 OVERRIDES = ('data.train=it\'s "here".jsonl', "output_dir=$(touch\\ pwned)`touch pwned`", "a=%n%h;touch pwned", "b=é\n")
-PROGRAM = Program(RECIPE, (*OVERRIDES, 'c=with spaces; $(touch pwned) \\$x \\" `y` %u'), overwrite=True)
+PROGRAM = Program(RECIPE, (*OVERRIDES, 'c=with spaces; $(touch pwned) \\$x \\" `y` %u'), ("--overwrite",))
 
 
 @pytest.fixture

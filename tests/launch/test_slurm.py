@@ -4,65 +4,36 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
-import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from user_project import HOSTILE, launch
 
 from ptd.engine.records import read_records
 from ptd.launch import Program, directives, render, submit, sweep
 from ptd.launch.examples import EXAMPLES
-from ptd.quickstart import BACKBONE
-from ptd.quickstart.task import write_task
 from ptd.shipped import SLURM
 from ptd.types import UserError
 
-ROOT = Path(__file__).parents[2]
-# Everything that a shell, sbatch, srun, YAML or Jinja might take for its own.
-HOSTILE = "{prompt} $(touch pwned) `touch pwned` \"; touch pwned; ' %j %t {{ x }} \\ # ü\n\n"
+BOUND = 60
+"""Seconds in which a job ends that has lost a rank; here its KillWait is 5, and srun waits as long."""
 JOB = EXAMPLES["single_node.sbatch"]
 
 
-def launch(*arguments: str | Path, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ptd.cli", "launch", *map(str, arguments)],
-        cwd=folder,
-        env={**environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder, with a space in its name: rows and a run file of ten steps over ZeRO-3, its paths relative."""
-    folder = tmp_path_factory.mktemp("my project")
-    write_task(folder)
-    run: dict[str, Any] = {
-        "backbone": {"path": str(BACKBONE), "dtype": "float32"},
-        "method": {"name": "prefix", "num_virtual_tokens": 8, "prefix_projection": True, "encoder_hidden_size": 32},
-        "data": {"train": "train.jsonl", "max_length": 256, "prompt_template": HOSTILE},
-        "train": {"max_steps": 10, "logging_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 7e-3},
-        "deepspeed": "zero3.json",
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
-    return folder
-
-
-def start_job(slurm: Any, project: Path, *arguments: str) -> str:
+def start_job(slurm: Any, project: Path, *arguments: str, **variables: str) -> str:
     """Two nodes of one rank each train; returns the job's id."""
     submitted = launch(
         *("slurm", "run.yaml", f"data.prompt_template={json.dumps(HOSTILE)}", *arguments),
         *("--nodes", "2", "--gpus-per-node", "0", "--time", "10:00", "--sbatch", f"comment={HOSTILE.strip()}"),
         folder=project,
-        environment=slurm.environment,
+        given={**slurm.environment, **variables},
     )
     assert submitted.returncode == 0, submitted.stderr
     return submitted.stdout.strip()
@@ -75,27 +46,42 @@ def finished_job(slurm: Any, number: str, logs: Path) -> dict[str, str]:
     return dict(job)
 
 
+def wait_for_step(slurm: Any, number: str, log: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not log.exists() or f"train {step}/" not in log.read_text():
+        assert time.monotonic() < deadline, slurm.job(number)
+        time.sleep(0.02)
+
+
+def process_of(job: str, rank: str) -> int:
+    """The process of a rank of a job."""
+    marks = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", f"RANK={rank}"}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if marks <= set((folder / "environ").read_text(errors="replace").split("\0")):
+                return int(folder.name)
+    raise AssertionError(f"no process of rank {rank} of job {job}")
+
+
+def parent(process: int) -> int:
+    return int(re.search(r"PPid:\t(\d+)", (Path("/proc") / str(process) / "status").read_text())[1])
+
+
 @pytest.fixture(scope="module")
 def far(slurm: Any, project: Path) -> dict[str, str]:
     """A job that trained in ``far``, undisturbed."""
     return finished_job(slurm, start_job(slurm, project, "output_dir=far"), project / "far" / "logs")
 
 
-def test_two_nodes_train_as_two_ranks_here(far: dict[str, str], project: Path) -> None:
-    here = launch(
-        *("local", "run.yaml", "output_dir=here", "--ranks-per-node", "2", "--log-dir", "here/logs"),
-        folder=project,
-        environment=dict(os.environ),
-    )
-    assert here.returncode == 0, here.stderr
-    assert len(list((project / "here" / "logs").glob("*_rank[01].log"))) == 2
+def test_two_nodes_train_as_two_ranks_here(far: dict[str, str], project: Path, here: Path) -> None:
+    assert len(list((here / "logs").glob("*_rank[01].log"))) == 2
     number, logs = far["JobId"], project / "far" / "logs"
     assert {far["NumNodes"], far["NumTasks"]} == {"2"}
     assert sorted(path.name for path in (logs / number).iterdir()) == ["rank-0.log", "rank-1.log"]
     assert "train 10/10" in (logs / number / "rank-0.log").read_text()
     assert (logs / f"{number}.sbatch").read_text().startswith("#!/bin/bash")
 
-    whole, parts = read_records(project / "here"), read_records(project / "far")
+    whole, parts = read_records(here), read_records(project / "far")
     assert [record["step"] for record in parts] == list(range(1, 11))
     assert [record["loss"] for record in parts] == pytest.approx([record["loss"] for record in whole], rel=1e-6)
     assert parts[-1]["loss"] < parts[0]["loss"]
@@ -110,10 +96,8 @@ def test_a_job_that_is_told_to_stop_is_queued_again_and_finishes(
 ) -> None:
     number = start_job(slurm, project, "output_dir=cut", "train.save_steps=100", "--requeue")
     logs = project / "cut" / "logs"
-    log, deadline = logs / number / "rank-0.log", time.monotonic() + 120
-    while not log.exists() or "train 2/10" not in log.read_text():
-        assert time.monotonic() < deadline, slurm.job(number)
-        time.sleep(0.02)
+    log = logs / number / "rank-0.log"
+    wait_for_step(slurm, number, log, 2)
     slurm.run("scancel", "--signal=USR1", number)
     job = finished_job(slurm, number, logs)
     assert job["Restarts"] == "1"
@@ -124,6 +108,21 @@ def test_a_job_that_is_told_to_stop_is_queued_again_and_finishes(
     assert f"stopped after step {first['step']}" in log.read_text()
     whole, parts = ([record["loss"] for record in read_records(project / name)] for name in ("far", "cut"))
     assert parts == whole
+
+
+def test_a_node_whose_part_of_the_step_is_killed_ends_the_job(slurm: Any, project: Path) -> None:
+    """Its rank and Slurm's process that would have told of it."""
+    number = start_job(slurm, project, "output_dir=lost", "train.max_steps=100000", SLURM_WAIT="5")
+    log = project / "lost" / "logs" / number / "rank-0.log"
+    wait_for_step(slurm, number, log, 2)
+    rank = process_of(number, "1")
+    stepd = parent(rank)
+    assert "slurmstepd" in (Path("/proc") / str(stepd) / "cmdline").read_text()
+    os.kill(stepd, signal.SIGKILL)
+    os.kill(rank, signal.SIGKILL)
+    job = slurm.wait(number, seconds=BOUND)
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "1:0")
+    assert json.loads((project / "lost" / "run.json").read_text())["status"] == "failed"
 
 
 def test_slurm_takes_the_shipped_scripts(slurm: Any) -> None:
@@ -166,7 +165,7 @@ def bash(script: str, **variables: str) -> str:
 
 
 def test_the_command_of_every_array_task_is_its_own() -> None:
-    program = replace(JOB.program, overrides=(f"data.prompt_template={HOSTILE}",), overwrite=True)
+    program = replace(JOB.program, overrides=(f"data.prompt_template={HOSTILE}",), flags=("--overwrite", "--retry"))
     job = replace(JOB, program=program, sweep=(("train.seed=1",), (f"train.seed={HOSTILE}",)))
     for task, requeued in ((0, "0"), (1, "2")):
         address, port, *command, end = bash(
@@ -174,8 +173,8 @@ def test_the_command_of_every_array_task_is_its_own() -> None:
         ).split("\0")
         assert (address, port, end) == ("node-a", "24567", "")
         assert command[:3] == [job.python, "-u", "-m"]
-        again = ["--overwrite"] if requeued == "0" else []
-        assert command[3:] == [*replace(program, overwrite=False).arguments, *job.sweep[task], *again]
+        again = ["--overwrite", "--retry"] if requeued == "0" else []
+        assert command[3:] == [*replace(program, flags=()).arguments, *job.sweep[task], *again]
 
 
 def test_what_a_script_cannot_hold_is_refused() -> None:

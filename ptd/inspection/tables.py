@@ -1,0 +1,132 @@
+"""The tables of an inspection: what the terminal and the page both show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the result: what it says, its table, and the figure it goes with."""
+
+    title: str
+    text: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    figure: str | None = None
+
+
+def headline(found: dict[str, Any]) -> str:
+    """What was looked at, in one sentence."""
+    method = found["method"] or found["peft_type"] or "prompt"
+    on = f", for {found['backbone']}" if found["backbone"] else ""
+    count, numbers = found["num_virtual_tokens"], found["parameters"]
+    return f"{method}: {count} virtual tokens, {numbers:,} numbers, {found['prompt']}{on}"
+
+
+def sections(found: dict[str, Any]) -> list[Section]:
+    """All parts that were measured."""
+    parts = [_tensors(found)]
+    if found["nearest"] is not None:
+        parts.append(_nearest(found["nearest"]))
+    if found["data"] is not None:
+        parts = [_keep(found), _tokens(found), _attention(found), *parts]
+    return parts
+
+
+def _tensors(found: dict[str, Any]) -> Section:
+    own = {layer["layer"]: layer["own_norms"] for layer in found.get("attention", ())}
+    prefixed = any(each["part"] in next(iter(own.values()), {}) for each in found["tensors"])
+    rows = []
+    for each in found["tensors"]:
+        text = [f"{own[each['layer']][each['part']]:#.3g}"] if prefixed else []
+        figures = (f"{each['norm']:#.3g}", *text, f"{each['effective_rank']:.1f}", f"{each['rank_90']}")
+        rows.append((each["layer"], each["part"], *figures))
+    return Section(
+        "The prompt by itself",
+        "Norm: Euclidean, of a head's vector, mean over virtual tokens and heads. Effective rank: exp of the entropy "
+        "of the singular values; 90 %: how many of the largest hold that much of the energy. A rank far below the "
+        "number of virtual tokens means that they repeat each other.",
+        ("layer", "part", "norm", *(["norm in the text"] if prefixed else []), "effective rank", "90 %"),
+        tuple(rows),
+        "prompt",
+    )
+
+
+def _nearest(nearest: Sequence[dict[str, Any]]) -> Section:
+    return Section(
+        "Nearest vocabulary tokens",
+        "By cosine with the backbone's input embeddings. Cosines far below 1 say that a virtual token is no word.",
+        ("virtual token", "norm", "nearest (cosine)"),
+        tuple(
+            (
+                str(each["token"]),
+                f"{each['norm']:#.3g}",
+                "   ".join(f"{near['token']!r} {near['cosine']:.2f}" for near in each["near"]),
+            )
+            for each in nearest
+        ),
+    )
+
+
+def _attention(found: dict[str, Any]) -> Section:
+    rows = []
+    for layer in found["attention"]:
+        cells = [layer["layer"]]
+        for name in ("all", "supervised"):
+            heads = layer[name]
+            cells += ["–", "–"] if heads is None else [_percent(sum(heads) / len(heads)), _percent(max(heads))]
+        rows.append(tuple(cells))
+    return Section(
+        "Share of attention on the prompt",
+        "Of the probability that a query gives to all it sees, the part that goes to virtual tokens; mean over "
+        "queries, then over heads, and the head with most. –: no virtual token among the layer's keys, or no "
+        "supervised position among its queries.",
+        ("layer", "all own tokens", "top head", "supervised positions", "top head"),
+        tuple(rows),
+        "attention",
+    )
+
+
+def _tokens(found: dict[str, Any]) -> Section:
+    ranked = sorted(found["tokens"], key=lambda each: each["rank"])
+    return Section(
+        "Without each virtual token",
+        "Change of the loss when no layer attends to it any more and all else stays; most useful first. Attention: the "
+        "share it draws, mean over queries, heads and layers.",
+        ("virtual token", "loss (nats)", "attention"),
+        tuple((str(each["token"]), f"{each['loss_change']:+.4f}", _percent(each["attention"])) for each in ranked),
+        "tokens",
+    )
+
+
+def _keep(found: dict[str, Any]) -> Section:
+    loss, count = found["loss"], found["num_virtual_tokens"]
+    if found["enough"] is None:
+        verdict = "On these rows the prompt gains nothing."
+    else:
+        verdict = (
+            f"The {found['enough']} most useful of {count} tokens keep 95 % of what the prompt gains "
+            f"({loss['none']:.4f} → {loss['whole']:.4f} nats)."
+        )
+        best = min(found["keep"], key=lambda point: point["loss"])
+        if best["loss"] < loss["whole"] - 0.05 * (loss["none"] - loss["whole"]):
+            verdict += f" With {best['tokens']} the loss is lower than with all ({best['loss']:.4f})."
+        if found["enough"] > 0.75 * count:
+            verdict += " More tokens may be worth a try."
+        elif found["enough"] <= 0.5 * count:
+            verdict += " Fewer may do: tune again with that many and compare."
+    return Section(
+        "How many virtual tokens are needed",
+        f"{verdict} {found['data']['rows']:,} of {found['data']['rows_in_file']:,} rows of {found['data']['file']}, "
+        f"{loss['supervised_tokens']:,} supervised positions. Tokens were not tuned again for the smaller prompts.",
+        ("tokens kept", "loss (nats)"),
+        tuple((str(point["tokens"]), f"{point['loss']:.4f}") for point in found["keep"]),
+        "keep",
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
