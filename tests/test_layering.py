@@ -43,6 +43,7 @@ LAYERS: dict[str, list[str]] = {
     "ptd.inspection*": [*STAGES, "engine", "generate", "report"],
     "ptd.report*": ["types", "versions", "checkpoint", "engine"],  # reads what a run has left; loads no backbone
     "ptd.launch*": STAGES,  # starts processes; what runs in them is another verb's
+    "ptd.bench*": [*STAGES, "engine", *VERBS],
     # The story of the shipped backbone is a verb; what made the backbone and its data uses nothing of the toolkit.
     "ptd.quickstart.run": [*STAGES, "engine", "quickstart", *VERBS],
     "ptd.quickstart*": ["types"],

@@ -24,6 +24,7 @@ OWN = (
 FREE_TO_CHANGE = {
     "backbone": {
         "gradient_checkpointing",
+        "compile",
         "attention",
         "sharding",
         "sharding_group_size",
