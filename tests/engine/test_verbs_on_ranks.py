@@ -114,7 +114,6 @@ def printed(launch, adapters, commands, tmp_path_factory: pytest.TempPathFactory
     """A folder of what two ranks printed, in one job."""
     folder = tmp_path_factory.mktemp("printed")
     lines = {f"{placement}-{name}": [*commands[name], *SHARDED[placement]] for placement, name in CASES}
-    lines |= {f"train-{kind}": ["train", str(run_file(adapters, folder, kind))] for kind in SAMPLED}
     run = folder / "run.yaml"
     sections = json.loads((adapters["text"] / "run.json").read_text())["config"]
     run.write_text(json.dumps({name: sections[name] for name in ("backbone", "method", "data", "train")}))
@@ -122,6 +121,7 @@ def printed(launch, adapters, commands, tmp_path_factory: pytest.TempPathFactory
     for placement in ("none", "world"):
         sharding = f"backbone.sharding={placement}"
         lines[f"bench-{placement}"] = ["bench", str(run), sharding, *timed, "-o", str(folder / placement)]
+    lines |= {f"train-{kind}": ["train", str(run_file(adapters, folder, kind))] for kind in SAMPLED}
     case_file = folder / "cases.json"
     case_file.write_text(json.dumps({"commands": lines, "adapter": str(adapters["text"])}))
     launch(2, WORKER, case_file, folder)
