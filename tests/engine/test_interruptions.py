@@ -143,7 +143,7 @@ def test_a_rank_that_stands_still_ends_the_others_with_their_stacks(results: Res
     content = stacks.read_text()
     assert "rank 0 on " in content
     assert "no progress for 5 s in step 9\n" in content
-    for frame in ('loop.py", line', "in _step", "in encode", "in flat"):
+    for frame in ('loop.py", line', "in take_step", "in encode", "in flat"):
         assert frame in content
     assert "in _watch" in content
     assert f"no progress for 5 s in step 9; ending it. Stacks of all threads: {stacks}\n" in result["stderr"][0]

@@ -32,7 +32,7 @@ GRACE = 20.0
 def strike(rank: int, where: str, step: int, name: str) -> None:
     """Send this process the signal when it comes to the place, once."""
     owner: Any = Loop if where in ("step", "evaluate") else Artifacts
-    attribute = {"step": "_step"}.get(where, where)
+    attribute = {"step": "take_step"}.get(where, where)
     original = getattr(owner, attribute)
 
     def struck(self: Any, *given: Any, **named: Any) -> Any:

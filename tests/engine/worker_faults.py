@@ -64,7 +64,7 @@ def follow_steps() -> None:
     def note(loop: Loop, index: int, micro_batches: Any) -> None:
         Now.number = index + 1
 
-    before(Loop, "_step", note)
+    before(Loop, "take_step", note)
 
 
 def nan_on_one_rank(rank: int) -> None:
@@ -166,11 +166,16 @@ def at_save(step: int, action: Callable[[Path], None]) -> Fault:
     return lambda rank: before(Saver, "save", act)
 
 
+BLOCK = 4096
+
+
 def at_record(step: int, output: Path) -> Fault:
     """The disk is full to the last byte before rank 0 records a step."""
 
     def fill(records: Records, record: dict[str, Any]) -> None:
         if record["step"] == step:
+            with records.path.open("ab") as file:  # up to the end of a block, so that the record needs another one
+                file.write(b" " * (-records.path.stat().st_size % BLOCK - 1) + b"\n")
             fill_disk(output / "checkpoints", 0)
             with suppress(OSError), (output / "last bytes").open("ab") as file:
                 while True:
