@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ptd.readouts import Reading, Readout, Run
@@ -20,3 +21,6 @@ class LanguageModel(Readout):
         logits = run(batch, positions)
         targets = labels[positions].to(logits.device, non_blocking=True)
         return Reading(cross_entropy(logits.float(), targets, reduction="sum"), float(batch.supervised_tokens))
+
+    def idle(self, run: Run, batch: Batch) -> Tensor:
+        return self.read(run, batch, scores=False).loss  # it has no labels

@@ -15,7 +15,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -304,12 +304,18 @@ def network_case(
 
     step.meter.add = counting_add
     records: list[dict[str, Any]] = []
-    loop = make_loop(prepared, step, batches, ranks, records.append)
-    with metered_deepspeed(step.meter) if placement == "zero3" else nullcontext():
-        loop.run(0, 3)  # ZeRO-3 traces the order of the layers first, and compares it over all ranks
-        counted.clear()
-        with CommDebugMode() as torchs_count:
-            loop.run(3, 4)
+    torchs_count = CommDebugMode()
+    with ExitStack() as stack:
+
+        def keep(record: dict[str, Any]) -> None:
+            records.append(record)
+            if len(records) == 3:  # ZeRO-3 traces the order of the layers first, and compares it over all ranks
+                counted.clear()
+                stack.enter_context(torchs_count)
+
+        if placement == "zero3":
+            stack.enter_context(metered_deepspeed(step.meter))
+        make_loop(prepared, step, batches, ranks, keep).run(0, 4)
     kinds: dict[str, int] = {}
     for _, kind, _ in counted:
         kinds[kind] = kinds.get(kind, 0) + 1
