@@ -34,7 +34,7 @@ nitpick_ignore_regex = [
     (r"py:obj", r".*"),
     (r"py:(class|data|exc|meth|func|attr)", r"(?!ptd\.|ptd_kernels\.).*"),  # types of other libraries: no inventory offline
 ]
-autodoc_default_options = {"members": True, "member-order": "bysource", "show-inheritance": False}
+autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "signature"
 autodoc_type_aliases = {"Tensor": "Tensor"}
 autodoc_preserve_defaults = True
@@ -46,6 +46,7 @@ html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["ptd.css"]
 html_copy_source = False
+html_show_copyright = False
 html_show_sourcelink = False
 html_theme_options = {
     "light_css_variables": {"font-stack--monospace": "ui-monospace, SFMono-Regular, Menlo, Consolas, monospace"},

@@ -14,7 +14,8 @@ TOCTREE = re.compile(r"^```\{toctree\}\n(.*?)^```", re.MULTILINE | re.DOTALL)
 def _index(app: Sphinx, docname: str, source: list[str]) -> None:
     if docname != "index":
         return
-    named = {line.strip() for body in TOCTREE.findall(source[0]) for line in body.splitlines()}
+    entries = (line.strip() for body in TOCTREE.findall(source[0]) for line in body.splitlines())
+    named = {entry.rpartition("<")[2].rstrip(">") for entry in entries}
     others = sorted(page.stem for page in Path(app.srcdir).glob("*.md") if page.stem not in named | {"index"})
     if others:
         source[0] += "\n```{toctree}\n:caption: More\n:hidden:\n\n" + "\n".join(others) + "\n```\n"
