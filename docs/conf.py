@@ -18,7 +18,7 @@ html_title = f"ptd {version}"
 
 extensions = [
     *("myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"),
-    *("mathml", "repository_links", "inline_svg", "other_pages"),
+    *("mathml", "repository_links", "inline_svg", "other_pages", "offline"),
 ]
 exclude_patterns = ["_build", "_ext", "figures"]
 language = "en"
@@ -32,7 +32,10 @@ default_role = "py:obj"
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:obj", r".*"),
-    (r"py:(class|data|exc|meth|func|attr)", r"(?!ptd\.|ptd_kernels\.).*"),  # types of other libraries: no inventory offline
+    (
+        r"py:(class|data|exc|meth|func|attr)",
+        r"(?!ptd\.|ptd_kernels\.).*",
+    ),  # types of other libraries: no inventory offline
 ]
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "signature"

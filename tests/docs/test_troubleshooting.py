@@ -12,7 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "troubleshooting.md"
-MESSAGES = re.findall(r"^\| `([^`]+)` \| .+ \| .+ \|$", PAGE.read_text(encoding="utf-8").split("## When it runs")[0], re.M)
+MESSAGES = re.findall(
+    r"^\| `([^`]+)` \| .+ \| .+ \|$", PAGE.read_text(encoding="utf-8").split("## When it runs")[0], re.M
+)
 
 
 def text_of(node: ast.expr) -> str | None:
