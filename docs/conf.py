@@ -35,7 +35,7 @@ nitpick_ignore_regex = [
     (
         r"py:(class|data|exc|meth|func|attr)",
         r"(?!ptd\.|ptd_kernels\.).*",
-    ),  # types of other libraries: no inventory offline
+    ),  # other libraries': no inventory
 ]
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "signature"

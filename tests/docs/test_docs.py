@@ -1,8 +1,8 @@
 """README.md, docs/ and the READMEs beside what they explain: commands and code are run, or say why they are not.
 
-Blocks of a page run in order, in one folder (world.py): shell by bash, Python in one namespace. ``ptd launch`` runs with
-``--dry-run``. Of commands that are not run here at least every word is known to the command line. Running takes minutes
-and happens with ``PTD_DOCS=1`` (``make docs-test``); the rest always.
+Blocks of a page run in order, in one folder (world.py): shell by bash, Python in one namespace. ``ptd launch`` runs
+with ``--dry-run``. Of commands that are not run every option and key is one that exists. Running takes minutes and
+happens with ``PTD_DOCS=1`` (``make docs-test``); the rest always.
 """
 
 from __future__ import annotations
@@ -97,9 +97,10 @@ def check(arguments: list[str], where: str) -> None:
     command, rest = descend(arguments, said)
     try:
         given = command.make_context(command.name, rest).params
-    except (typer.Exit, typer.TyperException) as error:  # Exit: --help, --version
-        assert isinstance(error, typer.Exit), f"{said}: {getattr(error, 'message', error)}"
+    except typer.Exit:  # --help, --version
         return
+    except typer.TyperException as error:
+        raise AssertionError(f"{said}: {error}") from error
     for override in given.get("overrides") or []:
         if "=" in override:
             check_key(override.partition("=")[0], where)

@@ -1,7 +1,7 @@
 """``ptd`` without its ten seconds of imports: a process that has them, and forks for each command.
 
-``python warm.py SOCKET`` serves; `write_client` writes the program ``ptd`` that a shell finds in PATH. A command has its own
-arguments, environment, folder, standard streams and exit code. The serving process starts no threads and uses no autograd.
+``python warm.py SOCKET`` serves; `write_client` writes the program ``ptd`` that a shell finds in PATH. A command has
+arguments, environment, folder, standard streams and exit code of its own. The serving process uses no autograd.
 """
 
 from __future__ import annotations
