@@ -1,13 +1,14 @@
 # make demo   tune the shipped backbone on two ranks, before and after (minutes, two CPU cores or GPUs)
-# make test   all tests
-# make docs   the documentation as a site, docs/_build/html/index.html
-# make docs-test  runs the commands and the code of README.md and docs/ (minutes)
+# make test   all tests, in two processes (WORKERS=…)
+# make docs   the documentation as a site: docs/_build/html/index.html
+# make docs-test  that site in a browser, and every command and piece of code in README.md and docs/ (minutes)
 # make check  style, types, formatting
 # make fuzz   run files, data files and adapters of anything, for minutes
 # make gpu    the attention kernels' tests and benchmark, and a 7B backbone in every placement, on one NVIDIA GPU
 # Each makes .venv and installs what it needs first. PYTHON=… chooses the interpreter (3.10 or newer).
 
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
@@ -16,7 +17,7 @@ demo: $(INSTALLED)
 	$(BIN)/ptd quickstart --output quickstart --overwrite
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -26,7 +27,7 @@ check: $(INSTALLED)
 docs: .venv/installed-docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs docs/_build/html
 
-docs-test: $(INSTALLED)
+docs-test: docs
 	PTD_DOCS=1 $(BIN)/python -m pytest tests/docs
 
 fuzz: $(INSTALLED)
