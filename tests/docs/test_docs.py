@@ -246,6 +246,12 @@ def run_shell(block: Any, folder: Path, environment: dict[str, str]) -> None:
     assert done.returncode == 0, f"{place(block.page, block.line)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
 
 
+def test_a_command_that_fails_is_named() -> None:
+    block = blocks.Block(PAGES[0], 10, SHELL, "true\necho \\\n  two\nfalse\n", None, ())
+    with pytest.raises(AssertionError, match=r"README\.md:13: false"):
+        run_shell(block, ROOT, dict(os.environ))
+
+
 def as_run(command: str) -> str:
     """As it stands, but for the reader's own names, and without starting anything on other machines."""
     for word, value in world.WORDS.items():
@@ -256,5 +262,5 @@ def as_run(command: str) -> str:
 def run_python(block: Any, namespace: dict[str, Any]) -> None:
     code = compile("\n" * (block.line - 1) + block.text, name_of(block.page), "exec")
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("default")
+        warnings.simplefilter("ignore")  # those of other libraries are no reader's concern
         exec(code, namespace)
