@@ -25,7 +25,8 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 docs: .venv/installed-docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs docs/_build/html
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --builder html --fresh-env --write-all --fail-on-warning --keep-going --quiet \
+		docs docs/_build/html
 
 docs-test: docs
 	PTD_DOCS=1 $(BIN)/python -m pytest tests/docs
