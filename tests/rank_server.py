@@ -15,18 +15,16 @@ from pathlib import Path
 
 answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
 os.dup2(2, 1)  # libraries print while they are imported
+sys.path[0] = str(Path(__file__).parents[1] / "benchmarks")  # this folder would shadow the package ptd_kernels
 
 import bitsandbytes  # noqa: E402, F401
 import deepspeed  # noqa: E402, F401
+from forked_ranks import start  # noqa: E402
 
 import ptd.cli  # noqa: E402
 import ptd.generate  # noqa: E402
 import ptd.predict  # noqa: E402
 import ptd.train  # noqa: E402, F401
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-from forked_ranks import start  # noqa: E402
 
 
 def run(ranks: int, program: list[str], logs: Path) -> list[int]:
