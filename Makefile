@@ -1,5 +1,7 @@
 # make demo   tune the shipped backbone on two ranks, before and after (minutes, two CPU cores or GPUs)
 # make test   all tests, in two processes (WORKERS=…)
+# make docs   the documentation as a site: docs/_build/html/index.html
+# make docs-test  that site in a browser, and every command and piece of code in README.md and docs/ (minutes)
 # make check  style, types, formatting
 # make fuzz   run files, data files and adapters of anything, for minutes
 # make gpu    the attention kernels' tests and benchmark, and a 7B backbone in every placement, on one NVIDIA GPU
@@ -10,7 +12,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check fuzz gpu
+.PHONY: demo test check docs docs-test fuzz gpu
 demo: $(INSTALLED)
 	$(BIN)/ptd quickstart --output quickstart --overwrite
 
@@ -21,6 +23,13 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/installed-docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --builder html --fresh-env --write-all --fail-on-warning --keep-going --quiet \
+		docs docs/_build/html
+
+docs-test: docs
+	PTD_DOCS=1 $(BIN)/python -m pytest tests/docs
 
 fuzz: $(INSTALLED)
 	PTD_FUZZ=1 $(BIN)/python -m pytest tests/test_fuzz.py
@@ -34,4 +43,8 @@ gpu: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv/installed-docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@

@@ -1,0 +1,36 @@
+"""SVG figures become part of the page: so they take its colours, dark or light, and need no file beside it.
+
+A figure draws in ``currentColor``; its own ``<style>`` is for the file alone and is left out here.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.transforms.post_transforms import SphinxPostTransform
+
+
+class InlineSvg(SphinxPostTransform):
+    """Replace images of SVG files by their source."""
+
+    default_priority = 5  # before images are collected to be copied
+    formats = ("html",)
+
+    def run(self, **kwargs: Any) -> None:
+        """Replace them in one document."""
+        for image in list(self.document.findall(nodes.image)):
+            if not image["uri"].endswith(".svg"):
+                continue
+            text = (Path(self.app.srcdir) / image["uri"]).read_text(encoding="utf-8")
+            text = re.sub(r"<style>.*?</style>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
+            image.replace_self(nodes.raw("", text.replace("<svg ", '<svg class="figure" ', 1), format="html"))
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register the transform."""
+    app.add_post_transform(InlineSvg)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
