@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from ptd.types import UserError
+from ptd import completion
+from ptd.errors import UserError
 
 app = typer.Typer(
     help="Start ptd train on many GPUs and nodes: here, over ssh, or by Slurm.",
@@ -19,13 +20,23 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Run = Annotated[Path, typer.Argument(help="The run file (YAML).", metavar="RUN.yaml")]
+Run = Annotated[
+    Path, typer.Argument(help="The run file (YAML).", metavar="RUN.yaml", autocompletion=completion.run_files)
+]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Changes to it, e.g. train.learning_rate=3e-3.", metavar="[KEY=VALUE]...")
+    list[str] | None,
+    typer.Argument(
+        help="Changes to it, e.g. train.learning_rate=3e-3.",
+        metavar="KEY=VALUE",
+        autocompletion=completion.overrides,
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and stop.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace a run that is in output_dir already.")]
 Retry = Annotated[bool, typer.Option("--retry", help="Continue a run also if it failed again and again.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="The ranks show no progress: the result alone, and what goes wrong.")
+]
 LogDir = Annotated[Path | None, typer.Option(help="A log for each rank in this folder, instead of the terminal.")]
 RanksPerNode = Annotated[
     int | None, typer.Option(min=1, help="Processes on a node that has no GPU; with GPUs there is one for each.")
@@ -44,6 +55,7 @@ def local(
     master_port: Annotated[int | None, typer.Option(min=1, help="Default: one that is free.")] = None,
     overwrite: Overwrite = False,
     retry: Retry = False,
+    quiet: Quiet = False,
     dry_run: DryRun = False,
 ) -> None:
     """Start the run on this machine's GPUs, with DeepSpeed's launcher."""
@@ -52,7 +64,7 @@ def local(
     from ptd.engine.ranks import Ranks
     from ptd.launch import Program, environment, local_command
 
-    program = Program.of(run, overrides, overwrite=overwrite, retry=retry)
+    program = Program.of(run, overrides, overwrite=overwrite, retry=retry, quiet=quiet)
     program.config()
     there = torch.cuda.device_count()
     gpus = there if gpus_per_node is None else gpus_per_node
@@ -89,6 +101,7 @@ def ssh(
     log_dir: LogDir = None,
     overwrite: Overwrite = False,
     retry: Retry = False,
+    quiet: Quiet = False,
     dry_run: DryRun = False,
 ) -> None:
     """Start the run on the nodes of a hostfile, with DeepSpeed's launcher: all of them by pdsh, or one by one.
@@ -97,7 +110,7 @@ def ssh(
     """
     from ptd.launch import Cluster, Program, no_ssh_command, pdsh_command, read_hostfile
 
-    program = Program.of(run, overrides, overwrite=overwrite, retry=retry)
+    program = Program.of(run, overrides, overwrite=overwrite, retry=retry, quiet=quiet)
     program.config()
     hosts = read_hostfile(hostfile)
     if nodes is not None and nodes > len(hosts):

@@ -1,11 +1,14 @@
-"""What all tests share: tests/families.py under the name ``families``, and a saved tiny backbone."""
+"""What all tests share: tests/families.py as ``families``, a saved tiny backbone, and the command line."""
 
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,3 +30,34 @@ def backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from families import save_backbone
 
     return save_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+@dataclass
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def ptd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run ``ptd ARGUMENTS…`` in this process."""
+
+    from ptd.cli import main
+
+    def run(*arguments: object, stdin: str | None = None) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["ptd", *map(str, arguments)])
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run

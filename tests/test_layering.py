@@ -15,19 +15,43 @@ PTD = sorted((ROOT / "ptd").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
 # Layer -> the parts of ptd it may import (itself always). A module belongs to the first pattern that fits its name.
-STAGES = ["types", "exit_codes", "versions", "shipped", "config", "deepspeed_config", "methods", "readouts", "data"]
+STAGES = [
+    "types",
+    "errors",
+    "exit_codes",
+    "versions",
+    "shipped",
+    "config",
+    "deepspeed_config",
+    "methods",
+    "readouts",
+    "data",
+]
 STAGES += ["tasks"]
 STAGES += ["backbone", "checkpoint", "inject"]
-VERBS = ["train", "evaluate", "generate", "predict", "inspection", "export", "plan", "bench", "launch", "doctor"]
+VERBS = [
+    "train",
+    "evaluate",
+    "generate",
+    "predict",
+    "inspection",
+    "export",
+    "plan",
+    "bench",
+    "launch",
+    "doctor",
+    "init",
+]
 LAYERS: dict[str, list[str]] = {
-    "ptd": ["types", "api"],
-    "ptd.types": ["exit_codes"],
+    "ptd": ["errors", "api"],
+    "ptd.types": ["errors"],
+    "ptd.errors": ["exit_codes"],
     "ptd.exit_codes": [],
     "ptd.versions": [],
     "ptd.methods*": ["types"],
     "ptd.readouts*": ["types"],
-    "ptd.shipped": [],
-    "ptd.config": ["types", "methods", "shipped"],
+    "ptd.shipped": ["errors"],
+    "ptd.config": ["errors", "methods", "shipped"],
     "ptd.deepspeed_config": ["types", "config", "shipped"],
     "ptd.data*": ["types", "config"],
     "ptd.tasks*": ["types", "config", "data", "readouts"],
@@ -44,8 +68,9 @@ LAYERS: dict[str, list[str]] = {
     "ptd.quickstart.run": [*STAGES, "engine", "quickstart", *VERBS],
     "ptd.quickstart*": ["types"],
     "ptd.console": ["types", "config"],
-    "ptd.cli_launch": [*STAGES, "engine", "launch"],
-    "ptd.cli": [*STAGES, "cli_launch", "engine", "quickstart", "console", *VERBS],
+    "ptd.completion": ["config", "shipped"],  # no torch: a key press waits for it
+    "ptd.cli_launch": [*STAGES, "completion", "engine", "launch"],
+    "ptd.cli": [*STAGES, "cli_launch", "completion", "engine", "quickstart", "console", *VERBS],
 }
 
 # Third-party package -> the modules that may import it.
@@ -55,7 +80,7 @@ ONLY_IMPORTERS = {
     "transformers.integrations.deepspeed": ["ptd.backbone*"],
     "datasets": ["ptd.data*", "ptd.tasks*"],
     "ptd_kernels": ["ptd.inject*", "ptd_kernels*"],
-    "typer": ["ptd.cli", "ptd.cli_launch", "ptd.console"],
+    "typer": ["ptd.cli", "ptd.cli_launch", "ptd.completion", "ptd.console"],
     "rich": ["ptd.cli", "ptd.console"],
     "jinja2": ["ptd.inspection*", "ptd.launch*"],
 }
