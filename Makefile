@@ -1,11 +1,12 @@
 # make demo   tune the shipped backbone on two ranks, before and after (minutes, two CPU cores or GPUs)
-# make test   all tests
+# make test   all tests, in two processes (WORKERS=…)
 # make check  style, types, formatting
 # make fuzz   run files, data files and adapters of anything, for minutes
 # make gpu    the attention kernels' tests and benchmark, and a 7B backbone in every placement, on one NVIDIA GPU
 # Each makes .venv and installs what it needs first. PYTHON=… chooses the interpreter (3.10 or newer).
 
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
@@ -14,7 +15,7 @@ demo: $(INSTALLED)
 	$(BIN)/ptd quickstart --output quickstart --overwrite
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

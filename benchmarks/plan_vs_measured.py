@@ -150,7 +150,7 @@ def take_steps(run: dict[str, Any], ranks: Any, steps: int, before_last: Any = l
     for index in range(steps):
         if index == steps - 1:
             before_last()
-        loop._step(index, [batch])
+        loop.take_step(index, [batch])
 
 
 def measure(run: dict[str, Any], small: str, ranks: int) -> list[dict[str, int]]:

@@ -32,12 +32,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import matplotlib.pyplot as plt
 import torch
 from forked_ranks import start
-from ptd.bench.machine import evidence
 from scaling_model import Cluster, Link, Measurement, Traffic, Work, fit, left_out, predicted, step_seconds
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import ptd.engine.sharding  # before the forks, as all that takes long to import
 import ptd.train
+from ptd.bench.machine import evidence
 from ptd.config import parse_config
 from ptd.engine.gathers import Limits
 from ptd.engine.placement import Machine, Placement, estimate

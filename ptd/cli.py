@@ -461,6 +461,72 @@ def _starts(found: dict[str, Any], config: RunConfig, run: Path, overrides: list
 
 
 @app.command()
+def bench(
+    run: RunFile,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Changes to it, e.g. train.per_device_train_batch_size=16.",
+            metavar="KEY=VALUE",
+            autocompletion=completion.overrides,
+        ),
+    ] = None,
+    against: Annotated[str | None, typer.Option(help="What to take turns with: peft.")] = None,
+    peft: Annotated[
+        Literal["as-run", "best", "both"] | None,
+        typer.Option(help="PEFT as its users run it (random batches), in its best working setting; default: both."),
+    ] = None,
+    sweeps: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", metavar="SECTION.KEY=V1,V2,...", help="Also the curve over these values; repeatable."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each side.")] = 15,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps of each side before that.")] = 3,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for bench.json and the plots.")] = Path(
+        "bench"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    quiet: Quiet = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
+) -> None:
+    """How fast a run trains and where its time goes, alone or against PEFT on the same rows, step by step in turns."""
+    from ptd.config import load_config
+
+    if peft is not None and against is None:
+        raise UserError(f"--peft {peft}: has no effect without --against peft; add that, or leave it out")
+    config = load_config(run, overrides)
+    _hush()
+    from ptd.bench import bench as run_bench
+    from ptd.bench import sweep
+    from ptd.bench.report import parse_sweep, write
+    from ptd.console import print_bench
+
+    options: dict[str, Any] = {
+        "against": against,
+        "settings": ("as-run", "best") if peft in (None, "both") else (peft,),
+        "repeats": repeats,
+        "warmup": warmup,
+        "reporter": _reporter(quiet),
+    }
+    wanted = [parse_sweep(given) for given in sweeps or []]
+    report = run_bench(config, **options)
+    curves = [
+        sweep(key, values, lambda value, key=key: load_config(run, [*(overrides or []), f"{key}={value}"]), **options)  # type: ignore[misc]
+        for key, values in wanted
+    ]
+    if not _is_main():
+        return
+    if as_json:
+        _print_json({**report, "curves": curves})
+    else:
+        print_bench(report)
+        for curve in curves:
+            for point in curve["points"]:
+                print_bench(point["report"], f"{curve['key']}={point['value']}")
+    _done(quiet, dict.fromkeys(write(output, report, curves), ""), [])
+
+
+@app.command()
 def quickstart(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for data, adapter and curve.")] = Path(
         "quickstart"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -21,7 +21,13 @@ from rich.text import Text
 
 from ptd.types import Reporter
 
-LABELS = {"train": "training", "eval": "evaluating", "generate": "generating", "inspect": "inspecting"}
+LABELS = {
+    "train": "training",
+    "eval": "evaluating",
+    "generate": "generating",
+    "inspect": "inspecting",
+    "bench": "timing",
+}
 
 
 def make_reporter() -> Reporter:
@@ -147,6 +153,49 @@ def print_plan(found: dict[str, Any]) -> None:
     console.print(f"best: {found['reason']}" if found["best"] else found["reason"], soft_wrap=True)
     for line in found["assumptions"]:
         console.print(f"assumed: {line}", soft_wrap=True)
+
+
+def _counted(show: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
+    return lambda figures: "not counted" if figures["flops_per_second"] is None else show(figures)
+
+
+_BENCH_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "useful tokens/s": lambda figures: f"{figures['useful_tokens_per_second']['median']:,.0f}",
+    "supervised tokens/s": lambda figures: f"{figures['supervised_tokens_per_second']['median']:,.0f}",
+    "padding": lambda figures: f"{figures['padding_share']:.0%}",
+    "TFLOP/s": _counted(lambda figures: f"{figures['flops_per_second'] / 1e12:.3g}"),
+    "  of the matmul rate": _counted(lambda figures: f"{figures['share_of_matmul_rate']:.0%}"),
+    "peak memory": lambda figures: _size(figures["peak_memory_bytes"]),
+}
+
+
+def print_bench(found: dict[str, Any], heading: str | None = None) -> None:
+    """The tables of ``ptd bench`` on stdout, from what `ptd.bench.bench` returns."""
+    console = Console(highlight=False)
+    machine = found["machine"]
+    sides = [(lane, figures) for lane in found["lanes"] for figures in lane["sides"].values()]
+    rate = f"{machine['flops_per_second'] / 1e12:.3g} TFLOP/s in a product of {machine['size']} × {machine['size']}"
+    threads = "" if machine["threads"] is None else f", {machine['threads']} threads"
+    what = f"{found['hardware']}{threads}, {found['dtype']}: {rate}; {found['repeats']} steps of each side, in turns"
+    console.print(Text(what if heading is None else f"{heading}: {what}"), soft_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("", *(figures["title"] for _, figures in sides)):
+        table.add_column(column, justify="right" if column else "left")
+    for label, value in _BENCH_ROWS.items():
+        table.add_row(label, *(value(figures) for _, figures in sides))
+    ratios = [lane.get("ratio") if figures is lane["sides"]["ptd"] else None for lane, figures in sides]
+    if any(ratios):
+        shown = ["" if each is None else f"{each['median']:.2f} ×" for each in ratios]
+        spread = ["" if each is None else "{:.2f}–{:.2f}".format(*each["quartiles"]) for each in ratios]
+        table.add_row("ptd / PEFT, median of pairs", *shown)
+        table.add_row("  quartiles", *spread)
+    for phase in sides[0][1]["phase_seconds"]:
+        table.add_row(f"ms a step: {phase}", *(f"{1000 * each['phase_seconds'][phase]:.1f}" for _, each in sides))
+    table.add_row("  together", *(f"{1000 * figures['step_seconds']:.1f}" for _, figures in sides))
+    console.print(table)
+    sent, between = found["network"]["network_bytes"], found["network"]["network_bytes_between_nodes"]
+    if sent:
+        console.print(f"network, all ranks, a step: {_size(sent)}, of which between nodes {_size(between)}")
 
 
 MOST_ROWS = 40

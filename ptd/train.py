@@ -7,7 +7,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -85,34 +85,18 @@ def _train(
 ) -> dict[str, Any]:
     began, folder = time.time(), journal.folder
     settings = fit_batch(config, ranks.world_size, folder.facts().get("rows_per_step"), reporter)
-    tokenizer = load_tokenizer(config.backbone)
-    task = make_task(config.task, config.data, architecture_of(config.backbone))
-    chosen, facts = method(config.method_name), facts_of(config, task)
-    chosen.check(config.method_config(), facts)
-    trains = chosen.has_prompt or facts.trained_head
-    learned_from = "train" if trains else "eval"
-    task, train_rows, rows = _examples(config.data, learned_from, task, tokenizer, ranks, reporter, learn=True)
-    held_out = None
-    if config.data.eval is not None:
-        eval_rows = train_rows
-        if trains:
-            _, eval_rows, rows = _examples(config.data, "eval", task, tokenizer, ranks, reporter)
-        size = config.train.eval_batch_size
-        held_out = HeldOut(task, eval_rows, rows, size, config.data.packing, tokenizer.pad_token_id)
-    prepared = prepare(config.backbone, ranks, zero3, output=task.output)
-    trained = _build(config, prepared, task, tokenizer, ranks)
-    step = build_step(config, trained, ranks, prepared.model.dtype)
-    batches = _batches(config.data, settings, train_rows, tokenizer, prepared, ranks)
+    material = read_material(config, ranks, reporter)
+    prepared, step, batches = build_engine(config, zero3, ranks, settings, material)
     total = settings.max_steps or batches.total_steps(settings.num_train_epochs)
-    if not trains:
+    if not material.trains:
         reporter.note(f"method {config.method_name} trains nothing: the backbone is evaluated as it is")
         total = 0
 
     with torch.no_grad():
-        needed = bytes_to_write(trained.count(), step.flat().numel(), settings.save_total_limit)
+        needed = bytes_to_write(step.trained.count(), step.flat().numel(), settings.save_total_limit)
     ranks.on_main(lambda: check_space(config.output_dir, needed))
-    artifacts = Artifacts(config, journal, prepared, task, step, ranks, settings, train_rows.digest())
-    artifacts.learned_from = train_rows.report if trains else None
+    artifacts = Artifacts(config, journal, prepared, material.task, step, ranks, settings, material.examples.digest())
+    artifacts.learned_from = material.examples.report if material.trains else None
     start = artifacts.resume()
     records = artifacts.begin(start)
     stacks = folder.path / "logs" / f"rank-{ranks.rank}.stacks"
@@ -122,7 +106,7 @@ def _train(
         prepared,
         step,
         batches,
-        held_out,
+        material.held_out,
         ranks,
         Watched(reporter, watchdog),
         on_record=records.write if records is not None else lambda record: None,
@@ -359,6 +343,58 @@ def _examples(
     task, examples = ranks.on_main(read)
     reporter.note(f"data.{which}: {examples.report}")
     return task, examples, rows
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a run learns from, and is judged by.
+
+    ``trains``: whether anything is trained; otherwise ``examples`` are those it is evaluated on.
+    """
+
+    tokenizer: Any
+    task: Task
+    examples: Examples
+    held_out: HeldOut | None
+    trains: bool
+
+
+def read_material(config: RunConfig, ranks: Ranks, reporter: Reporter) -> Material:
+    """Read and tokenise the run's rows. Every rank calls this together; raises `UserError`."""
+    tokenizer = load_tokenizer(config.backbone)
+    task = make_task(config.task, config.data, architecture_of(config.backbone))
+    chosen, facts = method(config.method_name), facts_of(config, task)
+    chosen.check(config.method_config(), facts)
+    trains = chosen.has_prompt or facts.trained_head
+    learned_from = "train" if trains else "eval"
+    task, examples, rows = _examples(config.data, learned_from, task, tokenizer, ranks, reporter, learn=True)
+    held_out = None
+    if config.data.eval is not None:
+        eval_examples = examples
+        if trains:
+            _, eval_examples, rows = _examples(config.data, "eval", task, tokenizer, ranks, reporter)
+        size = config.train.eval_batch_size
+        held_out = HeldOut(task, eval_examples, rows, size, config.data.packing, tokenizer.pad_token_id)
+    return Material(tokenizer, task, examples, held_out, trains)
+
+
+class Engine(NamedTuple):
+    """What takes the steps of a run."""
+
+    prepared: Prepared
+    step: PromptStep
+    batches: Batches
+
+
+def build_engine(
+    config: RunConfig, zero3: dict[str, Any] | None, ranks: Ranks, settings: TrainConfig, material: Material
+) -> Engine:
+    """Load the backbone and put around it what the run trains. Every rank calls this together; raises `UserError`."""
+    prepared = prepare(config.backbone, ranks, zero3, output=material.task.output)
+    trained = _build(config, prepared, material.task, material.tokenizer, ranks)
+    step = build_step(config, trained, ranks, prepared.model.dtype)
+    batches = _batches(config.data, settings, material.examples, material.tokenizer, prepared, ranks)
+    return Engine(prepared, step, batches)
 
 
 def facts_of(config: RunConfig, task: Task) -> TaskFacts:

@@ -1,12 +1,16 @@
-"""What all tests share: tests/families.py as ``families``, a saved tiny backbone, and the command line."""
+"""What all tests share: tests/families.py as ``families``, a saved tiny backbone, the command line, jobs of ranks."""
 
 from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import os
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,37 @@ if "families" not in sys.modules:  # by file: this folder on sys.path would shad
     assert spec.loader is not None
     sys.modules["families"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["families"])
+
+
+ROOT = Path(__file__).parents[1]
+LONG = ("test_triton_backend", "test_quickstart", "test_plan", "test_matrix")
+
+
+def starts_ranks(file: Path) -> bool:
+    """Whether a file belongs to those of which nearly all start several processes."""
+    return file.parent.name in ("engine", "launch")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first, so that with several workers (``make test``) none is left with it in the end."""
+    items.sort(key=lambda item: (not starts_ranks(item.path), item.path.stem not in LONG))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file is one worker's; all that start ranks are the same one's, so that their jobs run one after the other.
+
+    ``--dist loadgroup`` would do, but pytest-xdist 3.8 writes the groups where pytest 9.2 does not read them.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "ranks" if starts_ranks(Path(file)) else file
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -61,3 +96,30 @@ def ptd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return Outcome(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., None]]:
+    """``launch(ranks, script, *arguments)`` runs a script on every rank; a failure shows what the ranks wrote."""
+    folder, numbers = tmp_path_factory.mktemp("ranks"), count()
+    command, log = [sys.executable, str(Path(__file__).with_name("rank_server.py"))], folder / "server.log"
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as server,
+    ):
+        assert server.stdin is not None
+        assert server.stdout is not None
+        answers = map(json.loads, server.stdout)
+
+        def run(ranks: int, *program: str | Path) -> None:
+            logs = folder / str(next(numbers))
+            job = {"ranks": ranks, "program": [str(word) for word in program], "logs": str(logs)}
+            print(json.dumps(job), file=server.stdin, flush=True)
+            codes = next((answer["codes"] for answer in answers if answer["logs"] == job["logs"]), None)
+            assert codes is not None, f"{command} ended:\n{log.read_text()[-8000:]}"
+            written = "\n".join(f"rank {rank}:\n{(logs / f'{rank}.log').read_text()[-4000:]}" for rank in range(ranks))
+            assert not any(codes), f"{program} ended with {codes}\n{written}"
+
+        yield run

@@ -64,6 +64,7 @@ LAYERS: dict[str, list[str]] = {
     **{f"ptd.{verb}": [*STAGES, "engine", *VERBS] for verb in VERBS},
     "ptd.inspection*": [*STAGES, "engine", "generate"],
     "ptd.launch*": STAGES,  # starts processes; what runs in them is another verb's
+    "ptd.bench*": [*STAGES, "engine", *VERBS],
     # The story of the shipped backbone is a verb; what made the backbone and its data uses nothing of the toolkit.
     "ptd.quickstart.run": [*STAGES, "engine", "quickstart", *VERBS],
     "ptd.quickstart*": ["types"],

@@ -116,7 +116,10 @@ class Batches:
 
         A slot without a row gets a `filler` batch, because sharded ranks have to run the same number of micro-batches.
         """
-        rows = self._rows(global_step)
+        return self.of(self._rows(global_step))
+
+    def of(self, rows: np.ndarray) -> list[Batch]:
+        """This rank's micro-batches of a step that takes these rows."""
         slots = self._pack(rows) if self.packing else self._chunk(rows)
         # Slots come largest first, so ranks that run the same micro-batch side by side have nearly the same work.
         mine = slots[self.rank :: self.world_size]

@@ -21,7 +21,7 @@ from ptd.engine.preemption import StopRequest
 from ptd.engine.prompt_step import PromptStep, StepResult
 from ptd.engine.ranks import Ranks
 from ptd.engine.setup import Prepared
-from ptd.types import Reporter, UserError
+from ptd.types import Batch, Reporter, UserError
 
 MAX_SKIPPED = 10
 """Steps in a row that may be skipped for a loss or gradient that is not finite, beside overflows of the loss scale."""
@@ -78,7 +78,7 @@ class Loop:
             began = time.perf_counter()
             for group in self.step.optimizer.param_groups:
                 group["lr"] = rate(index) * group["scale"]
-            result, own_seconds = self._step(index, micro_batches)
+            result, own_seconds = self.take_step(index, micro_batches)
             own_seconds += began - ready  # waiting for data is a rank's own, too
             self.on_boundary()
             window.add(result, time.perf_counter() - began, own_seconds, self.step.meter.take())
@@ -104,18 +104,22 @@ class Loop:
         self.reporter.finish("train")
         return None
 
-    def _step(self, index: int, micro_batches: list[Any]) -> tuple[StepResult, float]:
+    def take_step(self, index: int, micro_batches: list[Batch]) -> tuple[StepResult, float]:
         """One optimizer step, and the seconds in which this rank did its own part of it."""
         self.heartbeat(f"step {index + 1}")
         # Randomness is a function of seed and step: a resumed run needs no generator state, all ranks draw alike.
         torch.manual_seed(self.config.seed * 1_000_003 + index)
+        phase = self.step.phase
+        phase("encoder")
         self.prepared.attachment.set(self.step.encode())
         clock = Stopwatch(self.ranks.device)  # from here to the sums over ranks nothing waits for the others
         sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         tokens = supervised = 0
         for batch in micro_batches:
             self.heartbeat(f"step {index + 1}")
+            phase("forward")
             reading = self.step.readout(self.prepared.run, batch)
+            phase("backward")
             if batch.rows or reading.loss.requires_grad:  # with nothing but a head, a filler depends on nothing trained
                 self.step.loss_scale.apply(reading.loss).backward()
             sums += torch.stack([torch.as_tensor(value).detach().to(sums) for value in (reading.loss, reading.weight)])

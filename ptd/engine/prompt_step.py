@@ -12,6 +12,7 @@ in one flat buffer.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,9 @@ from ptd.engine.meter import NetworkMeter
 from ptd.engine.ranks import Ranks
 from ptd.readouts import Readout
 from ptd.types import PromptEncoder, PromptState
+
+PHASES = ("data", "encoder", "forward", "backward", "reduce", "optimizer")
+"""What a step's time is spent on; ``optimizer`` with clipping, ``encoder`` forward and backward."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ class PromptStep:
     """What is trained, with its optimizer and the reduction.
 
     Use: ``state = step.encode()``; run micro-batches against ``state``, each ``step.loss_scale.apply(loss).backward()``
-    with a summed loss; ``step.finish(loss_sum, weight, tokens, supervised_tokens)``.
+    with a summed loss; ``step.finish(loss_sum, weight, tokens, supervised_tokens)``. ``phase`` is told which of
+    `PHASES` begins now; a benchmark listens.
     """
 
     def __init__(
@@ -76,6 +81,7 @@ class PromptStep:
         self.encoder, self.readout = trained.encoder, trained.readout
         self.max_grad_norm = max_grad_norm
         self.loss_scale = loss_scale or LossScale.none()
+        self.phase: Callable[[str], None] = lambda name: None
         self._flat: Tensor | None = None
         self._leaf: PromptState | None = None
 
@@ -117,6 +123,7 @@ class PromptStep:
         ``weight``. ``stop``: whether this rank was asked to stop; all ranks learn it from the same sum.
         """
         assert self._flat is not None
+        self.phase("reduce")
         device = loss_sum.device
         with self.meter:
             own = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in (loss_sum.detach(), weight)]
@@ -126,9 +133,12 @@ class PromptStep:
             scale = self.loss_scale.value
             divisor = totals[1] * scale
             if self._flat.requires_grad:
-                gradient = self.ranks.all_reduce(self._leaf_gradient())
+                gradient = self.ranks.all_reduce(self.leaf_gradient())
+                self.phase("encoder")
                 self._flat.backward(gradient.div_(divisor).to(self._flat.dtype))
+                self.phase("reduce")
             self._reduce_readout(divisor)
+            self.phase("optimizer")
             norm = self._grad_norm()
             finite, finite_loss = math.isfinite(float(norm)), math.isfinite(float(loss))
             # A loss that is not finite was so before it was scaled: it says nothing about the scale.
@@ -160,7 +170,7 @@ class PromptStep:
         for part, parameter in zip(parts, parameters, strict=True):
             parameter.grad = part.view_as(parameter)
 
-    def _leaf_gradient(self) -> Tensor:
+    def leaf_gradient(self) -> Tensor:
         """What the micro-batches left at the leaf, as one flat fp32 tensor."""
         assert self._flat is not None
         assert self._leaf is not None

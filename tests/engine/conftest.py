@@ -1,11 +1,8 @@
-"""Launching ranks, and the data of small runs."""
+"""Runs in this process, and the data of small runs."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,27 +10,42 @@ from typing import Any
 import datasets
 import pytest
 
-HERE = Path(__file__).parent
-Launch = Callable[..., "subprocess.CompletedProcess[str]"]
+from ptd.config import parse_config
+from ptd.train import train
+from ptd.types import Reporter
+
+
+class Stopped(Exception):
+    """The run is torn down here."""
+
+
+class Notes(Reporter):
+    """Keeps what is said; stops the run before the record of step ``stop`` is followed by anything."""
+
+    def __init__(self, stop: int | None) -> None:
+        self.lines: list[str] = []
+        self.stop = stop
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+    def advance(self, task: str, done: int, line: str | None = None) -> None:
+        if task == "train" and done == self.stop:
+            raise Stopped
 
 
 @pytest.fixture(scope="session")
-def launch() -> Launch:
-    """``launch(ranks, *program)`` runs ``torchrun … program``; with ``check`` a failure shows what the ranks wrote."""
+def train_here() -> Callable[..., list[str]]:
+    """``train_here(run_file_as_dict, stop=7)`` trains in this process, torn down at step ``stop``; what was said."""
 
-    def run(ranks: int, *program: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-        rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *rendezvous]
-        done = subprocess.run(
-            [*command, *map(str, program)],
-            cwd=HERE.parents[1],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert not check or done.returncode == 0, f"{program} on {ranks} ranks failed:\n{done.stderr[-8000:]}"
-        return done
+    def run(raw: dict[str, Any], *, stop: int | None = None, overwrite: bool = False) -> list[str]:
+        notes = Notes(stop)
+        try:
+            train(parse_config(raw), overwrite=overwrite, reporter=notes)
+        except Stopped:
+            return notes.lines
+        assert stop is None
+        return notes.lines
 
     return run
 

@@ -19,11 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from ptd.config import parse_config
 from ptd.engine.loss_scale import LARGEST, LossScale
 from ptd.engine.records import read_records
-from ptd.train import train
-from ptd.types import Reporter, UserError
+from ptd.types import UserError
 
 Start = Callable[..., list[str]]
 # float16 rounds each number by up to 5e-4. Measured, worst of the methods: 1.2e-3 of the loss, 3e-3 of the gradient's
@@ -77,25 +75,8 @@ def test_without_one_nothing_is_scaled_or_kept() -> None:
 # ---- through ptd.train
 
 
-class Stopped(Exception):
-    """The run is torn down here."""
-
-
-class Notes(Reporter):
-    def __init__(self, stop: int | None) -> None:
-        self.lines: list[str] = []
-        self.stop = stop
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
-
-    def advance(self, task: str, done: int, line: str | None = None) -> None:
-        if task == "train" and done == self.stop:
-            raise Stopped
-
-
 @pytest.fixture(scope="module")
-def start(backbone_dir: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
+def start(backbone_dir: Path, rows_file: Path, train_here: Start, tmp_path_factory: pytest.TempPathFactory) -> Start:
     """``start(folder, "prefix", {"train.seed": 3})`` trains in float16 into ``folder``; returns what was said."""
     labelled = tmp_path_factory.mktemp("labelled") / "rows.jsonl"
     rows = [{"text": f"row {index} of many", "label": "ab"[index % 2]} for index in range(12)]
@@ -123,12 +104,7 @@ def start(backbone_dir: Path, rows_file: Path, tmp_path_factory: pytest.TempPath
         for key, value in (changes or {}).items():
             section, name = key.split(".")
             raw[section][name] = value
-        notes = Notes(stop)
-        try:
-            train(parse_config(raw), reporter=notes)
-        except Stopped:
-            assert stop is not None
-        return notes.lines
+        return train_here(raw, stop=stop)
 
     return run
 

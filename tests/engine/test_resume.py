@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,11 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from ptd import cli
 from ptd.checkpoint.files import write_json
 from ptd.checkpoint.run_state import listed
-from ptd.config import parse_config
 from ptd.engine.records import read_records
-from ptd.train import train
-from ptd.types import Reporter, UserError
+from ptd.types import UserError
 
 STEPS, EPOCH, KILLED_AFTER = 14, 6, 7  # killed in the second of three epochs; checkpoints at 3, 6, 9 …
 SETTINGS: dict[str, Any] = {
@@ -53,45 +55,52 @@ SETTINGS: dict[str, Any] = {
 OTHER_RANKS = 1e-5
 
 
-class Notes(Reporter):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
+def torchrun(*program: str | int | Path) -> subprocess.CompletedProcess[str]:
+    """The program on two ranks."""
+    rendezvous = ["--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *rendezvous, *map(str, program)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 class Runs:
     """Launched runs: ``whole`` went through, ``resumed`` was killed and started again, ``killed`` is a copy between."""
 
-    def __init__(self, root: Path, settings: dict[str, Any], launch: Any) -> None:
+    def __init__(self, root: Path, settings: dict[str, Any], launch: Any, train_here: Any) -> None:
         self.whole, self.resumed, self.killed = root / "whole", root / "resumed", root / "killed"
-        self.settings = settings
+        self.settings, self.train_here = settings, train_here
         run_file = root / "run.yaml"
         run_file.write_text(yaml.safe_dump(settings), encoding="utf-8")
-        self.command = ["-m", "ptd.cli", "train", run_file]
-        launch(2, *self.command, f"output_dir={self.whole}")
+        # The one to compare with need not be a launcher's.
+        launch(2, Path(cli.__file__), "train", run_file, f"output_dir={self.whole}")
         crash = Path(__file__).with_name("worker_crash.py")
-        self.crash = launch(2, crash, KILLED_AFTER, "train", run_file, f"output_dir={self.resumed}", check=False)
+        self.crash = torchrun(crash, KILLED_AFTER, "train", run_file, f"output_dir={self.resumed}")
         shutil.copytree(self.resumed, self.killed)
         unfinished = self.resumed / "checkpoints" / ".writing-000009"
         unfinished.mkdir()
         (unfinished / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
-        self.second = launch(2, *self.command, f"output_dir={self.resumed}")
+        self.second = torchrun("-m", "ptd.cli", "train", run_file, f"output_dir={self.resumed}")
+        assert self.second.returncode == 0, self.second.stderr[-8000:]
 
-    def continue_alone(self, folder: Path) -> list[str]:
-        """Continue a copied folder in this process, replicated; returns what was said."""
+    def continue_alone(self, folder: Path, *, stop: int | None = None, **train: int) -> list[str]:
+        """Continue a copied folder in this process, replicated, up to step ``stop``; returns what was said."""
         settings = {key: value for key, value in self.settings.items() if key != "deepspeed"}
-        notes = Notes()
-        train(parse_config({**settings, "output_dir": str(folder)}), reporter=notes)
-        return notes.lines
+        settings["train"] = {**settings["train"], **train}
+        return list(self.train_here({**settings, "output_dir": str(folder)}, stop=stop))
 
 
 @pytest.fixture(scope="module")
-def runs(launch: Any, backbone_dir: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(
+    launch: Any, train_here: Any, backbone_dir: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Runs:
     data = {"train": str(rows_file), "eval": str(rows_file), "max_length": 64}
     settings = {"backbone": {"path": str(backbone_dir)}, "data": data, **SETTINGS}
-    return Runs(tmp_path_factory.mktemp("runs"), settings, launch)
+    return Runs(tmp_path_factory.mktemp("runs"), settings, launch, train_here)
 
 
 def series(folder: Path, key: str) -> dict[int, float]:
@@ -198,21 +207,7 @@ def test_damaged_checkpoint_does_not_push_out_whole_ones(runs: Runs, tmp_path: P
     """With one checkpoint to keep, and a damaged one of a later step beside it."""
     folder = shutil.copytree(runs.killed, tmp_path / "damaged")
     (folder / "checkpoints" / "step-000006" / "manifest.json").write_text("{")
-    config = parse_config(
-        {
-            **{key: value for key, value in runs.settings.items() if key != "deepspeed"},
-            "train": {**runs.settings["train"], "save_steps": 1, "save_total_limit": 1},
-            "output_dir": str(folder),
-        }
-    )
-
-    class StopAtFive(Reporter):
-        def advance(self, task: str, done: int, line: str | None = None) -> None:
-            if task == "train" and done == 5:
-                raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, reporter=StopAtFive())
+    runs.continue_alone(folder, stop=5, save_steps=1, save_total_limit=1)
     assert [path.name for path in (folder / "checkpoints").glob("step-*")] == ["step-000004"]
 
 

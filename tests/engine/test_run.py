@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 
 from ptd.config import parse_config
 from ptd.engine.records import Records, plot_loss, read_records
-from ptd.train import train
-from ptd.types import Reporter, UserError
+from ptd.types import UserError
 
 STEPS = 20
 # Recorded on x86-64 with AVX-512, torch 2.13.0, one thread; to record anew, print series(finished, "loss").
@@ -54,27 +53,8 @@ EVAL_FIELDS = {"step": int, "eval_loss": float, "eval_perplexity": float, "eval_
 Start = Callable[..., list[str]]
 
 
-class Stopped(Exception):
-    """The run is torn down here."""
-
-
-class Notes(Reporter):
-    """Keeps what is said; stops the run before the record of step ``stop`` is followed by anything."""
-
-    def __init__(self, stop: int | None) -> None:
-        self.lines: list[str] = []
-        self.stop = stop
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
-
-    def advance(self, task: str, done: int, line: str | None = None) -> None:
-        if task == "train" and done == self.stop:
-            raise Stopped
-
-
 @pytest.fixture(scope="module")
-def start(backbone_dir: Path, rows_file: Path) -> Start:
+def start(backbone_dir: Path, rows_file: Path, train_here: Start) -> Start:
     """``start(folder, {"train.seed": 3}, stop=7)`` trains into ``folder`` and returns what was said."""
     settings: dict[str, Any] = {
         "backbone": {"path": str(backbone_dir)},
@@ -97,12 +77,7 @@ def start(backbone_dir: Path, rows_file: Path) -> Start:
         for key, value in (changes or {}).items():
             section, name = key.split(".")
             raw[section][name] = value
-        notes = Notes(stop)
-        try:
-            train(parse_config(raw), overwrite=overwrite, reporter=notes)
-        except Stopped:
-            assert stop is not None
-        return notes.lines
+        return train_here(raw, stop=stop, overwrite=overwrite)
 
     return run
 

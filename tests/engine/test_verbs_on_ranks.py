@@ -1,4 +1,4 @@
-"""``ptd eval``, ``predict``, ``generate``, ``inspect`` on ranks, in every placement: what one process says."""
+"""``ptd eval``, ``predict``, ``generate``, ``inspect``, ``bench`` on ranks, in every placement: as in one process."""
 
 from __future__ import annotations
 
@@ -109,6 +109,13 @@ def printed(launch, adapters, commands, tmp_path_factory: pytest.TempPathFactory
     """A folder of what two ranks printed, in one job."""
     folder = tmp_path_factory.mktemp("printed")
     lines = {f"{placement}-{name}": [*commands[name], *SHARDED[placement]] for placement, name in CASES}
+    run = folder / "run.yaml"
+    sections = json.loads((adapters["text"] / "run.json").read_text())["config"]
+    run.write_text(json.dumps({name: sections[name] for name in ("backbone", "method", "data", "train")}))
+    timed = ["--repeats", "2", "--warmup", "1", "--sweep", "method.num_virtual_tokens=2,6"]
+    for placement in ("none", "world"):
+        sharding = f"backbone.sharding={placement}"
+        lines[f"bench-{placement}"] = ["bench", str(run), sharding, *timed, "-o", str(folder / placement)]
     case_file = folder / "cases.json"
     case_file.write_text(json.dumps({"commands": lines, "adapter": str(adapters["text"])}))
     launch(2, WORKER, case_file, folder)
@@ -149,3 +156,23 @@ def test_ranks_say_what_one_process_says(printed: Path, commands, placement: str
 
 def test_the_weights_are_parted(printed: Path) -> None:
     assert all(float((printed / f"parted.{rank}").read_text()) < 0.51 for rank in range(2))
+
+
+def test_a_benchmark_of_ranks(printed: Path) -> None:
+    """Rank 0 reports useful tokens of both ranks, and the bytes that the prompt and a sharded backbone take."""
+    found = {name: json.loads((printed / name / "bench.json").read_text()) for name in ("none", "world")}
+    for name, report in found.items():
+        assert "ms a step: reduce" in (printed / f"bench-{name}.0").read_text()
+        assert (printed / f"bench-{name}.1").read_text() == ""
+        assert (printed / name / "method.num_virtual_tokens.png").is_file()
+        (lane,) = report["lanes"]
+        side = lane["sides"]["ptd"]
+        assert lane["rows_per_step"] == side["settings"]["world_size"] * 2 == 4
+        assert side["phase_seconds"]["reduce"] > 0
+        assert side["flops_per_second"] > 0, side["flops_uncounted"]
+    (sweep,) = found["none"]["sweeps"]
+    # Each of two ranks sends as much as it sums: the prompt in fp32 (2 layers of keys and values, 512 wide) and totals.
+    for point, tokens in zip(sweep["points"], (2, 6), strict=True):
+        assert point["report"]["network"]["network_bytes"] == 2 * (4 * tokens * 2 * 2 * 256 + 8 * 5)
+    backbone = {name: report["network"]["network_bytes_backbone"] for name, report in found.items()}
+    assert backbone["none"] == 0 < backbone["world"]

@@ -1,8 +1,6 @@
-"""Four steps of a ZeRO-3 run on ranks that torchrun started: what DeepSpeed keeps, and what it sends in the fourth.
+"""Four steps of a ZeRO-3 run on ranks: what DeepSpeed keeps, and what it sends in the fourth.
 
-    torchrun … worker_gathers.py RUN.json
-
-Rank 0 prints a JSON object.
+torchrun … worker_gathers.py RUN.json RESULTS.json
 """
 
 from __future__ import annotations
@@ -38,5 +36,5 @@ for _ in range(4):
 shards = sum(p.ds_tensor.numel() for p in parameters)
 if ranks.is_main:
     sent = sum(size for (_, source, _), size in meter.take().items() if source == "backbone")
-    print(json.dumps({"shards": shards, "sent": sent}))
+    Path(sys.argv[2]).write_text(json.dumps({"shards": shards, "sent": sent}))
 ranks.stop()

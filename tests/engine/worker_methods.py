@@ -1,4 +1,4 @@
-"""Run under torchrun by test_methods_on_ranks.py: runs of many methods in one process group, measured.
+"""Run on ranks by test_methods_on_ranks.py: runs of many methods in one process group, measured.
 
     torchrun --nproc-per-node N worker_methods.py CASES.json RESULTS.json
 

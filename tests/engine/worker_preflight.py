@@ -1,4 +1,4 @@
-"""Run under torchrun by test_preflight.py: what the checks before a run say on two ranks, one line of JSON a rank.
+"""Run on ranks by test_preflight.py: what the checks before a run say on two ranks, one line of JSON a rank.
 
 torchrun --nproc-per-node 2 worker_preflight.py BACKBONE OTHER_BACKBONE FOLDER
 """

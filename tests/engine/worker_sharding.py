@@ -1,4 +1,4 @@
-"""Run under torchrun by test_sharding.py, four ranks as two nodes: backbones in shards against whole ones, measured.
+"""Run on ranks by test_sharding.py, four ranks as two nodes: backbones in shards against whole ones, measured.
 
     torchrun --nproc-per-node 4 worker_sharding.py CASES.json RESULTS.json
 

@@ -1,4 +1,4 @@
-"""Run under torchrun by test_steps.py: many cases of the engine in one process group, their measurements as JSON.
+"""Run on ranks by test_steps.py: many cases of the engine in one process group, their measurements as JSON.
 
     torchrun --nproc-per-node N worker_steps.py BACKBONE_FOLDER RESULTS.json
 

@@ -1,4 +1,4 @@
-"""Run under torchrun by test_verbs_on_ranks.py: ``ptd`` with one command line after the other, as a person types them.
+"""Run on ranks by test_verbs_on_ranks.py: ``ptd`` with one command line after the other, as a person types them.
 
     torchrun --nproc-per-node 2 worker_verbs.py COMMANDS.json FOLDER
 

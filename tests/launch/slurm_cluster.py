@@ -21,7 +21,7 @@ FINAL = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL
 
 # The two nodes are this machine twice, told apart by their ports. The GPU nodes exist on paper only: no slurmd is
 # there, but sbatch --test-only says whether a script's request could be met. cred_expire (120 s by default) is also
-# how long a job waits that is queued again.
+# how long a job waits that is queued again. MASTER_PORT comes from the job's id: two of these Slurms are to differ.
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -46,6 +46,7 @@ SchedulerParameters=batch_sched_delay=0
 SlurmdParameters=config_overrides
 KillWait=5
 ReturnToService=2
+FirstJobId={first}
 GresTypes=gpu
 NodeName={nodes[0]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
 NodeName={nodes[1]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
@@ -105,7 +106,14 @@ def start_slurm(folder: Path) -> Iterator[Slurm]:
     (folder / "munge.key").write_bytes(secrets.token_bytes(128))
     (folder / "munge.key").chmod(0o600)
     (folder / "gres.conf").write_text("NodeName=gpu[1-4] Name=gpu Count=8\n")
-    config = CONFIG.format(host=host, nodes=nodes, user=getpass.getuser(), folder=folder, ports=_free_ports(3))
+    config = CONFIG.format(
+        host=host,
+        nodes=nodes,
+        user=getpass.getuser(),
+        folder=folder,
+        ports=_free_ports(3),
+        first=1 + secrets.randbelow(10**6),
+    )
     (folder / "slurm.conf").write_text(config)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
     slurm = Slurm(folder, nodes, {**kept, "PATH": SBIN, "SLURM_CONF": str(folder / "slurm.conf")})

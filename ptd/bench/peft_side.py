@@ -1,0 +1,240 @@
+"""PEFT's side of a benchmark: its model of the same prompt in a plain training loop, on given rows.
+
+``as-run``: random batches padded on the right, SDPA, the backbone's dtype, AdamW. ``best``: the same with batches of
+rows of like length; on a GPU also flash-attention 2 where it is installed and the batch size that is fastest of those
+that fit, on a CPU with an allocator that keeps what it has (`ENVIRONMENT`).
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ptd.backbone import load_model
+from ptd.bench.clock import PeakMemory, PhaseClock
+from ptd.bench.flops import AttentionLayer, Formula, observed, padded_load
+from ptd.bench.sides import ENVIRONMENT, GRADIENT, MATERIAL, PROMPT, Facts, Sample, Setting
+from ptd.checkpoint.peft_format import PREFIX_TYPES
+from ptd.config import RunConfig
+from ptd.data.batches import padded_batch
+from ptd.deepspeed_config import apply_deepspeed
+from ptd.types import IGNORE_INDEX, UserError
+
+
+class PeftSide:
+    """The process that trains with PEFT, from what `PtdSide.hand_over` left in ``folder``."""
+
+    def __init__(self, config: RunConfig, folder: Path, setting: Setting) -> None:
+        if find_spec("peft") is None:
+            raise UserError("--against peft: PEFT is not installed; pip install peft")
+        import peft
+
+        config, _ = apply_deepspeed(config)
+        self.config, self.folder, self.setting = config, folder, setting
+        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        with (folder / MATERIAL).open("rb") as file:  # written by ptd's side a moment ago
+            self.examples, self.pad_token_id, handed = pickle.load(file)
+        self.memory = PeakMemory(self.device)
+        base = load_model(config.backbone, device=self.device)
+        self.attention = base.config._attn_implementation
+        cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[handed["peft_type"]]
+        settings = handed["fields"] | _shared(config, cls) | {"inference_mode": False, "task_type": "CAUSAL_LM"}
+        settings.pop("peft_version", None)
+        try:
+            self.model = peft.get_peft_model(base, cls(**settings)).train()
+        except ValueError as error:  # prefix-tuning under gradient checkpointing, for one
+            raise UserError(f"--against peft: PEFT refuses this run: {error}") from error
+        self.encoder = self.model.prompt_encoder["default"]
+        _start(self.encoder, torch.load(folder / PROMPT, weights_only=True), config)
+        self.prefix = handed["peft_type"] in PREFIX_TYPES
+        self.virtual_tokens = int(settings["num_virtual_tokens"])
+        self.parameters = [parameter for parameter in self.encoder.parameters() if parameter.requires_grad]
+        train = config.train
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=train.learning_rate,
+            betas=(train.adam_beta1, train.adam_beta2),
+            eps=train.adam_epsilon,
+            weight_decay=train.weight_decay,
+            fused=self.device.type == "cuda",
+        )
+        self.micro_rows = train.per_device_train_batch_size
+        self.clock = PhaseClock(self.device)
+        self.formula, self.uncounted = self._count(handed["attention"])
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def facts(self) -> Facts:
+        settings = {
+            "setting": self.setting,
+            "batches": "padded, random" if self.setting == "as-run" else "padded, rows of like length together",
+            "rows": self.micro_rows,
+            "gradient_accumulation_steps": self.config.train.gradient_accumulation_steps,
+            "attention": self.attention,
+            "optimizer": "AdamW" + (" (fused)" if self.device.type == "cuda" else ""),
+            "environment": ENVIRONMENT[self.setting] if self.device.type == "cpu" else {},
+        }
+        dtype = str(self.model.base_model.dtype).removeprefix("torch.")
+        return Facts(self.device.type, dtype, torch.get_num_threads(), settings, self.uncounted)
+
+    def check(self, rows: np.ndarray) -> dict[str, float]:
+        """The mean loss of these rows, and how far the prompt's gradient is from that in the folder, relatively."""
+        outputs: list[Tensor] = []
+
+        def keep(module: Any, inputs: Any, output: Tensor) -> None:
+            output.retain_grad()
+            outputs.append(output)
+
+        handle = self.encoder.register_forward_hook(keep)
+        loss = self._forward_backward(self._batches(rows))
+        handle.remove()
+        self.optimizer.zero_grad(set_to_none=True)
+        # Rows have a copy of the prompt each.
+        own = torch.stack([output.grad.float().sum(0) for output in outputs if output.grad is not None]).sum(0).cpu()
+        other = torch.load(self.folder / GRADIENT, weights_only=True)
+        return {"loss": float(loss), "gradient": float((own - other).norm() / other.norm())}
+
+    def take(self, rows: np.ndarray) -> Sample:
+        """One optimizer step on these rows, measured."""
+        self.memory.reset()
+        self.clock.start("data")
+        batches = self._batches(rows)
+        loss = self._forward_backward(batches)
+        self.clock("optimizer")
+        if self.config.train.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.train.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        value = float(loss) if self.setting == "as-run" else None  # its users log it
+        seconds, phases = self.clock.stop()
+        return Sample(
+            seconds,
+            phases,
+            int(self.examples.lengths[rows].sum()),
+            sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches),
+            float(loss) if value is None else value,
+            self.memory.peak(),
+            sum(batch["input_ids"].numel() for batch in batches),
+            None if self.formula is None else sum(self.formula.flops(self._load(batch)) for batch in batches),
+        )
+
+    def fit(self, most: int) -> dict[str, Any]:
+        """Find what is fastest: the attention, and the rows of a micro-batch of those that fit, up to ``most``.
+
+        The longest rows of the data have to fit. Returns what was tried, tokens/s by attention and rows.
+        """
+        longest = np.argsort(-self.examples.lengths, kind="stable")
+        typical = longest[len(longest) // 2 :]
+        tried: dict[str, dict[int, float]] = {}
+        best: tuple[float, str, int] = (0.0, self.attention, self.micro_rows)
+        for attention in _attentions(self.device):
+            self.model.base_model.set_attn_implementation(attention)
+            rows = self.config.train.per_device_train_batch_size
+            while rows <= max(most, self.config.train.per_device_train_batch_size):
+                self.micro_rows = rows
+                try:
+                    self._forward_backward(self._batches(longest[:rows]))
+                    rate = self._rate(typical[:rows])
+                except (torch.OutOfMemoryError, ValueError, RuntimeError):  # too large, or nothing for this model
+                    break
+                finally:
+                    self.optimizer.zero_grad(set_to_none=True)
+                tried.setdefault(attention, {})[rows] = rate
+                best = max(best, (rate, attention, rows))
+                rows *= 2
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        _, self.attention, self.micro_rows = best
+        self.model.base_model.set_attn_implementation(self.attention)
+        return {"tried": tried, "attention": self.attention, "rows": self.micro_rows}
+
+    def _rate(self, rows: np.ndarray) -> float:
+        """Useful tokens a second of forward and backward pass."""
+        batches = self._batches(rows)
+        for repetition in range(2):
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            began = time.perf_counter()
+            self._forward_backward(batches)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            if repetition == 1:
+                return int(self.examples.lengths[rows].sum()) / (time.perf_counter() - began)
+        raise AssertionError
+
+    def _batches(self, rows: np.ndarray) -> list[dict[str, Tensor]]:
+        """Padded micro-batches as Hugging Face models take them: labels stand at their own tokens."""
+        found = []
+        for begin in range(0, len(rows), self.micro_rows):
+            batch = padded_batch(self.examples, rows[begin : begin + self.micro_rows], self.pad_token_id)
+            labels = torch.full_like(batch.labels, IGNORE_INDEX)
+            labels[:, 1:] = batch.labels[:, :-1]
+            given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long(), "labels": labels}
+            found.append(given)
+        return found
+
+    def _forward_backward(self, batches: list[dict[str, Tensor]]) -> Tensor:
+        """Accumulate the gradient of the mean over all supervised tokens; returns that mean."""
+        counts = [1]
+        if len(batches) > 1:
+            counts = [int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches]
+        total = torch.zeros((), device=self.device)
+        for batch, count in zip(batches, counts, strict=True):
+            self.clock("forward")
+            placed = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+            loss = self.model(**placed).loss * (count / sum(counts))
+            self.clock("backward")
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def _load(self, batch: dict[str, Tensor]) -> Any:
+        count, width = batch["input_ids"].shape
+        return padded_load(count, width, self.virtual_tokens, prefix=self.prefix)
+
+    def _count(self, layers: tuple[AttentionLayer, ...]) -> tuple[Formula | None, str | None]:
+        (batch,) = self._batches(np.arange(1))
+        try:
+            linear = observed(self.model.base_model, self._load(batch), lambda: self._forward_backward([batch]))
+        except LookupError as error:
+            return None, str(error)
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+        # Keys and values of the prefix are joined with the tokens' own, which the gradient then passes through too.
+        joined = tuple(AttentionLayer(each.heads, each.key_dim, each.value_dim, each.kind, True) for each in layers)
+        return Formula(linear, joined, self.config.backbone.gradient_checkpointing), None
+
+
+def _shared(config: RunConfig, peft_config: Any) -> dict[str, Any]:
+    """What the method's configuration and PEFT's call by the same name (``prefix_projection``, for one)."""
+    settings, names = config.method_config(), {field.name for field in fields(peft_config)}
+    given = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name in names}
+    # PEFT writes its choices (LSTM, MLP) in capitals.
+    return {k: v.upper() if isinstance(v, str) else v for k, v in given.items() if v is not None}
+
+
+def _start(encoder: Any, prompt: dict[str, Any], config: RunConfig) -> None:
+    """Give PEFT's prompt encoder the values of ptd's; raises `UserError` if it is built otherwise."""
+    mine = {"embedding.weight" if name == "embedding" else name: value for name, value in prompt.items()}
+    theirs = encoder.state_dict()
+    if {name: value.shape for name, value in mine.items()} != {name: value.shape for name, value in theirs.items()}:
+        shown = [", ".join(f"{name} {list(value.shape)}" for name, value in each.items()) for each in (mine, theirs)]
+        raise UserError(
+            f"--against peft: PEFT builds the prompt encoder of method {config.method_name} otherwise, so the two "
+            f"would not do the same work: ptd's has {shown[0]}; PEFT's {shown[1]}. With a prefix MLP set "
+            "method.embedding_size to the width PEFT's has; else compare a prompt that is trained directly"
+        )
+    encoder.load_state_dict(mine)
+
+
+def _attentions(device: torch.device) -> list[str]:
+    return ["sdpa"] + ["flash_attention_2"] * (device.type == "cuda" and find_spec("flash_attn") is not None)

@@ -1,0 +1,220 @@
+"""ptd's side of a benchmark: the engine of ``ptd train``, one step at a time on given rows."""
+
+from __future__ import annotations
+
+import pickle
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ptd.bench.clock import PeakMemory, PhaseClock
+from ptd.bench.flops import AttentionLayer, Formula, Load, attention_layers, distinct, load_of, observed
+from ptd.bench.machine import matmul_rate
+from ptd.bench.sides import GRADIENT, MATERIAL, PROMPT, Facts, Sample
+from ptd.checkpoint import peft_format
+from ptd.config import RunConfig
+from ptd.deepspeed_config import apply_deepspeed, check_batch_size
+from ptd.engine.loop import Loop
+from ptd.engine.meter import metered_deepspeed, summary
+from ptd.engine.preflight import check_same_config
+from ptd.engine.ranks import Ranks
+from ptd.train import PEFT_TASKS, build_engine, read_material
+from ptd.types import Batch, PromptState, Reporter, UserError
+
+
+class PtdSide:
+    """One process of the run that ``config`` describes. Methods that take rows are called on all ranks together.
+
+    ``folder``: where the other side finds what it starts from; None if there is no other side.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path | None = None) -> None:
+        config, zero3 = apply_deepspeed(config)
+        if folder is not None and zero3 is not None:
+            raise UserError(
+                "--against peft: this run shards its backbone with DeepSpeed, and the comparison runs each side in one "
+                "process that holds all of it; leave out --against, or sharding and deepspeed"
+            )
+        self.ranks = Ranks.start(needs_group=zero3 is not None)
+        self._open = ExitStack()
+        self._open.callback(self.ranks.stop)
+        try:
+            self._prepare(config, zero3, folder)
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, config: RunConfig, zero3: dict[str, Any] | None, folder: Path | None) -> None:
+        ranks = self.ranks
+        check_batch_size(config, ranks.world_size)
+        check_same_config(config, ranks)
+        self.config, self.folder = config, folder
+        self.material = read_material(config, ranks, Reporter())
+        if not self.material.trains:
+            raise UserError(f"method.name: {config.method_name} trains nothing, so there is no step to time")
+        self.memory = PeakMemory(ranks.device)
+        self.engine = build_engine(config, zero3, ranks, config.train, self.material)
+        self.prepared, self.step, self.batches = self.engine
+        if zero3 is not None:
+            self._open.enter_context(metered_deepspeed(self.step.meter))
+        nothing = lambda *unused: None  # noqa: E731
+        self.loop = Loop(
+            config.train, self.prepared, self.step, self.batches, None, ranks, Reporter(), nothing, nothing, nothing
+        )
+        self.clock = PhaseClock(ranks.device)
+        self.step.phase = self.clock
+        self.formula: Formula | None = None
+        self.uncounted = self._count()
+        self._taken = 0
+        self._sent: dict[tuple[str, str, str], float] = {}
+
+    def close(self) -> None:
+        """Leave the process group."""
+        self._open.close()
+
+    def facts(self) -> Facts:
+        backbone, model = self.config.backbone, self.prepared.model
+        settings = {
+            "batches": "packed" if self.batches.packing else "padded",
+            "rows": self.config.train.per_device_train_batch_size,
+            "gradient_accumulation_steps": self.config.train.gradient_accumulation_steps,
+            "attention": backbone.attention,
+            "sharding": backbone.sharding,
+            "quantization": backbone.quantization,
+            "world_size": self.ranks.world_size,
+        }
+        return Facts(
+            device=self.ranks.device.type,
+            dtype=str(model.dtype).removeprefix("torch."),
+            threads=torch.get_num_threads(),
+            settings=settings,
+            uncounted=self.uncounted,
+            rows=len(self.material.examples),
+            obstacle=self._obstacle(),
+        )
+
+    def hand_over(self) -> None:
+        """Write what PEFT's side starts from."""
+        assert self.folder is not None
+        encoder, layout = self.step.encoder, self.step.encoder.layout
+        with torch.no_grad():
+            flat, state = self.step.flat(), self.step.state()
+        torch.save(encoder.state_dict(), self.folder / PROMPT)
+        peft = peft_format.write_config(layout, len(flat), encoder.peft_type)
+        attention = self._attention(state)
+        handed = {"peft_type": encoder.peft_type, "fields": peft, "attention": attention}
+        with (self.folder / MATERIAL).open("wb") as file:
+            pickle.dump((self.material.examples, self.material.tokenizer.pad_token_id or 0, handed), file)
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        return self.material.examples.lengths
+
+    def rows(self, step: int) -> np.ndarray:
+        """The rows that ``ptd train`` takes at this step."""
+        return np.array(self.batches.rows(step))
+
+    def matmul_rate(self) -> dict[str, Any]:
+        """What this machine reaches in this run's dtype."""
+        dtype = self.prepared.model.dtype
+        return matmul_rate(dtype, self.ranks.device)
+
+    def check(self, rows: np.ndarray) -> float:
+        """The mean loss of these rows at the prompt as it is; leaves its gradient in the folder. Takes no step."""
+        loss = weight = 0.0
+        self.prepared.attachment.set(self.step.encode())
+        for batch in self.batches.of(rows):
+            reading = self.step.readout(self.prepared.run, batch)
+            reading.loss.backward()
+            loss, weight = loss + float(reading.loss.detach()), weight + float(reading.weight)
+        if self.folder is not None:
+            torch.save((self.step.leaf_gradient() / weight).cpu(), self.folder / GRADIENT)
+        self.step.optimizer.zero_grad(set_to_none=True)
+        return loss / weight
+
+    def take(self, rows: np.ndarray) -> Sample:
+        """One optimizer step on these rows, measured."""
+        self.memory.reset()
+        self.step.meter.take()
+        self.clock.start("data")
+        batches = self.batches.of(rows)
+        result, _ = self.loop.take_step(self._taken, batches)
+        seconds, phases = self.clock.stop()
+        self._taken += 1
+        for key, size in self.step.meter.take().items():
+            self._sent[key] = self._sent.get(key, 0.0) + size
+        if result.skipped:
+            raise UserError(
+                f"step {self._taken} was skipped (loss {result.loss}, gradient norm {result.grad_norm}), so there is "
+                "nothing to time; lower train.learning_rate"
+            )
+        positions = sum(batch.input_ids.numel() for batch in batches)
+        flops = None if self.formula is None else sum(self.formula.flops(self._load(batch)) for batch in batches)
+        return Sample(
+            seconds,
+            phases,
+            result.tokens,
+            result.supervised_tokens,
+            result.loss,
+            self.memory.peak(),
+            positions,
+            flops,
+        )
+
+    def forget(self) -> None:
+        """What went over the network so far was warm-up."""
+        self._sent.clear()
+
+    def network(self, steps: int) -> dict[str, Any]:
+        """What all ranks sent, as means over ``steps``."""
+        return summary(self.ranks, self._sent, 0.0, steps)
+
+    def _obstacle(self) -> str | None:
+        """Why PEFT cannot do the same work."""
+        task = self.config.task.kind
+        if task != "causal_lm":
+            return f"task.kind {task} ends in another head than PEFT's, so the two would not do the same work"
+        if self.prepared.model.dtype is torch.float16:
+            return "float16 needs a loss scale, which PEFT leaves to the training loop; use bfloat16 or float32"
+        encoder = self.step.encoder
+        obstacle = peft_format.obstacle(encoder.layout, encoder.peft_type, PEFT_TASKS[self.material.task.output])
+        return None if obstacle is None else f"{obstacle} (method {self.config.method_name})"
+
+    def _attention(self, state: PromptState) -> tuple[AttentionLayer, ...]:
+        shape, config = self.prepared.shape, self.prepared.model.config
+        return attention_layers(shape, config, state, checkpointed=self.config.backbone.gradient_checkpointing)
+
+    def _load(self, batch: Batch) -> Load:
+        return load_of(batch, self._state, {layer.kind for layer in self.prepared.shape.layers})
+
+    def _count(self) -> str | None:
+        """Find the formula of this run's FLOPs from one step without a result; returns why there is none."""
+        self._state = self.step.state()
+        rows = self.rows(0)
+        if self.ranks.world_size > 1:
+            batch: Batch | None = self.batches.of(rows)[0]
+        else:
+            candidates = [each for count in range(1, len(rows) + 1) for each in self.batches.of(rows[:count])]
+            batch = next((each for each in candidates if distinct(self._load(each))), None)
+        if batch is None or self.ranks.any(
+            not (batch.rows and distinct(self._load(batch)))
+        ):  # all ranks go on together, or none
+            return "the kinds of rows cannot be told apart in these batches"
+
+        def step() -> None:
+            self.prepared.attachment.set(self.step.encode())
+            self.step.readout(self.prepared.run, batch).loss.backward()
+
+        model, config = self.prepared.model, self.config.backbone
+        head = model.get_output_embeddings() if self.config.task.kind == "causal_lm" else None
+        try:
+            linear = observed(torch.nn.ModuleList([model, self.step.readout]), self._load(batch), step, head)
+        except LookupError as error:
+            return str(error)
+        finally:
+            self.step.optimizer.zero_grad(set_to_none=True)
+        self.formula = Formula(linear, self._attention(self._state), config.gradient_checkpointing)
+        return None
