@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ptd import completion
+from ptd.cli import completion
 from ptd.methods import methods
 from ptd.shipped import RECIPES
 

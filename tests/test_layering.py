@@ -69,9 +69,8 @@ LAYERS: dict[str, list[str]] = {
     "ptd.quickstart.run": [*STAGES, "engine", "quickstart", *VERBS],
     "ptd.quickstart*": ["types"],
     "ptd.console": ["types", "config"],
-    "ptd.completion": ["config", "shipped"],  # no torch: a key press waits for it
-    "ptd.cli_launch": [*STAGES, "completion", "engine", "launch"],
-    "ptd.cli": [*STAGES, "cli_launch", "completion", "engine", "quickstart", "console", *VERBS],
+    "ptd.cli.completion": ["config", "shipped"],  # no torch: a key press waits for it
+    "ptd.cli*": [*STAGES, "engine", "quickstart", "console", *VERBS],
 }
 
 # Third-party package -> the modules that may import it.
@@ -81,8 +80,8 @@ ONLY_IMPORTERS = {
     "transformers.integrations.deepspeed": ["ptd.backbone*"],
     "datasets": ["ptd.data*", "ptd.tasks*"],
     "ptd_kernels": ["ptd.inject*", "ptd_kernels*"],
-    "typer": ["ptd.cli", "ptd.cli_launch", "ptd.completion", "ptd.console"],
-    "rich": ["ptd.cli", "ptd.console"],
+    "typer": ["ptd.cli*"],
+    "rich": ["ptd.console"],
     "jinja2": ["ptd.inspection*", "ptd.launch*"],
 }
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import typer
 
-METHODS = Path(__file__).parent / "methods"
+METHODS = Path(__file__).parents[1] / "methods"
 
 
 def run_files(incomplete: str) -> list[str]:

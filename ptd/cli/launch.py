@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from ptd import completion
+from ptd.cli.common import Overrides, Overwrite, Retry, RunFile
 from ptd.errors import UserError
 
 app = typer.Typer(
@@ -20,20 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Run = Annotated[
-    Path, typer.Argument(help="The run file (YAML).", metavar="RUN.yaml", autocompletion=completion.run_files)
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        help="Changes to it, e.g. train.learning_rate=3e-3.",
-        metavar="KEY=VALUE",
-        autocompletion=completion.overrides,
-    ),
-]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and stop.")]
-Overwrite = Annotated[bool, typer.Option(help="Replace a run that is in output_dir already.")]
-Retry = Annotated[bool, typer.Option("--retry", help="Continue a run also if it failed again and again.")]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="The ranks show no progress: the result alone, and what goes wrong.")
 ]
@@ -45,7 +32,7 @@ RanksPerNode = Annotated[
 
 @app.command()
 def local(
-    run: Run,
+    run: RunFile,
     overrides: Overrides = None,
     gpus_per_node: Annotated[
         int | None, typer.Option(min=0, help="GPUs to use; default: all that are visible. 0: run on the CPU.")
@@ -82,7 +69,7 @@ def local(
 
 @app.command()
 def ssh(
-    run: Run,
+    run: RunFile,
     hostfile: Annotated[Path, typer.Option(help="Lines of: NAME slots=GPUS.")],
     overrides: Overrides = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Use the first so many; default: all.")] = None,
@@ -141,7 +128,7 @@ def ssh(
 
 @app.command()
 def slurm(
-    run: Run,
+    run: RunFile,
     nodes: Annotated[int, typer.Option(min=1)],
     gpus_per_node: Annotated[int, typer.Option(min=0, help="0: nodes without GPUs.")],
     overrides: Overrides = None,
