@@ -371,3 +371,17 @@ def test_nothing_is_coloured_where_nobody_sees_it(
     monkeypatch.setenv("NO_COLOR", "1")
 
     assert not re.search(r"\x1b\[[0-9;]*3[0-7]", ptd(*inspect).out)
+
+
+def test_ranks_are_quiet_too(ptd: Any, tmp_path: Path, backbone_dir: Path) -> None:
+    run = write_run(tmp_path, backbone_dir)
+    hosts = tmp_path / "hostfile"
+    hosts.write_text("a slots=2\n", encoding="utf-8")
+    for where in (
+        ("local", "--gpus-per-node", 0),
+        ("ssh", "--hostfile", hosts, "--no-ssh", "--node-rank", 0, "--master-addr", "a"),
+    ):
+        for flags, ends in (((), str(run)), (("--quiet",), f"{run} --quiet")):
+            outcome = ptd("launch", where[0], run, *where[1:], *flags, "--dry-run")
+            assert outcome.code == 0, outcome.err
+            assert outcome.out.splitlines()[-1].endswith(ends)
