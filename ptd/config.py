@@ -71,6 +71,10 @@ class BackboneConfig(Section):
     )
     offload_folder: str | None = Field(None, description="folder on a local NVMe disk, for offload: nvme")
     gradient_checkpointing: bool = Field(False, description="recompute layers in backward: less memory, slower")
+    compile: bool = Field(
+        False,
+        description="torch.compile each layer: faster steps after a slow first one; whole, unquantised weights only",
+    )
     attention: str = Field(
         "auto",
         description="backend of prefix_attention: auto, merge, triton, reference, or merge with a library by name",
@@ -98,6 +102,11 @@ class BackboneConfig(Section):
             raise ValueError(
                 "quantization: int8 weights are not sharded (bitsandbytes keeps all of them on every rank); use "
                 "quantization: nf4, which is, or quantization: none, or sharding: none"
+            )
+        if self.compile and (self.sharding != "none" or self.quantization != "none"):
+            raise ValueError(
+                "compile: only whole, unquantised weights are compiled; set compile: false, or sharding: none and "
+                "quantization: none"
             )
         if self.quantization == "nf4" and self.offload == "nvme":
             raise ValueError("offload: nvme takes weights of one dtype only, which nf4 does not have; use offload: cpu")
@@ -410,6 +419,7 @@ NOT_SETTABLE = {
     "backbone.path": "the backbone is given as --backbone",
     "backbone.revision": "the revision is the one the adapter was trained on; for another give a folder as --backbone",
     "backbone.gradient_checkpointing": "nothing is trained here; remove it",
+    "backbone.compile": "nothing is trained here; remove it",
     "data.train": "nothing is trained here; remove it",
     "data.train_split": "nothing is trained here; remove it",
     "data.max_tokens": "batches are of --batch-size rows here; remove it",

@@ -31,6 +31,7 @@ from ptd.engine.ranks import Ranks
 from ptd.engine.records import METRICS, Records, plot_loss, read_records
 from ptd.engine.setup import Prepared, check_context, prepare
 from ptd.engine.watchdog import Watchdog, Watched
+from ptd.inject import compile_layers
 from ptd.methods import TaskFacts, method
 from ptd.tasks import Task, make_task
 from ptd.types import DataReport, Examples, Preempted, Reporter, UserError
@@ -391,6 +392,8 @@ def build_engine(
 ) -> Engine:
     """Load the backbone and put around it what the run trains. Every rank calls this together; raises `UserError`."""
     prepared = prepare(config.backbone, ranks, zero3, output=material.task.output)
+    if config.backbone.compile:
+        compile_layers(prepared.model)
     trained = _build(config, prepared, material.task, material.tokenizer, ranks)
     step = build_step(config, trained, ranks, prepared.model.dtype)
     batches = _batches(config.data, settings, material.examples, material.tokenizer, prepared, ranks)

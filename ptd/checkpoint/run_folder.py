@@ -21,6 +21,7 @@ OWN = ("run.json", "metrics.jsonl", "loss.png", "adapter", "best", "checkpoints"
 FREE_TO_CHANGE = {
     "backbone": {
         "gradient_checkpointing",
+        "compile",
         "attention",
         "sharding",
         "sharding_group_size",

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from ptd.inject import Attachment
@@ -14,9 +15,10 @@ from ptd.types import Batch
 
 
 class Forward:
-    """The ``run(batch, positions)`` of `ptd.readouts`: a language model's logits, or a body's last hidden states.
+    """The ``run`` of `ptd.readouts`: a language model's logits or their cross-entropy, or a body's last hidden states.
 
-    Only the positions asked for reach the language model's head.
+    Only the positions asked for reach what is behind the last attention, and the language model's head. With gradient
+    checkpointing the backward pass has to come before the next forward pass.
     """
 
     def __init__(self, model: PreTrainedModel, attachment: Attachment, device: torch.device) -> None:
@@ -30,6 +32,16 @@ class Forward:
         output = self.model(**self._inputs(batch.to(self.device)))
         logits: Tensor | None = output.get("logits")
         return (output.last_hidden_state if logits is None else logits).flatten(0, 1)
+
+    def cross_entropy(self, batch: Batch, positions: Tensor, targets: Tensor) -> Tensor:
+        """Sum over ``positions`` of the language model's cross-entropy with ``targets`` ``[len(positions)]``, fp32."""
+        targets = targets.to(self.device, non_blocking=True)
+        head = self.attachment.head
+        if not head.fuses:
+            return cross_entropy(self(batch, positions).float(), targets, reduction="sum")
+        self.attachment.keep(positions.to(self.device, non_blocking=True), targets)
+        self.model(**self._inputs(batch.to(self.device)))
+        return head.take()
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs: dict[str, Any] = {}

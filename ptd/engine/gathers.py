@@ -3,10 +3,9 @@
 A model of ``PartitionedParameterCoordinator`` (DeepSpeed 0.19.8, runtime/zero/partitioned_param_coordinator.py) in its
 steady state: from the third training step on it knows the order of the modules. Before a module runs its weights are
 gathered, and those of the next modules up to ``prefetch_bucket_size`` numbers; afterwards they are released unless they
-are used again within ``max_reuse_distance`` numbers. What is released in the forward pass it decides once, by the first
-order it has seen complete (``functools.lru_cache`` on ``__params_to_release``): that of the pass with which ptd looks
-at the attention layers, which has no backward pass, so a forward pass keeps nothing for the backward one. Weights of up
-to ``param_persistence_threshold`` numbers stay.
+are used again within ``max_reuse_distance`` numbers, be it by the backward pass. It decides that once, by the first
+order it has seen complete (``functools.lru_cache`` on ``__params_to_release``), which `Shards.forget_passes` makes that
+of a training step. Weights of up to ``param_persistence_threshold`` numbers stay.
 """
 
 from __future__ import annotations
@@ -86,7 +85,6 @@ class _Coordinator:
         self.weights, self.modules, self.group, self.limits = weights, modules, group, limits
         fetches = [use for use in uses if use.kind == "fetch"]
         self.order = [use.module for use in fetches]
-        self.forward_steps = next((step for step, use in enumerate(fetches) if use.backward), len(fetches))
         numels = [sum(weights[i].numel for i in modules[module]) for module in self.order]
         self.before = [0, *accumulate(numels)]
         self.steps_of: dict[int, list[int]] = {}
@@ -94,8 +92,9 @@ class _Coordinator:
             for weight in modules[module]:
                 self.steps_of.setdefault(weight, []).append(step)
         self.persistent = {i for i, w in enumerate(weights) if w.numel <= limits.param_persistence_threshold}
-        self.available = set(self.persistent)
+        self.available: set[int] = set()
         self.in_flight: dict[int, _Bucket] = {}
+        self.settled: dict[tuple[int, int], set[int]] = {}  # which weights a module releases at a step
         self.nbytes = 0
         self.begin()
 
@@ -164,22 +163,22 @@ class _Coordinator:
         self._gather(chosen)
 
     def _release(self, module: int) -> None:
+        if (module, self.step) not in self.settled:
+            self.settled[module, self.step] = {i for i in self.modules[module] if not self._used_soon(i)}
         for weight in self.modules[module]:
             self.active.get(weight, set()).discard(module)
-            if weight in self.persistent or weight not in self.available or self.active.get(weight):
-                continue
-            steps = self.steps_of[weight]
-            following = bisect_left(steps, self.step)
-            used_soon = following < len(steps) and (
-                self.before[steps[following]] - self.before[self.step] < self.limits.max_reuse_distance
-            )
-            if self.step <= self.forward_steps:
-                used_soon &= steps[min(following, len(steps) - 1)] < self.forward_steps
-            elif self.fetched_for.get(weight, -1) > self.step:
-                continue
-            if not used_soon:
+            if weight in self.available and not self.active.get(weight) and weight in self.settled[module, self.step]:
                 self.available.discard(weight)
                 self.live_numel -= self.weights[weight].numel
+
+    def _used_soon(self, weight: int) -> bool:
+        if weight in self.persistent or self.fetched_for.get(weight, -1) > self.step:
+            return True
+        steps = self.steps_of[weight]
+        following = bisect_left(steps, self.step)
+        return following < len(steps) and (
+            self.before[steps[following]] - self.before[self.step] < self.limits.max_reuse_distance
+        )
 
 
 def gathers(

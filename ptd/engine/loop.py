@@ -73,6 +73,7 @@ class Loop:
         self.reporter.start("train", stop, start)
         if evaluation_due:
             self.evaluate(start)
+        self.prepared.forget_passes()
         ready = time.perf_counter()
         for index, micro_batches in prefetch(self.batches, start, stop):
             began = time.perf_counter()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -26,6 +27,8 @@ class Prepared:
     fingerprint: str
     sharded: bool = False
     """Every forward pass is one of all ranks together."""
+    forget_passes: Callable[[], None] = lambda: None
+    """To be called before training: what passes without a backward one were like is no model for its steps."""
 
     @property
     def shape(self) -> BackboneShape:
@@ -36,6 +39,7 @@ def prepare(
     config: BackboneConfig, ranks: Ranks, zero3: dict[str, Any] | None = None, *, output: Output = "causal_lm"
 ) -> Prepared:
     """Load, shard (with ``zero3``) and attach to the backbone. Every rank calls this together."""
+    shards = None
     if zero3 is None:
         model = load_model(config, output, device=ranks.device, check=check_supported)
     else:
@@ -51,7 +55,11 @@ def prepare(
         same_fingerprint(fingerprint(model), ranks) if zero3 is None else ranks.on_main(lambda: fingerprint(model))
     )
     attachment = Attachment(model, backend=config.attention)
-    return Prepared(model, attachment, Forward(model, attachment, ranks.device), identity, zero3 is not None)
+    prepared = Prepared(model, attachment, Forward(model, attachment, ranks.device), identity)
+    if shards is None:
+        return prepared
+    shards.forget_passes()
+    return replace(prepared, sharded=True, forget_passes=shards.forget_passes)
 
 
 def check_context(shape: BackboneShape, num_virtual_tokens: int, max_length: int) -> None:

@@ -79,6 +79,7 @@ class Shards:
             module=nn.Module(), data_parallel_group=group, config_dict_or_path={**zero3, **flags}
         )
         self._weights: list[_Weight] = []
+        self._offload: Any = None
 
     @contextmanager
     def receiving(self) -> Iterator[None]:
@@ -123,7 +124,22 @@ class Shards:
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self._zero.local_device))
         self._weights.clear()
-        deepspeed.initialize(model=model, config=self.zero3)
+        engine, *_ = deepspeed.initialize(model=model, config=self.zero3)
+        self._offload = engine.optimizer
+
+    def forget_passes(self) -> None:
+        """Let the passes to come settle what is kept from forward to backward.
+
+        DeepSpeed settles it by the first order of modules that it sees complete and keeps it in a cache. A pass without
+        a backward one would have it keep nothing, and gather each weight twice a step ever after.
+        """
+        coordinator = self._offload.get_param_coordinator()
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
+        settled = type(coordinator)._PartitionedParameterCoordinator__params_to_release
+        for cell in settled.__closure__ or ():  # the cache is below a decorator that does not show it
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
 
     def _untie_different(self) -> None:
         """Take back what the loader has tied although the checkpoint holds different weights there.

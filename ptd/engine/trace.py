@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
 from ptd.engine.allocations import Allocations, Interval
@@ -211,11 +211,16 @@ class _Uses:
 
     @staticmethod
     def _before(begin: Callable[..., None], end: Callable[..., None]) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def own(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.requires_grad:
+                return value
+            value = value.view_as(value)  # modules that read one tensor end one by one
+            value.register_hook(end)
+            return value
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
             begin()
-            for value in tree_leaves(args):
-                if isinstance(value, Tensor) and value.requires_grad:
-                    value.register_hook(end)
+            return tree_map(own, args)
 
         return hook
 
@@ -225,7 +230,12 @@ class _Uses:
             end()
             for value in tree_leaves(output):
                 if isinstance(value, Tensor) and value.requires_grad:
+                    # Backward enters a module before the part of it that put out the same tensor: hooks run in order.
                     value.register_hook(begin)
+                    hooks: dict[int, Any] = value._backward_hooks  # type: ignore[assignment]
+                    latest, *earlier = reversed(hooks.items())
+                    hooks.clear()
+                    hooks.update([latest, *reversed(earlier)])
 
         return hook
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptd.inject.attention import IMPLEMENTATION, Call, give_slot, has_slot, probed, take_slot
+from ptd.inject.head import Head
 from ptd.inject.stack import Stack, sides_of, stacks_of
+from ptd.inject.tail import Tail, Watch
 from ptd.types import BackboneShape, LayerShape, NoPrompt, PrefixKV, PromptEncoder, SoftTokens, UserError
 
 ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -68,8 +70,11 @@ class Attachment:
         self._previous = {module: module.config._attn_implementation for module in _models(model)}
         model.set_attn_implementation(IMPLEMENTATION)
         try:
-            calls = _probe(model)
+            with Watch(model) as watch:
+                calls, output = _probe(model)
             self.stacks = stacks_of(model, [call.module for call in calls], self._refresh)
+            self.head = Head(watch.head_of(output))
+            self.stacks[-1].tail = Tail(watch.behind_attention(self.stacks[-1].members))
             self.shape = _shape(model, calls, self.stacks)
         except BaseException:
             self._restore()
@@ -80,6 +85,7 @@ class Attachment:
         ]
         self.packable = len(self.stacks) == 1 and self.stacks[0].takes_positions
         self.packable &= all(call.causal or call.window is None for call in calls)
+        self.head.hook()
         for stack in self.stacks:
             stack.hook()
 
@@ -88,9 +94,15 @@ class Attachment:
         """What the backbone's own positions start from (RoBERTa's begin behind the padding index)."""
         return self.stacks[0].first_position
 
-    def keep(self, positions: Tensor | None) -> None:
-        """Put out the last hidden states at these flattened positions only, in the next forward pass."""
+    def keep(self, positions: Tensor | None, targets: Tensor | None = None) -> None:
+        """Put out the last hidden states at these flattened positions only, in the next forward pass.
+
+        Each stands there once; what runs behind the last attention runs for them alone, so with gradient checkpointing
+        the backward pass has to come before the next forward pass. With ``targets``, the tokens at these positions, a
+        language model whose ``head.fuses`` computes their cross-entropy instead of logits: ``head.take()``.
+        """
         self.stacks[-1].keep = positions
+        self.head.targets = targets
 
     @singledispatchmethod
     def set(self, state: Any) -> None:
@@ -125,6 +137,7 @@ class Attachment:
 
     def remove(self) -> None:
         """Restore the model as it was before."""
+        self.head.unhook()
         for stack in self.stacks:
             stack.unhook()
         for module in self.model.modules():
@@ -155,8 +168,8 @@ def _models(model: PreTrainedModel) -> list[PreTrainedModel]:
 
 
 @torch.no_grad()
-def _probe(model: PreTrainedModel) -> list[Call]:
-    """The attention layers in the order of their calls, as the model's own forward pass shows them."""
+def _probe(model: PreTrainedModel) -> tuple[list[Call], Any]:
+    """The attention layers in the order of their calls, as the model's own forward pass shows them; its output."""
     device = next(model.parameters()).device
     tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
     inputs = {"input_ids": tokens[:, :1], "attention_mask": torch.ones_like(tokens[:, :1])}
@@ -165,10 +178,10 @@ def _probe(model: PreTrainedModel) -> list[Call]:
     calls: list[Call] = []
     token = probed.set(calls)
     try:
-        model(**inputs)
+        output = model(**inputs)
     finally:
         probed.reset(token)
-    return calls
+    return calls, output
 
 
 def _shape(model: PreTrainedModel, calls: list[Call], stacks: list[Stack]) -> BackboneShape:

@@ -16,6 +16,7 @@ from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
 from ptd.inject.attention import packed_forward
+from ptd.inject.tail import Tail
 from ptd.types import UserError, virtual_id
 
 POSITIONS_FROM_MASK = {"biogpt", "opt"}
@@ -27,8 +28,8 @@ class Stack:
 
     ``shift``: positions its own tokens are moved by. ``soft`` ``[P, hidden]``: embeddings of virtual tokens, which
     stand before every sequence (``in_front``) or where `virtual_id` marks them. ``source_extra``: virtual tokens that
-    the other stack, which this one attends to, put before its sequences. ``keep``: flattened positions to put out.
-    ``refresh`` is called before every forward pass.
+    the other stack, which this one attends to, put before its sequences. ``keep``: flattened positions to put out, each
+    once. ``tail``: what runs at these alone. ``refresh`` is called before every forward pass.
     """
 
     def __init__(self, module: nn.Module, refresh: Callable[[], None], *, feeds_other: bool = False) -> None:
@@ -45,6 +46,7 @@ class Stack:
         self.in_front = False
         self.source_extra = 0
         self.keep: Tensor | None = None
+        self.tail = Tail([])
         self._own: Tensor | slice | None = None  # where the own tokens are among those that ran
         self._ids: Tensor | None = None
         self._packed: Any = None
@@ -56,6 +58,7 @@ class Stack:
             self.module.register_forward_hook(self._after, always_call=True),
             self.embeddings.register_forward_pre_hook(self._before_embedding),
             self.embeddings.register_forward_hook(self._after_embedding),
+            *self.tail.hooks(),
         ]
 
     def unhook(self) -> None:
@@ -77,7 +80,22 @@ class Stack:
         mask, source = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
         if self.source_extra and mask is not None and source is not None and mask.shape[1] < source.shape[1]:
             kwargs["encoder_attention_mask"] = _before_columns(mask, 1, self.source_extra)
+        self._begin_tail(kwargs)
         return (), kwargs
+
+    def _begin_tail(self, kwargs: dict[str, Any]) -> None:
+        """Tell the tail which of the tokens that run are read."""
+        ids = kwargs.get("input_ids")
+        tokens = kwargs["inputs_embeds"][..., 0] if ids is None else ids
+        every_state = kwargs.get("output_hidden_states") or getattr(self.module.config, "output_hidden_states", False)
+        if self.keep is None or every_state:
+            self.tail.begin(tokens, None)
+        elif isinstance(self._own, slice):
+            front = self._own.start
+            row = self.keep // (tokens.shape[1] - front)
+            self.tail.begin(tokens, self.keep + front * (row + 1))
+        else:
+            self.tail.begin(tokens, self.keep if self._own is None else self._own[self.keep])
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._packed is not None:

@@ -1,8 +1,9 @@
 """Readouts: how a batch's loss and scores come out of the backbone. One file is one readout; pure torch.
 
 A readout never sees a model, only ``run(batch, positions)``: what the backbone puts out (logits of a language model,
-the last hidden states of a body) at these of all flattened positions, ``[len(positions), width]``; None: at all of
-them.
+the last hidden states of a body) at these of all flattened positions, each given once, ``[len(positions), width]``;
+None: at all of them. A run may also offer ``cross_entropy(batch, positions, targets)``, their fp32 sum for a language
+model, which it computes without holding logits.
 """
 
 from __future__ import annotations

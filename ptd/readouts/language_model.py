@@ -14,7 +14,9 @@ class LanguageModel(Readout):
     def read(self, run: Run, batch: Batch, scores: bool) -> Reading:
         labels = batch.labels.flatten()
         positions = (labels != IGNORE_INDEX).nonzero().flatten()
+        fused = getattr(run, "cross_entropy", None)
+        if fused is not None:
+            return Reading(fused(batch, positions, labels[positions]), float(batch.supervised_tokens))
         logits = run(batch, positions)
         targets = labels[positions].to(logits.device, non_blocking=True)
-        loss = cross_entropy(logits.float(), targets, reduction="sum")
-        return Reading(loss, float(batch.supervised_tokens))
+        return Reading(cross_entropy(logits.float(), targets, reduction="sum"), float(batch.supervised_tokens))

@@ -53,8 +53,8 @@ def test_a_wide_prefetch_holds_all_and_none_holds_one_layer() -> None:
     weights = [Weight(1000, 2)] * 6
     modules = [(layer,) for layer in range(6)]
     wide = gathers(weights, modules, uses_of(6), 4, Limits(param_persistence_threshold=0))
-    assert max(moment.live for moment in wide.moments) == 5 * 2000 + 5 * 2000, "copies, beside what they come from"
-    assert wide.nbytes == 12 * 2000, "a forward pass keeps nothing for the backward one"
+    assert max(moment.live for moment in wide.moments) == 6 * 2000 + 5 * 2000, "copies, beside what they come from"
+    assert wide.nbytes == 6 * 2000, "what a forward pass keeps the backward one does not gather"
     narrow = gathers(weights, modules, uses_of(6), 4, Limits(0, 0, 1000, 0))
     assert max(moment.live for moment in narrow.moments) == 2000
     assert narrow.nbytes == 12 * 2000, "once forward and once backward"

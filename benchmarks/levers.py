@@ -1,0 +1,207 @@
+"""What each lever of ptd's step is worth: alone, and taken away from all of them, on the same batches in one process.
+
+    python benchmarks/levers.py [--lengths e2e skewed] [--dtype float32] [--steps 12] [--threads 1] [--output FILE]
+
+The backbone is that of throughput.py: a Llama of 8 layers, hidden 512, 8 query and 4 key/value heads, vocabulary
+32,000, random weights. P = 30 virtual tokens are trained directly, 8 rows a step, packed. Rows are as long as E2E's
+(mean 80 tokens, 37 % of them supervised) or log-normal (mean 180, σ 0.9, at most 1,024, 45 % supervised). Settings take
+turns on every batch; with one thread it is CPU time that counts, which other work on the machine disturbs less. The
+losses of a lever are compared with those of the plain step: all of them do the same work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ptd.data import Batches
+from ptd.engine.forward import Forward
+from ptd.engine.meter import NetworkMeter
+from ptd.engine.prompt_step import PromptStep, Trained, build_optimizer
+from ptd.engine.ranks import Ranks
+from ptd.inject import Attachment, compile_layers
+from ptd.methods.prefix import PrefixEncoder
+from ptd.readouts.language_model import LanguageModel
+from ptd.types import DataReport, Examples
+from ptd.versions import versions
+
+P, ROWS, VOCABULARY = 30, 8, 32_000
+CPU = torch.device("cpu")
+LEVERS = {
+    "tail": "the last layer's MLP and output projection at supervised positions only",
+    "loss": "cross-entropy and its gradient in the logits' own memory, in blocks",
+    "compile": "torch.compile of each layer (backbone.compile)",
+}
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    **{lever: (lever,) for lever in LEVERS},
+    **{f"all but {lever}": tuple(name for name in LEVERS if name != lever) for lever in LEVERS},
+    "all": tuple(LEVERS),
+}
+WARM_UP = 3
+"""Steps: the first compiles, the others warm caches and allocators."""
+
+
+def llama(dtype: torch.dtype) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+
+
+def e2e(rows: int, draw: np.random.Generator) -> tuple[Any, Any]:
+    """Unsupervised and supervised tokens of each row, as measured on E2E's development set under a 32k BPE."""
+    covariance = 0.67 * 12.7 * 8.9
+    drawn = draw.multivariate_normal([50.7, 29.4], [[12.7**2, covariance], [covariance, 8.9**2]], rows)
+    return tuple(np.clip(drawn.round(), [15, 8], [70, 60]).astype(int).T)
+
+
+def skewed(rows: int, draw: np.random.Generator) -> tuple[Any, Any]:
+    """The same of rows as instruction data has them."""
+    lengths = np.clip(np.exp(draw.normal(np.log(180) - 0.9**2 / 2, 0.9, rows)).round(), 8, 1024).astype(int)
+    supervised = (0.45 * lengths).round().astype(int)
+    return lengths - supervised, supervised
+
+
+LENGTHS = {"e2e": e2e, "skewed": skewed}
+
+
+def examples_of(kind: str, rows: int) -> Examples:
+    draw = np.random.default_rng(0)
+    parts = LENGTHS[kind](rows, draw)
+    supervised = np.concatenate([np.repeat([False, True], pair) for pair in zip(*parts, strict=True)])
+    tokens = draw.integers(0, VOCABULARY, len(supervised)).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(parts[0] + parts[1])])
+    return Examples.of_text(tokens, supervised, offsets, DataReport(rows, len(tokens), int(supervised.sum())))
+
+
+class Step:
+    """ptd's engine on one process, with some of the levers."""
+
+    def __init__(self, examples: Examples, dtype: torch.dtype, levers: tuple[str, ...]) -> None:
+        self.batches = Batches(examples, rank=0, world_size=1, per_device_batch_size=ROWS)
+        self.attachment = Attachment(llama(dtype))
+        if "tail" not in levers:
+            self.attachment.stacks[-1].tail.modules.clear()
+            self.attachment.stacks[-1].tail.begin = lambda tokens, kept: None  # type: ignore[method-assign]
+        if "loss" not in levers:
+            self.attachment.head.module = None
+        if "compile" in levers:
+            compile_layers(self.attachment.model)
+        self.run = Forward(self.attachment.model, self.attachment, CPU)
+        torch.manual_seed(0)
+        trained = Trained(PrefixEncoder(self.attachment.shape.layers, P), LanguageModel())
+        optimizer = build_optimizer(trained, learning_rate=1e-3, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.01)
+        ranks = Ranks(0, 1, 1, CPU)
+        self.step = PromptStep(trained, optimizer, ranks, NetworkMeter(ranks), max_grad_norm=1.0)
+
+    def __call__(self, number: int) -> float:
+        self.attachment.set(self.step.encode())
+        (batch,) = self.batches.step(number)
+        reading = self.step.readout(self.run, batch)
+        reading.loss.backward()
+        return self.step.finish(reading.loss, reading.weight, batch.tokens, batch.supervised_tokens).loss
+
+
+def measure(kind: str, dtype: torch.dtype, steps: int, clock: Any) -> list[dict[str, Any]]:
+    examples = examples_of(kind, ROWS * (steps + WARM_UP))
+    runs = {name: Step(examples, dtype, levers) for name, levers in SETTINGS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    losses: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(steps + WARM_UP):
+        for name, run in runs.items():
+            began = clock()
+            losses[name].append(run(number))
+            seconds[name].append(clock() - began)
+    tokens = [int(examples.lengths[runs["none"].batches.rows(number)].sum()) for number in range(steps + WARM_UP)]
+    cells = []
+    for name in runs:
+        spent = seconds[name][WARM_UP:]
+        ratios = [plain / own for plain, own in zip(seconds["none"][WARM_UP:], spent, strict=True)]
+        difference = max(abs(a - b) / b for a, b in zip(losses[name], losses["none"], strict=True))
+        cells.append(
+            {
+                "lengths": kind,
+                "levers": name,
+                "tokens_per_second": statistics.median(n / s for n, s in zip(tokens[WARM_UP:], spent, strict=True)),
+                "against_none": statistics.median(ratios),
+                "quartiles": statistics.quantiles(ratios, n=4)[::2],
+                "first_step_seconds": seconds[name][0],
+                "loss_difference": difference,
+            }
+        )
+    return cells
+
+
+def table(cells: list[dict[str, Any]]) -> str:
+    lines = [
+        "| lengths | levers | tokens/s | against none | first step, s | loss differs by |",
+        "|---|---|---|---|---|---|",
+    ]
+    for cell in cells:
+        low, high = cell["quartiles"]
+        lines.append(
+            f"| {cell['lengths']} | {cell['levers']} | {cell['tokens_per_second']:,.0f} | {cell['against_none']:.3f} "
+            f"({low:.3f}, {high:.3f}) | {cell['first_step_seconds']:.1f} | {cell['loss_difference']:.0e} |"
+        )
+    return "\n".join(lines)
+
+
+def evidence() -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    model = next((line for line in cpus if line.startswith("model name")), ":").split(":")[1].strip()
+    return {
+        "date": date.today().isoformat(),
+        "commit": commit,
+        "hardware": f"{os.cpu_count()} × {model or platform.processor()}",
+        "load": os.getloadavg()[0],
+        "versions": versions(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS))
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    alone = arguments.threads == 1
+    clock = time.process_time if alone else time.perf_counter
+    cells = []
+    for kind in arguments.lengths:
+        cells += measure(kind, getattr(torch, arguments.dtype), arguments.steps, clock)
+    print(table(cells))
+    if arguments.output is not None:
+        settings = {"dtype": arguments.dtype, "threads": arguments.threads, "steps": arguments.steps}
+        settings["clock"] = "CPU time of the process" if alone else "wall time"
+        result = {"levers": LEVERS, "settings": settings, "cells": cells, **evidence()}
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

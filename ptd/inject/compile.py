@@ -1,0 +1,54 @@
+"""torch.compile of a frozen backbone's layers, one by one, with attention left out."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ptd.inject.attention import IMPLEMENTATION, attention_forward
+from ptd.types import UserError
+
+RECOMPILE_LIMIT = 64
+"""Graphs of one function. Layers share their code: kinds of layers, with gradients or without, add up."""
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile every layer in place (names and state stay), after a prompt was attached.
+
+    Lengths are dynamic from the start, so that packed batches, all of which differ, share a graph. The first step
+    compiles. Raises `UserError` without a C++ compiler (on a GPU: without Triton), with weights that are sharded,
+    whose hooks do not compile, and with quantised ones.
+    """
+    if getattr(model, "is_quantized", False) or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise UserError(
+            "backbone.compile: only whole, unquantised weights are compiled; set compile: false, or sharding: none and "
+            "quantization: none"
+        )
+    _check_compiler(next(model.parameters()).device)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    AttentionInterface.register(IMPLEMENTATION, torch.compiler.disable(attention_forward))
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(dynamic=True)
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Before the model is used: inductor finds out within the first step, in a traceback of many pages."""
+    if device.type == "cuda":
+        try:
+            importlib.import_module("triton")
+        except ImportError as error:
+            raise UserError(f"backbone.compile: needs Triton on a GPU ({error}); set compile: false") from error
+    from torch._inductor import exc
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except exc.InvalidCxxCompiler as error:
+        raise UserError(
+            "backbone.compile: torch.compile found no C++ compiler; install one (Debian: apt install g++), name it in "
+            "the environment variable CXX, or set compile: false"
+        ) from error

@@ -1,0 +1,75 @@
+"""The fused cross-entropy of a frozen output layer against torch's own, in fp64 and in the same precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ptd_kernels import linear_cross_entropy
+from torch.nn.functional import cross_entropy, linear
+
+ROWS, WIDTH, VOCABULARY = 37, 24, 113
+
+
+def inputs(dtype, scale=1.0):
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(ROWS, WIDTH, generator=draw).to(dtype).requires_grad_()
+    weight, bias = torch.randn(VOCABULARY, WIDTH, generator=draw) * scale, torch.randn(VOCABULARY, generator=draw)
+    return hidden, weight.to(dtype), bias.to(dtype), torch.randint(VOCABULARY, (ROWS,), generator=draw)
+
+
+def plain(hidden, weight, bias, targets):
+    return cross_entropy(linear(hidden, weight, bias).float(), targets, reduction="sum")
+
+
+def exact(hidden, weight, bias, targets):
+    wide = [None if x is None else x.detach().double() for x in (hidden, weight, bias)]
+    wide[0].requires_grad_()
+    loss = cross_entropy(linear(*wide), targets, reduction="sum")
+    loss.backward()
+    return loss.detach(), wide[0].grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_rows", [None, 1, 8, 1000])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_it_errs_no_more_than_torch(dtype, block_rows, with_bias):
+    hidden, weight, bias, targets = inputs(dtype)
+    bias = bias if with_bias else None
+    want, want_gradient = exact(hidden, weight, bias, targets)
+    errors = []
+    for loss_of in (plain, lambda *given: linear_cross_entropy(*given, block_rows=block_rows)):
+        hidden.grad = None
+        loss = loss_of(hidden, weight, bias, targets)
+        assert loss.dtype is torch.float32
+        assert loss.shape == ()
+        (loss * 3).backward()  # as a loss scale would
+        assert hidden.grad.dtype is dtype
+        errors.append((abs(loss - want) / want, (hidden.grad / 3 - want_gradient).norm() / want_gradient.norm()))
+    (loss_error, gradient_error), (own_loss_error, own_gradient_error) = errors
+    assert own_loss_error <= 2 * loss_error + 1e-6
+    assert own_gradient_error <= 2 * gradient_error + 1e-6
+
+
+def test_a_target_of_no_probability_has_a_finite_loss():
+    hidden, weight, _, targets = inputs(torch.float32, scale=500.0)
+    want, want_gradient = exact(hidden, weight, None, targets)
+    loss = linear_cross_entropy(hidden, weight, None, targets)
+    loss.backward()
+    assert abs(loss - want) < 1e-5 * want
+    assert (hidden.grad - want_gradient).norm() < 1e-5 * want_gradient.norm()
+
+
+def test_without_gradients_nothing_is_kept_and_no_rows_are_no_loss():
+    hidden, weight, bias, targets = inputs(torch.float32)
+    with torch.no_grad():
+        loss = linear_cross_entropy(hidden, weight, bias, targets)
+    assert torch.allclose(loss, plain(hidden, weight, bias, targets))
+    assert linear_cross_entropy(hidden[:0], weight, bias, targets[:0]) == 0
+
+
+def test_what_it_cannot_do_is_refused():
+    hidden, weight, bias, targets = inputs(torch.float32)
+    with pytest.raises(ValueError, match=r"not in torch\.float16"):
+        linear_cross_entropy(hidden.half(), weight.half(), bias.half(), targets)
+    with pytest.raises(ValueError, match="freeze them"):
+        linear_cross_entropy(hidden, weight.requires_grad_(), bias, targets)
