@@ -26,6 +26,7 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"max_content_width": 120},
 )
 COMMANDS: dict[str, Callable[..., None]] = {
     "quickstart": start.quickstart,
