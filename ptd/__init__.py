@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ptd.types import UserError
+from ptd.errors import UserError
 
 if TYPE_CHECKING:
     from ptd.api import TunedModel, attach, load

@@ -24,9 +24,8 @@ from pydantic import (
     model_validator,
 )
 
-from ptd.methods import method
+from ptd.errors import UserError
 from ptd.shipped import find_recipe
-from ptd.types import UserError
 
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 """What PyYAML raises: the last two for a date like 2026-99-99 and for absurd nesting."""
@@ -115,12 +114,27 @@ class BackboneConfig(Section):
 
 
 TaskKind = Literal["causal_lm", "seq2seq_lm", "classification", "token_classification", "question_answering"]
+WRITING: tuple[TaskKind, ...] = ("causal_lm", "seq2seq_lm")
+"""Kinds of tasks whose answer is text."""
+LABELLING: tuple[TaskKind, ...] = ("classification", "token_classification")
+KEYS_OF_KINDS: dict[str, dict[str, tuple[TaskKind, ...]]] = {
+    "task": {
+        "labels": LABELLING,
+        "patterns": ("classification",),
+        "verbalizer": ("classification",),
+        "class_weights": LABELLING,
+        "doc_stride": ("question_answering",),
+        "max_answer_length": ("question_answering",),
+    },
+    "data": {"format": WRITING, "prompt_template": WRITING, "max_target_length": ("seq2seq_lm",)},
+}
+"""Section -> key -> the kinds of tasks that have a use for it; all other keys are for every kind."""
 
 
 class TaskConfig(Section):
     """What is learned."""
 
-    kind: TaskKind = "causal_lm"
+    kind: TaskKind = Field("causal_lm", description="what the rows hold and what is made of them")
     labels: list[str] | None = Field(
         None, description="label names, in the order of the scores; default: those of the training data, sorted"
     )
@@ -153,17 +167,11 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> TaskConfig:
-        labelled = self.kind in ("classification", "token_classification")
-        for name, kinds in (("labels", labelled), ("class_weights", labelled)):
-            if getattr(self, name) is not None and not kinds:
-                raise ValueError(f"{name}: has no effect with kind {self.kind}; remove it")
-        for name in ("patterns", "verbalizer"):
-            if getattr(self, name) is not None and self.kind != "classification":
-                raise ValueError(f"{name}: works with kind classification, not {self.kind}")
-        for name in ("doc_stride", "max_answer_length"):
-            given = getattr(self, name) != type(self).model_fields[name].default
-            if given and self.kind != "question_answering":
-                raise ValueError(f"{name}: works with kind question_answering, not {self.kind}")
+        for name, kinds in KEYS_OF_KINDS["task"].items():
+            if getattr(self, name) != type(self).model_fields[name].default and self.kind not in kinds:
+                raise ValueError(
+                    f"{name}: has no effect with kind {self.kind}, only with {' or '.join(kinds)}; remove it"
+                )
         if self.labels is not None and len(set(self.labels)) != len(self.labels):
             raise ValueError(f"labels: {self.labels} names a label twice")
         return self
@@ -186,10 +194,12 @@ class DataConfig(Section):
     train: str | None = Field(
         None, description="file (.jsonl, .json, .csv, .parquet), saved dataset folder or hub name"
     )
-    eval: str | None = Field(None, description="the same, for evaluation")
+    eval: str | None = Field(None, description="rows for evaluation, from the same kinds of sources")
     train_split: str = Field("train", description="split of a dataset folder or hub dataset")
     eval_split: str = Field("validation", description="split of a dataset folder or hub dataset")
-    format: Literal["prompt_completion", "messages", "text"] = "prompt_completion"
+    format: Literal["prompt_completion", "messages", "text"] = Field(
+        "prompt_completion", description="messages: chat, loss on the assistant's turns; text: loss on all of it"
+    )
     columns: dict[str, str] = Field(
         default_factory=dict, description="field of the format -> column of the data, e.g. {prompt: question}"
     )
@@ -217,17 +227,15 @@ class DataConfig(Section):
 
     def check_task(self, kind: TaskKind) -> None:
         """Refuse settings (`ValueError`) that a task of this kind has no use for."""
-        generates = kind in ("causal_lm", "seq2seq_lm")
-        for name in ("format", "prompt_template", "max_target_length"):
-            used = kind == "seq2seq_lm" if name == "max_target_length" else generates
-            if getattr(self, name) != type(self).model_fields[name].default and not used:
+        for name, kinds in KEYS_OF_KINDS["data"].items():
+            if getattr(self, name) != type(self).model_fields[name].default and kind not in kinds:
                 raise ValueError(f"data.{name}: has no effect with task.kind {kind}; remove it")
         if kind == "seq2seq_lm" and self.format != "prompt_completion":
             raise ValueError(f"data.format: task.kind seq2seq_lm needs prompt_completion, not {self.format}")
         fields = fields_of(kind, self.format)
         for name in self.columns:
             if name not in fields:
-                rows = f"format {self.format}" if generates else f"task.kind {kind}"
+                rows = f"format {self.format}" if kind in WRITING else f"task.kind {kind}"
                 raise ValueError(f"data.columns: {rows} has no field {name!r}; it has {', '.join(fields)}")
 
 
@@ -235,33 +243,35 @@ class TrainConfig(Section):
     """The optimisation."""
 
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; takes precedence over num_train_epochs")
-    num_train_epochs: float = Field(3.0, gt=0)
+    num_train_epochs: float = Field(3.0, gt=0, description="passes over the training rows")
     per_device_train_batch_size: int = Field(8, ge=1, description="rows of one micro-batch of one rank")
     per_device_eval_batch_size: int | None = Field(None, ge=1, description="default: the training value")
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    learning_rate: float = Field(1e-2, gt=0)
+    gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches of one rank in a step")
+    learning_rate: float = Field(1e-2, gt=0, description="peak; smaller for a prompt that an encoder makes")
     head_learning_rate: float | None = Field(
         None, gt=0, description="of a trained head, under the same schedule; default: learning_rate"
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
-        "linear"
+        Field("linear", description="how the learning rate falls after the warm-up")
     )
-    warmup_ratio: float = Field(0.0, ge=0, le=1)
+    warmup_ratio: float = Field(0.0, ge=0, le=1, description="share of all steps")
     warmup_steps: int | None = Field(None, ge=0, description="takes precedence over warmup_ratio")
-    weight_decay: float = Field(0.0, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's")
     max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
     initial_scale_power: int = Field(16, ge=0, le=64, description="float16: the loss scale starts at 2 ** this")
     loss_scale_window: int = Field(
         2000, ge=1, description="float16: steps without an overflow after which the loss scale is doubled"
     )
-    seed: int = Field(0, ge=0)
-    logging_steps: int = Field(10, ge=1)
-    eval_steps: int | None = Field(None, ge=1, description="default: only at the end")
-    save_steps: int | None = Field(None, ge=1, description="resumable checkpoint; default: only at the end")
-    save_total_limit: int = Field(2, ge=1)
+    seed: int = Field(0, ge=0, description="of what is trained at its start and of the order of rows")
+    logging_steps: int = Field(10, ge=1, description="steps between two records")
+    eval_steps: int | None = Field(None, ge=1, description="steps between two evaluations; default: only at the end")
+    save_steps: int | None = Field(
+        None, ge=1, description="steps between two resumable checkpoints; default: only at the end"
+    )
+    save_total_limit: int = Field(2, ge=1, description="checkpoints to keep")
     max_restarts: int = Field(3, ge=0, description="starts of a run after failures; stops that were asked for are free")
     hang_timeout_minutes: float = Field(
         20.0,
@@ -296,7 +306,13 @@ class RunConfig(Section):
     data: DataConfig
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
     deepspeed: str | dict[str, Any] | None = Field(None, description="DeepSpeed JSON: path or inline mapping")
-    output_dir: Path = Path("out")
+    output_dir: Path = Field(Path("out"), description="where everything goes")
+
+    @field_validator("task", "train", mode="before")
+    @classmethod
+    def _all_defaults(cls, value: Any) -> Any:
+        """YAML reads a section whose keys are all commented out as nothing."""
+        return {} if value is None else value
 
     @property
     def method_name(self) -> str:
@@ -394,6 +410,8 @@ def parse_config(raw: dict[str, Any], *, source: str = "the configuration") -> R
 
 def parse_method(section: dict[str, Any]) -> Any:
     """``{name: …, **settings}`` -> the method's config dataclass; raises `UserError`."""
+    from ptd.methods import method  # brings torch, which the names of the keys do without
+
     if not isinstance(section.get("name"), str):
         raise UserError("method.name: is missing; give the tuning method's name, e.g. method: {name: prefix}")
     cls = method(section["name"]).config
@@ -483,7 +501,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     node = raw
     *parents, last = key.split(".")
     for index, name in enumerate(parents):
-        child = node.setdefault(name, {})
+        if node.get(name) is None:  # also a section whose keys are all commented out
+            node[name] = {}
+        child = node[name]
         if not isinstance(child, dict):
             raise UserError(f"override {override!r}: {'.'.join(parents[: index + 1])} is not a section")
         node = child

@@ -87,12 +87,17 @@ class BarReporter(Reporter):
             self._progress.stop()
 
 
+def _console() -> Console:
+    """Stdout: as wide as the terminal; for a file or a pipe wide enough for tables, and rich leaves out the colours."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
 COLOURS = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 
 
 def print_checks(checks: Sequence[Any], attention: dict[str, Any]) -> None:
     """A table of checks (``name``, ``status``, ``found``, ``advice``), and one of what attention would run on."""
-    console = Console(highlight=False)
+    console = _console()
     table = Table("check", "", "found", box=None, pad_edge=False, show_header=False)
     for check in checks:
         found = Text(check.found + (f"\n{check.advice}" if check.advice else ""))
@@ -109,7 +114,7 @@ def print_checks(checks: Sequence[Any], attention: dict[str, Any]) -> None:
 
 def print_plan(found: dict[str, Any]) -> None:
     """The tables of ``ptd plan`` on stdout, from `ptd.plan.Plan.to_dict`."""
-    console = Console(highlight=False)
+    console = _console()
     placements = found["placements"]
     shown = [each for each in placements if each["own"] or each["name"] == found["best"]]
     head = (
@@ -199,7 +204,7 @@ MOST_ROWS = 40
 
 def print_inspection(head: str, notes: Sequence[str], sections: Sequence[Any]) -> None:
     """What ``ptd inspect`` found: ``sections`` with ``title``, ``text``, ``columns`` and ``rows``."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = _console()
     console.print(Text(head), soft_wrap=True)
     for section in sections:
         console.print(Text(f"\n{section.title}", style="bold"))

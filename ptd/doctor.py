@@ -20,6 +20,7 @@ from ptd.backbone import TextConditioner, architecture_of, load_tokenizer
 from ptd.backbone.blank import blank_model
 from ptd.checkpoint.run_folder import open_run
 from ptd.config import RunConfig, load_config
+from ptd.data import check_source
 from ptd.deepspeed_config import apply_deepspeed
 from ptd.engine.preflight import bytes_to_write, check_space, check_writable
 from ptd.engine.trial import sum_here
@@ -94,6 +95,7 @@ def check_run(run: Path, overrides: list[str]) -> Iterator[Check]:
     if config.backbone.offload_folder is not None:
         folder, key = Path(config.backbone.offload_folder), "backbone.offload_folder"
         yield _checked("offload folder", lambda: f"{check_writable(folder, key)} can be written to")
+    yield _checked("data", lambda: _data(config))
     backbone = _checked("backbone", lambda: f"{config.backbone.path}, {architecture_of(config.backbone)}")
     yield backbone
     if "failed" not in (output.status, backbone.status):
@@ -167,6 +169,11 @@ def _trust(config: RunConfig) -> Iterator[Check]:
 def _folder(config: RunConfig) -> str:
     folder = open_run(config, overwrite=False)
     return f"{folder.path}: " + ("; ".join(folder.notes) or "a new run")
+
+
+def _data(config: RunConfig) -> str:
+    named = {"data.train": config.data.train, "data.eval": config.data.eval}
+    return ", ".join(check_source(source, what=what) for what, source in named.items() if source is not None) or "none"
 
 
 def _space(config: RunConfig) -> str:

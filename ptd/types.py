@@ -16,35 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ptd.exit_codes import REQUEUE, USAGE
+from ptd.errors import Preempted as Preempted
+from ptd.errors import RankError as RankError
+from ptd.errors import UserError as UserError
 
 IGNORE_INDEX = -100
 """Label of a position that carries no loss (the value Hugging Face and torch use)."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What the weights of a backbone may be, by the names of ``backbone.dtype``."""
-
-
-class UserError(Exception):
-    """Something the user gave cannot work. The message says what was given, why it cannot work and what to do.
-
-    The command line prints it without a traceback and exits with ``exit_code``.
-    """
-
-    exit_code = USAGE
-
-
-class Preempted(Exception):
-    """The run was asked to stop and did, with everything kept: the same command goes on from there.
-
-    The command line prints it without a traceback and exits with ``exit_code``.
-    """
-
-    exit_code = REQUEUE
-
-
-class RankError(UserError):
-    """A `UserError` that the other ranks may not know of: each rank that raises it prints it."""
 
 
 Architecture = Literal["decoder", "encoder", "encoder-decoder"]

@@ -1,13 +1,15 @@
-"""What all tests share: the files families.py and browser.py as modules, a saved tiny backbone, and jobs of ranks."""
+"""What all tests share: families.py and browser.py as modules, a backbone, the command line, jobs of ranks."""
 
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,37 @@ def backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from families import save_backbone
 
     return save_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+@dataclass
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def ptd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run ``ptd ARGUMENTS…`` in this process."""
+
+    from ptd.cli import main
+
+    def run(*arguments: object, stdin: str | None = None) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["ptd", *map(str, arguments)])
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
 
 
 @pytest.fixture(scope="session")

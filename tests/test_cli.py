@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
-import shutil
 import sys
-from dataclasses import dataclass
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,38 +13,7 @@ import pytest
 import yaml
 from families import save_backbone
 
-from ptd.cli import main
-
 ROWS = [{"prompt": f"Add {a} and {b}: ", "completion": str(a + b)} for a in range(3) for b in range(4)]
-
-
-@dataclass
-class Outcome:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def ptd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run ``ptd ARGUMENTS…`` in this process."""
-
-    def run(*arguments: object, stdin: str | None = None) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["ptd", *map(str, arguments)])
-        if stdin is not None:
-            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return run
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -88,8 +56,14 @@ def test_train_leaves_what_the_readme_says(ptd: Any, tmp_path: Path, backbone_di
     assert result["steps"] == 2
     assert result["eval_loss"] > 0
     assert "train 2/2" in outcome.err
-    assert "ptd generate" in outcome.err
     out = tmp_path / "out"
+    written, then = outcome.err.split("written: ")[1].split("next: ")
+    for line in written.splitlines():
+        assert Path(line.split()[0]).exists()
+    for name in ("adapter", "best", "metrics.jsonl", "loss.png", "run.json"):
+        assert f"{out / name} " in written
+    assert f"ptd generate --adapter {out} 'your prompt'" in then
+    assert f"ptd inspect {out} --data" in then
     assert {path.name for path in out.iterdir()} == {
         *("adapter", "best", "checkpoints", "loss.png", "metrics.jsonl", "report.html", "run.json", "tensorboard")
     }
@@ -384,3 +358,63 @@ def test_the_adapters_of_a_run_say_what_they_are(trained: Path) -> None:
         assert "| rows | 12 |" in text
         assert "| training data | rows.jsonl |" in text
         assert str(trained.parent) not in text
+
+
+def test_quiet_leaves_the_result_alone(ptd: Any, trained: Path, tmp_path: Path, backbone_dir: Path) -> None:
+    run, rows = write_run(tmp_path, backbone_dir), trained.parent / "rows.jsonl"
+    commands: list[tuple[object, ...]] = [
+        ("train", run, "train.max_steps=1"),
+        ("eval", "--adapter", trained, "--data", rows),
+        ("generate", "--adapter", trained, "hello", "--max-new-tokens", 2),
+        ("inspect", trained, "--output", tmp_path / "seen", "--json"),
+        ("export", trained, tmp_path / "peft"),
+        ("import", tmp_path / "peft", tmp_path / "back", "--backbone", backbone_dir),
+        ("plan", run, "--device", "cpu", "--gpu-memory", "2GiB", "--json"),
+    ]
+    for command in commands:
+        outcome = ptd(*command, "--quiet")
+        assert outcome.code == 0, outcome.err
+        assert outcome.err == "", command
+        assert outcome.out.strip(), command
+    refused = ptd("train", run, "train.max_steps=1", "--quiet")
+    assert refused.code == 2
+    assert "finished" in refused.err
+
+
+def test_what_is_written_and_what_is_next(ptd: Any, trained: Path, tmp_path: Path, backbone_dir: Path) -> None:
+    exported = ptd("export", trained, tmp_path / "peft").err
+    assert f"written: {tmp_path / 'peft'} " in exported
+    assert f"ptd import {tmp_path / 'peft'}" in exported
+    brought = ptd("import", tmp_path / "peft", tmp_path / "back", "--backbone", backbone_dir).err
+    assert f"next:    ptd eval --adapter {tmp_path / 'back'}" in brought
+    run = write_run(tmp_path, backbone_dir)
+    plan = ("plan", run, "train.seed=1", "--gpu-memory", "2GiB", "--json")
+    assert f"next:    ptd train {run} train.seed=1\n" in ptd(*plan).err
+    many = ptd(*plan, "--gpus", 4, "--nodes", 2).err
+    assert f"next:    ptd launch slurm {run} train.seed=1 --nodes 2 --gpus-per-node 4\n" in many
+
+
+def test_nothing_is_coloured_where_nobody_sees_it(
+    ptd: Any, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inspect = ("inspect", trained, "--output", tmp_path / "seen")
+    assert "\x1b" not in ptd(*inspect).out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b[" in ptd(*inspect).out
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    assert not re.search(r"\x1b\[[0-9;]*3[0-7]", ptd(*inspect).out)
+
+
+def test_ranks_are_quiet_too(ptd: Any, tmp_path: Path, backbone_dir: Path) -> None:
+    run = write_run(tmp_path, backbone_dir)
+    hosts = tmp_path / "hostfile"
+    hosts.write_text("a slots=2\n", encoding="utf-8")
+    for where in (
+        ("local", "--gpus-per-node", 0),
+        ("ssh", "--hostfile", hosts, "--no-ssh", "--node-rank", 0, "--master-addr", "a"),
+    ):
+        for flags, ends in (((), str(run)), (("--quiet",), f"{run} --quiet")):
+            outcome = ptd("launch", where[0], run, *where[1:], *flags, "--dry-run")
+            assert outcome.code == 0, outcome.err
+            assert outcome.out.splitlines()[-1].endswith(ends)

@@ -74,9 +74,10 @@ def run_file(folder: Path, path_of_backbone: Path, **sections: Any) -> Path:
     run = {
         "backbone": {"path": str(path_of_backbone)},
         "method": {"name": "prefix", "num_virtual_tokens": 4},
-        "data": {"train": "rows.jsonl", "max_length": 64},
+        "data": {"train": str(folder / "rows.jsonl"), "max_length": 64},
         "output_dir": str(folder / "out"),
     }
+    (folder / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     path = folder / "run.yaml"
     path.write_text(json.dumps({key: {**run.get(key, {}), **value} if isinstance(value, dict) else value
                                 for key, value in {**run, **sections}.items()}))  # fmt: skip
@@ -85,7 +86,7 @@ def run_file(folder: Path, path_of_backbone: Path, **sections: Any) -> Path:
 
 def test_a_run_that_can_start(tmp_path: Path, backbone_dir: Path) -> None:
     checks = {check.name: check for check in check_run(run_file(tmp_path, backbone_dir), ["train.save_total_limit=3"])}
-    assert list(checks) == ["run file", "output folder", "run folder", "backbone", "disk space"]
+    assert list(checks) == ["run file", "output folder", "run folder", "data", "backbone", "disk space"]
     assert {check.status for check in checks.values()} == {"ok"}
     # A prefix of 4 tokens over 2 layers of 2 heads of 8 numbers, keys and values: 256 numbers.
     assert f"{size(bytes_to_write(256, 256, 3))} needed" in checks["disk space"].found
@@ -95,6 +96,7 @@ def test_a_run_that_can_start(tmp_path: Path, backbone_dir: Path) -> None:
 BROKEN: dict[str, tuple[dict[str, Any], str, str]] = {
     "unknown key": ({"train": {"max_step": 1}}, "run file", "did you mean train.max_steps"),
     "no backbone": ({"backbone": {"path": "./nowhere"}}, "backbone", "there is no model folder ./nowhere"),
+    "no data": ({"data": {"train": "./nowhere.csv"}}, "data", "there is no file or folder ./nowhere.csv"),
     "output is a device": ({"output_dir": "/proc/none"}, "output folder", "cannot write to /proc"),
 }
 

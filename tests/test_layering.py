@@ -15,20 +15,32 @@ PTD = sorted((ROOT / "ptd").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
 # Layer -> the parts of ptd it may import (itself always). A module belongs to the first pattern that fits its name.
-STAGES = ["types", "exit_codes", "versions", "shipped", "config", "deepspeed_config", "methods", "readouts", "data"]
+STAGES = [
+    "types",
+    "errors",
+    "exit_codes",
+    "versions",
+    "shipped",
+    "config",
+    "deepspeed_config",
+    "methods",
+    "readouts",
+    "data",
+]
 STAGES += ["tasks"]
 STAGES += ["backbone", "checkpoint", "inject", "trackers"]
 VERBS = ["train", "evaluate", "generate", "predict", "sampling", "inspection", "report", "export", "plan", "bench"]
-VERBS += ["launch", "doctor"]
+VERBS += ["launch", "doctor", "init"]
 LAYERS: dict[str, list[str]] = {
-    "ptd": ["types", "api"],
-    "ptd.types": ["exit_codes"],
+    "ptd": ["errors", "api"],
+    "ptd.types": ["errors"],
+    "ptd.errors": ["exit_codes"],
     "ptd.exit_codes": [],
     "ptd.versions": [],
     "ptd.methods*": ["types"],
     "ptd.readouts*": ["types"],
-    "ptd.shipped": [],
-    "ptd.config": ["types", "methods", "shipped"],
+    "ptd.shipped": ["errors"],
+    "ptd.config": ["errors", "methods", "shipped"],
     "ptd.deepspeed_config": ["types", "config", "shipped"],
     "ptd.data*": ["types", "config"],
     "ptd.tasks*": ["types", "config", "data", "readouts"],
@@ -48,8 +60,8 @@ LAYERS: dict[str, list[str]] = {
     "ptd.quickstart.run": [*STAGES, "engine", "quickstart", *VERBS],
     "ptd.quickstart*": ["types"],
     "ptd.console": ["types", "config"],
-    "ptd.cli_launch": [*STAGES, "engine", "launch"],
-    "ptd.cli": [*STAGES, "cli_launch", "engine", "quickstart", "console", *VERBS],
+    "ptd.cli.completion": ["config", "shipped"],  # no torch: a key press waits for it
+    "ptd.cli*": [*STAGES, "engine", "quickstart", "console", *VERBS],
 }
 
 # Third-party package -> the modules that may import it.
@@ -59,8 +71,8 @@ ONLY_IMPORTERS = {
     "transformers.integrations.deepspeed": ["ptd.backbone*"],
     "datasets": ["ptd.data*", "ptd.tasks*"],
     "ptd_kernels": ["ptd.inject*", "ptd_kernels*"],
-    "typer": ["ptd.cli", "ptd.cli_launch", "ptd.console"],
-    "rich": ["ptd.cli", "ptd.console"],
+    "typer": ["ptd.cli*"],
+    "rich": ["ptd.console"],
     "jinja2": ["ptd.inspection*", "ptd.launch*", "ptd.report*"],
     "tensorboard": ["ptd.trackers.tensorboard"],
     "wandb": ["ptd.trackers.wandb"],

@@ -9,6 +9,7 @@ from typing import get_args
 
 import pytest
 
+from ptd.cli import COMMANDS
 from ptd.config import RunConfig, TaskKind, load_config
 from ptd.deepspeed_config import apply_deepspeed
 from ptd.methods import TaskFacts, method, methods
@@ -91,3 +92,9 @@ def test_every_key_is_documented() -> None:
     for known in methods().values():
         keys |= {f"method.{field.name}" for field in dataclasses.fields(known.config)}
     assert {key for key in keys if f"| `{key}` |" not in text} == set()
+
+
+def test_every_command_is_documented() -> None:
+    text = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `ptd (\w+)", text, flags=re.M)
+    assert set(listed) == {*COMMANDS, "launch"}

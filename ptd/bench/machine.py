@@ -42,7 +42,7 @@ def _command() -> str:
     """As typed; a program of the clone by its path there, another without its folder."""
     program, root = Path(sys.argv[0]).resolve(), Path(__file__).parents[2].resolve()
     inside = program.relative_to(root) if program.is_relative_to(root) else Path(program.name)
-    named = ["ptd"] if program.name in ("cli.py", "ptd") else ["python", str(inside)]
+    named = ["ptd"] if program.name == "ptd" or inside == Path("ptd/cli/__main__.py") else ["python", str(inside)]
     return shlex.join([*named, *sys.argv[1:]])
 
 

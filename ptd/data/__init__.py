@@ -7,11 +7,12 @@ out to steps, ranks and micro-batches, and `prefetch` does so ahead of time.
 from ptd.data.batches import Batches
 from ptd.data.formats import fill_prompts, prompt_tokens, prompts_and_references, tokenize
 from ptd.data.prefetch import prefetch
-from ptd.data.sources import load_rows
+from ptd.data.sources import check_source, load_rows
 from ptd.data.templates import marks_of
 
 __all__ = [
     "Batches",
+    "check_source",
     "fill_prompts",
     "load_rows",
     "marks_of",

@@ -51,6 +51,18 @@ def load_rows(source: str, split: str, *, what: str) -> Dataset:
     return rows
 
 
+def check_source(source: str, *, what: str) -> str:
+    """What ``source`` is, without reading it; raises `UserError` for a file or folder that cannot be one."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return f"{source} (a folder)"
+    if path.suffix.lower() in _FILES and path.exists():
+        return f"{source} ({path.stat().st_size:,} bytes)"
+    if _looks_like_a_path(source, path):
+        raise UserError(_not_a_source(source, path, what))
+    return f"{source} (a name on the hub, not looked up)"
+
+
 def _looks_like_a_path(source: str, path: Path) -> bool:
     # A hub name is NAME or OWNER/NAME, and may contain dots ("gpt-3.5"), so only suffixes of files count.
     return (

@@ -17,14 +17,20 @@ class Program:
     run_file: Path
     overrides: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
-    """What a person says of this start alone, not of one that Slurm repeats: ``--overwrite``, ``--retry``."""
+    """What a person says of this start alone, not of one that Slurm repeats: ``--overwrite``, ``--retry`` …"""
 
     @classmethod
     def of(
-        cls, run_file: str | Path, overrides: list[str] | None = None, *, overwrite: bool = False, retry: bool = False
+        cls,
+        run_file: str | Path,
+        overrides: list[str] | None = None,
+        *,
+        overwrite: bool = False,
+        retry: bool = False,
+        quiet: bool = False,
     ) -> Program:
         """The run file's path becomes absolute: the ranks may start in another folder."""
-        flags = [flag for flag, given in (("--overwrite", overwrite), ("--retry", retry)) if given]
+        flags = [flag for flag, given in (("--overwrite", overwrite), ("--retry", retry), ("--quiet", quiet)) if given]
         return cls(find_recipe(run_file).absolute(), tuple(overrides or ()), tuple(flags))
 
     def config(self) -> RunConfig:

@@ -167,6 +167,7 @@ def _option(name: str, value: str | None) -> str:
 def _about(job: Job) -> list[str]:
     ranks = f"{job.nodes} node{'s' * (job.nodes > 1)} × {job.ranks_per_node} rank{'s' * (job.ranks_per_node > 1)}"
     each = "; an array of runs, each of that size" if job.sweep else ""
+    each += ", queued again when it is preempted or out of time" if job.requeue else ""
     lines = [
         f"ptd on {ranks}{each}. Written by ptd launch slurm.",
         f"By hand: mkdir -p {shlex.quote(str(job.log_dir))} (Slurm makes no folder for a log), then sbatch this file.",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -72,7 +73,8 @@ class Method:
 
     ``construct(config, shape, conditioner, facts)`` builds the encoder; ``head(config)`` says what a trained head looks
     like where the task has one; ``check(config, facts)`` raises `UserError` for a task that the method does not suit.
-    Without ``has_prompt`` a trained head is all there is to train, and without that head nothing is.
+    Without ``has_prompt`` a trained head is all there is to train, and without that head nothing is. ``example``: keys
+    that a new run file sets because the defaults alone do not make a run.
     """
 
     name: str
@@ -81,6 +83,12 @@ class Method:
     head: Callable[[Any], HeadSettings]
     check: Callable[[Any, TaskFacts], None]
     has_prompt: bool
+    example: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def about(self) -> str:
+        """The first line of the method's file: what it is, and its paper."""
+        return (sys.modules[self.construct.__module__].__doc__ or "").partition("\n")[0]
 
     def build(
         self,
@@ -116,6 +124,7 @@ def register(
     head: Callable[[Any], HeadSettings] = lambda config: HeadSettings(),
     check: Callable[[Any, TaskFacts], None] = refuse_marks,
     has_prompt: bool = True,
+    example: Mapping[str, Any] | None = None,
 ) -> Callable[[Construct], Construct]:
     """Register ``construct(config, shape, conditioner, facts) -> PromptEncoder`` under ``name``; see `Method`.
 
@@ -123,7 +132,7 @@ def register(
     """
 
     def add(construct: Construct) -> Construct:
-        _METHODS[name] = Method(name, config, construct, head, check, has_prompt)
+        _METHODS[name] = Method(name, config, construct, head, check, has_prompt, example or {})
         return construct
 
     return add

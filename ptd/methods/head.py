@@ -6,11 +6,11 @@ linear, or an MLP with tanh layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from ptd.methods import Conditioner, NoPromptEncoder, TaskFacts, register
-from ptd.methods.settings import need_trained_head
+from ptd.methods.settings import POOLING, key, need_trained_head
 from ptd.types import BackboneShape, HeadSettings, UserError
 
 
@@ -18,8 +18,8 @@ from ptd.types import BackboneShape, HeadSettings, UserError
 class HeadConfig:
     """Keys of ``method:`` for ``name: head``."""
 
-    pooling: Literal["auto", "cls", "mean", "last"] = "auto"
-    hidden_sizes: list[int] = field(default_factory=list)  # widths of the tanh layers; none: a linear head
+    pooling: Literal["auto", "cls", "mean", "last"] = key("auto", POOLING)
+    hidden_sizes: list[int] = key(list, "widths of tanh layers before the output; none: a linear head")
 
     def __post_init__(self) -> None:
         if any(size < 1 for size in self.hidden_sizes):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ptd.methods import Conditioner, TaskFacts, register
-from ptd.methods.settings import check_positive
+from ptd.methods.settings import VIRTUAL_TOKENS, check_positive, key
 from ptd.types import BackboneShape, PromptEncoder, SoftLayout, UserError
 
 
@@ -27,12 +27,14 @@ from ptd.types import BackboneShape, PromptEncoder, SoftLayout, UserError
 class PTuningConfig:
     """Keys of ``method:`` for ``name: p_tuning``."""
 
-    num_virtual_tokens: int | None = None  # default: as many as {v:n} in the template says
-    encoder_reparameterization_type: Literal["lstm", "mlp"] = "lstm"
-    encoder_hidden_size: int | None = (
-        None  # of one direction of the LSTM; default: the width of the backbone's input embeddings
+    num_virtual_tokens: int | None = key(
+        None, f"{VIRTUAL_TOKENS} in front of the text; default: as many as {{v:n}} in the template says"
     )
-    encoder_num_layers: int = 2  # of the LSTM; the MLP alone always has two hidden layers
+    encoder_reparameterization_type: Literal["lstm", "mlp"] = key("lstm", "what makes the virtual tokens")
+    encoder_hidden_size: int | None = key(
+        None, "of one direction of the LSTM, or of the MLP; default: the width of the backbone's input embeddings"
+    )
+    encoder_num_layers: int = key(2, "layers of the LSTM; the MLP alone always has two hidden layers")
 
     def __post_init__(self) -> None:
         check_positive(self, "num_virtual_tokens", "encoder_hidden_size", "encoder_num_layers")
@@ -104,7 +106,7 @@ def check(config: PTuningConfig, facts: TaskFacts) -> None:
         )
 
 
-@register("p_tuning", config=PTuningConfig, check=check)
+@register("p_tuning", config=PTuningConfig, check=check, example={"num_virtual_tokens": 20})
 def build(config: PTuningConfig, shape: BackboneShape, conditioner: Conditioner, facts: TaskFacts) -> PTuningEncoder:
     """Build the encoder for a backbone of ``shape``; raises `UserError` as `check` does."""
     check(config, facts)

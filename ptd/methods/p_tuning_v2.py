@@ -12,7 +12,15 @@ from typing import Literal
 
 from ptd.methods import Conditioner, TaskFacts, register
 from ptd.methods.deep_prompts import PrefixEncoder, SeparatePrefixEncoder, prefix_encoder
-from ptd.methods.settings import check_positive, need_trained_head
+from ptd.methods.settings import (
+    POOLING,
+    PROJECTION,
+    TANH_WIDTH,
+    VIRTUAL_TOKENS,
+    check_positive,
+    key,
+    need_trained_head,
+)
 from ptd.types import BackboneShape, HeadSettings, UserError
 
 
@@ -20,10 +28,10 @@ from ptd.types import BackboneShape, HeadSettings, UserError
 class PTuningV2Config:
     """Keys of ``method:`` for ``name: p_tuning_v2``."""
 
-    num_virtual_tokens: int = 16
-    prefix_projection: bool = False
-    encoder_hidden_size: int | None = None  # default: the backbone's hidden size
-    pooling: Literal["auto", "cls", "mean", "last"] = "auto"
+    num_virtual_tokens: int = key(16, VIRTUAL_TOKENS)
+    prefix_projection: bool = key(False, PROJECTION)
+    encoder_hidden_size: int | None = key(None, TANH_WIDTH)
+    pooling: Literal["auto", "cls", "mean", "last"] = key("auto", POOLING)
 
     def __post_init__(self) -> None:
         check_positive(self, "num_virtual_tokens", "encoder_hidden_size")

@@ -15,7 +15,17 @@ import torch
 
 from ptd.methods import Conditioner, TaskFacts, register
 from ptd.methods.deep_prompts import PrefixEncoder, SeparatePrefixEncoder, prefix_encoder
-from ptd.methods.settings import check_positive, check_text, read_text
+from ptd.methods.settings import (
+    INIT_TEXT,
+    INIT_TEXT_FILE,
+    PROJECTION,
+    TANH_WIDTH,
+    VIRTUAL_TOKENS,
+    check_positive,
+    check_text,
+    key,
+    read_text,
+)
 from ptd.types import BackboneShape, UserError
 
 
@@ -23,14 +33,18 @@ from ptd.types import BackboneShape, UserError
 class PrefixConfig:
     """Keys of ``method:`` for ``name: prefix``."""
 
-    num_virtual_tokens: int = 16
-    prefix_projection: bool = False
-    encoder_hidden_size: int | None = None  # default: the backbone's hidden size
-    embedding_size: int | None = None  # width of E; default: the backbone's hidden size
-    init: Literal["random", "zero", "text"] = "random"
-    init_text: str | None = None
-    init_text_file: Path | None = None
-    freeze_first_token: bool = False
+    num_virtual_tokens: int = key(16, VIRTUAL_TOKENS)
+    prefix_projection: bool = key(False, PROJECTION)
+    encoder_hidden_size: int | None = key(None, TANH_WIDTH)
+    embedding_size: int | None = key(
+        None, "width of the MLP's input (with prefix_projection); default: the backbone's hidden size"
+    )
+    init: Literal["random", "zero", "text"] = key(
+        "random", "random: N(0, 1); text: as a decoder starts that is conditioned on a text"
+    )
+    init_text: str | None = key(None, INIT_TEXT)
+    init_text_file: Path | None = key(None, INIT_TEXT_FILE)
+    freeze_first_token: bool = key(False, "keep the first virtual token as it was initialised")
 
     def __post_init__(self) -> None:
         check_positive(self, "num_virtual_tokens", "encoder_hidden_size", "embedding_size")

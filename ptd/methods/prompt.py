@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from ptd.methods import Conditioner, TaskFacts, refuse_marks, register
-from ptd.methods.settings import check_positive, check_text, read_text
+from ptd.methods.settings import (
+    INIT_TEXT,
+    INIT_TEXT_FILE,
+    VIRTUAL_TOKENS,
+    check_positive,
+    check_text,
+    key,
+    read_text,
+)
 from ptd.types import BackboneShape, PromptEncoder, SoftLayout, UserError
 
 FREQUENT = 5000
@@ -30,10 +38,12 @@ class PromptConfig:
     those of the task's label names, the rest as ``vocabulary``; ``text`` those of a text, repeated or cut to length.
     """
 
-    num_virtual_tokens: int = 16
-    init: Literal["random", "vocabulary", "labels", "text"] = "vocabulary"
-    init_text: str | None = None
-    init_text_file: Path | None = None
+    num_virtual_tokens: int = key(16, VIRTUAL_TOKENS)
+    init: Literal["random", "vocabulary", "labels", "text"] = key(
+        "vocabulary", "what the embeddings start as: those of frequent tokens, of the labels' names, of a text"
+    )
+    init_text: str | None = key(None, INIT_TEXT)
+    init_text_file: Path | None = key(None, INIT_TEXT_FILE)
 
     def __post_init__(self) -> None:
         check_positive(self, "num_virtual_tokens")

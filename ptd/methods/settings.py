@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Protocol
 
 from ptd.methods import TaskFacts, refuse_marks
 from ptd.types import UserError
+
+
+def key(default: Any, description: str) -> Any:
+    """A field of a method's config dataclass with the line that ``ptd init`` says of it."""
+    shared = {"metadata": {"description": description}}
+    return field(default_factory=default, **shared) if isinstance(default, type) else field(default=default, **shared)  # type: ignore[call-overload]
+
+
+PROJECTION = "make the prompt by an MLP while training: steadier, and only the prompt is kept"
+INIT_TEXT = "that text (with init: text)"
+INIT_TEXT_FILE = "or the file that holds it"
+POOLING = "the vector of a text in classification; auto: last for a decoder, cls for an encoder, else mean"
+TANH_WIDTH = "width of the MLP's tanh layer (with prefix_projection); default: the backbone's hidden size"
+VIRTUAL_TOKENS = "length of the prompt"
 
 
 class TextSettings(Protocol):

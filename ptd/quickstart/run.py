@@ -29,11 +29,17 @@ PARTS = ("data", "run")
 """What a quickstart writes into its folder."""
 
 
-def run_quickstart(output: Path, *, ranks: int, overwrite: bool, reporter: Reporter) -> dict[str, Any]:
-    """Run the whole story in ``output``; prints it, returns the metrics ``before`` and ``after``.
+def run_quickstart(
+    output: Path, *, ranks: int, overwrite: bool, reporter: Reporter | None = None, quiet: bool = False
+) -> dict[str, Any]:
+    """Run the whole story in ``output``; prints it, returns the metrics ``before`` and ``after`` and a ``prompt``.
+
+    ``quiet``: only the metrics and samples are printed.
 
     Raises `UserError` if an earlier quickstart is there and ``overwrite`` is not set, or training fails.
     """
+    reporter = reporter or Reporter()
+    say = (lambda text: None) if quiet else _headline
     held = [name for name in PARTS if (output / name).exists()]
     if held and not overwrite:
         raise UserError(f"{output} holds an earlier quickstart; choose another --output, or --overwrite to replace it")
@@ -45,20 +51,22 @@ def run_quickstart(output: Path, *, ranks: int, overwrite: bool, reporter: Repor
     gpus = torch.cuda.device_count()
     ranks = min(ranks, gpus) if gpus else ranks
     began = time.time()
-    _headline(f"1/3  The frozen backbone alone (3 M parameters, trained by this project) on {held_out}")
+    say(f"1/3  The frozen backbone alone (3 M parameters, trained by this project) on {held_out}")
     prompts_as_tuned = load_config(RECIPE).data.model_dump()
     frozen = load_tuned(None, str(BACKBONE), Ranks.start(), settings={"data": prompts_as_tuned})
     before, before_texts = _measure(frozen, held_out, reporter)
-    print(_row("frozen backbone", before))
+    if not quiet:
+        print(_row("frozen backbone", before))
 
-    _headline(f"2/3  Prefix-tuning it: {ranks} rank{'s' * (ranks > 1)}, DeepSpeed ZeRO-3, 32 virtual tokens")
-    command = training_command(ranks, train, held_out, run)
-    print("$ " + " ".join(_shown(part) for part in command), flush=True)
+    say(f"2/3  Prefix-tuning it: {ranks} rank{'s' * (ranks > 1)}, DeepSpeed ZeRO-3, 32 virtual tokens")
+    command = training_command(ranks, train, held_out, run, quiet=quiet)
+    if not quiet:
+        print("$ " + " ".join(_shown(part) for part in command), flush=True)
     status = subprocess.run(command, env=environment(gpus), stdout=subprocess.DEVNULL, check=False).returncode
     if status:
         raise UserError(f"training ended with exit code {status}; what it said stands above")
 
-    _headline("3/3  The same backbone with the prefix, on the same inputs (their names were never seen in training)")
+    say("3/3  The same backbone with the prefix, on the same inputs (their names were never seen in training)")
     after, after_texts = _measure(load_tuned(str(run), None, Ranks.start()), held_out, reporter)
     _print_comparison(before, after)
     rows = load_rows(str(held_out), "train", what="quickstart")
@@ -67,17 +75,15 @@ def run_quickstart(output: Path, *, ranks: int, overwrite: bool, reporter: Repor
         print(f"frozen     {_one_line(before_texts[index])}")
         print(f"tuned      {_one_line(after_texts[index])}")
         print(f"reference  {rows[index]['completion']}")
-    print(f"\n{time.time() - began:.0f} s in all. Adapter (PEFT loads it too): {run / 'adapter'}")
-    print(f"curves, samples, settings: {run / 'report.html'}")
-    print(f"next: ptd generate --adapter {run} '{rows[0]['prompt']}'")
-    return {"before": before, "after": after}
+    say(f"{time.time() - began:.0f} s in all. PEFT loads the adapter too.")
+    return {"before": before, "after": after, "prompt": rows[0]["prompt"]}
 
 
-def training_command(ranks: int, train: Path, held_out: Path, run: Path) -> list[str]:
+def training_command(ranks: int, train: Path, held_out: Path, run: Path, *, quiet: bool = False) -> list[str]:
     """DeepSpeed's launcher on this machine with ``ptd train`` on every rank."""
     overrides = [f"backbone.path={BACKBONE}", f"data.train={train}", f"data.eval={held_out}", f"output_dir={run}"]
     devices = os.environ.get("CUDA_VISIBLE_DEVICES") if torch.cuda.is_available() else None
-    return local_command(Program.of(RECIPE, overrides), ranks, port=Ranks.free_port(), devices=devices)
+    return local_command(Program.of(RECIPE, overrides, quiet=quiet), ranks, port=Ranks.free_port(), devices=devices)
 
 
 def _measure(tuned: Tuned, held_out: Path, reporter: Reporter) -> tuple[dict[str, Any], list[str]]:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import json
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+from ptd.errors import UserError
 
 HERE = Path(__file__).parent
 ROOT = HERE if (HERE / "launch").is_dir() else HERE.parents[1]
@@ -21,3 +28,69 @@ def find_recipe(source: str | Path) -> Path:
     shipped = RECIPES / path.name
     meant = path.parent in (Path("."), RECIPES.relative_to(ROOT))
     return shipped if meant and not path.exists() and shipped.is_file() else path
+
+
+Kind = Literal["recipe", "deepspeed", "slurm", "hostfile"]
+KINDS: dict[Kind, str] = {
+    "recipe": "recipes: run files, by task and by size",
+    "deepspeed": "DeepSpeed files, for the key deepspeed",
+    "slurm": "job scripts for Slurm",
+    "hostfile": "nodes, for ptd launch ssh",
+}
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A file to use or to copy by its name, and the sentence it opens with."""
+
+    path: Path
+    kind: Kind
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def about(self) -> str:
+        """The first sentence of its first comment."""
+        text = self.path.read_text(encoding="utf-8")
+        if self.path.suffix == ".json":
+            comment = str(json.loads(text).get("_comment", ""))
+        else:
+            lines = [line[1:].strip() for line in text.splitlines() if line.startswith("#") and line[:2] != "#!"]
+            comment = lines[0] if lines else ""
+        return comment.partition(". ")[0].rstrip(".:")
+
+
+def shipped_files() -> list[Shipped]:
+    """All of them, the kinds one after the other."""
+    found: dict[Kind, list[Path]] = {
+        "recipe": sorted(RECIPES.glob("*.yaml")),
+        "deepspeed": sorted(DS_CONFIGS.glob("*.json")),
+        "slurm": sorted(SLURM.glob("*.sbatch")),
+        "hostfile": sorted(RECIPES.parent.glob("hostfile*")),
+    }
+    return [Shipped(path, kind) for kind, paths in found.items() for path in paths]
+
+
+def copy_shipped(name: str, target: Path, *, force: bool = False) -> tuple[Shipped, Path]:
+    """Copy the shipped file of that name to ``target``, a file or a folder; the file and where it is now.
+
+    Raises `UserError` for a name that is not shipped, for a file that is there already unless ``force``, and for what
+    cannot be written.
+    """
+    known = {file.name: file for file in shipped_files()}
+    if name not in known:
+        stems = {Path(each).stem: each for each in known}
+        near = stems.get(name) or next(iter(difflib.get_close_matches(name, known, n=1)), None)
+        raise UserError(
+            f"there is no shipped file {name}; " + (f"did you mean {near}?" if near else "ptd ls shows all of them")
+        )
+    where = target / name if target.is_dir() else target
+    if where.exists() and not force:
+        raise UserError(f"{where} exists already; give another name, or --force to replace it")
+    try:
+        shutil.copyfile(known[name].path, where)
+    except OSError as error:
+        raise UserError(f"cannot write {where}: {error.strerror}; give a file or an existing folder") from error
+    return known[name], where

@@ -77,7 +77,7 @@ class Runs:
         run_file = root / "run.yaml"
         run_file.write_text(yaml.safe_dump(settings), encoding="utf-8")
         # The one to compare with need not be a launcher's.
-        launch(2, Path(cli.__file__), "train", run_file, f"output_dir={self.whole}")
+        launch(2, Path(cli.__file__).with_name("__main__.py"), "train", run_file, f"output_dir={self.whole}")
         crash = Path(__file__).with_name("worker_crash.py")
         self.crash = torchrun(crash, KILLED_AFTER, "train", run_file, f"output_dir={self.resumed}")
         shutil.copytree(self.resumed, self.killed)

@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from ptd.types import UserError
+from ptd.cli.common import Overrides, Overwrite, Retry, RunFile
+from ptd.errors import UserError
 
 app = typer.Typer(
     help="Start ptd train on many GPUs and nodes: here, over ssh, or by Slurm.",
@@ -19,13 +20,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Run = Annotated[Path, typer.Argument(help="The run file (YAML).", metavar="RUN.yaml")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Changes to it, e.g. train.learning_rate=3e-3.", metavar="[KEY=VALUE]...")
-]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and stop.")]
-Overwrite = Annotated[bool, typer.Option(help="Replace a run that is in output_dir already.")]
-Retry = Annotated[bool, typer.Option("--retry", help="Continue a run also if it failed again and again.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="The ranks show no progress: the result alone, and what goes wrong.")
+]
 LogDir = Annotated[Path | None, typer.Option(help="A log for each rank in this folder, instead of the terminal.")]
 RanksPerNode = Annotated[
     int | None, typer.Option(min=1, help="Processes on a node that has no GPU; with GPUs there is one for each.")
@@ -34,7 +32,7 @@ RanksPerNode = Annotated[
 
 @app.command()
 def local(
-    run: Run,
+    run: RunFile,
     overrides: Overrides = None,
     gpus_per_node: Annotated[
         int | None, typer.Option(min=0, help="GPUs to use; default: all that are visible. 0: run on the CPU.")
@@ -44,6 +42,7 @@ def local(
     master_port: Annotated[int | None, typer.Option(min=1, help="Default: one that is free.")] = None,
     overwrite: Overwrite = False,
     retry: Retry = False,
+    quiet: Quiet = False,
     dry_run: DryRun = False,
 ) -> None:
     """Start the run on this machine's GPUs, with DeepSpeed's launcher."""
@@ -52,7 +51,7 @@ def local(
     from ptd.engine.ranks import Ranks
     from ptd.launch import Program, environment, local_command
 
-    program = Program.of(run, overrides, overwrite=overwrite, retry=retry)
+    program = Program.of(run, overrides, overwrite=overwrite, retry=retry, quiet=quiet)
     program.config()
     there = torch.cuda.device_count()
     gpus = there if gpus_per_node is None else gpus_per_node
@@ -70,7 +69,7 @@ def local(
 
 @app.command()
 def ssh(
-    run: Run,
+    run: RunFile,
     hostfile: Annotated[Path, typer.Option(help="Lines of: NAME slots=GPUS.")],
     overrides: Overrides = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Use the first so many; default: all.")] = None,
@@ -89,6 +88,7 @@ def ssh(
     log_dir: LogDir = None,
     overwrite: Overwrite = False,
     retry: Retry = False,
+    quiet: Quiet = False,
     dry_run: DryRun = False,
 ) -> None:
     """Start the run on the nodes of a hostfile, with DeepSpeed's launcher: all of them by pdsh, or one by one.
@@ -97,7 +97,7 @@ def ssh(
     """
     from ptd.launch import Cluster, Program, no_ssh_command, pdsh_command, read_hostfile
 
-    program = Program.of(run, overrides, overwrite=overwrite, retry=retry)
+    program = Program.of(run, overrides, overwrite=overwrite, retry=retry, quiet=quiet)
     program.config()
     hosts = read_hostfile(hostfile)
     if nodes is not None and nodes > len(hosts):
@@ -128,7 +128,7 @@ def ssh(
 
 @app.command()
 def slurm(
-    run: Run,
+    run: RunFile,
     nodes: Annotated[int, typer.Option(min=1)],
     gpus_per_node: Annotated[int, typer.Option(min=0, help="0: nodes without GPUs.")],
     overrides: Overrides = None,

@@ -1,0 +1,85 @@
+"""The command line. What its exit codes mean: `ptd.exit_codes`.
+
+A command is a function in the module of its theme and a line in ``COMMANDS``. None of these modules imports torch
+before a command that needs it runs: help, completion and mistakes are answered at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from ptd.cli import launch, look, start, train, use
+from ptd.cli.common import is_main
+from ptd.errors import Preempted, RankError, UserError
+from ptd.exit_codes import INTERRUPTED
+
+app = typer.Typer(
+    name="ptd",
+    help="Tune a prefix, not a model: prompt- and prefix-tuning of frozen language models.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"max_content_width": 120},
+)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "quickstart": start.quickstart,
+    "init": start.init,
+    "ls": start.ls,
+    "cp": start.cp,
+    "doctor": look.doctor,
+    "plan": look.plan,
+    "bench": look.bench,
+    "train": train.train,
+    "report": look.report,
+    "eval": use.evaluate,
+    "generate": use.generate,
+    "predict": use.predict,
+    "inspect": use.inspect_,
+    "export": use.export_,
+    "import": use.import_,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)
+app.add_typer(launch.app, name="launch")
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"ptd {version('ptd')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the ``ptd`` command."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        if is_main() or isinstance(error, RankError):
+            print(f"ptd: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Preempted as stopped:
+        if is_main():
+            print(f"ptd: {stopped}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # At once: Python's shutdown takes each rank another while, and the first that is gone makes a launcher kill
+        # the others, whose code would then be that of a kill.
+        os._exit(stopped.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

@@ -1,0 +1,169 @@
+"""What the shell's TAB key offers: run files, keys and their values, shipped files. Nothing here loads torch."""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import typer
+
+METHODS = Path(__file__).parents[1] / "methods"
+
+
+def run_files(incomplete: str) -> list[str]:
+    """Shipped recipes, YAML files and folders: what a RUN.yaml may be."""
+    from ptd.shipped import RECIPES
+
+    there = Path(incomplete).parent if not incomplete.endswith("/") else Path(incomplete)
+    found = [f"{path.name}/" if path.is_dir() else path.name for path in _listed(there)]
+    prefix = incomplete[: incomplete.rfind("/") + 1]
+    mine = [prefix + name for name in found if name.endswith(("/", ".yaml", ".yml"))]
+    return [*mine, *(path.name for path in sorted(RECIPES.glob("*.yaml")))]
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError:
+        return []
+
+
+def overrides(ctx: typer.Context, incomplete: str) -> list[str]:
+    """``section.key=`` of a run file, and after the sign what the key may be.
+
+    Bash takes ``key=val`` apart at the sign: there ``val`` alone is incomplete, and is to be completed alone.
+    """
+    before = list(ctx.params.get("overrides") or ())
+    if _at_sign() and before:
+        return _values().get(before[-1], [])
+    if before[-1:] == ["="] and len(before) > 1:
+        return _values().get(before[-2], [])
+    key, sign, _ = incomplete.partition("=")
+    if sign:
+        return [f"{key}={value}" for value in _values().get(key, [])]
+    return _assignments(incomplete, _values())
+
+
+def settings(incomplete: str) -> list[str]:
+    """The same for ``--set``, which takes keys of two sections only."""
+    from ptd.config import NOT_SETTABLE
+
+    known = {
+        key: values
+        for key, values in _values().items()
+        if key.startswith(("backbone.", "data.")) and key not in NOT_SETTABLE
+    }
+    key, sign, _ = incomplete.partition("=")
+    return [f"{key}={value}" for value in known.get(key, [])] if sign else _assignments(incomplete, known)
+
+
+def _assignments(incomplete: str, values: dict[str, list[str]]) -> list[str]:
+    """Bash ends a word that has one completion with a space, which no value may have before it: so it gets two."""
+    found = [key for key in values if key.startswith(incomplete)]
+    if len(found) == 1:
+        key = found[0]
+        return [f"{key}=", *(f"{key}={value}" for value in values[key] or (["…"] if _splits() else []))]
+    return [f"{key}=" for key in found]
+
+
+def _splits() -> bool:
+    return any(value == "complete_bash" for name, value in os.environ.items() if name.endswith("_COMPLETE"))
+
+
+def _at_sign() -> bool:
+    """Bash hands the sign over as a word of its own, which typer then drops."""
+    words, place = os.environ.get("COMP_WORDS", "").split("\n"), int(os.environ.get("COMP_CWORD", 0))
+    return _splits() and place < len(words) and words[place] == "="
+
+
+def shipped_names() -> list[tuple[str, str]]:
+    """What ``ptd cp`` takes."""
+    from ptd.shipped import shipped_files
+
+    return [(file.name, file.about) for file in shipped_files()]
+
+
+def method_names() -> list[str]:
+    """The names of all methods."""
+    return sorted(_methods())
+
+
+def task_kinds() -> list[str]:
+    """The kinds of tasks."""
+    from ptd.config import TaskKind
+
+    return list(get_args(TaskKind))
+
+
+@cache
+def _values() -> dict[str, list[str]]:
+    """Key -> what it may be, or its default."""
+    from ptd.config import RunConfig, Section
+
+    found: dict[str, list[str]] = {}
+    for name, field in RunConfig.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            for key, inner in section.model_fields.items():
+                default = [] if inner.is_required() else [inner.get_default(call_default_factory=True)]
+                found[f"{name}.{key}"] = _choices(inner.annotation) or _shown(default)
+    found["deepspeed"] = _deepspeed_files()
+    found["output_dir"] = []
+    found["method.name"] = method_names()
+    for keys in _methods().values():
+        for key, values in keys.items():
+            found.setdefault(f"method.{key}", values)
+    return found
+
+
+def _deepspeed_files() -> list[str]:
+    from ptd.shipped import DS_CONFIGS
+
+    return [path.name for path in sorted(DS_CONFIGS.glob("*.json"))]
+
+
+def _choices(annotation: Any) -> list[str]:
+    if annotation is bool:
+        return ["true", "false"]
+    options = [annotation, *get_args(annotation)]
+    return [str(value) for option in options if get_origin(option) is Literal for value in get_args(option)]
+
+
+def _shown(values: Iterable[Any]) -> list[str]:
+    return [str(value) for value in values if isinstance(value, (int, float, str))]
+
+
+@cache
+def _methods() -> dict[str, dict[str, list[str]]]:
+    """Name -> keys -> values, read off the source of the methods: importing it takes as long as importing torch."""
+    return {name: keys for path in sorted(METHODS.glob("*.py")) for name, keys in _registered(path)}
+
+
+def _registered(path: Path) -> Iterator[tuple[str, dict[str, list[str]]]]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    for node in tree.body:
+        for call in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "register":
+                config = next(each.value for each in call.keywords if each.arg == "config")
+                yield ast.literal_eval(call.args[0]), dict(_fields(classes[ast.unparse(config)]))
+
+
+def _fields(node: ast.ClassDef) -> Iterator[tuple[str, list[str]]]:
+    for line in node.body:
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+            yield line.target.id, _allowed(line)
+
+
+def _allowed(line: ast.AnnAssign) -> list[str]:
+    annotation = line.annotation
+    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Literal":
+        return [str(value) for value in ast.literal_eval(annotation.slice)]
+    if ast.unparse(annotation) == "bool":
+        return ["true", "false"]
+    default = line.value.args[0] if isinstance(line.value, ast.Call) and line.value.args else line.value
+    return _shown([default.value] if isinstance(default, ast.Constant) else [])

@@ -1,0 +1,196 @@
+"""``ptd doctor``, ``plan``, ``bench`` and ``report``: what a run would be like, and what it was."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ptd.cli import completion
+from ptd.cli.common import (
+    Overrides,
+    Quiet,
+    RunFile,
+    done,
+    hush,
+    is_main,
+    print_json,
+    reporter_unless,
+)
+from ptd.errors import UserError
+
+if TYPE_CHECKING:
+    from ptd.config import RunConfig
+
+
+def doctor(
+    run: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A run file (YAML): also check what it asks for.",
+            metavar="RUN.yaml",
+            autocompletion=completion.run_files,
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the backbone: float32, bfloat16, float16; auto: as the device has.")
+    ] = "auto",
+    head_dim: Annotated[int, typer.Option(min=1, max=256, help="Size of an attention head.")] = 128,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Whether runs can work here, and which attention backend would be used for which batches, and why.
+
+    Exit code 1 if a check failed.
+    """
+    hush()
+    from ptd.doctor import check_machine, check_run, examine
+
+    found = examine(dtype=dtype, head_dim=head_dim)
+    checks = [*check_machine(), *(check_run(run, overrides or []) if run is not None else ())]
+    if as_json:
+        print_json({**found, "checks": [vars(check) for check in checks]})
+    else:
+        from ptd.console import print_checks
+
+        print_checks(checks, found["attention"])
+    if any(check.status == "failed" for check in checks):
+        raise typer.Exit(1)
+
+
+def plan(
+    run: RunFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs (ranks) of one node.")] = 1,
+    gpu_memory: Annotated[str, typer.Option(help="Memory of one GPU (of one rank with --device cpu).")] = "80GiB",
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="What the run would run on.")] = "cuda",
+    supervised: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of a text's tokens that carry loss; 1: all of them.")
+    ] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables; sizes in bytes.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """What a run needs and where it fits, before any weights or GPUs are there: only the backbone's config is read."""
+    from ptd.config import load_config
+
+    config = load_config(run, overrides)
+    hush()
+    from ptd.console import print_plan
+    from ptd.plan import plan as make_plan
+
+    found = make_plan(
+        config,
+        gpus=gpus,
+        nodes=nodes,
+        memory=gpu_memory,
+        device=device,
+        supervised=supervised,
+        reporter=reporter_unless(quiet),
+    ).to_dict()
+    print_json(found) if as_json else print_plan(found)
+    done(quiet or device == "cpu", {}, _starts(found, config, run, overrides or []))
+
+
+def _starts(found: dict[str, Any], config: RunConfig, run: Path, overrides: list[str]) -> list[str]:
+    """The command that starts the run on what was planned for: as it is if it fits, else placed as is best."""
+    placements = {each["name"]: each for each in found["placements"]}
+    own, best = placements[found["placement"]], placements.get(found["best"])
+    if best is None:
+        return []
+    changes: list[str] = []
+    if not own["fits"]:
+        changes = [
+            f"backbone.{key}={best[key]}" for key in ("quantization", "sharding", "offload") if best[key] != own[key]
+        ]
+        changes += ["backbone.offload_folder=FOLDER"] if best["offload"] == "nvme" else []
+        changes += ["deepspeed=null"] if config.deepspeed is not None else []
+    words = shlex.join([str(run), *overrides, *changes])
+    nodes, ranks = found["nodes"], found["ranks_per_node"]
+    if nodes > 1:
+        return [f"ptd launch slurm {words} --nodes {nodes} --gpus-per-node {ranks}"]
+    return [f"ptd train {words}" if ranks == 1 else f"ptd launch local {words} --gpus-per-node {ranks}"]
+
+
+def bench(
+    run: RunFile,
+    overrides: Overrides = None,
+    against: Annotated[str | None, typer.Option(help="What to take turns with: peft.")] = None,
+    peft: Annotated[
+        Literal["as-run", "best", "both"] | None,
+        typer.Option(help="PEFT as its users run it (random batches), in its best working setting; default: both."),
+    ] = None,
+    sweeps: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", metavar="SECTION.KEY=V1,V2,...", help="Also the curve over these values; repeatable."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each side.")] = 15,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps of each side before that.")] = 3,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for bench.json and the plots.")] = Path(
+        "bench"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    quiet: Quiet = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
+) -> None:
+    """How fast a run trains and where its time goes, alone or against PEFT on the same rows, step by step in turns."""
+    from ptd.config import load_config
+
+    if peft is not None and against is None:
+        raise UserError(f"--peft {peft}: has no effect without --against peft; add that, or leave it out")
+    config = load_config(run, overrides)
+    hush()
+    from ptd.bench import bench as run_bench
+    from ptd.bench import sweep
+    from ptd.bench.report import parse_sweep, write
+    from ptd.console import print_bench
+
+    options: dict[str, Any] = {
+        "against": against,
+        "settings": ("as-run", "best") if peft in (None, "both") else (peft,),
+        "repeats": repeats,
+        "warmup": warmup,
+        "reporter": reporter_unless(quiet),
+    }
+    wanted = [parse_sweep(given) for given in sweeps or []]
+    report = run_bench(config, **options)
+    curves = [
+        sweep(key, values, lambda value, key=key: load_config(run, [*(overrides or []), f"{key}={value}"]), **options)  # type: ignore[misc]
+        for key, values in wanted
+    ]
+    if not is_main():
+        return
+    if as_json:
+        print_json({**report, **({"sweeps": curves} if curves else {})})
+    else:
+        print_bench(report)
+        for curve in curves:
+            for point in curve["points"]:
+                print_bench(point["report"], f"{curve['key']}={point['value']}")
+    done(quiet, dict.fromkeys(write(output, report, curves), ""), [])
+
+
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Output folders of runs, whatever became of them.", metavar="OUT...")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="HTML file; default: report.html in the run's folder, for several here."),
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Also each plot as a PNG file in this folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Also print the figures as one JSON object.")] = False,
+) -> None:
+    """One page on a run, or on several beside each other: curves, speed, samples, settings.
+
+    A single file that opens without a network.
+    """
+    from ptd.report import report as write_report
+
+    found = write_report(runs, output, pngs=png)
+    if as_json:
+        print_json(found)
+        return
+    print("\n".join([found["report"], *found["png"]]))

@@ -1,0 +1,244 @@
+"""``ptd eval``, ``generate``, ``predict``, ``inspect``, ``export`` and ``import``: what is done with an adapter."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ptd.cli.common import (
+    Adapter,
+    Backbone,
+    BatchSize,
+    Changes,
+    MaxNewTokens,
+    NumBeams,
+    Quiet,
+    done,
+    hush,
+    is_main,
+    print_json,
+    reporter_unless,
+)
+from ptd.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+
+def evaluate(
+    data: Annotated[str, typer.Option("--data", "-d", help="Rows to evaluate on: file, dataset folder or hub name.")],
+    adapter: Adapter = None,
+    backbone: Backbone = None,
+    changes: Changes = None,
+    generate: Annotated[bool, typer.Option("--generate", help="Also generate: BLEU, ROUGE-L and exact match.")] = False,
+    max_new_tokens: MaxNewTokens = 128,
+    num_beams: NumBeams = 1,
+    batch_size: BatchSize = 16,
+    quiet: Quiet = False,
+) -> None:
+    """Print loss and the task's metrics (perplexity for text) and, with --generate, text metrics as one JSON object.
+
+    Without --adapter the plain backbone is evaluated.
+    """
+    from ptd.config import parse_settings
+
+    settings = parse_settings(changes or [])
+    hush()
+    from ptd.evaluate import evaluate as run_evaluation
+    from ptd.generate import Decoding
+
+    decoding = Decoding(max_new_tokens=max_new_tokens, num_beams=num_beams) if generate else None
+    result = run_evaluation(
+        data,
+        adapter=adapter,
+        backbone=backbone,
+        settings=settings,
+        decoding=decoding,
+        batch_size=batch_size,
+        reporter=reporter_unless(quiet),
+    )
+    if is_main():
+        print_json(result)
+
+
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; default: one a line from stdin.")] = None,
+    adapter: Adapter = None,
+    backbone: Backbone = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Text file with one prompt a line.")] = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy; above: sample.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus of the sampled tokens.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest tokens; 0: all.")] = 0,
+    num_beams: NumBeams = 1,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    batch_size: BatchSize = 16,
+    changes: Changes = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line: prompt and completion.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Continue prompts with the tuned backbone; prints one completion a line."""
+    from ptd.config import parse_settings
+    from ptd.generate import Decoding
+    from ptd.generate import generate as run_generation
+
+    settings = parse_settings(changes or [])
+    prompts = _prompts(prompts, file) if is_main() else []
+    hush()
+    texts = run_generation(
+        prompts,
+        adapter=adapter,
+        backbone=backbone,
+        settings=settings,
+        decoding=Decoding(max_new_tokens, temperature, top_p, top_k, num_beams, seed),
+        batch_size=batch_size,
+        reporter=reporter_unless(quiet),
+    )
+    for prompt, text in zip(prompts, texts, strict=True):
+        print(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False) if as_json else text)
+
+
+def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
+    from ptd.generate import read_prompts
+
+    if given and file is not None:
+        raise UserError("give prompts as arguments or with --file, not both")
+    if given:
+        return given
+    if file is not None:
+        return read_prompts(file)
+    if sys.stdin.isatty():
+        raise UserError("no prompt: give it as an argument, with --file, or on stdin")
+    prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise UserError("no prompt on stdin; write one a line")
+    return prompts
+
+
+def predict(
+    data: Annotated[str, typer.Option("--data", "-d", help="Rows to label: file, dataset folder or hub name.")],
+    adapter: Annotated[str, typer.Option("--adapter", "-a", help="Adapter folder, or a run's output folder.")],
+    backbone: Backbone = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSONL file to write; default: stdout.")] = None,
+    changes: Changes = None,
+    batch_size: BatchSize = 16,
+    quiet: Quiet = False,
+) -> None:
+    """Label rows: each row comes back as a JSON line with its label and probabilities, its tags, or its answer."""
+    from ptd.config import parse_settings
+
+    settings = parse_settings(changes or [])
+    hush()
+    from ptd.predict import predict as run_prediction
+
+    found = run_prediction(
+        data,
+        adapter=adapter,
+        backbone=backbone,
+        settings=settings,
+        batch_size=batch_size,
+        reporter=reporter_unless(quiet),
+    )
+    lines = [json.dumps(row, ensure_ascii=False, default=str) for row in found]
+    if not is_main():
+        return
+    if output is None:
+        print("\n".join(lines))
+    else:
+        output.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        done(
+            quiet,
+            {output: f"{len(lines)} rows"},
+            [f"ptd eval --adapter {shlex.quote(adapter)} --data ROWS_WITH_ANSWERS"],
+        )
+
+
+def inspect_(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder (ptd's or PEFT's), or a run's output folder.")],
+    data: Annotated[
+        str | None,
+        typer.Option("--data", "-d", help="Rows to see its effect on: file, dataset folder or hub name."),
+    ] = None,
+    backbone: Backbone = None,
+    changes: Changes = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to use at most, evenly spaced over the data.")] = 64,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write; default: inspect in the adapter's folder.")
+    ] = None,
+    batch_size: BatchSize = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """What a prompt does: attention on it by layer and head, its norms and ranks, the loss without each of its tokens.
+
+    Writes inspect.json, figures and index.html, which holds everything and opens without a network.
+    """
+    from ptd.config import parse_settings
+
+    settings = parse_settings(changes or [])
+    hush()
+    from ptd.console import print_inspection
+    from ptd.inspection import ADDS, output_folder, write
+    from ptd.inspection import inspect as run_inspection
+    from ptd.inspection.tables import headline, sections
+
+    reporter = reporter_unless(quiet)
+    found = run_inspection(
+        adapter, data=data, backbone=backbone, settings=settings, rows=rows, batch_size=batch_size, reporter=reporter
+    )
+    if not is_main():
+        return
+    folder = output or output_folder(adapter)
+    write(found, folder)
+    print_json(found) if as_json else print_inspection(headline(found), found["notes"], sections(found))
+    if data is None and not quiet:
+        print(ADDS, file=sys.stderr)
+    written = {
+        folder / "index.html": "all of it, with its figures (PNG) beside it",
+        folder / "inspect.json": "the numbers",
+    }
+    done(quiet, written, [])
+
+
+def export_(
+    source: Annotated[str, typer.Argument(help="Adapter folder or run output folder.")],
+    target: Annotated[Path, typer.Argument(help="New folder to write.")],
+    base_model: Annotated[str | None, typer.Option(help="Backbone to name in it, e.g. a hub id.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write an adapter as a plain PEFT folder (peft.PeftModel.from_pretrained loads it)."""
+    from ptd.export import export_adapter
+
+    note = export_adapter(source, target, base_model=base_model)
+    if note is not None:
+        print(note, file=sys.stderr)
+    print(target)
+    then = [
+        f"peft.PeftModel.from_pretrained(model, {str(target)!r})   # in Python",
+        f"ptd import {shlex.quote(str(target))} NEW_FOLDER   # the way back",
+    ]
+    done(quiet, {target: "the adapter in PEFT's format"}, then)
+
+
+def import_(
+    source: Annotated[str, typer.Argument(help="Folder of a PEFT prompt adapter.")],
+    target: Annotated[Path, typer.Argument(help="New folder to write.")],
+    backbone: Backbone = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write a PEFT prompt adapter (prefix, prompt or p-tuning) as one of ptd's, checked against its backbone."""
+    hush()
+    from ptd.export import import_adapter
+
+    import_adapter(source, target, backbone=backbone)
+    print(target)
+    done(
+        quiet,
+        {target: "the adapter, bound to its backbone"},
+        [f"ptd eval --adapter {shlex.quote(str(target))} --data rows.jsonl"],
+    )
