@@ -81,15 +81,14 @@ def run_of(path: Path, rows: Path, tuning: dict[str, Any], **sections: dict[str,
     return raw
 
 
-def both(folder: Path, raw: dict[str, Any]) -> tuple[PtdSide, PeftSide]:
+def both(raw: dict[str, Any]) -> tuple[PtdSide, PeftSide]:
     """Both sides of a run in this process."""
     config = parse_config(raw)
-    ptd = PtdSide(config, folder)
+    ptd = PtdSide(config, compared=True)
     obstacle = ptd.facts().obstacle
     if obstacle is not None:
         raise UserError(obstacle)
-    ptd.hand_over()
-    return ptd, PeftSide(config, folder, "as-run")
+    return ptd, PeftSide(config, ptd.hand_over(), "as-run")
 
 
 def counted(step: Any) -> dict[str, int]:
@@ -163,7 +162,7 @@ def test_experts_are_not_counted(tmp_path, rows_file) -> None:
     ids=["prefix", "prompt", "prefix MLP", "LSTM"],
 )
 def test_both_sides_do_the_same_work(tmp_path, backbone_dir, rows_file, method) -> None:
-    ptd, peft = both(tmp_path, run_of(backbone_dir, rows_file, method, train={"gradient_accumulation_steps": 2}))
+    ptd, peft = both(run_of(backbone_dir, rows_file, method, train={"gradient_accumulation_steps": 2}))
     lane = Lane("as-run", "random", ptd.rows, {"ptd": Here(ptd), "peft": Here(peft)})
     rows = lane.schedule(0)
     assert len(rows) == 8
@@ -180,7 +179,8 @@ def test_both_sides_do_the_same_work(tmp_path, backbone_dir, rows_file, method) 
     assert mine.loss == pytest.approx(theirs.loss, rel=1e-5)
     assert mine.positions == mine.tokens < theirs.positions
     # Adam divides by the square root of a gradient's square: where that is rounding noise, steps may differ.
-    assert ptd.check(rows) == pytest.approx(peft.check(rows)["loss"], rel=1e-3)
+    loss, gradient = ptd.check(rows)
+    assert loss == pytest.approx(peft.check(rows, gradient)["loss"], rel=1e-3)
 
     with torch.no_grad():
         peft.parameters[0].mul_(1.5)
@@ -189,7 +189,7 @@ def test_both_sides_do_the_same_work(tmp_path, backbone_dir, rows_file, method) 
 
 
 def test_peft_at_its_best_takes_the_fastest_batch(tmp_path, backbone_dir, rows_file) -> None:
-    _, peft = both(tmp_path, run_of(backbone_dir, rows_file, PREFIX))
+    _, peft = both(run_of(backbone_dir, rows_file, PREFIX))
     found = peft.fit(16)
     assert list(found["tried"]["sdpa"]) == [4, 8, 16]
     assert peft.micro_rows == found["rows"] == max(found["tried"]["sdpa"], key=found["tried"]["sdpa"].get)
@@ -256,7 +256,7 @@ def test_what_peft_cannot_do_is_refused(tmp_path, backbone_dir, rows_file, metho
         rows = tmp_path / "labelled.jsonl"
         rows.write_text("".join(json.dumps({"text": "ab", "label": label}) + "\n" for label in "xy"))
     with pytest.raises(UserError, match=said):
-        both(tmp_path, run_of(backbone_dir, rows, method, **sections))
+        both(run_of(backbone_dir, rows, method, **sections))
 
 
 def test_what_cannot_be_timed_is_refused(tmp_path, backbone_dir, rows_file, monkeypatch, capsys) -> None:

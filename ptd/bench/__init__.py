@@ -7,12 +7,10 @@ blocked on a pipe. docs/benchmarking.md says what is measured how.
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,7 @@ import numpy as np
 from ptd.bench.figures import ratios, side_figures
 from ptd.bench.machine import evidence
 from ptd.bench.players import Here, Player
-from ptd.bench.sides import ENVIRONMENT, SETTINGS, Facts, Sample, Schedule, Setting, length_grouped
+from ptd.bench.sides import ENVIRONMENT, SETTINGS, Facts, Material, Sample, Schedule, Setting, length_grouped
 from ptd.config import RunConfig
 from ptd.types import Reporter, UserError
 
@@ -71,7 +69,6 @@ def bench(
         )
     reporter = _on_main(reporter)
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ptd-bench-")))
         ptd: Player | Here
         reporter.note("preparing ptd")
         if launched:
@@ -80,15 +77,15 @@ def bench(
             ptd = Here(PtdSide(config))
             stack.callback(ptd.close)
         else:
-            ptd = _start(stack, "ptd's side", {}, "ptd", config, folder if against else None)
+            ptd = _start(stack, "ptd's side", {}, "ptd", config, against is not None)
         facts: dict[str, Facts] = {"ptd": ptd.ask("facts")}
         alone: Schedule = lambda step: ptd.ask("rows", step)  # noqa: E731
         lanes = [Lane("alone", "random", alone, {"ptd": ptd})]
         if against is not None:
             if facts["ptd"].obstacle is not None:
                 raise UserError(f"--against peft: {facts['ptd'].obstacle}; leave out --against")
-            ptd.ask("hand_over")
-            lanes = [_lane(stack, setting, config, folder, ptd, facts, reporter) for setting in settings]
+            material: Material = ptd.ask("hand_over")
+            lanes = [_lane(stack, setting, config, material, ptd, facts, reporter) for setting in settings]
             for lane in lanes:
                 lane.same_work = _check(lane, facts["ptd"].dtype)
         _take_turns(lanes, warmup, repeats, ptd, reporter)
@@ -112,7 +109,7 @@ def _lane(
     stack: ExitStack,
     setting: Setting,
     config: RunConfig,
-    folder: Path,
+    material: Material,
     ptd: Player | Here,
     facts: dict[str, Facts],
     reporter: Reporter,
@@ -120,7 +117,7 @@ def _lane(
     reporter.note(f"preparing PEFT, {setting}")
     on_gpu = facts["ptd"].device == "cuda"
     environment = {} if on_gpu else ENVIRONMENT[setting]
-    peft = _start(stack, f"PEFT's side ({setting})", environment, "peft", config, folder, setting)
+    peft = _start(stack, f"PEFT's side ({setting})", environment, "peft", config, material, setting)
     chosen, rows, schedule = {}, "random", lambda step: ptd.ask("rows", step)
     if setting == "best":
         if on_gpu:
@@ -134,8 +131,8 @@ def _lane(
 def _check(lane: Lane, dtype: str) -> dict[str, float]:
     """How far the sides' loss and prompt gradient on the first rows are apart; raises `UserError` if too far."""
     rows = lane.schedule(0)
-    mine = lane.players["ptd"].ask("check", rows)
-    theirs = lane.players["peft"].ask("check", rows)
+    mine, gradient = lane.players["ptd"].ask("check", rows)
+    theirs = lane.players["peft"].ask("check", rows, gradient)
     allowed = TOLERANCE[dtype]
     found = {"loss": abs(mine - theirs["loss"]) / abs(theirs["loss"]), "gradient": theirs["gradient"]}
     if not (found["loss"] <= allowed[0] and found["gradient"] <= allowed[1]):

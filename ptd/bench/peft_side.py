@@ -7,11 +7,9 @@ that fit, on a CPU with an allocator that keeps what it has (`ENVIRONMENT`).
 
 from __future__ import annotations
 
-import pickle
 import time
 from dataclasses import fields
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ from torch import Tensor
 from ptd.backbone import load_model
 from ptd.bench.clock import PeakMemory, PhaseClock
 from ptd.bench.flops import AttentionLayer, Formula, observed, padded_load
-from ptd.bench.sides import ENVIRONMENT, GRADIENT, MATERIAL, PROMPT, Facts, Sample, Setting
+from ptd.bench.sides import ENVIRONMENT, Facts, Material, Sample, Setting
 from ptd.checkpoint.peft_format import PREFIX_TYPES
 from ptd.config import RunConfig
 from ptd.data.batches import padded_batch
@@ -30,31 +28,30 @@ from ptd.types import IGNORE_INDEX, UserError
 
 
 class PeftSide:
-    """The process that trains with PEFT, from what `PtdSide.hand_over` left in ``folder``."""
+    """The process that trains with PEFT, from what `PtdSide.hand_over` gave."""
 
-    def __init__(self, config: RunConfig, folder: Path, setting: Setting) -> None:
+    def __init__(self, config: RunConfig, material: Material, setting: Setting) -> None:
         if find_spec("peft") is None:
             raise UserError("--against peft: PEFT is not installed; pip install peft")
         import peft
 
         config, _ = apply_deepspeed(config)
-        self.config, self.folder, self.setting = config, folder, setting
+        self.config, self.setting = config, setting
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        with (folder / MATERIAL).open("rb") as file:  # written by ptd's side a moment ago
-            self.examples, self.pad_token_id, handed = pickle.load(file)
+        self.examples, self.pad_token_id = material.examples, material.pad_token_id
         self.memory = PeakMemory(self.device)
         base = load_model(config.backbone, device=self.device)
         self.attention = base.config._attn_implementation
-        cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[handed["peft_type"]]
-        settings = handed["fields"] | _shared(config, cls) | {"inference_mode": False, "task_type": "CAUSAL_LM"}
+        cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[material.peft_type]
+        settings = material.fields | _shared(config, cls) | {"inference_mode": False, "task_type": "CAUSAL_LM"}
         settings.pop("peft_version", None)
         try:
             self.model = peft.get_peft_model(base, cls(**settings)).train()
         except ValueError as error:  # prefix-tuning under gradient checkpointing, for one
             raise UserError(f"--against peft: PEFT refuses this run: {error}") from error
         self.encoder = self.model.prompt_encoder["default"]
-        _start(self.encoder, torch.load(folder / PROMPT, weights_only=True), config)
-        self.prefix = handed["peft_type"] in PREFIX_TYPES
+        _start(self.encoder, {name: torch.from_numpy(value) for name, value in material.prompt.items()}, config)
+        self.prefix = material.peft_type in PREFIX_TYPES
         self.virtual_tokens = int(settings["num_virtual_tokens"])
         self.parameters = [parameter for parameter in self.encoder.parameters() if parameter.requires_grad]
         train = config.train
@@ -68,7 +65,7 @@ class PeftSide:
         )
         self.micro_rows = train.per_device_train_batch_size
         self.clock = PhaseClock(self.device)
-        self.formula, self.uncounted = self._count(handed["attention"])
+        self.formula, self.uncounted = self._count(material.attention)
 
     def close(self) -> None:
         """Nothing is open."""
@@ -86,8 +83,8 @@ class PeftSide:
         dtype = str(self.model.base_model.dtype).removeprefix("torch.")
         return Facts(self.device.type, dtype, torch.get_num_threads(), settings, self.uncounted)
 
-    def check(self, rows: np.ndarray) -> dict[str, float]:
-        """The mean loss of these rows, and how far the prompt's gradient is from that in the folder, relatively."""
+    def check(self, rows: np.ndarray, gradient: np.ndarray) -> dict[str, float]:
+        """The mean loss of these rows, and how far the prompt's gradient is from ``gradient``, relatively."""
         outputs: list[Tensor] = []
 
         def keep(module: Any, inputs: Any, output: Tensor) -> None:
@@ -100,7 +97,7 @@ class PeftSide:
         self.optimizer.zero_grad(set_to_none=True)
         # Rows have a copy of the prompt each.
         own = torch.stack([output.grad.float().sum(0) for output in outputs if output.grad is not None]).sum(0).cpu()
-        other = torch.load(self.folder / GRADIENT, weights_only=True)
+        other = torch.from_numpy(gradient)
         return {"loss": float(loss), "gradient": float((own - other).norm() / other.norm())}
 
     def take(self, rows: np.ndarray) -> Sample:

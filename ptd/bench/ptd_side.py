@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,7 @@ import torch
 from ptd.bench.clock import PeakMemory, PhaseClock
 from ptd.bench.flops import AttentionLayer, Formula, Load, attention_layers, distinct, load_of, observed
 from ptd.bench.machine import matmul_rate
-from ptd.bench.sides import GRADIENT, MATERIAL, PROMPT, Facts, Sample
+from ptd.bench.sides import Facts, Material, Sample
 from ptd.checkpoint import peft_format
 from ptd.config import RunConfig
 from ptd.deepspeed_config import apply_deepspeed, check_batch_size
@@ -28,12 +26,12 @@ from ptd.types import Batch, PromptState, Reporter, UserError
 class PtdSide:
     """One process of the run that ``config`` describes. Methods that take rows are called on all ranks together.
 
-    ``folder``: where the other side finds what it starts from; None if there is no other side.
+    ``compared``: there is another side.
     """
 
-    def __init__(self, config: RunConfig, folder: Path | None = None) -> None:
+    def __init__(self, config: RunConfig, compared: bool = False) -> None:
         config, zero3 = apply_deepspeed(config)
-        if folder is not None and zero3 is not None:
+        if compared and zero3 is not None:
             raise UserError(
                 "--against peft: this run shards its backbone with DeepSpeed, and the comparison runs each side in one "
                 "process that holds all of it; leave out --against, or sharding and deepspeed"
@@ -42,16 +40,16 @@ class PtdSide:
         self._open = ExitStack()
         self._open.callback(self.ranks.stop)
         try:
-            self._prepare(config, zero3, folder)
+            self._prepare(config, zero3)
         except BaseException:
             self.close()
             raise
 
-    def _prepare(self, config: RunConfig, zero3: dict[str, Any] | None, folder: Path | None) -> None:
+    def _prepare(self, config: RunConfig, zero3: dict[str, Any] | None) -> None:
         ranks = self.ranks
         check_batch_size(config, ranks.world_size)
         check_same_config(config, ranks)
-        self.config, self.folder = config, folder
+        self.config = config
         self.material = read_material(config, ranks, Reporter())
         if not self.material.trains:
             raise UserError(f"method.name: {config.method_name} trains nothing, so there is no step to time")
@@ -96,18 +94,19 @@ class PtdSide:
             obstacle=self._obstacle(),
         )
 
-    def hand_over(self) -> None:
-        """Write what PEFT's side starts from."""
-        assert self.folder is not None
+    def hand_over(self) -> Material:
+        """What PEFT's side starts from."""
         encoder, layout = self.step.encoder, self.step.encoder.layout
         with torch.no_grad():
             flat, state = self.step.flat(), self.step.state()
-        torch.save(encoder.state_dict(), self.folder / PROMPT)
-        peft = peft_format.write_config(layout, len(flat), encoder.peft_type)
-        attention = self._attention(state)
-        handed = {"peft_type": encoder.peft_type, "fields": peft, "attention": attention}
-        with (self.folder / MATERIAL).open("wb") as file:
-            pickle.dump((self.material.examples, self.material.tokenizer.pad_token_id or 0, handed), file)
+        return Material(
+            self.material.examples,
+            self.material.tokenizer.pad_token_id or 0,
+            {name: tensor.cpu().numpy() for name, tensor in encoder.state_dict().items()},
+            str(encoder.peft_type),
+            peft_format.write_config(layout, len(flat), encoder.peft_type),
+            self._attention(state),
+        )
 
     def lengths(self) -> np.ndarray:
         """Tokens of each row."""
@@ -122,18 +121,17 @@ class PtdSide:
         dtype = self.prepared.model.dtype
         return matmul_rate(dtype, self.ranks.device)
 
-    def check(self, rows: np.ndarray) -> float:
-        """The mean loss of these rows at the prompt as it is; leaves its gradient in the folder. Takes no step."""
+    def check(self, rows: np.ndarray) -> tuple[float, np.ndarray]:
+        """The mean loss of these rows at the prompt as it is, and its gradient there. Takes no step."""
         loss = weight = 0.0
         self.prepared.attachment.set(self.step.encode())
         for batch in self.batches.of(rows):
             reading = self.step.readout(self.prepared.run, batch)
             reading.loss.backward()
             loss, weight = loss + float(reading.loss.detach()), weight + float(reading.weight)
-        if self.folder is not None:
-            torch.save((self.step.leaf_gradient() / weight).cpu(), self.folder / GRADIENT)
+        gradient = (self.step.leaf_gradient() / weight).cpu().numpy()
         self.step.optimizer.zero_grad(set_to_none=True)
-        return loss / weight
+        return loss / weight, gradient
 
     def take(self, rows: np.ndarray) -> Sample:
         """One optimizer step on these rows, measured."""
@@ -209,7 +207,7 @@ class PtdSide:
             self.step.readout(self.prepared.run, batch).loss.backward()
 
         model, config = self.prepared.model, self.config.backbone
-        head = model.get_output_embeddings() if self.config.task.kind == "causal_lm" else None
+        head = self.prepared.attachment.head.module
         try:
             linear = observed(torch.nn.ModuleList([model, self.step.readout]), self._load(batch), step, head)
         except LookupError as error:

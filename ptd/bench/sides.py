@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ptd.types import Examples
+
 Setting = Literal["as-run", "best"]
 SETTINGS: tuple[Setting, ...] = ("as-run", "best")
 
@@ -17,8 +19,21 @@ ENVIRONMENT: dict[Setting, dict[str, str]] = {
 }
 """glibc's settings for PEFT's process where there is no GPU: freed memory is kept instead of given back."""
 
-PROMPT, GRADIENT, MATERIAL = "prompt.pt", "gradient.pt", "material.pickle"
-"""Files that ptd's side leaves for PEFT's: the prompt to start from, its gradient, the tokenised rows and more."""
+
+@dataclass(frozen=True)
+class Material:
+    """What PEFT's side starts from.
+
+    ``prompt``: ptd's prompt encoder, by parameter name; ``fields``: of PEFT's configuration; ``attention``: the
+    backbone's layers.
+    """
+
+    examples: Examples
+    pad_token_id: int
+    prompt: dict[str, np.ndarray]
+    peft_type: str
+    fields: dict[str, Any]
+    attention: tuple[Any, ...]
 
 
 @dataclass(frozen=True)

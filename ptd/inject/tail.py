@@ -18,9 +18,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ptd.inject.attention import probed
 
-SHARE = 0.9
-"""Of the positions; where more than that are read, gathering them costs what it spares."""
-
 
 class Watch:
     """Sees which modules of a model run, in which order around the attention calls, while it is entered."""
@@ -116,7 +113,7 @@ class Tail:
         """In the pass that begins now these ``tokens`` run, and of their flattened positions ``kept`` are read (None:
         all). A tensor, not its size: torch.compile would take a number for a constant."""
         self._tokens = tokens
-        self._kept = kept if kept is not None and len(kept) <= SHARE * tokens.numel() else None
+        self._kept = kept if kept is not None and len(kept) < tokens.numel() else None
 
     def hooks(self) -> list[Any]:
         return [
