@@ -6,7 +6,8 @@ A Llama of 8 layers, hidden 512, 8 query and 4 key/value heads, vocabulary 32,00
 rows a step, 45 % of the tokens supervised. ``e2e``: rows as long as those of the E2E data set; ``instructions``: skewed
 (log-normal, mean 180 tokens, σ 0.9, at most 1,024). PEFT runs as its users run it (random batches) and in its best
 working setting (rows of like length together); docs/benchmarking.md says how all is measured. The curves show the cost
-over virtual tokens, rows, sequence length and layers, against PEFT at its best.
+over virtual tokens, rows, sequence length and layers, against PEFT at its best. ``compiled``: with `backbone.compile`,
+and PEFT's layers at its best compiled in the same way, before the steps that count.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class Cell:
     rows: int = 8
     layers: int = 8
     dtype: str = "float32"
+    compiled: bool = False
     settings: tuple[str, ...] = ("as-run", "best")
 
 
@@ -84,7 +86,8 @@ CELLS = {
         f"{data}, P = {tokens}, {dtype}": Cell(data, tokens, dtype=dtype)
         for dtype in ("float32", "bfloat16")
         for data, tokens in (("e2e", 30), ("instructions", 30), ("e2e", 2048))
-    }
+    },
+    **{f"{data}, P = 30, float32, compiled": Cell(data, compiled=True) for data in ("e2e", "instructions")},
 }
 CURVES = {
     "virtual tokens": Curve("virtual_tokens", "virtual tokens", (8, 32, 128, 512, 2048)),
@@ -153,7 +156,7 @@ class Folders:
     def config(self, cell: Cell) -> dict[str, Any]:
         """The run file of a cell, as a mapping."""
         return {
-            "backbone": {"path": str(self.backbone(cell.layers)), "dtype": cell.dtype},
+            "backbone": {"path": str(self.backbone(cell.layers)), "dtype": cell.dtype, "compile": cell.compiled},
             "method": {"name": "prefix", "num_virtual_tokens": cell.virtual_tokens},
             "data": {"train": str(self.rows(cell.data, max(ROWS, 16 * cell.rows))), "max_length": 1024},
             "train": {"per_device_train_batch_size": cell.rows, "learning_rate": 1e-3, "seed": SEED},

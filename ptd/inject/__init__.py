@@ -1,7 +1,7 @@
 """Injection: how a prompt reaches a model's attention or embeddings, dispatched on the kind of prompt state."""
 
 from ptd.inject.attach import Attachment, check_supported
-from ptd.inject.compile import compile_layers
+from ptd.inject.compile import compile_each, compile_layers
 from ptd.inject.explain import explain_attention, standing_in_for_gpu
 from ptd.inject.watch import LayerShares, SharesOfPrompt, attending_only_to
 
@@ -11,6 +11,7 @@ __all__ = [
     "SharesOfPrompt",
     "attending_only_to",
     "check_supported",
+    "compile_each",
     "compile_layers",
     "explain_attention",
     "standing_in_for_gpu",

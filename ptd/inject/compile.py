@@ -28,8 +28,13 @@ def compile_layers(model: PreTrainedModel) -> None:
             "quantization: none"
         )
     _check_compiler(next(model.parameters()).device)
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     AttentionInterface.register(IMPLEMENTATION, torch.compiler.disable(attention_forward))
+    compile_each(model)
+
+
+def compile_each(model: PreTrainedModel) -> None:
+    """Compile the layers of any model as they are."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(dynamic=True)
