@@ -1,10 +1,10 @@
 """What each lever of ptd's step is worth: alone, and taken away from all of them, on the same batches in one process.
 
-    python benchmarks/levers.py [--lengths e2e skewed] [--dtype float32] [--steps 12] [--threads 1] [--output FILE]
+    python benchmarks/levers.py [--lengths e2e instructions] [--dtype float32] [--steps 12] [--threads 1] [--output F]
 
 The backbone is that of throughput.py: a Llama of 8 layers, hidden 512, 8 query and 4 key/value heads, vocabulary
 32,000, random weights. P = 30 virtual tokens are trained directly, 8 rows a step, packed. Rows are as long as E2E's
-(mean 80 tokens, 37 % of them supervised) or log-normal (mean 180, σ 0.9, at most 1,024, 45 % supervised). Settings take
+or as instruction data has them, 45 % of the tokens supervised: all as in throughput.py. Settings take
 turns on every batch; with one thread it is CPU time that counts, which other work on the machine disturbs less. The
 losses of a lever are compared with those of the plain step: all of them do the same work.
 """
@@ -14,18 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from throughput import LENGTHS, MODEL, SUPERVISED
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ptd.bench.machine import evidence
 from ptd.data import Batches
 from ptd.engine.forward import Forward
 from ptd.engine.meter import NetworkMeter
@@ -35,9 +34,8 @@ from ptd.inject import Attachment, compile_layers
 from ptd.methods.prefix import PrefixEncoder
 from ptd.readouts.language_model import LanguageModel
 from ptd.types import DataReport, Examples
-from ptd.versions import versions
 
-P, ROWS, VOCABULARY = 30, 8, 32_000
+P, ROWS = 30, 8
 CPU = torch.device("cpu")
 LEVERS = {
     "tail": "the last layer's MLP and output projection at supervised positions only",
@@ -54,44 +52,21 @@ WARM_UP = 3
 """Steps: the first compiles, the others warm caches and allocators."""
 
 
-def llama(dtype: torch.dtype) -> LlamaForCausalLM:
+def llama(dtype: torch.dtype) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=2048,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
-
-
-def e2e(rows: int, draw: np.random.Generator) -> tuple[Any, Any]:
-    """Unsupervised and supervised tokens of each row, as measured on E2E's development set under a 32k BPE."""
-    covariance = 0.67 * 12.7 * 8.9
-    drawn = draw.multivariate_normal([50.7, 29.4], [[12.7**2, covariance], [covariance, 8.9**2]], rows)
-    return tuple(np.clip(drawn.round(), [15, 8], [70, 60]).astype(int).T)
-
-
-def skewed(rows: int, draw: np.random.Generator) -> tuple[Any, Any]:
-    """The same of rows as instruction data has them."""
-    lengths = np.clip(np.exp(draw.normal(np.log(180) - 0.9**2 / 2, 0.9, rows)).round(), 8, 1024).astype(int)
-    supervised = (0.45 * lengths).round().astype(int)
-    return lengths - supervised, supervised
-
-
-LENGTHS = {"e2e": e2e, "skewed": skewed}
+    config = AutoConfig.for_model("llama", **MODEL, use_cache=False)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval().requires_grad_(False)
 
 
 def examples_of(kind: str, rows: int) -> Examples:
     draw = np.random.default_rng(0)
-    parts = LENGTHS[kind](rows, draw)
-    supervised = np.concatenate([np.repeat([False, True], pair) for pair in zip(*parts, strict=True)])
-    tokens = draw.integers(0, VOCABULARY, len(supervised)).astype(np.int32)
-    offsets = np.concatenate([[0], np.cumsum(parts[0] + parts[1])])
+    lengths = LENGTHS[kind](draw, rows)
+    completions = (SUPERVISED * lengths).round().astype(int)
+    parts = zip(lengths - completions, completions, strict=True)
+    supervised = np.concatenate([np.repeat([False, True], pair) for pair in parts])
+    tokens = draw.integers(0, MODEL["vocab_size"], len(supervised)).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
     return Examples.of_text(tokens, supervised, offsets, DataReport(rows, len(tokens), int(supervised.sum())))
 
 
@@ -167,19 +142,6 @@ def table(cells: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def evidence() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    model = next((line for line in cpus if line.startswith("model name")), ":").split(":")[1].strip()
-    return {
-        "date": date.today().isoformat(),
-        "commit": commit,
-        "hardware": f"{os.cpu_count()} × {model or platform.processor()}",
-        "load": os.getloadavg()[0],
-        "versions": versions(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS))
@@ -198,7 +160,7 @@ def main() -> None:
     if arguments.output is not None:
         settings = {"dtype": arguments.dtype, "threads": arguments.threads, "steps": arguments.steps}
         settings["clock"] = "CPU time of the process" if alone else "wall time"
-        result = {"levers": LEVERS, "settings": settings, "cells": cells, **evidence()}
+        result = {"levers": LEVERS, "settings": settings, "cells": cells, **evidence(), "load": os.getloadavg()[0]}
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

@@ -18,17 +18,14 @@ import argparse
 import collections
 import json
 import os
-import platform
 import random
 import re
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +40,9 @@ import yaml
 from forked_ranks import Job, start
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from ptd.bench.machine import evidence
 from ptd.cli import main as ptd_main
 from ptd.engine.records import read_records
-from ptd.versions import versions
 
 ROOT = Path(__file__).parents[1]
 RANKS, SAVE_STEPS, EVAL_STEPS = 2, 3, 25
@@ -202,23 +199,6 @@ def differences(whole: Path, soaked: Path) -> list[str]:
     return found + [f"left over: {name}" for name in leftover]
 
 
-def evidence() -> dict[str, Any]:
-    """What the result was measured with."""
-    cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    model = next((line.split(":")[1].strip() for line in cpu.splitlines() if line.startswith("model name")), "")
-
-    def git(*command: str) -> str:
-        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain")),
-        "hardware": f"{os.cpu_count()} × {model or platform.processor()}, {RANKS} ranks × 1 thread, gloo",
-        "versions": versions(),
-        "date": date.today().isoformat(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
@@ -245,6 +225,7 @@ def main() -> None:
     if result["kills_seen"].get("checkpoints passed over"):
         found.append("a checkpoint was damaged by a kill")
     result = {**result, "differences": len(found), "first_differences": found[:20], **evidence()}
+    result["hardware"] += f", {RANKS} ranks × 1 thread, gloo"
     print(json.dumps(result, indent=2))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -25,9 +25,6 @@ from ptd.cli.common import (
     reporter_unless,
 )
 from ptd.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def evaluate(

@@ -12,11 +12,11 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from ptd.config import RunConfig
 from ptd.engine.meeting import listed
 from ptd.engine.ranks import Ranks
+from ptd.engine.records import flat
 from ptd.types import UserError
 
 PER_NODE = ("backbone.offload_folder",)
@@ -43,7 +43,7 @@ def check_same_config(config: RunConfig, ranks: Ranks) -> None:
     """Raise `UserError` unless the resolved configuration is the same on all ranks."""
     if ranks.world_size == 1:
         return
-    everywhere = [json.loads(each) for each in ranks.gather(json.dumps(_flat(config.to_dict())))]
+    everywhere = [json.loads(each) for each in ranks.gather(json.dumps(flat(config.to_dict())))]
     for key in sorted({key for each in everywhere for key in each}):
         values: dict[str, list[int]] = {}
         for rank, each in enumerate(everywhere):
@@ -54,13 +54,6 @@ def check_same_config(config: RunConfig, ranks: Ranks) -> None:
                 f"{key}: the ranks were given different runs: {said}; start every rank with the same RUN.yaml and "
                 "overrides, and look for files of the same name that differ from node to node"
             )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return found
 
 
 def same_fingerprint(own: str, ranks: Ranks) -> str:

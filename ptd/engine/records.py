@@ -57,6 +57,14 @@ class Records:
         self.close("finished" if error is None else "preempted" if isinstance(error, Preempted) else "failed")
 
 
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A resolved configuration by dotted keys; an empty section stays one value."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found
+
+
 def _line(record: dict[str, Any]) -> str:
     # JSON has no NaN; most readers refuse the one that Python writes.
     finite = {key: value for key, value in record.items() if not isinstance(value, float) or math.isfinite(value)}

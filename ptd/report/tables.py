@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from ptd.engine.records import flat
 from ptd.report.data import Run, is_number, numbers
 from ptd.report.panels import metrics
 
@@ -148,17 +149,10 @@ def _best(best: Any) -> str:
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Settings that are not the same in all runs, as dotted keys, with each run's value."""
-    flat = [_flat(run.section("config")) for run in runs]
-    keys = [key for key in dict.fromkeys(key for each in flat for key in each) if key not in NOT_COMPARED]
-    cells = {key: [json.dumps(each[key]) if key in each else "" for each in flat] for key in keys}
+    settings = [flat(run.section("config")) for run in runs]
+    keys = [key for key in dict.fromkeys(key for each in settings for key in each) if key not in NOT_COMPARED]
+    cells = {key: [json.dumps(each[key]) if key in each else "" for each in settings] for key in keys}
     return [(key, values) for key, values in cells.items() if len(set(values)) > 1]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return found
 
 
 def slowest(run: Run) -> str:
