@@ -14,7 +14,7 @@ import yaml
 
 from ptd.engine.records import flat
 from ptd.report.data import Run, is_number, numbers
-from ptd.report.panels import metrics
+from ptd.report.panels import LAYERS, mean_split, metrics
 
 NOT_COMPARED = ("output_dir",)
 """Settings in which two runs always differ."""
@@ -37,6 +37,7 @@ def plain(run: Run) -> dict[str, Any]:
         "trained_parameters": run.facts.get("trained_parameters"),
         "tokens_per_second": _median(run, "tokens_per_second"),
         "step_seconds": _median(run, "step_seconds"),
+        "phase_seconds": mean_split(run) or None,
         "peak_memory_bytes": max((value for _, value in numbers(run.steps, "peak_memory_bytes")), default=None),
         "network_bytes_inside_nodes": total - between if total is not None and between is not None else None,
         "network_bytes_between_nodes": between,
@@ -131,6 +132,9 @@ def overview(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
                 label = f"held-out {metric.removeprefix('eval_')}, last"
                 rows.append((label, [_shown(each.get(metric), _number) for each in figures]))
             rows.append(("best evaluation", [_best(each["best"]) for each in figures]))
+        if key == "step_seconds" and len(runs) > 1:
+            splits = [each["phase_seconds"] for each in figures]
+            rows += [(f"of a step: {name}", [_share(split, name) for split in splits]) for name in LAYERS]
     return [(label, cells) for label, cells in rows if any(cells)]
 
 
@@ -138,6 +142,10 @@ def _shown(value: Any, form: Callable[[Any], str]) -> str:
     if value is None:
         return ""
     return form(value) if is_number(value) or form in (str, _moment, _base) else str(value)
+
+
+def _share(split: dict[str, float] | None, name: str) -> str:
+    return f"{100 * split[name] / sum(split.values()):.1f} %" if split and any(split.values()) else ""
 
 
 def _best(best: Any) -> str:

@@ -24,6 +24,7 @@ from ptd.types import UserError
 
 SECTIONS = ("overview", "curves", "evaluation", "speed", "samples", "attempts", "configuration", "reproduce")
 PLOTS = {"loss", "learning_rate", "grad_norm", "throughput", "step_time", "memory", "network", "eval_accuracy"}
+PLOTS |= {"phases"}
 VOID = {"meta", "link", "br", "img", "source", "input", "hr"}
 HOSTILE = "<script>alert(1)</script>\"'&{{7*7}}$\\frac{1}{0}$ _x ]]> \u202e 文"
 
