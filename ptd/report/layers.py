@@ -18,7 +18,7 @@ WIDTH, LEFT, RIGHT, BELOW, ABOVE, BAR = 4.0, 0.68, 0.18, 0.485, 0.52, 0.24
 """Inches: of the figure, around the axes, and of a bar."""
 COLUMNS = 4
 """Of the legend."""
-LETTERS = 10
+LETTERS = 9
 """Of a run's name, where its mark is not known from elsewhere."""
 
 
@@ -29,7 +29,7 @@ def draw_layers(panel: Panel, theme: Theme) -> Figure:
     box = (LEFT / WIDTH, BELOW / height, 1 - (LEFT + RIGHT) / WIDTH, 1 - (BELOW + ABOVE) / height)
     axes = figure.add_axes(box, facecolor="none")
     colours = [theme.palette[layer.colour] if layer.colour >= 0 else theme.soft for layer in panel.curves]
-    edge: dict[str, Any] = {"edgecolor": theme.paper, "linewidth": 0.5}
+    edge: dict[str, Any] = {"edgecolor": theme.paper, "linewidth": 0.3}
     bottom = np.zeros(len(panel.curves[0].x))
     for layer, colour in zip(panel.curves, colours, strict=True):
         above = bottom + layer.y

@@ -18,6 +18,8 @@ from ptd.report.panels import LAYERS, mean_split, metrics
 
 NOT_COMPARED = ("output_dir",)
 """Settings in which two runs always differ."""
+SHOWN = 10
+"""Rows of a group of samples."""
 
 
 def plain(run: Run) -> dict[str, Any]:
@@ -199,18 +201,33 @@ def _cell(value: Any) -> str:
 
 
 def samples(run: Run) -> list[dict[str, Any]]:
-    """Each input with its reference and what was written at each step: ``texts`` of (label, text)."""
+    """Groups of rows: ``title`` (or none), ``called`` what a reference is, ``rows``, and how many ``more`` there are.
+
+    A row has its ``prompt``, its ``reference`` and what came of it at each step: ``texts`` of (label, text). Text that
+    was written is one group in its own order. Labels and answers are two, by the last step: wrong ones and right ones,
+    each the surest first.
+    """
     by_step: dict[int, list[dict[str, Any]]] = {}
     for sample in run.samples:
         by_step.setdefault(sample["step"], []).append(sample)
     found: list[dict[str, Any]] = []
     for step, those in sorted(by_step.items()):
-        label = "backbone alone" if step == 0 else f"after step {step:,}"
+        scored = "score" in those[0]
+        label = f"after step {step:,}" if step else "before training" if scored else "backbone alone"
         for number, sample in enumerate(those):
             if number == len(found):
                 found.append({"prompt": sample["prompt"], "reference": sample["reference"], "texts": []})
-            found[number]["texts"].append((label, sample["text"]))
-    return found
+            sure = f" ({sample['score']:.2f})" if "score" in sample else ""
+            found[number]["texts"].append((label, sample["text"] + sure))
+            found[number] |= {"score": sample.get("score"), "right": sample.get("right")}
+    if not found or found[0]["right"] is None:
+        return [{"title": "", "called": "reference", "rows": found, "more": 0}] if found else []
+    groups = []
+    for name, right in (("Wrong", False), ("Right", True)):
+        rows = sorted((row for row in found if row["right"] is right), key=lambda row: -row["score"])
+        title = f"{name}, the surest first: {len(rows)} of {len(found)}"
+        groups.append({"title": title, "called": "label", "rows": rows[:SHOWN], "more": len(rows[SHOWN:])})
+    return groups
 
 
 def as_yaml(run: Run) -> str:
