@@ -145,10 +145,10 @@ class Answers:
             return []
         found = self.task.samples(self.task.answers(scores, few.examples), few.rows)
         return [
-            replace(each, **{name: _shorten(getattr(each, name)) for name in ("prompt", "reference", "text")})
+            replace(each, prompt=_short(each.prompt), reference=_short(each.reference), text=_short(each.text))
             for each in found
         ]
 
 
-def _shorten(text: str) -> str:
+def _short(text: str) -> str:
     return text if len(text) <= LETTERS else f"{text[: LETTERS - 1]}…"

@@ -177,9 +177,8 @@ class TokenClassification:
         """The words with their tags, or their entities. The score is that of the surest wrong tag (0: of a word that
         the backbone did not see), of a row without one that of its least sure tag."""
         found = []
-        words = (
-            each for _, chunk in field_chunks(rows, {"tokens": self.fields["tokens"]}, "it") for each in chunk["tokens"]
-        )
+        column = {"tokens": self.fields["tokens"]}
+        words = (each for _, chunk in field_chunks(rows, column, "the data") for each in chunk["tokens"])
         for row, gold, answer in zip(words, self._gold(rows), answers, strict=True):
             given, probabilities = answer["tags"], answer["probabilities"]
             wrong = [sure or 0.0 for sure, one, other in zip(probabilities, given, gold, strict=True) if one != other]
