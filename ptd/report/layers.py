@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -29,14 +28,13 @@ def draw_layers(panel: Panel, theme: Theme) -> Figure:
     box = (LEFT / WIDTH, BELOW / height, 1 - (LEFT + RIGHT) / WIDTH, 1 - (BELOW + ABOVE) / height)
     axes = figure.add_axes(box, facecolor="none")
     colours = [theme.palette[layer.colour] if layer.colour >= 0 else theme.soft for layer in panel.curves]
-    edge: dict[str, Any] = {"edgecolor": theme.paper, "linewidth": 0.3}
     bottom = np.zeros(len(panel.curves[0].x))
     for layer, colour in zip(panel.curves, colours, strict=True):
         above = bottom + layer.y
         if panel.bars:
-            axes.barh(layer.x, layer.y, left=bottom, height=0.7, color=colour, **edge)
+            axes.barh(layer.x, layer.y, left=bottom, height=0.7, color=colour, linewidth=0)
         else:
-            axes.fill_between(layer.x, bottom, above, step="pre", color=colour, **edge)
+            axes.fill_between(layer.x, bottom, above, step="pre", color=colour, linewidth=0)
         bottom = above
     top = panel.top or 1.06 * float(bottom.max())
     _set_look(axes, panel, theme)

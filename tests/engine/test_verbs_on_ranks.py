@@ -206,9 +206,8 @@ def test_samples_of_labels_are_what_predict_says(printed: Path, adapters: dict[s
     """On two ranks that share the backbone, of which one has a batch less."""
     samples = read_samples(printed / "classification")
     assert [sample["step"] for sample in samples] == [0] * 5 + [2] * 5
-    said = in_one_process(
-        "predict", "--adapter", str(printed / "classification"), "--data", str(adapters["labelled"]), "--json"
-    )
+    adapter, rows = str(printed / "classification"), str(adapters["labelled"])
+    said = in_one_process("predict", "--adapter", adapter, "--data", rows)
     for line, sample in zip(said.splitlines(), samples[5:], strict=True):
         row = json.loads(line)
         assert (sample["prompt"], sample["reference"]) == (row["text"], str(row["label"]))
