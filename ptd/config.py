@@ -377,7 +377,7 @@ class RunConfig(Section):
     data: DataConfig
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
     deepspeed: str | dict[str, Any] | None = Field(
-        None, description="DeepSpeed JSON (path, or the mapping itself; [what is honoured](../ds_configs/README.md))"
+        None, description="DeepSpeed JSON: path, or the mapping itself ([what is honoured](../ds_configs/README.md))"
     )
     output_dir: Path = Field(Path("out"), description="where everything goes")
 
