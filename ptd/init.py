@@ -201,7 +201,7 @@ def _line(key: str, value: Any, given: bool, said: str, *, indent: str = "  ") -
     """The key, commented out unless ``given``, and beside it what is said of it."""
     shown = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000, sort_keys=False)
     text = f"{indent}{'' if given else '# '}{key}: {shown.removesuffix('...' + chr(10)).strip()}"
-    comments = textwrap.wrap(in_plain_words(said), WIDTH - COLUMN)
+    comments = textwrap.wrap(in_plain_words(said), WIDTH - COLUMN, break_on_hyphens=False)
     first, rest = ([], comments) if len(text) >= COLUMN else (comments[:1], comments[1:])
     beside = [f"{text:<{COLUMN}}# {line}" for line in first] or [text]
     return beside + [f"{'':<{COLUMN}}# {line}" for line in rest]
