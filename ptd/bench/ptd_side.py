@@ -139,8 +139,9 @@ class PtdSide:
         self.step.meter.take()
         self.clock.start("data")
         batches = self.batches.of(rows)
-        result, _ = self.loop.take_step(self._taken, batches)
+        taken = self.loop.take_step(self._taken, batches)
         seconds, phases = self.clock.stop()
+        result = taken.pending.read()
         self._taken += 1
         for key, size in self.step.meter.take().items():
             self._sent[key] = self._sent.get(key, 0.0) + size
