@@ -66,7 +66,7 @@ class LossScale:
         Returns whether it lowered the scale (bool).
         """
         finite, known = (torch.as_tensor(flag, device=self._value.device) for flag in (finite, known))
-        if not self.used:
+        if self.window is None:
             return torch.zeros_like(finite)
         lowered = known & ~finite & (self._value > 1)
         good_steps = torch.where(finite, self._good_steps + 1, 0)
