@@ -4,7 +4,8 @@
 # make docs-test  that site in a browser, and every command and piece of code in README.md and docs/ (minutes)
 # make check  style, types, formatting
 # make fuzz   run files, data files and adapters of anything, for minutes
-# make gpu    the attention kernels' tests and benchmark, that no step waits for the GPU, and a 7B backbone in every placement, on one NVIDIA GPU
+# make gpu    on one NVIDIA GPU: the attention kernels' tests and benchmark, that no step waits for it, and a 7B backbone
+#             in every placement
 # Each makes .venv and installs what it needs first. PYTHON=… chooses the interpreter (3.10 or newer).
 
 PYTHON ?= python3
