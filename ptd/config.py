@@ -283,7 +283,7 @@ class TrainConfig(Section):
     )
     run_name: str | None = Field(None, min_length=1, description="in the trackers; default: output_dir's name")
     samples: int = Field(
-        0, ge=0, description="held-out inputs whose continuation is kept, of the backbone alone and after the training"
+        0, ge=0, description="held-out rows whose continuation or answer is kept, from before and after the training"
     )
     metric_for_best_model: str = Field(
         "loss",
@@ -332,12 +332,11 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _samples_of_text(self) -> RunConfig:
-        writes = self.task.kind in ("causal_lm", "seq2seq_lm") and self.data.format != "text"
-        if self.train.samples and not (writes and self.data.eval is not None):
+    def _samples_of_rows(self) -> RunConfig:
+        if self.train.samples and (self.data.eval is None or self.data.format == "text"):
             raise ValueError(
-                "train.samples: continues the prompts of data.eval, so it needs that, a task.kind that writes text and "
-                "a data.format with prompts; remove it"
+                "train.samples: shows what becomes of rows of data.eval, so it needs that, and where text is written a "
+                "data.format with prompts to continue; remove it"
             )
         return self
 

@@ -7,7 +7,7 @@ import resource
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ptd.config import TrainConfig
 from ptd.data import Batches, prefetch
 from ptd.engine.evaluation import HeldOut, evaluate
 from ptd.engine.meter import summary
+from ptd.engine.phases import OTHER, OWN, PHASES
 from ptd.engine.preemption import StopRequest
 from ptd.engine.prompt_step import PendingResult, PromptStep, StepResult
 from ptd.engine.ranks import Ranks
@@ -38,20 +39,6 @@ class Stopped:
 
     step: int
     evaluation_due: bool
-
-
-@dataclass(frozen=True)
-class Taken:
-    """Optimizer step ``number``, which a GPU may still be at work on. ``waited``: seconds without data before it."""
-
-    number: int
-    pending: PendingResult
-    clock: Stopwatch
-    waited: float = 0.0
-
-    def read(self) -> tuple[StepResult, float]:
-        """Its result, and the seconds in which this rank did its own part of it. Waits for the step."""
-        return self.pending.read(), self.waited + self.clock.seconds()
 
 
 @dataclass
@@ -90,19 +77,20 @@ class Loop:
             self.evaluate(0)
             return None
         rate = learning_rates(self.config, stop)
-        window, unread = Window(), deque[Taken]()
+        window, unread = Window(), deque[tuple[int, PendingResult]]()
         self._skipped_in_a_row = 0
         self.reporter.start("train", stop, start)
         if evaluation_due:
             self.evaluate(start)
         self.prepared.forget_passes()
-        ready = time.perf_counter()
+        clock = self.step.clock
+        began = time.perf_counter()
+        clock.begin("data")
         for index, micro_batches in prefetch(self.batches, start, stop):
-            began = time.perf_counter()
             for group in self.step.optimizer.param_groups:
                 group["lr"] = rate(index) * group["scale"]
-            # Waiting for data is a rank's own, too.
-            unread.append(replace(self.take_step(index, micro_batches), waited=began - ready))
+            unread.append((index + 1, self.take_step(index, micro_batches)))
+            clock.pause()
             self.on_boundary()
             number = index + 1
             logs, evaluates, saves = (
@@ -110,13 +98,13 @@ class Loop:
                 for every in (self.config.logging_steps, self.config.eval_steps, self.config.save_steps)
             )
             stops = False
-            for result, own_seconds in self._results(unread, everything=logs or evaluates or saves):
-                window.add(result, own_seconds)
+            for result in self._results(unread, everything=logs or evaluates or saves):
+                window.add(result)
                 stops |= result.stop
             window.pass_by(time.perf_counter() - began, self.step.meter.take())
             line = None
             if logs:
-                record = window.record(number, rate(index), result, self.ranks)
+                record = window.record(number, rate(index), result, self.ranks, clock.take())
                 self.on_record(record)
                 line = f"loss {result.loss:.4f}  lr {rate(index):.2e}  {record['tokens_per_second']:.0f} tokens/s"
                 window = Window()
@@ -129,47 +117,45 @@ class Loop:
             if saves:
                 self.heartbeat(f"saving after step {number}")
                 self.on_save(number)
-            ready = time.perf_counter()
+            began = time.perf_counter()
+            clock.begin("data")
         self.reporter.finish("train")
         return None
 
-    def _results(self, unread: deque[Taken], *, everything: bool) -> Iterator[tuple[StepResult, float]]:
+    def _results(self, unread: deque[tuple[int, PendingResult]], *, everything: bool) -> Iterator[StepResult]:
         """What the steps left that are far enough behind, or ``everything``; all of it once a rank asks to stop."""
         on_gpu = self.ranks.device.type == "cuda"
         behind = self.behind if self.behind is not None else BEHIND if on_gpu else 0
         while len(unread) > (0 if everything else behind):
-            taken = unread.popleft()
-            result, own_seconds = taken.read()
+            number, pending = unread.popleft()
+            result = pending.read()
             everything |= result.stop
-            self._skipped_in_a_row = self._count_skipped(taken.number, self._skipped_in_a_row, result)
-            yield result, own_seconds
+            self._skipped_in_a_row = self._count_skipped(number, self._skipped_in_a_row, result)
+            yield result
 
-    def take_step(self, index: int, micro_batches: list[Batch]) -> Taken:
-        """One optimizer step; returns when a GPU has been asked for it."""
+    def take_step(self, index: int, micro_batches: list[Batch]) -> PendingResult:
+        """One optimizer step; returns when a GPU has been asked for it. Its clock goes on in the last phase."""
         self.heartbeat(f"step {index + 1}")
         # Randomness is a function of seed and step: a resumed run needs no generator state, all ranks draw alike.
         torch.manual_seed(self.config.seed * 1_000_003 + index)
-        phase = self.step.phase
-        phase("encoder")
+        clock = self.step.clock
+        clock.begin("encoder")
         self.prepared.attachment.set(self.step.encode())
-        clock = Stopwatch(self.ranks.device)  # from here to the sums over ranks nothing waits for the others
         loss = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         weight: Tensor | float = 0.0
         tokens = supervised = 0
         for batch in micro_batches:
             self.heartbeat(f"step {index + 1}")
-            phase("forward")
+            clock.begin("forward")
             reading = self.step.readout(self.prepared.run, batch)
-            phase("backward")
+            clock.begin("backward")
             if batch.rows or reading.loss.requires_grad:  # with nothing but a head, a filler depends on nothing trained
                 self.step.loss_scale.apply(reading.loss).backward()
             loss += reading.loss.detach()
             weight += reading.weight.detach().double() if isinstance(reading.weight, Tensor) else reading.weight
             tokens += batch.tokens
             supervised += batch.supervised_tokens
-        clock.stop()
-        pending = self.step.finish(loss, weight, tokens, supervised, stop=self.request.wanted)
-        return Taken(index + 1, pending, clock)
+        return self.step.finish(loss, weight, tokens, supervised, stop=self.request.wanted)
 
     def evaluate(self, number: int) -> None:
         """Loss and metrics of what is trained, as it stands now, on the held-out rows."""
@@ -208,13 +194,12 @@ class Window:
 
     def __init__(self) -> None:
         self.steps = self.tokens = self.supervised = self.skipped = 0
-        self.seconds = self.own_seconds = 0.0
+        self.seconds = 0.0
         self.network: defaultdict[tuple[str, str, str], float] = defaultdict(float)
 
-    def add(self, result: StepResult, own_seconds: float) -> None:
+    def add(self, result: StepResult) -> None:
         """What a step left."""
         self.steps += 1
-        self.own_seconds += own_seconds
         self.tokens += result.tokens
         self.supervised += result.supervised_tokens
         self.skipped += result.skipped
@@ -225,11 +210,17 @@ class Window:
         for key, size in network.items():
             self.network[key] += size
 
-    def record(self, number: int, learning_rate: float, last: StepResult, ranks: Ranks) -> dict[str, Any]:
+    def record(
+        self, number: int, learning_rate: float, last: StepResult, ranks: Ranks, phases: dict[str, float]
+    ) -> dict[str, Any]:
         """``loss``, ``lr``, ``grad_norm`` and ``loss_scale`` are the last step's.
 
-        Tokens are sums, seconds and bytes means a step; tokens and bytes count all ranks, which call this together.
+        Tokens are sums, seconds and bytes means a step; tokens and bytes count all ranks, which call this together,
+        seconds are this rank's. ``phases``: its seconds of each phase in all these steps.
         """
+        split = {name: phases.get(name, 0.0) / self.steps for name in PHASES}
+        # A GPU finishes a step's last phase while the process is in the next step, which may leave less than nothing.
+        split[OTHER] = max(0.0, self.seconds / self.steps - sum(split.values()))
         return {
             "step": number,
             "loss": last.loss,
@@ -239,33 +230,12 @@ class Window:
             "supervised_tokens": self.supervised,
             "tokens_per_second": self.tokens / self.seconds,
             "step_seconds": self.seconds / self.steps,
+            "phase_seconds": split,
             "peak_memory_bytes": peak_memory_bytes(),
-            **summary(ranks, self.network, self.own_seconds, self.steps),
+            **summary(ranks, self.network, sum(phases.get(name, 0.0) for name in OWN), self.steps),
             "skipped_steps": self.skipped,
             **({} if last.loss_scale is None else {"loss_scale": last.loss_scale}),
         }
-
-
-class Stopwatch:
-    """Seconds from now to `stop` of what this process has its device do; to be read when the device has done it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
-        self._times: list[float] = []
-        self._mark(0)
-
-    def _mark(self, place: int) -> None:
-        if self._events:
-            self._events[place].record()
-        self._times.append(time.perf_counter())
-
-    def stop(self) -> None:
-        self._mark(1)
-
-    def seconds(self) -> float:
-        if self._events:
-            return float(self._events[0].elapsed_time(self._events[1])) / 1000
-        return self._times[1] - self._times[0]
 
 
 def peak_memory_bytes() -> int:

@@ -11,14 +11,14 @@ from markupsafe import Markup
 
 from ptd.report import tables
 from ptd.report.data import Run
-from ptd.report.panels import Panel
+from ptd.report.panels import SPLIT, Panel
 from ptd.report.plots import MEAN_FROM, svg
 from ptd.report.theme import GLYPHS, LIGHT, style
 from ptd.versions import versions
 
 HERE = Path(__file__).parent
 CURVES = ("loss", "eval_loss", "learning_rate", "grad_norm", "loss_scale")
-SPEED = ("throughput", "step_time", "memory", "network")
+SPEED = ("throughput", "step_time", SPLIT[0], "memory", "network")
 
 
 def render(runs: Sequence[Run], found: Sequence[Panel]) -> str:
@@ -42,7 +42,7 @@ def render(runs: Sequence[Run], found: Sequence[Panel]) -> str:
         overview=tables.overview(runs),
         differences=tables.differences(runs) if several else [],
         curves=[figure for figure in figures if figure["name"] in CURVES],
-        speed=[figure for figure in figures if figure["name"] in SPEED],
+        speed=sorted((each for each in figures if each["name"] in SPEED), key=lambda each: SPEED.index(each["name"])),
         metrics=[figure for figure in figures if figure["name"] not in (*CURVES, *SPEED)],
         version=versions().get("ptd", ""),
     )

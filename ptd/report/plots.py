@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from ptd.report.data import read_run
+from ptd.report.layers import draw_layers
 from ptd.report.panels import STEP, Curve, Panel, panels, thin
 from ptd.report.theme import LIGHT, MARKERS, SENTINEL, Theme, to_css
 
@@ -32,7 +33,9 @@ XLINK = "{http://www.w3.org/1999/xlink}href"
 
 
 def draw(panel: Panel, theme: Theme, *, legend: bool) -> Figure:
-    """One figure, without a title. ``legend``: name the curves in it."""
+    """One figure, without a title. ``legend``: name the curves in it (layers are always named)."""
+    if panel.layers:
+        return draw_layers(panel, theme)
     figure = Figure(figsize=SIZE, facecolor="none" if theme is SENTINEL else theme.paper)
     axes = figure.add_axes((0.17, 0.19, 0.8, 0.7 if legend else 0.76), facecolor="none")
     columns = max(FEWEST_COLUMNS, COLUMNS // len(panel.curves))
@@ -173,7 +176,8 @@ def _inline(text: str, panel: Panel, number: int) -> str:
         root.attrib.pop(name, None)
     root.set("class", "plot")
     root.set("role", "img")
-    root.set("aria-label", f"{panel.title}: {panel.unit} over {STEP}")
+    over = f"of {len(panel.bars)} runs" if panel.bars else f"over {STEP}"
+    root.set("aria-label", f"{panel.title}: {panel.unit} {over}")
     return ElementTree.tostring(root, encoding="unicode")
 
 

@@ -64,7 +64,7 @@ def pages(write_run: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     long = "a-rather-long-name_" * 6
     runs = [
         write_run(folder / "short", steps=3, ranks=1),
-        write_run(folder / long, steps=500, label=f"{'many words ' * 30}{long}"),
+        write_run(folder / long, steps=500, label=f"{'many words ' * 30}{long}", labels=8),
         write_run(folder / "million", steps=20_000, train={"learning_rate": 3e-7, "seed": 3}),
     ]
     found = {}
