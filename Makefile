@@ -4,7 +4,8 @@
 # make docs-test  that site in a browser, and every command and piece of code in README.md and docs/ (minutes)
 # make check  style, types, formatting
 # make fuzz   run files, data files and adapters of anything, for minutes
-# make gpu    the attention kernels' tests and benchmark, and a 7B backbone in every placement, on one NVIDIA GPU
+# make gpu    on one NVIDIA GPU: the attention kernels' tests and benchmark, that no step waits for it, and a 7B backbone
+#             in every placement
 # Each makes .venv and installs what it needs first. PYTHON=… chooses the interpreter (3.10 or newer).
 
 PYTHON ?= python3
@@ -37,6 +38,7 @@ fuzz: $(INSTALLED)
 
 gpu: $(INSTALLED)
 	CUBLAS_WORKSPACE_CONFIG=:4096:8 PTD_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/ptd_kernels
+	$(BIN)/python -m pytest tests/engine/test_no_waiting.py
 	$(BIN)/python benchmarks/bench_prefix_attention.py --output benchmarks/results/prefix_attention
 	$(BIN)/python benchmarks/placements.py --output benchmarks/results/placements.json
 	$(BIN)/python benchmarks/plan_vs_measured.py --output benchmarks/results/plan_vs_measured_gpu.json

@@ -20,14 +20,11 @@ import argparse
 import csv
 import json
 import math
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +34,8 @@ from ptd_kernels import available_backends, explain_backend, prefix_attention
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from ptd.bench.machine import evidence, hardware
 
 CONCAT, FLEX, NO_PREFIX = "expand + concat + SDPA", "FlexAttention", "no prefix"
 LEAVES = ("q", "k", "v", "prefix_k", "prefix_v")
@@ -306,29 +305,14 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 def record(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, skipped: list[str]) -> dict[str, Any]:
     """Where the numbers come from."""
-
-    def git(*command: str) -> str:
-        done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    libraries = {"torch": torch.__version__, "python": platform.python_version(), "cuda": torch.version.cuda}
-    try:
-        import triton
-
-        libraries["triton"] = triton.__version__
-    except ImportError:
-        pass
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    found = evidence("triton")
+    found["versions"] |= {"cuda": torch.version.cuda}
     return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "hardware": hardware,
+        **found,
+        "hardware": hardware(device),
         "threads": torch.get_num_threads(),
         "dtype": str(dtype),
         "repeats": args.repeats,
-        "versions": libraries,
-        "date": date.today().isoformat(),
         "cells_skipped_for_time": skipped,
     }
 

@@ -95,7 +95,7 @@ class Step:
         (batch,) = self.batches.step(number)
         reading = self.step.readout(self.run, batch)
         reading.loss.backward()
-        return self.step.finish(reading.loss, reading.weight, batch.tokens, batch.supervised_tokens).loss
+        return self.step.finish(reading.loss, reading.weight, batch.tokens, batch.supervised_tokens).read().loss
 
 
 def measure(kind: str, dtype: torch.dtype, steps: int, clock: Any) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +30,10 @@ from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from ptd.backbone import load_model
+from ptd.bench.machine import evidence
 from ptd.config import BackboneConfig
 from ptd.engine.ranks import Ranks
 from ptd.engine.sharding import Shards
-from ptd.versions import versions
 
 WAYS = ("ptd", "transformers")
 ALLOWED = 300e6
@@ -151,17 +149,12 @@ def main() -> None:
         results = {way: launch(way, folder, args.ranks) for way in WAYS}
     ours = results["ptd"]
     bound = ours["shard_bytes"] + ours["largest_weight_bytes"] + ALLOWED
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     report = {
         "ranks": args.ranks,
         "bound_bytes": int(bound),
         "within_bound": ours["peak_bytes"] <= bound,
         **results,
-        "command": " ".join(["python", *sys.argv]),
-        "commit": head,
-        "machine": f"{os.cpu_count()} CPUs, {platform.machine()}",
-        "versions": versions(),
-        "date": date.today().isoformat(),
+        **evidence(),
     }
     print(json.dumps(report, indent=2))
     if args.output:

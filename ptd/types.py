@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ptd.errors import Preempted as Preempted
 from ptd.errors import RankError as RankError
 from ptd.errors import UserError as UserError
+from ptd.transfer import to_device
 
 IGNORE_INDEX = -100
 """Label of a position that carries no loss (the value Hugging Face and torch use)."""
@@ -289,7 +290,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: to_device(tensor, device))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 # Layer -> the parts of ptd it may import (itself always). A module belongs to the first pattern that fits its name.
 STAGES = [
     "types",
+    "transfer",
     "errors",
     "exit_codes",
     "versions",
@@ -33,12 +34,13 @@ VERBS = ["train", "evaluate", "generate", "predict", "sampling", "inspection", "
 VERBS += ["launch", "doctor", "init"]
 LAYERS: dict[str, list[str]] = {
     "ptd": ["errors", "api"],
-    "ptd.types": ["errors"],
+    "ptd.types": ["errors", "transfer"],
+    "ptd.transfer": [],
     "ptd.errors": ["exit_codes"],
     "ptd.exit_codes": [],
     "ptd.versions": [],
     "ptd.methods*": ["types"],
-    "ptd.readouts*": ["types"],
+    "ptd.readouts*": ["types", "transfer"],
     "ptd.shipped": ["errors"],
     "ptd.config": ["errors", "methods", "shipped"],
     "ptd.deepspeed_config": ["types", "config", "shipped"],

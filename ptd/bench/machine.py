@@ -64,9 +64,9 @@ def commit() -> str | None:
     return None if head is None else head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
-def hardware() -> str:
-    """The GPU, or the CPU and how many of its cores this process may use."""
-    if torch.cuda.is_available():
+def hardware(device: torch.device | None = None) -> str:
+    """The GPU, or the CPU and how many of its cores this process may use. ``device``: what ran; None: a GPU if any."""
+    if torch.cuda.is_available() and (device is None or device.type == "cuda"):
         return torch.cuda.get_device_name()
     model = platform.processor()
     try:

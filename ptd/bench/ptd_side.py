@@ -137,8 +137,9 @@ class PtdSide:
         self.step.meter.take()
         self.step.clock.start("data")
         batches = self.batches.of(rows)
-        result = self.loop.take_step(self._taken, batches)
+        pending = self.loop.take_step(self._taken, batches)
         seconds, phases = self.step.clock.stop()
+        result = pending.read()
         self._taken += 1
         for key, size in self.step.meter.take().items():
             self._sent[key] = self._sent.get(key, 0.0) + size

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from ptd.inject import Attachment
+from ptd.transfer import to_device
 from ptd.types import Batch
 
 
@@ -28,20 +29,26 @@ class Forward:
 
     def __call__(self, batch: Batch, positions: Tensor | None = None) -> Tensor:
         """``[len(positions), width]``; None: of all positions, flattened."""
-        self.attachment.keep(None if positions is None else positions.to(self.device, non_blocking=True))
-        output = self.model(**self._inputs(batch.to(self.device)))
+        self.attachment.keep(None if positions is None else to_device(positions, self.device))
+        output = self._run(self._inputs(batch.to(self.device)))
         logits: Tensor | None = output.get("logits")
         return (output.last_hidden_state if logits is None else logits).flatten(0, 1)
 
     def cross_entropy(self, batch: Batch, positions: Tensor, targets: Tensor) -> Tensor:
         """Sum over ``positions`` of the language model's cross-entropy with ``targets`` ``[len(positions)]``, fp32."""
-        targets = targets.to(self.device, non_blocking=True)
+        targets = to_device(targets, self.device)
         head = self.attachment.head
         if not head.fuses:
             return cross_entropy(self(batch, positions).float(), targets, reduction="sum")
-        self.attachment.keep(positions.to(self.device, non_blocking=True), targets)
-        self.model(**self._inputs(batch.to(self.device)))
+        self.attachment.keep(to_device(positions, self.device), targets)
+        self._run(self._inputs(batch.to(self.device)))
         return head.take()
+
+    def _run(self, inputs: dict[str, Any]) -> Any:
+        if "attention_mask" in inputs or not self.attachment.own_rules:
+            return self.model(**inputs)
+        with self.attachment.without_masks():
+            return self.model(**inputs)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs: dict[str, Any] = {}

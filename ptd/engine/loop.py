@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections import defaultdict
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import get_scheduler
 
 from ptd.config import TrainConfig
@@ -19,13 +20,17 @@ from ptd.engine.evaluation import HeldOut, evaluate
 from ptd.engine.meter import summary
 from ptd.engine.phases import OTHER, OWN, PHASES
 from ptd.engine.preemption import StopRequest
-from ptd.engine.prompt_step import PromptStep, StepResult
+from ptd.engine.prompt_step import PendingResult, PromptStep, StepResult
 from ptd.engine.ranks import Ranks
 from ptd.engine.setup import Prepared
 from ptd.types import Batch, Reporter, UserError
 
 MAX_SKIPPED = 10
 """Steps in a row that may be skipped for a loss or gradient that is not finite, beside overflows of the loss scale."""
+
+BEHIND = 1
+"""Steps by which reading results from a GPU is behind asking for them: while the host reads, the GPU has a whole step
+to do. One is enough; a signal to stop, and a run to be ended for its skipped steps, wait as long."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,9 @@ class Loop:
     """Everything a run needs while it trains; `run` does it.
 
     ``on_record`` gets each record, ``on_eval`` each evaluation, ``on_save`` the steps after which to keep the state;
-    ``on_boundary`` is called after every step, when all ranks have done it; ``heartbeat`` is told what begins now, at
-    each micro-batch at least.
+    ``on_boundary`` is called after every step; ``heartbeat`` is told what begins now, at each micro-batch at least.
+    ``behind``: results of steps are read so many steps later, unless a record, an evaluation or a checkpoint is due;
+    None: `BEHIND` on a GPU.
     """
 
     config: TrainConfig
@@ -58,6 +64,8 @@ class Loop:
     on_boundary: Callable[[], None] = lambda: None
     request: StopRequest = field(default_factory=StopRequest)
     heartbeat: Callable[[str], None] = lambda doing: None
+    behind: int | None = None
+    _skipped_in_a_row: int = field(default=0, init=False, repr=False)
 
     def run(self, start: int, stop: int, *, evaluation_due: bool = False) -> Stopped | None:
         """Optimizer steps ``start`` … ``stop − 1``; a step's number in records counts from 1. None: only evaluate.
@@ -69,8 +77,8 @@ class Loop:
             self.evaluate(0)
             return None
         rate = learning_rates(self.config, stop)
-        window = Window()
-        skipped = 0
+        window, unread = Window(), deque[tuple[int, PendingResult]]()
+        self._skipped_in_a_row = 0
         self.reporter.start("train", stop, start)
         if evaluation_due:
             self.evaluate(start)
@@ -81,26 +89,32 @@ class Loop:
         for index, micro_batches in prefetch(self.batches, start, stop):
             for group in self.step.optimizer.param_groups:
                 group["lr"] = rate(index) * group["scale"]
-            result = self.take_step(index, micro_batches)
+            unread.append((index + 1, self.take_step(index, micro_batches)))
             clock.pause()
             self.on_boundary()
-            window.add(result, time.perf_counter() - began, self.step.meter.take())
             number = index + 1
-            skipped = self._count_skipped(number, skipped, result)
+            logs, evaluates, saves = (
+                number == stop or bool(every and number % every == 0)
+                for every in (self.config.logging_steps, self.config.eval_steps, self.config.save_steps)
+            )
+            stops = False
+            for result in self._results(unread, everything=logs or evaluates or saves):
+                window.add(result)
+                stops |= result.stop
+            window.pass_by(time.perf_counter() - began, self.step.meter.take())
             line = None
-            if number % self.config.logging_steps == 0 or number == stop:
+            if logs:
                 record = window.record(number, rate(index), result, self.ranks, clock.take())
                 self.on_record(record)
                 line = f"loss {result.loss:.4f}  lr {rate(index):.2e}  {record['tokens_per_second']:.0f} tokens/s"
                 window = Window()
             self.reporter.advance("train", number, line)
-            evaluates = number == stop or bool(self.config.eval_steps and number % self.config.eval_steps == 0)
-            if result.stop:  # at once: an evaluation may take longer than there is time
+            if stops:  # at once: an evaluation may take longer than there is time
                 self.reporter.finish("train")
                 return Stopped(number, evaluates and self.held_out is not None)
             if evaluates:
                 self.evaluate(number)
-            if number == stop or (self.config.save_steps and number % self.config.save_steps == 0):
+            if saves:
                 self.heartbeat(f"saving after step {number}")
                 self.on_save(number)
             began = time.perf_counter()
@@ -108,15 +122,27 @@ class Loop:
         self.reporter.finish("train")
         return None
 
-    def take_step(self, index: int, micro_batches: list[Batch]) -> StepResult:
-        """One optimizer step. Its clock goes on in the last phase."""
+    def _results(self, unread: deque[tuple[int, PendingResult]], *, everything: bool) -> Iterator[StepResult]:
+        """What the steps left that are far enough behind, or ``everything``; all of it once a rank asks to stop."""
+        on_gpu = self.ranks.device.type == "cuda"
+        behind = self.behind if self.behind is not None else BEHIND if on_gpu else 0
+        while len(unread) > (0 if everything else behind):
+            number, pending = unread.popleft()
+            result = pending.read()
+            everything |= result.stop
+            self._skipped_in_a_row = self._count_skipped(number, self._skipped_in_a_row, result)
+            yield result
+
+    def take_step(self, index: int, micro_batches: list[Batch]) -> PendingResult:
+        """One optimizer step; returns when a GPU has been asked for it. Its clock goes on in the last phase."""
         self.heartbeat(f"step {index + 1}")
         # Randomness is a function of seed and step: a resumed run needs no generator state, all ranks draw alike.
         torch.manual_seed(self.config.seed * 1_000_003 + index)
         clock = self.step.clock
         clock.begin("encoder")
         self.prepared.attachment.set(self.step.encode())
-        sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        loss = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        weight: Tensor | float = 0.0
         tokens = supervised = 0
         for batch in micro_batches:
             self.heartbeat(f"step {index + 1}")
@@ -125,10 +151,11 @@ class Loop:
             clock.begin("backward")
             if batch.rows or reading.loss.requires_grad:  # with nothing but a head, a filler depends on nothing trained
                 self.step.loss_scale.apply(reading.loss).backward()
-            sums += torch.stack([torch.as_tensor(value).detach().to(sums) for value in (reading.loss, reading.weight)])
+            loss += reading.loss.detach()
+            weight += reading.weight.detach().double() if isinstance(reading.weight, Tensor) else reading.weight
             tokens += batch.tokens
             supervised += batch.supervised_tokens
-        return self.step.finish(sums[0], sums[1], tokens, supervised, stop=self.request.wanted)
+        return self.step.finish(loss, weight, tokens, supervised, stop=self.request.wanted)
 
     def evaluate(self, number: int) -> None:
         """Loss and metrics of what is trained, as it stands now, on the held-out rows."""
@@ -147,7 +174,8 @@ class Loop:
         if not result.skipped:
             return 0
         if result.overflow:  # the scale was too high, which is how its limit is found
-            lowered = f"loss scale lowered to {self.step.loss_scale.value:g}"
+            assert result.loss_scale is not None
+            lowered = f"loss scale lowered to {result.loss_scale / 2:g}"
             self.reporter.note(f"step {number} skipped on all ranks: a gradient overflowed; {lowered}")
             return so_far
         self.reporter.note(
@@ -169,12 +197,16 @@ class Window:
         self.seconds = 0.0
         self.network: defaultdict[tuple[str, str, str], float] = defaultdict(float)
 
-    def add(self, result: StepResult, seconds: float, network: dict[tuple[str, str, str], float]) -> None:
+    def add(self, result: StepResult) -> None:
+        """What a step left."""
         self.steps += 1
-        self.seconds += seconds
         self.tokens += result.tokens
         self.supervised += result.supervised_tokens
         self.skipped += result.skipped
+
+    def pass_by(self, seconds: float, network: dict[tuple[str, str, str], float]) -> None:
+        """Time and bytes, of whatever step."""
+        self.seconds += seconds
         for key, size in network.items():
             self.network[key] += size
 

@@ -37,9 +37,14 @@ class LossScale:
         """For backbones in any other dtype: 1 for ever, and nothing to keep."""
         return cls(power=0, window=None)
 
+    def to(self, device: torch.device) -> LossScale:
+        """Keep it on ``device``, where the losses are: the host neither reads nor copies it in a step."""
+        self._value, self._good_steps = self._value.to(device), self._good_steps.to(device)
+        return self
+
     @property
     def value(self) -> float:
-        """A power of two."""
+        """A power of two. On a GPU this waits for it."""
         return float(self._value)
 
     @property
@@ -47,24 +52,29 @@ class LossScale:
         """Whether there is a scale at all."""
         return self.window is not None
 
+    def now(self) -> Tensor:
+        """The value as a scalar of its own, which keeps what `update` changes."""
+        return self._value.clone()
+
     def apply(self, loss: Tensor) -> Tensor:
         """The loss to run backward from."""
-        return loss * self.value if self.used else loss
+        return loss * self._value if self.used else loss
 
-    def update(self, *, finite: bool) -> bool:
-        """Take note of a step whose gradients were ``finite`` or not; returns whether that lowered the scale."""
-        if not self.used:
-            return False
-        if not finite:
-            lowered = self.value > 1
-            self._good_steps.zero_()
-            self._value.div_(2).clamp_(min=1)
-            return lowered
-        self._good_steps += 1
-        if self._good_steps == self.window:
-            self._good_steps.zero_()
-            self._value.mul_(2).clamp_(max=LARGEST)
-        return False
+    def update(self, *, finite: Tensor | bool, known: Tensor | bool = True) -> Tensor:
+        """Take note of a step whose gradients were ``finite`` or not, unless that is not ``known``.
+
+        Returns whether it lowered the scale (bool).
+        """
+        finite, known = (torch.as_tensor(flag, device=self._value.device) for flag in (finite, known))
+        if self.window is None:
+            return torch.zeros_like(finite)
+        lowered = known & ~finite & (self._value > 1)
+        good_steps = torch.where(finite, self._good_steps + 1, 0)
+        rises = good_steps == self.window
+        value = torch.where(finite, torch.where(rises, self._value * 2, self._value), self._value / 2)
+        self._value.copy_(torch.where(known, value.clamp(1, LARGEST), self._value))
+        self._good_steps.copy_(torch.where(known, good_steps.masked_fill(rises, 0), self._good_steps))
+        return lowered
 
     def tensors(self) -> dict[str, Tensor]:
         """What a resumed run needs, to be loaded in place; nothing without a scale."""

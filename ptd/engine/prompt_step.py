@@ -11,7 +11,6 @@ in one flat buffer.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +23,7 @@ from ptd.engine.meter import NetworkMeter
 from ptd.engine.phases import PhaseClock
 from ptd.engine.ranks import Ranks
 from ptd.readouts import Readout
+from ptd.transfer import OnItsWay, to_device
 from ptd.types import PromptEncoder, PromptState
 
 
@@ -45,6 +45,21 @@ class StepResult:
     stop: bool = False
 
 
+class PendingResult:
+    """The result of a step that a GPU may still be at work on."""
+
+    def __init__(self, numbers: Tensor, scaled: bool) -> None:
+        self._numbers, self._scaled = OnItsWay(numbers), scaled
+
+    def read(self) -> StepResult:
+        """Waits for this step, not for what was asked for after it."""
+        loss, norm, tokens, supervised, stop, finite, scale, overflow = self._numbers.read()
+        used = scale if self._scaled else None
+        return StepResult(
+            loss, norm, int(tokens), int(supervised), not finite, used, overflow=bool(overflow), stop=bool(stop)
+        )
+
+
 class Trained(nn.Module):
     """All that is trained: the prompt encoder and the readout's parameters, if it has any."""
 
@@ -63,6 +78,9 @@ class PromptStep:
     Use: ``state = step.encode()``; run micro-batches against ``state``, each ``step.loss_scale.apply(loss).backward()``
     with a summed loss; ``step.finish(loss_sum, weight, tokens, supervised_tokens)``. ``clock`` is told which of
     the `ptd.engine.phases.PHASES` begins.
+
+    On a GPU nothing here makes the host wait: whether a step is skipped is decided there, by the fused optimizer, and
+    its result is read later.
     """
 
     def __init__(
@@ -77,7 +95,7 @@ class PromptStep:
         self.trained, self.optimizer, self.ranks, self.meter = trained, optimizer, ranks, meter
         self.encoder, self.readout = trained.encoder, trained.readout
         self.max_grad_norm = max_grad_norm
-        self.loss_scale = loss_scale or LossScale.none()
+        self.loss_scale = (loss_scale or LossScale.none()).to(ranks.device)
         self.clock = PhaseClock(ranks.device)
         self._flat: Tensor | None = None
         self._leaf: PromptState | None = None
@@ -113,7 +131,7 @@ class PromptStep:
         supervised_tokens: int,
         *,
         stop: bool = False,
-    ) -> StepResult:
+    ) -> PendingResult:
         """Reduce, run the encoder's backward, clip and step. A step that is not finite is skipped on all ranks.
 
         The mean loss of the step is the sum of all ranks' ``loss_sum`` (without the loss scale) over the sum of their
@@ -123,11 +141,13 @@ class PromptStep:
         self.clock.begin("reduce")
         device = loss_sum.device
         with self.meter:
-            own = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in (loss_sum.detach(), weight)]
-            counts = torch.tensor([tokens, supervised_tokens, stop], dtype=torch.float64, device=device)
-            totals = self.ranks.all_reduce(torch.cat([torch.stack(own), counts]))
-            loss, all_tokens, supervised = totals[0] / totals[1], int(totals[2]), int(totals[3])
-            scale = self.loss_scale.value
+            known = [0.0, 0.0 if isinstance(weight, Tensor) else weight, tokens, supervised_tokens, stop]
+            own = to_device(torch.tensor(known, dtype=torch.float64), device)
+            own[0] = loss_sum.detach()
+            if isinstance(weight, Tensor):
+                own[1] = weight.detach()
+            totals = self.ranks.all_reduce(own)
+            loss, scale = totals[0] / totals[1], self.loss_scale.now()
             divisor = totals[1] * scale
             if self._flat.requires_grad:
                 gradient = self.ranks.all_reduce(self.leaf_gradient())
@@ -137,20 +157,28 @@ class PromptStep:
             self._reduce_readout(divisor)
             self.clock.begin("optimizer")
             norm = self._grad_norm()
-            finite, finite_loss = math.isfinite(float(norm)), math.isfinite(float(loss))
+            finite, finite_loss = norm.isfinite(), loss.isfinite()
             # A loss that is not finite was so before it was scaled: it says nothing about the scale.
-            overflow = finite_loss and self.loss_scale.update(finite=finite)
-            skipped = not (finite and finite_loss)
-            if not skipped:
-                if self.max_grad_norm > 0:
-                    self._scale(torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0))
-                self.optimizer.step()
+            overflow = self.loss_scale.update(finite=finite, known=finite_loss)
+            finite = finite & finite_loss
+            self._step(norm, finite)
             self.optimizer.zero_grad(set_to_none=True)
         self._flat = self._leaf = None
-        used = scale if self.loss_scale.used else None
-        return StepResult(
-            float(loss), float(norm), all_tokens, supervised, skipped, used, overflow, stop=bool(totals[4])
-        )
+        numbers = torch.stack([x.double() for x in (loss, norm, *totals[2:].unbind(), finite, scale, overflow)])
+        return PendingResult(numbers, self.loss_scale.used)
+
+    def _step(self, norm: Tensor, finite: Tensor) -> None:
+        """Clip to ``max_grad_norm`` and step, if ``finite``; else parameters and moments stay as they are."""
+        counts = finite.float()
+        # The fused kernels take the decision as a number of the device: that is GradScaler's way to skip a step.
+        on_device = all(group.get("fused") for group in self.optimizer.param_groups)
+        if not on_device and not float(counts):
+            return
+        if self.max_grad_norm > 0:
+            self._scale(torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0))
+        if on_device:
+            self.optimizer.found_inf = 1 - counts  # type: ignore[attr-defined]
+        self.optimizer.step()
 
     def _reduce_readout(self, divisor: Tensor) -> None:
         """Sum the readout's gradients over all ranks, in one buffer, and divide them."""

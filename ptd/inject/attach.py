@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import singledispatchmethod
 from typing import Any
 
@@ -10,7 +12,7 @@ from ptd_kernels import MAX_HEAD_SIZE, available_backends
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptd.inject.attention import IMPLEMENTATION, Call, give_slot, has_slot, probed, take_slot
+from ptd.inject.attention import IMPLEMENTATION, MASKLESS, Call, give_slot, has_slot, probed, take_slot
 from ptd.inject.head import Head
 from ptd.inject.stack import Stack, sides_of, stacks_of
 from ptd.inject.tail import Tail, Watch
@@ -85,6 +87,8 @@ class Attachment:
         ]
         self.packable = len(self.stacks) == 1 and self.stacks[0].takes_positions
         self.packable &= all(call.causal or call.window is None for call in calls)
+        kinds_of_layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+        self.own_rules = self.packable and "chunked_attention" not in kinds_of_layers
         self.head.hook()
         for stack in self.stacks:
             stack.hook()
@@ -103,6 +107,18 @@ class Attachment:
         """
         self.stacks[-1].keep = positions
         self.head.targets = targets
+
+    @contextmanager
+    def without_masks(self) -> Iterator[None]:
+        """Passes in which every layer goes by its own rule (causal, window) and the packing, for models with
+        ``own_rules``. Transformers would look for packing in the positions, and wait for the GPU to have seen them."""
+        for module in self._previous:
+            module.config._attn_implementation = MASKLESS
+        try:
+            yield
+        finally:
+            for module in self._previous:
+                module.config._attn_implementation = IMPLEMENTATION
 
     @singledispatchmethod
     def set(self, state: Any) -> None:

@@ -21,6 +21,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from ptd.types import UserError
 
 IMPLEMENTATION = "ptd_prefix"
+MASKLESS = "ptd_prefix_maskless"
+"""The same attention under a name that transformers makes no masks for, not even by looking at the positions."""
 _SLOT = "_ptd_slot"
 
 packed_forward: ContextVar[bool] = ContextVar("ptd_packed_forward", default=False)
@@ -150,5 +152,6 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     return None if packed_forward.get() else sdpa_mask(*args, **kwargs)
 
 
-AttentionInterface.register(IMPLEMENTATION, attention_forward)
+for _name in (IMPLEMENTATION, MASKLESS):
+    AttentionInterface.register(_name, attention_forward)
 AttentionMaskInterface.register(IMPLEMENTATION, attention_mask)

@@ -8,7 +8,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ptd.inject.attention import IMPLEMENTATION, attention_forward
+from ptd.inject.attention import IMPLEMENTATION, MASKLESS, attention_forward
 from ptd.types import UserError
 
 RECOMPILE_LIMIT = 64
@@ -28,7 +28,8 @@ def compile_layers(model: PreTrainedModel) -> None:
             "quantization: none"
         )
     _check_compiler(next(model.parameters()).device)
-    AttentionInterface.register(IMPLEMENTATION, torch.compiler.disable(attention_forward))
+    for name in (IMPLEMENTATION, MASKLESS):
+        AttentionInterface.register(name, torch.compiler.disable(attention_forward))
     compile_each(model)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from ptd.readouts import Reading, Readout, Run
+from ptd.transfer import to_device
 from ptd.types import Batch
 
 Pooling = Literal["cls", "last", "mean"]
@@ -64,8 +65,8 @@ class PooledClassifier(Readout):
         sequence = torch.repeat_interleave(lengths)
         begins = torch.repeat_interleave(batch.starts - (lengths.cumsum(0) - lengths), lengths)
         hidden = run(batch, begins + torch.arange(len(begins), device=lengths.device)).float()
-        sums = hidden.new_zeros(len(lengths), hidden.shape[1]).index_add(0, sequence.to(hidden.device), hidden)
-        return sums / lengths.to(hidden.device)[:, None]
+        sums = hidden.new_zeros(len(lengths), hidden.shape[1]).index_add(0, to_device(sequence, hidden.device), hidden)
+        return sums / to_device(lengths, hidden.device)[:, None]
 
 
 def classify(logits: Tensor, targets: Tensor, class_weights: Tensor | None, scores: bool) -> Reading:
@@ -74,7 +75,7 @@ def classify(logits: Tensor, targets: Tensor, class_weights: Tensor | None, scor
     With the probabilities p_i = softmax(logits_i) of reading i and the weight w of the row's label y, the loss of a row
     is w · mean_i −log p_i(y) and its weight w; its scores are log mean_i p_i, ``[labels]``.
     """
-    targets = targets.to(logits.device)
+    targets = to_device(targets, logits.device)
     log_p = log_softmax(logits, dim=-1)
     losses = -log_p.gather(2, targets[:, None, None].expand(-1, log_p.shape[1], 1)).mean(dim=(1, 2))
     weights = torch.ones_like(losses) if class_weights is None else class_weights[targets]

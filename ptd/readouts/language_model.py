@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ptd.readouts import Reading, Readout, Run
+from ptd.transfer import to_device
 from ptd.types import IGNORE_INDEX, Batch
 
 
@@ -19,7 +20,7 @@ class LanguageModel(Readout):
         if fused is not None:
             return Reading(fused(batch, positions, labels[positions]), float(batch.supervised_tokens))
         logits = run(batch, positions)
-        targets = labels[positions].to(logits.device, non_blocking=True)
+        targets = to_device(labels[positions], logits.device)
         return Reading(cross_entropy(logits.float(), targets, reduction="sum"), float(batch.supervised_tokens))
 
     def idle(self, run: Run, batch: Batch) -> Tensor:

@@ -9,6 +9,7 @@ from torch.nn.functional import log_softmax
 from ptd.readouts import Reading, Readout, Run
 from ptd.readouts.heads import Head
 from ptd.readouts.tags import positions_by_row
+from ptd.transfer import to_device
 from ptd.types import Batch
 
 CANDIDATE, START, END = 0, 1, 2
@@ -28,20 +29,27 @@ class Spans(Readout):
     def read(self, run: Run, batch: Batch, scores: bool) -> Reading:
         positions, counts = positions_by_row(batch)
         logits = self.head(run(batch, positions))
-        counts = counts.to(logits.device)
-        flags = batch.labels.flatten()[positions].to(logits.device, non_blocking=True)
-        is_target = torch.stack([flags & START, flags & END], dim=1) != 0
         log_probs = log_softmax(_by_row(logits, counts), dim=1)
-        # Both flags occur once a row, so what is gathered is one start and one end of every row.
-        loss = -log_probs[_by_row(is_target, counts, fill=False)].sum() / 2
+        flags = batch.labels.flatten()[positions]
+        # Both flags occur once a row, so what is picked is one start and one end of every row.
+        candidate, end = (torch.stack([flags & START, flags & END], dim=1) != 0).nonzero().unbind(1)
+        row, column = _places(counts)
+        targets = to_device(torch.stack([row[candidate], column[candidate], end]), logits.device)
+        loss = -log_probs[tuple(targets)].sum() / 2
         rows = list(logits.split(counts.tolist())) if scores else None
         return Reading(loss, float(len(batch.rows)), rows)
 
 
-def _by_row(values: Tensor, counts: Tensor, fill: float | bool = float("-inf")) -> Tensor:
-    """``[K, 2]``, row after row -> ``[rows, longest, 2]``, filled up with ``fill``."""
-    column = torch.arange(int(counts.max()), device=values.device)
-    inside = column < counts[:, None]
-    padded = values.new_full((*inside.shape, values.shape[1]), fill)
-    padded[inside] = values
-    return padded
+def _places(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The row of each candidate and which of its row's it is: int64 ``[K]`` each, on the host as ``counts`` are."""
+    row = torch.repeat_interleave(counts)
+    return row, torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+
+
+def _by_row(values: Tensor, counts: Tensor) -> Tensor:
+    """``[K, 2]``, row after row -> ``[rows, longest, 2]``, filled up with -inf. ``counts`` are on the host."""
+    row, column = _places(counts)
+    longest = int(counts.max())
+    padded = values.new_full((len(counts) * longest, values.shape[1]), float("-inf"))
+    padded = padded.index_copy(0, to_device(row * longest + column, values.device), values)
+    return padded.view(len(counts), longest, -1)

@@ -10,6 +10,7 @@ from torch.nn.functional import log_softmax, nll_loss
 
 from ptd.readouts import Reading, Readout, Run
 from ptd.readouts.heads import Head
+from ptd.transfer import to_device
 from ptd.types import IGNORE_INDEX, Batch
 
 
@@ -48,7 +49,7 @@ class Tags(Readout):
     def read(self, run: Run, batch: Batch, scores: bool) -> Reading:
         positions, counts = positions_by_row(batch)
         log_probs = log_softmax(self.head(run(batch, positions)), dim=-1)
-        targets = batch.labels.flatten()[positions].to(log_probs.device, non_blocking=True)
+        targets = to_device(batch.labels.flatten()[positions], log_probs.device)
         loss = nll_loss(log_probs, targets, weight=self.class_weights, reduction="sum")
         rows = list(log_probs.split(counts.tolist())) if scores else None
         return Reading(loss, self.class_weights[targets].sum(), rows)
