@@ -306,7 +306,7 @@ def test_rows_of_like_length_stay_together() -> None:
 
 def test_peak_memory_is_that_of_a_step() -> None:
     memory = PeakMemory(torch.device("cpu"))
-    block = torch.ones(32 << 20)
+    block = torch.ones(80 << 20)  # 320 MiB, which no setting of the allocator keeps
     with_it = memory.peak()
     assert with_it >= block.nbytes
     del block
