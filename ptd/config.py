@@ -52,8 +52,8 @@ class BackboneConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: the checkpoint's own; float16 trains with a loss scale"
     )
-    quantization: Literal["none", "int8", "nf4"] = Field(
-        "none", description="frozen weights in 8 or 4 bits (bitsandbytes)"
+    quantization: Literal["none", "int8", "nf4", "fp8"] = Field(
+        "none", description="frozen weights in 8 or 4 bits (bitsandbytes), or in fp8, as an experiment"
     )
     int8_threshold: float = Field(
         0.0, ge=0, description="LLM.int8's outlier threshold (the paper's is 6); 0: no outliers apart, faster"
@@ -73,8 +73,9 @@ class BackboneConfig(Section):
     gradient_checkpointing: bool = Field(False, description="recompute layers in backward: less memory, slower")
     compile: bool = Field(
         False,
-        description="torch.compile each layer: faster steps after a slow first one; whole, unquantised weights only",
+        description="torch.compile each layer: faster steps after a slow first one; whole weights only, not int8 or nf4",
     )
+    liger: bool = Field(False, description="RMSNorm, RoPE and SwiGLU in Liger's Triton kernels, on a GPU")
     attention: str = Field(
         "auto",
         description="backend of prefix_attention: auto, merge, triton, reference, or merge with a library by name",
@@ -103,11 +104,18 @@ class BackboneConfig(Section):
                 "quantization: int8 weights are not sharded (bitsandbytes keeps all of them on every rank); use "
                 "quantization: nf4, which is, or quantization: none, or sharding: none"
             )
-        if self.compile and (self.sharding != "none" or self.quantization != "none"):
+        if self.quantization == "fp8" and self.sharding != "none":
             raise ValueError(
-                "compile: only whole, unquantised weights are compiled; set compile: false, or sharding: none and "
-                "quantization: none"
+                "quantization: fp8 weights are not sharded (ZeRO-3 would gather them without their scales); use "
+                "quantization: nf4, which is, or quantization: none, or sharding: none"
             )
+        if self.compile and (self.sharding != "none" or self.quantization in ("int8", "nf4")):
+            raise ValueError(
+                "compile: only whole weights that bitsandbytes has not quantised are compiled; set compile: false, or "
+                "sharding: none and quantization: none or fp8"
+            )
+        if self.compile and self.liger:
+            raise ValueError("liger: torch.compile fuses the same operations; set compile: false or liger: false")
         if self.quantization == "nf4" and self.offload == "nvme":
             raise ValueError("offload: nvme takes weights of one dtype only, which nf4 does not have; use offload: cpu")
         return self
