@@ -25,6 +25,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptd.backbone.fp8 import check_device, quantise
+from ptd.backbone.liger import check_liger, use_liger
 from ptd.backbone.quantize import keep_differentiable, quantization_of
 from ptd.config import BackboneConfig
 from ptd.types import DTYPES, Architecture, Output, UserError
@@ -77,6 +78,8 @@ def load_model(
     if config.quantization == "fp8":
         check_device(device)
     built_as = Blueprint.of(config, output, check)
+    if config.liger:
+        check_liger(built_as.config.model_type, device)
     options = dict(built_as.options)
     quantized = quantization_of(config, built_as.config, sharded=sharded)
     if quantized is not None:
@@ -98,6 +101,8 @@ def load_model(
     model = frozen(model, config, output)
     if config.quantization == "fp8":
         quantise(model, device)
+    if config.liger:
+        use_liger(model)
     return model if placed else model.to(device)
 
 

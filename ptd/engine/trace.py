@@ -267,13 +267,13 @@ def _gpu_workspaces() -> dict[Any, Callable[..., int]]:
 
     found: dict[Any, Callable[..., int]] = {
         aten._flash_attention_backward: flash_backward,
-        torch.ops.ptd.fp8_linear_input: lambda rows, row_scale, weight: _numbers(weight) + 4 * weight.shape[1],
+        torch.ops.ptd.fp8_linear_input: lambda rows, row_scale, weight, **options: _numbers(weight) + 4 * weight.shape[1],
     }
     return found | _bitsandbytes_workspaces() | _everywhere()
 
 
 def _cpu_workspaces() -> dict[Any, Callable[..., int]]:
-    def in_float32(rows: Tensor, row_scale: Tensor, weight: Tensor, *rest: Any) -> int:
+    def in_float32(rows: Tensor, row_scale: Tensor, weight: Tensor, *rest: Any, **options: Any) -> int:
         # Both sides and the product.
         width = weight.shape[0] if rest else weight.shape[1]
         return 4 * (rows.numel() + weight.numel() + rows.shape[0] * width)
