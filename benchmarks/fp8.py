@@ -176,7 +176,9 @@ def main() -> None:
     print(json.dumps({key: result[key] for key in ("losses", "gradients")}, indent=2))
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps({**result, **evidence("bitsandbytes")}, indent=2) + "\n", encoding="utf-8")
+        arguments.output.write_text(
+            json.dumps({**result, **evidence("bitsandbytes")}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What each lever of ptd's step is worth: alone, and taken away from all of them, on the same batches in one process.
 
-    python benchmarks/levers.py [--lengths e2e instructions] [--dtype float32] [--steps 12] [--rows 8] [--threads 1] [--output F]
+    python benchmarks/levers.py [--lengths e2e instructions] [--dtype float32] [--steps 12] [--rows 8] [--threads 1]
+        [--output F]
 
 The backbone is that of throughput.py: a Llama of 8 layers, hidden 512, 8 query and 4 key/value heads, vocabulary
 32,000, random weights. P = 30 virtual tokens are trained directly, 8 rows a step, packed. Rows are as long as E2E's
@@ -52,7 +53,11 @@ if ON_GPU and importlib.util.find_spec("liger_kernel") is not None:
 SETTINGS: dict[str, tuple[str, ...]] = {
     "none": (),
     **{lever: (lever,) for lever in LEVERS},
-    **{f"all but {lever}": tuple(name for name in LEVERS if name not in (lever, "liger")) for lever in LEVERS if lever != "liger"},
+    **{
+        f"all but {lever}": tuple(name for name in LEVERS if name not in (lever, "liger"))
+        for lever in LEVERS
+        if lever != "liger"
+    },
     "all": tuple(name for name in LEVERS if name != "liger"),
     **({"all, liger for compile": tuple(name for name in LEVERS if name != "compile")} if "liger" in LEVERS else {}),
 }
@@ -170,7 +175,12 @@ def main() -> None:
         cells += measure(kind, arguments.rows, getattr(torch, arguments.dtype), arguments.steps, clock)
     print(table(cells))
     if arguments.output is not None:
-        settings = {"dtype": arguments.dtype, "threads": arguments.threads, "steps": arguments.steps, "rows": arguments.rows}
+        settings = {
+            "dtype": arguments.dtype,
+            "threads": arguments.threads,
+            "steps": arguments.steps,
+            "rows": arguments.rows,
+        }
         settings["clock"] = "CPU time of the process" if alone else "wall time"
         result = {"levers": LEVERS, "settings": settings, "cells": cells, **evidence(), "load": os.getloadavg()[0]}
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -73,7 +73,7 @@ class BackboneConfig(Section):
     gradient_checkpointing: bool = Field(False, description="recompute layers in backward: less memory, slower")
     compile: bool = Field(
         False,
-        description="torch.compile each layer: faster steps after a slow first one; whole weights only, not int8 or nf4",
+        description="torch.compile each layer: faster steps after a slow first one; not of shards, int8 or nf4",
     )
     liger: bool = Field(False, description="RMSNorm, RoPE and SwiGLU in Liger's Triton kernels, on a GPU")
     attention: str = Field(

@@ -267,7 +267,9 @@ def _gpu_workspaces() -> dict[Any, Callable[..., int]]:
 
     found: dict[Any, Callable[..., int]] = {
         aten._flash_attention_backward: flash_backward,
-        torch.ops.ptd.fp8_linear_input: lambda rows, row_scale, weight, **options: _numbers(weight) + 4 * weight.shape[1],
+        torch.ops.ptd.fp8_linear_input: lambda rows, row_scale, weight, **options: (
+            _numbers(weight) + 4 * weight.shape[1]
+        ),
     }
     return found | _bitsandbytes_workspaces() | _everywhere()
 

@@ -24,8 +24,8 @@ def compile_layers(model: PreTrainedModel) -> None:
     """
     if getattr(model, "is_quantized", False) or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise UserError(
-            "backbone.compile: only whole weights that bitsandbytes has not quantised are compiled; set compile: false, "
-            "or sharding: none and quantization: none or fp8"
+            "backbone.compile: only whole weights that bitsandbytes has not quantised are compiled; set compile: "
+            "false, or sharding: none and quantization: none or fp8"
         )
     _check_compiler(next(model.parameters()).device)
     AttentionInterface.register(IMPLEMENTATION, torch.compiler.disable(attention_forward))

@@ -195,8 +195,8 @@ def test_torch_compile_keeps_the_result():
 
 
 def test_what_cannot_run_in_fp8_is_refused(folders, tmp_path, monkeypatch):
+    backbone = {"path": "x", "quantization": "fp8", "sharding": "world"}
     with pytest.raises(UserError, match="fp8 weights are not sharded"):
-        backbone = {"path": "x", "quantization": "fp8", "sharding": "world"}
         parse_config({"backbone": backbone, "method": {"name": "prefix"}, "data": {}})
     with pytest.raises(UserError, match=r"no linear layer whose sides are multiples of 16"):
         load(save_backbone(tmp_path, "llama", hidden_size=40, intermediate_size=40), "fp8")

@@ -1,5 +1,7 @@
-"""Liger's kernels compute what transformers' code does, in the one model that has them. Without a GPU they run in Triton's
-interpreter: the first test starts this file again with TRITON_INTERPRET=1."""
+"""Liger's kernels compute what transformers' code does, in the one model that has them.
+
+Without a GPU they run in Triton's interpreter: the first test starts this file again with TRITON_INTERPRET=1.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,12 @@ def results(model, packed):
     rows = [torch.randint(5, VOCAB, (length,), generator=draw).to(DEVICE) for length in LENGTHS]
     if packed:
         ends = torch.tensor((0, *LENGTHS), device=DEVICE).cumsum(0).int()
-        bounds = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(LENGTHS), "max_length_k": max(LENGTHS)}
+        bounds = {
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends,
+            "max_length_q": max(LENGTHS),
+            "max_length_k": max(LENGTHS),
+        }
         positions = torch.cat([torch.arange(length, device=DEVICE) for length in LENGTHS])[None]
         output = model(input_ids=torch.cat(rows)[None], position_ids=positions, use_cache=False, **bounds)
         hidden = output.logits[0]
@@ -77,6 +84,8 @@ def interpretable(monkeypatch):
     if INTERPRETED:
         from triton import language as tl
 
+        swiglu = importlib.import_module("liger_kernel.ops.swiglu")
+        monkeypatch.setattr(swiglu, "float", Scalar, raising=False)
         norm, activation = (importlib.import_module(f"liger_kernel.ops.{name}") for name in ("rms_norm", "geglu"))
         monkeypatch.setattr(norm, "rsqrt", lambda x: tl.rsqrt(x))
         monkeypatch.setattr(activation, "tanh", lambda x: 2 * tl.sigmoid(2 * x) - 1)
@@ -118,8 +127,10 @@ def test_where_it_cannot_run_it_says_so(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     with pytest.raises(UserError, match="need a GPU"):
         check_liger("llama", torch.device("cpu"))
-    with pytest.raises(UserError, match="gpt2 is not among the architectures it is used for: gemma2, gemma3_text, llama"):
+    with pytest.raises(
+        UserError, match="gpt2 is not among the architectures it is used for: gemma2, gemma3_text, llama"
+    ):
         check_liger("gpt2", torch.device("cuda"))
+    section = {"path": "x", "liger": True, "compile": True}
     with pytest.raises(UserError, match=r"liger: torch\.compile fuses the same"):
-        section = {"path": "x", "liger": True, "compile": True}
         parse_config({"backbone": section, "method": {"name": "prefix"}, "data": {}})
