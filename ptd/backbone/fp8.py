@@ -21,7 +21,7 @@ from ptd.types import UserError
 
 E4M3 = torch.float8_e4m3fn
 GRADIENT = E4M3
-"""Of ``dy``: the row's own scale gives the range, and E5M2's shorter mantissa loses more (benchmarks/fp8.py)."""
+"""Of ``dy``: the row's own scale gives the range, and E5M2 came no closer to bfloat16 (benchmarks/fp8.py)."""
 MULTIPLE = 16
 """What both sides of a weight have to be multiples of for the GPU's products."""
 CAPABILITY = (8, 9)
@@ -71,7 +71,8 @@ class Fp8Linear(nn.Linear):
         super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
         rounded, scale = to_fp8(weight)
         self.weight = nn.Parameter(rounded, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().to(weight.device), requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach().to(weight.device), requires_grad=False)
         self.register_buffer("scale", scale.flatten())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,11 +143,13 @@ def _linear_input_cpu(rows: Tensor, row_scale: Tensor, weight: Tensor) -> Tensor
     return (rows.float() @ weight.float()).mul_(row_scale).bfloat16()
 
 
-@torch.library.register_fake("ptd::fp8_linear")
 def _linear_fake(rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[0], dtype=torch.bfloat16)
 
 
-@torch.library.register_fake("ptd::fp8_linear_input")
 def _linear_input_fake(rows: Tensor, row_scale: Tensor, weight: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[1], dtype=torch.bfloat16)
+
+
+torch.library.register_fake("ptd::fp8_linear", _linear_fake)
+torch.library.register_fake("ptd::fp8_linear_input", _linear_input_fake)
