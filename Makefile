@@ -1,6 +1,6 @@
 # make demo   tune the shipped backbone on two ranks, before and after (minutes, two CPU cores or GPUs)
 # make test   all tests, in two processes (WORKERS=…)
-# make docs   the documentation as a site: docs/_build/html/index.html
+# make docs   the documentation as a site: docs/_build/html/index.html (and the tables of docs/configuration.md)
 # make docs-test  that site in a browser, and every command and piece of code in README.md and docs/ (minutes)
 # make check  style, types, formatting
 # make fuzz   run files, data files and adapters of anything, for minutes
@@ -25,6 +25,7 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 docs: .venv/installed-docs
+	$(BIN)/python docs/configuration.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --builder html --fresh-env --write-all --fail-on-warning --keep-going --quiet \
 		docs docs/_build/html
 

@@ -47,7 +47,7 @@ from ptd.engine.records import read_records
 ROOT = Path(__file__).parents[1]
 RANKS, SAVE_STEPS, EVAL_STEPS = 2, 3, 25
 IN_START = 1 / 8
-TIMING = {"tokens_per_second", "step_seconds", "peak_memory_bytes"}
+TIMING = {"tokens_per_second", "step_seconds", "phase_seconds", "peak_memory_bytes"}
 TIMING |= {"slowest_rank", "slowest_rank_seconds", "mean_rank_seconds"}
 """Fields of a record that no two runs share."""
 

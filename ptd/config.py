@@ -47,41 +47,62 @@ class Section(BaseModel):
 class BackboneConfig(Section):
     """The frozen language model."""
 
-    path: str = Field(description="folder of a Hugging Face model, or its hub id")
-    revision: str | None = Field(None, description="hub revision")
+    path: str = Field(
+        description="folder that `save_pretrained` wrote, or a hub id: a decoder, an encoder or an encoder–decoder"
+    )
+    revision: str | None = Field(None, description="revision on the hub")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: the checkpoint's own; float16 trains with a loss scale"
+        "auto",
+        description="`auto` (as stored), `float32`, `bfloat16`, `float16`. float16 trains with a loss scale, which "
+        "finds its own size; bfloat16 needs none",
     )
     quantization: Literal["none", "int8", "nf4", "fp8"] = Field(
-        "none", description="frozen weights in 8 or 4 bits (bitsandbytes), or in fp8, as an experiment"
+        "none",
+        description="`none`, `int8` (LLM.int8) or `nf4` (4-bit, doubly quantised): frozen weights in few bits, "
+        "through bitsandbytes (`pip install 'ptd[quant]'`). A checkpoint that is quantised already loads "
+        "as it is. `nf4` can be sharded, `int8` cannot. `fp8`: products in 8-bit floating point, an experiment",
     )
     int8_threshold: float = Field(
-        0.0, ge=0, description="LLM.int8's outlier threshold (the paper's is 6); 0: no outliers apart, faster"
+        0.0, ge=0, description="LLM.int8's outlier threshold: the paper's is 6; 0 keeps no outliers apart and is faster"
     )
     sharding: Literal["none", "world", "node"] = Field(
         "none",
-        description="none: the weights whole on every rank; world: one copy over all ranks (ZeRO-3); "
-        "node: one copy over the ranks of each node, so that no weights travel between nodes",
+        description="`none`: all weights on every rank; `world`: one copy over all ranks (ZeRO-3); `node`: one copy "
+        "over the ranks of each node, so that no weights travel between nodes",
     )
     sharding_group_size: int | None = Field(
-        None, ge=1, description="ranks that share one copy with sharding: node; default: those of a node"
+        None, ge=1, description="ranks that share one copy, with `sharding: node`; default: the ranks of a node"
     )
     offload: Literal["none", "cpu", "nvme"] = Field(
-        "none", description="where the shards live that are not in use: the GPU, host memory or offload_folder"
+        "none",
+        description="where the shards live while they are not used: `none` (the GPU), `cpu` (host memory) or `nvme` "
+        "(`offload_folder`); needs sharding (one GPU will do)",
     )
-    offload_folder: str | None = Field(None, description="folder on a local NVMe disk, for offload: nvme")
-    gradient_checkpointing: bool = Field(False, description="recompute layers in backward: less memory, slower")
+    offload_folder: str | None = Field(None, description="folder on a local NVMe disk, for `offload: nvme`")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute layers in the backward pass: less memory, slower"
+    )
     compile: bool = Field(
         False,
-        description="torch.compile each layer: faster steps after a slow first one; not of shards, int8 or nf4",
+        description="torch.compile each layer: a first step of a minute, then about a tenth faster on a CPU (not "
+        "measured on a GPU); needs a C++ compiler and whole weights, not `int8` or `nf4`",
     )
-    liger: bool = Field(False, description="RMSNorm, RoPE and SwiGLU in Liger's Triton kernels, on a GPU")
+    liger: bool = Field(
+        False,
+        description="RMSNorm, RoPE and SwiGLU of llama, mistral, qwen2, qwen3, phi3, gemma2 and gemma3_text in Liger's "
+        "kernels (`pip install 'ptd[gpu]'`): needs a GPU, where it is not measured yet; not with `compile`, which "
+        "fuses the same",
+    )
     attention: str = Field(
         "auto",
-        description="backend of prefix_attention: auto, merge, triton, reference, or merge with a library by name",
+        description="backend of `ptd_kernels.prefix_attention`: `auto`, `merge`, `triton` (not measured on a GPU "
+        "yet), `reference`, or `merge` with a library of your choice: `merge-cudnn`, "
+        "`merge-flash-attn-2`, `merge-flash-attn-4` (never run yet)",
     )
     allow_pickle: bool = Field(
-        False, description="also read weights from .bin files, which are pickles (as tensors only)"
+        False,
+        description="also read weights from `.bin` files, which are pickles (unpickled as tensors only); otherwise "
+        "safetensors alone",
     )
     trust_remote_code: bool = Field(False, description="run model code that comes with the checkpoint")
 
@@ -144,21 +165,27 @@ class TaskConfig(Section):
 
     kind: TaskKind = Field("causal_lm", description="what the rows hold and what is made of them")
     labels: list[str] | None = Field(
-        None, description="label names, in the order of the scores; default: those of the training data, sorted"
+        None,
+        description="label names in the order of the scores (`classification`, `token_classification`); default: "
+        "those of the verbalizer, or of the training rows, sorted",
     )
     patterns: list[str] | None = Field(
         None,
-        description="layouts of a sequence: text with {column} fields, {mask} where a label's word belongs and {v:n} "
-        "for n virtual tokens; several make an ensemble",
+        description="`classification`: layouts of the sequence: text with `{column}` fields, `{mask}` where a label's"
+        " word belongs and `{v:n}` for n virtual tokens; several are an ensemble",
     )
     verbalizer: dict[str, list[str]] | None = Field(
-        None, description="label -> the words that stand for it at {mask}, e.g. {positive: [great, good]}"
+        None,
+        description="`classification` with `{mask}`: label → the words that stand for it, e.g. `{positive: [great, "
+        "good]}`",
     )
     class_weights: Literal["balanced"] | dict[str, float] | None = Field(
-        None, description="weight of each label in the loss; balanced: inverse to its frequency in the training data"
+        None,
+        description="weight of each label in the loss: `{label: number}` (others 1), or `balanced`: n / (k · count) "
+        "(`classification`, `token_classification`)",
     )
-    doc_stride: int = Field(64, ge=1, description="tokens that windows of a long context share (question_answering)")
-    max_answer_length: int = Field(30, ge=1, description="tokens of the longest answer (question_answering)")
+    doc_stride: int = Field(64, ge=1, description="`question_answering`: tokens that windows of a long context share")
+    max_answer_length: int = Field(30, ge=1, description="`question_answering`: tokens of the longest answer")
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -200,25 +227,44 @@ class DataConfig(Section):
     """Where the rows come from and how they become tokens."""
 
     train: str | None = Field(
-        None, description="file (.jsonl, .json, .csv, .parquet), saved dataset folder or hub name"
+        None,
+        description="`.jsonl`, `.json`, `.csv`, `.parquet`, a folder that `save_to_disk` wrote, or a hub name (`NAME`"
+        " or `NAME:CONFIG`); default: none (only `hard_prompt` does without)",
     )
-    eval: str | None = Field(None, description="rows for evaluation, from the same kinds of sources")
-    train_split: str = Field("train", description="split of a dataset folder or hub dataset")
-    eval_split: str = Field("validation", description="split of a dataset folder or hub dataset")
+    eval: str | None = Field(None, description="rows for evaluation while training, from the same kinds of sources")
+    train_split: str = Field("train", description="split of a folder or hub name")
+    eval_split: str = Field("validation", description="split of a folder or hub name")
     format: Literal["prompt_completion", "messages", "text"] = Field(
-        "prompt_completion", description="messages: chat, loss on the assistant's turns; text: loss on all of it"
+        "prompt_completion",
+        description="`prompt_completion`, `messages` (chat, the tokenizer's template, loss on the assistant's turns) "
+        "or `text` (loss on all but the first token). The last two: `causal_lm` only",
     )
     columns: dict[str, str] = Field(
-        default_factory=dict, description="field of the format -> column of the data, e.g. {prompt: question}"
+        default_factory=dict,
+        description="field of the format or task → column of the data, e.g. `{prompt: question, completion: answer}` "
+        "or `{text: sentence, label: topic}`",
     )
-    prompt_template: str | None = Field(None, description="text with {column} fields that makes the prompt")
-    max_length: int = Field(512, ge=2, description="tokens of one sequence; longer prompts are cut on the left")
+    prompt_template: str | None = Field(
+        None,
+        description='makes the prompt from columns: `"Question: {question}\\nAnswer: "`; `{v:n}` places virtual tokens'
+        " of `p_tuning`. `ptd generate` fills one with a single field",
+    )
+    max_length: int = Field(
+        512,
+        ge=2,
+        description="tokens of a sequence; of the encoder's in an encoder–decoder; of a window in "
+        "`question_answering`. Longer prompts are cut on the left ([what is cut where](tasks.md))",
+    )
     max_target_length: int | None = Field(
-        None, ge=2, description="tokens of a completion for an encoder-decoder; default: max_length"
+        None, ge=2, description="`seq2seq_lm`: tokens of a completion; default: `max_length`"
     )
-    packing: bool = Field(True, description="sequences one behind the other, without padding or cross-attention")
+    packing: bool = Field(
+        True,
+        description="sequences one behind the other without padding; they do not see each other. The rows of a step "
+        "are the same either way. Encoder–decoders and modernbert run padded batches all the same",
+    )
     max_tokens: int | None = Field(
-        None, ge=2, description="token budget of a packed micro-batch instead of a fixed number of rows"
+        None, ge=2, description="with packing: rows of a step by token budget of a micro-batch instead of by number"
     )
 
     @model_validator(mode="after")
@@ -250,52 +296,82 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """The optimisation."""
 
-    max_steps: int | None = Field(None, ge=1, description="optimizer steps; takes precedence over num_train_epochs")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; takes precedence over `num_train_epochs`")
     num_train_epochs: float = Field(3.0, gt=0, description="passes over the training rows")
     per_device_train_batch_size: int = Field(8, ge=1, description="rows of one micro-batch of one rank")
-    per_device_eval_batch_size: int | None = Field(None, ge=1, description="default: the training value")
+    per_device_eval_batch_size: int | None = Field(
+        None, ge=1, description="the same for evaluation; default: the training value"
+    )
     gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches of one rank in a step")
-    learning_rate: float = Field(1e-2, gt=0, description="peak; smaller for a prompt that an encoder makes")
+    learning_rate: float = Field(
+        1e-2, gt=0, description="peak; 5e-3 is a good start with `prefix_projection`, more without"
+    )
     head_learning_rate: float | None = Field(
-        None, gt=0, description="of a trained head, under the same schedule; default: learning_rate"
+        None, gt=0, description="peak for a trained head, under the same schedule; default: `learning_rate`"
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
         Field("linear", description="how the learning rate falls after the warm-up")
     )
     warmup_ratio: float = Field(0.0, ge=0, le=1, description="share of all steps")
-    warmup_steps: int | None = Field(None, ge=0, description="takes precedence over warmup_ratio")
+    warmup_steps: int | None = Field(None, ge=0, description="takes precedence over `warmup_ratio`")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's")
     max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
-    initial_scale_power: int = Field(16, ge=0, le=64, description="float16: the loss scale starts at 2 ** this")
+    initial_scale_power: int = Field(
+        16,
+        ge=0,
+        le=64,
+        description="float16: the loss scale starts at 2 to this power; it is halved, and the step skipped, when a "
+        "gradient overflows",
+    )
     loss_scale_window: int = Field(
         2000, ge=1, description="float16: steps without an overflow after which the loss scale is doubled"
     )
     seed: int = Field(0, ge=0, description="of what is trained at its start and of the order of rows")
     logging_steps: int = Field(10, ge=1, description="steps between two records")
-    eval_steps: int | None = Field(None, ge=1, description="steps between two evaluations; default: only at the end")
+    eval_steps: int | None = Field(
+        None,
+        ge=1,
+        description="steps between two evaluations; the best adapter is kept in `best/`; default: only at the end",
+    )
     save_steps: int | None = Field(
-        None, ge=1, description="steps between two resumable checkpoints; default: only at the end"
+        None,
+        ge=1,
+        description="steps between two resumable checkpoints; written beside the training, from a copy in memory, "
+        "whole or not at all; default: only at the end",
     )
     save_total_limit: int = Field(2, ge=1, description="checkpoints to keep")
-    max_restarts: int = Field(3, ge=0, description="starts of a run after failures; stops that were asked for are free")
+    max_restarts: int = Field(
+        3,
+        ge=0,
+        description="starts of a run after failures; stops that were asked for do not count "
+        "([interruptions](interruptions.md))",
+    )
     hang_timeout_minutes: float = Field(
         20.0,
         ge=0,
-        description="a rank that makes no progress for so long ends itself, with its stacks in logs/; 0: never",
+        description="a rank that makes no progress for so long ends itself, its stacks in `output_dir/logs/`; 0: never",
     )
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
-        ["tensorboard"], description="trackers that get the records too; one that fails never stops the run"
+        ["tensorboard"],
+        description="trackers that get the records too: `tensorboard`, `wandb`, `mlflow`, or `[]`; one that fails "
+        "never stops the run ([reports](reports.md#trackers))",
     )
-    run_name: str | None = Field(None, min_length=1, description="in the trackers; default: output_dir's name")
+    run_name: str | None = Field(
+        None, min_length=1, description="what the trackers call the run; default: the name of `output_dir`"
+    )
     samples: int = Field(
-        0, ge=0, description="held-out inputs whose continuation is kept, of the backbone alone and after the training"
+        0,
+        ge=0,
+        description="held-out rows whose greedy continuation, or label or answer, is kept, from before and after the "
+        "training ([reports](reports.md#samples))",
     )
     metric_for_best_model: str = Field(
         "loss",
-        description="evaluation metric by which best/ is kept; all but loss and perplexity: the higher the better",
+        description="what `best/` is kept by: `loss`, `perplexity` (the lower the better), or a metric of the task "
+        "(the higher the better)",
     )
 
     @property
@@ -313,7 +389,9 @@ class RunConfig(Section):
     task: TaskConfig = Field(default_factory=lambda: TaskConfig())
     data: DataConfig
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
-    deepspeed: str | dict[str, Any] | None = Field(None, description="DeepSpeed JSON: path or inline mapping")
+    deepspeed: str | dict[str, Any] | None = Field(
+        None, description="DeepSpeed JSON: path, or the mapping itself ([what is honoured](../ds_configs/README.md))"
+    )
     output_dir: Path = Field(Path("out"), description="where everything goes")
 
     @field_validator("task", "train", mode="before")
@@ -340,12 +418,11 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _samples_of_text(self) -> RunConfig:
-        writes = self.task.kind in ("causal_lm", "seq2seq_lm") and self.data.format != "text"
-        if self.train.samples and not (writes and self.data.eval is not None):
+    def _samples_of_rows(self) -> RunConfig:
+        if self.train.samples and (self.data.eval is None or self.data.format == "text"):
             raise ValueError(
-                "train.samples: continues the prompts of data.eval, so it needs that, a task.kind that writes text and "
-                "a data.format with prompts; remove it"
+                "train.samples: shows what becomes of rows of data.eval, so it needs that, and where text is written a "
+                "data.format with prompts to continue; remove it"
             )
         return self
 

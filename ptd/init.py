@@ -175,26 +175,33 @@ def _method(found: Draft) -> Iterator[str]:
     hints, defaults = get_type_hints(found.method.config), found.method.config()
     for field in dataclasses.fields(found.method.config):
         default = getattr(defaults, field.name)
-        said = _with_choices(field.metadata["description"], hints[field.name])
+        said = with_choices(field.metadata["description"], hints[field.name])
         value = found.method.example.get(field.name, default)
         yield from _line(field.name, _plain(value), field.name in found.method.example, said)
 
 
 def _said(field: Any) -> str:
-    return _with_choices(field.description or "", field.annotation)
+    return with_choices(field.description or "", field.annotation)
 
 
-def _with_choices(said: str, annotation: Any) -> str:
+def with_choices(said: str, annotation: Any) -> str:
+    """``said`` of a key (Markdown), with the values that it may have before it unless it names them all."""
     choices = get_args(annotation) if get_origin(annotation) is Literal else ()
     unsaid = [choice for choice in choices if not re.search(rf"\b{choice}\b", said)]
-    return f"{' | '.join(choices)}; {said}" if unsaid else said
+    return f"{', '.join(f'`{choice}`' for choice in choices)}; {said}" if unsaid else said
+
+
+def in_plain_words(said: str) -> str:
+    """Markdown as a comment: without marks of code, and without links (those in brackets go as a whole)."""
+    without = re.sub(r" \(\[[^\]]*\]\([^)]*\)\)", "", said)
+    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", without).replace("`", "")
 
 
 def _line(key: str, value: Any, given: bool, said: str, *, indent: str = "  ") -> list[str]:
     """The key, commented out unless ``given``, and beside it what is said of it."""
     shown = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000, sort_keys=False)
     text = f"{indent}{'' if given else '# '}{key}: {shown.removesuffix('...' + chr(10)).strip()}"
-    comments = textwrap.wrap(said, WIDTH - COLUMN)
+    comments = textwrap.wrap(in_plain_words(said), WIDTH - COLUMN, break_on_hyphens=False)
     first, rest = ([], comments) if len(text) >= COLUMN else (comments[:1], comments[1:])
     beside = [f"{text:<{COLUMN}}# {line}" for line in first] or [text]
     return beside + [f"{'':<{COLUMN}}# {line}" for line in rest]

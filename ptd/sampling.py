@@ -1,36 +1,36 @@
-"""What a run's model writes for some held-out inputs, before the training and after it."""
+"""What a run's model makes of some held-out rows, before the training and after it: text, or labels and answers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ptd.config import RunConfig
-from ptd.engine.evaluation import HeldOut
+from ptd.engine.evaluation import HeldOut, scores_of
 from ptd.engine.ranks import Ranks
 from ptd.engine.samples import write_samples
 from ptd.generate import Decoding, Tuned, decode
-from ptd.types import PromptState, Reporter
+from ptd.tasks import LabellingTask, WritingTask
+from ptd.types import PromptState, Reporter, Sample
 
 LONGEST, SPARE = 128, 16
 """New tokens: so many beyond the longest reference, and never more than `LONGEST`."""
+LETTERS = 400
+"""Of a row that is labelled, its label and its answer, so much is kept."""
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Greedy continuations of the first ``train.samples`` held-out inputs, as ``ptd generate`` would write them.
+    """Looks at the first ``train.samples`` held-out rows.
 
-    ``heartbeat`` is told of every token, which from a backbone that is offloaded takes long.
+    ``look``: the prompt as it stands after a number of steps -> the samples, on rank 0; elsewhere nothing. Every rank
+    calls it together: a sharded backbone is one of them all, so they take the same number of forward passes.
     """
 
     folder: Path
-    tuned: Tuned
-    prompts: list[list[int]]
-    references: list[str]
+    look: Callable[[int, PromptState], list[Sample]]
     ranks: Ranks
-    reporter: Reporter
-    heartbeat: Callable[[str], None]
 
     @classmethod
     def of(
@@ -44,11 +44,49 @@ class Sampler:
     ) -> Sampler | None:
         """None where ``train.samples`` is 0. With the prompt on the backbone; every rank calls this together.
 
+        ``heartbeat`` is told of every token that is written, which from a backbone that is offloaded takes long.
         Raises `UserError` for rows that have no prompt.
         """
         count, task = config.train.samples, tuned.task
-        if count == 0 or held_out is None or not task.generates:
+        if count == 0 or held_out is None:
             return None
+        if task.generates:
+            look: Callable[[int, PromptState], list[Sample]] = Continuations.of(
+                config, tuned, task, held_out, count, ranks, reporter, heartbeat
+            )
+        else:
+            look = Answers.of(tuned, task, held_out, count, ranks, reporter)
+        return cls(config.output_dir, look, ranks)
+
+    def keep(self, step: int, state: PromptState) -> None:
+        """Write what comes of ``state`` under ``step``. Every rank calls this together."""
+        samples = self.look(step, state)
+        self.ranks.on_main(lambda: write_samples(self.folder, step, samples))
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """Greedy continuations, as ``ptd generate`` would write them; before the first step those of the backbone alone."""
+
+    tuned: Tuned
+    prompts: list[list[int]]
+    references: list[str]
+    ranks: Ranks
+    reporter: Reporter
+    heartbeat: Callable[[str], None]
+
+    @classmethod
+    def of(
+        cls,
+        config: RunConfig,
+        tuned: Tuned,
+        task: WritingTask,
+        held_out: HeldOut,
+        count: int,
+        ranks: Ranks,
+        reporter: Reporter,
+        heartbeat: Callable[[str], None],
+    ) -> Continuations:
         room = tuned.room(LONGEST)
         longest = config.data.max_length if room is None else max(1, min(config.data.max_length, room))
 
@@ -56,28 +94,61 @@ class Sampler:
             rows = held_out.rows.select(range(min(count, len(held_out.rows))))
             return task.prompts_and_references(rows, tuned.tokenizer, max_length=longest, what="data.eval")
 
-        return cls(config.output_dir, tuned, *ranks.on_main(read), ranks, reporter, heartbeat)
+        return cls(tuned, *ranks.on_main(read), ranks, reporter, heartbeat)
 
-    def keep(self, step: int, state: PromptState | None) -> None:
-        """Write what comes of ``state`` (None: of the backbone alone) under ``step``. Every rank calls this together.
-
-        A sharded backbone is one of all ranks: they take the same number of forward passes.
-        """
-        self.tuned.prepared.attachment.set(state)
-        own = [[token for token in prompt if token >= 0 or state is not None] for prompt in self.prompts]
+    def __call__(self, step: int, state: PromptState) -> list[Sample]:
+        alone = step == 0
+        self.tuned.prepared.attachment.set(None if alone else state)
+        texts_of = [[token for token in prompt if token >= 0] for prompt in self.prompts]
         tokenizer = self.tuned.tokenizer
         expected = max(len(tokenizer(reference)["input_ids"]) for reference in self.references)
         decoding = Decoding(max_new_tokens=min(LONGEST, expected + SPARE))
         model = self.tuned.prepared.model
         alive = model.register_forward_pre_hook(lambda *_: self.heartbeat(f"samples of step {step}"))  # each token
+        given = texts_of if alone else self.prompts
         try:
-            texts = decode(self.tuned, own, decoding, self.ranks, batch_size=8, reporter=self.reporter)
+            texts = decode(self.tuned, given, decoding, self.ranks, batch_size=8, reporter=self.reporter)
         finally:
             alive.remove()
+        if not self.ranks.is_main:
+            return []
+        inputs = tokenizer.batch_decode(texts_of, skip_special_tokens=True)
+        return [Sample(*each) for each in zip(inputs, self.references, texts, strict=True)]
 
-        def write() -> None:
-            shown = [[token for token in prompt if token >= 0] for prompt in self.prompts]
-            inputs = tokenizer.batch_decode(shown, skip_special_tokens=True)
-            write_samples(self.folder, step, list(zip(inputs, self.references, texts, strict=True)))
 
-        self.ranks.on_main(write)
+@dataclass(frozen=True)
+class Answers:
+    """What the rows are answered, as ``ptd predict`` would; before the first step with prompt and head as they begin.
+
+    ``held_out``: those rows alone.
+    """
+
+    tuned: Tuned
+    task: LabellingTask
+    held_out: HeldOut
+    ranks: Ranks
+    reporter: Reporter
+
+    @classmethod
+    def of(
+        cls, tuned: Tuned, task: LabellingTask, held_out: HeldOut, count: int, ranks: Ranks, reporter: Reporter
+    ) -> Answers:
+        few = None if held_out.rows is None else held_out.rows.select(range(min(count, len(held_out.rows))))
+        examples = ranks.on_main(lambda: task.tokenize(few, tuned.tokenizer, what="data.eval"))
+        return cls(tuned, task, replace(held_out, examples=examples, rows=few), ranks, reporter)
+
+    def __call__(self, step: int, state: PromptState) -> list[Sample]:
+        prepared, few = self.tuned.prepared, self.held_out
+        prepared.attachment.set(state)
+        scores = scores_of(few, prepared, self.tuned.readout, self.ranks, self.reporter)
+        if not self.ranks.is_main:
+            return []
+        found = self.task.samples(self.task.answers(scores, few.examples), few.rows)
+        return [
+            replace(each, prompt=_short(each.prompt), reference=_short(each.reference), text=_short(each.text))
+            for each in found
+        ]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LETTERS else f"{text[: LETTERS - 1]}…"

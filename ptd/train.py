@@ -133,7 +133,7 @@ def _train(
         if ranks.any(request.wanted):  # asked while the backbone was loading
             artifacts.preempt(start, None)
         if sampler is not None and start == 0:
-            sampler.keep(0, None)
+            sampler.keep(0, step.state())
             step.meter.take()
         stopped = loop.run(start, total, evaluation_due=artifacts.evaluation_due)
         if stopped is not None:

@@ -293,6 +293,20 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """A held-out row as a person reads it: its input, the text or label it should get, and what the model gave it.
+
+    Of a label, a tagging or an answer also ``score``, the probability of what was given, and whether it is ``right``.
+    """
+
+    prompt: str
+    reference: str
+    text: str
+    score: float | None = None
+    right: bool | None = None
+
+
+@dataclass(frozen=True)
 class DataReport:
     """What tokenising did to the rows, so that it can be told: counts of rows, tokens and cuts."""
 

@@ -17,6 +17,43 @@ OPTIONS = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "
 OPTIONS += ("--disable-background-networking", "--disable-dev-shm-usage", "--disable-extensions")
 COMPLAINTS = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")
 PATIENCE = 120.0
+WINDOWS: dict[str, dict[str, Any]] = {
+    "light": {"width": 1280},
+    "dark": {"width": 1280, "dark": True},
+    "phone": {"width": 390, "height": 844, "mobile": True},
+    "dark phone": {"width": 390, "height": 844, "mobile": True, "dark": True},
+}
+"""What pages are looked at in: arguments of `Browser.open`."""
+BESIDE = """(within, scrolling) => [...document.querySelectorAll(`${within} *`)].filter(element =>
+  !element.closest(scrolling) && element.getBoundingClientRect().right > innerWidth + 1)
+  .map(element => element.outerHTML.slice(0, 80))"""
+OVER = """(() => {
+  const found = [];
+  const meets = (a, b) => a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1;
+  const check = (elements, where) => {
+    const boxes = elements.map(element => [element, element.getBoundingClientRect()]);
+    for (const [i, [one, a]] of boxes.entries()) for (const [other, b] of boxes.slice(i + 1))
+      if (meets(a, b)) found.push(`${where}: ${one.textContent.slice(0, 40)} / ${other.textContent.slice(0, 40)}`);
+  };
+  check([...document.querySelectorAll('header, section, footer')], 'sections');
+  check([...document.querySelectorAll('figure, details')], 'figures');
+  for (const plot of document.querySelectorAll('svg.plot')) {
+    const frame = plot.getBoundingClientRect();
+    const words = [...plot.querySelectorAll('text')];
+    check(words, plot.getAttribute('aria-label'));
+    for (const word of words) {
+      const box = word.getBoundingClientRect();
+      const across = box.left >= frame.left - 1 && box.right <= frame.right + 1;
+      if (!across || box.top < frame.top - 1 || box.bottom > frame.bottom + 1)
+        found.push(`outside of ${plot.getAttribute('aria-label')}: ${word.textContent}`);
+    }
+  }
+  return found;
+})()"""
+SMALLEST = """Math.min(...[...document.querySelectorAll('svg.plot text')].map(word =>
+  parseFloat(getComputedStyle(word).fontSize) * word.ownerSVGElement.getScreenCTM().a))"""
+COLOURS = "[getComputedStyle(document.body).color, getComputedStyle(document.querySelector('svg.plot text')).fill]"
+INKS = {False: "rgb(27, 31, 36)", True: "rgb(230, 230, 230)"}
 
 
 class Browser:
@@ -85,6 +122,7 @@ class Browser:
     def open(self, page: Path, *, width: int, height: int = 900, dark: bool = False, mobile: bool = False) -> None:
         """Load a file in a window of this size (CSS pixels); what it complained of before is forgotten."""
         self._events.clear()
+        self._width = width
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
@@ -112,6 +150,19 @@ class Browser:
         sent = [event["params"] for event in self._events if event.get("method") == "Network.requestWillBeSent"]
         urls = [each["request"]["url"] for each in sent]
         return [url for url in urls if not url.startswith("data:")]
+
+    @property
+    def too_wide(self) -> int:
+        """Pixels that the page is wider than the window that was asked for: a phone widens it for such a page."""
+        return int(self.evaluate("Math.max(document.documentElement.scrollWidth, innerWidth)")) - self._width
+
+    def beside(self, within: str = "body", scrolling: str = ".scroll, pre, svg") -> list[str]:
+        """Elements ``within`` that reach beyond the window, but for those in ``scrolling`` (both CSS selectors)."""
+        return list(self.evaluate(f"({BESIDE})({json.dumps(within)}, {json.dumps(scrolling)})"))
+
+    def over(self) -> list[str]:
+        """Sections, figures and words of a plot that lie over each other; words that their plot cuts off."""
+        return list(self.evaluate(OVER))
 
     def screenshot(self, path: Path) -> None:
         """The whole page as PNG."""

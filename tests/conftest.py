@@ -67,6 +67,19 @@ def backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_backbone(tmp_path_factory.mktemp("backbone"))
 
 
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A `browser.Browser`; without chromium the test is skipped, or fails with PTD_REQUIRE_BROWSER=1."""
+    from browser import CHROMIUM, Browser
+
+    if CHROMIUM is None:
+        if os.environ.get("PTD_REQUIRE_BROWSER") == "1":
+            pytest.fail("there is no chromium, and PTD_REQUIRE_BROWSER=1")
+        pytest.skip("there is no chromium on this machine")
+    with Browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
 @dataclass
 class Outcome:
     """How a command ended."""

@@ -1,20 +1,23 @@
-"""The command line in a shell: how soon it answers, what TAB offers in bash, what it says to a typing error."""
+"""The command line in a shell: how soon it answers, what TAB offers, what it says to a typing error."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from ptd.cli import completion
+from ptd.config import BackboneConfig
 from ptd.methods import methods
 from ptd.shipped import RECIPES
 
+DTYPE = BackboneConfig.model_fields["dtype"].annotation
 WITHOUT_TORCH = """
 import contextlib, io, os, sys
 from ptd.cli import main
@@ -40,7 +43,7 @@ def test_light_commands_do_not_wait_for_torch() -> None:
 
 
 BASH = """
-source ptd.sh
+source ~/.bashrc
 try() {
     COMP_WORDS=("$@"); COMP_CWORD=$(( $# - 1 )); COMPREPLY=()
     _ptd_completion ptd
@@ -52,7 +55,7 @@ WANTED = {
     ("ptd", "train", "causal"): "causal_lm.yaml causal_lm_p_tuning.yaml",
     ("ptd", "train", "7b.yaml", "backbone.offload"): "backbone.offload= backbone.offload_folder=",
     ("ptd", "train", "7b.yaml", "backbone.quant"): "backbone.quantization= backbone.quantization=none "
-    "backbone.quantization=int8 backbone.quantization=nf4",
+    "backbone.quantization=int8 backbone.quantization=nf4 backbone.quantization=fp8",
     ("ptd", "train", "7b.yaml", "method.name", "="): "hard_prompt head p_tuning p_tuning_v2 prefix prompt",
     ("ptd", "doctor", "7b.yaml", "train.seed", "=", "3", "backbone.dtype", "=", "bf"): "bfloat16",
     ("ptd", "plan", "7b.yaml", "train.warm"): "train.warmup_ratio= train.warmup_steps=",
@@ -64,29 +67,93 @@ WANTED = {
 }
 
 
-def test_tab_in_bash(tmp_path: Path) -> None:
-    """With the script that --show-completion gives; bash hands over ``key=value`` as three words."""
+@pytest.fixture
+def here(tmp_path: Path) -> dict[str, str]:
+    """An environment with a home of its own, where ``ptd`` is a program."""
     program = tmp_path / "ptd"
     program.write_text(
         f"#!{sys.executable}\nimport sys\nfrom ptd.cli import main\nsys.argv[0] = 'ptd'\nmain()\n", encoding="utf-8"
     )
     program.chmod(0o755)
-    here = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(sys.path)}
-    script = subprocess.run(
-        [program, "--show-completion", "bash"], env=here, capture_output=True, text=True, check=False
-    )
-    if script.returncode:  # where the shell is found out by itself the option takes no name
-        shell = ["bash", "-c", "ptd --show-completion; true"]
-        script = subprocess.run(shell, env=here, capture_output=True, text=True, check=False)
-    assert "complete -o default -F _ptd_completion ptd" in script.stdout, script.stderr
-    (tmp_path / "ptd.sh").write_text(script.stdout, encoding="utf-8")
+    own = {"HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(sys.path)}
+    aside = ("ZDOTDIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME")
+    return {name: value for name, value in os.environ.items() if name not in aside} | own
+
+
+def install(shell: str, here: dict[str, str]) -> None:
+    """``ptd --install-completion``, typed in that shell."""
+    if shutil.which(shell) is None:
+        if os.environ.get("PTD_REQUIRE_SHELLS") == "1":
+            pytest.fail(f"there is no {shell}, and PTD_REQUIRE_SHELLS=1")
+        pytest.skip(f"there is no {shell} on this machine")
+    typed = [shell, "-c", "ptd --install-completion; true"]
+    done = subprocess.run(typed, env=here, cwd=here["HOME"], capture_output=True, text=True, check=False)
+    assert f"{shell} completion installed" in done.stdout, done.stderr
+
+
+def test_tab_in_bash(here: dict[str, str]) -> None:
+    """Bash hands over ``key=value`` as three words."""
+    install("bash", here)
+    assert ".bash_completions/ptd.sh" in Path(here["HOME"], ".bashrc").read_text(encoding="utf-8")
     calls = "\n".join("try " + " ".join(f"'{word}'" for word in words) for words in WANTED)
     done = subprocess.run(
-        ["bash", "-c", BASH + calls], env=here, cwd=tmp_path, capture_output=True, text=True, check=False
+        ["bash", "-c", BASH + calls], env=here, cwd=here["HOME"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     found = [line.strip() for line in done.stdout.splitlines()]
     assert dict(zip(WANTED, found, strict=True)) == WANTED
+
+
+OFFERED = {
+    "ptd tra": {"train"},
+    "ptd train causal": {"causal_lm.yaml", "causal_lm_p_tuning.yaml"},
+    "ptd train 7b.yaml backbone.offload": {"backbone.offload=", "backbone.offload_folder="},
+    "ptd train 7b.yaml backbone.dtype=": {f"backbone.dtype={each}" for each in get_args(DTYPE)},
+    "ptd doctor 7b.yaml train.seed=3 backbone.dtype=bf": {"backbone.dtype=bfloat16"},
+    "ptd train 7b.yaml method.name=": {f"method.name={name}" for name in completion.method_names()},
+    "ptd cp zero3_n": {"zero3_node_local.json"},
+    "ptd eval --set backbone.shardi": {"backbone.sharding=", "backbone.sharding_group_size="},
+    "ptd train 7b.yaml --over": {"--overwrite"},
+}
+"""What is typed before TAB, in zsh and fish -> what is offered."""
+
+
+def test_tab_in_fish(here: dict[str, str]) -> None:
+    install("fish", here)
+    calls = "; ".join(f"echo ==; complete -C '{line}'" for line in [*OFFERED, "ptd train 7b.yaml data.prompt_t"])
+    done = subprocess.run(
+        ["fish", "-c", calls], env=here, cwd=here["HOME"], capture_output=True, text=True, check=False
+    )
+    answers = [
+        {line.partition("\t")[0] for line in part.splitlines() if line} for part in done.stdout.split("==\n")[1:]
+    ]
+    # One that ends in "=" is enough: fish adds no space to it.
+    assert answers == [*OFFERED.values(), {"data.prompt_template="}], done.stderr
+
+
+ZSH = """
+fpath+=~/.zfunc
+compdef() { }
+_arguments() { local -a found; eval "found=${${1#\\*: :\\(}%\\)}"; print -r -- "|${(j:|:)found}" }
+autoload -Uz _ptd; _ptd  # which defines the function that TAB calls
+try() { local -a words=(${(z)1}); [[ $1 == *' ' ]] && words+=(''); local CURRENT=$#words; _ptd_completion }
+"""
+ALONE = {"ptd train 7b.yaml data.prompt_t": {"data.prompt_template=", "data.prompt_template=…"}}
+"""Two where there is one: zsh ends what is complete with a space."""
+
+
+def test_tab_in_zsh(here: dict[str, str]) -> None:
+    """What the installed function answers, read as zsh reads it; its editor is left out, which needs a terminal."""
+    install("zsh", here)
+    assert "compinit" in Path(here["HOME"], ".zshrc").read_text(encoding="utf-8")
+    offered = OFFERED | ALONE
+    calls = "\n".join(f"try '{line}'" for line in offered)
+    typed = ["zsh", "-f", "-c", ZSH + calls]
+    done = subprocess.run(typed, env=here, cwd=here["HOME"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answers = [line.split("|")[1:] for line in done.stdout.splitlines()]
+    found = [{word.partition(":")[0] for word in words} for words in answers]
+    assert dict(zip(offered, found, strict=True)) == offered
 
 
 def test_methods_are_read_off_their_source() -> None:

@@ -94,15 +94,13 @@ def test_whole_scientific_numbers_are_counts(tmp_path: Path) -> None:
     assert "max_steps" in refusal(tmp_path, MINIMAL, "train.max_steps=1e-3")
 
 
-def test_samples_need_prompts_to_continue(tmp_path: Path) -> None:
-    assert load(tmp_path, FULL, "train.samples=3").train.samples == 3
-    for overrides in (
-        ["data.eval=null"],
-        ["task.kind=classification", "data.columns={}"],
-        ["data.format=text", "data.columns={}"],
-    ):
+def test_samples_need_rows_to_answer_or_continue(tmp_path: Path) -> None:
+    labels = ["task.kind=classification", "data.columns={}"]
+    for overrides in ([], labels):
+        assert load(tmp_path, FULL, "train.samples=3", *overrides).train.samples == 3
+    for overrides in (["data.eval=null"], [*labels, "data.eval=null"], ["data.format=text", "data.columns={}"]):
         said = refusal(tmp_path, FULL, "train.samples=3", *overrides)
-        assert "train.samples: continues the prompts of data.eval" in said
+        assert "train.samples: shows what becomes of rows of data.eval" in said
 
 
 def test_only_known_trackers(tmp_path: Path) -> None:

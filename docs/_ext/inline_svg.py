@@ -27,7 +27,8 @@ class InlineSvg(SphinxPostTransform):
                 continue
             text = (Path(self.app.srcdir) / image["uri"]).read_text(encoding="utf-8")
             text = re.sub(r"<style>.*?</style>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
-            image.replace_self(nodes.raw("", text.replace("<svg ", '<svg class="figure" ', 1), format="html"))
+            figure = text.replace("<svg ", '<svg class="figure" ', 1)
+            image.replace_self(nodes.raw("", f'<div class="wide" tabindex="0">{figure}</div>', format="html"))
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

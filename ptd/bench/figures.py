@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ptd.bench.sides import Sample
-from ptd.engine.prompt_step import PHASES
+from ptd.engine.phases import PHASES
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from ptd.backbone import load_model
-from ptd.bench.clock import PeakMemory, PhaseClock
 from ptd.bench.flops import AttentionLayer, Formula, observed, padded_load
+from ptd.bench.memory import PeakMemory
 from ptd.bench.sides import ENVIRONMENT, Facts, Material, Sample, Setting
 from ptd.checkpoint.peft_format import PREFIX_TYPES
 from ptd.config import RunConfig
 from ptd.data.batches import padded_batch
 from ptd.deepspeed_config import apply_deepspeed
+from ptd.engine.phases import PhaseClock
 from ptd.inject import compile_each
 from ptd.types import IGNORE_INDEX, UserError
 
@@ -110,7 +111,7 @@ class PeftSide:
         self.clock.start("data")
         batches = self._batches(rows)
         loss = self._forward_backward(batches)
-        self.clock("optimizer")
+        self.clock.begin("optimizer")
         if self.config.train.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.train.max_grad_norm)
         self.optimizer.step()
@@ -190,10 +191,10 @@ class PeftSide:
             counts = [int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches]
         total = torch.zeros((), device=self.device)
         for batch, count in zip(batches, counts, strict=True):
-            self.clock("forward")
+            self.clock.begin("forward")
             placed = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
             loss = self.model(**placed).loss * (count / sum(counts))
-            self.clock("backward")
+            self.clock.begin("backward")
             loss.backward()
             total += loss.detach()
         return total

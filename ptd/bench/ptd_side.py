@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ptd.bench.clock import PeakMemory, PhaseClock
 from ptd.bench.flops import AttentionLayer, Formula, Load, attention_layers, distinct, load_of, observed
 from ptd.bench.machine import matmul_rate
+from ptd.bench.memory import PeakMemory
 from ptd.bench.sides import Facts, Material, Sample
 from ptd.checkpoint import peft_format
 from ptd.config import RunConfig
@@ -62,8 +62,6 @@ class PtdSide:
         self.loop = Loop(
             config.train, self.prepared, self.step, self.batches, None, ranks, Reporter(), nothing, nothing, nothing
         )
-        self.clock = PhaseClock(ranks.device)
-        self.step.phase = self.clock
         self.formula: Formula | None = None
         self.uncounted = self._count()
         self._taken = 0
@@ -137,10 +135,10 @@ class PtdSide:
         """One optimizer step on these rows, measured."""
         self.memory.reset()
         self.step.meter.take()
-        self.clock.start("data")
+        self.step.clock.start("data")
         batches = self.batches.of(rows)
-        result, _ = self.loop.take_step(self._taken, batches)
-        seconds, phases = self.clock.stop()
+        result = self.loop.take_step(self._taken, batches)
+        seconds, phases = self.step.clock.stop()
         self._taken += 1
         for key, size in self.step.meter.take().items():
             self._sent[key] = self._sent.get(key, 0.0) + size

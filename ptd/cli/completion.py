@@ -62,22 +62,24 @@ def settings(incomplete: str) -> list[str]:
 
 
 def _assignments(incomplete: str, values: dict[str, list[str]]) -> list[str]:
-    """Bash ends a word that has one completion with a space, which no value may have before it: so it gets two."""
+    """Bash and zsh end a word with one completion with a space, which no value may have before it: so it gets two."""
     found = [key for key in values if key.startswith(incomplete)]
-    if len(found) == 1:
-        key = found[0]
-        return [f"{key}=", *(f"{key}={value}" for value in values[key] or (["…"] if _splits() else []))]
-    return [f"{key}=" for key in found]
+    if len(found) != 1:
+        return [f"{key}=" for key in found]
+    key = found[0]
+    shown = values[key] or (["…"] if _completes_for("bash", "zsh") else [])
+    return [f"{key}=", *(f"{key}={value}" for value in shown)]
 
 
-def _splits() -> bool:
-    return any(value == "complete_bash" for name, value in os.environ.items() if name.endswith("_COMPLETE"))
+def _completes_for(*shells: str) -> bool:
+    asked = {value for name, value in os.environ.items() if name.endswith("_COMPLETE")}
+    return not asked.isdisjoint(f"complete_{shell}" for shell in shells)
 
 
 def _at_sign() -> bool:
     """Bash hands the sign over as a word of its own, which typer then drops."""
     words, place = os.environ.get("COMP_WORDS", "").split("\n"), int(os.environ.get("COMP_CWORD", 0))
-    return _splits() and place < len(words) and words[place] == "="
+    return _completes_for("bash") and place < len(words) and words[place] == "="
 
 
 def shipped_names() -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from ptd.config import TrainConfig
 from ptd.data import Batches, prefetch
 from ptd.engine.evaluation import HeldOut, evaluate
 from ptd.engine.meter import summary
+from ptd.engine.phases import OTHER, OWN, PHASES
 from ptd.engine.preemption import StopRequest
 from ptd.engine.prompt_step import PromptStep, StepResult
 from ptd.engine.ranks import Ranks
@@ -74,20 +75,21 @@ class Loop:
         if evaluation_due:
             self.evaluate(start)
         self.prepared.forget_passes()
-        ready = time.perf_counter()
+        clock = self.step.clock
+        began = time.perf_counter()
+        clock.begin("data")
         for index, micro_batches in prefetch(self.batches, start, stop):
-            began = time.perf_counter()
             for group in self.step.optimizer.param_groups:
                 group["lr"] = rate(index) * group["scale"]
-            result, own_seconds = self.take_step(index, micro_batches)
-            own_seconds += began - ready  # waiting for data is a rank's own, too
+            result = self.take_step(index, micro_batches)
+            clock.pause()
             self.on_boundary()
-            window.add(result, time.perf_counter() - began, own_seconds, self.step.meter.take())
+            window.add(result, time.perf_counter() - began, self.step.meter.take())
             number = index + 1
             skipped = self._count_skipped(number, skipped, result)
             line = None
             if number % self.config.logging_steps == 0 or number == stop:
-                record = window.record(number, rate(index), result, self.ranks)
+                record = window.record(number, rate(index), result, self.ranks, clock.take())
                 self.on_record(record)
                 line = f"loss {result.loss:.4f}  lr {rate(index):.2e}  {record['tokens_per_second']:.0f} tokens/s"
                 window = Window()
@@ -101,34 +103,32 @@ class Loop:
             if number == stop or (self.config.save_steps and number % self.config.save_steps == 0):
                 self.heartbeat(f"saving after step {number}")
                 self.on_save(number)
-            ready = time.perf_counter()
+            began = time.perf_counter()
+            clock.begin("data")
         self.reporter.finish("train")
         return None
 
-    def take_step(self, index: int, micro_batches: list[Batch]) -> tuple[StepResult, float]:
-        """One optimizer step, and the seconds in which this rank did its own part of it."""
+    def take_step(self, index: int, micro_batches: list[Batch]) -> StepResult:
+        """One optimizer step. Its clock goes on in the last phase."""
         self.heartbeat(f"step {index + 1}")
         # Randomness is a function of seed and step: a resumed run needs no generator state, all ranks draw alike.
         torch.manual_seed(self.config.seed * 1_000_003 + index)
-        phase = self.step.phase
-        phase("encoder")
+        clock = self.step.clock
+        clock.begin("encoder")
         self.prepared.attachment.set(self.step.encode())
-        clock = Stopwatch(self.ranks.device)  # from here to the sums over ranks nothing waits for the others
         sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         tokens = supervised = 0
         for batch in micro_batches:
             self.heartbeat(f"step {index + 1}")
-            phase("forward")
+            clock.begin("forward")
             reading = self.step.readout(self.prepared.run, batch)
-            phase("backward")
+            clock.begin("backward")
             if batch.rows or reading.loss.requires_grad:  # with nothing but a head, a filler depends on nothing trained
                 self.step.loss_scale.apply(reading.loss).backward()
             sums += torch.stack([torch.as_tensor(value).detach().to(sums) for value in (reading.loss, reading.weight)])
             tokens += batch.tokens
             supervised += batch.supervised_tokens
-        clock.stop()
-        result = self.step.finish(sums[0], sums[1], tokens, supervised, stop=self.request.wanted)
-        return result, clock.seconds()
+        return self.step.finish(sums[0], sums[1], tokens, supervised, stop=self.request.wanted)
 
     def evaluate(self, number: int) -> None:
         """Loss and metrics of what is trained, as it stands now, on the held-out rows."""
@@ -166,26 +166,29 @@ class Window:
 
     def __init__(self) -> None:
         self.steps = self.tokens = self.supervised = self.skipped = 0
-        self.seconds = self.own_seconds = 0.0
+        self.seconds = 0.0
         self.network: defaultdict[tuple[str, str, str], float] = defaultdict(float)
 
-    def add(
-        self, result: StepResult, seconds: float, own_seconds: float, network: dict[tuple[str, str, str], float]
-    ) -> None:
+    def add(self, result: StepResult, seconds: float, network: dict[tuple[str, str, str], float]) -> None:
         self.steps += 1
         self.seconds += seconds
-        self.own_seconds += own_seconds
         self.tokens += result.tokens
         self.supervised += result.supervised_tokens
         self.skipped += result.skipped
         for key, size in network.items():
             self.network[key] += size
 
-    def record(self, number: int, learning_rate: float, last: StepResult, ranks: Ranks) -> dict[str, Any]:
+    def record(
+        self, number: int, learning_rate: float, last: StepResult, ranks: Ranks, phases: dict[str, float]
+    ) -> dict[str, Any]:
         """``loss``, ``lr``, ``grad_norm`` and ``loss_scale`` are the last step's.
 
-        Tokens are sums, seconds and bytes means a step; tokens and bytes count all ranks, which call this together.
+        Tokens are sums, seconds and bytes means a step; tokens and bytes count all ranks, which call this together,
+        seconds are this rank's. ``phases``: its seconds of each phase in all these steps.
         """
+        split = {name: phases.get(name, 0.0) / self.steps for name in PHASES}
+        # A GPU finishes a step's last phase while the process is in the next step, which may leave less than nothing.
+        split[OTHER] = max(0.0, self.seconds / self.steps - sum(split.values()))
         return {
             "step": number,
             "loss": last.loss,
@@ -195,33 +198,12 @@ class Window:
             "supervised_tokens": self.supervised,
             "tokens_per_second": self.tokens / self.seconds,
             "step_seconds": self.seconds / self.steps,
+            "phase_seconds": split,
             "peak_memory_bytes": peak_memory_bytes(),
-            **summary(ranks, self.network, self.own_seconds, self.steps),
+            **summary(ranks, self.network, sum(phases.get(name, 0.0) for name in OWN), self.steps),
             "skipped_steps": self.skipped,
             **({} if last.loss_scale is None else {"loss_scale": last.loss_scale}),
         }
-
-
-class Stopwatch:
-    """Seconds from now to `stop` of what this process has its device do; to be read when the device has done it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
-        self._times: list[float] = []
-        self._mark(0)
-
-    def _mark(self, place: int) -> None:
-        if self._events:
-            self._events[place].record()
-        self._times.append(time.perf_counter())
-
-    def stop(self) -> None:
-        self._mark(1)
-
-    def seconds(self) -> float:
-        if self._events:
-            return float(self._events[0].elapsed_time(self._events[1])) / 1000
-        return self._times[1] - self._times[0]
 
 
 def peak_memory_bytes() -> int:

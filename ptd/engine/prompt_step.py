@@ -12,7 +12,6 @@ in one flat buffer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +21,10 @@ from torch.distributed.tensor import DTensor
 from ptd.checkpoint.run_state import tensors_of
 from ptd.engine.loss_scale import LossScale
 from ptd.engine.meter import NetworkMeter
+from ptd.engine.phases import PhaseClock
 from ptd.engine.ranks import Ranks
 from ptd.readouts import Readout
 from ptd.types import PromptEncoder, PromptState
-
-PHASES = ("data", "encoder", "forward", "backward", "reduce", "optimizer")
-"""What a step's time is spent on; ``optimizer`` with clipping, ``encoder`` forward and backward."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +61,8 @@ class PromptStep:
     """What is trained, with its optimizer and the reduction.
 
     Use: ``state = step.encode()``; run micro-batches against ``state``, each ``step.loss_scale.apply(loss).backward()``
-    with a summed loss; ``step.finish(loss_sum, weight, tokens, supervised_tokens)``. ``phase`` is told which of
-    `PHASES` begins now; a benchmark listens.
+    with a summed loss; ``step.finish(loss_sum, weight, tokens, supervised_tokens)``. ``clock`` is told which of
+    the `ptd.engine.phases.PHASES` begins.
     """
 
     def __init__(
@@ -81,7 +78,7 @@ class PromptStep:
         self.encoder, self.readout = trained.encoder, trained.readout
         self.max_grad_norm = max_grad_norm
         self.loss_scale = loss_scale or LossScale.none()
-        self.phase: Callable[[str], None] = lambda name: None
+        self.clock = PhaseClock(ranks.device)
         self._flat: Tensor | None = None
         self._leaf: PromptState | None = None
 
@@ -123,7 +120,7 @@ class PromptStep:
         ``weight``. ``stop``: whether this rank was asked to stop; all ranks learn it from the same sum.
         """
         assert self._flat is not None
-        self.phase("reduce")
+        self.clock.begin("reduce")
         device = loss_sum.device
         with self.meter:
             own = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in (loss_sum.detach(), weight)]
@@ -134,11 +131,11 @@ class PromptStep:
             divisor = totals[1] * scale
             if self._flat.requires_grad:
                 gradient = self.ranks.all_reduce(self.leaf_gradient())
-                self.phase("encoder")
+                self.clock.begin("encoder")
                 self._flat.backward(gradient.div_(divisor).to(self._flat.dtype))
-                self.phase("reduce")
+                self.clock.begin("reduce")
             self._reduce_readout(divisor)
-            self.phase("optimizer")
+            self.clock.begin("optimizer")
             norm = self._grad_norm()
             finite, finite_loss = math.isfinite(float(norm)), math.isfinite(float(loss))
             # A loss that is not finite was so before it was scaled: it says nothing about the scale.

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ptd.backbone import dtype_of, fingerprint, load_model
 from ptd.config import BackboneConfig
 from ptd.engine.forward import Forward
+from ptd.engine.host_memory import keep_freed_memory
 from ptd.engine.preflight import same_fingerprint
 from ptd.engine.ranks import Ranks
 from ptd.inject import Attachment, check_supported
@@ -55,6 +56,8 @@ def prepare(
         same_fingerprint(fingerprint(model), ranks) if zero3 is None else ranks.on_main(lambda: fingerprint(model))
     )
     attachment = Attachment(model, backend=config.attention)
+    if ranks.device.type == "cpu":  # after loading, which frees what no step needs
+        keep_freed_memory()
     prepared = Prepared(model, attachment, Forward(model, attachment, ranks.device), identity)
     if shards is None:
         return prepared

@@ -106,19 +106,18 @@ def write(found: dict[str, Any], folder: Path) -> list[Path]:
 
     Raises `UserError` if the folder cannot be written.
     """
-    from ptd.inspection.figures import draw
+    from ptd.inspection.figures import save
     from ptd.inspection.page import render
 
     try:
         make_folders(folder)
         write_json(folder / "inspect.json", found)
         files = [folder / "inspect.json"]
-        light, dark = draw(found), draw(found, dark=True)
-        for name, picture in light.items():
+        for name, picture in save(found).items():
             files.append(folder / f"{name}.png")
             files[-1].write_bytes(picture)
         files.append(folder / "index.html")
-        files[-1].write_text(render(found, light, dark), encoding="utf-8")
+        files[-1].write_text(render(found), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output: cannot write into {folder}: {error.strerror or error}") from error
     return files

@@ -1,10 +1,11 @@
-"""The figures of an inspection, as PNG files for a light or a dark page."""
+"""The figures of an inspection, in the colours of a theme: of paper (PNG), or of the page that they are part of."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,155 +13,221 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-WIDTH, DPI = 7.0, 150
-"""Inches; on a phone a figure is scaled to the screen, so its letters are large."""
-INK = {False: ("#1b1f24", "#ffffff"), True: ("#e6e6e6", "#16191d")}
-COLOURS = {"key": "#4c8dd6", "value": "#e08a2e", "embedding": "#4c8dd6"}
-BAR, WORSE, LINE = "#4c8dd6", "#d9534f", "#4c8dd6"
-TITLES = {"all": "queries: all own tokens", "supervised": "queries: supervised positions"}
+from ptd.report.svg import inline
+from ptd.report.theme import LIGHT, SENTINEL, Theme
+
+WIDTH, HEIGHT, DPI = 4.0, 2.7, 300
+"""Inches: a page shows a figure at about this size on a phone, and larger elsewhere."""
+ROW, MOST = 0.15, 7.0
+"""Inches: of a row of a heatmap and its label, and of the highest heatmap; with more layers not all are labelled."""
+SMALL, LETTERS = 8.0, 8.5
+"""Points: of numbers and legends, and of the axes' labels."""
+KEYS, VALUES, WORSE = 0, 1, 1
+"""Colours of the palette; embeddings have that of keys."""
+TITLES = {
+    "keep": "Loss with the most useful tokens only",
+    "tokens": "Loss without each virtual token",
+    "attention": "Queries: all own tokens",
+    "attention_supervised": "Queries: supervised positions",
+    "norms": "Norms by layer",
+    "ranks": "Ranks by layer",
+    "spectrum": "Directions that the virtual tokens take",
+}
+SETS = {"attention": "all", "attention_supervised": "supervised"}
 
 
-def draw(found: dict[str, Any], *, dark: bool = False) -> dict[str, bytes]:
-    """PNG by name: ``prompt``, and of rows ``attention``, ``tokens`` and ``keep``."""
+def save(found: dict[str, Any]) -> dict[str, bytes]:
+    """PNG by name, for white paper."""
     pictures = {}
-    for name, figure in figures(found, dark=dark).items():
+    for name, figure in figures(found).items():
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=DPI)
         pictures[name] = buffer.getvalue()
     return pictures
 
 
-def figures(found: dict[str, Any], *, dark: bool = False) -> dict[str, Figure]:
-    """The figures by name."""
-    makers: dict[str, Callable[[dict[str, Any], bool], Figure]] = {"prompt": _prompt}
+def elements(found: dict[str, Any]) -> dict[str, str]:
+    """``<svg>`` elements by name, in the colours of a page that has `ptd.report.theme.style`."""
+    return {
+        name: inline(figure, number, f"{TITLES[name]}: {_axes_in_words(figure)}")
+        for number, (name, figure) in enumerate(figures(found, SENTINEL).items())
+    }
+
+
+def figures(found: dict[str, Any], theme: Theme = LIGHT) -> dict[str, Figure]:
+    """The figures by name, without their `TITLES`: those that there is something for."""
+    return {name: make(found, theme) for name, make in _makers(found)}
+
+
+def _makers(found: dict[str, Any]) -> Iterator[tuple[str, Callable[[dict[str, Any], Theme], Figure]]]:
     if found["data"] is not None:
-        makers |= {"attention": _attention, "tokens": _tokens, "keep": _keep}
-    return {name: make(found, dark) for name, make in makers.items()}
+        yield "keep", _keep
+        yield "tokens", _tokens
+        for name, queries in SETS.items():
+            if any(layer[queries] is not None for layer in found["attention"]):
+                yield name, partial(_attention, queries=queries)
+    if len({each["layer"] for each in found["tensors"]}) > 1:
+        yield "norms", _norms
+        yield "ranks", _ranks
+    else:
+        yield "spectrum", _spectrum
 
 
-def _figure(height: float, dark: bool, panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """Panels side by side, in the colours of the page."""
-    ink, paper = INK[dark]
-    figure = Figure(figsize=(WIDTH, height), facecolor=paper, layout="constrained")
-    axes = [figure.add_subplot(1, panels, number + 1, facecolor=paper) for number in range(panels)]
-    for each in axes:
-        each.tick_params(colors=ink, which="both")
-        for side, spine in each.spines.items():
-            spine.set(color=ink, alpha=0.4, visible=side in ("left", "bottom"))
-        for text in (each.xaxis.label, each.yaxis.label, each.title):
-            text.set_color(ink)
+def _figure(theme: Theme, height: float = HEIGHT) -> tuple[Figure, Axes]:
+    figure = Figure(
+        figsize=(WIDTH, height), facecolor="none" if theme is SENTINEL else theme.paper, layout="constrained"
+    )
+    axes = figure.add_subplot(facecolor="none")
+    axes.tick_params(colors=theme.ink, labelsize=SMALL, which="both", length=2.5)
+    for side, spine in axes.spines.items():
+        spine.set(color=theme.ink, alpha=0.5, visible=side in ("left", "bottom"))
+    axes.grid(color=theme.ink, alpha=0.15, linewidth=0.6)
+    axes.set_axisbelow(True)
     return figure, axes
 
 
-def _legend(axes: Axes, dark: bool, **options: Any) -> None:
-    ink, paper = INK[dark]
-    axes.legend(facecolor=paper, edgecolor="none", framealpha=0.85, labelcolor=ink, **options)
+def _name_axes(axes: Axes, theme: Theme, x: str, y: str) -> None:
+    axes.set_xlabel(x, fontsize=LETTERS, color=theme.ink)
+    axes.set_ylabel(y, fontsize=LETTERS, color=theme.ink)
 
 
-def _attention(found: dict[str, Any], dark: bool) -> Figure:
-    layers = [layer for layer in found["attention"] if layer["all"] is not None]
-    sets = [name for name in TITLES if any(layer[name] is not None for layer in layers)]
-    heads = max(len(layer["all"]) for layer in layers)
-    height = min(14.0, 1.9 + 0.24 * max(len(layers), 4))
-    figure, axes = _figure(height, dark, len(sets))
-    ink = INK[dark][0]
-    for each, name in zip(axes, sets, strict=True):
-        grid = np.full((len(layers), heads), math.nan)
-        for row, layer in enumerate(layers):
-            if layer[name] is not None:
-                grid[row, : len(layer[name])] = 100 * np.array(layer[name])
-        image = each.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=100, interpolation="nearest")
-        each.spines[:].set_visible(False)
-        each.set_title(TITLES[name], fontsize=10)
-        each.set_xlabel("head")
-        each.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
-        step = math.ceil(len(layers) / 40)
-        each.set_yticks(range(0, len(layers), step), [layer["layer"] for layer in layers][::step], fontsize=8)
-        if each is not axes[0]:
-            each.set_yticklabels([])
-    bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=max(20, 7 * height))
-    bar.set_label("share of attention on the prompt (%)", color=ink)
-    bar.ax.tick_params(colors=ink)
-    bar.outline.set_visible(False)
-    return figure
+def _axes_in_words(figure: Figure) -> str:
+    axes, *bars = figure.axes
+    shown = f"{axes.get_ylabel()} over {axes.get_xlabel()}"
+    return f"{bars[0].get_xlabel()} by {axes.get_ylabel()} and {axes.get_xlabel()}" if bars else shown
 
 
-def _prompt(found: dict[str, Any], dark: bool) -> Figure:
-    tensors = found["tensors"]
-    return _by_layer(found, dark) if len({each["layer"] for each in tensors}) > 1 else _spectrum(found, dark)
-
-
-def _by_layer(found: dict[str, Any], dark: bool) -> Figure:
-    figure, (norms, ranks) = _figure(3.6, dark, 2)
-    names = list(dict.fromkeys(each["layer"] for each in found["tensors"]))
-    at = range(len(names))
-    own = {layer["layer"]: layer["own_norms"] for layer in found.get("attention", ())}
-    for part in dict.fromkeys(each["part"] for each in found["tensors"]):
-        of_part, colour = [each for each in found["tensors"] if each["part"] == part], COLOURS[part]
-        of_prefix = [each["norm"] for each in of_part]
-        norms.plot(at, of_prefix, label=f"prefix {part}s", color=colour, marker="o", markersize=3.5)
-        if own:
-            norms.plot(at, [own[name][part] for name in names], label=f"{part}s of the text", ls="--", color=colour)
-        effective, most = ([each[key] for each in of_part] for key in ("effective_rank", "rank_90"))
-        ranks.plot(at, effective, label=f"{part}s: effective rank", color=colour, marker="o", markersize=3.5)
-        ranks.plot(at, most, label=f"{part}s: 90 % of energy", ls=":", color=colour)
-    norms.set_ylabel("norm of a head's vector (no unit)")
-    ranks.set_ylabel(f"dimensions (at most {_largest_rank(found)})")
-    # A few labels only: those of an encoder-decoder are words.
-    shown = sorted({round(index) for index in np.linspace(0, len(names) - 1, min(len(names), 8))})
-    plain = all(name.startswith("layer ") for name in names)
-    labels = [names[index].removeprefix("layer ") for index in shown]
-    for axes in (norms, ranks):
-        axes.set_ylim(bottom=0)
-        axes.set_xticks(shown, labels, rotation=0 if plain else 60, fontsize=8)
-        axes.set_xlabel("layer" if plain else "attention layer")
-        _legend(axes, dark, fontsize=8, loc="lower left", bbox_to_anchor=(-0.12, 1.0), ncols=2, columnspacing=1)
-    return figure
-
-
-def _largest_rank(found: dict[str, Any]) -> int:
-    return max(len(each["energy"]) for each in found["tensors"])
-
-
-def _spectrum(found: dict[str, Any], dark: bool) -> Figure:
-    figure, (axes,) = _figure(3.4, dark)
-    for each in found["tensors"]:
-        energy = [0.0, *each["energy"]]
-        label = f"{each['part']}s: effective rank {each['effective_rank']:.1f}"
-        axes.plot(range(len(energy)), [100 * share for share in energy], label=label, color=COLOURS[each["part"]],
-                  marker="o", markersize=3)  # fmt: skip
-    axes.axhline(90, color=INK[dark][0], alpha=0.4, ls="--", lw=1, label="90 %")
-    axes.set(xlabel="largest singular values (number)", ylabel="share of the energy (%)", ylim=(0, 105), xlim=(0, None))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(f"{found['num_virtual_tokens']} virtual tokens: how many directions they take", fontsize=10)
-    _legend(axes, dark, fontsize=9, loc="lower right")
-    return figure
-
-
-def _tokens(found: dict[str, Any], dark: bool) -> Figure:
-    figure, (axes,) = _figure(3.4, dark)
-    changes = [each["loss_change"] for each in found["tokens"]]
-    axes.bar(range(len(changes)), changes, color=[BAR if change >= 0 else WORSE for change in changes], width=0.8)
-    axes.axhline(0, color=INK[dark][0], lw=0.8, alpha=0.6)
-    axes.set(xlabel="virtual token", ylabel="change of the loss (nats)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(
-        f"loss without each virtual token ({found['data']['rows']} rows); above 0 the token helps", fontsize=10
+def _legend_above(axes: Axes, theme: Theme) -> None:
+    """Two columns above the axes, clear of all curves."""
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1.0),
+        ncols=2,
+        frameon=False,
+        fontsize=SMALL,
+        labelcolor=theme.ink,
+        handlelength=1.8,
+        columnspacing=1.2,
+        borderaxespad=0.2,
     )
+
+
+def _integers(axes: Axes) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+
+
+def _keep(found: dict[str, Any], theme: Theme) -> Figure:
+    figure, axes = _figure(theme)
+    sizes, losses = ([point[key] for point in found["keep"]] for key in ("tokens", "loss"))
+    axes.plot(sizes, losses, color=theme.palette[KEYS], lw=1.3, marker="o", markersize=3.5, label="most useful tokens")
+    axes.axhline(found["loss"]["whole"], color=theme.ink, alpha=0.6, ls="--", lw=1, label="whole prompt")
+    if found["enough"] is not None:
+        label = f"95 % of the gain: {found['enough']} tokens"
+        axes.axvline(found["enough"], color=theme.palette[VALUES], ls=":", lw=1.5, label=label)
+    _name_axes(axes, theme, "virtual tokens kept (number)", "loss (nats per prediction)")
+    axes.set_xlim(-0.02 * sizes[-1], 1.02 * sizes[-1])
+    _integers(axes)
+    _legend_above(axes, theme)
     return figure
 
 
-def _keep(found: dict[str, Any], dark: bool) -> Figure:
-    figure, (axes,) = _figure(3.6, dark)
-    sizes, losses = ([point[key] for point in found["keep"]] for key in ("tokens", "loss"))
-    axes.plot(sizes, losses, color=LINE, marker="o", markersize=4, label="k most useful virtual tokens")
-    axes.axhline(found["loss"]["whole"], color=INK[dark][0], alpha=0.5, ls="--", lw=1, label="whole prompt")
-    if found["enough"] is not None:
-        axes.axvline(found["enough"], color=COLOURS["value"], ls=":", lw=1.5,
-                     label=f"95 % of the gain: {found['enough']} tokens")  # fmt: skip
-    axes.set(xlabel="virtual tokens kept, k", ylabel="loss (nats per prediction)", xlim=(-0.4, None))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    title = f"loss with the most useful tokens only ({found['data']['rows']} rows)"
-    figure.suptitle(title, fontsize=10, color=INK[dark][0])
-    _legend(axes, dark, fontsize=8.5, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3)  # above: clear of the curve
+def _tokens(found: dict[str, Any], theme: Theme) -> Figure:
+    figure, axes = _figure(theme)
+    changes = [each["loss_change"] for each in found["tokens"]]
+    colours = [theme.palette[KEYS if change >= 0 else WORSE] for change in changes]
+    axes.bar(range(len(changes)), changes, color=colours, width=0.8)
+    axes.axhline(0, color=theme.ink, lw=0.8, alpha=0.6)
+    _name_axes(axes, theme, "virtual token (index)", "change of the loss (nats)")
+    axes.set_xlim(-0.7, len(changes) - 0.3)
+    axes.grid(visible=False, axis="x")
+    _integers(axes)
+    return figure
+
+
+def _attention(found: dict[str, Any], theme: Theme, queries: str) -> Figure:
+    layers = [layer for layer in found["attention"] if layer["all"] is not None]
+    heads = max(len(layer["all"]) for layer in layers)
+    height = min(MOST, 1.5 + ROW * max(len(layers), 8))
+    figure, axes = _figure(theme, height)
+    grid = np.full((len(layers), heads), math.nan)
+    for row, layer in enumerate(layers):
+        if layer[queries] is not None:
+            grid[row, : len(layer[queries])] = 100 * np.array(layer[queries])
+    image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=100, interpolation="none")
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    names, plain = _short_names([layer["layer"] for layer in layers])
+    _name_axes(axes, theme, "head (index)", "layer (index)" if plain else "attention layer")
+    _integers(axes)
+    step = math.ceil(len(layers) * ROW / (height - 1.4))
+    axes.set_yticks(range(0, len(layers), step), names[::step])
+    bar = figure.colorbar(image, ax=axes, location="top", pad=0.02, aspect=30)
+    bar.set_label("share of attention on the prompt (%)", color=theme.ink, fontsize=LETTERS)
+    bar.ax.tick_params(colors=theme.ink, labelsize=SMALL, length=2.5)
+    bar.outline.set_visible(False)
+    assert bar.solids is not None
+    bar.solids.set_rasterized(True)  # 256 rectangles otherwise
+    return figure
+
+
+def _short_names(names: list[str]) -> tuple[list[str], bool]:
+    """Numbers where every layer is of the same kind, and whether that is so."""
+    plain = all(name.startswith("layer ") for name in names)
+    return [name.removeprefix("layer ") for name in names], plain
+
+
+def _by_layer(found: dict[str, Any], theme: Theme, unit: str) -> tuple[Figure, Axes, list[str]]:
+    """An empty figure over the layers, and their names. A few are named only: those of an encoder-decoder are words."""
+    figure, axes = _figure(theme, HEIGHT + 0.3)
+    given = list(dict.fromkeys(each["layer"] for each in found["tensors"]))
+    names, plain = _short_names(given)
+    shown = sorted({round(index) for index in np.linspace(0, len(names) - 1, min(len(names), 8))})
+    axes.set_xticks(shown, [names[index] for index in shown], rotation=0 if plain else 90)
+    _name_axes(axes, theme, "layer (index)" if plain else "attention layer", unit)
+    return figure, axes, given
+
+
+def _norms(found: dict[str, Any], theme: Theme) -> Figure:
+    figure, axes, names = _by_layer(found, theme, "norm of a head's vector (no unit)")
+    own = {layer["layer"]: layer["own_norms"] for layer in found.get("attention", ())}
+    for part, colour, tensors in _parts(found, theme):
+        norms = [each["norm"] for each in tensors]
+        axes.plot(norms, label=f"prefix {part}s", color=colour, lw=1.3, marker="o", markersize=3)
+        if own:
+            norms = [own[name][part] for name in names]
+            axes.plot(norms, label=f"{part}s of the text", color=colour, lw=1.3, ls="--")
+    axes.set_ylim(bottom=0)
+    _legend_above(axes, theme)
+    return figure
+
+
+def _ranks(found: dict[str, Any], theme: Theme) -> Figure:
+    most = max(len(each["energy"]) for each in found["tensors"])
+    figure, axes, _ = _by_layer(found, theme, f"dimensions (of at most {most})")
+    for part, colour, tensors in _parts(found, theme):
+        effective, enough = ([each[key] for each in tensors] for key in ("effective_rank", "rank_90"))
+        axes.plot(effective, label=f"{part}s: effective rank", color=colour, lw=1.3, marker="o", markersize=3)
+        axes.plot(enough, label=f"{part}s: 90 % of energy", color=colour, lw=1.3, ls=":")
+    axes.set_ylim(bottom=0)
+    _legend_above(axes, theme)
+    return figure
+
+
+def _parts(found: dict[str, Any], theme: Theme) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
+    """Keys and values (or embeddings): name, colour, and what there is in each layer."""
+    for number, part in enumerate(dict.fromkeys(each["part"] for each in found["tensors"])):
+        yield part, theme.palette[(KEYS, VALUES)[number]], [each for each in found["tensors"] if each["part"] == part]
+
+
+def _spectrum(found: dict[str, Any], theme: Theme) -> Figure:
+    figure, axes = _figure(theme)
+    for part, colour, tensors in _parts(found, theme):
+        energy = [0.0, *(100 * share for share in tensors[0]["energy"])]
+        label = f"{part}s: effective rank {tensors[0]['effective_rank']:.1f}"
+        axes.plot(energy, label=label, color=colour, lw=1.3, marker="o", markersize=3)
+    axes.axhline(90, color=theme.ink, alpha=0.6, ls="--", lw=1, label="90 %")
+    _name_axes(axes, theme, "largest singular values (number)", "share of the energy (%)")
+    axes.set(ylim=(0, 105), xlim=(0, None))
+    _integers(axes)
+    _legend_above(axes, theme)
     return figure

@@ -9,13 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the result: what it says, its table, and the figure it goes with."""
+    """A part of the result: what it says, its table, and the figures that may go with it."""
 
+    name: str
     title: str
     text: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    figure: str | None = None
+    figures: tuple[str, ...] = ()
 
 
 def headline(found: dict[str, Any]) -> str:
@@ -45,18 +46,20 @@ def _tensors(found: dict[str, Any]) -> Section:
         figures = (f"{each['norm']:#.3g}", *text, f"{each['effective_rank']:.1f}", f"{each['rank_90']}")
         rows.append((each["layer"], each["part"], *figures))
     return Section(
+        "prompt",
         "The prompt by itself",
         "Norm: Euclidean, of a head's vector, mean over virtual tokens and heads. Effective rank: exp of the entropy "
         "of the singular values; 90 %: how many of the largest hold that much of the energy. A rank far below the "
         "number of virtual tokens means that they repeat each other.",
         ("layer", "part", "norm", *(["norm in the text"] if prefixed else []), "effective rank", "90 %"),
         tuple(rows),
-        "prompt",
+        ("norms", "ranks", "spectrum"),
     )
 
 
 def _nearest(nearest: Sequence[dict[str, Any]]) -> Section:
     return Section(
+        "nearest",
         "Nearest vocabulary tokens",
         "By cosine with the backbone's input embeddings. Cosines far below 1 say that a virtual token is no word.",
         ("virtual token", "norm", "nearest (cosine)"),
@@ -80,25 +83,27 @@ def _attention(found: dict[str, Any]) -> Section:
             cells += ["–", "–"] if heads is None else [_percent(sum(heads) / len(heads)), _percent(max(heads))]
         rows.append(tuple(cells))
     return Section(
+        "attention",
         "Share of attention on the prompt",
         "Of the probability that a query gives to all it sees, the part that goes to virtual tokens; mean over "
         "queries, then over heads, and the head with most. –: no virtual token among the layer's keys, or no "
         "supervised position among its queries.",
         ("layer", "all own tokens", "top head", "supervised positions", "top head"),
         tuple(rows),
-        "attention",
+        ("attention", "attention_supervised"),
     )
 
 
 def _tokens(found: dict[str, Any]) -> Section:
     ranked = sorted(found["tokens"], key=lambda each: each["rank"])
     return Section(
+        "tokens",
         "Without each virtual token",
         "Change of the loss when no layer attends to it any more and all else stays; most useful first. Attention: the "
         "share it draws, mean over queries, heads and layers.",
         ("virtual token", "loss (nats)", "attention"),
         tuple((str(each["token"]), f"{each['loss_change']:+.4f}", _percent(each["attention"])) for each in ranked),
-        "tokens",
+        ("tokens",),
     )
 
 
@@ -119,12 +124,13 @@ def _keep(found: dict[str, Any]) -> Section:
         elif found["enough"] <= 0.5 * count:
             verdict += " Fewer may do: tune again with that many and compare."
     return Section(
+        "needed",
         "How many virtual tokens are needed",
         f"{verdict} {found['data']['rows']:,} of {found['data']['rows_in_file']:,} rows of {found['data']['file']}, "
         f"{loss['supervised_tokens']:,} supervised positions. Tokens were not tuned again for the smaller prompts.",
         ("tokens kept", "loss (nats)"),
         tuple((str(point["tokens"]), f"{point['loss']:.4f}") for point in found["keep"]),
-        "keep",
+        ("keep",),
     )
 
 

@@ -28,11 +28,15 @@ class PTuningConfig:
     """Keys of ``method:`` for ``name: p_tuning``."""
 
     num_virtual_tokens: int | None = key(
-        None, f"{VIRTUAL_TOKENS} in front of the text; default: as many as {{v:n}} in the template says"
+        None, f"{VIRTUAL_TOKENS} in front of the text; default: as many as the `{{v:n}}` of the template"
     )
-    encoder_reparameterization_type: Literal["lstm", "mlp"] = key("lstm", "what makes the virtual tokens")
+    encoder_reparameterization_type: Literal["lstm", "mlp"] = key(
+        "lstm", "`lstm`: bidirectional LSTM, then an MLP; `mlp`: the MLP alone"
+    )
     encoder_hidden_size: int | None = key(
-        None, "of one direction of the LSTM, or of the MLP; default: the width of the backbone's input embeddings"
+        None,
+        "of one direction of the LSTM, or of the MLP's hidden layers; large unless set; default: the width of the "
+        "input embeddings",
     )
     encoder_num_layers: int = key(2, "layers of the LSTM; the MLP alone always has two hidden layers")
 

@@ -37,10 +37,13 @@ class PrefixConfig:
     prefix_projection: bool = key(False, PROJECTION)
     encoder_hidden_size: int | None = key(None, TANH_WIDTH)
     embedding_size: int | None = key(
-        None, "width of the MLP's input (with prefix_projection); default: the backbone's hidden size"
+        None,
+        "width of the MLP's input, with `prefix_projection`; PEFT's is kv heads × head size; default: the "
+        "backbone's hidden size",
     )
     init: Literal["random", "zero", "text"] = key(
-        "random", "random: N(0, 1); text: as a decoder starts that is conditioned on a text"
+        "random",
+        "`random` (N(0, 1)), `zero`, or `text`: exactly as a decoder that is conditioned on a text (at least P tokens)",
     )
     init_text: str | None = key(None, INIT_TEXT)
     init_text_file: Path | None = key(None, INIT_TEXT_FILE)

@@ -40,7 +40,10 @@ class PromptConfig:
 
     num_virtual_tokens: int = key(16, VIRTUAL_TOKENS)
     init: Literal["random", "vocabulary", "labels", "text"] = key(
-        "vocabulary", "what the embeddings start as: those of frequent tokens, of the labels' names, of a text"
+        "vocabulary",
+        "the start: embeddings of tokens drawn from the first 5000 of the `vocabulary`; `labels`: the mean embedding "
+        "of each label's name, then vocabulary; `text`: the tokens of a text, repeated or cut; `random`: uniform in "
+        "[−0.5, 0.5]",
     )
     init_text: str | None = key(None, INIT_TEXT)
     init_text_file: Path | None = key(None, INIT_TEXT_FILE)

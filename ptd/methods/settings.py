@@ -11,17 +11,23 @@ from ptd.types import UserError
 
 
 def key(default: Any, description: str) -> Any:
-    """A field of a method's config dataclass with the line that ``ptd init`` says of it."""
+    """A field of a method's config dataclass, and what is said of it (Markdown) by the docs and ``ptd init``."""
     shared = {"metadata": {"description": description}}
     return field(default_factory=default, **shared) if isinstance(default, type) else field(default=default, **shared)  # type: ignore[call-overload]
 
 
-PROJECTION = "make the prompt by an MLP while training: steadier, and only the prompt is kept"
-INIT_TEXT = "that text (with init: text)"
+PROJECTION = (
+    "re-parameterise by an MLP: embedding → tanh layer → keys and values. Steadier; only needed while training. An "
+    "encoder–decoder has one each for encoder, decoder and cross-attention"
+)
+INIT_TEXT = "that text, with `init: text`"
 INIT_TEXT_FILE = "or the file that holds it"
-POOLING = "the vector of a text in classification; auto: last for a decoder, cls for an encoder, else mean"
-TANH_WIDTH = "width of the MLP's tanh layer (with prefix_projection); default: the backbone's hidden size"
-VIRTUAL_TOKENS = "length of the prompt"
+POOLING = (
+    "the vector of a text in `classification`: `cls` (first token), `mean`, `last`; `auto`: `last` for a decoder, "
+    "`cls` for an encoder, `mean` for an encoder–decoder"
+)
+TANH_WIDTH = "width of the MLP's tanh layer, with `prefix_projection`; default: the backbone's hidden size"
+VIRTUAL_TOKENS = "P, the length of the prompt"
 
 
 class TextSettings(Protocol):

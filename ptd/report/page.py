@@ -6,24 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from ptd.report import tables
 from ptd.report.data import Run
-from ptd.report.panels import Panel
+from ptd.report.html import fill
+from ptd.report.panels import SPLIT, Panel
 from ptd.report.plots import MEAN_FROM, svg
-from ptd.report.theme import GLYPHS, LIGHT, style
-from ptd.versions import versions
+from ptd.report.theme import GLYPHS, LIGHT
 
-HERE = Path(__file__).parent
+TEMPLATE = Path(__file__).with_name("page.html")
 CURVES = ("loss", "eval_loss", "learning_rate", "grad_norm", "loss_scale")
-SPEED = ("throughput", "step_time", "memory", "network")
+SPEED = ("throughput", "step_time", SPLIT[0], "memory", "network")
 
 
 def render(runs: Sequence[Run], found: Sequence[Panel]) -> str:
     """HTML of one run, or of several beside each other. Whatever comes from the runs is escaped."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     several = len(runs) > 1
     figures = [
         {
@@ -34,17 +32,16 @@ def render(runs: Sequence[Run], found: Sequence[Panel]) -> str:
         }
         for number, panel in enumerate(found)
     ]
-    return environment.from_string((HERE / "page.html").read_text(encoding="utf-8")).render(
-        style=Markup(style()),
+    return fill(
+        TEMPLATE,
         runs=[_described(run, colour) for colour, run in enumerate(runs)],
         title=f"{len(runs)} runs compared" if several else runs[0].name,
         several=several,
         overview=tables.overview(runs),
         differences=tables.differences(runs) if several else [],
         curves=[figure for figure in figures if figure["name"] in CURVES],
-        speed=[figure for figure in figures if figure["name"] in SPEED],
+        speed=sorted((each for each in figures if each["name"] in SPEED), key=lambda each: SPEED.index(each["name"])),
         metrics=[figure for figure in figures if figure["name"] not in (*CURVES, *SPEED)],
-        version=versions().get("ptd", ""),
     )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
+from ptd.engine.phases import OTHER
 from ptd.report.data import Record, Run, is_number
 
 STEP = "optimizer step"
@@ -19,6 +21,15 @@ LONGEST = 20
 """Letters of a metric that an axis has room for."""
 SPREAD = 30.0
 """Largest over median value from which a logarithmic axis shows more."""
+
+SPLIT = ("phases", "Where a step's time goes", "seconds a step, rank 0")
+"""Name, title and unit of the panel of what a step's time is spent on."""
+LAYERS = {"data": 4, "encoder": 2, "forward": 0, "backward": 1, "reduce": 3, "optimizer": 5, OTHER: -1}
+"""What a step consists of, and its place in the palette (−1: none of its colours)."""
+PARTS = 150
+"""What is drawn of longer series of layers: means over so many parts of them."""
+TALL = 3.0
+"""Times the median: what is higher leaves the plot, or one slow step would flatten all others."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves over one pair of axes. ``name`` fits a file name; ``marks`` are steps; ``note`` is said below."""
+    """Curves over one pair of axes. ``name`` fits a file name; ``marks`` are steps; ``note`` is said below.
+
+    ``layers``: the curves lie on each other, cut off at ``top``; with ``bars`` their places are not steps but these.
+    """
 
     name: str
     title: str
@@ -45,6 +59,9 @@ class Panel:
     logarithmic: bool = False
     marks: tuple[int, ...] = ()
     note: str = ""
+    layers: bool = False
+    bars: tuple[str, ...] = ()
+    top: float | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +105,7 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", key)
         kind = _Kind(name, f"Held-out {metric}", unit, (metric, key), from_zero=False)
         found.append(_panel(kind, runs, [run.evaluations for run in runs], dots=True))
+    found.append(_split(runs))
     return [panel for panel in found if panel.curves]
 
 
@@ -95,6 +113,65 @@ def metrics(runs: Sequence[Run]) -> list[str]:
     """The records' names of what the evaluations measured beside the loss."""
     names = {key: None for run in runs for record in run.evaluations for key in record if key.startswith("eval_")}
     return [name for name in names if name not in NOT_DRAWN]
+
+
+def _split(runs: Sequence[Run]) -> Panel:
+    """Where the time of a step goes, of the runs whose records say so."""
+    return _over_steps(runs[0]) if len(runs) == 1 else _by_run(runs)
+
+
+def mean_split(run: Run) -> dict[str, float]:
+    """Mean seconds a step of each phase, over the records that have them; empty without any."""
+    found = [record["phase_seconds"] for record in _divided(run)]
+    return {name: float(np.mean([each[name] for each in found])) for name in LAYERS} if found else {}
+
+
+def _divided(run: Run) -> list[Record]:
+    return [record for record in run.steps if _is_split(record.get("phase_seconds"))]
+
+
+def _is_split(value: Any) -> bool:
+    return isinstance(value, dict) and all(is_number(value.get(name)) for name in LAYERS)
+
+
+def _over_steps(run: Run) -> Panel:
+    records = _divided(run)
+    if not records:
+        return _layers([])
+    parts = np.array_split(np.arange(len(records)), min(PARTS, len(records)))
+    last = np.array([records[part[-1]]["step"] for part in parts], dtype=float)
+    first = max(0.0, 2 * last[0] - last[1]) if len(last) > 1 else last[0] - 1
+    layers = []
+    for name in LAYERS:
+        seconds = np.array([record["phase_seconds"][name] for record in records], dtype=float)
+        means = np.array([seconds[part].mean() for part in parts])
+        layers.append(_layer(name, np.append(first, last), np.append(means[0], means)))
+    total = np.sum([layer.y for layer in layers], axis=0)
+    limit = TALL * float(np.median(total))
+    top, notes = None, []
+    if total.max() > limit > 0:
+        top = 1.15 * float(total[total <= limit].max())
+        notes.append(f"Cut off at the top: the longest is {total.max():.3g} s.")
+    if len(records) > PARTS:
+        notes.append(f"Means over {PARTS} parts of the run.")
+    return _layers(layers, top=top, note=" ".join(notes))
+
+
+def _by_run(runs: Sequence[Run]) -> Panel:
+    means = [mean_split(run) for run in runs]
+    places = np.arange(len(runs), dtype=float)
+    layers = [_layer(name, places, np.array([each.get(name, 0.0) for each in means], dtype=float)) for name in LAYERS]
+    without = [run.name for run, each in zip(runs, means, strict=True) if not each]
+    note = f"Means over the records. Not recorded: {', '.join(without)}." if without else "Means over the records."
+    return _layers(layers, bars=tuple(run.name for run in runs), note=note)
+
+
+def _layer(name: str, x: np.ndarray, y: np.ndarray) -> Curve:
+    return Curve(name, x, y, LAYERS[name])
+
+
+def _layers(layers: Sequence[Curve], **more: Any) -> Panel:
+    return Panel(*SPLIT, tuple(layer for layer in layers if layer.y.any()), from_zero=True, layers=True, **more)
 
 
 def _loss(runs: Sequence[Run]) -> list[Panel]:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import io
-import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,8 +14,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from ptd.report.data import read_run
+from ptd.report.layers import draw_layers
 from ptd.report.panels import STEP, Curve, Panel, panels, thin
-from ptd.report.theme import LIGHT, MARKERS, SENTINEL, Theme, to_css
+from ptd.report.svg import inline, quietly
+from ptd.report.theme import LIGHT, MARKERS, SENTINEL, Theme
 
 SIZE = (4.0, 2.55)
 """Inches: a page shows one at about this size on a phone, and larger elsewhere."""
@@ -27,12 +25,12 @@ COLUMNS, FEWEST_COLUMNS = 600, 60
 """Of a panel with one curve, and of each of very many: what is drawn of longer series (`thin`)."""
 MEAN_FROM, MEAN_SHARE = 100, 50
 """From so many records on a curve is drawn pale under its running mean over this part of them."""
-SVG = "http://www.w3.org/2000/svg"
-XLINK = "{http://www.w3.org/1999/xlink}href"
 
 
 def draw(panel: Panel, theme: Theme, *, legend: bool) -> Figure:
-    """One figure, without a title. ``legend``: name the curves in it."""
+    """One figure, without a title. ``legend``: name the curves in it (layers are always named)."""
+    if panel.layers:
+        return draw_layers(panel, theme)
     figure = Figure(figsize=SIZE, facecolor="none" if theme is SENTINEL else theme.paper)
     axes = figure.add_axes((0.17, 0.19, 0.8, 0.7 if legend else 0.76), facecolor="none")
     columns = max(FEWEST_COLUMNS, COLUMNS // len(panel.curves))
@@ -116,7 +114,7 @@ def _legend(axes: Axes, lines: Sequence[Line2D], panel: Panel, theme: Theme) -> 
 def png(panel: Panel, path: Path, *, dpi: int = 200) -> None:
     """Write a figure by itself, in light colours. Raises `OSError`."""
     buffer = io.BytesIO()
-    with _quietly():
+    with quietly():
         draw(panel, LIGHT, legend=len(panel.curves) > 1).savefig(buffer, format="png", dpi=dpi)
     path.write_bytes(buffer.getvalue())
 
@@ -131,62 +129,8 @@ def plot_loss(folder: Path) -> Path | None:
 
 def svg(panel: Panel, number: int, *, legend: bool) -> str:
     """The ``number``-th figure of a page as an ``<svg>`` element, in the page's own colours."""
-    buffer = io.StringIO()
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "ptd"}
-    with _quietly(), matplotlib.rc_context(settings):
-        draw(panel, SENTINEL, legend=legend).savefig(buffer, format="svg", metadata={"Date": None})
-    return _inline(buffer.getvalue(), panel, number)
-
-
-class _quietly(warnings.catch_warnings):
-    """Without warnings of names in letters that matplotlib's font does not have: the page has its own fonts."""
-
-    def __enter__(self) -> Any:
-        entered = super().__enter__()
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        return entered
-
-
-def _inline(text: str, panel: Panel, number: int) -> str:
-    """Without what a page has no use for; identifiers that no other figure has; colours of the page."""
-    ElementTree.register_namespace("", SVG)
-    root = ElementTree.fromstring(text)
-    for parent in list(root.iter()):
-        for child in [each for each in parent if each.tag.endswith(("}metadata", "}style"))]:
-            parent.remove(child)
-    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
-    names = {name: f"plot{number}-{index}" for index, name in enumerate(sorted(used))}
-    for element in root.iter():
-        own = element.attrib.pop("id", None)
-        if own in names:
-            element.set("id", names[own])
-        target = element.attrib.pop(XLINK, None)
-        if target is not None:
-            element.set("href", f"#{names[target[1:]]}")
-        if "clip-path" in element.attrib:
-            element.set("clip-path", f"url(#{names[element.attrib['clip-path'][5:-1]]})")
-        if "d" in element.attrib:
-            element.set("d", _shorter(element.attrib["d"]))
-        if "style" in element.attrib:
-            element.set("style", _style(element.attrib["style"]))
-    for name in ("width", "height", "version"):
-        root.attrib.pop(name, None)
-    root.set("class", "plot")
-    root.set("role", "img")
-    root.set("aria-label", f"{panel.title}: {panel.unit} over {STEP}")
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _shorter(path: str) -> str:
-    """Two decimals are a seventieth of a millimetre."""
-    return re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}", " ".join(path.split()))
-
-
-def _style(style: str) -> str:
-    for colour, variable in to_css().items():
-        style = style.replace(colour, variable)
-    # The page's font, in the size that was meant.
-    return re.sub(r"font: (?:[\w ]+ )?([\d.]+px) [^;]+", r"font-size: \1", style)
+    over = f"of {len(panel.bars)} runs" if panel.bars else f"over {STEP}"
+    return inline(draw(panel, SENTINEL, legend=legend), number, f"{panel.title}: {panel.unit} {over}")
 
 
 def save_pngs(found: Sequence[Panel], folder: Path) -> list[Path]:

@@ -14,10 +14,12 @@ import yaml
 
 from ptd.engine.records import flat
 from ptd.report.data import Run, is_number, numbers
-from ptd.report.panels import metrics
+from ptd.report.panels import LAYERS, mean_split, metrics
 
 NOT_COMPARED = ("output_dir",)
 """Settings in which two runs always differ."""
+SHOWN = 10
+"""Rows of a group of samples."""
 
 
 def plain(run: Run) -> dict[str, Any]:
@@ -37,6 +39,7 @@ def plain(run: Run) -> dict[str, Any]:
         "trained_parameters": run.facts.get("trained_parameters"),
         "tokens_per_second": _median(run, "tokens_per_second"),
         "step_seconds": _median(run, "step_seconds"),
+        "phase_seconds": mean_split(run) or None,
         "peak_memory_bytes": max((value for _, value in numbers(run.steps, "peak_memory_bytes")), default=None),
         "network_bytes_inside_nodes": total - between if total is not None and between is not None else None,
         "network_bytes_between_nodes": between,
@@ -131,6 +134,9 @@ def overview(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
                 label = f"held-out {metric.removeprefix('eval_')}, last"
                 rows.append((label, [_shown(each.get(metric), _number) for each in figures]))
             rows.append(("best evaluation", [_best(each["best"]) for each in figures]))
+        if key == "step_seconds" and len(runs) > 1:
+            splits = [each["phase_seconds"] for each in figures]
+            rows += [(f"of a step: {name}", [_share(split, name) for split in splits]) for name in LAYERS]
     return [(label, cells) for label, cells in rows if any(cells)]
 
 
@@ -138,6 +144,10 @@ def _shown(value: Any, form: Callable[[Any], str]) -> str:
     if value is None:
         return ""
     return form(value) if is_number(value) or form in (str, _moment, _base) else str(value)
+
+
+def _share(split: dict[str, float] | None, name: str) -> str:
+    return f"{100 * split[name] / sum(split.values()):.1f} %" if split and any(split.values()) else ""
 
 
 def _best(best: Any) -> str:
@@ -191,18 +201,33 @@ def _cell(value: Any) -> str:
 
 
 def samples(run: Run) -> list[dict[str, Any]]:
-    """Each input with its reference and what was written at each step: ``texts`` of (label, text)."""
+    """Groups of rows: ``title`` (or none), ``called`` what a reference is, ``rows``, and how many ``more`` there are.
+
+    A row has its ``prompt``, its ``reference`` and what came of it at each step: ``texts`` of (label, text). Text that
+    was written is one group in its own order. Labels and answers are two, by the last step: wrong ones and right ones,
+    each the surest first.
+    """
     by_step: dict[int, list[dict[str, Any]]] = {}
     for sample in run.samples:
         by_step.setdefault(sample["step"], []).append(sample)
     found: list[dict[str, Any]] = []
     for step, those in sorted(by_step.items()):
-        label = "backbone alone" if step == 0 else f"after step {step:,}"
+        scored = "score" in those[0]
+        label = f"after step {step:,}" if step else "before training" if scored else "backbone alone"
         for number, sample in enumerate(those):
             if number == len(found):
                 found.append({"prompt": sample["prompt"], "reference": sample["reference"], "texts": []})
-            found[number]["texts"].append((label, sample["text"]))
-    return found
+            sure = f" ({sample['score']:.2f})" if "score" in sample else ""
+            found[number]["texts"].append((label, sample["text"] + sure))
+            found[number] |= {"score": sample.get("score"), "right": sample.get("right")}
+    if not found or found[0]["right"] is None:
+        return [{"title": "", "called": "reference", "rows": found, "more": 0}] if found else []
+    groups = []
+    for name, right in (("Wrong", False), ("Right", True)):
+        rows = sorted((row for row in found if row["right"] is right), key=lambda row: -row["score"])
+        title = f"{name}, the surest first: {len(rows)} of {len(found)}"
+        groups.append({"title": title, "called": "label", "rows": rows[:SHOWN], "more": len(rows[SHOWN:])})
+    return groups
 
 
 def as_yaml(run: Run) -> str:

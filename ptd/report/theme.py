@@ -47,7 +47,7 @@ SENTINEL = Theme(
 def to_css() -> dict[str, str]:
     """`SENTINEL`'s colours -> what they stand for."""
     palette = {colour: f"var(--c{number})" for number, colour in enumerate(SENTINEL.palette)}
-    return {SENTINEL.ink: "currentColor", **palette}
+    return {SENTINEL.ink: "currentColor", SENTINEL.soft: "var(--soft)", **palette}
 
 
 def style() -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ptd.config import DataConfig, TaskConfig
 from ptd.readouts import Readout
-from ptd.types import Architecture, Examples, HeadSettings, Output
+from ptd.types import Architecture, Examples, HeadSettings, Output, Sample
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -82,6 +82,10 @@ class LabellingTask(_Common, Protocol):
 
     def metrics(self, answers: Sequence[dict[str, Any]], rows: Dataset) -> dict[str, float]:
         """How the answers compare with the rows' labels, in percent."""
+        ...
+
+    def samples(self, answers: Sequence[dict[str, Any]], rows: Dataset) -> list[Sample]:
+        """Each row with its label and its answer, to be looked at."""
         ...
 
 

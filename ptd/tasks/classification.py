@@ -22,7 +22,7 @@ from ptd.tasks import register
 from ptd.tasks.cloze import Variant, plan
 from ptd.tasks.layouts import Laid, pattern_sequences, text_sequences
 from ptd.tasks.weights import check_weights, learn_weights
-from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, Output, UserError
+from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, Output, Sample, UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -117,6 +117,20 @@ class Classification:
             "macro_f1": 100 * float(f1_score(gold, given, average="macro", zero_division=0)),
             "mcc": 0.0 if one else 100 * float(matthews_corrcoef(gold, given)),
         }
+
+    def samples(self, answers: Sequence[dict[str, Any]], rows: Dataset) -> list[Sample]:
+        """The text (and pair, or the columns of the patterns), a line each; the score is the label's probability."""
+        named = [field for template in self.templates for field in template.fields]
+        columns = list(dict.fromkeys(named)) or [self.data.columns.get("text", "text")]
+        if not named and "pair" in self.data.columns:
+            columns.append(self.data.columns["pair"])
+        found = []
+        labels = (label for _, label in self._names(rows, "the evaluated data"))
+        for row, label, answer in zip(rows.with_format(None), labels, answers, strict=True):
+            text = "\n".join(str(row[column]) for column in columns if row[column] is not None)
+            given = answer["label"]
+            found.append(Sample(text, label, given, answer["probabilities"][given], given == label))
+        return found
 
     def facts(self) -> dict[str, Any]:
         return self.config.model_dump(mode="json", exclude_unset=True)

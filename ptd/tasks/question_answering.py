@@ -23,7 +23,7 @@ from ptd.config import DataConfig, TaskConfig
 from ptd.data.fields import cut_on_the_right, field_chunks
 from ptd.readouts.spans import CANDIDATE, END, START, Spans
 from ptd.tasks import register
-from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, Output, UserError
+from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, Output, Sample, UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 Answer = tuple[str, int]
 """The text and the character of the context where it starts."""
+BEFORE = 120
+"""Characters of the context that a sample shows before the answer."""
+NONE = "(no answer)"
 
 
 @dataclass(frozen=True)
@@ -135,23 +138,42 @@ class QuestionAnswering:
 
     def metrics(self, answers: Sequence[dict[str, Any]], rows: Dataset) -> dict[str, float]:
         """SQuAD's ``exact_match`` and ``f1``: the best over a row's answers, mean over rows (0–100)."""
-        from torchmetrics.functional.text import squad
+        return _squad([answer["answer"] for answer in answers], [gold for *_, gold in self._gold(rows)])
 
-        chunks = field_chunks(rows, {name: self.fields[name] for name in ("context", "answers")}, "the data")
-        gold = [
-            parse_answers(value, context, f"row {row}") or [("", 0)]
-            for first, chunk in chunks
-            for row, (value, context) in enumerate(zip(chunk["answers"], chunk["context"], strict=True), first)
+    def samples(self, answers: Sequence[dict[str, Any]], rows: Dataset) -> list[Sample]:
+        """The question and the context from a little before the answer; right is what matches an answer exactly."""
+        found = []
+        for (question, context, gold), answer in zip(self._gold(rows), answers, strict=True):
+            begin = max(0, gold[0][1] - BEFORE)
+            text = f"{question}\n{'…' if begin else ''}{context[begin:]}"
+            wanted = " / ".join(dict.fromkeys(each for each, _ in gold))
+            right = _squad([answer["answer"]], [gold])["exact_match"] == 100
+            found.append(Sample(text, wanted or NONE, answer["answer"] or NONE, answer["score"], right))
+        return found
+
+    def _gold(self, rows: Dataset) -> list[tuple[str, str, list[Answer]]]:
+        """Question, context and answers of each row; where there is none, an empty one."""
+        return [
+            (question, context, parse_answers(value, context, f"row {row}") or [("", 0)])
+            for first, chunk in field_chunks(rows, self.fields, "the data")
+            for row, (question, context, value) in enumerate(
+                zip(chunk["question"], chunk["context"], chunk["answers"], strict=True), first
+            )
         ]
-        predictions = [{"id": str(row), "prediction_text": answer["answer"]} for row, answer in enumerate(answers)]
-        targets = [
-            {"id": str(row), "answers": {"text": [text for text, _ in texts], "answer_start": [at for _, at in texts]}}
-            for row, texts in enumerate(gold)
-        ]
-        return {name: float(value) for name, value in squad(predictions, targets).items()}
 
     def facts(self) -> dict[str, Any]:
         return self.config.model_dump(mode="json", exclude_unset=True)
+
+
+def _squad(answers: Sequence[str], gold: Sequence[list[Answer]]) -> dict[str, float]:
+    from torchmetrics.functional.text import squad
+
+    predictions = [{"id": str(row), "prediction_text": answer} for row, answer in enumerate(answers)]
+    targets = [
+        {"id": str(row), "answers": {"text": [text for text, _ in texts], "answer_start": [at for _, at in texts]}}
+        for row, texts in enumerate(gold)
+    ]
+    return {name: float(value) for name, value in squad(predictions, targets).items()}
 
 
 def parse_answers(value: Any, context: str, place: str) -> list[Answer]:

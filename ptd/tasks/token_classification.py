@@ -17,7 +17,7 @@ from ptd.data.fields import cut_on_the_right, field_chunks
 from ptd.readouts.tags import Tags
 from ptd.tasks import register
 from ptd.tasks.weights import check_weights, learn_weights
-from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, Output, UserError
+from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, Output, Sample, UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -160,12 +160,7 @@ class TokenClassification:
 
     def metrics(self, answers: Sequence[dict[str, Any]], rows: Dataset) -> dict[str, float]:
         """``accuracy`` over words; for chunked labels also ``precision``, ``recall`` and ``f1`` of spans (seqeval)."""
-        names = self._names_of_data(rows)
-        gold = [
-            [_name(tag, names) for tag in tags]
-            for _, chunk in field_chunks(rows, {"tags": self.fields["tags"]}, "the data")
-            for tags in chunk["tags"]
-        ]
+        gold = self._gold(rows)
         predicted = [answer["tags"] for answer in answers]
         pairs = [pair for row in zip(gold, predicted, strict=True) for pair in zip(*row, strict=True)]
         result = {"accuracy": 100 * sum(one == other for one, other in pairs) / len(pairs)}
@@ -177,6 +172,32 @@ class TokenClassification:
             )
             result |= {"precision": 100 * float(precision), "recall": 100 * float(recall), "f1": 100 * float(f1)}
         return result
+
+    def samples(self, answers: Sequence[dict[str, Any]], rows: Dataset) -> list[Sample]:
+        """The words with their tags, or their entities. The score is that of the surest wrong tag (0: of a word that
+        the backbone did not see), of a row without one that of its least sure tag."""
+        found = []
+        column = {"tokens": self.fields["tokens"]}
+        words = (each for _, chunk in field_chunks(rows, column, "the data") for each in chunk["tokens"])
+        for row, gold, answer in zip(words, self._gold(rows), answers, strict=True):
+            given, probabilities = answer["tags"], answer["probabilities"]
+            wrong = [sure or 0.0 for sure, one, other in zip(probabilities, given, gold, strict=True) if one != other]
+            score = max(wrong) if wrong else min(sure for sure in probabilities if sure is not None)
+            found.append(Sample(" ".join(row), self._told(row, gold), self._told(row, given), score, not wrong))
+        return found
+
+    def _told(self, words: Sequence[str], tags: list[str]) -> str:
+        if not self.chunked:
+            return " ".join(f"{word}/{tag}" for word, tag in zip(words, tags, strict=True))
+        return "; ".join(f"{each['type']}: {each['text']}" for each in _entities(words, tags)) or "(nothing)"
+
+    def _gold(self, rows: Dataset) -> list[list[str]]:
+        names = self._names_of_data(rows)
+        return [
+            [_name(tag, names) for tag in tags]
+            for _, chunk in field_chunks(rows, {"tags": self.fields["tags"]}, "the data")
+            for tags in chunk["tags"]
+        ]
 
     @property
     def chunked(self) -> bool:

@@ -16,6 +16,7 @@ from matplotlib import image
 from safetensors.torch import load_file
 
 from ptd.config import parse_config
+from ptd.engine.phases import PHASES
 from ptd.engine.records import Records, read_records
 from ptd.report.plots import plot_loss
 from ptd.types import UserError
@@ -41,6 +42,7 @@ RECORD_FIELDS = {
     "supervised_tokens": int,
     "tokens_per_second": float,
     "step_seconds": float,
+    "phase_seconds": dict,
     "peak_memory_bytes": int,
     "network_bytes": int,
     "network_bytes_prompt": int,
@@ -133,6 +135,11 @@ def test_metrics_are_complete(finished: Path) -> None:
         assert record["tokens"] > record["supervised_tokens"] > 0
         assert record["step_seconds"] > 0
         assert record["tokens_per_second"] == pytest.approx(record["tokens"] / record["step_seconds"])
+        split = record["phase_seconds"]
+        assert list(split) == [*PHASES, "other"]
+        assert sum(split.values()) == pytest.approx(record["step_seconds"], rel=1e-9)
+        assert all(split[phase] > 0 for phase in split)
+        assert split["forward"] + split["backward"] > split["other"]
         assert record["peak_memory_bytes"] > 2**20
         assert record["network_bytes"] == record["skipped_steps"] == 0
         assert record["network"] == {}
@@ -194,7 +201,11 @@ def test_tensorboard_file_is_readable(finished: Path) -> None:
 
     events = EventAccumulator(str(finished / "tensorboard"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == (RECORD_FIELDS.keys() | EVAL_FIELDS.keys()) - {"step", "network"}
+    assert set(events.Tags()["scalars"]) == (RECORD_FIELDS.keys() | EVAL_FIELDS.keys()) - {
+        "step",
+        "network",
+        "phase_seconds",
+    }
     losses = events.Scalars("loss")
     assert [event.step for event in losses] == list(range(1, STEPS + 1))
     assert [event.value for event in losses] == pytest.approx(series(finished, "loss"), rel=1e-6)  # stored in fp32

@@ -99,8 +99,8 @@ def commands(adapters: dict[str, Path]) -> dict[str, list[str]]:
     }
 
 
-SAMPLED = {"causal_lm": "text", "seq2seq_lm": "t5"}
-"""Tasks that write, and the adapter here of each."""
+SAMPLED = {"causal_lm": "text", "seq2seq_lm": "t5", "classification": "labels"}
+"""Tasks, and the adapter here of each."""
 CASES = [
     *(("world", name) for name in ("eval", "predict", "generate", "beams", "sample", "one batch", "t5")),
     *((placement, name) for placement in ("node", "nf4") for name in ("eval", "predict", "generate")),
@@ -129,13 +129,15 @@ def printed(launch, adapters, commands, tmp_path_factory: pytest.TempPathFactory
 
 
 def run_file(adapters: dict[str, Path], folder: Path, kind: str) -> Path:
-    """A run of two steps over ranks that share a backbone; it keeps samples of five inputs."""
+    """A run of two steps over ranks that share a backbone; it keeps samples of five rows."""
     adapter = adapters[SAMPLED[kind]]
+    writes = adapter.name != "labels"
+    rows = str(adapters["rows" if writes else "labelled"])
     run = {
-        "backbone": {"path": str(adapter.parent / {"text": "llama", "t5": "t5"}[adapter.name]), "sharding": "world"},
-        "method": {"name": "prefix", "num_virtual_tokens": 4},
+        "backbone": {"path": str(adapter.parent / ("t5" if adapter.name == "t5" else "llama")), "sharding": "world"},
+        "method": {"name": "prefix", "num_virtual_tokens": 4} if writes else {"name": "head"},
         "task": {"kind": kind},
-        "data": {"train": str(adapters["rows"]), "eval": str(adapters["rows"]), "max_length": 64},
+        "data": {"train": rows, "eval": rows, "max_length": 64},
         "train": {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.1, "samples": 5},
         "output_dir": str(folder / kind),
     }
@@ -180,7 +182,7 @@ def test_the_weights_are_parted(printed: Path) -> None:
     assert all(float((printed / f"parted.{rank}").read_text()) < 0.51 for rank in range(2))
 
 
-@pytest.mark.parametrize("kind", SAMPLED)
+@pytest.mark.parametrize("kind", ["causal_lm", "seq2seq_lm"])
 def test_samples_of_a_run_are_what_generate_writes(printed: Path, adapters: dict[str, Path], kind: str) -> None:
     """On two ranks that share the backbone: without the prompt before the training, with the adapter after it."""
     rows = [json.loads(line) for line in adapters["rows"].read_text().splitlines()[:5]]
@@ -198,6 +200,20 @@ def test_samples_of_a_run_are_what_generate_writes(printed: Path, adapters: dict
         assert [json.loads(line)["completion"] for line in said.splitlines()] == own
     assert texts[:5] != texts[5:]
     assert "backbone alone" in (printed / kind / "report.html").read_text()
+
+
+def test_samples_of_labels_are_what_predict_says(printed: Path, adapters: dict[str, Path]) -> None:
+    """On two ranks that share the backbone, of which one has a batch less."""
+    samples = read_samples(printed / "classification")
+    assert [sample["step"] for sample in samples] == [0] * 5 + [2] * 5
+    adapter, rows = str(printed / "classification"), str(adapters["labelled"])
+    said = in_one_process("predict", "--adapter", adapter, "--data", rows)
+    for line, sample in zip(said.splitlines(), samples[5:], strict=True):
+        row = json.loads(line)
+        assert (sample["prompt"], sample["reference"]) == (row["text"], str(row["label"]))
+        assert sample["text"] == row["predicted_label"]
+        assert sample["score"] == pytest.approx(row["probabilities"][sample["text"]], rel=1e-5)
+    assert "before training" in (printed / "classification" / "report.html").read_text()
 
 
 def test_a_benchmark_of_ranks(printed: Path) -> None:

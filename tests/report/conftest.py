@@ -15,6 +15,13 @@ WriteRun = Callable[..., Path]
 SPIKE = 97.0
 
 
+def split(number: int, ranks: int) -> dict[str, float]:
+    """Of half a second; a start of which the first step takes ten."""
+    reduce = 0.06 if ranks > 1 else 0.0
+    phases = {"data": 0.01, "encoder": 0.02, "forward": 0.16, "backward": 0.23, "reduce": reduce, "optimizer": 0.015}
+    return {**phases, "other": (10.0 if number == 1 else 0.5) - sum(phases.values())}
+
+
 def record(number: int, steps: int, noise: random.Random, ranks: int) -> dict[str, Any]:
     several = {"slowest_rank": number % ranks, "slowest_rank_seconds": 0.4, "mean_rank_seconds": 0.38}
     return {
@@ -25,7 +32,8 @@ def record(number: int, steps: int, noise: random.Random, ranks: int) -> dict[st
         "tokens": 1600,
         "supervised_tokens": 800,
         "tokens_per_second": 31000 + noise.gauss(0, 900),
-        "step_seconds": 0.5,
+        "step_seconds": 10.0 if number == 1 else 0.5,
+        "phase_seconds": split(number, ranks),
         "peak_memory_bytes": 21 * 2**30,
         "network_bytes": 52_000_000 if ranks > 1 else 0,
         "network_bytes_between_nodes": 2_000_000 if ranks > 1 else 0,
@@ -39,6 +47,7 @@ def write_run() -> WriteRun:
     """``write_run(folder, steps=40, ranks=4, train={…}, label="<b>")`` writes what a run of these settings leaves.
 
     One step in the middle has a loss of `SPIKE`, one has none. ``label`` turns up wherever a person's words may.
+    ``labels``: so many rows were labelled, not continued; without ``splits``: as an older version wrote it.
     """
 
     def write(
@@ -49,11 +58,15 @@ def write_run() -> WriteRun:
         status: str = "finished",
         train: dict[str, Any] | None = None,
         label: str = "a plain word",
+        labels: int = 0,
+        splits: bool = True,
     ) -> Path:
         folder.mkdir(parents=True)
         noise, lines = random.Random(steps), []
         for number in range(1, steps + 1):
             lines.append(record(number, steps, noise, ranks))
+            if not splits:
+                del lines[-1]["phase_seconds"]
             if number % max(1, steps // 10) == 0:
                 figures = {"eval_loss": lines[-1]["loss"] + 0.1, "eval_accuracy": 100 * number / steps}
                 lines.append({"step": number, **figures, f"eval_{label}": 1 / number, "eval_rows": 400})
@@ -63,6 +76,19 @@ def write_run() -> WriteRun:
             {"step": step, "prompt": f"name: {label}", "reference": f"It is {label}.", "text": f"{text} {label}"}
             for step, text in ((0, "and and"), (steps, "This is"))
         ]
+        if labels:
+            samples = [
+                {
+                    "step": step,
+                    "prompt": f"{row}: {label}",
+                    "reference": label,
+                    "text": f"not {label}",
+                    "score": noise.random(),
+                    "right": step > 0 and row % 3 == 0,
+                }
+                for step in (0, steps)
+                for row in range(labels)
+            ]
         config = {
             "backbone": {"path": f"models/{label}", "dtype": "bfloat16"},
             "method": {"name": "prefix", "num_virtual_tokens": 16},

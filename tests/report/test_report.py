@@ -14,6 +14,7 @@ import pytest
 from matplotlib import image
 from matplotlib.colors import to_rgb
 
+from ptd.engine.phases import PHASES
 from ptd.report import leave_report, report
 from ptd.report.data import read_run, read_runs
 from ptd.report.page import render
@@ -24,6 +25,7 @@ from ptd.types import UserError
 
 SECTIONS = ("overview", "curves", "evaluation", "speed", "samples", "attempts", "configuration", "reproduce")
 PLOTS = {"loss", "learning_rate", "grad_norm", "throughput", "step_time", "memory", "network", "eval_accuracy"}
+PLOTS |= {"phases"}
 VOID = {"meta", "link", "br", "img", "source", "input", "hr"}
 HOSTILE = "<script>alert(1)</script>\"'&{{7*7}}$\\frac{1}{0}$ _x ]]> \u202e 文"
 
@@ -122,6 +124,47 @@ def test_runs_beside_each_other(write_run: Any, tmp_path: Path) -> None:
     assert len({tuple(pixel) for row in pixels[::4] for pixel in row[::4].tolist()}) > 3
 
 
+def test_where_the_time_goes(write_run: Any, tmp_path: Path) -> None:
+    """Layers that add up to the step, of one run over its steps, of several as a bar each; the table has shares."""
+    new, slow, old = (
+        write_run(tmp_path / "new", steps=400),
+        write_run(tmp_path / "slow", steps=2),
+        write_run(tmp_path / "old", splits=False),
+    )
+    (alone,) = [panel for panel in panels([read_run(new)]) if panel.name == "phases"]
+    assert [layer.label for layer in alone.curves] == [*PHASES, "other"]
+    total = np.sum([layer.y for layer in alone.curves], axis=0)
+    assert total[-1] == pytest.approx(0.5)
+    assert total.max() == pytest.approx((10 + 2 * 0.5) / 3), "the first of the parts has three records"
+    assert alone.top == pytest.approx(1.15 * 0.5)
+    assert "the longest is 3.67 s" in alone.note
+    assert (alone.curves[0].x[0], alone.curves[0].x[-1]) == (0, 400)
+
+    found = report([new, slow, old], tmp_path / "all.html")
+    page = check_page(tmp_path / "all.html")
+    assert "of a step: forward 30.5 % 3.0 %" in page.text
+    assert "Not recorded: old." in page.text
+    assert [sum(run["phase_seconds"].values()) for run in found["runs"][:2]] == pytest.approx([0.52375, 5.25])
+    assert found["runs"][2]["phase_seconds"] is None
+    report([old])
+    assert "phases" not in plots_of(check_page(old / "report.html"))
+
+
+def test_labels_are_shown_with_the_surest_mistakes_first(write_run: Any, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", labels=36)
+    report([folder])
+    page = check_page(folder / "report.html")
+    assert "Wrong, the surest first: 24 of 36" in page.text
+    assert "Right, the surest first: 12 of 36" in page.text
+    assert "14 more in samples.jsonl." in page.text
+    assert "2 more in samples.jsonl." in page.text
+    after = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()[36:]]
+    for right, part in zip((False, True), page.text.split("Right, the surest first")[:2], strict=True):
+        scores = sorted((row["score"] for row in after if row["right"] is right), reverse=True)[:10]
+        shown = re.findall(r"after step 40 not a plain word \((\S+)\)", part)
+        assert shown == [f"{score:.2f}" for score in scores]
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_hostile_strings_are_only_words(write_run: Any, tmp_path: Path, number: int) -> None:
     folders = [write_run(tmp_path / f"<i>run{place}&", label=HOSTILE) for place in range(number)]
@@ -176,8 +219,14 @@ def test_what_has_another_form_is_left_out(tmp_path: Path, facts: str) -> None:
     (tmp_path / "run.json").write_text(facts)
     lines = ['{"step": 1, "loss": 2.5}', "3", "null", '{"loss": 1}', '{"step": "x", "loss": 1}', '{"step": 2, "lo']
     lines.insert(1, '{"step": 2, "loss": "NaN", "lr": true, "network_bytes": "all", "slowest_rank": 0}')
+    lines += [
+        '{"step": 3, "phase_seconds": [1]}',
+        '{"step": 4, "loss": 2, "phase_seconds": {"data": 1, "forward": "x"}}',
+    ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     (tmp_path / "samples.jsonl").write_text('{"step": 0}\n[]\n{"step": 1, "prompt": 3, "reference": "", "text": ""}')
+    with (tmp_path / "samples.jsonl").open("a") as file:
+        file.write('\n{"step": 1, "prompt": "", "reference": "", "text": "", "score": "high", "right": true}')
     report([tmp_path])
     assert plots_of(check_page(tmp_path / "report.html")) == {"loss"}
 

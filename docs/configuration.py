@@ -1,0 +1,65 @@
+"""Rewrites the tables of configuration.md from what the configuration says of its own keys.
+
+``python docs/configuration.py`` (``make docs`` runs it). A table stands between ``<!-- keys: SECTION -->`` and
+``<!-- end -->``; everything else on the page is written by hand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from ptd.config import RunConfig
+from ptd.init import SECTIONS, with_choices
+from ptd.methods import method
+
+PAGE = Path(__file__).with_name("configuration.md")
+TABLE = re.compile(r"(<!-- keys: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+DEFAULT = re.compile(r"; default: (.+)$")
+
+
+def rewritten(page: str) -> str:
+    """The page with its tables as they should be. Raises `KeyError` or `UserError` for a section that is none."""
+    return TABLE.sub(lambda found: f"{found[1]}{table(found[2])}{found[3]}", page)
+
+
+def table(section: str) -> str:
+    """Of a section (``backbone``), of a method's part of it (``method prefix``), or of keys without one (``-``)."""
+    lines = ["| key | default | meaning |", "|---|---|---|"]
+    for key, required, default, said in _keys(section):
+        named = DEFAULT.search(said) if default is None else None
+        shown = named[1] if named else "required" if required else _shown(default)
+        lines.append(f"| `{key}` | {shown} | {said[: named.start()] if named else said} |")
+    return "\n".join(lines) + "\n"
+
+
+def _keys(section: str) -> Iterator[tuple[str, bool, Any, str]]:
+    """Key, whether it is required, its default, and what is said of it."""
+    if section.startswith("method "):
+        config = method(section.removeprefix("method ")).config
+        hints, defaults = get_type_hints(config), config()
+        for field in dataclasses.fields(config):
+            said = with_choices(field.metadata["description"], hints[field.name])
+            yield f"method.{field.name}", False, getattr(defaults, field.name), said
+        return
+    model, prefix = (RunConfig, "") if section == "-" else (SECTIONS[section], f"{section}.")
+    for key, found in model.model_fields.items():
+        if found.description is not None:
+            default = None if found.is_required() else found.get_default(call_default_factory=True)
+            yield f"{prefix}{key}", found.is_required(), default, with_choices(found.description, found.annotation)
+
+
+def _shown(value: Any) -> str:
+    if value is None or value == {}:
+        return "–"
+    plain = str(value) if isinstance(value, Path) else value
+    return f"`{yaml.safe_dump(plain, default_flow_style=True).removesuffix('...' + chr(10)).strip()}`"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,26 @@
+"""What all pages have in common: base.html around a template, and how it is filled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from ptd.report.theme import style
+from ptd.versions import versions
+
+BASE = Path(__file__).parent
+
+
+def fill(template: Path, **values: Any) -> str:
+    """The page of a ``template``, which extends base.html. Whatever it shows is escaped, but for `Markup`."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([template.parent, BASE]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    page = environment.get_template(template.name)
+    return page.render(style=Markup(style()), version=versions().get("ptd", ""), **values)

@@ -1,0 +1,50 @@
+"""docs/configuration.md says of every key what the configuration says, and nothing else."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ptd.init import SECTIONS, in_plain_words
+from ptd.methods import methods
+
+DOCS = Path(__file__).parents[1] / "docs"
+script = SimpleNamespace(**runpy.run_path(str(DOCS / "configuration.py")))
+
+
+def test_the_tables_are_current() -> None:
+    page = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    assert page == script.rewritten(page), "run: python docs/configuration.py"
+
+
+def test_every_section_has_its_table() -> None:
+    page = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    with_keys = {f"method {name}" for name, known in methods().items() if known.config.__dataclass_fields__}
+    assert set(re.findall(r"<!-- keys: (.+?) -->", page)) == {*SECTIONS, "-", *with_keys}
+
+
+def test_a_line_that_was_changed_by_hand_is_put_right() -> None:
+    page = "before\n<!-- keys: train -->\n| mine |\n<!-- end -->\nafter\n"
+    found = script.rewritten(page)
+    assert "| `train.warmup_ratio` | `0.0` | share of all steps |" in found
+    assert "mine" not in found
+    assert found.startswith("before\n")
+    assert found.endswith("<!-- end -->\nafter\n")
+    assert script.rewritten(found) == found
+
+
+@pytest.mark.parametrize(
+    ("said", "plain"),
+    [
+        ("`auto` or `cls`", "auto or cls"),
+        ("kept ([reports](reports.md#samples))", "kept"),
+        ("a path ([what holds](x.md)); default: none", "a path; default: none"),
+        ("see [tasks](tasks.md) for more", "see tasks for more"),
+    ],
+)
+def test_comments_of_a_run_file_are_without_markup(said: str, plain: str) -> None:
+    assert in_plain_words(said) == plain
