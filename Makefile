@@ -4,8 +4,8 @@
 # make docs-test  that site in a browser, and every command and piece of code in README.md and docs/ (minutes)
 # make check  style, types, formatting
 # make fuzz   run files, data files and adapters of anything, for minutes
-# make gpu    on one NVIDIA GPU: the attention kernels' tests and benchmark, that no step waits for it, and a 7B backbone
-#             in every placement
+# make gpu    on one NVIDIA GPU: the attention kernels' tests and benchmark, that no step waits for it, a 7B backbone in
+#             every placement, fp8 and Liger
 # Each makes .venv and installs what it needs first. PYTHON=… chooses the interpreter (3.10 or newer).
 
 PYTHON ?= python3
@@ -42,6 +42,10 @@ gpu: $(INSTALLED)
 	$(BIN)/python benchmarks/bench_prefix_attention.py --output benchmarks/results/prefix_attention
 	$(BIN)/python benchmarks/placements.py --output benchmarks/results/placements.json
 	$(BIN)/python benchmarks/plan_vs_measured.py --output benchmarks/results/plan_vs_measured_gpu.json
+	$(BIN)/python benchmarks/fp8.py --output benchmarks/results/fp8_gpu.json
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gpu]'
+	$(BIN)/python -m pytest tests/backbone/test_liger.py
+	$(BIN)/python benchmarks/levers.py --dtype bfloat16 --rows 32 --output benchmarks/results/levers_gpu.json
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

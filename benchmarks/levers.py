@@ -1,17 +1,20 @@
 """What each lever of ptd's step is worth: alone, and taken away from all of them, on the same batches in one process.
 
-    python benchmarks/levers.py [--lengths e2e instructions] [--dtype float32] [--steps 12] [--threads 1] [--output F]
+    python benchmarks/levers.py [--lengths e2e instructions] [--dtype float32] [--steps 12] [--rows 8] [--threads 1]
+        [--output F]
 
 The backbone is that of throughput.py: a Llama of 8 layers, hidden 512, 8 query and 4 key/value heads, vocabulary
 32,000, random weights. P = 30 virtual tokens are trained directly, 8 rows a step, packed. Rows are as long as E2E's
 or as instruction data has them, 45 % of the tokens supervised: all as in throughput.py. Settings take
 turns on every batch; with one thread it is CPU time that counts, which other work on the machine disturbs less. The
-losses of a lever are compared with those of the plain step: all of them do the same work.
+losses of a lever are compared with those of the plain step: all of them do the same work. On a GPU the layers are four
+of Llama-3-8B's shape, time is wall time, and Liger's kernels (where they are installed) are a lever too.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -24,6 +27,7 @@ import torch
 from throughput import LENGTHS, MODEL, SUPERVISED
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ptd.backbone.liger import use_liger
 from ptd.bench.machine import evidence
 from ptd.data import Batches
 from ptd.engine.forward import Forward
@@ -35,18 +39,27 @@ from ptd.methods.prefix import PrefixEncoder
 from ptd.readouts.language_model import LanguageModel
 from ptd.types import DataReport, Examples
 
-P, ROWS = 30, 8
-CPU = torch.device("cpu")
+P = 30
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+LLAMA_3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 LEVERS = {
     "tail": "the last layer's MLP and output projection at supervised positions only",
     "loss": "cross-entropy and its gradient in the logits' own memory, in blocks",
     "compile": "torch.compile of each layer (backbone.compile)",
 }
+if ON_GPU and importlib.util.find_spec("liger_kernel") is not None:
+    LEVERS["liger"] = "Liger's kernels for RMSNorm, RoPE and SwiGLU (backbone.liger), instead of compile"
 SETTINGS: dict[str, tuple[str, ...]] = {
     "none": (),
     **{lever: (lever,) for lever in LEVERS},
-    **{f"all but {lever}": tuple(name for name in LEVERS if name != lever) for lever in LEVERS},
-    "all": tuple(LEVERS),
+    **{
+        f"all but {lever}": tuple(name for name in LEVERS if name not in (lever, "liger"))
+        for lever in LEVERS
+        if lever != "liger"
+    },
+    "all": tuple(name for name in LEVERS if name != "liger"),
+    **({"all, liger for compile": tuple(name for name in LEVERS if name != "compile")} if "liger" in LEVERS else {}),
 }
 WARM_UP = 3
 """Steps: the first compiles, the others warm caches and allocators."""
@@ -54,8 +67,10 @@ WARM_UP = 3
 
 def llama(dtype: torch.dtype) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = AutoConfig.for_model("llama", **MODEL, use_cache=False)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    shape = {**MODEL, **LLAMA_3_8B, "num_hidden_layers": 4, "head_dim": 128} if ON_GPU else MODEL
+    config = AutoConfig.for_model("llama", **shape, use_cache=False)
+    with DEVICE:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval().requires_grad_(False)
 
 
@@ -73,9 +88,10 @@ def examples_of(kind: str, rows: int) -> Examples:
 class Step:
     """ptd's engine on one process, with some of the levers."""
 
-    def __init__(self, examples: Examples, dtype: torch.dtype, levers: tuple[str, ...]) -> None:
-        self.batches = Batches(examples, rank=0, world_size=1, per_device_batch_size=ROWS)
-        self.attachment = Attachment(llama(dtype))
+    def __init__(self, examples: Examples, rows: int, dtype: torch.dtype, levers: tuple[str, ...]) -> None:
+        self.batches = Batches(examples, rank=0, world_size=1, per_device_batch_size=rows)
+        model = llama(dtype)
+        self.attachment = Attachment(use_liger(model) if "liger" in levers else model)
         if "tail" not in levers:
             self.attachment.stacks[-1].tail.modules.clear()
             self.attachment.stacks[-1].tail.begin = lambda tokens, kept: None  # type: ignore[method-assign]
@@ -83,11 +99,11 @@ class Step:
             self.attachment.head.module = None
         if "compile" in levers:
             compile_layers(self.attachment.model)
-        self.run = Forward(self.attachment.model, self.attachment, CPU)
+        self.run = Forward(self.attachment.model, self.attachment, DEVICE)
         torch.manual_seed(0)
-        trained = Trained(PrefixEncoder(self.attachment.shape.layers, P), LanguageModel())
+        trained = Trained(PrefixEncoder(self.attachment.shape.layers, P), LanguageModel()).to(DEVICE)
         optimizer = build_optimizer(trained, learning_rate=1e-3, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.01)
-        ranks = Ranks(0, 1, 1, CPU)
+        ranks = Ranks(0, 1, 1, DEVICE)
         self.step = PromptStep(trained, optimizer, ranks, NetworkMeter(ranks), max_grad_norm=1.0)
 
     def __call__(self, number: int) -> float:
@@ -98,9 +114,9 @@ class Step:
         return self.step.finish(reading.loss, reading.weight, batch.tokens, batch.supervised_tokens).read().loss
 
 
-def measure(kind: str, dtype: torch.dtype, steps: int, clock: Any) -> list[dict[str, Any]]:
-    examples = examples_of(kind, ROWS * (steps + WARM_UP))
-    runs = {name: Step(examples, dtype, levers) for name, levers in SETTINGS.items()}
+def measure(kind: str, rows: int, dtype: torch.dtype, steps: int, clock: Any) -> list[dict[str, Any]]:
+    examples = examples_of(kind, rows * (steps + WARM_UP))
+    runs = {name: Step(examples, rows, dtype, levers) for name, levers in SETTINGS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     losses: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(steps + WARM_UP):
@@ -147,18 +163,24 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS))
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    alone = arguments.threads == 1
+    alone = arguments.threads == 1 and not ON_GPU
     clock = time.process_time if alone else time.perf_counter
     cells = []
     for kind in arguments.lengths:
-        cells += measure(kind, getattr(torch, arguments.dtype), arguments.steps, clock)
+        cells += measure(kind, arguments.rows, getattr(torch, arguments.dtype), arguments.steps, clock)
     print(table(cells))
     if arguments.output is not None:
-        settings = {"dtype": arguments.dtype, "threads": arguments.threads, "steps": arguments.steps}
+        settings = {
+            "dtype": arguments.dtype,
+            "threads": arguments.threads,
+            "steps": arguments.steps,
+            "rows": arguments.rows,
+        }
         settings["clock"] = "CPU time of the process" if alone else "wall time"
         result = {"levers": LEVERS, "settings": settings, "cells": cells, **evidence(), "load": os.getloadavg()[0]}
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

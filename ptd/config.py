@@ -56,11 +56,11 @@ class BackboneConfig(Section):
         description="`auto` (as stored), `float32`, `bfloat16`, `float16`. float16 trains with a loss scale, which "
         "finds its own size; bfloat16 needs none",
     )
-    quantization: Literal["none", "int8", "nf4"] = Field(
+    quantization: Literal["none", "int8", "nf4", "fp8"] = Field(
         "none",
         description="`none`, `int8` (LLM.int8) or `nf4` (4-bit, doubly quantised): frozen weights in few bits, "
         "through bitsandbytes (`pip install 'ptd[quant]'`). A checkpoint that is quantised already loads "
-        "as it is. `nf4` can be sharded, `int8` cannot",
+        "as it is. `nf4` can be sharded, `int8` cannot. `fp8`: products in 8-bit floating point, an experiment",
     )
     int8_threshold: float = Field(
         0.0, ge=0, description="LLM.int8's outlier threshold: the paper's is 6; 0 keeps no outliers apart and is faster"
@@ -85,7 +85,13 @@ class BackboneConfig(Section):
     compile: bool = Field(
         False,
         description="torch.compile each layer: a first step of a minute, then about a tenth faster on a CPU (not "
-        "measured on a GPU); needs a C++ compiler, whole and unquantised weights",
+        "measured on a GPU); needs a C++ compiler and whole weights, not `int8` or `nf4`",
+    )
+    liger: bool = Field(
+        False,
+        description="RMSNorm, RoPE and SwiGLU of llama, mistral, qwen2, qwen3, phi3, gemma2 and gemma3_text in Liger's "
+        "kernels (`pip install 'ptd[gpu]'`): needs a GPU, where it is not measured yet; not with `compile`, which "
+        "fuses the same",
     )
     attention: str = Field(
         "auto",
@@ -119,11 +125,18 @@ class BackboneConfig(Section):
                 "quantization: int8 weights are not sharded (bitsandbytes keeps all of them on every rank); use "
                 "quantization: nf4, which is, or quantization: none, or sharding: none"
             )
-        if self.compile and (self.sharding != "none" or self.quantization != "none"):
+        if self.quantization == "fp8" and self.sharding != "none":
             raise ValueError(
-                "compile: only whole, unquantised weights are compiled; set compile: false, or sharding: none and "
-                "quantization: none"
+                "quantization: fp8 weights are not sharded (ZeRO-3 would gather them without their scales); use "
+                "quantization: nf4, which is, or quantization: none, or sharding: none"
             )
+        if self.compile and (self.sharding != "none" or self.quantization in ("int8", "nf4")):
+            raise ValueError(
+                "compile: only whole weights that bitsandbytes has not quantised are compiled; set compile: false, or "
+                "sharding: none and quantization: none or fp8"
+            )
+        if self.compile and self.liger:
+            raise ValueError("liger: torch.compile fuses the same operations; set compile: false or liger: false")
         if self.quantization == "nf4" and self.offload == "nvme":
             raise ValueError("offload: nvme takes weights of one dtype only, which nf4 does not have; use offload: cpu")
         return self

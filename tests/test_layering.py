@@ -73,6 +73,7 @@ ONLY_IMPORTERS = {
     "transformers.integrations.deepspeed": ["ptd.backbone*"],
     "datasets": ["ptd.data*", "ptd.tasks*"],
     "ptd_kernels": ["ptd.inject*", "ptd_kernels*"],
+    "liger_kernel": ["ptd.backbone.liger"],
     "typer": ["ptd.cli*"],
     "rich": ["ptd.console"],
     "jinja2": ["ptd.inspection*", "ptd.launch*", "ptd.report*"],

@@ -102,6 +102,7 @@ CASES: dict[str, dict[str, Any]] = {
     "LSTM": {"method": {"name": "p_tuning", "num_virtual_tokens": 7}},
     "nf4": {"backbone": {"quantization": "nf4"}},
     "int8": {"backbone": {"quantization": "int8"}},
+    "fp8": {"backbone": {"quantization": "fp8"}},
 }
 
 
@@ -117,7 +118,7 @@ def test_a_traced_step_allocates_what_a_real_one_does(case: str, tmp_path: Path)
     assert step_peak(trace) == pytest.approx(allocated_in_a_step(config), rel=0.1 if case == "LSTM" else 0.02)
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4", "fp8"])
 def test_the_weights_are_counted_exactly(quantization: str, tmp_path: Path) -> None:
     save_backbone(tmp_path, hidden_size=128, intermediate_size=192)
     trace = trace_run(run(tmp_path), quantization, capability=None, local_ranks=1)

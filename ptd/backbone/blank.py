@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
+from ptd.backbone.fp8 import quantise
 from ptd.backbone.load import Blueprint, Check, dtype_of, frozen, readable
 from ptd.backbone.quantize import quantization_of
 from ptd.config import BackboneConfig
@@ -45,7 +46,8 @@ def blank_model(
             _fill_caches()
         for module in list(model.modules()):
             _quantize(module, dtype)
-    return frozen(model, config, output)
+    model = frozen(model, config, output)
+    return quantise(model, torch.device("cpu")) if config.quantization == "fp8" else model
 
 
 def _fill_caches() -> None:

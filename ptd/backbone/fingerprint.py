@@ -32,7 +32,7 @@ def fingerprint(model: PreTrainedModel, *, without: str | None = None) -> str:
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         if in_linear:
             kept.update(name.encode())
-            quantised |= not held.is_floating_point()
+            quantised |= held.element_size() == 1
         (linear if in_linear else kept).update(f"{name}{shape}".encode())
         samples[in_linear].append(held.detach().reshape(-1)[:SAMPLE].to(torch.bfloat16))
     for digest, values in ((kept, samples[False]), (linear, samples[True])):

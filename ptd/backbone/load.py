@@ -24,6 +24,8 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ptd.backbone.fp8 import check_device, quantise
+from ptd.backbone.liger import check_liger, use_liger
 from ptd.backbone.quantize import keep_differentiable, quantization_of
 from ptd.config import BackboneConfig
 from ptd.types import DTYPES, Architecture, Output, UserError
@@ -70,9 +72,14 @@ def load_model(
         check: called with model class and model config before any weight is read; raises what it objects to.
 
     Raises:
-        UserError: the folder or hub id cannot be read, or its weights do not fit its config.
+        UserError: the folder or hub id cannot be read, its weights do not fit its config, or ``device`` cannot run
+            them as ``config`` asks.
     """
+    if config.quantization == "fp8":
+        check_device(device)
     built_as = Blueprint.of(config, output, check)
+    if config.liger:
+        check_liger(built_as.config.model_type, device)
     options = dict(built_as.options)
     quantized = quantization_of(config, built_as.config, sharded=sharded)
     if quantized is not None:
@@ -92,6 +99,10 @@ def load_model(
             raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}.")
     placed = sharded or getattr(model, "is_quantized", False)
     model = frozen(model, config, output)
+    if config.quantization == "fp8":
+        quantise(model, device)
+    if config.liger:
+        use_liger(model)
     return model if placed else model.to(device)
 
 

@@ -1,4 +1,7 @@
-"""Frozen weights in 8 or 4 bits, through bitsandbytes: they are read in that form, and gradients pass through them."""
+"""Frozen weights in 8 or 4 bits, through bitsandbytes: they are read in that form, and gradients pass through them.
+
+Floating point of 8 bits is another matter: fp8.py.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,8 @@ def quantization_of(config: BackboneConfig, model_config: Any, *, sharded: bool 
         raise UserError(
             f"backbone.quantization: {config.path} is quantised already and loads as it is; set quantization: none"
         )
+    if config.quantization == "fp8":
+        return None  # `ptd.backbone.fp8.quantise` does it, behind the loading
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"backbone.quantization: {config.quantization} needs bitsandbytes; pip install 'ptd[quant]'")
     if config.quantization == "int8":

@@ -265,12 +265,23 @@ def _gpu_workspaces() -> dict[Any, Callable[..., int]]:
         expanded = 2 * _numbers(k) * (heads // kv_heads) if heads != kv_heads else 0
         return rows * (-(-q.shape[-1] // 32) * 32) * 4 + rows * 4 + expanded
 
-    found: dict[Any, Callable[..., int]] = {aten._flash_attention_backward: flash_backward}
+    found: dict[Any, Callable[..., int]] = {
+        aten._flash_attention_backward: flash_backward,
+        torch.ops.ptd.fp8_linear_input: lambda rows, row_scale, weight, **options: (
+            _numbers(weight) + 4 * weight.shape[1]
+        ),
+    }
     return found | _bitsandbytes_workspaces() | _everywhere()
 
 
 def _cpu_workspaces() -> dict[Any, Callable[..., int]]:
-    return _bitsandbytes_workspaces() | _everywhere()
+    def in_float32(rows: Tensor, row_scale: Tensor, weight: Tensor, *rest: Any, **options: Any) -> int:
+        # Both sides and the product.
+        width = weight.shape[0] if rest else weight.shape[1]
+        return 4 * (rows.numel() + weight.numel() + rows.shape[0] * width)
+
+    fp8 = (torch.ops.ptd.fp8_linear, torch.ops.ptd.fp8_linear_input)
+    return dict.fromkeys(fp8, in_float32) | _bitsandbytes_workspaces() | _everywhere()
 
 
 def _everywhere() -> dict[Any, Callable[..., int]]:
@@ -329,7 +340,12 @@ def _flop_formulas() -> dict[Any, Callable[..., int]]:
     def grouped(a: Tensor, b: Tensor, *rest: Any, **options: Any) -> int:
         return 2 * a.shape[0] * b.shape[1] * b.shape[2]
 
+    def fp8(rows: Tensor, row_scale: Tensor, weight: Tensor, *rest: Any, **options: Any) -> int:
+        return 2 * rows.shape[0] * weight.numel()
+
     formulas: dict[Any, Callable[..., int]] = {
+        torch.ops.ptd.fp8_linear: fp8,
+        torch.ops.ptd.fp8_linear_input: fp8,
         aten._grouped_mm: grouped,
         aten._scaled_dot_product_flash_attention_for_cpu: attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,

@@ -20,12 +20,12 @@ def compile_layers(model: PreTrainedModel) -> None:
 
     Lengths are dynamic from the start, so that packed batches, all of which differ, share a graph. The first step
     compiles. Raises `UserError` without a C++ compiler (on a GPU: without Triton), with weights that are sharded,
-    whose hooks do not compile, and with quantised ones.
+    whose hooks do not compile, and with those that bitsandbytes has quantised.
     """
     if getattr(model, "is_quantized", False) or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise UserError(
-            "backbone.compile: only whole, unquantised weights are compiled; set compile: false, or sharding: none and "
-            "quantization: none"
+            "backbone.compile: only whole weights that bitsandbytes has not quantised are compiled; set compile: "
+            "false, or sharding: none and quantization: none or fp8"
         )
     _check_compiler(next(model.parameters()).device)
     for name in (IMPLEMENTATION, MASKLESS):
