@@ -26,6 +26,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Sum of the cross-entropies: ``hidden`` ``[N, H]``, ``weight`` ``[V, H]``, ``targets`` ``[N]`` -> fp32 scalar.
 
+    A row whose target is negative has no part in it (as with torch's ``ignore_index``).
     Logits have the dtype of ``hidden`` (one of `DTYPES`), softmax and loss are fp32. ``weight`` and ``bias`` get no
     gradient. ``block_rows``: rows whose logits exist at once; default: what `BLOCK_BYTES` holds. Raises `ValueError`
     for another dtype, and where an output layer is trained.
@@ -51,13 +52,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
         losses = hidden.new_zeros(rows, dtype=torch.float32)
         room = hidden.new_empty(block_rows, len(weight))
+        nothing = targets < 0
+        targets = targets.clamp(min=0)
         for start in range(0, rows, block_rows or 1):
             part = slice(start, start + block_rows)
             losses[part], logits_gradient = _block(hidden[part], weight, bias, targets[part, None], room)
             if gradient is not None:
                 torch.mm(logits_gradient, weight, out=gradient[part])
-        ctx.gradient = gradient
-        return losses.sum()
+        ctx.gradient = None if gradient is None else gradient.masked_fill_(nothing[:, None], 0.0)
+        return losses.masked_fill_(nothing, 0.0).sum()
 
     @staticmethod
     @once_differentiable

@@ -77,7 +77,7 @@ def load_of(batch: Batch, state: PromptState, kinds: set[AttentionKind]) -> Load
     lengths = {POSITIONS: _lengths(batch, 0 if batch.source is not None else in_front)}
     lengths[SOURCE] = _lengths(reader, in_front) if batch.source is not None else []
     rows = {kind: sum(values) for kind, values in lengths.items()}
-    rows |= {SUPERVISED: batch.supervised_tokens, SEQUENCES: len(batch.lengths)}
+    rows |= {SUPERVISED: batch.supervised_tokens, SEQUENCES: len(batch.rows) * batch.group}
     read = lengths[SOURCE] or lengths[POSITIONS]
     own: dict[AttentionKind, int] = {
         "decoder": sum(length * length for length in lengths[POSITIONS]),

@@ -185,6 +185,7 @@ class PtdSide:
         return attention_layers(shape, config, state, checkpointed=self.config.backbone.gradient_checkpointing)
 
     def _load(self, batch: Batch) -> Load:
+        batch, _ = self.prepared.run.filled(batch, batch.supervised_tokens)
         return load_of(batch, self._state, {layer.kind for layer in self.prepared.shape.layers})
 
     def _count(self) -> str | None:

@@ -10,39 +10,52 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from ptd.engine.rounding import fill
 from ptd.inject import Attachment
 from ptd.transfer import to_device
-from ptd.types import Batch
+from ptd.types import IGNORE_INDEX, Batch
 
 
 class Forward:
     """The ``run`` of `ptd.readouts`: a language model's logits or their cross-entropy, or a body's last hidden states.
 
     Only the positions asked for reach what is behind the last attention, and the language model's head. With gradient
-    checkpointing the backward pass has to come before the next forward pass.
+    checkpointing the backward pass has to come before the next forward pass. ``rounds``: packed batches run in sizes
+    that come again (`ptd.engine.rounding`).
     """
 
-    def __init__(self, model: PreTrainedModel, attachment: Attachment, device: torch.device) -> None:
-        self.model, self.attachment, self.device = model, attachment, device
+    def __init__(
+        self, model: PreTrainedModel, attachment: Attachment, device: torch.device, *, rounds: bool = False
+    ) -> None:
+        self.model, self.attachment, self.device, self.rounds = model, attachment, device, rounds
         self._takes = set(inspect.signature(model.forward).parameters)
         self._sees_padding = any(layer.kind == "encoder" for layer in attachment.shape.layers)
 
     def __call__(self, batch: Batch, positions: Tensor | None = None) -> Tensor:
         """``[len(positions), width]``; None: of all positions, flattened."""
-        self.attachment.keep(None if positions is None else to_device(positions, self.device))
+        wanted = batch.input_ids.numel() if positions is None else len(positions)
+        batch, also = self.filled(batch, 0 if positions is None else wanted)
+        self.attachment.keep(None if positions is None else to_device(torch.cat([positions, also]), self.device))
         output = self._run(self._inputs(batch.to(self.device)))
         logits: Tensor | None = output.get("logits")
-        return (output.last_hidden_state if logits is None else logits).flatten(0, 1)
+        return (output.last_hidden_state if logits is None else logits).flatten(0, 1)[:wanted]
 
     def cross_entropy(self, batch: Batch, positions: Tensor, targets: Tensor) -> Tensor:
         """Sum over ``positions`` of the language model's cross-entropy with ``targets`` ``[len(positions)]``, fp32."""
-        targets = to_device(targets, self.device)
         head = self.attachment.head
         if not head.fuses:
+            targets = to_device(targets, self.device)
             return cross_entropy(self(batch, positions).float(), targets, reduction="sum")
-        self.attachment.keep(to_device(positions, self.device), targets)
+        batch, also = self.filled(batch, len(positions))
+        targets = torch.cat([targets, targets.new_full(also.shape, IGNORE_INDEX)])
+        positions = torch.cat([positions, also])
+        self.attachment.keep(to_device(positions, self.device), to_device(targets, self.device))
         self._run(self._inputs(batch.to(self.device)))
         return head.take()
+
+    def filled(self, batch: Batch, read: int) -> tuple[Batch, Tensor]:
+        """The batch as it runs when ``read`` of its positions are read, and the positions that are read beside them."""
+        return fill(batch, read) if self.rounds and batch.cu_seqlens is not None else (batch, torch.arange(0))
 
     def _run(self, inputs: dict[str, Any]) -> Any:
         if "attention_mask" in inputs or not self.attachment.own_rules:

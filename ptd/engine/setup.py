@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from ptd.backbone import dtype_of, fingerprint, load_model
@@ -56,9 +57,11 @@ def prepare(
         same_fingerprint(fingerprint(model), ranks) if zero3 is None else ranks.on_main(lambda: fingerprint(model))
     )
     attachment = Attachment(model, backend=config.attention)
-    if ranks.device.type == "cpu":  # after loading, which frees what no step needs
+    on_cpu = ranks.device.type == "cpu"
+    if on_cpu:  # after loading, which frees what no step needs
         keep_freed_memory()
-    prepared = Prepared(model, attachment, Forward(model, attachment, ranks.device), identity)
+    run = Forward(model, attachment, ranks.device, rounds=on_cpu and dtype_of(config) is not torch.float32)
+    prepared = Prepared(model, attachment, run, identity)
     if shards is None:
         return prepared
     shards.forget_passes()

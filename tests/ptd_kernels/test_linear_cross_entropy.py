@@ -73,3 +73,17 @@ def test_what_it_cannot_do_is_refused():
         linear_cross_entropy(hidden.half(), weight.half(), bias.half(), targets)
     with pytest.raises(ValueError, match="freeze them"):
         linear_cross_entropy(hidden, weight.requires_grad_(), bias, targets)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_negative_target_has_no_part_in_it(dtype):
+    hidden, weight, bias, targets = inputs(dtype)
+    targets[::3] = -100
+    left = targets >= 0
+    linear_cross_entropy(hidden, weight, bias, targets, block_rows=8).backward()
+    gradient, hidden.grad = hidden.grad, None
+    loss = linear_cross_entropy(hidden[left], weight, bias, targets[left])
+    loss.backward()
+    assert (gradient[~left] == 0).all()
+    assert (gradient - hidden.grad).norm() <= 1e-6 * gradient.norm() + (dtype is torch.bfloat16) * 1e-2 * gradient.norm()
+    assert abs(linear_cross_entropy(hidden, weight, bias, targets) - loss) <= 1e-5 * loss
