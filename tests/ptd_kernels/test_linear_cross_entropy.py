@@ -85,5 +85,6 @@ def test_a_negative_target_has_no_part_in_it(dtype):
     loss = linear_cross_entropy(hidden[left], weight, bias, targets[left])
     loss.backward()
     assert (gradient[~left] == 0).all()
-    assert (gradient - hidden.grad).norm() <= 1e-6 * gradient.norm() + (dtype is torch.bfloat16) * 1e-2 * gradient.norm()
+    rounding = 1e-6 if dtype is torch.float32 else 1e-2
+    assert (gradient - hidden.grad).norm() <= rounding * gradient.norm()
     assert abs(linear_cross_entropy(hidden, weight, bias, targets) - loss) <= 1e-5 * loss
