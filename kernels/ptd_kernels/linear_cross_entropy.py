@@ -17,6 +17,9 @@ from torch.autograd.function import once_differentiable
 BLOCK_BYTES = {"cpu": 2**27, "cuda": 2**29}
 """Bytes of a block's logits in fp32. With a fourth of the rows the products are a fifth slower on a CPU."""
 LEAST_ROWS = 256
+CACHED_ROWS = 16
+"""Rows whose softmax a CPU takes at once: 2 MB in fp32 at a vocabulary of 32,000, which its cache holds from the
+product to the gradient. The whole block at once takes 1.3 times as long in fp32 and 5 times in bf16."""
 DTYPES = (torch.float32, torch.bfloat16)
 """Not fp16: the gradient is rounded before a loss scale could lift it."""
 
@@ -70,19 +73,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _block(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
-    """The losses ``[N]`` of a block of rows and its logits' gradient ``[N, V]``, both in ``room`` if it is fp32."""
+    """The losses ``[N]`` of a block of rows and its logits' gradient ``[N, V]`` in ``room``."""
     logits = room[: len(hidden)]
     if bias is None:
         torch.mm(hidden, weight.t(), out=logits)
     else:
         torch.addmm(bias, hidden, weight.t(), out=logits)
-    wanted = logits.gather(1, target).float()
-    largest = logits.amax(1, keepdim=True).float()  # `max` also finds the place, which on a CPU takes ten times as long
-    if logits.dtype is torch.float32 and logits.device.type == "cpu":  # its kernel writes a number after reading it
-        probability = torch.softmax(logits, 1, out=logits)
+    if logits.device.type != "cpu":
+        return _losses(logits, target), logits
+    parts = zip(logits.split(CACHED_ROWS), target.split(CACHED_ROWS), strict=True)
+    return torch.cat([_losses(*part) for part in parts]), logits
+
+
+def _losses(logits: Tensor, target: Tensor) -> Tensor:
+    """The losses ``[n]``; what is left in ``logits`` is their gradient."""
+    on_cpu = logits.device.type == "cpu"
+    scores = logits.float() if on_cpu else logits
+    wanted = scores.gather(1, target).float()
+    largest = scores.amax(1, keepdim=True).float()  # `max` also finds the place: on a CPU ten times as long
+    if on_cpu:  # its kernel writes a number after reading it
+        probability = torch.softmax(scores, 1, out=scores)
     else:
-        probability = torch.softmax(logits, 1, dtype=torch.float32)
+        probability = torch.softmax(scores, 1, dtype=torch.float32)
     # The largest probability is at least 1/V, so its logarithm is exact where that of the target's may not be.
     losses = (largest - probability.amax(1, keepdim=True).log() - wanted)[:, 0]
     probability.scatter_add_(1, target, torch.full_like(wanted, -1.0))
-    return losses, logits if probability is logits else logits.copy_(probability)
+    if probability is not logits:
+        logits.copy_(probability)
+    return losses
