@@ -91,10 +91,9 @@ def _losses(logits: Tensor, target: Tensor) -> Tensor:
     scores = logits.float() if on_cpu else logits
     wanted = scores.gather(1, target).float()
     largest = scores.amax(1, keepdim=True).float()  # `max` also finds the place: on a CPU ten times as long
-    if on_cpu:  # its kernel writes a number after reading it
-        probability = torch.softmax(scores, 1, out=scores)
-    else:
-        probability = torch.softmax(scores, 1, dtype=torch.float32)
+    # A CPU's kernel writes a number after reading it.
+    in_place = {"out": scores} if on_cpu else {"dtype": torch.float32}
+    probability: Tensor = torch.softmax(scores, 1, **in_place)  # type: ignore[arg-type]
     # The largest probability is at least 1/V, so its logarithm is exact where that of the target's may not be.
     losses = (largest - probability.amax(1, keepdim=True).log() - wanted)[:, 0]
     probability.scatter_add_(1, target, torch.full_like(wanted, -1.0))
