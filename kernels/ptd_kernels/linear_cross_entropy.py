@@ -93,7 +93,7 @@ def _losses(logits: Tensor, target: Tensor) -> Tensor:
     largest = scores.amax(1, keepdim=True).float()  # `max` also finds the place: on a CPU ten times as long
     # A CPU's kernel writes a number after reading it.
     in_place = {"out": scores} if on_cpu else {"dtype": torch.float32}
-    probability: Tensor = torch.softmax(scores, 1, **in_place)  # type: ignore[arg-type]
+    probability: Tensor = torch.softmax(scores, 1, **in_place)
     # The largest probability is at least 1/V, so its logarithm is exact where that of the target's may not be.
     losses = (largest - probability.amax(1, keepdim=True).log() - wanted)[:, 0]
     probability.scatter_add_(1, target, torch.full_like(wanted, -1.0))
