@@ -175,9 +175,10 @@ class SharesOfPrompt:
         weights = torch.zeros(2, *ran.shape, dtype=torch.float64, device=ran.device)
         if counts:
             sets = torch.stack([own, own & supervised]).to(ran.device).double().flatten(1)
-            # Virtual tokens in front of the sequences ran, but are none of the batch's.
+            # Virtual tokens in front of the sequences ran, but are none of the batch's; nor are tokens behind them all.
             place = ran >= 0 if self._attachment.stacks[side].in_front else torch.ones_like(ran, dtype=torch.bool)
-            weights[:, place] = sets
+            place = place.flatten().nonzero()[: sets.shape[1], 0]
+            weights.flatten(1)[:, place] = sets
         return weights
 
 

@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from ptd.engine.forward import Forward
+from ptd.engine.rounding import fill
 from ptd.inject import Attachment, SharesOfPrompt, attending_only_to
 from ptd.types import IGNORE_INDEX, Batch, NoPrompt, PrefixKV, PrefixLayout, SoftTokens, virtual_id
 
@@ -59,11 +60,11 @@ def random_prefix(shape, count=P):
     return layout.state(torch.randn(count, layout.width, generator=generator))
 
 
-def recorded(model, batch, state):
+def recorded(model, batch, state, *, rounds=False):
     """What `SharesOfPrompt` says: by layer, ``[2, Hq, P]``; and that it changes nothing."""
     attachment = Attachment(model)
     attachment.set(state(attachment) if callable(state) else state)
-    run, recorder = Forward(model, attachment, CPU), SharesOfPrompt(attachment)
+    run, recorder = Forward(model, attachment, CPU, rounds=rounds), SharesOfPrompt(attachment)
     with torch.no_grad():
         with recorder.within(batch):
             watched = run(batch)
@@ -304,3 +305,21 @@ def test_a_hidden_virtual_token_does_nothing(family):
         seen = [loss(model, SoftTokens(x, in_front), batch, [0, 1]) for x in (soft, other)]
         assert both[0] == pytest.approx(both[1], abs=1e-6)
         assert abs(seen[0] - seen[1]) > 1e-4
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["prefix", "soft"])
+def test_tokens_that_fill_a_batch_up_do_not_count(soft):
+    model, batch = tiny_model("llama"), packed(batch_of((45, 28)))
+
+    def state(attachment):
+        torch.manual_seed(0)
+        hidden = model.config.hidden_size
+        return SoftTokens(torch.randn(P, hidden), in_front=True) if soft else random_prefix(attachment.shape)
+
+    (plain, _), (filled, _) = (recorded(model, batch, state, rounds=rounds) for rounds in (False, True))
+    assert fill(batch, 0)[0].input_ids.shape[1] > sum(batch.lengths)
+    for one, other in zip(plain, filled, strict=True):
+        assert torch.equal(one.queries, other.queries)
+        for name in ("mass", "norms", "keys"):
+            wanted = getattr(one, name)
+            assert (wanted - getattr(other, name)).abs().max() <= CLOSE * wanted.abs().max()
