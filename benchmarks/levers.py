@@ -34,6 +34,7 @@ from ptd.engine.forward import Forward
 from ptd.engine.meter import NetworkMeter
 from ptd.engine.prompt_step import PromptStep, Trained, build_optimizer
 from ptd.engine.ranks import Ranks
+from ptd.engine.rounding import pays
 from ptd.inject import Attachment, compile_layers
 from ptd.methods.prefix import PrefixEncoder
 from ptd.readouts.language_model import LanguageModel
@@ -99,9 +100,7 @@ class Step:
             self.attachment.head.module = None
         if "compile" in levers:
             compile_layers(self.attachment.model)
-        self.run = Forward(
-            self.attachment.model, self.attachment, DEVICE, rounds=not ON_GPU and dtype is not torch.float32
-        )
+        self.run = Forward(self.attachment.model, self.attachment, DEVICE, rounds=pays(DEVICE, dtype))
         torch.manual_seed(0)
         trained = Trained(PrefixEncoder(self.attachment.shape.layers, P), LanguageModel()).to(DEVICE)
         optimizer = build_optimizer(trained, learning_rate=1e-3, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.01)

@@ -168,3 +168,17 @@ class Browser:
         """The whole page as PNG."""
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(shot["data"]))
+
+
+def check_page(browser: Browser, page: Path, window: str, picture: Path) -> None:
+    """A page with plots opens without a complaint or a request, fits the window, and can be read in its colours."""
+    browser.open(page, **WINDOWS[window])
+    assert browser.complaints == []
+    assert browser.requests == [page.as_uri()]
+    assert browser.too_wide <= 0
+    assert browser.beside() == []
+    assert browser.over() == []
+    assert browser.evaluate(SMALLEST) >= 9
+    assert browser.evaluate(COLOURS) == [INKS[WINDOWS[window].get("dark", False)]] * 2
+    browser.screenshot(picture)
+    assert picture.stat().st_size > 20_000

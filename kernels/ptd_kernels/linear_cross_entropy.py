@@ -59,9 +59,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets = targets.clamp(min=0)
         for start in range(0, rows, block_rows or 1):
             part = slice(start, start + block_rows)
-            losses[part], logits_gradient = _block(hidden[part], weight, bias, targets[part, None], room)
+            logits = room[: min(block_rows, rows - start)]
+            losses[part] = _block(hidden[part], weight, bias, targets[part, None], logits)
             if gradient is not None:
-                torch.mm(logits_gradient, weight, out=gradient[part])
+                torch.mm(logits, weight, out=gradient[part])
         ctx.gradient = None if gradient is None else gradient.masked_fill_(nothing[:, None], 0.0)
         return losses.masked_fill_(nothing, 0.0).sum()
 
@@ -72,17 +73,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (ctx.gradient * dloss.to(ctx.gradient.dtype), *(None,) * 4)
 
 
-def _block(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
-    """The losses ``[N]`` of a block of rows and its logits' gradient ``[N, V]`` in ``room``."""
-    logits = room[: len(hidden)]
+def _block(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, logits: Tensor) -> Tensor:
+    """The losses ``[N]`` of a block of rows; what is left in ``logits`` ``[N, V]`` is their gradient."""
     if bias is None:
         torch.mm(hidden, weight.t(), out=logits)
     else:
         torch.addmm(bias, hidden, weight.t(), out=logits)
     if logits.device.type != "cpu":
-        return _losses(logits, target), logits
+        return _losses(logits, target)
     parts = zip(logits.split(CACHED_ROWS), target.split(CACHED_ROWS), strict=True)
-    return torch.cat([_losses(*part) for part in parts]), logits
+    return torch.cat([_losses(*part) for part in parts])
 
 
 def _losses(logits: Tensor, target: Tensor) -> Tensor:
@@ -91,9 +91,8 @@ def _losses(logits: Tensor, target: Tensor) -> Tensor:
     scores = logits.float() if on_cpu else logits
     wanted = scores.gather(1, target).float()
     largest = scores.amax(1, keepdim=True).float()  # `max` also finds the place: on a CPU ten times as long
-    # A CPU's kernel writes a number after reading it.
-    in_place = {"out": scores} if on_cpu else {"dtype": torch.float32}
-    probability: Tensor = torch.softmax(scores, 1, **in_place)
+    # In place where the kernel writes a number after reading it.
+    probability = torch.softmax(scores, 1, out=scores) if on_cpu else torch.softmax(scores, 1, dtype=torch.float32)
     # The largest probability is at least 1/V, so its logarithm is exact where that of the target's may not be.
     losses = (largest - probability.amax(1, keepdim=True).log() - wanted)[:, 0]
     probability.scatter_add_(1, target, torch.full_like(wanted, -1.0))

@@ -16,6 +16,11 @@ from torch import Tensor
 from ptd.types import IGNORE_INDEX, Batch
 
 
+def pays(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a backbone in ``dtype`` on ``device`` is multiplied by such kernels."""
+    return device.type == "cpu" and dtype is not torch.float32
+
+
 def rounded(count: int) -> int:
     """Up to one of 16 numbers between a power of two and the next: by a sixteenth at most; below 32 as it is."""
     step = 1 << max(0, count.bit_length() - 5)

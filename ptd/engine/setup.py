@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from ptd.backbone import dtype_of, fingerprint, load_model
@@ -15,6 +14,7 @@ from ptd.engine.forward import Forward
 from ptd.engine.host_memory import keep_freed_memory
 from ptd.engine.preflight import same_fingerprint
 from ptd.engine.ranks import Ranks
+from ptd.engine.rounding import pays
 from ptd.inject import Attachment, check_supported
 from ptd.types import BackboneShape, Output, UserError
 
@@ -57,10 +57,9 @@ def prepare(
         same_fingerprint(fingerprint(model), ranks) if zero3 is None else ranks.on_main(lambda: fingerprint(model))
     )
     attachment = Attachment(model, backend=config.attention)
-    on_cpu = ranks.device.type == "cpu"
-    if on_cpu:  # after loading, which frees what no step needs
+    if ranks.device.type == "cpu":  # after loading, which frees what no step needs
         keep_freed_memory()
-    run = Forward(model, attachment, ranks.device, rounds=on_cpu and dtype_of(config) is not torch.float32)
+    run = Forward(model, attachment, ranks.device, rounds=pays(ranks.device, dtype_of(config)))
     prepared = Prepared(model, attachment, run, identity)
     if shards is None:
         return prepared

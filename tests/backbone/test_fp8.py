@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from families import VOCAB, save_backbone
@@ -12,12 +10,10 @@ from transformers import AutoTokenizer
 from ptd.backbone import fingerprint, load_model
 from ptd.backbone.fp8 import E4M3, Fp8Linear, check_device, to_fp8
 from ptd.config import BackboneConfig, parse_config
-from ptd.evaluate import evaluate
 from ptd.inject import Attachment, check_supported
 from ptd.methods.prefix import PrefixEncoder
 from ptd.quickstart import BACKBONE
 from ptd.quickstart.task import make_task
-from ptd.train import train
 from ptd.types import UserError, same_backbone
 
 CPU = torch.device("cpu")
@@ -156,29 +152,9 @@ def test_a_backbone_in_fp8_is_recognised(folders, family, tmp_path):
     assert not any(same_backbone(fingerprint(load(other, kind)), one) for kind in ("none", "fp8") for one in prints)
 
 
-def test_trained_in_fp8_and_used_in_many_bits(folders, tmp_path):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": f"{n} is", "completion": "ab" * n}) + "\n" for n in range(1, 9)))
+def test_trained_in_fp8_and_used_in_many_bits(folders, check_carried_over):
     backbone = {"path": str(folders["llama"]), "quantization": "fp8", "gradient_checkpointing": True}
-    result = train(
-        parse_config(
-            {
-                "backbone": backbone,
-                "method": {"name": "prefix", "num_virtual_tokens": 4},
-                "data": {"train": str(rows), "eval": str(rows), "max_length": 64},
-                "train": {"max_steps": 12, "learning_rate": 0.1, "eval_steps": 6, "logging_steps": 1},
-                "output_dir": str(tmp_path / "out"),
-            }
-        )
-    )
-    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    evaluated = [record["eval_loss"] for record in records if "eval_loss" in record]
-    assert evaluated[-1] < evaluated[0]
-    as_trained = evaluate(str(rows), adapter=str(tmp_path / "out"))
-    assert as_trained["loss"] == pytest.approx(result["eval_loss"], rel=1e-6)
-    whole = evaluate(str(rows), adapter=str(tmp_path / "out"), settings={"backbone": {"quantization": "none"}})
-    assert whole["loss"] != pytest.approx(as_trained["loss"], rel=1e-6)
-    assert whole["loss"] == pytest.approx(result["eval_loss"], rel=0.05)
+    check_carried_over(backbone, near=0.05)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inductor and dynamo warn so

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -11,10 +9,8 @@ from families import VOCAB, save_backbone
 
 from ptd.backbone import fingerprint, load_model
 from ptd.config import BackboneConfig, parse_config
-from ptd.evaluate import evaluate
 from ptd.inject import Attachment, check_supported
 from ptd.methods.prefix import PrefixEncoder
-from ptd.train import train
 from ptd.types import UserError, same_backbone
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning")
@@ -100,28 +96,9 @@ def test_a_quantised_backbone_is_recognised(folders, family, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_trained_in_few_bits_and_used_in_many(folders, kind, tmp_path):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": f"{n} is", "completion": "ab" * n}) + "\n" for n in range(1, 9)))
-    result = train(
-        parse_config(
-            {
-                "backbone": {"path": str(folders["llama"]), "dtype": "float32", "quantization": kind},
-                "method": {"name": "prefix", "num_virtual_tokens": 4},
-                "data": {"train": str(rows), "eval": str(rows), "max_length": 64},
-                "train": {"max_steps": 12, "learning_rate": 0.1, "eval_steps": 6, "logging_steps": 1},
-                "output_dir": str(tmp_path / "out"),
-            }
-        )
-    )
-    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    evaluated = [record["eval_loss"] for record in records if "eval_loss" in record]
-    assert evaluated[-1] < evaluated[0], "it goes on learning after an evaluation"
-    as_trained = evaluate(str(rows), adapter=str(tmp_path / "out"))
-    assert as_trained["loss"] == pytest.approx(result["eval_loss"], rel=1e-6)
-    whole = evaluate(str(rows), adapter=str(tmp_path / "out"), settings={"backbone": {"quantization": "none"}})
-    assert whole["loss"] != pytest.approx(as_trained["loss"], rel=1e-6)
-    assert whole["loss"] == pytest.approx(result["eval_loss"], rel={"int8": 0.1, "nf4": 0.25}[kind])
+def test_trained_in_few_bits_and_used_in_many(folders, kind, check_carried_over):
+    backbone = {"path": str(folders["llama"]), "dtype": "float32", "quantization": kind}
+    check_carried_over(backbone, near={"int8": 0.1, "nf4": 0.25}[kind])
 
 
 def test_what_does_not_go_together_is_refused(folders, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import COLOURS, INKS, SMALLEST, WINDOWS, Browser
+from browser import WINDOWS, Browser, check_page
 
 from ptd.report import report
 
@@ -30,16 +30,7 @@ def pages(write_run: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("name", ["one", "long", "million", "three"])
 def test_page(browser: Browser, pages: dict[str, Path], name: str, window: str, tmp_path: Path) -> None:
-    browser.open(pages[name], **WINDOWS[window])
-    assert browser.complaints == []
-    assert browser.requests == [pages[name].as_uri()]
-    assert browser.too_wide <= 0
-    assert browser.beside() == []
-    assert browser.over() == []
-    assert browser.evaluate(SMALLEST) >= 9
-    assert browser.evaluate(COLOURS) == [INKS[WINDOWS[window].get("dark", False)]] * 2
-    browser.screenshot(tmp_path / "page.png")
-    assert (tmp_path / "page.png").stat().st_size > 20_000
+    check_page(browser, pages[name], window, tmp_path / "page.png")
 
 
 def test_the_test_sees(browser: Browser, pages: dict[str, Path], tmp_path: Path) -> None:

@@ -1,0 +1,44 @@
+"""What backbones in few bits have to do, however they came by them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ptd.config import parse_config
+from ptd.evaluate import evaluate
+from ptd.train import train
+
+
+@pytest.fixture
+def check_carried_over(tmp_path: Path) -> Callable[..., None]:
+    """Train on ``backbone`` (its settings), evaluate there and on the unquantised one, whose loss is ``near``."""
+
+    def check(backbone: dict[str, Any], near: float) -> None:
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text("".join(json.dumps({"prompt": f"{n} is", "completion": "ab" * n}) + "\n" for n in range(1, 9)))
+        result = train(
+            parse_config(
+                {
+                    "backbone": backbone,
+                    "method": {"name": "prefix", "num_virtual_tokens": 4},
+                    "data": {"train": str(rows), "eval": str(rows), "max_length": 64},
+                    "train": {"max_steps": 12, "learning_rate": 0.1, "eval_steps": 6, "logging_steps": 1},
+                    "output_dir": str(tmp_path / "out"),
+                }
+            )
+        )
+        records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+        evaluated = [record["eval_loss"] for record in records if "eval_loss" in record]
+        assert evaluated[-1] < evaluated[0], "it goes on learning after an evaluation"
+        as_trained = evaluate(str(rows), adapter=str(tmp_path / "out"))
+        assert as_trained["loss"] == pytest.approx(result["eval_loss"], rel=1e-6)
+        whole = evaluate(str(rows), adapter=str(tmp_path / "out"), settings={"backbone": {"quantization": "none"}})
+        assert whole["loss"] != pytest.approx(as_trained["loss"], rel=1e-6)
+        assert whole["loss"] == pytest.approx(result["eval_loss"], rel=near)
+
+    return check
