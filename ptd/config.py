@@ -95,8 +95,8 @@ class BackboneConfig(Section):
     )
     attention: str = Field(
         "auto",
-        description="backend of `ptd_kernels.prefix_attention`: `auto`, `merge`, `triton` (not measured on a GPU "
-        "yet), `reference`, or `merge` with a library of your choice: `merge-cudnn`, "
+        description="backend of `ptd_kernels.prefix_attention`: `auto`, `merge`, `joined` (on CPUs), `triton` (not "
+        "measured on a GPU yet), `reference`, or `merge` with a library of your choice: `merge-cudnn`, "
         "`merge-flash-attn-2`, `merge-flash-attn-4` (never run yet)",
     )
     allow_pickle: bool = Field(

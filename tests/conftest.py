@@ -1,4 +1,4 @@
-"""What all tests share: families.py and browser.py as modules, a backbone, the command line, jobs of ranks."""
+"""What all tests share: modules (SHARED), a backbone, the command line, jobs of ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-for name in {"families", "browser"} - set(sys.modules):  # by file: on sys.path this folder would shadow ptd_kernels
+SHARED = {"families", "browser", "attention_cases"}
+for name in SHARED - set(sys.modules):  # by file: on sys.path this folder would shadow ptd_kernels
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None

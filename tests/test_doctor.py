@@ -41,7 +41,7 @@ def test_every_backend_is_explained_for_every_kind_of_batch(dtype: str, head_dim
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of a machine without a GPU")
 def test_on_a_cpu_the_gpu_libraries_say_why_not() -> None:
     reasons = examine()["attention"]["backends"]["packed"]
-    assert reasons["auto"].startswith("merge: ")
+    assert reasons["auto"].startswith("joined: ")
     for name in ("merge-cudnn", "merge-flash-attn-2", "merge-flash-attn-4"):
         assert "cannot do this" in reasons[name]
 

@@ -13,6 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from attention_cases import (
+    DEVICE,
+    LEAVES,
+    LIBRARIES,
+    Case,
+    assert_same,
+    offsets,
+    out_and_gradients,
+    prefix_attention,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ptd_kernels import available_backends, explain_backend
@@ -23,17 +33,12 @@ from torch.utils.checkpoint import checkpoint
 
 # Triton's kernels run here only in its interpreter, in a process of its own: test_triton_backend.py starts it.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = os.environ.get("PTD_TEST_DEVICE", "cpu")
-if DEVICE != "cpu":
-    torch.set_default_device(DEVICE)
-NOT_HERE = () if INTERPRETED or DEVICE != "cpu" else ("triton",)
-# The adapters to GPU libraries are on the list where there is a GPU, and refuse what they cannot do.
-LIBRARIES = [name for name in available_backends() if name.startswith("merge-")]
+# The one for packed batches on a CPU has a list of its own: test_joined.py.
+NOT_HERE = ("joined",) if INTERPRETED or DEVICE != "cpu" else ("joined", "triton")
 BACKENDS = [
     name for name in available_backends() if name not in (NOT_HERE if DEVICE != "cpu" else (*NOT_HERE, *LIBRARIES))
 ]
 FAST = [name for name in BACKENDS if name != "reference"]
-LEAVES = ("q", "k", "v", "prefix_k", "prefix_v")
 # Triton's interpreter needs some milliseconds a tile.
 EXAMPLES = {"triton": int(os.environ.get("PTD_TRITON_EXAMPLES", "5"))}
 
@@ -51,62 +56,6 @@ def skip_if_refused(backend: str, dtype: torch.dtype = torch.float32, options: d
         pytest.skip(str(refusal))
 
 
-def prefix_attention(*args: Any, backend: str = "auto", **kwargs: Any) -> Tensor:
-    """The function under test; an optional library may refuse what it has no kernel for."""
-    try:
-        return attend(*args, backend=backend, **kwargs)
-    except ValueError as refusal:
-        if backend in LIBRARIES and "cannot do this" in str(refusal):
-            pytest.skip(str(refusal))
-        raise
-
-
-@dataclass(frozen=True)
-class Case:
-    """Sizes and options of one call; `tensors` makes its inputs."""
-
-    B: int = 2
-    S: int = 13
-    T: int = 13
-    Hq: int = 4
-    Hkv: int = 2
-    D: int = 16
-    E: int = 16
-    P: int = 5
-    hugging_face_layout: bool = True
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def tensors(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        def make(batch: int, length: int, heads: int, size: int) -> Tensor:
-            if self.hugging_face_layout:
-                return torch.randn(batch, length, heads, size).transpose(1, 2)
-            return torch.randn(batch, heads, size, length).mT
-
-        prefix = [torch.randn(self.P, self.Hkv, size).transpose(0, 1) for size in (self.D, self.E)]
-        own = [
-            make(self.B, self.S, self.Hq, self.D),
-            make(self.B, self.T, self.Hkv, self.D),
-            make(self.B, self.T, self.Hkv, self.E),
-        ]
-        return [x.to(dtype).requires_grad_() for x in own + prefix]
-
-
-def out_and_gradients(leaves: list[Tensor], **kwargs: Any) -> list[Tensor]:
-    """The output and the gradients of all leaves, for the same incoming gradient whatever the dtype and layout."""
-    out = prefix_attention(*leaves, **kwargs)
-    dout = torch.randn(out.shape, generator=torch.Generator(DEVICE).manual_seed(7)).to(out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
-
-
-def assert_same(actual: list[Tensor], expected: list[Tensor], rtol: float) -> None:
-    for name, a, b in zip(("out", *LEAVES), actual, expected, strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype), name
-        assert torch.isfinite(a).all(), f"{name} is not finite"
-        # Gradients that cancel to zero are measured against their addends, which are of order one.
-        error, size = (a - b).norm().item(), max(b.norm().item(), 0.1 * b.numel() ** 0.5)
-        assert error <= rtol * size, f"{name}: relative error {error / size:.2e}"
-
-
 def expand_concat_sdpa(leaves: list[Tensor], own: Tensor) -> Tensor:
     """Plain PyTorch: prefix expanded over the batch, concatenated, boolean mask."""
     q, k, v, prefix_k, prefix_v = leaves
@@ -118,10 +67,6 @@ def expand_concat_sdpa(leaves: list[Tensor], own: Tensor) -> Tensor:
 
 def causal_mask(S: int, T: int) -> Tensor:
     return torch.ones(S, T, dtype=torch.bool).tril(T - S)[None, None]
-
-
-def offsets(*lengths: int) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
 FIXED = {
@@ -279,7 +224,7 @@ class Prefixes:
 
     lengths: tuple[int, ...]
     index: tuple[int, ...]
-    case: Case = Case(B=4, S=21, T=21)
+    case: Case = field(default_factory=lambda: Case(B=4, S=21, T=21))
 
     def own(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         return self.case.tensors(dtype)[:3]

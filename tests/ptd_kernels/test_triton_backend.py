@@ -42,7 +42,7 @@ def test_in_the_interpreter() -> None:
 
 
 def test_triton_is_never_chosen_unasked() -> None:
-    assert available_backends()[:2] == ("merge", "reference")
+    assert available_backends()[:3] == ("joined", "merge", "reference")
     assert explain_backend()[0] != "triton"
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ptd_kernels.prefix_attention import (  # noqa: F401  (importing registers the backend)
+    joined,
     merge,
     reference,
     triton_backend,

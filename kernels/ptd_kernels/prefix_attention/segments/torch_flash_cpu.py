@@ -8,16 +8,17 @@ from torch import Tensor
 from ptd_kernels.prefix_attention.problem import stand_in
 from ptd_kernels.prefix_attention.segments.kernel import HALF, Gradients, Kernel, Need, Rule, unit_stride, visible_keys
 
-aten = torch.ops.aten
+attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # Its inner matrix products are up to twice as slow when the number of keys is no multiple of the vector length.
-_VECTOR = 16
+VECTOR = 16
 _FEW_ROWS = 32
 
 
 def _keys(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor, bool, Tensor | None]:
     """Keys, values, is_causal and float bias as this kernel wants them. Its causal mask starts at the top left."""
     rows, keys = q.shape[2], k.shape[2]
-    extra = -keys % _VECTOR if rows >= _FEW_ROWS else 0
+    extra = -keys % VECTOR if rows >= _FEW_ROWS else 0
     if extra:
         k, v = (torch.nn.functional.pad(x, (0, 0, 0, extra)) for x in (k, v))
     free = rule.mask is None and rule.bias is None
@@ -39,9 +40,7 @@ def _keys(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor, 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     k, v, causal, bias = _keys(q, k, v, rule)
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-        unit_stride(q), unit_stride(k), unit_stride(v), 0.0, causal, attn_mask=bias, scale=rule.scale
-    )
+    out, lse = attend(unit_stride(q), unit_stride(k), unit_stride(v), 0.0, causal, attn_mask=bias, scale=rule.scale)
     if bias is not None and not (rule.mask is None and rule.bias is None):
         # Where every key is hidden the kernel reports lse 0, which the merge would take for a sum of one.
         lse = lse.masked_fill(bias.amax(dim=-1) == -torch.inf, -torch.inf)
@@ -55,9 +54,7 @@ def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: T
         dout, q, k, v, out = (x.float() for x in (dout, q, k, v, out))
     k, v, causal, bias = _keys(q, k, v, rule)
     dout, q, k, v, out = map(unit_stride, (dout, q, k, v, out))
-    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=rule.scale
-    )
+    dq, dk, dv = attend_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=rule.scale)
     return Gradients(dq, dk[:, :, :keys], dv[:, :, :keys])
 
 

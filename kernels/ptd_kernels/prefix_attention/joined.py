@@ -1,0 +1,217 @@
+"""Packed sequences on a CPU with a short prefix: it stands in front of each sequence's keys, one kernel call a tile.
+
+Such a call, and joining two, cost more than copying a short prefix (README.md has the measurements). A sequence's keys
+are the prefix's P and its own n, of which row i sees P + i + 1: a staircase. Its steps are alike for all sequences,
+layers and tiles of rows, so the masks of all are views of one strip, which is made once. Legend of shapes: problem.py.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import chain, pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
+
+from ptd_kernels.prefix_attention.problem import Backend, Problem, register, stand_in
+from ptd_kernels.prefix_attention.segments.kernel import unit_stride
+from ptd_kernels.prefix_attention.segments.torch_flash_cpu import VECTOR, attend, attend_backward
+
+ROWS = 192
+"""Query rows of a tile: with fewer the kernel cuts its products smaller, with more it computes more that is hidden."""
+LONGEST_PREFIX = 64
+"""Measured: from some 100 virtual tokens on the copies cost more than they save."""
+LONGEST_SEQUENCE = 2**14
+"""For the strip: 13 MB in fp32."""
+
+
+class Tile(NamedTuple):
+    """Rows q0..q1 of the pack against the joined keys k0..k1, of which the first row sees those up to ``seen``."""
+
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    seen: int
+
+
+class Plan(NamedTuple):
+    """``source``: where the joined keys come from, in [prefix, own]; each sequence's are padded to a multiple of
+    `VECTOR` with the prefix's first. ``sequences``: the tiles of each. ``rows``, ``seen``: the most of any tile."""
+
+    source: Tensor
+    sequences: list[list[Tile]]
+    rows: int
+    seen: int
+
+
+def _up(keys: int) -> int:
+    return -(-keys // VECTOR) * VECTOR
+
+
+def _plan(offsets: tuple[int, ...], prefix: int, causal: bool) -> Plan:
+    source, sequences, begin = [], [], 0
+    for first, last in pairwise(offsets):
+        keys = prefix + last - first
+        padding = _up(keys) - keys
+        if first == last:
+            continue
+        source += [torch.arange(prefix), torch.arange(prefix + first, prefix + last), torch.zeros(padding).long()]
+        tiles = [Tile(first, last, begin, begin + keys + padding, keys - 1)]
+        if causal:
+            cuts = [*range(first, last, ROWS), last]
+            tiles = [
+                Tile(q0, q1, begin, begin + _up(prefix + q1 - first), prefix + q0 - first) for q0, q1 in pairwise(cuts)
+            ]
+        sequences.append(tiles)
+        begin += keys + padding
+    every = list(chain.from_iterable(sequences))
+    rows, seen = max(tile.q1 - tile.q0 for tile in every), max(tile.seen for tile in every)
+    return Plan(torch.cat(source), sequences, rows, seen)
+
+
+def _strip(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """``[1, 1, rows, width + rows + VECTOR]``: 0 up to column ``width + row``, -inf behind it."""
+    row, column = torch.arange(rows)[:, None], torch.arange(width + rows + VECTOR)
+    return torch.zeros(1, 1, rows, len(column), dtype=dtype).masked_fill_(column > width + row, -torch.inf)
+
+
+_kept_plan = lru_cache(8)(_plan)
+_kept_strip = lru_cache(16)(_strip)
+
+
+class _Masks:
+    """The masks of a plan's tiles, for scores of this dtype. ``real``: tensors have data, and may be kept."""
+
+    def __init__(self, plan: Plan, causal: bool, dtype: torch.dtype, real: bool) -> None:
+        self.width = 1 << plan.seen.bit_length()
+        rows = min(ROWS, 1 << plan.rows.bit_length()) if causal else 1
+        self.strip = (_kept_strip if real else _strip)(rows, self.width, dtype)
+        self.causal = causal
+
+    def __call__(self, tile: Tile) -> Tensor:
+        """``[1, 1, rows, keys]``; bidirectional, where only padding is hidden, ``[1, 1, 1, keys]``."""
+        begin = self.width - tile.seen
+        rows = tile.q1 - tile.q0 if self.causal else 1
+        return self.strip[:, :, :rows, begin : begin + tile.k1 - tile.k0]
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prefix_k: Tensor,
+        prefix_v: Tensor,
+        scale: float,
+        causal: bool,
+        offsets: tuple[int, ...],
+    ) -> Tensor:
+        ctx.real = not isinstance(q, FakeTensor)
+        plan = (_kept_plan if ctx.real else _plan)(offsets, prefix_k.shape[1], causal)
+        mask_of = _Masks(plan, causal, q.dtype, ctx.real)
+        q, keys, values = unit_stride(q), _join(prefix_k, k, plan), _join(prefix_v, v, plan)
+        outs, sums = [], []
+        for tile in chain.from_iterable(plan.sequences):
+            part = slice(tile.k0, tile.k1)
+            out, lse = attend(
+                q[:, :, tile.q0 : tile.q1], keys[:, :, part], values[:, :, part], 0.0, False, attn_mask=mask_of(tile),
+                scale=scale,
+            )  # fmt: skip
+            outs.append(out.transpose(1, 2))
+            sums.append(lse)
+        out = torch.cat(outs, dim=1).transpose(1, 2)
+        ctx.save_for_backward(q, keys, values, out, torch.cat(sums, dim=2))
+        ctx.plan, ctx.scale, ctx.causal = plan, scale, causal
+        ctx.prefix, ctx.prefix_dtypes = prefix_k.shape[1], (prefix_k.dtype, prefix_v.dtype)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, keys, values, out, lse = ctx.saved_tensors
+        dtype, work = q.dtype, torch.promote_types(q.dtype, torch.float32)
+        mask_of = _Masks(ctx.plan, ctx.causal, work, ctx.real)
+        # In half precision the kernel's backward is slower, and rounds after every block of queries.
+        dout, q, keys, values, out = (unit_stride(x.to(work)) for x in (dout, q, keys, values, out))
+        dqs: list[Tensor] = []
+        own: tuple[list[Tensor], list[Tensor]] = ([], [])  # of keys and of values
+        shared: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for tiles in ctx.plan.sequences:
+            parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+            for tile in tiles:
+                rows, part = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
+                dq, dk, dv = attend_backward(
+                    dout[:, :, rows], q[:, :, rows], keys[:, :, part], values[:, :, part], out[:, :, rows],
+                    lse[:, :, rows], 0.0, False, attn_mask=mask_of(tile), scale=ctx.scale,
+                )  # fmt: skip
+                dqs.append(dq.transpose(1, 2))
+                parts[0].append(dk.transpose(1, 2))
+                parts[1].append(dv.transpose(1, 2))
+            count = tiles[-1].q1 - tiles[0].q0
+            for of_all, of_own, of_prefix in zip(parts, own, shared, strict=True):
+                total = _sum(of_all)
+                of_prefix.append(total[:, : ctx.prefix])
+                of_own.append(total[:, ctx.prefix : ctx.prefix + count])
+        need = ctx.needs_input_grad
+        gradients: list[Tensor | None] = [
+            torch.cat(of_tokens, dim=1).transpose(1, 2).to(dtype) if needed else None
+            for of_tokens, needed in zip((dqs, *own), need, strict=False)
+        ]
+        gradients += [
+            torch.cat(of_sequences).sum(0).transpose(0, 1).to(of_dtype) if needed else None
+            for of_sequences, of_dtype, needed in zip(shared, ctx.prefix_dtypes, need[3:], strict=False)
+        ]
+        return (*gradients, None, None, None)
+
+
+def _join(prefix_HPX: Tensor, own_1HTX: Tensor, plan: Plan) -> Tensor:
+    """``[1, H, joined keys, X]`` in memory of ``[1, joined keys, H, X]``."""
+    both = torch.cat([prefix_HPX.transpose(0, 1).to(own_1HTX.dtype), own_1HTX[0].transpose(0, 1)])
+    return both.index_select(0, plan.source)[None].transpose(1, 2)
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    """Of the gradients ``[1, keys, H, X]`` of ever more of a sequence's keys."""
+    total = parts[-1]
+    for part in parts[:-1]:
+        total[:, : part.shape[1]] += part
+    return total
+
+
+def joined_attention(problem: Problem) -> Tensor:
+    """Solve a `problem` that `_refuses` lets pass."""
+    p = problem
+    tensors = p.q_BHSD, p.k_BHTD, p.v_BHTE, p.prefix_k_HPD, p.prefix_v_HPE
+    out: Tensor = _Joined.apply(*tensors, p.scale, p.causal, p.offsets)
+    return out
+
+
+def _refuses(problem: Problem) -> str | None:
+    p = problem
+    if p.q_BHSD.device.type != "cpu" or stand_in.get() is not None:
+        return f"it needs tensors on the CPU, they are on {p.q_BHSD.device}"
+    if p.offsets is None or not p.q_BHSD.shape[2]:
+        return "it needs a packed batch with tokens in it"
+    if p.prefix_k_HPD is None or p.prefix_index is not None or not 0 < p.prefix_k_HPD.shape[1] <= LONGEST_PREFIX:
+        return f"it needs one prefix of 1 to {LONGEST_PREFIX} keys"
+    if p.window is not None or p.softcap is not None or p.bias is not None:
+        return "it has no window, softcap or bias"
+    if p.q_BHSD.shape[3] != p.v_BHTE.shape[3]:
+        return "it needs the same head size for keys and values"
+    longest = max(last - first for first, last in pairwise(p.offsets))
+    if longest > LONGEST_SEQUENCE:
+        return f"it takes sequences of up to {LONGEST_SEQUENCE} tokens, the longest has {longest}"
+    return None
+
+
+def _explain(problem: Problem) -> str:
+    return "the prefix in front of each sequence's keys, a call of torch's flash attention for CPU a tile"
+
+
+register(Backend("joined", joined_attention, _refuses, _explain, priority=20))

@@ -1,0 +1,86 @@
+"""What the tests of `prefix_attention` share: a call's inputs, its results, and how two of these are compared.
+
+``from attention_cases import …`` works in every test (tests/conftest.py registers this file under that name).
+PTD_TEST_DEVICE=cuda makes the inputs on a GPU.
+
+Shapes: B batch, H heads, S queries, T own keys, P prefix keys, D and E head sizes of keys and values.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from ptd_kernels import available_backends
+from ptd_kernels import prefix_attention as attend
+from torch import Tensor
+
+DEVICE = os.environ.get("PTD_TEST_DEVICE", "cpu")
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
+# The adapters to GPU libraries are on the list where there is a GPU, and refuse what they cannot do.
+LIBRARIES = [name for name in available_backends() if name.startswith("merge-")]
+LEAVES = ("q", "k", "v", "prefix_k", "prefix_v")
+
+
+def prefix_attention(*args: Any, backend: str = "auto", **kwargs: Any) -> Tensor:
+    """The function under test; an optional library may refuse what it has no kernel for."""
+    try:
+        return attend(*args, backend=backend, **kwargs)
+    except ValueError as refusal:
+        if backend in LIBRARIES and "cannot do this" in str(refusal):
+            pytest.skip(str(refusal))
+        raise
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes and options of one call; `tensors` makes its inputs."""
+
+    B: int = 2
+    S: int = 13
+    T: int = 13
+    Hq: int = 4
+    Hkv: int = 2
+    D: int = 16
+    E: int = 16
+    P: int = 5
+    hugging_face_layout: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        def make(batch: int, length: int, heads: int, size: int) -> Tensor:
+            if self.hugging_face_layout:
+                return torch.randn(batch, length, heads, size).transpose(1, 2)
+            return torch.randn(batch, heads, size, length).mT
+
+        prefix = [torch.randn(self.P, self.Hkv, size).transpose(0, 1) for size in (self.D, self.E)]
+        own = [
+            make(self.B, self.S, self.Hq, self.D),
+            make(self.B, self.T, self.Hkv, self.D),
+            make(self.B, self.T, self.Hkv, self.E),
+        ]
+        return [x.to(dtype).requires_grad_() for x in own + prefix]
+
+
+def out_and_gradients(leaves: list[Tensor], **kwargs: Any) -> list[Tensor]:
+    """The output and the gradients of all leaves, for the same incoming gradient whatever the dtype and layout."""
+    out = prefix_attention(*leaves, **kwargs)
+    dout = torch.randn(out.shape, generator=torch.Generator(DEVICE).manual_seed(7)).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+def assert_same(actual: list[Tensor], expected: list[Tensor], rtol: float) -> None:
+    for name, a, b in zip(("out", *LEAVES), actual, expected, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), name
+        assert torch.isfinite(a).all(), f"{name} is not finite"
+        # Gradients that cancel to zero are measured against their addends, which are of order one.
+        error, size = (a - b).norm().item(), max(b.norm().item(), 0.1 * b.numel() ** 0.5)
+        assert error <= rtol * size, f"{name}: relative error {error / size:.2e}"
+
+
+def offsets(*lengths: int) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
