@@ -198,14 +198,15 @@ def test_a_report_of_both_sides(tmp_path, backbone_dir, rows_file, capsys, monke
     """The command line: each side in a process of its own, tables on stdout, JSON and plot in the folder."""
     run = tmp_path / "run.yaml"
     run.write_text(yaml.safe_dump(run_of(backbone_dir, rows_file, PREFIX)), encoding="utf-8")
-    arguments = ["--against", "peft", "--peft", "best", "--repeats", "2", "--warmup", "1", "-o", str(tmp_path / "out")]
+    arguments = ["--against", "peft", "--peft", "compiled", "--repeats", "2", "--warmup", "1"]
+    arguments += ["-o", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["ptd", "bench", str(run), "train.seed=3", *arguments])
     with pytest.raises(SystemExit) as stop:
         main()
     assert not stop.value.code
     shown = capsys.readouterr().out
     assert "ptd / PEFT, median of pairs" in shown
-    assert "PEFT, best" in shown
+    assert "PEFT, compiled" in shown
     found = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert found["command"].startswith("ptd bench")
@@ -220,6 +221,7 @@ def test_a_report_of_both_sides(tmp_path, backbone_dir, rows_file, capsys, monke
     assert lane["ratio"]["quartiles"][0] <= lane["ratio"]["median"] <= lane["ratio"]["quartiles"][1]
     mine, theirs = lane["sides"]["ptd"], lane["sides"]["peft"]
     assert theirs["settings"]["environment"]
+    assert theirs["settings"]["compiled"]
     assert mine["tokens_per_step"] == theirs["tokens_per_step"]
     assert mine["padding_share"] == 0
     for side in (mine, theirs):
@@ -234,7 +236,7 @@ def test_a_report_of_both_sides(tmp_path, backbone_dir, rows_file, capsys, monke
     assert curve.is_file()
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     *_, line = importlib.import_module("throughput").rows_of_table({"tiny": found})
-    assert line.startswith("| tiny | best | ")
+    assert line.startswith("| tiny | compiled | ")
     assert f"**{lane['ratio']['median']:.2f} ×**" in line
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from ptd.bench.figures import ratios, side_figures
 from ptd.bench.machine import evidence
 from ptd.bench.players import Here, Player
-from ptd.bench.sides import ENVIRONMENT, SETTINGS, Facts, Material, Sample, Schedule, Setting, length_grouped
+from ptd.bench.sides import ENVIRONMENT, Facts, Material, Sample, Schedule, Setting, length_grouped, settings_for
 from ptd.config import RunConfig
 from ptd.types import Reporter, UserError
 
@@ -46,12 +46,12 @@ def bench(
     config: RunConfig,
     *,
     against: str | None = None,
-    settings: Sequence[Setting] = SETTINGS,
+    settings: Sequence[Setting] | None = None,
     repeats: int = 15,
     warmup: int = 3,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Time the steps of a run; ``against`` ``peft``: also PEFT's in these ``settings``, in turns.
+    """Time the steps of a run; ``against`` ``peft``: also PEFT's in these ``settings`` (`settings_for`), in turns.
 
     Returns the report that `ptd.bench.report.write` keeps. Under a launcher every rank calls this together, without
     ``against``; rank 0's report counts. Raises `UserError`, also where the sides do not compute the same.
@@ -85,7 +85,10 @@ def bench(
             if facts["ptd"].obstacle is not None:
                 raise UserError(f"--against peft: {facts['ptd'].obstacle}; leave out --against")
             material: Material = ptd.ask("hand_over")
-            lanes = [_lane(stack, setting, config, material, ptd, facts, reporter) for setting in settings]
+            lanes = [
+                _lane(stack, setting, config, material, ptd, facts, reporter)
+                for setting in settings or settings_for(config)
+            ]
             for lane in lanes:
                 lane.same_work = _check(lane, facts["ptd"].dtype)
         _take_turns(lanes, warmup, repeats, ptd, reporter)
@@ -119,7 +122,7 @@ def _lane(
     environment = {} if on_gpu else ENVIRONMENT[setting]
     peft = _start(stack, f"PEFT's side ({setting})", environment, "peft", config, material, setting)
     chosen, rows, schedule = {}, "random", lambda step: ptd.ask("rows", step)
-    if setting == "best":
+    if setting != "as-run":
         if on_gpu:
             chosen = peft.ask("fit", facts["ptd"].rows)
         size = peft.ask("facts").settings["rows"] * config.train.gradient_accumulation_steps

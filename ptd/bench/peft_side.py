@@ -1,8 +1,8 @@
 """PEFT's side of a benchmark: its model of the same prompt in a plain training loop, on given rows.
 
 ``as-run``: random batches padded on the right, SDPA, the backbone's dtype, AdamW. ``best``: the same with batches of
-rows of like length, and compiled layers if ptd's are; on a GPU also flash-attention 2 where it is installed and the
-batch size that is fastest of those that fit, on a CPU with an allocator that keeps what it has (`ENVIRONMENT`).
+rows of like length; on a GPU also flash-attention 2 where it is installed and the batch size that is fastest of those
+that fit, on a CPU with an allocator that keeps what it has (`ENVIRONMENT`). ``compiled``: that with compiled layers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PeftSide:
         self.examples, self.pad_token_id = material.examples, material.pad_token_id
         self.memory = PeakMemory(self.device)
         base = load_model(config.backbone, device=self.device)
-        if config.backbone.compile and setting == "best":
+        if setting == "compiled":
             compile_each(base)
         self.attention = base.config._attn_implementation
         cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[material.peft_type]
@@ -81,7 +81,7 @@ class PeftSide:
             "rows": self.micro_rows,
             "gradient_accumulation_steps": self.config.train.gradient_accumulation_steps,
             "attention": self.attention,
-            "compiled": self.config.backbone.compile and self.setting == "best",
+            "compiled": self.setting == "compiled",
             "optimizer": "AdamW" + (" (fused)" if self.device.type == "cuda" else ""),
             "environment": ENVIRONMENT[self.setting] if self.device.type == "cpu" else {},
         }

@@ -12,6 +12,7 @@ from ptd.types import UserError
 COLOURS = {"data": "#b3b3b3", "encoder": "#e78ac3", "forward": "#66c2a5", "backward": "#8da0cb", "reduce": "#fc8d62",
            "optimizer": "#ffd92f"}  # fmt: skip
 LINES = {"ptd": "#d95f02", "peft": "#7570b3"}
+LINE_STYLES = {"best": "--", "compiled": ":"}
 
 
 def write(folder: Path, report: dict[str, Any], sweeps: Sequence[dict[str, Any]] = ()) -> list[Path]:
@@ -79,7 +80,7 @@ def plot_curve(label: str, points: Sequence[tuple[float, dict[str, Any]]], path:
             curves.setdefault((lane, side, figures["title"]), []).append(measured)
     for (lane, side, title), found in curves.items():
         values, milliseconds, tokens = zip(*sorted(found), strict=True)
-        style = {"color": LINES[side], "linestyle": "--" if lane == "best" else "-", "marker": "o", "markersize": 4}
+        style = {"color": LINES[side], "linestyle": LINE_STYLES.get(lane, "-"), "marker": "o", "markersize": 4}
         cost.plot(values, milliseconds, label=title, **style)
         rate.plot(values, tokens, **style)
     cost.set(xlabel=label, ylabel="milliseconds a step", ylim=(0, None))

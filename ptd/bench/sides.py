@@ -8,16 +8,18 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ptd.config import RunConfig
 from ptd.types import Examples
 
-Setting = Literal["as-run", "best"]
-SETTINGS: tuple[Setting, ...] = ("as-run", "best")
-
-ENVIRONMENT: dict[Setting, dict[str, str]] = {
-    "as-run": {},
-    "best": {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)},
-}
+Setting = Literal["as-run", "best", "compiled"]
+_KEPT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+ENVIRONMENT: dict[Setting, dict[str, str]] = {"as-run": {}, "best": _KEPT, "compiled": _KEPT}
 """glibc's settings for PEFT's process where there is no GPU: freed memory is kept instead of given back."""
+
+
+def settings_for(config: RunConfig) -> tuple[Setting, ...]:
+    """PEFT's settings that a run is compared with unless others are asked for: ``compiled`` if its own layers are."""
+    return ("as-run", "best", "compiled") if config.backbone.compile else ("as-run", "best")
 
 
 @dataclass(frozen=True)

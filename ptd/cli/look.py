@@ -119,8 +119,11 @@ def bench(
     overrides: Overrides = None,
     against: Annotated[str | None, typer.Option(help="What to take turns with: peft.")] = None,
     peft: Annotated[
-        Literal["as-run", "best", "both"] | None,
-        typer.Option(help="PEFT as its users run it (random batches), in its best working setting; default: both."),
+        Literal["as-run", "best", "compiled"] | None,
+        typer.Option(
+            help="PEFT as its users run it (random batches), at its best, or at its best with compiled layers only; "
+            "default: the first two, and the third with backbone.compile."
+        ),
     ] = None,
     sweeps: Annotated[
         list[str] | None,
@@ -149,7 +152,7 @@ def bench(
 
     options: dict[str, Any] = {
         "against": against,
-        "settings": ("as-run", "best") if peft in (None, "both") else (peft,),
+        "settings": None if peft is None else (peft,),
         "repeats": repeats,
         "warmup": warmup,
         "reporter": reporter_unless(quiet),

@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from ptd_kernels.prefix_attention.problem import Backend, Problem, register, stand_in
-from ptd_kernels.prefix_attention.segments.kernel import unit_stride
-from ptd_kernels.prefix_attention.segments.torch_flash_cpu import VECTOR, attend, attend_backward
+from ptd_kernels.prefix_attention.segments.kernel import Rule, unit_stride
+from ptd_kernels.prefix_attention.segments.torch_flash_cpu import TORCH_FLASH_CPU, VECTOR, attend, attend_backward
 
 ROWS = 192
 """Query rows of a tile: with fewer the kernel cuts its products smaller, with more it computes more that is hidden."""
@@ -135,6 +135,14 @@ class _Joined(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, keys, values, out, lse = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        if not any(need[:3]):  # a first layer, whose tokens depend on nothing trained: the prefix's own share will do
+            shared_keys = slice(0, ctx.prefix)
+            alone = TORCH_FLASH_CPU.backward(
+                dout, q, keys[:, :, shared_keys], values[:, :, shared_keys], out, lse, Rule(ctx.scale)
+            )
+            shares = zip((alone.k[0], alone.v[0]), ctx.prefix_dtypes, need[3:], strict=False)
+            return (*(None,) * 3, *(x.to(dtype) if needed else None for x, dtype, needed in shares), *(None,) * 3)
         dtype, work = q.dtype, torch.promote_types(q.dtype, torch.float32)
         mask_of = _Masks(ctx.plan, ctx.causal, work, ctx.real)
         # In half precision the kernel's backward is slower, and rounds after every block of queries.
@@ -158,7 +166,6 @@ class _Joined(torch.autograd.Function):
                 total = _sum(of_all)
                 of_prefix.append(total[:, : ctx.prefix])
                 of_own.append(total[:, ctx.prefix : ctx.prefix + count])
-        need = ctx.needs_input_grad
         gradients: list[Tensor | None] = [
             torch.cat(of_tokens, dim=1).transpose(1, 2).to(dtype) if needed else None
             for of_tokens, needed in zip((dqs, *own), need, strict=False)
