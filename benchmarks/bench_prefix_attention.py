@@ -38,6 +38,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from ptd.bench.machine import evidence, hardware
+from ptd.engine.host_memory import keep_freed_memory
 
 CONCAT, FLEX, NO_PREFIX = "expand + concat + SDPA", "FlexAttention", "no prefix"
 LEAVES = ("q", "k", "v", "prefix_k", "prefix_v")
@@ -344,6 +345,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.grid == "cpu":
+        keep_freed_memory()  # as a run does
         joined.LONGEST_PREFIX = max(cell.P for cell in CPU)
     began, rows, skipped = time.perf_counter(), [], []
     for cell in GRIDS[args.grid]:

@@ -31,6 +31,7 @@ from ptd.backbone.liger import use_liger
 from ptd.bench.machine import evidence
 from ptd.data import Batches
 from ptd.engine.forward import Forward
+from ptd.engine.host_memory import keep_freed_memory
 from ptd.engine.meter import NetworkMeter
 from ptd.engine.prompt_step import PromptStep, Trained, build_optimizer
 from ptd.engine.ranks import Ranks
@@ -49,6 +50,8 @@ LEVERS = {
     "loss": "cross-entropy and its gradient in the logits' own memory, in blocks",
     "compile": "torch.compile of each layer (backbone.compile)",
 }
+if not ON_GPU:
+    LEVERS["joined"] = "attention with the prefix in front of each sequence's keys (backbone.attention), not merged"
 if ON_GPU and importlib.util.find_spec("liger_kernel") is not None:
     LEVERS["liger"] = "Liger's kernels for RMSNorm, RoPE and SwiGLU (backbone.liger), instead of compile"
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -92,7 +95,8 @@ class Step:
     def __init__(self, examples: Examples, rows: int, dtype: torch.dtype, levers: tuple[str, ...]) -> None:
         self.batches = Batches(examples, rank=0, world_size=1, per_device_batch_size=rows)
         model = llama(dtype)
-        self.attachment = Attachment(use_liger(model) if "liger" in levers else model)
+        backend = "auto" if ON_GPU or "joined" in levers else "merge"
+        self.attachment = Attachment(use_liger(model) if "liger" in levers else model, backend=backend)
         if "tail" not in levers:
             self.attachment.stacks[-1].tail.modules.clear()
             self.attachment.stacks[-1].tail.begin = lambda tokens, kept: None  # type: ignore[method-assign]
@@ -169,6 +173,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if not ON_GPU:
+        keep_freed_memory()  # as a run does
     alone = arguments.threads == 1 and not ON_GPU
     clock = time.process_time if alone else time.perf_counter
     cells = []
