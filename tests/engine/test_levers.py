@@ -16,6 +16,7 @@ from ptd.inject.tail import Tail
 from ptd.train import train
 from ptd.types import Reporter
 
+EAGER = ("tail", "loss", "joined")
 STEPS = 20
 TOLERANCE = 1e-6
 """Relative: fp32 sums in another order, through 20 optimizer steps."""
@@ -36,8 +37,9 @@ class Graphs(Reporter):
 def losses_of(backbone_dir: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     def run(reporter: Reporter | None = None, levers: tuple[str, ...] = (), **backbone: Any) -> list[float]:
         folder = tmp_path_factory.mktemp("run")
+        attention = "joined" if "joined" in levers else "merge"
         config = {
-            "backbone": {"path": str(backbone_dir), **backbone},
+            "backbone": {"path": str(backbone_dir), "attention": attention, **backbone},
             "method": {"name": "prefix", "num_virtual_tokens": 4},
             "data": {"train": str(rows_file), "max_length": 64},
             "train": {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 0.01, "logging_steps": 1},
@@ -62,7 +64,7 @@ def plain(losses_of: Any) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("levers", [("tail",), ("loss",), ("tail", "loss")], ids="+".join)
+@pytest.mark.parametrize("levers", [("tail",), ("loss",), ("joined",), EAGER], ids="+".join)
 def test_losses_with_levers(losses_of: Any, plain: list[float], levers: tuple[str, ...]) -> None:
     losses = losses_of(levers=levers)
     assert losses != plain, "the lever is there"
@@ -70,7 +72,7 @@ def test_losses_with_levers(losses_of: Any, plain: list[float], levers: tuple[st
 
 
 def test_losses_with_recomputed_layers(losses_of: Any, plain: list[float]) -> None:
-    losses = losses_of(levers=("tail", "loss"), gradient_checkpointing=True)
+    losses = losses_of(levers=EAGER, gradient_checkpointing=True)
     assert losses == pytest.approx(plain, rel=TOLERANCE)
 
 
@@ -80,7 +82,7 @@ def test_losses_with_recomputed_layers(losses_of: Any, plain: list[float]) -> No
 def test_losses_with_compiled_layers(losses_of: Any, plain: list[float]) -> None:
     """Every step has another length, and no step from the sixth on needs another graph."""
     graphs = Graphs()
-    losses = losses_of(graphs, levers=("tail", "loss"), compile=True)
+    losses = losses_of(graphs, levers=EAGER, compile=True)
     assert losses == pytest.approx(plain, rel=TOLERANCE)
     assert graphs.after[0] > 0
     assert graphs.after[5:] == [graphs.after[5]] * (STEPS - 5)
