@@ -73,24 +73,27 @@ def _plan(offsets: tuple[int, ...], prefix: int, causal: bool) -> Plan:
     return Plan(torch.cat(source), sequences, rows, seen)
 
 
+_kept_plan = lru_cache(8)(_plan)
+
+
+@lru_cache(16)
 def _strip(rows: int, width: int, dtype: torch.dtype) -> Tensor:
     """``[1, 1, rows, width + rows + VECTOR]``: 0 up to column ``width + row``, -inf behind it."""
     row, column = torch.arange(rows)[:, None], torch.arange(width + rows + VECTOR)
     return torch.zeros(1, 1, rows, len(column), dtype=dtype).masked_fill_(column > width + row, -torch.inf)
 
 
-_kept_plan = lru_cache(8)(_plan)
-_kept_strip = lru_cache(16)(_strip)
-
-
 class _Masks:
-    """The masks of a plan's tiles, for scores of this dtype. ``real``: tensors have data, and may be kept."""
+    """The masks of a plan's tiles, for scores of this dtype. ``real``: tensors have data, and are kept."""
 
     def __init__(self, plan: Plan, causal: bool, dtype: torch.dtype, real: bool) -> None:
         self.width = 1 << plan.seen.bit_length()
         rows = min(ROWS, 1 << plan.rows.bit_length()) if causal else 1
-        self.strip = (_kept_strip if real else _strip)(rows, self.width, dtype)
         self.causal = causal
+        if real:
+            self.strip = _strip(rows, self.width, dtype)
+        else:  # of no size worth counting, as the strip is once it is there
+            self.strip = torch.zeros(1, 1, 1, 1, dtype=dtype).expand(1, 1, rows, self.width + rows + VECTOR)
 
     def __call__(self, tile: Tile) -> Tensor:
         """``[1, 1, rows, keys]``; bidirectional, where only padding is hidden, ``[1, 1, 1, keys]``."""
@@ -128,53 +131,57 @@ class _Joined(torch.autograd.Function):
         out = torch.cat(outs, dim=1).transpose(1, 2)
         ctx.save_for_backward(q, keys, values, out, torch.cat(sums, dim=2))
         ctx.plan, ctx.scale, ctx.causal = plan, scale, causal
-        ctx.prefix, ctx.prefix_dtypes = prefix_k.shape[1], (prefix_k.dtype, prefix_v.dtype)
+        ctx.prefix, ctx.dtypes = prefix_k.shape[1], [x.dtype for x in (q, k, v, prefix_k, prefix_v)]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, keys, values, out, lse = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        if not any(need[:3]):  # a first layer, whose tokens depend on nothing trained: the prefix's own share will do
-            shared_keys = slice(0, ctx.prefix)
-            alone = TORCH_FLASH_CPU.backward(
-                dout, q, keys[:, :, shared_keys], values[:, :, shared_keys], out, lse, Rule(ctx.scale)
+        if any(ctx.needs_input_grad[:3]):
+            # In half precision the kernel's backward is slower, and rounds after every block of queries.
+            work = torch.promote_types(q.dtype, torch.float32)
+            dout, q, keys, values, out = (unit_stride(x.to(work)) for x in (dout, q, keys, values, out))
+            gradients = _all_gradients(ctx, dout, q, keys, values, out, lse)
+        else:  # a first layer, whose tokens depend on nothing trained: the prefix's own share will do
+            prefix = slice(0, ctx.prefix)
+            shares = TORCH_FLASH_CPU.backward(
+                dout, q, keys[:, :, prefix], values[:, :, prefix], out, lse, Rule(ctx.scale)
             )
-            shares = zip((alone.k[0], alone.v[0]), ctx.prefix_dtypes, need[3:], strict=False)
-            return (*(None,) * 3, *(x.to(dtype) if needed else None for x, dtype, needed in shares), *(None,) * 3)
-        dtype, work = q.dtype, torch.promote_types(q.dtype, torch.float32)
-        mask_of = _Masks(ctx.plan, ctx.causal, work, ctx.real)
-        # In half precision the kernel's backward is slower, and rounds after every block of queries.
-        dout, q, keys, values, out = (unit_stride(x.to(work)) for x in (dout, q, keys, values, out))
-        dqs: list[Tensor] = []
-        own: tuple[list[Tensor], list[Tensor]] = ([], [])  # of keys and of values
-        shared: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for tiles in ctx.plan.sequences:
-            parts: tuple[list[Tensor], list[Tensor]] = ([], [])
-            for tile in tiles:
-                rows, part = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
-                dq, dk, dv = attend_backward(
-                    dout[:, :, rows], q[:, :, rows], keys[:, :, part], values[:, :, part], out[:, :, rows],
-                    lse[:, :, rows], 0.0, False, attn_mask=mask_of(tile), scale=ctx.scale,
-                )  # fmt: skip
-                dqs.append(dq.transpose(1, 2))
-                parts[0].append(dk.transpose(1, 2))
-                parts[1].append(dv.transpose(1, 2))
-            count = tiles[-1].q1 - tiles[0].q0
-            for of_all, of_own, of_prefix in zip(parts, own, shared, strict=True):
-                total = _sum(of_all)
-                of_prefix.append(total[:, : ctx.prefix])
-                of_own.append(total[:, ctx.prefix : ctx.prefix + count])
-        gradients: list[Tensor | None] = [
-            torch.cat(of_tokens, dim=1).transpose(1, 2).to(dtype) if needed else None
-            for of_tokens, needed in zip((dqs, *own), need, strict=False)
-        ]
-        gradients += [
-            torch.cat(of_sequences).sum(0).transpose(0, 1).to(of_dtype) if needed else None
-            for of_sequences, of_dtype, needed in zip(shared, ctx.prefix_dtypes, need[3:], strict=False)
-        ]
-        return (*gradients, None, None, None)
+            gradients = [q, keys, values, shares.k[0], shares.v[0]]  # the first three are asked for by nobody
+        found = zip(gradients, ctx.dtypes, ctx.needs_input_grad, strict=False)
+        return (*(x.to(dtype) if needed else None for x, dtype, needed in found), None, None, None)
+
+
+def _all_gradients(
+    ctx: Any, dout: Tensor, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor
+) -> list[Tensor]:
+    """Of q, k, v, prefix_k and prefix_v, in the dtype of the tensors given."""
+    mask_of = _Masks(ctx.plan, ctx.causal, q.dtype, ctx.real)
+    # [1, rows or keys, H, X] each: of tiles' queries, of sequences' own keys and values, of what they saw of the prefix
+    dq: list[Tensor] = []
+    dk: list[Tensor] = []
+    dv: list[Tensor] = []
+    dprefix_k: list[Tensor] = []
+    dprefix_v: list[Tensor] = []
+    for tiles in ctx.plan.sequences:
+        of_keys: list[Tensor] = []
+        of_values: list[Tensor] = []
+        for tile in tiles:
+            rows, part = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
+            found = attend_backward(
+                dout[:, :, rows], q[:, :, rows], keys[:, :, part], values[:, :, part], out[:, :, rows],
+                lse[:, :, rows], 0.0, False, attn_mask=mask_of(tile), scale=ctx.scale,
+            )  # fmt: skip
+            for parts, gradient in zip((dq, of_keys, of_values), found, strict=True):
+                parts.append(gradient.transpose(1, 2))
+        own = slice(ctx.prefix, ctx.prefix + tiles[-1].q1 - tiles[0].q0)
+        for parts, of_own, of_prefix in ((of_keys, dk, dprefix_k), (of_values, dv, dprefix_v)):
+            total = _sum(parts)
+            of_own.append(total[:, own])
+            of_prefix.append(total[:, : ctx.prefix])
+    tokens = [torch.cat(parts, dim=1).transpose(1, 2) for parts in (dq, dk, dv)]
+    return tokens + [torch.cat(parts).sum(0).transpose(0, 1) for parts in (dprefix_k, dprefix_v)]
 
 
 def _join(prefix_HPX: Tensor, own_1HTX: Tensor, plan: Plan) -> Tensor:
