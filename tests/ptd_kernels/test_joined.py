@@ -157,6 +157,16 @@ def test_a_pass_without_data_leaves_nothing_behind() -> None:
     assert_same(out_and_gradients(leaves, backend="joined", **options), expected, 1e-5)
 
 
+def test_what_an_inference_pass_leaves_behind_serves_training() -> None:
+    """An evaluation makes plans and masks that the next training step finds."""
+    case, options = packed(31, 6, P=7)
+    leaves = case.tensors()
+    with torch.inference_mode():
+        prefix_attention(*(x.detach() for x in leaves), backend="joined", **options)
+    expected = out_and_gradients(leaves, backend="reference", **options)
+    assert_same(out_and_gradients(leaves, backend="joined", **options), expected, 1e-5)
+
+
 def test_it_is_chosen_for_packed_batches_on_a_cpu() -> None:
     name, reason = explain_backend(packed=True)
     assert name == "joined"
