@@ -121,8 +121,8 @@ def bench(
     peft: Annotated[
         Literal["as-run", "best", "compiled"] | None,
         typer.Option(
-            help="PEFT as its users run it (random batches), at its best, or at its best with compiled layers only; "
-            "default: the first two, and the third with backbone.compile."
+            help="Only PEFT as its users run it (random batches), at its best, or at its best with layers compiled; "
+            "default: the first two, with backbone.compile all three."
         ),
     ] = None,
     sweeps: Annotated[
