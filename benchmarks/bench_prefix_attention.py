@@ -133,8 +133,9 @@ def rivals(cell: Cell, device: torch.device, dtype: torch.dtype) -> dict[str, Ca
     for backend in available_backends():
         try:
             explain_backend(
-                device=device, dtype=dtype, head_dim=cell.D, packed=cell.lengths is not None, backend=backend
-            )
+                device=device, dtype=dtype, head_dim=cell.D, packed=cell.lengths is not None, virtual_tokens=cell.P,
+                backend=backend,
+            )  # fmt: skip
         except ValueError:
             continue
         if backend != "reference":
@@ -264,8 +265,8 @@ def measure(cell: Cell, device: torch.device, dtype: torch.dtype, repeats: int) 
                     torch.autograd.grad(out, needed, dout)
                 peak = torch.cuda.max_memory_allocated() - before
                 del out
-        except (torch.OutOfMemoryError, ValueError) as error:  # too large, or it refuses these sizes
-            print(f"{cell.name}: {who}: {error}", file=sys.stderr)
+        except torch.OutOfMemoryError:
+            print(f"{cell.name}: {who} runs out of memory", file=sys.stderr)
             del named[who]
             continue
         kept = kept_bytes(lambda who=who: named[who](*x), x)

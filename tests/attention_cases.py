@@ -82,5 +82,21 @@ def assert_same(actual: list[Tensor], expected: list[Tensor], rtol: float) -> No
         assert error <= rtol * size, f"{name}: relative error {error / size:.2e}"
 
 
+def relative_rms(actual: Tensor, exact: Tensor) -> float:
+    return ((actual.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def assert_gradients_of(wanted: tuple[str, ...], leaves: list[Tensor], backend: str, **kwargs: Any) -> None:
+    """With a gradient asked for of these leaves only, they have the reference's, and the others have none."""
+    expected = dict(zip(LEAVES, out_and_gradients(leaves, backend="reference", **kwargs)[1:], strict=True))
+    some = {name: x.detach().requires_grad_(name in wanted) for name, x in zip(LEAVES, leaves, strict=True)}
+    out = prefix_attention(*some.values(), backend=backend, **kwargs)
+    out.backward(torch.randn(out.shape, generator=torch.Generator(DEVICE).manual_seed(7)))
+    for name, x in some.items():
+        assert (x.grad is not None) == (name in wanted)
+        if x.grad is not None:
+            torch.testing.assert_close(x.grad, expected[name], rtol=1e-5, atol=1e-5)
+
+
 def offsets(*lengths: int) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()

@@ -18,10 +18,12 @@ from attention_cases import (
     LEAVES,
     LIBRARIES,
     Case,
+    assert_gradients_of,
     assert_same,
     offsets,
     out_and_gradients,
     prefix_attention,
+    relative_rms,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -407,10 +409,6 @@ def test_several_prefixes_rerun_bit_identically(backend: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def relative_rms(actual: Tensor, exact: Tensor) -> float:
-    return ((actual.double() - exact.double()).norm() / exact.double().norm()).item()
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("prefix_dtype", [torch.float32, None], ids=["prefix fp32", "prefix half"])
@@ -575,15 +573,7 @@ def test_a_packed_sequence_of_nan_stays_alone(backend: str) -> None:
 )
 def test_gradients_of_a_subset(backend: str, wanted: tuple[str, ...]) -> None:
     skip_if_refused(backend)
-    leaves = Case().tensors()
-    expected = dict(zip(LEAVES, out_and_gradients(leaves, backend="reference")[1:], strict=True))
-    some = {n: x.detach().requires_grad_(n in wanted) for n, x in zip(LEAVES, leaves, strict=True)}
-    out = prefix_attention(*some.values(), backend=backend)
-    out.backward(torch.randn(out.shape, generator=torch.Generator(DEVICE).manual_seed(7)))
-    for name, x in some.items():
-        assert (x.grad is not None) == (name in wanted)
-        if x.grad is not None:
-            torch.testing.assert_close(x.grad, expected[name], rtol=1e-5, atol=1e-5)
+    assert_gradients_of(wanted, Case().tensors(), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

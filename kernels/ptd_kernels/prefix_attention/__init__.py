@@ -100,6 +100,7 @@ def explain_backend(
     masked: bool = False,
     biased: bool = False,
     packed: bool = False,
+    virtual_tokens: int = 1,
     backend: str = "auto",
 ) -> tuple[str, str]:
     """Which backend such a call would get, and why: ``(name, reason)``, both to be read by people.
@@ -110,8 +111,9 @@ def explain_backend(
     mask = torch.ones(1, 1, 1, 1, device=device, dtype=torch.bool) if masked else None
     bias = torch.zeros(1, 1, 1, 1, device=device) if biased else None
     cu_seqlens = torch.tensor([0, 1], device=device, dtype=torch.int32) if packed else None
+    prefix_k, prefix_v = (x[0].expand(1, virtual_tokens, -1) for x in (q, v))
     problem = check(
-        q, q, v, q[0], v[0], causal=not masked, softcap=softcap, cu_seqlens=cu_seqlens,
+        q, q, v, prefix_k, prefix_v, causal=not masked, softcap=softcap, cu_seqlens=cu_seqlens,
         max_seqlen=1 if packed else None, mask=mask, bias=bias,
     )  # fmt: skip
     chosen = choose(problem, backend)
