@@ -158,16 +158,16 @@ class Stack:
         """
         assert self.soft is not None
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if getattr(cache, "is_compileable", False):
+            raise UserError(
+                "virtual tokens before the sequences need a cache that grows, and this one has a fixed size: generate "
+                "without cache_implementation, or use method prefix, which adds no tokens"
+            )
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             raise UserError(
                 f"{type(self.module).__name__} is given attention masks that are made already, so virtual tokens "
                 "before the sequences cannot be put into them: pass a 2-dimensional attention_mask; of a multimodal "
                 "backbone take the text model's own checkpoint, or method prefix, which adds no tokens"
-            )
-        if getattr(cache, "is_compileable", False):
-            raise UserError(
-                "virtual tokens before the sequences need a cache that grows, and this one has a fixed size: generate "
-                "without cache_implementation, or use method prefix, which adds no tokens"
             )
         first_B = None if mask is None else mask.bool().int().argmax(dim=1)
         if mask is not None and first_B is not None:
@@ -179,6 +179,12 @@ class Stack:
         if seen > 0:
             self._check_cache(count, seen, columns, mask, kwargs.get("position_ids"))
             return kwargs
+        if cache is not None and mask is not None and not bool(mask.any(dim=1).all()):
+            raise UserError(
+                "the first pass over the prompts has a row with nothing but padding, as with prefill_chunk_size in a "
+                "batch padded on the left, so its virtual tokens would have no place; generate without "
+                "prefill_chunk_size, give each batch prompts of one length, or use method prefix"
+            )
         if kwargs.get("cu_seq_lens_q") is not None:
             return self._put_in_front_of_packed(count, kwargs)
         number = torch.arange(count, device=self.soft.device)
