@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import importlib.util
 import os
@@ -22,8 +21,9 @@ from ptd.checkpoint.run_folder import open_run
 from ptd.config import RunConfig, load_config
 from ptd.data import check_source
 from ptd.deepspeed_config import apply_deepspeed
-from ptd.engine.preflight import bytes_to_write, check_space, check_writable
+from ptd.engine.preflight import bytes_to_write, check_space
 from ptd.engine.trial import sum_here
+from ptd.files import check_writable
 from ptd.inject import Attachment, explain_attention
 from ptd.methods import method
 from ptd.tasks import Task, make_task
@@ -93,7 +93,7 @@ def check_run(run: Path, overrides: list[str]) -> Iterator[Check]:
     yield output
     yield _checked("run folder", lambda: _folder(config))
     if config.backbone.offload_folder is not None:
-        folder, key = Path(config.backbone.offload_folder), "backbone.offload_folder"
+        folder, key = config.backbone.offload_folder, "backbone.offload_folder"
         yield _checked("offload folder", lambda: f"{check_writable(folder, key)} can be written to")
     yield _checked("data", lambda: _data(config))
     backbone = _checked("backbone", lambda: f"{config.backbone.path}, {architecture_of(config.backbone)}")
@@ -187,9 +187,8 @@ def trained_numbers(config: RunConfig) -> tuple[int, int]:
     A head whose labels the run learns from its data counts for two labels. Raises `UserError`.
     """
     task = _with_labels(config)
-    chosen, settings = method(config.method_name), config.method_config()
-    if getattr(settings, "init", None) not in (None, "random"):  # what it starts from does not change its size
-        settings = dataclasses.replace(settings, init="random", init_text=None, init_text_file=None)
+    chosen = method(config.method_name)
+    settings = chosen.sizes(config.method_config())
     tokenizer = load_tokenizer(config.backbone)
     with _without_data():
         model = blank_model(config.backbone, task.output)
