@@ -425,6 +425,15 @@ NEEDS_EVAL = (
 """Keys that are about ``data.eval``."""
 
 
+def without_evaluation(config: RunConfig) -> RunConfig:
+    """The run without rows to evaluate on, and without what is said of them."""
+    changes: dict[str, dict[str, Any]] = {"data": {"eval": None}, "train": {"samples": 0}}
+    for section, key in NEEDS_EVAL:
+        changes[section][key] = type(getattr(config, section)).model_fields[key].default
+    sections = {name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
+    return config.model_copy(update=sections)
+
+
 class RunConfig(Section):
     """A whole run. ``method`` holds the method's name and ``method_config`` its validated dataclass."""
 

@@ -31,10 +31,8 @@ LOOKED_AT = 4096
 def as_path(given: str | Path) -> Path:
     """The path that a person means: ``~`` and ``~user`` are home folders; the rest starts in the current folder.
 
-    Raises `UserError` for a home folder that is not known, and for what cannot be a path.
+    Raises `UserError` for a home folder that is not known.
     """
-    if "\0" in str(given):
-        raise UserError(f"{str(given)!r:.200} is not a path: it has a null character")
     try:
         return Path(given).expanduser()
     except RuntimeError as error:
@@ -54,6 +52,8 @@ def open_text(path: str | Path, saying: str, *, newline: str | None = None) -> I
     is no UTF-8, also while the caller reads.
     """
     place = as_path(path)
+    if "\0" in str(place):
+        raise UserError(f"{saying} {str(place)!r}: it has a null character, which no path has")
     try:
         with place.open("rb") as file:
             _check_beginning(file.peek(LOOKED_AT), f"{saying} {place}")  # opened once: it may be a pipe
@@ -116,9 +116,26 @@ def check_target(file: str | Path, key: str) -> Path:
     return place
 
 
+def write_text(file: str | Path, text: str, key: str) -> None:
+    """Write a file whole or not at all, in a folder that is made if need be; raises `UserError` that names ``key``."""
+    place = as_path(file)
+    temporary = place.with_name(f".{place.name}.tmp")
+    try:
+        if place.exists() and not place.is_file():  # a pipe or a device, which nothing may be renamed to
+            place.write_text(text, encoding="utf-8")
+            return
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(place)
+    except OSError as error:
+        raise UserError(f"{key}: cannot write {place} ({error.strerror or error}); give another file") from error
+
+
 def existing(folder: str | Path) -> Path:
     """The folder, or what there is of it as long as it is yet to be made."""
     place = as_path(folder).absolute()
+    if "\0" in str(place):
+        raise UserError(f"{str(place)!r:.200} cannot be a folder: it has a null character")
     try:
         while not place.exists() and place != place.parent:
             place = place.parent

@@ -77,8 +77,8 @@ def _check(messages: Any, place: str) -> None:
         calls = isinstance(message, dict) and message.get("tool_calls")
         if calls and number == len(messages) and not isinstance(message.get("content"), str):
             raise UserError(
-                f"{place}: the last message calls a tool (tool_calls) and says nothing, but what is learned is the text of "
-                "a turn; let the row end in the assistant's answer, or write the call into its content as text"
+                f"{place}: the last message calls a tool (tool_calls) and says nothing, and what is learned is text "
+                "alone; let the row end in the assistant's answer, or write the call into its content as text"
             )
         for key in ("role", "content"):
             value = message.get(key) if isinstance(message, dict) else None

@@ -8,11 +8,12 @@ from functools import singledispatchmethod
 from typing import Any
 
 import torch
-from ptd_kernels import MAX_HEAD_SIZE, available_backends
+from ptd_kernels import MAX_HEAD_SIZE
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptd.inject.attention import IMPLEMENTATION, MASKLESS, Call, give_slot, has_slot, probed, take_slot
+from ptd.inject.explain import check_backend
 from ptd.inject.head import Head
 from ptd.inject.stack import Stack, sides_of, stacks_of
 from ptd.inject.tail import Tail, Watch
@@ -60,9 +61,7 @@ class Attachment:
 
     def __init__(self, model: PreTrainedModel, *, backend: str = "auto", encoder: PromptEncoder | None = None) -> None:
         check_supported(type(model), model.config)
-        if backend not in ("auto", *available_backends()):
-            known = ", ".join(["auto", *available_backends()])
-            raise UserError(f"backbone.attention: there is no backend {backend!r}; available: {known}")
+        check_backend(backend)
         if any(has_slot(module) for module in model.modules()):
             raise UserError("this model carries a prompt already; remove() it first")
         self.model = model

@@ -42,6 +42,7 @@ class Classification:
     """
 
     generates: Literal[False] = False
+    metric_names = ("loss", "accuracy", "macro_f1", "mcc")
 
     def __init__(self, config: TaskConfig, data: DataConfig, architecture: Architecture) -> None:
         self.config, self.data, self.architecture = config, data, architecture

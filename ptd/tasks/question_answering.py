@@ -58,6 +58,7 @@ class QuestionAnswering:
     virtual_tokens = 0
     cloze = False
     generates: Literal[False] = False
+    metric_names = ("loss", "exact_match", "f1")
 
     def __init__(self, config: TaskConfig, data: DataConfig) -> None:
         self.config, self.data = config, data

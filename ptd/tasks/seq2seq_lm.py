@@ -19,7 +19,7 @@ from ptd.data.fields import TEXT_OR_NUMBER, Column, check_column, cut_on_the_rig
 from ptd.data.filling import encode, fill, special_affixes
 from ptd.data.templates import parse_template, prompt_template
 from ptd.readouts.language_model import LanguageModel
-from ptd.tasks import register
+from ptd.tasks import TEXT_METRICS, register
 from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, Output, UserError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Seq2SeqLM:
     labels: tuple[str, ...] = ()
     cloze = False
     generates: Literal[True] = True
+    metric_names = TEXT_METRICS
 
     def __init__(self, config: TaskConfig, data: DataConfig) -> None:
         self.config, self.data = config, data

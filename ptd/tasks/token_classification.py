@@ -205,6 +205,10 @@ class TokenClassification:
         ]
 
     @property
+    def metric_names(self) -> tuple[str, ...]:
+        return ("loss", "accuracy", *(("precision", "recall", "f1") if self.chunked else ()))
+
+    @property
     def chunked(self) -> bool:
         """Whether the labels mark spans: B-, I-, E- and S- of a type, and O."""
         return all(label == OUTSIDE or _CHUNKED.fullmatch(label) for label in self.labels)
@@ -271,8 +275,8 @@ def _name(tag: Any, names: tuple[str, ...], column: str, place: str) -> str:
     name = name_at(tag, names, f"{place}: an item of {column!r}")
     if isinstance(tag, int | float) and name.startswith("-"):
         raise UserError(
-            f"{place}: {column!r} has the tag {name}, but tags are numbered from 0 (negative ones mostly mark tokens to be "
-            "passed over); give one tag a word, as before any tokenizer"
+            f"{place}: {column!r} has the tag {name}, but tags are numbered from 0 (negative numbers mostly mark "
+            "tokens to pass over); give one tag a word, as before any tokenizer"
         )
     return name
 
