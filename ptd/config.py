@@ -405,11 +405,10 @@ class TrainConfig(Section):
         "(the higher the better); `eval_` in front of it means nothing",
     )
 
-    @field_validator("metric_for_best_model")
-    @classmethod
-    def _without_eval(cls, value: str) -> str:
-        """Hugging Face's Trainer takes both, and `metrics.jsonl` calls it so."""
-        return value.removeprefix("eval_")
+    @property
+    def best_metric(self) -> str:
+        """``metric_for_best_model`` as a task calls it; Hugging Face's Trainer, too, takes it with ``eval_`` or not."""
+        return self.metric_for_best_model.removeprefix("eval_")
 
     @property
     def eval_batch_size(self) -> int:

@@ -23,7 +23,7 @@ from ptd.config import (
     parse_method,
     task_config,
 )
-from ptd.data.tokens import check_ids, check_prompts
+from ptd.data.tokens import check_ids, check_prompts, check_words
 from ptd.deepspeed_config import zero3_config
 from ptd.engine.evaluation import HeldOut, in_order
 from ptd.engine.ranks import Ranks
@@ -117,6 +117,7 @@ class Found:
         """Load the backbone and put the adapter on it. Every rank calls this together; raises `UserError`."""
         prepared = prepare(self.config, ranks, zero3_config(self.config), output=self.task.output)
         readout = self.task.readout(self.tokenizer, prepared.shape.hidden_size, self.head)
+        check_words(readout.token_ids(), self.tokenizer, embeddings_of(prepared.model))
         if self.adapter is not None:
             self.adapter.check_fits(prepared.shape, prepared.fingerprint, path=self.config.path)
             prepared.attachment.set(self.adapter.layout.state(self.adapter.flat.to(ranks.device)))

@@ -21,7 +21,7 @@ from ptd.checkpoint.run_folder import RunFolder, clear, open_run
 from ptd.checkpoint.run_state import clean, load_tensors
 from ptd.config import DataConfig, RunConfig, TrainConfig
 from ptd.data import Batches, load_rows
-from ptd.data.tokens import check_ids, rows_in_both
+from ptd.data.tokens import check_ids, check_words, rows_in_both
 from ptd.deepspeed_config import apply_deepspeed, check_batch_size
 from ptd.engine.evaluation import HeldOut
 from ptd.engine.loop import Loop, Stopped, peak_memory_bytes
@@ -248,7 +248,7 @@ class Artifacts:
 
     def keep_best(self, number: int, metrics: dict[str, Any]) -> None:
         """Keep the adapter as ``best`` if no evaluation so far was better by ``train.metric_for_best_model``."""
-        name = self.settings.metric_for_best_model
+        name = self.settings.best_metric
         sign = -1 if name in LOWER_IS_BETTER else 1
         if math.isfinite(metrics[name]) and (not self.best or sign * metrics[name] > sign * self.best[name]):
             self.best = {**metrics, "step": number}
@@ -398,7 +398,7 @@ class _Source:
 
 def check_metric(config: RunConfig, task: Task) -> None:
     """Raise `UserError` if an evaluation of the task does not measure ``train.metric_for_best_model``."""
-    given, known = config.train.metric_for_best_model, task.metric_names
+    given, known = config.train.best_metric, task.metric_names
     if given not in known:
         near = difflib.get_close_matches(given, known, n=1, cutoff=0.4)
         meant = f"did you mean {near[0]}? It has" if near else "it has"
@@ -499,6 +499,7 @@ def build_trained(config: RunConfig, prepared: Prepared, task: Task, tokenizer: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         readout = task.readout(tokenizer, prepared.shape.hidden_size, chosen.head(settings))
+    check_words(readout.token_ids(), tokenizer, embeddings_of(prepared.model))
     return Trained(encoder, readout)
 
 

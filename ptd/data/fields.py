@@ -102,6 +102,7 @@ def check_column(rows: Dataset, field: str, column: str, what: str) -> None:
         return
     near = next((name for name in rows.column_names if name.strip().casefold() == column.strip().casefold()), None)
     example = near or rows.column_names[0]
+    example = example if example.strip() == example else repr(example)
     meant = "" if near is None else f" (is {near!r} meant? case and spaces count)"
     raise UserError(
         f"{what} has no column {column!r}; it has {', '.join(rows.column_names)}{meant}. "

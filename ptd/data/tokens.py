@@ -44,6 +44,16 @@ def check_ids(
                 _check(ids, side.offsets[:: side.group], tokenizer, embeddings, what)
 
 
+def check_words(ids: list[int], tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
+    """The same for the tokens of ``task.verbalizer``."""
+    beyond = next((token for token in ids if token >= embeddings), None)
+    if beyond is not None:
+        raise UserError(
+            f"task.verbalizer: a word has the token {tokenizer.convert_ids_to_tokens(beyond)!r} with the id {beyond}, "
+            f"but the backbone's embedding has {embeddings} rows; {_ADVICE}, or give another word"
+        )
+
+
 def check_prompts(prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase, embeddings: int, what: str) -> None:
     """The same for prompts to be continued, which are called "row" and their number in ``what``. They need no padding
     token of the tokenizer's own."""

@@ -70,7 +70,8 @@ class Seen:
         doubt = self._doubt(names)
         if doubt is not None:
             raise UserError(
-                f"{self.what}: {self.column!r} {doubt}. If these are the labels all the same, list them in task.labels"
+                f"task.labels: {self.column!r} in {self.what} {doubt}. If these are the labels all the same, list them "
+                "in task.labels"
             )
         return tuple(names)
 
