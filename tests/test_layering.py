@@ -59,7 +59,13 @@ LAYERS: dict[str, list[str]] = {
     "ptd.api": STAGES,
     **{f"ptd.{verb}": [*STAGES, "engine", *VERBS] for verb in VERBS},
     "ptd.inspection*": [*STAGES, "engine", "generate", "report"],
-    "ptd.report*": ["types", "files", "versions", "checkpoint", "engine"],  # reads what a run has left; loads no backbone
+    "ptd.report*": [
+        "types",
+        "files",
+        "versions",
+        "checkpoint",
+        "engine",
+    ],  # reads what a run has left; loads no backbone
     "ptd.launch*": STAGES,  # starts processes; what runs in them is another verb's
     "ptd.bench*": [*STAGES, "engine", *VERBS],
     # The story of the shipped backbone is a verb; what made the backbone and its data uses nothing of the toolkit.

@@ -163,10 +163,15 @@ def _csv_rows(path: Path, what: str) -> Iterator[Row]:
     """The first line names the columns; every value is text, as it stands in the file."""
     csv.field_size_limit(2**31 - 1)  # the module's default refuses texts over 128 KiB
     with open_text(path, f"{what}: cannot read", newline="") as file:
+        _check_separator(file.readline(), path, what)
+        file.seek(0)
         try:
             reader = csv.reader(file, strict=True)  # or a quote that nothing closes would swallow the rows behind it
             header = next(reader, [])
-            _check_header(header, path, what)
+            if len(set(header)) != len(header):
+                raise UserError(
+                    f"{what}: {path} names a column twice in its first line ({', '.join(header)}); rename one"
+                )
             for values in reader:
                 if values and len(values) != len(header):
                     raise UserError(
@@ -183,16 +188,14 @@ _TAB = "\t"
 _SEPARATORS = {";": "semicolons", _TAB: "tabs", "|": "vertical bars"}
 
 
-def _check_header(header: list[str], path: Path, what: str) -> None:
-    """Refuse what is separated by something else than commas, and a name that stands for two columns."""
+def _check_separator(line: str, path: Path, what: str) -> None:
+    """Refuse a file whose first line is separated by something else than commas."""
     for separator, name in _SEPARATORS.items():
-        if len(header) == 1 and separator in header[0]:
+        if separator in line and "," not in line:
             raise UserError(
-                f"{what}: {path} looks separated by {name}: its first line, {_short(header[0], 80)!r}, has no comma; "
+                f"{what}: {path} looks separated by {name}: its first line, {_short(line, 80)!r}, has no comma; "
                 f"separate the values by commas: {_to_commas(path, separator)}"
             )
-    if len(set(header)) != len(header):
-        raise UserError(f"{what}: {path} names a column twice in its first line ({', '.join(header)}); rename one")
 
 
 def _to_commas(path: Path, separator: str) -> str:

@@ -415,5 +415,7 @@ def test_adapters_that_peft_wrote_and_ptd_does_not_know(foreign, message, tmp_pa
 def test_a_classifier_that_peft_trained_beside_the_prompt_is_not_dropped_silently(tmp_path):
     model = AutoModelForSequenceClassification.from_config(tiny_config("bert", num_labels=3))
     get_peft_model(model, PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=P)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"task type SEQ_CLS: .*the head of .*or train anew with task.kind: classification"):
+    with pytest.raises(
+        UserError, match=r"task type SEQ_CLS: .*the head of .*or train anew with task.kind: classification"
+    ):
         load_adapter(tmp_path)
