@@ -247,6 +247,11 @@ def _parquet(path: Path, what: str) -> Dataset:
 
 def _folder(path: Path, source: str, split: str, what: str) -> Dataset:
     if not any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
+        tables = _tables(path)
+        if split in tables:
+            return _FILES[tables[split].suffix.lower()](tables[split], what)
+        if tables and split.isidentifier():
+            raise UserError(_no_split(source, split, ", ".join(tables), what))
         return _hub(str(path.resolve()), split, what)
     if not any(path.rglob("*.arrow")):  # save_to_disk writes no data file without rows, and cannot load that
         raise UserError(_no_rows(source, what))
@@ -256,6 +261,28 @@ def _folder(path: Path, source: str, split: str, what: str) -> Dataset:
             raise UserError(_no_split(source, split, ", ".join(loaded), what))
         return loaded[split]
     return loaded
+
+
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""What `datasets` takes for the names of splits in the names of files."""
+
+
+def _tables(folder: Path) -> dict[str, Path]:
+    """Split -> file, of a folder of CSV and JSONL files alone: they are read as they would be by themselves."""
+    files = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    if any(path.suffix.lower() not in (".csv", ".jsonl") or not path.is_file() for path in files):
+        return {}
+    found = {}
+    for split, words in _SPLITS.items():
+        named = [path for path in files if set(re.split(r"[^a-z]+", path.stem.lower())) & set(words)]
+        if len(named) > 1:
+            return {}
+        found |= {split: path for path in named}
+    return found
 
 
 def _hub(source: str, split: str, what: str) -> Dataset:

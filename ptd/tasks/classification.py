@@ -19,7 +19,7 @@ from ptd.readouts.cloze import Cloze, Word
 from ptd.readouts.heads import Head, PooledClassifier, Pooling
 from ptd.tasks import register
 from ptd.tasks.cloze import Variant, plan
-from ptd.tasks.labels import Seen, name_at, number_of
+from ptd.tasks.labels import Seen, name_at, names_of, number_of
 from ptd.tasks.layouts import Laid, pattern_sequences, text_sequences
 from ptd.tasks.weights import check_weights, learn_weights
 from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, Output, Sample, UserError
@@ -141,8 +141,7 @@ class Classification:
     def _names(self, rows: Dataset, what: str) -> Iterator[tuple[int, str, Any]]:
         """Number (from 1), label and its value in the data, row by row."""
         column = self.label_column
-        # Hub datasets keep numbers and, beside them, what these are called.
-        names = tuple(getattr(rows.features.get(column), "names", None) or ())
+        names = names_of(rows.features.get(column), column, what)
         for first, chunk in field_chunks(rows, {"label": Column(column, "a label")}, what):
             for row, value in enumerate(chunk["label"], first):
                 yield row, name_at(value, names, f"row {row} of {what}: {column!r}"), value

@@ -43,6 +43,21 @@ def name_at(value: Any, names: tuple[str, ...], place: str) -> str:
     return name
 
 
+def names_of(feature: Any, column: str, what: str) -> tuple[str, ...]:
+    """The names that a data set itself gives to the numbers of a ``ClassLabel``; empty: it gives none.
+
+    Raises `UserError` for names that are blank or the same.
+    """
+    given = getattr(feature, "names", None) or ()
+    names = tuple(name_of(name) or "" for name in given)
+    if "" in names or len(set(names)) < len(names):
+        raise UserError(
+            f"task.labels: {column!r} in {what} names its labels {some(map(repr, given))}, of which one is blank or "
+            "there twice; give the labels names of their own"
+        )
+    return names
+
+
 class Seen:
     """Labels of the rows that the names are learned from: how often each occurs, and where each kind first stood."""
 

@@ -15,7 +15,7 @@ from ptd.config import DataConfig, TaskConfig
 from ptd.data.fields import Column, cut_on_the_right, field_chunks
 from ptd.readouts.tags import Tags
 from ptd.tasks import register
-from ptd.tasks.labels import Seen, name_at, number_of
+from ptd.tasks.labels import Seen, name_at, names_of, number_of
 from ptd.tasks.weights import check_weights, learn_weights
 from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, Output, Sample, UserError
 
@@ -78,8 +78,8 @@ class TokenClassification:
 
     def _names_of_data(self, rows: Dataset) -> tuple[str, ...]:
         """What numbers among the tags stand for; empty: for themselves."""
-        feature = rows.features.get(self.fields["tags"].name)
-        own = getattr(getattr(feature, "feature", None), "names", None)
+        column = self.fields["tags"].name
+        own = names_of(getattr(rows.features.get(column), "feature", None), column, "the data")
         names = tuple(own or self.labels or self.config.labels or ())
         return () if any(name.isdecimal() for name in names) else names
 

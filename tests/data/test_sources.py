@@ -150,6 +150,18 @@ def test_what_is_no_number_is_missing(tmp_path):
     assert rows == [{"a": None, "b": "x"}, {"a": 1.5, "b": None}]
 
 
+def test_a_folder_of_tables_is_read_as_the_tables_are(tmp_path):
+    """`datasets` reads ``007`` as a number and ``NA`` as nothing."""
+    (tmp_path / "tables").mkdir()
+    write(tmp_path / "tables" / "my_train.csv", "a,b\n007,NA\n1.50,null\n")
+    write(tmp_path / "tables" / "dev-set.csv", "\ufeffa,b\n008,x\n")
+    assert load(str(tmp_path / "tables")).to_list() == [{"a": "007", "b": "NA"}, {"a": "1.50", "b": "null"}]
+    assert load(str(tmp_path / "tables"), "validation").to_list() == [{"a": "008", "b": "x"}]
+    assert "has no split 'test'" in refusal(str(tmp_path / "tables"), "test")
+    write(tmp_path / "tables" / "dev-set.csv", "a;b\n1;2\n")
+    assert "looks separated by semicolons" in refusal(str(tmp_path / "tables"), "validation")
+
+
 def test_home_is_known(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "rows.jsonl", lines(*ROWS))

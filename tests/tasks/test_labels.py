@@ -136,6 +136,13 @@ def test_hidden_labels_of_a_hub_data_set() -> None:
     assert make().fit(rows.select([0, 1]), "glue").labels == ("neg", "pos")
 
 
+@pytest.mark.parametrize("names", [["", "pos"], ["pos", "pos "]])
+def test_names_that_a_data_set_gives_are_names(names: list[str]) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    rows = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features)
+    assert "of which one is blank or there twice" in refusal(make().fit, rows, "glue")
+
+
 def test_an_unknown_label_is_compared_with_the_known_ones() -> None:
     task = make().fit(data_of(["pos", "neg", "pos"]), "train.csv")
     said = refusal(task.tokenize, data_of(["pos", "Neg"]), tiny_tokenizer(), what="eval.csv")
