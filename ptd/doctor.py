@@ -15,7 +15,7 @@ import torch
 from packaging.requirements import Requirement
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ptd.backbone import TextConditioner, architecture_of, load_tokenizer, vocabulary_of
+from ptd.backbone import TextConditioner, architecture_of, load_tokenizer, text_config_of, vocabulary_of
 from ptd.backbone.blank import blank_model
 from ptd.checkpoint.run_folder import open_run
 from ptd.config import RunConfig, load_config
@@ -190,13 +190,13 @@ def _data(config: RunConfig) -> str:
 
 def _backbone(config: RunConfig) -> str:
     architecture = architecture_of(config.backbone)
-    check_special(load_tokenizer(config.backbone), vocabulary_of(config.backbone))
+    check_special(load_tokenizer(config.backbone), vocabulary_of(text_config_of(config.backbone)))
     return f"{config.backbone.path}, {architecture}"
 
 
 def _added_tokens(config: RunConfig) -> Iterator[Check]:
     """Tokens that only the tokenizer knows: a run refuses rows that have one."""
-    tokenizer, rows = load_tokenizer(config.backbone), vocabulary_of(config.backbone)
+    tokenizer, rows = load_tokenizer(config.backbone), vocabulary_of(text_config_of(config.backbone))
     beyond = {} if rows is None else {name: token for name, token in tokenizer.get_vocab().items() if token >= rows}
     if beyond:
         found = f"{some(sorted(beyond, key=beyond.__getitem__), 5)} are beyond the {rows} rows of the embedding"

@@ -13,7 +13,14 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 
-from ptd.backbone import TextConditioner, architecture_of, embeddings_of, load_tokenizer, vocabulary_of
+from ptd.backbone import (
+    TextConditioner,
+    architecture_of,
+    embeddings_of,
+    load_tokenizer,
+    text_config_of,
+    vocabulary_of,
+)
 from ptd.checkpoint import Adapter, Saver, backbone_reference, save_adapter
 from ptd.checkpoint.files import writing
 from ptd.checkpoint.journal import Journal
@@ -35,7 +42,7 @@ from ptd.engine.records import METRICS, Records, read_records
 from ptd.engine.setup import Prepared, check_context, prepare
 from ptd.engine.watchdog import Watchdog, Watched
 from ptd.generate import Tuned
-from ptd.inject import check_backend, compile_layers
+from ptd.inject import check_backend, compile_layers, context_of
 from ptd.methods import TaskFacts, method
 from ptd.report import leave_report
 from ptd.sampling import Sampler
@@ -424,13 +431,15 @@ class Material:
 def read_material(config: RunConfig, ranks: Ranks, reporter: Reporter) -> Material:
     """Read and tokenise the run's rows. Every rank calls this together; raises `UserError`."""
     check_backend(config.backbone.attention)
+    text_config = text_config_of(config.backbone)
+    check_context(context_of(text_config), 0, config.data.max_length)  # with the prompt's own, once it is loaded
     tokenizer = load_tokenizer(config.backbone)
     task = make_task(config.task, config.data, architecture_of(config.backbone))
     chosen, facts = method(config.method_name), facts_of(config, task)
     chosen.check(config.method_config(), facts)
     trains = chosen.has_prompt or facts.trained_head
     learned_from: Literal["train", "eval"] = "train" if trains else "eval"
-    source = _Source(config.data, tokenizer, vocabulary_of(config.backbone), ranks, reporter)
+    source = _Source(config.data, tokenizer, vocabulary_of(text_config), ranks, reporter)
     told = task.labels
     task, examples, rows = source.read(learned_from, task, learn=True)
     if task.labels != told:
@@ -495,7 +504,7 @@ def build_trained(config: RunConfig, prepared: Prepared, task: Task, tokenizer: 
     encoder = chosen.build(settings, prepared.shape, conditioner, facts_of(config, task), seed=config.train.seed)
     with torch.no_grad():
         prepared.attachment.set(encoder.state(encoder()))
-    check_context(prepared.shape, prepared.attachment.extra_positions, config.data.max_length)
+    check_context(prepared.shape.context, prepared.attachment.extra_positions, config.data.max_length)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         readout = task.readout(tokenizer, prepared.shape.hidden_size, chosen.head(settings))

@@ -21,7 +21,7 @@ def is_missing(value: Any) -> bool:
 
 def is_blank(text: str) -> bool:
     """Whether there is nothing to be seen: no characters, or only white space, byte order marks and the like."""
-    return not any(character.isprintable() and not character.isspace() for character in text)
+    return not (text[:1].isalnum() or any(character.isprintable() and not character.isspace() for character in text))
 
 
 def name_of(value: Any) -> str | None:

@@ -99,6 +99,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "method.init_text_file: cannot read nowhere.txt: No such file or directory",
     ),
     "no such attention": ({"backbone": {"attention": "magic"}}, "backbone.attention: there is no backend 'magic'"),
+    "rows longer than the context": (
+        {"data": {"max_length": 300}},
+        "data.max_length=300 exceeds the backbone's context of 256 tokens; set data.max_length to at most 256",
+    ),
     "column for two fields": (
         {"data": {"columns": {"prompt": "a", "completion": "a"}}},
         "data.columns: 'a' is given for two fields",

@@ -8,6 +8,7 @@ from ptd.backbone.load import (
     embeddings_of,
     load_model,
     load_tokenizer,
+    text_config_of,
     vocabulary_of,
 )
 
@@ -20,5 +21,6 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "part_of",
+    "text_config_of",
     "vocabulary_of",
 ]

@@ -55,9 +55,14 @@ def dtype_of(config: BackboneConfig) -> torch.dtype:
     return DTYPES.get(config.dtype) or _model_config(config).dtype or torch.float32
 
 
-def vocabulary_of(config: BackboneConfig) -> int | None:
-    """Rows of the checkpoint's embedding, by its config alone; None where that does not say. Raises `UserError`."""
-    size = getattr(_model_config(config).get_text_config(), "vocab_size", None)
+def text_config_of(config: BackboneConfig) -> Any:
+    """The checkpoint's own config, of its part that reads text; raises `UserError`."""
+    return _model_config(config).get_text_config()
+
+
+def vocabulary_of(text_config: Any) -> int | None:
+    """Rows of the embedding, by the checkpoint's config alone; None where that does not say."""
+    size = getattr(text_config, "vocab_size", None)
     return size if isinstance(size, int) else None
 
 

@@ -67,6 +67,8 @@ def field_chunks(rows: Dataset, fields: Mapping[str, Column], what: str) -> Iter
 
 def cell(value: Any, column: Column, row: int, what: str) -> Any:
     """The value of a cell as the task reads it. Raises `UserError`, naming the ``row`` of ``what``."""
+    if isinstance(value, str) and (column.may_be_blank or not is_blank(value)):  # nearly always
+        return value
     place = f"row {row} of {what}"
     said = f"{column.name!r}, which {column.used_by} uses," if column.used_by else repr(column.name)
     if is_missing(value):
@@ -86,7 +88,7 @@ def cell(value: Any, column: Column, row: int, what: str) -> Any:
             f"{place}: {said} has to be {column.holds}, but is {type(value).__name__} ({repr(value)[:60]}); write it "
             "as a string"
         )
-    if isinstance(value, str) and not column.may_be_blank and is_blank(value):
+    if isinstance(value, str):
         raise blank(place, said, "text with at least one token" if column.holds == TEXT else column.holds)
     return value
 

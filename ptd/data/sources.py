@@ -276,12 +276,12 @@ def _tables(folder: Path) -> dict[str, Path]:
     files = [path for path in folder.iterdir() if not path.name.startswith(".")]
     if any(path.suffix.lower() not in (".csv", ".jsonl") or not path.is_file() for path in files):
         return {}
-    found = {}
+    found: dict[str, Path] = {}
     for split, words in _SPLITS.items():
         named = [path for path in files if set(re.split(r"[^a-z]+", path.stem.lower())) & set(words)]
         if len(named) > 1:
             return {}
-        found |= {split: path for path in named}
+        found |= dict(zip([split], named, strict=False))
     return found
 
 

@@ -1,6 +1,6 @@
 """Injection: how a prompt reaches a model's attention or embeddings, dispatched on the kind of prompt state."""
 
-from ptd.inject.attach import Attachment, check_supported
+from ptd.inject.attach import Attachment, check_supported, context_of
 from ptd.inject.compile import compile_each, compile_layers
 from ptd.inject.explain import check_backend, explain_attention, standing_in_for_gpu
 from ptd.inject.watch import LayerShares, SharesOfPrompt, attending_only_to
@@ -14,6 +14,7 @@ __all__ = [
     "check_supported",
     "compile_each",
     "compile_layers",
+    "context_of",
     "explain_attention",
     "standing_in_for_gpu",
 ]
