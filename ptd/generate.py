@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from ptd.backbone import architecture_of, load_tokenizer
+from ptd.backbone import architecture_of, embeddings_of, load_tokenizer
 from ptd.checkpoint import Adapter, load_adapter
 from ptd.config import (
     BackboneConfig,
@@ -23,15 +23,20 @@ from ptd.config import (
     parse_method,
     task_config,
 )
+from ptd.data.tokens import check_ids, check_prompts, check_words
 from ptd.deepspeed_config import zero3_config
-from ptd.engine.evaluation import in_order
+from ptd.engine.evaluation import HeldOut, in_order
 from ptd.engine.ranks import Ranks
 from ptd.engine.setup import Prepared, prepare
+from ptd.files import decode as decode_text
+from ptd.files import lines_of, read_text
+from ptd.inject import check_backend
 from ptd.methods import method
 from ptd.readouts import Readout
 from ptd.tasks import Task, make_task
 from ptd.tasks.seq2seq_lm import target_language
 from ptd.types import Architecture, HeadSettings, Reporter, UserError
+from ptd.values import is_blank
 
 Settings = Mapping[str, dict[str, Any]]
 """Changes to the run's sections ``backbone`` and ``data``, by section and key."""
@@ -62,6 +67,13 @@ class Tuned:
     task: Task
     readout: Readout
 
+    def held_out(self, rows: Any, batch_size: int, *, what: str, labelled: bool = True) -> HeldOut:
+        """``rows`` (called ``what`` in messages) as tokens that this backbone has; raises `UserError`."""
+        task, tokenizer = self.task, self.tokenizer
+        examples = task.tokenize(rows, tokenizer, what=what, labelled=labelled)
+        check_ids(examples, tokenizer, embeddings_of(self.prepared.model), what, writes=task.generates)
+        return HeldOut(task, examples, rows, batch_size, task.data.packing, tokenizer.pad_token_id)
+
     def room(self, used: int) -> int | None:
         """Tokens that can be generated after ``used`` others beside the prompt; None: no known limit."""
         context = self.prepared.shape.context
@@ -91,8 +103,30 @@ def backbone_of(adapter: Adapter | None, path: str | None, changes: dict[str, An
     return backbone_config({**section, "path": named, "revision": revision})
 
 
-def load_tuned(adapter: str | None, backbone: str | None, ranks: Ranks, *, settings: Settings | None = None) -> Tuned:
-    """Load the adapter's backbone (or ``backbone``) and put the adapter on it. Every rank calls this together.
+@dataclass(frozen=True)
+class Found:
+    """What is known of an adapter and its backbone before any weight of that is read."""
+
+    adapter: Adapter | None
+    config: BackboneConfig
+    task: Task
+    head: HeadSettings
+    tokenizer: Any
+
+    def load(self, ranks: Ranks) -> Tuned:
+        """Load the backbone and put the adapter on it. Every rank calls this together; raises `UserError`."""
+        prepared = prepare(self.config, ranks, zero3_config(self.config), output=self.task.output)
+        readout = self.task.readout(self.tokenizer, prepared.shape.hidden_size, self.head)
+        check_words(readout.token_ids(), self.tokenizer, embeddings_of(prepared.model))
+        if self.adapter is not None:
+            self.adapter.check_fits(prepared.shape, prepared.fingerprint, path=self.config.path)
+            prepared.attachment.set(self.adapter.layout.state(self.adapter.flat.to(ranks.device)))
+            _load_head(readout, self.adapter)
+        return Tuned(prepared, self.tokenizer, self.adapter, self.task, readout.to(ranks.device))
+
+
+def find_tuned(adapter: str | None, backbone: str | None, *, settings: Settings | None = None) -> Found:
+    """Read the adapter, and of its backbone (or ``backbone``) what is not its weights.
 
     Backbone and data are treated as in training, changed by ``settings``; the task is the one the adapter was trained
     for, without an adapter, or with one that PEFT wrote, the text task of the backbone's architecture. Raises
@@ -105,6 +139,7 @@ def load_tuned(adapter: str | None, backbone: str | None, ranks: Ranks, *, setti
     found = load_adapter(adapter) if adapter is not None else None
     config = backbone_of(found, backbone, settings.get("backbone"))
     architecture = architecture_of(config)
+    check_backend(config.attention)
     task_section, data, head = sections_of(found, settings.get("data", {}))
     task_section = task_section or TaskConfig(kind=_text_task(architecture, config.path))
     try:
@@ -112,14 +147,12 @@ def load_tuned(adapter: str | None, backbone: str | None, ranks: Ranks, *, setti
     except ValueError as error:
         raise UserError(str(error)) from error
     task = make_task(task_section, data, architecture)
-    tokenizer = load_tokenizer(config)
-    prepared = prepare(config, ranks, zero3_config(config), output=task.output)
-    readout = task.readout(tokenizer, prepared.shape.hidden_size, head)
-    if found is not None:
-        found.check_fits(prepared.shape, prepared.fingerprint, path=config.path)
-        prepared.attachment.set(found.layout.state(found.flat.to(ranks.device)))
-        _load_head(readout, found)
-    return Tuned(prepared, tokenizer, found, task, readout.to(ranks.device))
+    return Found(found, config, task, head, load_tokenizer(config))
+
+
+def load_tuned(adapter: str | None, backbone: str | None, ranks: Ranks, *, settings: Settings | None = None) -> Tuned:
+    """`find_tuned`, and the backbone loaded with the adapter on it. Every rank calls this together."""
+    return find_tuned(adapter, backbone, settings=settings).load(ranks)
 
 
 def sections_of(adapter: Adapter | None, changes: dict[str, Any]) -> tuple[TaskConfig | None, DataConfig, HeadSettings]:
@@ -254,23 +287,28 @@ def generate(
     """
     ranks, reporter = start_ranks(settings), reporter or Reporter()
     try:
-        tuned = load_tuned(adapter, backbone, ranks, settings=settings)
-        task = tuned.task
+        found = find_tuned(adapter, backbone, settings=settings)
+        task = found.task
         if not task.generates:
             raise UserError("the adapter was trained to label, not to write; use ptd predict")
+        tuned = found.load(ranks)
         ids = ranks.on_main(lambda: task.prompts(prompts, tuned.tokenizer))
+        check_prompts(ids, tuned.tokenizer, embeddings_of(tuned.prepared.model), "the prompts")
         return decode(tuned, ids, decoding or Decoding(), ranks, batch_size=batch_size, reporter=reporter)
     finally:
         ranks.stop()
 
 
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line of a text file. Raises `UserError` if it cannot be read or is empty."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--file: cannot read {path}: {error}") from error
-    prompts = [line for line in lines if line.strip()]
+def read_prompts(source: str | Path | BinaryIO, named: str = "--file") -> list[str]:
+    """One prompt a line of a text file, or of a stream of bytes that messages call ``named``.
+
+    Raises `UserError` if it cannot be read or has none.
+    """
+    if isinstance(source, str | Path):
+        text, place = read_text(source, f"{named}: cannot read"), f"{named}: {source}"
+    else:
+        text, place = decode_text(source.read(), f"cannot read {named}"), named
+    prompts = [line for line in lines_of(text) if not is_blank(line)]
     if not prompts:
-        raise UserError(f"--file: {path} has no prompts; write one a line")
+        raise UserError(f"{place} has no prompts; write one a line")
     return prompts

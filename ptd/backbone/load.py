@@ -55,6 +55,23 @@ def dtype_of(config: BackboneConfig) -> torch.dtype:
     return DTYPES.get(config.dtype) or _model_config(config).dtype or torch.float32
 
 
+def text_config_of(config: BackboneConfig) -> Any:
+    """The checkpoint's own config, of its part that reads text; raises `UserError`."""
+    return _model_config(config).get_text_config()
+
+
+def vocabulary_of(text_config: Any) -> int | None:
+    """Rows of the embedding, by the checkpoint's config alone; None where that does not say."""
+    size = getattr(text_config, "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def embeddings_of(model: PreTrainedModel) -> int:
+    """Rows of a model's embedding, also where they are sharded."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.num_embeddings)
+
+
 def load_model(
     config: BackboneConfig,
     output: Output = "causal_lm",

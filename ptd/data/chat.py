@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ptd.types import UserError
+from ptd.values import is_blank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,6 +74,12 @@ def _check(messages: Any, place: str) -> None:
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{place}: messages has to be a list of {{role, content}}, but is {repr(messages)[:60]}")
     for number, message in enumerate(messages, start=1):
+        calls = isinstance(message, dict) and message.get("tool_calls")
+        if calls and number == len(messages) and not isinstance(message.get("content"), str):
+            raise UserError(
+                f"{place}: the last message calls a tool (tool_calls) and says nothing, and what is learned is text "
+                "alone; let the row end in the assistant's answer, or write the call into its content as text"
+            )
         for key in ("role", "content"):
             value = message.get(key) if isinstance(message, dict) else None
             if not isinstance(value, str):
@@ -86,7 +93,7 @@ def _check(messages: Any, place: str) -> None:
         )
     if len(messages) == 1:
         raise UserError(f"{place}: there is no message before the assistant's; put at least a user message there")
-    if not messages[-1]["content"]:
+    if is_blank(messages[-1]["content"]):
         raise UserError(f"{place} has an empty last message: there is nothing to learn; remove the row")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from ptd.config import DataConfig, fields_of
 from ptd.data.chat import chat_prompt, chat_tokens
-from ptd.data.fields import check_column, check_text
+from ptd.data.fields import TEXT, Column, cell, check_column
 from ptd.data.filling import encode, fill, special_affixes
 from ptd.data.templates import marks_of, parse_template, prompt_template
 from ptd.types import DataReport, Examples, UserError
@@ -195,36 +195,33 @@ def _chunks(
     Prompts come as token ids without special tokens, with `ptd.types.virtual_id`s where the template has marks.
     """
     fields = fields_of("causal_lm", config.format)
-    columns = {field: config.columns.get(field, field) for field in fields}
+    columns = {
+        field: Column(
+            config.columns.get(field, field),
+            "a list of messages" if field == "messages" else TEXT,
+            may_be_blank=field == "prompt",
+        )
+        for field in fields
+    }
     template = prompt_template(config, rows.column_names, what)
     if template is not None:
         del columns["prompt"]
     for field, column in columns.items():
-        check_column(rows, field, column, what)
-    used = {*columns.values(), *(template.fields if template is not None else ())}
+        check_column(rows, field, column.name, what)
+    used = {*(column.name for column in columns.values()), *(template.fields if template is not None else ())}
     rows = rows.select_columns(sorted(used)).with_format(None)
     for begin in range(0, len(rows), _ROWS_AT_ONCE):
         piece = rows[begin : begin + _ROWS_AT_ONCE]
-        chunk = {field: piece[column] for field, column in columns.items()}
-        for field, column in columns.items():
-            _check(chunk[field], column, field, begin + 1, what)
+        chunk = {
+            field: [cell(value, column, row, what) for row, value in enumerate(piece[column.name], begin + 1)]
+            for field, column in columns.items()
+        }
         if template is not None:
             values = template.values(piece, begin + 1, what)
             chunk["prompt"] = fill(template, values, tokenizer, ([], []))[0]
         elif "prompt" in chunk:
             chunk["prompt"] = encode(tokenizer, chunk["prompt"])
         yield begin + 1, chunk
-
-
-def _check(values: list[Any], column: str, field: str, first: int, what: str) -> None:
-    for row, value in enumerate(values, first):
-        if value is None:
-            raise UserError(f"row {row} of {what} has no {column!r}; add it or remove the row")
-        if field == "messages":
-            continue
-        check_text(value, column, f"row {row} of {what}")
-        if not value and field != "prompt":
-            raise UserError(f"row {row} of {what} has an empty {column!r}: there is nothing to learn; remove the row")
 
 
 def _leading(ids: list[int], head: list[int], tokenizer: PreTrainedTokenizerBase) -> int:

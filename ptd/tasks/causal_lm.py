@@ -9,7 +9,7 @@ from ptd.config import DataConfig, TaskConfig
 from ptd.data import marks_of, prompts_and_references, tokenize
 from ptd.data.formats import fill_prompts
 from ptd.readouts.language_model import LanguageModel
-from ptd.tasks import register
+from ptd.tasks import TEXT_METRICS, register
 from ptd.types import Architecture, Examples, HeadSettings, Output, UserError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ class CausalLM:
     labels: tuple[str, ...] = ()
     cloze = False
     generates: Literal[True] = True
+    metric_names = TEXT_METRICS
 
     def __init__(self, config: TaskConfig, data: DataConfig) -> None:
         self.config, self.data = config, data
