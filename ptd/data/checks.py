@@ -1,0 +1,104 @@
+"""Whether what is learned from the first rows is what inference will see, and by how much the two differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from ptd.data.continuations import read, text_behind, without_special_tokens
+from ptd.data.filling import encode
+from ptd.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ptd.data.prompts import Written
+
+ROWS = 64
+"""So many rows are looked at."""
+
+
+def notes_on_rows(
+    rows: Sequence[Written],
+    asked: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    what: str,
+    continues: bool,
+) -> list[str]:
+    """What differs in the first ``rows``, a sentence each.
+
+    ``asked``: the prompts that inference makes of the same rows; ``continues``: whether completions are generated and
+    compared, so that how the tokenizer writes them matters. Raises `UserError` if the tokenizer knows nothing of what
+    is to be learned.
+    """
+    size = len(rows)
+
+    def told(places: list[int], said: str, example: Callable[[int], str]) -> list[str]:
+        if not places:
+            return []
+        counted = said.replace("ROWS", f"{len(places)} of the first {size}")
+        return [f"{counted} (row {places[0] + 1}: {example(places[0])})"]
+
+    ids = [_own(row, tokenizer) for row in rows]
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and rows and all(set(row) <= {unknown} for row in ids):
+        raise UserError(
+            f"{what}: the tokenizer {tokenizer.name_or_path!r} knows nothing of what is to be learned in the first "
+            f"{size} rows (e.g. {rows[0].text[:40]!r}); take a backbone for texts of this kind"
+        )
+    texts = [
+        text_behind(tokenizer, row.prompt, own, skip_special_tokens=False) for row, own in zip(rows, ids, strict=True)
+    ]
+    apart = [
+        place
+        for place, (row, own, text) in enumerate(zip(rows, ids, texts, strict=True))
+        if text != row.text and not _reads_joined(row, own, tokenizer)
+    ]
+    other = [place for place, row in enumerate(rows) if list(asked[place]) != row.prompt]
+    notes = told(
+        other,
+        "in ROWS rows inference sends another prompt than is learned from",
+        lambda place: f"from token {_first_difference(rows[place].prompt, asked[place]) + 1} on",
+    )
+    notes += told(
+        apart,
+        "in ROWS rows the tokens do not read as prompt and completion one behind the other",
+        lambda place: f"{rows[place].text[:30]!r} is learned as {texts[place][:30]!r}",
+    )
+    if not continues:
+        return notes
+    plain = [without_special_tokens(tokenizer, text).strip() for text in texts]
+    wanted = [without_special_tokens(tokenizer, row.text).strip() for row in rows]
+    lossy = [place for place in range(size) if place not in apart and plain[place] != wanted[place]]
+    notes += told(
+        lossy,
+        "the tokenizer writes ROWS completions differently, so generated text cannot match them exactly",
+        lambda place: f"{wanted[place][:30]!r} as {plain[place][:30]!r}",
+    )
+    eos = tokenizer.eos_token_id
+    stops = [place for place, row in enumerate(rows) if eos is not None and eos in row.completion[:-1]]
+    notes += told(
+        stops,
+        f"ROWS completions hold {tokenizer.eos_token} before their end, where generation stops",
+        lambda place: repr(rows[place].text[:40]),
+    )
+    return notes
+
+
+def _own(row: Written, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The completion's tokens without the end that was appended to the text's own."""
+    appended = row.completion[-1] == tokenizer.eos_token_id
+    written = tokenizer.eos_token is not None and row.text.rstrip().endswith(tokenizer.eos_token)
+    return row.completion[:-1] if appended and not written else row.completion
+
+
+def _reads_joined(row: Written, own: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether prompt and completion read as what the tokenizer makes of their texts joined."""
+    before, both = encode(tokenizer, [row.before, row.before + row.text])
+    return read(tokenizer, before + own) == read(tokenizer, both)
+
+
+def _first_difference(one: Sequence[int], other: Sequence[int]) -> int:
+    pairs = zip(one, other, strict=False)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

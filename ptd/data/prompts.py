@@ -1,0 +1,339 @@
+"""What a backbone is asked and what it has to write: one builder for training, evaluation, generation and samples.
+
+`written` makes token ids of rows, `typed` of what a person types. The prompt's ids are what inference sends: behind the
+special tokens that the tokenizer puts before a text (never those it appends), or as the chat template writes them. The
+completion's are those of the text as it continues that prompt (`ptd.data.continuations`), and a token that ends it.
+``{v:n}`` marks of ``data.prompt_template`` become `ptd.types.virtual_id`s in the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ptd.config import DataConfig, fields_of
+from ptd.data.chat import Chat, Talk, Turn
+from ptd.data.continuations import continuations, without_special_tokens
+from ptd.data.fields import check_column, check_text
+from ptd.data.filling import affixed, encode, fill, special_affixes
+from ptd.data.templates import Template, parse_template, prompt_template
+from ptd.types import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+_ROWS_AT_ONCE = 1000
+
+
+@dataclass(frozen=True)
+class Written:
+    """A row as token ids.
+
+    ``learned``: for each token of prompt and completion whether it is supervised. ``text`` is what the completion says
+    and ``before`` the text in front of it (since the last virtual token); ``reference`` is the text that generation
+    should give; ``leading`` counts the special tokens that open the prompt.
+    """
+
+    prompt: list[int]
+    completion: list[int]
+    learned: bytes
+    before: str
+    text: str
+    reference: str
+    leading: int
+
+
+@dataclass
+class Found:
+    """What came up while rows were read: the ids that were taught to end a text, and counts of what has to be told."""
+
+    ends: set[int] = field(default_factory=set)
+    turns_left: int = 0
+    unmarked: int = 0
+    openings: set[str] = field(default_factory=set)
+    open_ends: int = 0
+    dated: bool = False
+
+    def notes(self, eos: str | None) -> list[str]:
+        """Each as a sentence; ``eos``: the tokenizer's end token."""
+        said = []
+        if self.turns_left:
+            said.append(
+                f"{self.turns_left:,} earlier turns of the assistant are not learned, because the chat template or the "
+                "tokenizer writes them differently once they are history"
+            )
+        for opening in sorted(filter(str.strip, self.openings))[:3]:
+            said.append(f"the chat template begins answers with {opening!r}, which the model writes too")
+        if self.unmarked:
+            said.append(
+                f"in {self.unmarked:,} rows the template's {{% generation %}} leaves out part of what the model has to "
+                "write; it is learned all the same"
+            )
+        if self.open_ends:
+            said.append(f"the chat template closes turns with no token of its own, so {eos} is learned behind them")
+        if self.dated:
+            said.append("the chat template writes the date of the day, so prompts of another day differ")
+        return said
+
+
+def written(
+    rows: Dataset, config: DataConfig, tokenizer: PreTrainedTokenizerBase, what: str, found: Found
+) -> Iterator[Written]:
+    """Each row in ``config.format``. Adds to ``found`` what is to be told; raises `UserError` naming the row."""
+    if config.format == "messages":
+        yield from _conversations(rows, config, tokenizer, what, found)
+        return
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    if eos is None:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, so the model could not learn "
+            f"where a text ends; data.format {config.format} needs one (set eos_token in its tokenizer_config.json)"
+        )
+    found.ends.add(eos)
+    head = special_affixes(tokenizer)[0]
+    name = "text" if config.format == "text" else "completion"
+    for first, chunk in _chunks(rows, config, tokenizer, what):
+        completions = continuations(tokenizer, chunk.before, chunk.texts)
+        for index, completion in enumerate(completions):
+            prompt, text = affixed(chunk.prompts[index], head), chunk.texts[index]
+            if not chunk.prompts[index] and completion[: len(head)] == head:
+                completion = completion[len(head) :]
+            if not completion:
+                raise UserError(f"row {first + index} of {what}: the {name} has no tokens; remove the row")
+            if completion[-1] != eos:
+                completion.append(eos)
+            learned = b"\1" * len(completion)
+            if bos != eos and bos in completion:  # nothing predicts where a text begins
+                begins = range(len(completion)) if config.format == "text" else range(_run_of(bos, completion))
+                learned = bytes(place not in begins or token != bos for place, token in enumerate(completion))
+            mask = bytes(len(prompt)) + learned
+            reference = without_special_tokens(tokenizer, text)
+            leading = _leading(prompt, head, tokenizer)
+            yield Written(prompt, completion, mask, chunk.before[index], text, reference, leading)
+
+
+def typed(
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    texts: Sequence[str],
+    *,
+    system: str | None = None,
+    raw: bool = False,
+) -> list[list[int]]:
+    """Token ids of the prompts that free texts make, as in training.
+
+    With ``messages`` each is a user message in the chat template, behind a ``system`` message if one is given; else it
+    is put into ``data.prompt_template`` if that has a single field. ``raw``: the texts are whole prompts already.
+    Raises `UserError` where virtual tokens would have no place.
+    """
+    if config.format == "messages" and not raw:
+        chat = Chat(tokenizer)
+        before = [] if system is None else [{"role": "system", "content": system}]
+        asked = [[*before, {"role": "user", "content": text}] for text in texts]
+        return encode(tokenizer, [chat.prompt(messages, "the prompt") for messages in asked])
+    template = None if config.prompt_template is None else parse_template(config.prompt_template)
+    if raw and template is not None and template.virtual_tokens:
+        raise UserError(
+            f"--raw: data.prompt_template {template.source!r} places virtual tokens in the prompt, and a raw text says "
+            "nowhere where they stand; leave --raw out"
+        )
+    return fill_prompts(tokenizer, None if raw else config.prompt_template, list(texts))
+
+
+def how_typed(config: DataConfig, *, system: str | None, raw: bool) -> str | None:
+    """What becomes of free texts before they are sent, if that is not plain; None: nothing to say."""
+    if raw:
+        return None
+    if config.format == "messages":
+        behind = f", behind the system message {_short(system)!r}" if system is not None else ""
+        return f"each prompt is sent as a user message in the tokenizer's chat template{behind}; --raw sends the text"
+    fields = set(parse_template(config.prompt_template).fields) if config.prompt_template is not None else {"one"}
+    if len(fields) != 1:
+        return f"data.prompt_template has {len(fields) or 'no'} fields, so each prompt is sent as it is, as a whole one"
+    return None
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of prompts as in training: behind the special tokens that the tokenizer puts before a text."""
+    head = special_affixes(tokenizer)[0]
+    return [affixed(ids, head) for ids in encode(tokenizer, texts)]
+
+
+def fill_prompts(tokenizer: PreTrainedTokenizerBase, template: str | None, texts: list[str]) -> list[list[int]]:
+    """Token ids of the prompts that free texts make: each put into the template, if that has a single field.
+
+    With several fields (or none, or no template) a text alone cannot fill it, and the texts are taken to be whole
+    prompts already. Raises `UserError` if such a template has ``{v:n}`` marks, whose place would then be unknown.
+    """
+    parsed = parse_template(template) if template is not None else None
+    if parsed is None or (len(set(parsed.fields)) != 1 and not parsed.virtual_tokens):
+        return prompt_tokens(tokenizer, texts)
+    if len(set(parsed.fields)) != 1:
+        count = len(set(parsed.fields)) or "no"
+        raise UserError(
+            f"data.prompt_template: {template!r} has {count} fields and virtual tokens between them, so a single text "
+            "does not make a prompt; give rows with the template's columns (ptd evaluate), or train with one field"
+        )
+    values = [(text,) * len(parsed.fields) for text in texts]
+    return fill(parsed, values, tokenizer, (special_affixes(tokenizer)[0], []))[0]
+
+
+def _conversations(
+    rows: Dataset, config: DataConfig, tokenizer: PreTrainedTokenizerBase, what: str, found: Found
+) -> Iterator[Written]:
+    chat = Chat(tokenizer)
+    found.dated = chat.dated
+    for first, chunk in _chunks(rows, config, tokenizer, what):
+        places = [f"row {first + index} of {what}" for index in range(len(chunk.texts))]
+        talks = [chat.talk(messages, place) for messages, place in zip(chunk.texts, places, strict=True)]
+        befores = iter(encode(tokenizer, [turn.before for talk in talks for turn in talk.turns]))
+        lasts = [talk.turns[-1] for talk in talks]
+        completions = continuations(tokenizer, [turn.before for turn in lasts], [turn.written for turn in lasts])
+        for talk, completion, place in zip(talks, completions, places, strict=True):
+            yield _conversation(talk, [next(befores) for _ in talk.turns], completion, tokenizer, place, found)
+
+
+def _conversation(
+    talk: Talk,
+    befores: list[list[int]],
+    completion: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    place: str,
+    found: Found,
+) -> Written:
+    last, prompt = talk.turns[-1], befores[-1]
+    if not completion:
+        raise UserError(f"{place}: the last message has no tokens; remove the row")
+    learned_to = _closed(completion, last, tokenizer, found)
+    if learned_to is None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"{place}: the chat template closes the assistant's turn with {last.written[-20:]!r}, which is no "
+                "token of its own, and the tokenizer has no end-of-sequence token, so the model could not learn where "
+                "an answer ends; set eos_token in its tokenizer_config.json"
+            )
+        found.ends.add(tokenizer.eos_token_id)
+        found.open_ends += 1
+        completion = [*completion, tokenizer.eos_token_id]
+        learned_to = len(completion)
+    mask = bytearray(len(prompt) + len(completion))
+    mask[len(prompt) : len(prompt) + learned_to] = b"\1" * learned_to
+    ids = prompt + completion
+    left = talk.left
+    for turn, before in zip(talk.turns[:-1], befores[:-1], strict=True):
+        size = _end_in(ids, before, turn, tokenizer, found)
+        if size is None:
+            left += 1
+        else:
+            mask[len(before) : size] = b"\1" * (size - len(before))
+    found.turns_left += left
+    found.unmarked += talk.unmarked
+    found.openings.add(talk.opening)
+    reference = without_special_tokens(tokenizer, last.written[: last.answer])
+    return Written(
+        prompt, completion, bytes(mask), last.before, last.written, reference, _leading(prompt, [], tokenizer)
+    )
+
+
+def _closed(ids: list[int], turn: Turn, tokenizer: PreTrainedTokenizerBase, found: Found) -> int | None:
+    """How many of a turn's ``ids`` are learned, the token that closes it included; None: no single token does."""
+    if turn.end is None:
+        return None
+    end = tokenizer.convert_tokens_to_ids(turn.end)
+    places = [place for place, token in enumerate(ids) if token == end]
+    number = turn.written[: turn.learned].count(turn.end)
+    if len(places) < number:
+        return None
+    found.ends.add(end)
+    return places[number - 1] + 1
+
+
+def _end_in(
+    ids: list[int], before: list[int], turn: Turn, tokenizer: PreTrainedTokenizerBase, found: Found
+) -> int | None:
+    """Where an earlier turn ends in the conversation's ``ids``; None: inference would send other tokens before it."""
+    if ids[: len(before)] != before:
+        return None
+    size = _closed(ids[len(before) :], turn, tokenizer, found)
+    if size is not None:
+        return len(before) + size
+    (whole,) = encode(tokenizer, [turn.before + turn.written[: turn.learned]])
+    return len(whole) if turn.end is None and ids[: len(whole)] == whole else None
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Rows of a format: ``texts`` are what is to be written (with messages: the conversations).
+
+    ``prompts``: their token ids without special tokens; ``before``: the prompt's text since its last virtual token.
+    """
+
+    texts: list[Any]
+    prompts: list[list[int]]
+    before: list[str]
+
+
+def _chunks(
+    rows: Dataset, config: DataConfig, tokenizer: PreTrainedTokenizerBase, what: str
+) -> Iterator[tuple[int, _Chunk]]:
+    """Up to `_ROWS_AT_ONCE` rows at a time, checked, with the first row's number (from 1)."""
+    fields = fields_of("causal_lm", config.format)
+    columns = {field: config.columns.get(field, field) for field in fields}
+    template = prompt_template(config, rows.column_names, what)
+    if template is not None:
+        del columns["prompt"]
+    for field_name, column in columns.items():
+        check_column(rows, field_name, column, what)
+    used = {*columns.values(), *(template.fields if template is not None else ())}
+    rows = rows.select_columns(sorted(used)).with_format(None)
+    for begin in range(0, len(rows), _ROWS_AT_ONCE):
+        piece = rows[begin : begin + _ROWS_AT_ONCE]
+        for field_name, column in columns.items():
+            _check(piece[column], column, field_name, begin + 1, what)
+        texts = piece[columns[fields[-1]]]
+        if template is not None:
+            values = template.values(piece, begin + 1, what)
+            prompts = fill(template, values, tokenizer, ([], []))[0]
+            before = [_last_run(template, row) for row in values]
+        else:
+            before = piece[columns["prompt"]] if "prompt" in columns else [""] * len(texts)
+            prompts = encode(tokenizer, before) if "prompt" in columns else [[] for _ in texts]
+        yield begin + 1, _Chunk(texts, prompts, before)
+
+
+def _last_run(template: Template, values: tuple[str, ...]) -> str:
+    """What a filled template says behind its last mark."""
+    run = template.pieces[-1] if template.pieces else ()
+    if not isinstance(run, tuple):
+        return ""
+    rest = iter(values[len(values) - sum(hasattr(part, "column") for part in run) :])
+    return "".join(next(rest) if hasattr(part, "column") else part.text for part in run)
+
+
+def _check(values: list[Any], column: str, field_name: str, first: int, what: str) -> None:
+    for row, value in enumerate(values, first):
+        if value is None:
+            raise UserError(f"row {row} of {what} has no {column!r}; add it or remove the row")
+        if field_name == "messages":
+            continue
+        check_text(value, column, f"row {row} of {what}")
+        if not value and field_name != "prompt":
+            raise UserError(f"row {row} of {what} has an empty {column!r}: there is nothing to learn; remove the row")
+
+
+def _leading(ids: list[int], head: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many special tokens open the row: those the tokenizer adds, or a BOS that the chat template wrote."""
+    if head and ids[: len(head)] == head:
+        return len(head)
+    return int(bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id)
+
+
+def _run_of(token: int, ids: list[int]) -> int:
+    """How often ``token`` stands at the beginning of ``ids``."""
+    return next((place for place, other in enumerate(ids) if other != token), len(ids))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:59]}…"
