@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from ptd.data import load_rows
+from ptd.decoding import Decoding
 from ptd.engine.evaluation import HeldOut
 from ptd.engine.evaluation import evaluate as evaluate_held_out
 from ptd.engine.ranks import Ranks
-from ptd.generate import Decoding, Settings, Tuned, decode, load_tuned, start_ranks
+from ptd.generate import Settings, Tuned, decode, decoding_notes, load_tuned, start_ranks
 from ptd.types import Reporter, UserError
 
 
@@ -72,6 +73,14 @@ def continue_rows(
     room = tuned.room(decoding.max_new_tokens)
     longest = task.data.max_length if room is None else max(1, min(task.data.max_length, room))
     prompts, references = task.prompts_and_references(rows, tuned.tokenizer, max_length=longest, what=what)
+    filled = sum(len(prompt) == longest for prompt in prompts)
+    if longest < task.data.max_length and filled:
+        reporter.note(
+            f"--generate: {filled:,} prompts fill the {longest:,} tokens that --max-new-tokens leaves of the "
+            "backbone's context; longer ones lost their beginning"
+        )
+    for note in decoding_notes(tuned, decoding):
+        reporter.note(note)
     return decode(tuned, prompts, decoding, ranks, batch_size=batch_size, reporter=reporter), references
 
 

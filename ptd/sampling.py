@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ptd.config import RunConfig
+from ptd.decoding import Decoding
 from ptd.engine.evaluation import HeldOut, scores_of
 from ptd.engine.ranks import Ranks
 from ptd.engine.samples import write_samples
-from ptd.generate import Decoding, Tuned, decode
+from ptd.generate import Tuned, decode
 from ptd.tasks import LabellingTask, WritingTask
 from ptd.types import PromptState, Reporter, Sample
 

@@ -107,7 +107,8 @@ def _train(
     stacks = folder.path / "logs" / f"rank-{ranks.rank}.stacks"
     watchdog = Watchdog(settings.hang_timeout_minutes * 60, stacks, ranks.rank)
     watched = Watched(reporter, watchdog)
-    tuned = Tuned(prepared, material.tokenizer, None, material.task, step.readout)
+    taught = material.examples.report.ends
+    tuned = Tuned(prepared, material.tokenizer, None, material.task, step.readout, taught)
     sampler = Sampler.of(config, tuned, material.held_out, ranks, watched, watchdog.beat)
     loop = Loop(
         settings,
@@ -409,6 +410,7 @@ def build_engine(
 ) -> Engine:
     """Load the backbone and put around it what the run trains. Every rank calls this together; raises `UserError`."""
     prepared = prepare(config.backbone, ranks, zero3, output=material.task.output)
+    prepared.run.placeholder = material.tokenizer.pad_token_id
     if config.backbone.compile:
         compile_layers(prepared.model)
     trained = _build(config, prepared, material.task, material.tokenizer, ranks)

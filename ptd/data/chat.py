@@ -7,7 +7,6 @@ token (a line break, or the end of the whole text) is not learned, because gener
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -123,7 +122,8 @@ class Chat:
     def _turn(self, messages: list[Message], text: str, place: str) -> Turn:
         before = self.prompt(messages[:-1], place)
         if not text.startswith(before):
-            same = len(os.path.commonprefix([before, text]))
+            pairs = enumerate(zip(before, text, strict=False))
+            same = next((place for place, (one, other) in pairs if one != other), min(len(before), len(text)))
             raise UserError(
                 f"{place}: the tokenizer's chat template renders the generation prompt in a way that the finished "
                 f"conversation does not continue (it has {before[same : same + 30]!r} where the conversation has "

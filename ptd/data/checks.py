@@ -32,58 +32,79 @@ def notes_on_rows(
     compared, so that how the tokenizer writes them matters. Raises `UserError` if the tokenizer knows nothing of what
     is to be learned.
     """
-    size = len(rows)
-
-    def told(places: list[int], said: str, example: Callable[[int], str]) -> list[str]:
-        if not places:
-            return []
-        counted = said.replace("ROWS", f"{len(places)} of the first {size}")
-        return [f"{counted} (row {places[0] + 1}: {example(places[0])})"]
-
     ids = [_own(row, tokenizer) for row in rows]
-    unknown = tokenizer.unk_token_id
-    if unknown is not None and rows and all(set(row) <= {unknown} for row in ids):
-        raise UserError(
-            f"{what}: the tokenizer {tokenizer.name_or_path!r} knows nothing of what is to be learned in the first "
-            f"{size} rows (e.g. {rows[0].text[:40]!r}); take a backbone for texts of this kind"
-        )
-    texts = [
-        text_behind(tokenizer, row.prompt, own, skip_special_tokens=False) for row, own in zip(rows, ids, strict=True)
-    ]
+    _check_known([row.text for row in rows], ids, tokenizer, what)
+    pairs = list(zip(rows, ids, strict=True))
+    texts = [text_behind(tokenizer, row.prompt, own, skip_special_tokens=False) for row, own in pairs]
     apart = [
         place
-        for place, (row, own, text) in enumerate(zip(rows, ids, texts, strict=True))
-        if text != row.text and not _reads_joined(row, own, tokenizer)
+        for place, (row, own) in enumerate(pairs)
+        if texts[place] != row.text and not _reads_joined(row, own, tokenizer)
     ]
     other = [place for place, row in enumerate(rows) if list(asked[place]) != row.prompt]
-    notes = told(
+    notes = _told(
         other,
+        len(rows),
         "in ROWS rows inference sends another prompt than is learned from",
         lambda place: f"from token {_first_difference(rows[place].prompt, asked[place]) + 1} on",
     )
-    notes += told(
+    notes += _told(
         apart,
+        len(rows),
         "in ROWS rows the tokens do not read as prompt and completion one behind the other",
         lambda place: f"{rows[place].text[:30]!r} is learned as {texts[place][:30]!r}",
     )
     if not continues:
         return notes
-    plain = [without_special_tokens(tokenizer, text).strip() for text in texts]
-    wanted = [without_special_tokens(tokenizer, row.text).strip() for row in rows]
-    lossy = [place for place in range(size) if place not in apart and plain[place] != wanted[place]]
-    notes += told(
-        lossy,
-        "the tokenizer writes ROWS completions differently, so generated text cannot match them exactly",
-        lambda place: f"{wanted[place][:30]!r} as {plain[place][:30]!r}",
-    )
+    wanted = [row.text for row in rows]
+    notes += _lossy(wanted, [wanted[place] if place in apart else text for place, text in enumerate(texts)], tokenizer)
     eos = tokenizer.eos_token_id
     stops = [place for place, row in enumerate(rows) if eos is not None and eos in row.completion[:-1]]
-    notes += told(
+    notes += _told(
         stops,
+        len(rows),
         f"ROWS completions hold {tokenizer.eos_token} before their end, where generation stops",
         lambda place: repr(rows[place].text[:40]),
     )
     return notes
+
+
+def notes_on_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, what: str) -> list[str]:
+    """The same for the first texts that a decoder learns to write by themselves."""
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer(text_target=list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    _check_known(texts, ids, tokenizer, what)
+    return _lossy(texts, [read(tokenizer, row) for row in ids], tokenizer)
+
+
+def _told(places: list[int], size: int, said: str, example: Callable[[int], str]) -> list[str]:
+    if not places:
+        return []
+    counted = said.replace("ROWS", f"{len(places)} of the first {size}")
+    return [f"{counted} (row {places[0] + 1}: {example(places[0])})"]
+
+
+def _check_known(texts: Sequence[str], ids: list[list[int]], tokenizer: PreTrainedTokenizerBase, what: str) -> None:
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and ids and all(set(row) <= {unknown} for row in ids):
+        raise UserError(
+            f"{what}: the tokenizer {tokenizer.name_or_path!r} knows nothing of what is to be learned in the first "
+            f"{len(ids)} rows (e.g. {texts[0][:40]!r}); take a backbone for texts of this kind"
+        )
+
+
+def _lossy(wanted: Sequence[str], found: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    pairs = [
+        tuple(without_special_tokens(tokenizer, text).strip() for text in pair)
+        for pair in zip(wanted, found, strict=True)
+    ]
+    return _told(
+        [place for place, (text, written) in enumerate(pairs) if text != written],
+        len(pairs),
+        "the tokenizer writes ROWS completions differently, so generated text cannot match them exactly",
+        lambda place: " as ".join(repr(text[:30]) for text in pairs[place]),
+    )
 
 
 def _own(row: Written, tokenizer: PreTrainedTokenizerBase) -> list[int]:

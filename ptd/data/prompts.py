@@ -8,8 +8,9 @@ completion's are those of the text as it continues that prompt (`ptd.data.contin
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ptd.config import DataConfig, fields_of
@@ -49,10 +50,10 @@ class Written:
 class Found:
     """What came up while rows were read: the ids that were taught to end a text, and counts of what has to be told."""
 
-    ends: set[int] = field(default_factory=set)
+    ends: set[int] = dataclasses.field(default_factory=set)
     turns_left: int = 0
     unmarked: int = 0
-    openings: set[str] = field(default_factory=set)
+    openings: set[str] = dataclasses.field(default_factory=set)
     open_ends: int = 0
     dated: bool = False
 
@@ -284,14 +285,14 @@ def _chunks(
     template = prompt_template(config, rows.column_names, what)
     if template is not None:
         del columns["prompt"]
-    for field_name, column in columns.items():
-        check_column(rows, field_name, column, what)
+    for field, column in columns.items():
+        check_column(rows, field, column, what)
     used = {*columns.values(), *(template.fields if template is not None else ())}
     rows = rows.select_columns(sorted(used)).with_format(None)
     for begin in range(0, len(rows), _ROWS_AT_ONCE):
         piece = rows[begin : begin + _ROWS_AT_ONCE]
-        for field_name, column in columns.items():
-            _check(piece[column], column, field_name, begin + 1, what)
+        for field, column in columns.items():
+            _check(piece[column], column, field, begin + 1, what)
         texts = piece[columns[fields[-1]]]
         if template is not None:
             values = template.values(piece, begin + 1, what)
@@ -312,14 +313,14 @@ def _last_run(template: Template, values: tuple[str, ...]) -> str:
     return "".join(next(rest) if hasattr(part, "column") else part.text for part in run)
 
 
-def _check(values: list[Any], column: str, field_name: str, first: int, what: str) -> None:
+def _check(values: list[Any], column: str, field: str, first: int, what: str) -> None:
     for row, value in enumerate(values, first):
         if value is None:
             raise UserError(f"row {row} of {what} has no {column!r}; add it or remove the row")
-        if field_name == "messages":
+        if field == "messages":
             continue
         check_text(value, column, f"row {row} of {what}")
-        if not value and field_name != "prompt":
+        if not value and field != "prompt":
             raise UserError(f"row {row} of {what} has an empty {column!r}: there is nothing to learn; remove the row")
 
 

@@ -16,6 +16,13 @@ from ptd.transfer import to_device
 from ptd.types import IGNORE_INDEX, Batch
 
 
+def decoder_start(model: PreTrainedModel) -> int | None:
+    """What the decoder of an encoder-decoder starts from, in training and in generation; None: nothing says it."""
+    start: int | None = getattr(model.config, "decoder_start_token_id", None)
+    own = getattr(model, "generation_config", None)
+    return start if start is not None or own is None else own.decoder_start_token_id
+
+
 class Forward:
     """The ``run`` of `ptd.readouts`: a language model's logits or their cross-entropy, or a body's last hidden states.
 
@@ -28,6 +35,8 @@ class Forward:
         self, model: PreTrainedModel, attachment: Attachment, device: torch.device, *, rounds: bool = False
     ) -> None:
         self.model, self.attachment, self.device, self.rounds = model, attachment, device, rounds
+        self.placeholder: int | None = None
+        """The token that the sequences of an encoder-decoder have where the decoder starts; None: the padding token."""
         self._takes = set(inspect.signature(model.forward).parameters)
         self._sees_padding = any(layer.kind == "encoder" for layer in attachment.shape.layers)
 
@@ -69,11 +78,11 @@ class Forward:
             inputs["use_cache"] = False
         if batch.source is not None:
             ids = batch.input_ids.clone()
-            # Where the target does not say what the decoder starts from (mBART's language code), the config does.
-            config = self.model.config
-            if config.decoder_start_token_id is not None:
-                open_start = ids[:, 0] == (config.pad_token_id or 0)
-                ids[:, 0] = ids[:, 0].masked_fill(open_start, config.decoder_start_token_id)
+            # Where the target does not say what the decoder starts from (mBART's language code), the model does.
+            start = decoder_start(self.model)
+            if start is not None:
+                placeholder = self.model.config.pad_token_id if self.placeholder is None else self.placeholder
+                ids[:, 0] = ids[:, 0].masked_fill(ids[:, 0] == (placeholder or 0), start)
             source = batch.source
             return inputs | {
                 "input_ids": source.input_ids,
