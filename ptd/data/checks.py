@@ -59,7 +59,7 @@ def notes_on_rows(
     wanted = [row.text for row in rows]
     notes += _lossy(wanted, [wanted[place] if place in apart else text for place, text in enumerate(texts)], tokenizer)
     eos = tokenizer.eos_token_id
-    stops = [place for place, row in enumerate(rows) if eos is not None and eos in row.completion[:-1]]
+    stops = [place for place, row in enumerate(rows) if eos is not None and eos in _learned(row)[:-1]]
     notes += _told(
         stops,
         len(rows),
@@ -112,6 +112,12 @@ def _own(row: Written, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     appended = row.completion[-1] == tokenizer.eos_token_id
     written = tokenizer.eos_token is not None and row.text.rstrip().endswith(tokenizer.eos_token)
     return row.completion[:-1] if appended and not written else row.completion
+
+
+def _learned(row: Written) -> list[int]:
+    """The completion as far as it is learned."""
+    mask = row.learned[len(row.prompt) :]
+    return row.completion[: mask.rfind(1) + 1]
 
 
 def _reads_joined(row: Written, own: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
