@@ -216,9 +216,9 @@ def _continue(
         place = slice(0, len(prompt)) if of_encoder else slice(width - len(prompt), width)
         ids[row, place] = torch.tensor(prompt, device=model.device)
         mask[row, place] = 1
-    config = generation_config(decoding, model.generation_config, tokens, new_tokens)
-    also = {"tokenizer": tuned.tokenizer} if config.stop_strings else {}
     try:
+        config = generation_config(decoding, model.generation_config, tokens, new_tokens)
+        also = {"tokenizer": tuned.tokenizer} if config.stop_strings else {}
         with put_away(model):
             output = model.generate(
                 input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=synced, **also

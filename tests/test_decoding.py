@@ -179,6 +179,26 @@ def test_the_authors_settings_are_followed_where_the_user_says_so(tmp_path: Path
         generate(PROMPTS[:1], adapter=None, backbone=str(author), decoding=decoding)
 
 
+def test_settings_that_contradict_each_other_stop_nothing_but_those_who_ask_for_them(tmp_path: Path) -> None:
+    plain, wrong = (save_backbone(tmp_path / name) for name in ("plain", "wrong"))
+    file = wrong / "generation_config.json"
+    tokens = json.loads(file.read_text())
+    file.write_text(json.dumps({**tokens, "num_return_sequences": 2, "repetition_penalty": 1.5}))
+    with pytest.raises(ValueError, match="num_return_sequences"):
+        GenerationConfig.from_pretrained(wrong)
+    decoding = Decoding(max_new_tokens=12)
+    expected = generate(PROMPTS, adapter=None, backbone=str(plain), decoding=decoding)
+    assert generate(PROMPTS, adapter=None, backbone=str(wrong), decoding=decoding) == expected
+    told = Told()
+    own = Decoding(max_new_tokens=12, generation_config="model")
+    generate(PROMPTS, adapter=None, backbone=str(wrong), decoding=own, reporter=told)
+    assert told.notes == ["decoding follows the model's generation_config: repetition_penalty 1.5"]
+    file.write_text(json.dumps({**tokens, "forced_bos_token_id": 30, "suppress_tokens": [30]}))
+    assert generate(PROMPTS, adapter=None, backbone=str(wrong), decoding=decoding) == expected
+    with pytest.raises(UserError, match="--generation-config: transformers refuses what the model's config sets"):
+        generate(PROMPTS, adapter=None, backbone=str(wrong), decoding=own)
+
+
 def test_stop_strings_of_the_author_stop_where_the_user_says_so(tmp_path: Path) -> None:
     folder = save_backbone(tmp_path / "b")
     plain = generate(["the cat"], adapter=None, backbone=str(folder), decoding=Decoding(max_new_tokens=12))[0]

@@ -253,7 +253,7 @@ def test_a_system_message_that_all_rows_have_stands_before_what_is_typed():
 
 def test_a_template_that_refuses_what_is_typed_says_so():
     tokenizer = make("bytes", "gemma")
-    with pytest.raises(UserError, match="the prompt: the tokenizer's chat template refuses .* no system role"):
+    with pytest.raises(UserError, match=r"the prompt: the tokenizer's chat template refuses .* no system role"):
         typed(tokenizer, FORMAT, ["is it?"], system="Be brief.")
 
 
