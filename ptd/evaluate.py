@@ -79,6 +79,13 @@ def continue_rows(
             f"--generate: {filled:,} prompts fill the {longest:,} tokens that --max-new-tokens leaves of the "
             "backbone's context; longer ones lost their beginning"
         )
+    lengths = [len(ids) for ids in tuned.tokenizer(references, add_special_tokens=False, verbose=False)["input_ids"]]
+    long = sum(length > decoding.max_new_tokens for length in lengths)
+    if long:
+        reporter.note(
+            f"--max-new-tokens: {long:,} of {len(references):,} references are longer than {decoding.max_new_tokens:,} "
+            f"tokens (the longest has {max(lengths):,}), which no generated text can reach"
+        )
     for note in decoding_notes(tuned, decoding):
         reporter.note(note)
     return decode(tuned, prompts, decoding, ranks, batch_size=batch_size, reporter=reporter), references

@@ -56,6 +56,7 @@ class Found:
     openings: set[str] = dataclasses.field(default_factory=set)
     open_ends: int = 0
     dated: bool = False
+    tools: bool = False
 
     def notes(self, eos: str | None) -> list[str]:
         """Each as a sentence; ``eos``: the tokenizer's end token."""
@@ -76,6 +77,8 @@ class Found:
             said.append(f"the chat template closes turns with no token of its own, so {eos} is learned behind them")
         if self.dated:
             said.append("the chat template writes the date of the day, so prompts of another day differ")
+        if self.tools:
+            said.append("the column tools is not used: neither training nor generation describes tools to the model")
         return said
 
 
@@ -185,7 +188,7 @@ def _conversations(
     rows: Dataset, config: DataConfig, tokenizer: PreTrainedTokenizerBase, what: str, found: Found
 ) -> Iterator[Written]:
     chat = Chat(tokenizer)
-    found.dated = chat.dated
+    found.dated, found.tools = chat.dated, "tools" in rows.column_names
     for first, chunk in _chunks(rows, config, tokenizer, what):
         places = [f"row {first + index} of {what}" for index in range(len(chunk.texts))]
         talks = [chat.talk(messages, place) for messages, place in zip(chunk.texts, places, strict=True)]

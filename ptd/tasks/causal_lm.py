@@ -55,7 +55,7 @@ class CausalLM:
         return how_typed(self.data, system=self.config.system or None, raw=raw)
 
     def ends(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        end = Chat(tokenizer).end() if self.data.format == "messages" else None
+        end = Chat(tokenizer).end() if self.data.format == "messages" and tokenizer.chat_template else None
         found = (tokenizer.eos_token_id, None if end is None else tokenizer.convert_tokens_to_ids(end))
         return tuple(token for token in found if token is not None)
 
