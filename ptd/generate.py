@@ -22,7 +22,7 @@ from ptd.config import (
     parse_method,
     task_config,
 )
-from ptd.data.continuations import read, text_behind
+from ptd.data.continuations import Reader
 from ptd.data.ends import ends_of_text
 from ptd.decoding import Decoding, Tokens, generation_config, note_on_author, put_away, set_by_author
 from ptd.deepspeed_config import zero3_config
@@ -227,14 +227,14 @@ def _continue(
         if not (decoding.generation_config == "model" and set_by_author(model.generation_config)):
             raise
         raise UserError(f"--generation-config: transformers refuses what the model's config sets: {error}") from error
-    texts = []
+    reader, texts = Reader(tuned.tokenizer), []
     for prompt, row in zip(prompts, output[:, 1 if of_encoder else width :].tolist(), strict=True):
         size = next((place for place, token in enumerate(row) if token in tokens.ends), len(row))
         written = row[:size]
         if of_encoder:
-            texts.append(read(tuned.tokenizer, written, skip_special_tokens=True))
+            texts.append(reader.text(written, skip_special_tokens=True))
         else:
-            texts.append(text_behind(tuned.tokenizer, prompt, written))
+            texts.append(reader.behind(prompt, written))
     return texts
 
 

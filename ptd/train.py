@@ -264,7 +264,8 @@ class Artifacts:
 
     def _adapter(self, flat: torch.Tensor, metrics: dict[str, Any]) -> Adapter:
         resolved, encoder = self.config.to_dict(), self.step.encoder
-        learned = {} if self.learned_from is None else vars(self.learned_from)
+        learned = {} if self.learned_from is None else dict(vars(self.learned_from))
+        learned.pop("notes", None)  # they quote rows, and an adapter goes to other people
         return Adapter(
             flat,
             encoder.layout,

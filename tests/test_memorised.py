@@ -117,6 +117,7 @@ def test_chats_whose_turns_end_with_a_token_of_their_own_behind_a_space(tmp_path
     samples = read_samples(out)
     assert [sample["text"] for sample in samples[len(CHATS) :]] == answers
     facts = json.loads((out / "adapter" / "ptd.json").read_text())
+    assert "notes" not in facts["training"], "they quote rows"
     assert facts["training"]["ends"] == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 

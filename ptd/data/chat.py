@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ptd.data.continuations import special_words
+from ptd.data.continuations import Reader
 from ptd.types import UserError
 
 if TYPE_CHECKING:
@@ -66,12 +66,12 @@ class Chat:
                 f"data.format: messages needs a chat template, but the tokenizer {tokenizer.name_or_path!r} has none; "
                 "use an instruction-tuned backbone, add chat_template.jinja to its folder, or use prompt_completion"
             )
-        self.tokenizer = tokenizer
+        self.tokenizer, self.reader = tokenizer, Reader(tokenizer)
         try:
             self.template = str(tokenizer.get_chat_template())
         except ValueError as error:  # several, none of which is the default
             raise UserError(f"data.format: messages: {error}") from error
-        self._frame: tuple[str, str] | None = None
+        self._frames: dict[tuple[str, ...], tuple[str, str]] = {}
 
     @cached_property
     def dated(self) -> bool:
@@ -107,7 +107,7 @@ class Chat:
                 left += 1
             elif marks is None or _overlaps(marks, (len(turn.before), len(turn.before) + turn.learned)):
                 turns.append(turn)
-        opening = self._frame[0] if self._frame is not None else ""
+        opening = self._framed(messages[:-1], place)[0]
         return Talk((*turns, last), left, opening, marks is not None and not _covers(marks, span, text))
 
     def end(self) -> str | None:
@@ -132,30 +132,31 @@ class Chat:
                 "them yourself for data.format: prompt_completion"
             )
         written = text[len(before) :]
-        if self._frame is None or not written.endswith(self._frame[1]):
-            self._frame = self._framed(messages[:-1], place)
-        closing = self._frame[1] if written.endswith(self._frame[1]) else ""
-        return Turn(before, written, *self._parted(written, closing))
+        closing = self._framed(messages[:-1], place)[1]
+        return Turn(before, written, *self._parted(written, closing if written.endswith(closing) else ""))
 
     def _parted(self, written: str, closing: str) -> tuple[int, int, str | None]:
         """Where the answer ends, where what is learned ends, and the token between the two."""
         size = len(written)
-        found = self._ends.search(closing) if self._ends is not None else None
+        found = self.reader.added.search(closing) if self.reader.added is not None else None
         if found is None:
             return size, size, None
         start = size - len(closing)
         return start + found.start(), start + found.end(), found[0]
 
     def _framed(self, before: list[Message], place: str) -> tuple[str, str]:
-        """What the template writes between the generation prompt and an answer that comes last, and behind that."""
-        text = str(self._render([*before, {"role": "assistant", "content": _PROBE}], place))
-        opening, found, closing = text.rpartition(_PROBE)
-        prompt = self.prompt(before, place)
-        return (opening[len(prompt) :] if opening.startswith(prompt) else "", closing) if found else ("", "")
+        """What the template writes between the generation prompt and an answer that comes last, and behind that.
 
-    @cached_property
-    def _ends(self) -> re.Pattern[str] | None:
-        return special_words(self.tokenizer, all_added=True)
+        It is taken to be the same for conversations of the same roles.
+        """
+        roles = tuple(message["role"] for message in before)
+        if roles not in self._frames:
+            text = str(self._render([*before, {"role": "assistant", "content": _PROBE}], place))
+            opening, found, closing = text.rpartition(_PROBE)
+            prompt = self.prompt(before, place)
+            opening = opening[len(prompt) :] if opening.startswith(prompt) else ""
+            self._frames[roles] = (opening, closing) if found else ("", "")
+        return self._frames[roles]
 
     def _marks(self, messages: list[Message], place: str) -> list[tuple[int, int]] | None:
         """Character ranges that the template itself marks as the assistant's; None: it marks none at all."""

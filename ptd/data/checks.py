@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ptd.data.continuations import read, text_behind, without_special_tokens
+from ptd.data.continuations import Reader
 from ptd.data.filling import encode
 from ptd.types import UserError
 
@@ -32,14 +32,14 @@ def notes_on_rows(
     compared, so that how the tokenizer writes them matters. Raises `UserError` if the tokenizer knows nothing of what
     is to be learned.
     """
-    ids = [_own(row, tokenizer) for row in rows]
-    _check_known([row.text for row in rows], ids, tokenizer, what)
+    ids, reader = [_own(row, tokenizer) for row in rows], Reader(tokenizer)
+    _check_known([row.text for row in rows], ids, reader, what)
     pairs = list(zip(rows, ids, strict=True))
-    texts = [text_behind(tokenizer, row.prompt, own, skip_special_tokens=False) for row, own in pairs]
+    texts = [reader.behind(row.prompt, own, skip_special_tokens=False) for row, own in pairs]
     apart = [
         place
         for place, (row, own) in enumerate(pairs)
-        if texts[place] != row.text and not _reads_joined(row, own, tokenizer)
+        if texts[place] != row.text and not _reads_joined(row, own, reader)
     ]
     other = [place for place, row in enumerate(rows) if list(asked[place]) != row.prompt]
     notes = _told(
@@ -57,7 +57,7 @@ def notes_on_rows(
     if not continues:
         return notes
     wanted = [row.text for row in rows]
-    notes += _lossy(wanted, [wanted[place] if place in apart else text for place, text in enumerate(texts)], tokenizer)
+    notes += _lossy(wanted, [wanted[place] if place in apart else text for place, text in enumerate(texts)], reader)
     eos = tokenizer.eos_token_id
     stops = [place for place, row in enumerate(rows) if eos is not None and eos in _learned(row)[:-1]]
     notes += _told(
@@ -74,8 +74,9 @@ def notes_on_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, 
     if not texts:
         return []
     ids: list[list[int]] = tokenizer(text_target=list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    _check_known(texts, ids, tokenizer, what)
-    return _lossy(texts, [read(tokenizer, row) for row in ids], tokenizer)
+    reader = Reader(tokenizer)
+    _check_known(texts, ids, reader, what)
+    return _lossy(texts, [reader.text(row) for row in ids], reader)
 
 
 def _told(places: list[int], size: int, said: str, example: Callable[[int], str]) -> list[str]:
@@ -85,20 +86,22 @@ def _told(places: list[int], size: int, said: str, example: Callable[[int], str]
     return [f"{counted} (row {places[0] + 1}: {example(places[0])})"]
 
 
-def _check_known(texts: Sequence[str], ids: list[list[int]], tokenizer: PreTrainedTokenizerBase, what: str) -> None:
+def _check_known(texts: Sequence[str], ids: list[list[int]], reader: Reader, what: str) -> None:
+    tokenizer = reader.tokenizer
     unknown = tokenizer.unk_token_id
-    if unknown is not None and ids and all(set(row) <= {unknown} for row in ids):
+
+    def knows(row: list[int]) -> bool:
+        return unknown not in row or bool(reader.text([token for token in row if token != unknown]).strip())
+
+    if unknown is not None and ids and not any(map(knows, ids)):
         raise UserError(
             f"{what}: the tokenizer {tokenizer.name_or_path!r} knows nothing of what is to be learned in the first "
             f"{len(ids)} rows (e.g. {texts[0][:40]!r}); take a backbone for texts of this kind"
         )
 
 
-def _lossy(wanted: Sequence[str], found: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    pairs = [
-        tuple(without_special_tokens(tokenizer, text).strip() for text in pair)
-        for pair in zip(wanted, found, strict=True)
-    ]
+def _lossy(wanted: Sequence[str], found: Sequence[str], reader: Reader) -> list[str]:
+    pairs = [tuple(reader.plain(text).strip() for text in pair) for pair in zip(wanted, found, strict=True)]
     return _told(
         [place for place, (text, written) in enumerate(pairs) if text != written],
         len(pairs),
@@ -120,10 +123,10 @@ def _learned(row: Written) -> list[int]:
     return row.completion[: mask.rfind(1) + 1]
 
 
-def _reads_joined(row: Written, own: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+def _reads_joined(row: Written, own: list[int], reader: Reader) -> bool:
     """Whether prompt and completion read as what the tokenizer makes of their texts joined."""
-    before, both = encode(tokenizer, [row.before, row.before + row.text])
-    return read(tokenizer, before + own) == read(tokenizer, both)
+    before, both = encode(reader.tokenizer, [row.before, row.before + row.text])
+    return reader.text(before + own) == reader.text(both)
 
 
 def _first_difference(one: Sequence[int], other: Sequence[int]) -> int:

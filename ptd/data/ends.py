@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ptd.data.continuations import read
+from ptd.data.continuations import Reader
 from ptd.data.filling import encode
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def ends_of_text(
     found = {token for token in (*taught, *own, *given) if token not in ordinary and 0 <= token < vocab_size}
     if not ordinary:
         return tuple(sorted(found)), None
-    listed = ", ".join(f"{token} ({read(tokenizer, [token])!r})" for token in ordinary)
+    listed = ", ".join(f"{token} ({Reader(tokenizer).text([token])!r})" for token in ordinary)
     return tuple(sorted(found)), f"the model's generation_config ends texts at {listed}: ordinary text here, not an end"
 
 
@@ -36,5 +36,5 @@ def is_text(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
     """Whether ``token`` stands for ordinary text: no special or added token, and what a text can be tokenised to."""
     if token in tokenizer.added_tokens_decoder or token in tokenizer.all_special_ids or token >= len(tokenizer):
         return False
-    text = read(tokenizer, [token])
+    text = Reader(tokenizer).text([token])
     return bool(text) and any(token in ids for ids in encode(tokenizer, [text, f" {text}", f"a{text}"]))

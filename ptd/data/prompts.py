@@ -1,6 +1,6 @@
-"""What a backbone is asked and what it has to write: one builder for training, evaluation, generation and samples.
+"""Rows -> what a backbone is asked and what it has to write, for training, evaluation and samples alike.
 
-`written` makes token ids of rows, `typed` of what a person types. The prompt's ids are what inference sends: behind the
+(`ptd.data.typed` makes the same prompts of what a person types.) The prompt's ids are what inference sends: behind the
 special tokens that the tokenizer puts before a text (never those it appends), or as the chat template writes them. The
 completion's are those of the text as it continues that prompt (`ptd.data.continuations`), and a token that ends it.
 ``{v:n}`` marks of ``data.prompt_template`` become `ptd.types.virtual_id`s in the prompt.
@@ -9,16 +9,16 @@ completion's are those of the text as it continues that prompt (`ptd.data.contin
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ptd.config import DataConfig, fields_of
 from ptd.data.chat import Chat, Talk, Turn
-from ptd.data.continuations import continuations, without_special_tokens
+from ptd.data.continuations import Reader, continuations
 from ptd.data.fields import check_column, check_text
 from ptd.data.filling import affixed, encode, fill, special_affixes
-from ptd.data.templates import Template, parse_template, prompt_template
+from ptd.data.templates import Template, prompt_template
 from ptd.types import UserError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def written(
             f"where a text ends; data.format {config.format} needs one (set eos_token in its tokenizer_config.json)"
         )
     found.ends.add(eos)
-    head = special_affixes(tokenizer)[0]
+    head, reader = special_affixes(tokenizer)[0], Reader(tokenizer)
     name = "text" if config.format == "text" else "completion"
     for first, chunk in _chunks(rows, config, tokenizer, what):
         completions = continuations(tokenizer, chunk.before, chunk.texts)
@@ -113,75 +113,9 @@ def written(
                 begins = range(len(completion)) if config.format == "text" else range(_run_of(bos, completion))
                 learned = bytes(place not in begins or token != bos for place, token in enumerate(completion))
             mask = bytes(len(prompt)) + learned
-            reference = without_special_tokens(tokenizer, text)
+            reference = reader.plain(text)
             leading = _leading(prompt, head, tokenizer)
             yield Written(prompt, completion, mask, chunk.before[index], text, reference, leading)
-
-
-def typed(
-    tokenizer: PreTrainedTokenizerBase,
-    config: DataConfig,
-    texts: Sequence[str],
-    *,
-    system: str | None = None,
-    raw: bool = False,
-) -> list[list[int]]:
-    """Token ids of the prompts that free texts make, as in training.
-
-    With ``messages`` each is a user message in the chat template, behind a ``system`` message if one is given; else it
-    is put into ``data.prompt_template`` if that has a single field. ``raw``: the texts are whole prompts already.
-    Raises `UserError` where virtual tokens would have no place.
-    """
-    if config.format == "messages" and not raw:
-        chat = Chat(tokenizer)
-        before = [] if system is None else [{"role": "system", "content": system}]
-        asked = [[*before, {"role": "user", "content": text}] for text in texts]
-        return encode(tokenizer, [chat.prompt(messages, "the prompt") for messages in asked])
-    template = None if config.prompt_template is None else parse_template(config.prompt_template)
-    if raw and template is not None and template.virtual_tokens:
-        raise UserError(
-            f"--raw: data.prompt_template {template.source!r} places virtual tokens in the prompt, and a raw text says "
-            "nowhere where they stand; leave --raw out"
-        )
-    return fill_prompts(tokenizer, None if raw else config.prompt_template, list(texts))
-
-
-def how_typed(config: DataConfig, *, system: str | None, raw: bool) -> str | None:
-    """What becomes of free texts before they are sent, if that is not plain; None: nothing to say."""
-    if raw:
-        return None
-    if config.format == "messages":
-        behind = f", behind the system message {_short(system)!r}" if system is not None else ""
-        return f"each prompt is sent as a user message in the tokenizer's chat template{behind}; --raw sends the text"
-    fields = set(parse_template(config.prompt_template).fields) if config.prompt_template is not None else {"one"}
-    if len(fields) != 1:
-        return f"data.prompt_template has {len(fields) or 'no'} fields, so each prompt is sent as it is, as a whole one"
-    return None
-
-
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of prompts as in training: behind the special tokens that the tokenizer puts before a text."""
-    head = special_affixes(tokenizer)[0]
-    return [affixed(ids, head) for ids in encode(tokenizer, texts)]
-
-
-def fill_prompts(tokenizer: PreTrainedTokenizerBase, template: str | None, texts: list[str]) -> list[list[int]]:
-    """Token ids of the prompts that free texts make: each put into the template, if that has a single field.
-
-    With several fields (or none, or no template) a text alone cannot fill it, and the texts are taken to be whole
-    prompts already. Raises `UserError` if such a template has ``{v:n}`` marks, whose place would then be unknown.
-    """
-    parsed = parse_template(template) if template is not None else None
-    if parsed is None or (len(set(parsed.fields)) != 1 and not parsed.virtual_tokens):
-        return prompt_tokens(tokenizer, texts)
-    if len(set(parsed.fields)) != 1:
-        count = len(set(parsed.fields)) or "no"
-        raise UserError(
-            f"data.prompt_template: {template!r} has {count} fields and virtual tokens between them, so a single text "
-            "does not make a prompt; give rows with the template's columns (ptd evaluate), or train with one field"
-        )
-    values = [(text,) * len(parsed.fields) for text in texts]
-    return fill(parsed, values, tokenizer, (special_affixes(tokenizer)[0], []))[0]
 
 
 def _conversations(
@@ -196,18 +130,18 @@ def _conversations(
         lasts = [talk.turns[-1] for talk in talks]
         completions = continuations(tokenizer, [turn.before for turn in lasts], [turn.written for turn in lasts])
         for talk, completion, place in zip(talks, completions, places, strict=True):
-            yield _conversation(talk, [next(befores) for _ in talk.turns], completion, tokenizer, place, found)
+            yield _conversation(talk, [next(befores) for _ in talk.turns], completion, chat, place, found)
 
 
 def _conversation(
     talk: Talk,
     befores: list[list[int]],
     completion: list[int],
-    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
     place: str,
     found: Found,
 ) -> Written:
-    last, prompt = talk.turns[-1], befores[-1]
+    tokenizer, last, prompt = chat.tokenizer, talk.turns[-1], befores[-1]
     if not completion:
         raise UserError(f"{place}: the last message has no tokens; remove the row")
     learned_to = _closed(completion, last, tokenizer, found)
@@ -235,7 +169,7 @@ def _conversation(
     found.turns_left += left
     found.unmarked += talk.unmarked
     found.openings.add(talk.opening)
-    reference = without_special_tokens(tokenizer, last.written[: last.answer])
+    reference = chat.reader.plain(last.written[: last.answer])
     return Written(
         prompt, completion, bytes(mask), last.before, last.written, reference, _leading(prompt, [], tokenizer)
     )
@@ -337,7 +271,3 @@ def _leading(ids: list[int], head: list[int], tokenizer: PreTrainedTokenizerBase
 def _run_of(token: int, ids: list[int]) -> int:
     """How often ``token`` stands at the beginning of ``ids``."""
     return next((place for place, other in enumerate(ids) if other != token), len(ids))
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:59]}…"

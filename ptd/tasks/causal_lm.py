@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ptd.config import DataConfig, TaskConfig
 from ptd.data import marks_of, prompts_and_references, tokenize
 from ptd.data.chat import Chat, common_system
-from ptd.data.prompts import how_typed, typed
+from ptd.data.typed import how_typed, typed
 from ptd.readouts.language_model import LanguageModel
 from ptd.tasks import register
 from ptd.types import Architecture, Examples, HeadSettings, Output, UserError

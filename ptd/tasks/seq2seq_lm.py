@@ -16,11 +16,11 @@ import numpy as np
 from ptd.config import DataConfig, TaskConfig
 from ptd.data import marks_of
 from ptd.data.checks import ROWS, notes_on_texts
-from ptd.data.continuations import without_special_tokens
+from ptd.data.continuations import Reader
 from ptd.data.fields import check_column, check_text, cut_on_the_right, field_chunks
 from ptd.data.filling import affixed, encode, fill, special_affixes
-from ptd.data.prompts import how_typed
 from ptd.data.templates import parse_template, prompt_template
+from ptd.data.typed import how_typed
 from ptd.readouts.language_model import LanguageModel
 from ptd.tasks import register
 from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, Output, UserError
@@ -121,9 +121,10 @@ class Seq2SeqLM:
         """What the encoder reads for each row, as in training, and the text to expect."""
         prompts: list[list[int]] = []
         references: list[str] = []
+        reader = Reader(tokenizer)
         for _, encoded, _, texts in _chunks(rows, self.data, tokenizer, max_length, what, labelled=True):
             prompts += encoded
-            references += [without_special_tokens(tokenizer, text) for text in texts]
+            references += map(reader.plain, texts)
         return prompts, references
 
     def facts(self) -> dict[str, Any]:

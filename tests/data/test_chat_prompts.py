@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from ptd.config import DataConfig, TaskConfig
 from ptd.data import prompts_and_references, tokenize
-from ptd.data.prompts import typed
+from ptd.data.typed import typed
 from ptd.tasks import make_task
 from ptd.types import IGNORE_INDEX, UserError
 

@@ -14,9 +14,9 @@ from tokenizers import normalizers
 
 from ptd.config import DataConfig
 from ptd.data import prompts_and_references, tokenize
-from ptd.data.continuations import continuations, joins, text_behind, without_special_tokens
+from ptd.data.continuations import Reader, continuations, joins
 from ptd.data.filling import affixed, encode
-from ptd.data.prompts import typed
+from ptd.data.typed import typed
 from ptd.types import IGNORE_INDEX, UserError
 
 zoo = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("zoo.py"))))
@@ -61,7 +61,7 @@ def test_prompt_and_completion_read_as_the_two_joined(name):
         assert reads(tokenizer, first + ids) == whole, (prompt, text)
         if name != "wordpiece":
             assert whole.removeprefix(" ") == prompt + text
-            assert text_behind(tokenizer, first, ids).removeprefix("" if prompt else " ") == text
+            assert Reader(tokenizer).behind(first, ids).removeprefix("" if prompt else " ") == text
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -93,7 +93,7 @@ def test_no_space_is_learned_that_the_text_does_not_have(name):
 
 
 def test_only_tokenizers_that_join_are_taken_to():
-    joining = {name for name, tokenizer in TOKENIZERS.items() if joins(tokenizer)}
+    joining = {name for name, tokenizer in TOKENIZERS.items() if joins(Reader(tokenizer))}
     assert joining == {"gemma", "unigram-never", "bytes", "python"}
 
 
@@ -108,7 +108,7 @@ def test_any_two_texts_join(first, second):
         (before,), (ids,) = encode(tokenizer, [first]), continuations(tokenizer, [first], [second])
         whole = reads(tokenizer, encode(tokenizer, [first + second])[0])
         assert reads(tokenizer, before + ids) == whole
-        assert text_behind(tokenizer, before, ids) == second
+        assert Reader(tokenizer).behind(before, ids) == second
 
 
 def test_a_prompt_that_begins_with_bos_gets_no_second_one():
@@ -165,7 +165,7 @@ def test_refuses_texts_of_which_the_tokenizer_knows_nothing():
 
 def test_special_tokens_are_no_part_of_a_reference():
     tokenizer = TOKENIZERS["bytes"]
-    assert without_special_tokens(tokenizer, "<s>yes</s> <|end|>") == "yes "
+    assert Reader(tokenizer).plain("<s>yes</s> <|end|>") == "yes "
     _, references = prompts_and_references(Dataset.from_list([pair("a", "yes</s>")]), DataConfig(), tokenizer, 9)
     assert references == ["yes"]
 
@@ -177,8 +177,8 @@ def test_the_space_before_a_continuation_is_kept_and_none_is_invented():
         (spaced,) = encode(tokenizer, ["yes"])  # alone: with ▁
         (bare,) = continuations(tokenizer, ["Answer:"], ["yes"])
         assert tokenizer.decode(spaced) == tokenizer.decode(bare) == "yes", "alone they read alike"
-        assert text_behind(tokenizer, prompt, spaced) == " yes"
-        assert text_behind(tokenizer, prompt, bare) == "yes"
+        assert Reader(tokenizer).behind(prompt, spaced) == " yes"
+        assert Reader(tokenizer).behind(prompt, bare) == "yes"
         special = encode(tokenizer, ["Answer<|bot|>"])[0]
-        assert text_behind(tokenizer, special, spaced) == "yes"
-        assert text_behind(tokenizer, [*prompt, -1], spaced) == "yes"
+        assert Reader(tokenizer).behind(special, spaced) == "yes"
+        assert Reader(tokenizer).behind([*prompt, -1], spaced) == "yes"
