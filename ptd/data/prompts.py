@@ -144,6 +144,7 @@ def _conversation(
     tokenizer, last, prompt = chat.tokenizer, talk.turns[-1], befores[-1]
     if not completion:
         raise UserError(f"{place}: the last message has no tokens; remove the row")
+    reference = chat.reader.plain(last.written[: last.answer])
     learned_to = _closed(completion, last, tokenizer, found)
     if learned_to is None:
         if tokenizer.eos_token_id is None:
@@ -154,8 +155,10 @@ def _conversation(
             )
         found.ends.add(tokenizer.eos_token_id)
         found.open_ends += 1
-        completion = [*completion, tokenizer.eos_token_id]
+        if completion[-1] != tokenizer.eos_token_id:
+            completion = [*completion, tokenizer.eos_token_id]
         learned_to = len(completion)
+        reference = chat.reader.behind(prompt, completion)
     mask = bytearray(len(prompt) + len(completion))
     mask[len(prompt) : len(prompt) + learned_to] = b"\1" * learned_to
     ids = prompt + completion
@@ -169,7 +172,6 @@ def _conversation(
     found.turns_left += left
     found.unmarked += talk.unmarked
     found.openings.add(talk.opening)
-    reference = chat.reader.plain(last.written[: last.answer])
     return Written(
         prompt, completion, bytes(mask), last.before, last.written, reference, _leading(prompt, [], tokenizer)
     )
@@ -198,7 +200,7 @@ def _end_in(
     if size is not None:
         return len(before) + size
     (whole,) = encode(tokenizer, [turn.before + turn.written[: turn.learned]])
-    return len(whole) if turn.end is None and ids[: len(whole)] == whole else None
+    return len(whole) if ids[: len(whole)] == whole else None
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
+from tokenizers import Tokenizer
 
 from ptd.config import DataConfig, TaskConfig
 from ptd.data import prompts_and_references, tokenize
+from ptd.data.continuations import Reader
 from ptd.data.typed import typed
 from ptd.tasks import make_task
 from ptd.types import IGNORE_INDEX, UserError
@@ -42,7 +45,15 @@ TEMPLATES = {
     "thinking": "{% for m in messages %}{% if m.role == 'assistant' %}<|bot|>{% if loop.last %}<think>\n\n</think>\n\n"
     "{% endif %}{{ m.content.split('</think>')[-1] }}<|end|>{% else %}<|user|>{{ m.content }}<|end|>{% endif %}"
     "{% endfor %}" + GENERATION,
+    # Qwen3.5: the generation prompt opens a thought with a line break that joins the one behind it.
+    "open-thought": "{% for m in messages %}{% if m.role == 'assistant' %}<|bot|>{% if loop.last %}<think>\n\n</think>"
+    "\n\n{% endif %}{{ m.content }}<|end|>{% else %}<|user|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|bot|><think>\n{% endif %}",
+    # Llama-3: BOS in the template, headers, EOS that is not the end of a turn.
+    "headers": "{{ bos_token }}{% for m in messages %}<|user|>{{ m.role }}<|bot|>\n\n{{ m.content | trim }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|user|>assistant<|bot|>\n\n{% endif %}",
 }
+THOUGHTS = {"thinking": "<think>\n\n</think>\n\n", "open-thought": "</think>\n\n"}
 ROUNDS = [("is it?", "yes, é"), ("no?", "Hello, answer\nis no")]
 
 
@@ -107,7 +118,7 @@ def test_each_learned_turn_stands_behind_what_inference_sends(name, template):
     prompts, references = prompts_and_references(Dataset.from_list(TALKS), FORMAT, tokenizer, 400)
     assert prompts == [asked(tokenizer, talk["messages"][:-1]) for talk in TALKS]
     assert typed(tokenizer, FORMAT, [ROUNDS[0][0]]) == prompts[:1]
-    thought = "<think>\n\n</think>\n\n" if template == "thinking" else ""
+    thought = THOUGHTS.get(template, "")
     assert [text.strip() for text in references] == [thought + answer for _, answer in (ROUNDS[0], ROUNDS[1])]
 
 
@@ -156,6 +167,35 @@ def test_without_a_token_that_closes_a_turn_eos_is_learned(closing):
     assert examples.report.ends == (tokenizer.eos_token_id,)
     endless = make("bytes", template, eos_token=None)
     assert "and the tokenizer has no end-of-sequence token" in refusal(endless, *TALKS)
+
+
+STRIPPING = [{"rstrip": True}, {"lstrip": True}, {"rstrip": True, "lstrip": True}, {"normalized": True}]
+
+
+@pytest.mark.parametrize("how", [*STRIPPING, {"single_word": True}], ids=str)
+@pytest.mark.parametrize("name", ["bytes", "legacy", "first"])
+def test_added_tokens_that_swallow_blanks_or_are_no_tokens_there(name, how):
+    """Phi-3's swallow the line break behind them; a ``single_word`` token next to a letter is ordinary text."""
+    for template in TEMPLATES:
+        tokenizer = make(name, template)
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        for token in state["added_tokens"]:
+            token.update(how if token["content"].startswith("<|") else {})
+        tokenizer = type(tokenizer)(
+            tokenizer_object=Tokenizer.from_str(json.dumps(state)), chat_template=tokenizer.chat_template,
+            bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        )  # fmt: skip
+        examples = run(tokenizer, *TALKS)
+        prompts, references = prompts_and_references(Dataset.from_list(TALKS), FORMAT, tokenizer, 400)
+        for talk, example, prompt, reference in zip(TALKS, examples, prompts, references, strict=True):
+            begin, end = spans(example)[-1]
+            tokens = example[0].tolist()
+            assert tokens[:begin] == prompt == asked(tokenizer, talk["messages"][:-1])
+            assert tokens[end - 1] in examples.report.ends
+            # What is learned, up to its end, reads as what generated text is compared with.
+            written = Reader(tokenizer).behind(prompt, tokens[begin : end - 1])
+            assert written.strip() == reference.strip()
+            assert talk["messages"][-1]["content"] in reference
 
 
 def test_an_added_token_that_is_not_special_closes_a_turn_and_line_breaks_do_not():
