@@ -27,9 +27,9 @@ from ptd.data.ends import ends_of_text
 from ptd.decoding import Decoding, Tokens, generation_config, note_on_author, put_away, set_by_author
 from ptd.deepspeed_config import zero3_config
 from ptd.engine.evaluation import in_order
-from ptd.engine.forward import decoder_start
 from ptd.engine.ranks import Ranks
 from ptd.engine.setup import Prepared, prepare
+from ptd.inject import decoder_start
 from ptd.methods import method
 from ptd.readouts import Readout
 from ptd.tasks import Task, make_task
@@ -109,7 +109,7 @@ def load_tuned(adapter: str | None, backbone: str | None, ranks: Ranks, *, setti
     task = make_task(task_section, data, architecture)
     tokenizer = load_tokenizer(config)
     prepared = prepare(config, ranks, zero3_config(config), output=task.output)
-    prepared.run.placeholder = tokenizer.pad_token_id
+    prepared.attachment.inputs.placeholder = tokenizer.pad_token_id or 0
     readout = task.readout(tokenizer, prepared.shape.hidden_size, head)
     if found is not None:
         found.check_fits(prepared.shape, prepared.fingerprint, path=config.path)
@@ -220,9 +220,8 @@ def _continue(
         config = generation_config(decoding, model.generation_config, tokens, new_tokens)
         also = {"tokenizer": tuned.tokenizer} if config.stop_strings else {}
         with put_away(model):
-            output = model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=synced, **also
-            )
+            inputs = tuned.prepared.attachment.generation_inputs(ids, mask)
+            output = model.generate(**inputs, generation_config=config, synced_gpus=synced, **also)
     except ValueError as error:
         if not (decoding.generation_config == "model" and set_by_author(model.generation_config)):
             raise

@@ -411,7 +411,7 @@ def build_engine(
 ) -> Engine:
     """Load the backbone and put around it what the run trains. Every rank calls this together; raises `UserError`."""
     prepared = prepare(config.backbone, ranks, zero3, output=material.task.output)
-    prepared.run.placeholder = material.tokenizer.pad_token_id
+    prepared.attachment.inputs.placeholder = material.tokenizer.pad_token_id or 0
     if config.backbone.compile:
         compile_layers(prepared.model)
     trained = _build(config, prepared, material.task, material.tokenizer, ranks)

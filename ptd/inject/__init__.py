@@ -3,6 +3,7 @@
 from ptd.inject.attach import Attachment, check_supported
 from ptd.inject.compile import compile_each, compile_layers
 from ptd.inject.explain import explain_attention, standing_in_for_gpu
+from ptd.inject.inputs import decoder_start
 from ptd.inject.watch import LayerShares, SharesOfPrompt, attending_only_to
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "check_supported",
     "compile_each",
     "compile_layers",
+    "decoder_start",
     "explain_attention",
     "standing_in_for_gpu",
 ]

@@ -1,0 +1,423 @@
+"""Whether a model computes the same with ptd's attention as with its own, tried on two short rows when ptd attaches.
+
+Families differ in what they do with masks, positions and the boundaries of packed rows, and nothing in a model's class
+says so. The rows run alone through the model as it came; what they give there has to come out again
+
+- in a padded batch, with the last token of a row changed: no earlier token may notice (causal models);
+- padded on the left, as generation has it;
+- packed;
+- with their first two tokens as soft tokens, and as a prefix of the keys and values that these two have.
+
+Only as many layers run as there are kinds of layers (two at least), so that it costs little; under ZeRO-3 every rank
+has to take part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import DynamicCache, PreTrainedModel
+
+from ptd.inject.attention import Call
+from ptd.inject.probe import ordinary_tokens, packing_obstacle
+from ptd.types import IGNORE_INDEX, Batch, SoftTokens, UserError
+
+if TYPE_CHECKING:
+    from ptd.inject.attach import Attachment
+
+LONG, SHORT, SHARED = 6, 3, 2
+"""Tokens of the rows, and how many of the first ones they have in common: these become the prompt."""
+TOKENS = 3 * LONG
+"""Tokens of every pass, laid out as they may be: half precision on a CPU makes code for each number anew."""
+ALLOWED = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 2e-2}
+"""How far a token's hidden state may be from what it was alone, of its size, after a few layers; half precision and
+8 bits lose more than a hundredth of it to rounding."""
+ALLOWED_ELSE = 0.1
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a model cannot do, each with the reason; None: it can.
+
+    ``packed``: rows of a packed batch stay apart. ``left``: rows padded on the left are what they are alone.
+    ``soft``: virtual tokens before the sequences. ``prefix``: keys and values in every layer.
+    """
+
+    packed: str | None = None
+    left: str | None = None
+    soft: str | None = None
+    prefix: str | None = None
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A sequence (of an encoder-decoder: its encoder's, and a ``target``), and what the model makes of it alone."""
+
+    tokens: list[int]
+    target: list[int] | None = None
+
+
+class SelfCheck:
+    """`read_plain` with the model's own attention, then `run` with ptd's in place."""
+
+    def __init__(self, attachment: Attachment, calls: list[Call]) -> None:
+        self.attachment, self.model, self.calls = attachment, attachment.model, calls
+        self.two = len(attachment.stacks) == 2
+        self.causal = self.two or all(call.causal for call in calls)
+        parameter = next(self.model.parameters())
+        self.device, dtype = parameter.device, self.model.dtype
+        quantised = getattr(self.model, "is_quantized", False)
+        self.allowed = ALLOWED_ELSE if quantised else ALLOWED.get(dtype, ALLOWED_ELSE)
+        self.blank = isinstance(parameter, FakeTensor)
+        self.sharded = hasattr(parameter, "ds_id")
+        self.spared = [] if self.blank else _spared(self.model, calls, attachment.head.module)
+        text = self.model.config.get_text_config()
+        vocabulary = getattr(attachment.stacks[0].embeddings, "num_embeddings", None) or text.vocab_size
+        t = ordinary_tokens(text, vocabulary, 16)
+        long, short = t[:LONG], [*t[:SHARED], *t[LONG : LONG + SHORT - SHARED]]
+        if self.two:
+            self.rows = [_Row(long, t[7:11]), _Row(short, t[8:10]), _Row(long, [*t[7:10], t[11]])]
+        else:
+            self.rows = [_Row(long), _Row(short), _Row([*long[:-1], t[12]])]
+        pad = getattr(text, "pad_token_id", None)
+        self.pad = pad if isinstance(pad, int) and 0 <= pad < vocabulary else 0
+        self.plain: list[Tensor] = []
+        self.embedded: Tensor | None = None
+        self.cached: list[tuple[Tensor, Tensor]] = []
+
+    def read_plain(self) -> None:
+        """What the model makes of each row alone. Raises `UserError` if it cannot run one."""
+        if self.blank:
+            return
+        with self._quietly():
+            try:
+                with _shorter(self.spared):
+                    self._read_plain()
+            except Exception:  # a model may count its layers some other way
+                if not self.spared:
+                    raise
+                self.spared = []
+                self._read_plain()
+
+    def _read_plain(self) -> None:
+        seen: list[Tensor] = []
+        embeddings: nn.Module = self.attachment.stacks[0].embeddings
+        hook = embeddings.register_forward_hook(lambda module, args, output: seen.append(output))
+        cache = DynamicCache()  # without a config: no layer drops what lies outside its window
+        caching = {"past_key_values": cache, "use_cache": True}
+        caches = self.causal and not self.two and caching.keys() <= self.attachment.inputs.takes
+        try:
+            self.plain = [
+                self._hidden(self.model, self._alone(row) | (caching if caches and not number else {}))[0]
+                for number, row in enumerate(self.rows[:2])
+            ]
+        finally:
+            hook.remove()
+        self.embedded = seen[0][0, :SHARED].float() if seen and seen[0].dim() == 3 else None
+        self.cached = self._cached(cache)
+
+    def _cached(self, cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of the shared tokens in every layer that ran; empty: it keeps none, or other ones."""
+        found = []
+        for call, layer in zip(self.calls, cache.layers, strict=False):
+            key, value = getattr(layer, "keys", None), getattr(layer, "values", None)
+            if not isinstance(key, Tensor) or not isinstance(value, Tensor) or not key.numel():
+                return []
+            if (*key.shape[1:], value.shape[-1]) != (call.kv_heads, LONG, call.key_dim, call.value_dim):
+                return []
+            found.append((key[0, :, :SHARED].transpose(0, 1), value[0, :, :SHARED].transpose(0, 1)))
+        return found
+
+    def run(self) -> Verdict:
+        """Raises `UserError` for a model that computes something else even in a padded batch."""
+        with self._quietly(), _shorter(self.spared):
+            packed = self._packing_obstacle()
+            self.attachment.verdict = Verdict(packed)  # which decides how batches run
+            if self.blank:
+                return Verdict(packed or self._packed())
+            self._padded()
+            packed = packed or self._packed()
+            soft, prefix = self._soft(packed=False), self._prefix(packed=False)
+            if packed is None and soft is None:
+                packed = self._soft(packed=True)
+            if packed is None and prefix is None:
+                packed = self._prefix(packed=True)
+            if packed is not None and self.attachment.packable:
+                self.attachment.verdict = Verdict(packed)
+                self._padded()
+            left = self._left(prefix=bool(self.cached) and prefix is None)
+            return Verdict(packed, left, soft, prefix)
+
+    # ---- the passes
+
+    def _padded(self) -> None:
+        """Also finds what the model's own positions start from, where it takes positions."""
+        reader = self.attachment.stacks[0]
+        tried = [reader.first_position]
+        if reader.takes_positions and not self.two:
+            tried += [0, self.pad + 1, 1, 2]
+        errors = []
+        for first in dict.fromkeys(tried):
+            reader.first_position = first
+            try:
+                errors.append(self._apart(self._run(self._batch(self.rows), learning=True)))
+            except IndexError:  # there are no such positions
+                errors.append(float("inf"))
+            if errors[-1] <= self.allowed:
+                return
+        raise UserError(
+            f"backbone.path: {type(self.model).__name__} does not compute with ptd's attention what it computes with "
+            f"its own: two short rows come out {errors[0]:.1%} apart, so a prompt would be trained on another model; "
+            "use a backbone of another family"
+        )
+
+    def _packing_obstacle(self) -> str | None:
+        if self.two or not self.attachment.stacks[0].takes_positions:
+            return "it takes no positions that could start again in each row"
+        if any(not call.causal and call.window is not None for call in self.calls):
+            return "its layers look through a window both ways"
+        for call in self.calls:
+            obstacle = packing_obstacle(call)
+            if obstacle is not None:
+                return f"{type(call.module).__name__} {obstacle}"
+        return None
+
+    def _packed(self) -> str | None:
+        try:
+            hidden = self._run(self._batch(self.rows, packed=True))
+        except (UserError, TypeError) as error:
+            return str(error)
+        return None if self.blank else self._said(self._apart(hidden), "without a prompt", packed=True)
+
+    def _left(self, *, prefix: bool) -> str | None:
+        if self.two or not self.causal:
+            return None
+        skip = SHARED if prefix else 0
+        rows = [row.tokens[skip:] for row in self.rows]
+        pads = [LONG - len(row) for row in rows]
+        ids = [[self.pad] * pad + row for row, pad in zip(rows, pads, strict=True)]
+        mask = torch.tensor([[0] * pad + [1] * (LONG - pad) for pad in pads], device=self.device)
+        inputs = self.attachment.generation_inputs(torch.tensor(ids, device=self.device), mask)
+        with self._cached_as_prefix() if prefix else nullcontext():
+            hidden = self._hidden(self.model, inputs)
+        error = self._apart([hidden[row, pad:] for row, pad in enumerate(pads)], skip=skip)
+        return self._said(error, "padded on the left")
+
+    def _soft(self, *, packed: bool) -> str | None:
+        if self.embedded is None:
+            return "its embedding layer puts out something other than one vector per token"
+        rows = [_Row(row.tokens[SHARED:], row.target) for row in self.rows]
+        self.attachment.set(SoftTokens(self.embedded, in_front=True))
+        try:
+            hidden = self._run(self._batch(rows, packed=packed, virtual=SHARED))
+        except Exception as error:  # families do as they like with tokens that they cannot look up
+            return f"a pass with them ends in {type(error).__name__}: {error}"
+        finally:
+            self.attachment.set(None)
+        return self._said(self._apart(hidden, skip=SHARED), "whose first tokens are given as embeddings", packed)
+
+    def _prefix(self, *, packed: bool) -> str | None:
+        if not self.cached:  # nothing to compare with: an encoder's keys depend on what follows
+            return None
+        rows = [_Row(row.tokens[SHARED:]) for row in self.rows]
+        with self._cached_as_prefix():
+            hidden = self._run(self._batch(rows, packed=packed))
+        return self._said(self._apart(hidden, skip=SHARED), "whose first tokens are given as a prefix", packed)
+
+    @contextmanager
+    def _cached_as_prefix(self) -> Iterator[None]:
+        """The keys and values of the first tokens as the prompt, in the layers that run."""
+        self.attachment.shift(SHARED)
+        for slot, (key, value) in zip(self.attachment.slots, self.cached, strict=False):
+            slot.key, slot.value = key, value
+        try:
+            yield
+        finally:
+            self.attachment.set(None)
+
+    # ---- how they are run and compared
+
+    def _batch(self, rows: list[_Row], *, packed: bool = False, virtual: int = 0) -> Batch:
+        """The rows as a run lays them out: padded on the right, or packed, with a further one.
+
+        ``virtual``: tokens that will be put before each.
+        """
+        tokens = [row.tokens for row in rows]
+        if self.two:
+            targets = [row.target or [] for row in rows]
+            return _padded(targets, max(map(len, targets)), self.pad, self.device, source=tokens)
+        if not packed:
+            return _padded(tokens, LONG - virtual, self.pad, self.device)
+        further = TOKENS - virtual - sum(len(row) + virtual for row in tokens)
+        return _packed([*tokens, tokens[0][:1] * further], self.device)
+
+    def _alone(self, row: _Row) -> dict[str, Any]:
+        times = TOKENS // len(row.tokens)
+        inputs = {"input_ids": torch.tensor([row.tokens] * times, device=self.device)}
+        if row.target is not None:
+            inputs["decoder_input_ids"] = torch.tensor([row.target] * times, device=self.device)
+        return inputs
+
+    def _run(self, batch: Batch, *, learning: bool = False) -> list[Tensor]:
+        """The last hidden states of each row, ``[length, hidden]``.
+
+        ``learning``: as in training, in a pass that records gradients, which shows masks that are learned through.
+        """
+        hidden = self._hidden(self.attachment.run, batch, learning=learning and not self.sharded)
+        hidden = hidden.flatten(0, 1)
+        starts, lengths = batch.starts.tolist(), batch.lengths.tolist()
+        return [hidden[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+
+    def _hidden(self, run: Callable[..., Any], inputs: Any, *, learning: bool = False) -> Tensor:
+        """What the last stack puts out, in one pass."""
+        seen: list[Tensor] = []
+        stack = self.attachment.stacks[-1].module
+
+        def see(module: nn.Module, args: Any, output: Any) -> None:
+            if getattr(output, "last_hidden_state", None) is None:
+                raise UserError(
+                    f"backbone.path: the transformer in {type(self.model).__name__} ({type(stack).__name__}) puts out "
+                    "no last_hidden_state, which ptd reads; use a backbone of another family"
+                )
+            seen.append(output.last_hidden_state)
+
+        hooks = [stack.register_forward_hook(see)]
+        if learning:
+            embeddings: nn.Module = self.attachment.stacks[0].embeddings
+            hooks.append(embeddings.register_forward_hook(lambda *given: given[-1].detach().requires_grad_() * 1))
+        try:
+            with torch.set_grad_enabled(learning):
+                run(**inputs) if isinstance(inputs, dict) else run(inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen[-1].detach().float()
+
+    def _apart(self, found: list[Tensor], *, skip: int = 0) -> float:
+        """The largest distance of a token from what the row is alone, of the tokens' mean size.
+
+        The third row is the first with another last token, which in a causal model the others do not see.
+        """
+        wants = [*self.plain, self.plain[0][:-1]] if self.causal else self.plain
+        errors = []
+        for want, got in zip(wants, found, strict=False):
+            want = want if self.two else want[skip:]
+            apart = (got[: len(want)] - want).norm(dim=-1) / want.norm(dim=-1).mean()
+            errors.append(apart.max().item() if bool(apart.isfinite().all()) else float("inf"))
+        return max(errors)
+
+    def _said(self, error: float, what: str, packed: bool = False) -> str | None:
+        if error <= self.allowed:
+            return None
+        how = f"short rows {what}{', in a packed batch,' * packed}"
+        return f"{how} come out {error:.1%} apart from what {type(self.model).__name__} makes of them alone"
+
+    @contextmanager
+    def _quietly(self) -> Iterator[None]:
+        """Without dropout."""
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def _padded(
+    rows: list[list[int]], width: int, pad: int, device: torch.device, source: list[list[int]] | None = None
+) -> Batch:
+    ids = torch.tensor([[*row, *([pad] * (width - len(row)))] for row in rows], device=device)
+    read = None if source is None else _padded(source, max(map(len, source)), pad, device)
+    return _batch_of(rows, ids, torch.arange(width, device=device).expand(len(rows), -1), source=read)
+
+
+def _packed(rows: list[list[int]], device: torch.device) -> Batch:
+    ids = torch.tensor([[token for row in rows for token in row]], device=device)
+    positions = torch.cat([torch.arange(len(row), device=device) for row in rows])[None]
+    bounds = torch.tensor([0, *map(len, rows)], device=device).cumsum(0).to(torch.int32)
+    return _batch_of(rows, ids, positions, bounds=bounds)
+
+
+def _batch_of(
+    rows: list[list[int]],
+    ids: Tensor,
+    positions: Tensor,
+    *,
+    bounds: Tensor | None = None,
+    source: Batch | None = None,
+) -> Batch:
+    return Batch(
+        input_ids=ids,
+        labels=torch.full_like(ids, IGNORE_INDEX),
+        position_ids=positions,
+        cu_seqlens=bounds,
+        max_seqlen=max(map(len, rows)),
+        tokens=ids.numel(),
+        supervised_tokens=0,
+        lengths=torch.tensor([len(row) for row in rows], device=ids.device),
+        rows=tuple(range(len(rows))),
+        source=source,
+    )
+
+
+@dataclass(frozen=True)
+class _Spared:
+    """A module that a check replaces by a cheaper one."""
+
+    parent: nn.Module
+    name: str
+    instead: nn.Module
+
+
+def _spared(model: PreTrainedModel, calls: list[Call], head: nn.Module | None) -> list[_Spared]:
+    """Layers and the head, which no check needs.
+
+    Of each outermost list of layers with attention those stay up to where every kind of layer has come, and two at
+    least.
+    """
+    call_of = {call.module: call for call in calls}
+    found: list[_Spared] = []
+    inside: set[nn.Module] = set()
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if child is head:
+                found.append(_Spared(parent, name, nn.Identity()))
+            if not isinstance(child, nn.ModuleList) or child in inside:
+                continue
+            kinds = [_kind(layer, call_of) for layer in child]
+            if not all(attends for _, attends in kinds):
+                continue
+            inside |= set(child.modules())
+            enough = max(2, 1 + max(kinds.index(kind) for kind in kinds))
+            if enough < len(child):
+                found.append(_Spared(parent, name, nn.ModuleList(list(child)[:enough])))
+    return found
+
+
+def _kind(layer: nn.Module, call_of: dict[nn.Module, Call]) -> tuple[Any, tuple[Any, ...]]:
+    """What a layer consists of, and what its attention is like."""
+    modules = list(layer.modules())
+    attends = [call_of[module] for module in modules if module in call_of]
+    rules = tuple((call.causal, call.window, call.kv_heads, call.key_dim, call.value_dim) for call in attends)
+    return tuple(type(module) for module in modules), rules
+
+
+@contextmanager
+def _shorter(spared: list[_Spared]) -> Iterator[None]:
+    """The model without what is spared."""
+    whole = [getattr(each.parent, each.name) for each in spared]
+    try:
+        for each in spared:
+            setattr(each.parent, each.name, each.instead)
+        yield
+    finally:
+        for each, module in zip(spared, whole, strict=True):
+            setattr(each.parent, each.name, module)
