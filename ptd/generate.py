@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
-from ptd.backbone import architecture_of, load_tokenizer
+from ptd.backbone import architecture_of, embeddings_of, load_tokenizer
 from ptd.checkpoint import Adapter, load_adapter
 from ptd.config import (
     BackboneConfig,
@@ -24,17 +24,21 @@ from ptd.config import (
 )
 from ptd.data.continuations import Reader
 from ptd.data.ends import ends_of_text
+from ptd.data.tokens import check_ids, check_prompts, check_words
 from ptd.decoding import Decoding, Tokens, generation_config, note_on_author, put_away, set_by_author
 from ptd.deepspeed_config import zero3_config
-from ptd.engine.evaluation import in_order
+from ptd.engine.evaluation import HeldOut, in_order
 from ptd.engine.ranks import Ranks
 from ptd.engine.setup import Prepared, prepare
-from ptd.inject import decoder_start
+from ptd.files import decode as decode_text
+from ptd.files import lines_of, read_text
+from ptd.inject import check_backend, decoder_start
 from ptd.methods import method
 from ptd.readouts import Readout
 from ptd.tasks import Task, make_task
 from ptd.tasks.seq2seq_lm import target_language, target_opening
 from ptd.types import Architecture, HeadSettings, Reporter, UserError
+from ptd.values import is_blank
 
 Settings = Mapping[str, dict[str, Any]]
 """Changes to the run's sections ``backbone`` and ``data``, by section and key."""
@@ -56,6 +60,13 @@ class Tuned:
     task: Task
     readout: Readout
     taught: tuple[int, ...] = ()
+
+    def held_out(self, rows: Any, batch_size: int, *, what: str, labelled: bool = True) -> HeldOut:
+        """``rows`` (called ``what`` in messages) as tokens that this backbone has; raises `UserError`."""
+        task, tokenizer = self.task, self.tokenizer
+        examples = task.tokenize(rows, tokenizer, what=what, labelled=labelled)
+        check_ids(examples, tokenizer, embeddings_of(self.prepared.model), what, writes=task.generates)
+        return HeldOut(task, examples, rows, batch_size, task.data.packing, tokenizer.pad_token_id)
 
     def room(self, used: int) -> int | None:
         """Tokens that can be generated after ``used`` others beside the prompt; None: no known limit."""
@@ -86,8 +97,32 @@ def backbone_of(adapter: Adapter | None, path: str | None, changes: dict[str, An
     return backbone_config({**section, "path": named, "revision": revision})
 
 
-def load_tuned(adapter: str | None, backbone: str | None, ranks: Ranks, *, settings: Settings | None = None) -> Tuned:
-    """Load the adapter's backbone (or ``backbone``) and put the adapter on it. Every rank calls this together.
+@dataclass(frozen=True)
+class Found:
+    """What is known of an adapter and its backbone before any weight of that is read."""
+
+    adapter: Adapter | None
+    config: BackboneConfig
+    task: Task
+    head: HeadSettings
+    tokenizer: Any
+
+    def load(self, ranks: Ranks) -> Tuned:
+        """Load the backbone and put the adapter on it. Every rank calls this together; raises `UserError`."""
+        prepared = prepare(self.config, ranks, zero3_config(self.config), output=self.task.output)
+        prepared.attachment.inputs.placeholder = self.tokenizer.pad_token_id or 0
+        readout = self.task.readout(self.tokenizer, prepared.shape.hidden_size, self.head)
+        check_words(readout.token_ids(), self.tokenizer, embeddings_of(prepared.model))
+        if self.adapter is not None:
+            self.adapter.check_fits(prepared.shape, prepared.fingerprint, path=self.config.path)
+            prepared.attachment.set(self.adapter.layout.state(self.adapter.flat.to(ranks.device)))
+            _load_head(readout, self.adapter)
+        taught = _taught(self.adapter)
+        return Tuned(prepared, self.tokenizer, self.adapter, self.task, readout.to(ranks.device), taught)
+
+
+def find_tuned(adapter: str | None, backbone: str | None, *, settings: Settings | None = None) -> Found:
+    """Read the adapter, and of its backbone (or ``backbone``) what is not its weights.
 
     Backbone and data are treated as in training, changed by ``settings``; the task is the one the adapter was trained
     for, without an adapter, or with one that PEFT wrote, the text task of the backbone's architecture. Raises
@@ -100,6 +135,7 @@ def load_tuned(adapter: str | None, backbone: str | None, ranks: Ranks, *, setti
     found = load_adapter(adapter) if adapter is not None else None
     config = backbone_of(found, backbone, settings.get("backbone"))
     architecture = architecture_of(config)
+    check_backend(config.attention)
     task_section, data, head = sections_of(found, settings.get("data", {}))
     task_section = task_section or TaskConfig(kind=_text_task(architecture, config.path))
     try:
@@ -107,15 +143,12 @@ def load_tuned(adapter: str | None, backbone: str | None, ranks: Ranks, *, setti
     except ValueError as error:
         raise UserError(str(error)) from error
     task = make_task(task_section, data, architecture)
-    tokenizer = load_tokenizer(config)
-    prepared = prepare(config, ranks, zero3_config(config), output=task.output)
-    prepared.attachment.inputs.placeholder = tokenizer.pad_token_id or 0
-    readout = task.readout(tokenizer, prepared.shape.hidden_size, head)
-    if found is not None:
-        found.check_fits(prepared.shape, prepared.fingerprint, path=config.path)
-        prepared.attachment.set(found.layout.state(found.flat.to(ranks.device)))
-        _load_head(readout, found)
-    return Tuned(prepared, tokenizer, found, task, readout.to(ranks.device), _taught(found))
+    return Found(found, config, task, head, load_tokenizer(config))
+
+
+def load_tuned(adapter: str | None, backbone: str | None, ranks: Ranks, *, settings: Settings | None = None) -> Tuned:
+    """`find_tuned`, and the backbone loaded with the adapter on it. Every rank calls this together."""
+    return find_tuned(adapter, backbone, settings=settings).load(ranks)
 
 
 def _taught(adapter: Adapter | None) -> tuple[int, ...]:
@@ -277,11 +310,13 @@ def generate(
     """
     ranks, reporter = start_ranks(settings), reporter or Reporter()
     try:
-        tuned = load_tuned(adapter, backbone, ranks, settings=settings)
-        task = tuned.task
+        found = find_tuned(adapter, backbone, settings=settings)
+        task = found.task
         if not task.generates:
             raise UserError("the adapter was trained to label, not to write; use ptd predict")
+        tuned = found.load(ranks)
         ids = ranks.on_main(lambda: task.prompts(prompts, tuned.tokenizer, raw=raw))
+        check_prompts(ids, tuned.tokenizer, embeddings_of(tuned.prepared.model), "the prompts")
         decoding = decoding or Decoding()
         for note in [*filter(None, [task.how_typed(raw)]), *decoding_notes(tuned, decoding)]:
             reporter.note(note)
@@ -290,13 +325,16 @@ def generate(
         ranks.stop()
 
 
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line of a text file. Raises `UserError` if it cannot be read or is empty."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--file: cannot read {path}: {error}") from error
-    prompts = [line for line in lines if line.strip()]
+def read_prompts(source: str | Path | BinaryIO, named: str = "--file") -> list[str]:
+    """One prompt a line of a text file, or of a stream of bytes that messages call ``named``.
+
+    Raises `UserError` if it cannot be read or has none.
+    """
+    if isinstance(source, str | Path):
+        text, place = read_text(source, f"{named}: cannot read"), f"{named}: {source}"
+    else:
+        text, place = decode_text(source.read(), f"cannot read {named}"), named
+    prompts = [line for line in lines_of(text) if not is_blank(line)]
     if not prompts:
-        raise UserError(f"--file: {path} has no prompts; write one a line")
+        raise UserError(f"{place} has no prompts; write one a line")
     return prompts

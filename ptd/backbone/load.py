@@ -58,6 +58,18 @@ def dtype_of(config: BackboneConfig) -> torch.dtype:
     return DTYPES.get(config.dtype) or _model_config(config).dtype or torch.float32
 
 
+def vocabulary_of(config: BackboneConfig) -> int | None:
+    """Rows of the checkpoint's embedding, by its config alone; None where that does not say. Raises `UserError`."""
+    size = getattr(_model_config(config).get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def embeddings_of(model: PreTrainedModel) -> int:
+    """Rows of a model's embedding, also where they are sharded."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.num_embeddings)
+
+
 def load_model(
     config: BackboneConfig,
     output: Output = "causal_lm",

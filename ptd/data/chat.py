@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ptd.data.continuations import Reader
 from ptd.types import UserError
+from ptd.values import is_blank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -201,10 +202,12 @@ def _learned(messages: Any, place: str) -> list[int]:
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{place}: messages has to be a list of {{role, content}}, but is {repr(messages)[:60]}")
     for number, message in enumerate(messages, start=1):
-        if isinstance(message, dict) and message.get("tool_calls") and not message.get("content"):
+        calls = isinstance(message, dict) and message.get("tool_calls")
+        if calls and not isinstance(message.get("content"), str):
+            which = "the last message" if number == len(messages) else f"message {number}"
             raise UserError(
-                f"{place}: message {number} is a tool call without text; data.format: messages learns text alone: "
-                "remove the row, or render tools and calls yourself for data.format: prompt_completion"
+                f"{place}: {which} calls a tool (tool_calls) and says nothing, and what is learned is text alone; let "
+                "the row end in the assistant's answer, or write the call into its content as text"
             )
         for key in ("role", "content"):
             value = message.get(key) if isinstance(message, dict) else None
@@ -219,7 +222,7 @@ def _learned(messages: Any, place: str) -> list[int]:
         )
     if len(messages) == 1:
         raise UserError(f"{place}: there is no message before the assistant's; put at least a user message there")
-    if not messages[-1]["content"]:
+    if is_blank(messages[-1]["content"]):
         raise UserError(f"{place} has an empty last message: there is nothing to learn; remove the row")
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index > 0]
     learned = [index for index in answers if _counts(messages[index], f"{place}: message {index + 1}")]

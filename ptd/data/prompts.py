@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ptd.config import DataConfig, fields_of
 from ptd.data.chat import Chat, Talk, Turn
 from ptd.data.continuations import Reader, continuations
-from ptd.data.fields import check_column, check_text
+from ptd.data.fields import TEXT, Column, cell, check_column
 from ptd.data.filling import affixed, encode, fill, special_affixes
 from ptd.data.templates import Template, prompt_template
 from ptd.types import UserError
@@ -220,26 +220,35 @@ def _chunks(
 ) -> Iterator[tuple[int, _Chunk]]:
     """Up to `_ROWS_AT_ONCE` rows at a time, checked, with the first row's number (from 1)."""
     fields = fields_of("causal_lm", config.format)
-    columns = {field: config.columns.get(field, field) for field in fields}
+    columns = {
+        field: Column(
+            config.columns.get(field, field),
+            "a list of messages" if field == "messages" else TEXT,
+            may_be_blank=field == "prompt",
+        )
+        for field in fields
+    }
     template = prompt_template(config, rows.column_names, what)
     if template is not None:
         del columns["prompt"]
     for field, column in columns.items():
-        check_column(rows, field, column, what)
-    used = {*columns.values(), *(template.fields if template is not None else ())}
+        check_column(rows, field, column.name, what)
+    used = {*(column.name for column in columns.values()), *(template.fields if template is not None else ())}
     rows = rows.select_columns(sorted(used)).with_format(None)
     for begin in range(0, len(rows), _ROWS_AT_ONCE):
         piece = rows[begin : begin + _ROWS_AT_ONCE]
-        for field, column in columns.items():
-            _check(piece[column], column, field, begin + 1, what)
-        texts = piece[columns[fields[-1]]]
+        chunk = {
+            field: [cell(value, column, row, what) for row, value in enumerate(piece[column.name], begin + 1)]
+            for field, column in columns.items()
+        }
+        texts = chunk[fields[-1]]
         if template is not None:
             values = template.values(piece, begin + 1, what)
             prompts = fill(template, values, tokenizer, ([], []))[0]
             before = [_last_run(template, row) for row in values]
         else:
-            before = piece[columns["prompt"]] if "prompt" in columns else [""] * len(texts)
-            prompts = encode(tokenizer, before) if "prompt" in columns else [[] for _ in texts]
+            before = chunk.get("prompt", [""] * len(texts))
+            prompts = encode(tokenizer, before) if "prompt" in chunk else [[] for _ in texts]
         yield begin + 1, _Chunk(texts, prompts, before)
 
 
@@ -250,17 +259,6 @@ def _last_run(template: Template, values: tuple[str, ...]) -> str:
         return ""
     rest = iter(values[len(values) - sum(hasattr(part, "column") for part in run) :])
     return "".join(next(rest) if hasattr(part, "column") else part.text for part in run)
-
-
-def _check(values: list[Any], column: str, field: str, first: int, what: str) -> None:
-    for row, value in enumerate(values, first):
-        if value is None:
-            raise UserError(f"row {row} of {what} has no {column!r}; add it or remove the row")
-        if field == "messages":
-            continue
-        check_text(value, column, f"row {row} of {what}")
-        if not value and field != "prompt":
-            raise UserError(f"row {row} of {what} has an empty {column!r}: there is nothing to learn; remove the row")
 
 
 def _leading(ids: list[int], head: list[int], tokenizer: PreTrainedTokenizerBase) -> int:

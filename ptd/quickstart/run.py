@@ -17,6 +17,7 @@ from ptd.data import load_rows
 from ptd.decoding import Decoding
 from ptd.engine.ranks import Ranks
 from ptd.evaluate import continue_rows, held_out_metrics, text_metrics
+from ptd.files import as_path, check_writable
 from ptd.generate import Tuned, load_tuned
 from ptd.launch import Program, environment, local_command
 from ptd.quickstart import BACKBONE
@@ -39,11 +40,12 @@ def run_quickstart(
 
     Raises `UserError` if an earlier quickstart is there and ``overwrite`` is not set, or training fails.
     """
-    reporter = reporter or Reporter()
+    reporter, output = reporter or Reporter(), as_path(output)
     say = (lambda text: None) if quiet else _headline
     held = [name for name in PARTS if (output / name).exists()]
     if held and not overwrite:
         raise UserError(f"{output} holds an earlier quickstart; choose another --output, or --overwrite to replace it")
+    check_writable(output, "--output")
     for name in held:
         shutil.rmtree(output / name)
     (output / "data").mkdir(parents=True)

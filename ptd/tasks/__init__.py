@@ -36,6 +36,11 @@ class _Common(Protocol):
     virtual_tokens: int
     cloze: bool
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """What an evaluation measures, known before any: ``loss`` first (after `fit`, where that learns labels)."""
+        ...
+
     def fit(self, rows: Dataset, what: str) -> Task:
         """The task with everything it has to learn from the training rows before they are tokenised (label names)."""
         ...
@@ -100,6 +105,9 @@ class LabellingTask(_Common, Protocol):
 
 
 Task = WritingTask | LabellingTask
+TEXT_METRICS = ("loss", "perplexity")
+LOWER_IS_BETTER = frozenset(TEXT_METRICS)
+"""Of all metrics these alone; `ptd.engine.evaluation` has them."""
 
 
 _KINDS: dict[str, Callable[[TaskConfig, DataConfig, Architecture], Task]] = {}

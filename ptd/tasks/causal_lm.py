@@ -10,7 +10,7 @@ from ptd.data import marks_of, prompts_and_references, tokenize
 from ptd.data.chat import Chat, common_system
 from ptd.data.typed import how_typed, typed
 from ptd.readouts.language_model import LanguageModel
-from ptd.tasks import register
+from ptd.tasks import TEXT_METRICS, register
 from ptd.types import Architecture, Examples, HeadSettings, Output, UserError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ class CausalLM:
     labels: tuple[str, ...] = ()
     cloze = False
     generates: Literal[True] = True
+    metric_names = TEXT_METRICS
 
     def __init__(self, config: TaskConfig, data: DataConfig) -> None:
         self.config, self.data = config, data

@@ -17,12 +17,12 @@ from ptd.config import DataConfig, TaskConfig
 from ptd.data import marks_of
 from ptd.data.checks import ROWS, notes_on_texts
 from ptd.data.continuations import Reader
-from ptd.data.fields import check_column, check_text, cut_on_the_right, field_chunks
+from ptd.data.fields import TEXT_OR_NUMBER, Column, check_column, cut_on_the_right, field_chunks
 from ptd.data.filling import affixed, encode, fill, special_affixes
 from ptd.data.templates import parse_template, prompt_template
 from ptd.data.typed import how_typed
 from ptd.readouts.language_model import LanguageModel
-from ptd.tasks import register
+from ptd.tasks import TEXT_METRICS, register
 from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, Output, UserError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class Seq2SeqLM:
     labels: tuple[str, ...] = ()
     cloze = False
     generates: Literal[True] = True
+    metric_names = TEXT_METRICS
 
     def __init__(self, config: TaskConfig, data: DataConfig) -> None:
         self.config, self.data = config, data
@@ -205,12 +206,8 @@ def _chunks(
     needed = dict(fields)
     if labelled:
         check_column(rows, "completion", completion, what)
-        needed[_COMPLETION] = completion
+        needed[_COMPLETION] = Column(completion)
     for first, chunk in field_chunks(rows, needed, what):
-        for row, text in enumerate(chunk.get(_COMPLETION, []), first):
-            check_text(text, completion, f"row {row} of {what}")
-            if not text:
-                raise UserError(f"row {row} of {what} has an empty {completion!r}: nothing to learn; remove the row")
         prompts, cut = prompts_of(chunk, first, tokenizer, max_length)
         yield first, prompts, cut, chunk.get(_COMPLETION, [])
 
@@ -221,7 +218,7 @@ _COMPLETION = "the completion"
 _PromptsOf = Callable[[dict[str, list[Any]], int, Any, int], tuple[list[list[int]], int]]
 
 
-def _prompt_fields(rows: Dataset, data: DataConfig, what: str) -> tuple[dict[str, str], _PromptsOf]:
+def _prompt_fields(rows: Dataset, data: DataConfig, what: str) -> tuple[dict[str, Column], _PromptsOf]:
     """The fields that make a prompt, and how a chunk of them becomes tokens and the number of cut ones."""
     template = prompt_template(data, rows.column_names, what)
     if template is None:
@@ -230,11 +227,9 @@ def _prompt_fields(rows: Dataset, data: DataConfig, what: str) -> tuple[dict[str
         def plain(
             chunk: dict[str, list[Any]], first: int, tokenizer: PreTrainedTokenizerBase, max_length: int
         ) -> tuple[list[list[int]], int]:
-            for row, text in enumerate(chunk["prompt"], first):
-                check_text(text, column, f"row {row} of {what}")
             return whole_prompts(chunk["prompt"], tokenizer, max_length)
 
-        return {"prompt": column}, plain
+        return {"prompt": Column(column, may_be_blank=True)}, plain
 
     if not template.fields:
         raise UserError(
@@ -247,7 +242,8 @@ def _prompt_fields(rows: Dataset, data: DataConfig, what: str) -> tuple[dict[str
         values = template.values({name: chunk[name] for name in template.fields}, first, what)
         return fill(template, values, tokenizer, special_affixes(tokenizer), max_length=max_length)
 
-    return {name: name for name in template.fields}, filled
+    columns = (Column(name, TEXT_OR_NUMBER, may_be_blank=True, used_by=template.key) for name in template.fields)
+    return {column.name: column for column in columns}, filled
 
 
 def whole_prompts(

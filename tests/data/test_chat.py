@@ -122,6 +122,11 @@ def test_no_end_token_is_needed(chat):
         (say(("user", "u")), "the last message is of role 'user', but has to be the assistant's"),
         (say(("assistant", "a")), "there is no message before the assistant's"),
         (say(("user", "u"), ("assistant", "")), "has an empty last message"),
+        (say(("user", "u"), ("assistant", " \n")), "has an empty last message"),
+        (
+            {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": None, "tool_calls": [1]}]},
+            "the last message calls a tool (tool_calls) and says nothing",
+        ),
         ({"messages": []}, "messages has to be a list of {role, content}, but is []"),
         ({"messages": "hello"}, "messages has to be a list of {role, content}, but is 'hello'"),
         ({"messages": ["hello"]}, "message 1 has to have a 'role' that is text, but is 'hello'"),

@@ -240,7 +240,7 @@ def test_keys_that_other_messages_have_are_not_there():
 def test_a_tool_call_is_refused_by_its_name():
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
     talk = {"messages": [{"role": "user", "content": "u"}, call]}
-    assert "message 2 is a tool call without text" in refusal(make("bytes", "own-end"), talk)
+    assert "the last message calls a tool (tool_calls) and says nothing" in refusal(make("bytes", "own-end"), talk)
 
 
 MARKED = (
