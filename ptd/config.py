@@ -164,6 +164,7 @@ KEYS_OF_KINDS: dict[str, dict[str, tuple[TaskKind, ...]]] = {
         "patterns": ("classification",),
         "verbalizer": ("classification",),
         "class_weights": LABELLING,
+        "system": ("causal_lm",),
         "doc_stride": ("question_answering",),
         "max_answer_length": ("question_answering",),
     },
@@ -195,6 +196,11 @@ class TaskConfig(Section):
         None,
         description="weight of each label in the loss: `{label: number}` (others 1), or `balanced`: n / (k · count) "
         "(`classification`, `token_classification`)",
+    )
+    system: str | None = Field(
+        None,
+        description="`causal_lm` on `messages`: the system message before what is typed to `ptd generate`; default: "
+        "that of the training rows if all have the same; an empty one: none",
     )
     doc_stride: int = Field(64, ge=1, description="`question_answering`: tokens that windows of a long context share")
     max_answer_length: int = Field(30, ge=1, description="`question_answering`: tokens of the longest answer")
@@ -463,6 +469,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _data_fits_task(self) -> RunConfig:
         self.data.check_task(self.task.kind)
+        if self.task.system is not None and self.data.format != "messages":
+            raise ValueError(f"task.system: has no effect with data.format {self.data.format}; remove it")
         return self
 
     @model_validator(mode="after")

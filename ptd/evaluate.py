@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ptd.data import load_rows
+from ptd.decoding import Decoding
 from ptd.engine.evaluation import evaluate as evaluate_held_out
 from ptd.engine.ranks import Ranks
-from ptd.generate import Decoding, Settings, Tuned, decode, find_tuned, start_ranks
+from ptd.generate import Settings, Tuned, decode, decoding_notes, find_tuned, start_ranks
 from ptd.tasks import Task, WritingTask
 from ptd.types import Reporter, UserError
 
@@ -82,6 +83,21 @@ def continue_rows(
     room = tuned.room(decoding.max_new_tokens)
     longest = task.data.max_length if room is None else max(1, min(task.data.max_length, room))
     prompts, references = task.prompts_and_references(rows, tuned.tokenizer, max_length=longest, what=what)
+    filled = sum(len(prompt) == longest for prompt in prompts)
+    if longest < task.data.max_length and filled:
+        reporter.note(
+            f"--generate: {filled:,} prompts fill the {longest:,} tokens that --max-new-tokens leaves of the "
+            "backbone's context; longer ones lost their beginning"
+        )
+    lengths = [len(ids) for ids in tuned.tokenizer(references, add_special_tokens=False, verbose=False)["input_ids"]]
+    long = sum(length > decoding.max_new_tokens for length in lengths)
+    if long:
+        reporter.note(
+            f"--max-new-tokens: {long:,} of {len(references):,} references are longer than {decoding.max_new_tokens:,} "
+            f"tokens (the longest has {max(lengths):,}), which no generated text can reach"
+        )
+    for note in decoding_notes(tuned, decoding):
+        reporter.note(note)
     return decode(tuned, prompts, decoding, ranks, batch_size=batch_size, reporter=reporter), references
 
 

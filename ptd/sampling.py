@@ -8,10 +8,11 @@ from pathlib import Path
 
 from ptd.checkpoint.files import writing
 from ptd.config import RunConfig
+from ptd.decoding import Decoding
 from ptd.engine.evaluation import HeldOut, scores_of
 from ptd.engine.ranks import Ranks
 from ptd.engine.samples import write_samples
-from ptd.generate import Decoding, Tuned, decode
+from ptd.generate import Tuned, decode
 from ptd.tasks import LabellingTask, WritingTask
 from ptd.types import PromptState, Reporter, Sample
 

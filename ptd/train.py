@@ -118,7 +118,8 @@ def _train(
     stacks = folder.path / "logs" / f"rank-{ranks.rank}.stacks"
     watchdog = Watchdog(settings.hang_timeout_minutes * 60, stacks, ranks.rank)
     watched = Watched(reporter, watchdog)
-    tuned = Tuned(prepared, material.tokenizer, None, material.task, step.readout)
+    taught = material.examples.report.ends
+    tuned = Tuned(prepared, material.tokenizer, None, material.task, step.readout, taught)
     sampler = Sampler.of(config, tuned, material.held_out, ranks, watched, watchdog.beat)
     loop = Loop(
         settings,
@@ -295,7 +296,8 @@ class Artifacts:
 
     def _adapter(self, flat: torch.Tensor, metrics: dict[str, Any]) -> Adapter:
         resolved, encoder = self.config.to_dict(), self.step.encoder
-        learned = {} if self.learned_from is None else vars(self.learned_from)
+        learned = {} if self.learned_from is None else dict(vars(self.learned_from))
+        learned.pop("notes", None)  # they quote rows, and an adapter goes to other people
         return Adapter(
             flat,
             encoder.layout,
@@ -474,6 +476,7 @@ def build_engine(
 ) -> Engine:
     """Load the backbone and put around it what the run trains. Every rank calls this together; raises `UserError`."""
     prepared = prepare(config.backbone, ranks, zero3, output=material.task.output)
+    prepared.attachment.inputs.placeholder = material.tokenizer.pad_token_id or 0
     held_out = material.held_out.examples if material.held_out is not None else material.examples
     for what, examples in (("data.train", material.examples), ("data.eval", held_out)):  # its config may have said less
         size = embeddings_of(prepared.model)

@@ -32,7 +32,19 @@ STAGES = [
 ]
 STAGES += ["tasks"]
 STAGES += ["backbone", "checkpoint", "inject", "trackers"]
-VERBS = ["train", "evaluate", "generate", "predict", "sampling", "inspection", "report", "export", "plan", "bench"]
+VERBS = [
+    "train",
+    "evaluate",
+    "generate",
+    "decoding",
+    "predict",
+    "sampling",
+    "inspection",
+    "report",
+    "export",
+    "plan",
+    "bench",
+]
 VERBS += ["launch", "doctor", "init"]
 LAYERS: dict[str, list[str]] = {
     "ptd": ["errors", "api"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import logging
 import math
@@ -61,7 +62,24 @@ Changes = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences that run together.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-NumBeams = Annotated[int, typer.Option(min=1, help="Beams; 1: no beam search.")]
+NumBeams = Annotated[int | None, typer.Option(min=1, help="Beams. Default: 1, no beam search.", show_default=False)]
+
+
+class Follow(enum.Enum):
+    """Whose settings decoding follows."""
+
+    neutral = "neutral"
+    model = "model"
+
+
+FromModel = Annotated[
+    Follow,
+    typer.Option(
+        "--generation-config",
+        help="Whose penalties, bans, lengths and sampling hold where no option says otherwise: nobody's (neutral), or "
+        "those that the model's author set (model).",
+    ),
+]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress and no advice: the result alone, and what goes wrong.")
 ]

@@ -15,6 +15,8 @@ from ptd.cli.common import (
     Backbone,
     BatchSize,
     Changes,
+    Follow,
+    FromModel,
     MaxNewTokens,
     NumBeams,
     Quiet,
@@ -37,7 +39,8 @@ def evaluate(
     changes: Changes = None,
     generate: Annotated[bool, typer.Option("--generate", help="Also generate: BLEU, ROUGE-L and exact match.")] = False,
     max_new_tokens: MaxNewTokens = 128,
-    num_beams: NumBeams = 1,
+    num_beams: NumBeams = None,
+    generation_config: FromModel = Follow.neutral,
     batch_size: BatchSize = 16,
     quiet: Quiet = False,
 ) -> None:
@@ -48,17 +51,19 @@ def evaluate(
     from ptd.config import parse_settings
 
     settings = parse_settings(changes or [])
+    if not generate and generation_config is not Follow.neutral:
+        raise UserError("--generation-config: has no effect without --generate")
     hush()
+    from ptd.decoding import Decoding
     from ptd.evaluate import evaluate as run_evaluation
-    from ptd.generate import Decoding
 
-    decoding = Decoding(max_new_tokens=max_new_tokens, num_beams=num_beams) if generate else None
+    decoding = Decoding(max_new_tokens, num_beams=num_beams, generation_config=generation_config.value)
     result = run_evaluation(
         data,
         adapter=adapter,
         backbone=backbone,
         settings=settings,
-        decoding=decoding,
+        decoding=decoding if generate else None,
         batch_size=batch_size,
         reporter=reporter_unless(quiet),
     )
@@ -74,19 +79,35 @@ def generate(
         Path | None, typer.Option("--file", "-f", help="Text file with one prompt a line.", callback=at_home)
     ] = None,
     max_new_tokens: MaxNewTokens = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0: greedy; above: sample.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus of the sampled tokens.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest tokens; 0: all.")] = 0,
-    num_beams: NumBeams = 1,
+    raw: Annotated[
+        bool,
+        typer.Option("--raw", help="Send each prompt as it is, not through the prompt template or chat template."),
+    ] = False,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0: greedy; above: sample. Default: 0.", show_default=False)
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Nucleus of the sampled tokens. Default: 1, all.", show_default=False),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=0, help="Sample from the k likeliest tokens. Default: 0, all.", show_default=False),
+    ] = None,
+    num_beams: NumBeams = None,
+    generation_config: FromModel = Follow.neutral,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     batch_size: BatchSize = 16,
     changes: Changes = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line: prompt and completion.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Continue prompts with the tuned backbone; prints one completion a line."""
+    """Continue prompts with the tuned backbone; prints one completion a line.
+
+    After training on chats (data.format: messages) a prompt is a user message in the tokenizer's chat template.
+    """
     from ptd.config import parse_settings
-    from ptd.generate import Decoding
+    from ptd.decoding import Decoding
     from ptd.generate import generate as run_generation
 
     settings = parse_settings(changes or [])
@@ -97,7 +118,8 @@ def generate(
         adapter=adapter,
         backbone=backbone,
         settings=settings,
-        decoding=Decoding(max_new_tokens, temperature, top_p, top_k, num_beams, seed),
+        decoding=Decoding(max_new_tokens, temperature, top_p, top_k, num_beams, seed, generation_config.value),
+        raw=raw,
         batch_size=batch_size,
         reporter=reporter_unless(quiet),
     )

@@ -3,6 +3,7 @@
 from ptd.inject.attach import Attachment, check_supported
 from ptd.inject.compile import compile_each, compile_layers
 from ptd.inject.explain import check_backend, explain_attention, standing_in_for_gpu
+from ptd.inject.inputs import decoder_start
 from ptd.inject.probe import context_of
 from ptd.inject.watch import LayerShares, SharesOfPrompt, attending_only_to
 
@@ -16,6 +17,7 @@ __all__ = [
     "compile_each",
     "compile_layers",
     "context_of",
+    "decoder_start",
     "explain_attention",
     "standing_in_for_gpu",
 ]

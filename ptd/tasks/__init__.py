@@ -65,8 +65,18 @@ class WritingTask(_Common, Protocol):
 
     generates: Literal[True]
 
-    def prompts(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        """What a person types as token ids, as in training."""
+    def prompts(
+        self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, raw: bool = False
+    ) -> list[list[int]]:
+        """What a person types as token ids, as in training; ``raw``: each text is a whole prompt already."""
+        ...
+
+    def how_typed(self, raw: bool) -> str | None:
+        """What becomes of a text that a person types before it is sent; None: nothing that has to be said."""
+        ...
+
+    def ends(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        """The tokens that end a text in training, as far as tokenizer and settings tell."""
         ...
 
     def prompts_and_references(
