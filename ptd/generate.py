@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -201,18 +202,18 @@ def decode(
     batches, which are the same on any number of them and have random numbers of their own, so the texts do not depend
     on it; rank 0 returns them, the others nothing. Raises `UserError` for a prompt that leaves no room.
     """
-    longest = max((len(prompt) for prompt in prompts), default=0)
-    room = tuned.room(longest)
     if any(len(prompt) == 0 for prompt in prompts):
         raise UserError("a prompt has no tokens; give at least one")
-    if room is not None and room < 1:
+    rooms = [tuned.room(len(prompt)) for prompt in prompts]
+    limits = [decoding.max_new_tokens if room is None else min(room, decoding.max_new_tokens) for room in rooms]
+    if min(limits, default=1) < 1:
+        longest = max(len(prompt) for prompt in prompts)
         raise UserError(
             f"a prompt of {longest} tokens leaves no room in the backbone's context for an answer; shorten it"
         )
-    new_tokens = decoding.max_new_tokens if room is None else min(room, decoding.max_new_tokens)
     together = tuned.prepared.sharded and ranks.world_size > 1
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+    one_length = tuned.prepared.attachment.verdict.left is not None
+    batches = batches_of([len(prompt) for prompt in prompts], limits, batch_size, one_length=one_length)
     tokens, _ = tokens_of(tuned)
     found: dict[int, str] = {}
     reporter.start("generate", len(prompts))
@@ -221,13 +222,25 @@ def decode(
         if number < len(batches):
             torch.manual_seed(int(np.random.SeedSequence([decoding.seed, number]).generate_state(1)[0]))
             chosen = [prompts[index] for index in batches[number]]
+            new_tokens = limits[batches[number][0]]
             texts = _continue(tuned, chosen, decoding, tokens, new_tokens, synced=together)
             found |= zip(batches[number], texts, strict=True)
         elif together:  # done after one token, it goes on for the others, who need this rank's shards
-            _continue(tuned, [prompts[order[-1]]], Decoding(), tokens, 1, synced=True)
-        reporter.advance("generate", min((begin + ranks.world_size) * batch_size, len(prompts)))
+            _continue(tuned, [prompts[batches[-1][-1]]], Decoding(), tokens, 1, synced=True)
+        reporter.advance("generate", sum(map(len, batches[: begin + ranks.world_size])))
     reporter.finish("generate")
     return in_order(found, ranks)
+
+
+def batches_of(lengths: Sequence[int], limits: Sequence[int], batch_size: int, *, one_length: bool) -> list[list[int]]:
+    """Which prompts run together, longest first: those of one limit of new tokens, so that no long prompt shortens the
+    answer to another; with ``one_length`` those of one length."""
+    batches: list[list[int]] = []
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for _, alike in groupby(order, key=lambda index: (limits[index], lengths[index] if one_length else 0)):
+        members = list(alike)
+        batches += [members[begin : begin + batch_size] for begin in range(0, len(members), batch_size)]
+    return batches
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from ptd.decoding import NEUTRAL, OURS, Decoding, Tokens, generation_config, note_on_author, put_away
 from ptd.engine.ranks import Ranks
-from ptd.generate import decode, generate, load_tuned, tokens_of
+from ptd.generate import batches_of, decode, generate, load_tuned, tokens_of
 from ptd.types import Reporter, UserError
 
 HOSTILE: dict[str, Any] = {
@@ -284,3 +284,23 @@ def test_tokens_beyond_the_vocabulary_neither_end_nor_fill(tmp_path: Path) -> No
     assert (tokens.ends, tokens.pad) == ((EOS,), EOS)
     found = generate(PROMPTS, adapter=None, backbone=str(folder), decoding=Decoding(max_new_tokens=6))
     assert found == [greedy(folder, prompt, 6) for prompt in PROMPTS]
+
+
+def test_no_long_prompt_shortens_the_answer_to_another(tmp_path: Path) -> None:
+    folder = save_backbone(tmp_path / "model", max_position_embeddings=48)
+    tuned = load_tuned(None, str(folder), Ranks.start())
+
+    def texts(*lengths: int) -> list[str]:
+        prompts = [[7 + (place * length) % 200 for place in range(length)] for length in lengths]
+        decoding = Decoding(max_new_tokens=16)
+        return decode(tuned, prompts, decoding, Ranks.start(), batch_size=8, reporter=Reporter())
+
+    together = texts(45, 5, 6, 44, 9)
+    assert together == [texts(length)[0] for length in (45, 5, 6, 44, 9)]
+    assert len(together[1]) > len(together[0]) > 0
+
+
+def test_prompts_of_one_length_run_together_where_padding_on_the_left_is_wrong() -> None:
+    lengths, limits = [5, 9, 5, 9, 5, 2], [16] * 6
+    assert batches_of(lengths, limits, 2, one_length=True) == [[1, 3], [0, 2], [4], [5]]
+    assert batches_of(lengths, limits, 4, one_length=False) == [[1, 3, 0, 2], [4, 5]]
