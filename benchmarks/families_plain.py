@@ -1,0 +1,259 @@
+"""The right values, by transformers alone: every row by itself, nothing padded, packed or cached, never through ptd.
+
+A soft prompt goes in front of the embeddings (``inputs_embeds``). A prefix goes in front of the keys and values that
+the model hands to `attend`, which is attention as its textbook formula, under a name of its own in transformers'
+interface; the mask is the one that "eager" attention gets. That `attend` is the family's own attention is checked: without a
+prefix it has to give what "eager" gives, and with one what a cache filled with the prefix gives.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from families_cases import NEW_TOKENS, P, Rows, distance, generated
+from torch import Tensor, nn
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+NAME = "plain_with_prefix"
+SAME = 1e-5
+
+
+class NoReference(Exception):
+    """The right value cannot be computed from transformers alone."""
+
+
+@dataclass
+class _Pass:
+    prefix: list[tuple[Tensor, Tensor]] | None = None
+    shapes: list[tuple[int, int, int]] = field(default_factory=list)
+    modules: list[nn.Module] = field(default_factory=list)
+
+
+_running: ContextVar[_Pass] = ContextVar("sweep_pass")
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """softmax(q·[Kp; K]ᵀ·scale + [0; mask]) [Vp; V], with the layer's prefix Kp, Vp, which nothing masks."""
+    now = _running.get()
+    number = len(now.shapes)
+    now.shapes.append((key.shape[1], key.shape[3], value.shape[3]))
+    now.modules.append(module)
+    group = query.shape[1] // key.shape[1]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+
+    def score(keys: Tensor) -> Tensor:
+        scores = query @ keys.repeat_interleave(group, 1).transpose(2, 3) * scale
+        return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+    scores = score(key)
+    if position_bias is not None:
+        scores = scores + position_bias[..., : key.shape[2]]
+    if attention_mask is not None:
+        visible = attention_mask[..., : key.shape[2]]
+        scores = scores.masked_fill(~visible, -torch.inf) if visible.dtype == torch.bool else scores + visible
+    value = value.repeat_interleave(group, 1)
+    if now.prefix is not None:
+        keys, values = (part.transpose(0, 1)[None] for part in now.prefix[number])
+        scores = torch.cat([score(keys).expand(len(scores), -1, -1, -1), scores], dim=-1)
+        value = torch.cat([values.repeat_interleave(group, 1).expand(len(value), -1, -1, -1), value], dim=2)
+    if s_aux is not None:
+        sinks = s_aux.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, eager_mask)
+
+
+class Plain:
+    """A copy of the model that computes right values."""
+
+    def __init__(self, model: PreTrainedModel, rows: Rows) -> None:
+        self.model = copy.deepcopy(model)
+        self.rows = rows
+        self.eager = self._switch("eager")
+        with torch.no_grad():
+            self.without = [self.run(row) for row in range(len(rows.ids))]
+        self.language_model = self._is_language_model()
+        self.causal = self._is_causal()
+        self.first_position = self._first_position()
+        self.why_no_prefix = ""
+        self.shapes: list[tuple[int, int, int]] = []
+        try:
+            self._check_attend()
+        except NoReference as reason:
+            self.why_no_prefix = str(reason)
+
+    def run(self, row: int, *, ids: Tensor | None = None, soft: Tensor | None = None,
+            prefix: list[tuple[Tensor, Tensor]] | None = None, by_cache: bool = False) -> Tensor:  # fmt: skip
+        """The outputs at the row's own tokens (or of ``ids`` in their place), ``[S, width]``."""
+        ids = self.rows.ids[row] if ids is None else ids
+        inputs: dict[str, Any] = {}
+        takes = inspect.signature(self.model.forward).parameters
+        read = ids if self.rows.sources is None else self.rows.sources[row]
+        front = 0 if soft is None else len(soft)
+        if self.rows.sources is not None:
+            inputs["decoder_input_ids"] = ids[None]
+        if "attention_mask" in takes:
+            inputs["attention_mask"] = torch.ones(1, front + len(read), dtype=torch.long)
+        if "use_cache" in takes:
+            inputs["use_cache"] = False
+        if soft is None:
+            inputs["input_ids"] = read[None]
+        else:
+            inputs["inputs_embeds"] = torch.cat([soft[None], self.embed(read)[None]], dim=1)
+        if prefix is not None and by_cache:
+            inputs |= self._cache(prefix)
+            inputs["attention_mask"] = torch.ones(1, P + len(read), dtype=torch.long)
+        elif prefix is not None and self.rows.sources is not None:
+            for name, tokens in (("position_ids", read), ("decoder_position_ids", ids)):
+                if name in takes:
+                    inputs[name] = P + torch.arange(len(tokens))[None]
+        elif prefix is not None and self.first_position is not None:
+            inputs["position_ids"] = self.first_position + P + torch.arange(len(read))[None]
+        with self._pass(None if by_cache else prefix):
+            output = self.model(**inputs)
+        logits = output.get("logits")
+        found = (output.last_hidden_state if logits is None else logits)[0]
+        return found if self.rows.sources is not None else found[front:]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.model.get_input_embeddings()(ids)
+
+    def greedy(self, row: int, eos: int | None, **prompt: Any) -> tuple[list[int], list[float]]:
+        """Argmax without a cache, never ``eos``; beside each token how far ahead of the next best it was."""
+        ids = self.rows.ids[row] if self.rows.sources is None else self.rows.ids[row][:1]
+        chosen: list[int] = []
+        ahead: list[float] = []
+        for _ in range(NEW_TOKENS):
+            with torch.no_grad():
+                logits = self.run(row, ids=ids, **prompt)[-1].clone()
+            if eos is not None:
+                logits[eos] = -torch.inf
+            best = logits.topk(2)
+            chosen.append(int(best.indices[0]))
+            ahead.append(float((best.values[0] - best.values[1]) / logits[logits.isfinite()].square().mean().sqrt()))
+            ids = torch.cat([ids, best.indices[:1]])
+        return chosen, ahead
+
+    def generated(self, eos: int | None) -> list[list[int]]:
+        """What transformers alone writes for the first two rows in one batch."""
+        self._switch("eager")
+        try:
+            return generated(self.model, self.rows, [0, 1], eos)
+        finally:
+            if not self.why_no_prefix:
+                self._switch(NAME)
+
+    def _switch(self, name: str) -> bool:
+        if not type(self.model)._can_set_attn_implementation() and name == NAME:
+            return False
+        try:
+            self.model.set_attn_implementation(name)
+        except (ValueError, ImportError):
+            return False
+        return True
+
+    @contextmanager
+    def _pass(self, prefix: list[tuple[Tensor, Tensor]] | None) -> Iterator[_Pass]:
+        now = _Pass(prefix)
+        token = _running.set(now)
+        try:
+            yield now
+        finally:
+            _running.reset(token)
+        self._last = now
+
+    def _is_language_model(self) -> bool:
+        return self.model.get_output_embeddings() is not None or "LM" in type(self.model).__name__
+
+    @torch.no_grad()
+    def _is_causal(self) -> bool:
+        changed = self.rows.changed_last()
+        row = max(range(len(self.rows.ids)), key=lambda number: len(self.rows.ids[number]))
+        moved = self.run(row, ids=changed.ids[row])
+        return distance(moved[:-1], self.without[row][:-1]) < SAME
+
+    @torch.no_grad()
+    def _first_position(self) -> int | None:
+        """What the family's own positions start from; None: it takes none."""
+        if self.rows.sources is not None:
+            return None
+        ids = self.rows.ids[0]
+        for first in range(6):
+            positions = first + torch.arange(len(ids))[None]
+            try:
+                output = self.model(input_ids=ids[None], position_ids=positions)
+            except TypeError:
+                return None
+            logits = output.get("logits")
+            found = (output.last_hidden_state if logits is None else logits)[0]
+            if distance(found, self.without[0]) < SAME:
+                return first
+        return None
+
+    @torch.no_grad()
+    def _check_attend(self) -> None:
+        if not self._switch(NAME):
+            raise NoReference("the family does not use AttentionInterface")
+        try:
+            for row, want in enumerate(self.without):
+                error = distance(self.run(row), want)
+                if error > SAME:
+                    raise NoReference(f"the textbook formula differs from eager attention by {error:.1g}")
+        except NoReference:
+            self._switch("eager")
+            raise
+        except Exception as error:
+            self._switch("eager")
+            raise NoReference(f"under another attention: {type(error).__name__}: {error}") from error
+        self.shapes = self._last.shapes
+        self.modules = self._last.modules
+        if not self.shapes:
+            self._switch("eager")
+            raise NoReference("no layer calls the attention interface")
+
+    def _cache(self, prefix: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+        cache = DynamicCache()
+        for module, (key, value) in zip(self.modules, prefix, strict=True):
+            index = getattr(module, "layer_idx", None)
+            if index is None:
+                raise NoReference("its layers have no number in a cache")
+            cache.update(key.transpose(0, 1)[None], value.transpose(0, 1)[None], index)
+        return {"past_key_values": cache, "use_cache": True}
+
+    def prefix_by_cache(self, prefix: list[tuple[Tensor, Tensor]], window: int | None) -> float | None:
+        """How far `attend` with a prefix is from a cache filled with it; None where there is no such thing."""
+        row = min(range(len(self.rows.ids)), key=lambda number: len(self.rows.ids[number]))
+        if not self.causal or self.rows.sources is not None:
+            return None
+        if window is not None and len(self.rows.ids[row]) + P > window:
+            return None
+        try:
+            with torch.no_grad():
+                return distance(self.run(row, prefix=prefix, by_cache=True), self.run(row, prefix=prefix))
+        except Exception:
+            return None
