@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from families_special import KINDS_OF_LAYERS, SPECIAL
+from families_special import SPECIAL, TOWERS, VARIANTS
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
@@ -93,14 +94,22 @@ SIZES |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance"
 
 def model_types(kinds: Iterable[str] = KINDS) -> list[tuple[str, str]]:
     """Every (model type, kind of output) that transformers' auto classes name."""
-    return [(model_type, kind) for kind in kinds for model_type in sorted(_CLASSES[kind][1])]
+    names = {kind: {*_CLASSES[kind][1], *(name for name in VARIANTS if base(name) in _CLASSES[kind][1])} for kind in kinds}
+    return [(name, kind) for kind in kinds for name in sorted(names[kind])]
+
+
+def base(name: str) -> str:
+    """The model type of ``llama/yarn``, which is a llama with other settings."""
+    return name.split("/")[0]
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:
     """The family's config at a tiny size."""
-    config_class = CONFIG_MAPPING[model_type]
-    settings = _settings(config_class, model_type)
+    config_class = CONFIG_MAPPING[base(model_type)]
+    settings = _settings(config_class, base(model_type), VARIANTS.get(model_type, {}))
     config = config_class(**settings)
+    for name, tower in TOWERS.get(model_type, {}).items():
+        vars(config)[name] = CONFIG_MAPPING[tower["model_type"]](**_settings(CONFIG_MAPPING[tower["model_type"]], tower["model_type"], tower))
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = EOS  # checkpoints bring one, where the family's config has no such field
     _give_special_ids(config, VOCAB - 1)
@@ -112,15 +121,19 @@ def tiny_model(model_type: str, kind: str, seed: int = 0) -> PreTrainedModel:
     config = tiny_config(model_type)
     if kind == "causal_lm" and not config.is_encoder_decoder and getattr(config, "is_decoder", None) is False:
         config.is_decoder = True
-    options = {}
-    if kind == "body":
-        options = _pooling(model_type)
+    options = _pooling(model_type) if kind == "body" else {}
+    names = _CLASSES[kind][1][base(model_type)]
+    config.architectures = [names if isinstance(names, str) else names[0]]  # which one, where there are several
     torch.manual_seed(seed)
     model: PreTrainedModel = _CLASSES[kind][0].from_config(config, dtype=torch.float32, **options)
     redraw(model)
-    if kind == "body" and model.config.is_encoder_decoder:
-        model = model.get_encoder()
     return model.eval().requires_grad_(False)
+
+
+def part(model: PreTrainedModel, kind: str) -> PreTrainedModel:
+    """What of a model is run: for a trained head on an encoder-decoder its encoder."""
+    encoder: PreTrainedModel = model.get_encoder() if kind == "body" and model.config.is_encoder_decoder else model
+    return encoder
 
 
 @torch.no_grad()
@@ -141,18 +154,24 @@ def _pooling(model_type: str) -> dict[str, Any]:
 
     from transformers import MODEL_MAPPING
 
-    model_class = MODEL_MAPPING[CONFIG_MAPPING[model_type]]
+    model_class = MODEL_MAPPING[CONFIG_MAPPING[base(model_type)]]
     model_class = model_class[0] if isinstance(model_class, tuple) else model_class
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model_class.__init__).parameters else {}
 
 
-def _settings(config_class: type[PretrainedConfig], model_type: str) -> dict[str, Any]:
+def _settings(
+    config_class: type[PretrainedConfig], model_type: str, changes: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
     """Arguments for the config class: tiny sizes, one layer of each kind, the sub-configs likewise."""
-    special: Mapping[str, Any] = SPECIAL.get(model_type, {})
+    special: Mapping[str, Any] = {**SPECIAL.get(model_type, {}), **changes}
     known = {field.name: field.default for field in fields(config_class)}
-    settings: dict[str, Any] = {name: value for name, value in SIZES.items() if name in known}
+    settings: dict[str, Any] = {
+        name: value
+        for name, value in SIZES.items()
+        if name in known and (name.endswith("_token_id") or not isinstance(known[name], list | tuple))
+    }
     for name in ("sliding_window", "attention_chunk_size"):  # a family without one by default keeps being without
-        if name in known and known[name] is None and model_type not in KINDS_OF_LAYERS:
+        if name in known and known[name] is None:
             settings.pop(name, None)
     if "kv_lora_rank" in known and "num_key_value_heads" in known:  # latent attention has no groups
         settings["num_key_value_heads"] = HEADS
@@ -178,7 +197,8 @@ def _layers(
     if not names or "num_hidden_layers" in special:
         return {}
     try:
-        full = config_class(**{name: settings[name] for name in ("use_sliding_window", "sliding_window") if name in settings})
+        windows = {name: {**settings, **special}.get(name) for name in ("use_sliding_window", "sliding_window")}
+        full = config_class(**{name: value for name, value in windows.items() if name in known})
     except Exception:
         return {}
     kinds = {name: list(dict.fromkeys(getattr(full, name, None) or ())) for name in names}

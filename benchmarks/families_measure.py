@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from families_cases import P, Rows, distance, draw_prefix, draw_rows, draw_soft, generated, loss_of
-from families_configs import PAD, tiny_config, tiny_model
+from families_configs import PAD, base, part, tiny_model
 from families_plain import NoReference, Plain
 from families_ptd import Attached
 from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
+from ptd.inject import check_supported
 from ptd.types import UserError
 
 CLOSE = 1e-4
@@ -39,16 +40,43 @@ def measure(model_type: str, kind: str) -> list[dict[str, Any]]:
     config = model.config
     if kind == "masked_lm" and config.is_encoder_decoder:
         return [record("*", "*", "no task", "an encoder-decoder: it runs as seq2seq_lm")]
+    try:
+        check_supported(type(model), config)
+    except UserError as error:
+        return _everywhere(kind, "refused", f"attach: {error}")
+    model = part(model, kind)
     two = kind == "seq2seq_lm" and config.is_encoder_decoder
     start = getattr(config, "decoder_start_token_id", None)
     rows = draw_rows(two, start if start is not None else PAD)
     try:
         plain = Plain(model, rows)
     except Exception as error:
-        return [record("*", "*", "not built", f"its plain forward pass: {type(error).__name__}: {error}")]
+        return _without_plain(model, kind, f"{type(error).__name__}: {error}")
     if not all(bool(output.isfinite().all()) for output in plain.without):
         return [record("*", "*", "not built", "its plain outputs are not finite")]
     return Comparison(model, plain, rows, kind).records()
+
+
+def _everywhere(kind: str, outcome: str, reason: str, encoder_decoder: bool = False) -> list[dict[str, Any]]:
+    """The same for every method and layout."""
+    return [record(method, layout, outcome, reason) for method, layout in cells(kind, encoder_decoder)]
+
+
+def _without_plain(model: Any, kind: str, why: str) -> list[dict[str, Any]]:
+    """A model that transformers alone does not run on a text, such as one that needs an image: it is to be refused."""
+    try:
+        Attached(model, kind != "body")
+    except Exception as error:
+        outcome, reason = _failure(error, "attach")
+        return _everywhere(kind, outcome, f"{reason} [transformers alone: {why}]", kind == "seq2seq_lm")
+    return [record("*", "*", "not built", f"its plain forward pass: {why}")]
+
+
+def cells(kind: str, encoder_decoder: bool) -> list[tuple[str, str]]:
+    """Methods and layouts of a kind of output."""
+    layouts = ["padded"] if encoder_decoder else ["packed", "padded"]
+    layouts += ["generated"] if kind in ("causal_lm", "seq2seq_lm") else []
+    return [(method, layout) for method in ("head" if kind == "body" else "none", "prefix", "prompt") for layout in layouts]
 
 
 class Comparison:
@@ -56,21 +84,19 @@ class Comparison:
 
     def __init__(self, model: Any, plain: Plain, rows: Rows, kind: str) -> None:
         self.model, self.plain, self.rows, self.kind = model, plain, rows, kind
-        self.generates = kind in ("causal_lm", "seq2seq_lm")
         self.language_model = kind != "body"
-        self.layouts = ("padded",) if rows.sources is not None else ("packed", "padded")
+        self.cells = cells(kind, rows.sources is not None)
+        self.generates = "generated" in {layout for _, layout in self.cells}
         self.facts = {"causal": plain.causal, "first_position": plain.first_position}
 
     def records(self) -> list[dict[str, Any]]:
-        methods = ("head" if self.kind == "body" else "none", "prefix", "prompt")
-        places = [*self.layouts, *(("generated",) if self.generates else ())]
-        every = [(method, layout) for method in methods for layout in places]
         try:
             attached = Attached(self.model, self.language_model)
         except Exception as error:
-            return [record(method, layout, *_failure(error, "attach")) for method, layout in every]
+            return [record(method, layout, *_failure(error, "attach")) for method, layout in self.cells]
         found = []
-        for method in methods:
+        for method in dict(self.cells):
+            places = [layout for name, layout in self.cells if name == method]
             try:
                 prompt, right = self._right(method, attached)
             except NoReference as error:
@@ -210,13 +236,13 @@ def _eos(model: Any) -> int | None:
 
 
 def _window(config: Any) -> int | None:
-    text = config.get_text_config()
-    windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
+    text = vars(config.get_text_config())
+    windows = [text.get(name) for name in ("sliding_window", "attention_chunk_size", "window_size")]
     return min((window for window in windows if isinstance(window, int)), default=None)
 
 
 def _no_text(model_type: str) -> str:
-    model_class = MODEL_MAPPING[CONFIG_MAPPING[model_type]]
+    model_class = MODEL_MAPPING[CONFIG_MAPPING[base(model_type)]]
     model_class = model_class[0] if isinstance(model_class, tuple) else model_class
     takes = inspect.signature(model_class.forward).parameters
     return "" if "input_ids" in takes else f"{model_class.__name__} takes {', '.join(list(takes)[1:4])}"

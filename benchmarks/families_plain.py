@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from families_cases import NEW_TOKENS, P, Rows, distance, generated
+from families_configs import PAD
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
@@ -100,6 +101,7 @@ class Plain:
         self.language_model = self._is_language_model()
         self.causal = self._is_causal()
         self.first_position = self._first_position()
+        self.by_embeddings = self._takes_embeddings()
         self.why_no_prefix = ""
         self.shapes: list[tuple[int, int, int]] = []
         try:
@@ -119,12 +121,17 @@ class Plain:
             inputs["decoder_input_ids"] = ids[None]
         if "attention_mask" in takes:
             inputs["attention_mask"] = torch.ones(1, front + len(read), dtype=torch.long)
-        if "use_cache" in takes:
-            inputs["use_cache"] = False
+        inputs |= self._uncached()
+        hook = None
         if soft is None:
             inputs["input_ids"] = read[None]
-        else:
+        elif self.by_embeddings:
             inputs["inputs_embeds"] = torch.cat([soft[None], self.embed(read)[None]], dim=1)
+        else:
+            inputs["input_ids"] = torch.cat([torch.full((front,), self._stand_in()), read])[None]
+            hook = self.model.get_input_embeddings().register_forward_hook(
+                lambda module, args, output: torch.cat([soft[None], output[:, front:]], dim=1)
+            )
         if prefix is not None and by_cache:
             inputs |= self._cache(prefix)
             inputs["attention_mask"] = torch.ones(1, P + len(read), dtype=torch.long)
@@ -134,14 +141,26 @@ class Plain:
                     inputs[name] = P + torch.arange(len(tokens))[None]
         elif prefix is not None and self.first_position is not None:
             inputs["position_ids"] = self.first_position + P + torch.arange(len(read))[None]
-        with self._pass(None if by_cache else prefix):
-            output = self.model(**inputs)
+        try:
+            with self._pass(None if by_cache else prefix):
+                output = self.model(**inputs)
+        finally:
+            if hook is not None:
+                hook.remove()
         logits = output.get("logits")
         found = (output.last_hidden_state if logits is None else logits)[0]
         return found if self.rows.sources is not None else found[front:]
 
+    def _uncached(self) -> dict[str, Any]:
+        return {"use_cache": False} if "use_cache" in inspect.signature(self.model.forward).parameters else {}
+
     def embed(self, ids: Tensor) -> Tensor:
         return self.model.get_input_embeddings()(ids)
+
+    def _stand_in(self) -> int:
+        """The id beside a virtual token's embedding, for families that look up more than one embedding: the one that
+        they put beside an image's."""
+        return PAD if "gemma4" in self.model.config.model_type else 0
 
     def greedy(self, row: int, eos: int | None, **prompt: Any) -> tuple[list[int], list[float]]:
         """Argmax without a cache, never ``eos``; beside each token how far ahead of the next best it was."""
@@ -198,6 +217,20 @@ class Plain:
         return distance(moved[:-1], self.without[row][:-1]) < SAME
 
     @torch.no_grad()
+    def _takes_embeddings(self) -> bool:
+        """Whether a row's embeddings in place of its ids give the same."""
+        try:
+            own = self.embed(self.rows.ids[0])
+            self._by_embeddings(0.5 * own)  # of no token: gemma4 looks for the ids that embeddings belong to
+            return distance(self._by_embeddings(own[:0]), self.without[0]) < SAME
+        except Exception:
+            return False
+
+    def _by_embeddings(self, soft: Tensor) -> Tensor:
+        self.by_embeddings = True
+        return self.run(0, soft=soft)
+
+    @torch.no_grad()
     def _first_position(self) -> int | None:
         """What the family's own positions start from; None: it takes none."""
         if self.rows.sources is not None:
@@ -206,8 +239,8 @@ class Plain:
         for first in range(6):
             positions = first + torch.arange(len(ids))[None]
             try:
-                output = self.model(input_ids=ids[None], position_ids=positions)
-            except TypeError:
+                output = self.model(input_ids=ids[None], position_ids=positions, **self._uncached())
+            except Exception:
                 return None
             logits = output.get("logits")
             found = (output.last_hidden_state if logits is None else logits)[0]
