@@ -104,7 +104,7 @@ class Step:
             self.attachment.head.module = None
         if "compile" in levers:
             compile_layers(self.attachment.model)
-        self.run = Forward(self.attachment.model, self.attachment, DEVICE, rounds=pays(DEVICE, dtype))
+        self.run = Forward(self.attachment, DEVICE, rounds=pays(DEVICE, dtype))
         torch.manual_seed(0)
         trained = Trained(PrefixEncoder(self.attachment.shape.layers, P), LanguageModel()).to(DEVICE)
         optimizer = build_optimizer(trained, learning_rate=1e-3, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.01)

@@ -161,7 +161,7 @@ def trace_run(
         warnings.simplefilter("ignore")  # of initialisers that look at what they have made
         model = blank_model(config.backbone, task.output, check=check_supported)
         attachment = Attachment(model, backend=config.backbone.attention)
-        prepared = Prepared(model, attachment, Forward(model, attachment, ranks.device), "")
+        prepared = Prepared(model, attachment, Forward(attachment, ranks.device), "")
         trained = build_trained(config, prepared, task, tokenizer, ranks.device)
         split_encoder(trained.encoder, local_ranks)
         step = build_step(config, trained, ranks, model.dtype)

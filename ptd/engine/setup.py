@@ -59,7 +59,7 @@ def prepare(
     attachment = Attachment(model, backend=config.attention)
     if ranks.device.type == "cpu":  # after loading, which frees what no step needs
         keep_freed_memory()
-    run = Forward(model, attachment, ranks.device, rounds=pays(ranks.device, dtype_of(config)))
+    run = Forward(attachment, ranks.device, rounds=pays(ranks.device, dtype_of(config)))
     prepared = Prepared(model, attachment, run, identity)
     if shards is None:
         return prepared

@@ -8,15 +8,18 @@ from functools import singledispatchmethod
 from typing import Any
 
 import torch
-from ptd_kernels import MAX_HEAD_SIZE, available_backends
+from ptd_kernels import available_backends
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptd.inject.attention import IMPLEMENTATION, MASKLESS, Call, give_slot, has_slot, probed, take_slot
+from ptd.inject.attention import IMPLEMENTATION, MASKLESS, give_slot, has_slot, take_slot
 from ptd.inject.head import Head
-from ptd.inject.stack import Stack, sides_of, stacks_of
+from ptd.inject.inputs import Inputs
+from ptd.inject.probe import layer_shapes, probe, shape_of
+from ptd.inject.self_check import SelfCheck, Verdict
+from ptd.inject.stack import Stack, stacks_of
 from ptd.inject.tail import Tail, Watch
-from ptd.types import BackboneShape, LayerShape, NoPrompt, PrefixKV, PromptEncoder, SoftTokens, UserError
+from ptd.types import Batch, NoPrompt, PrefixKV, PromptEncoder, SoftTokens, UserError
 
 ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 SUPPORTED = (
@@ -67,31 +70,41 @@ class Attachment:
             raise UserError("this model carries a prompt already; remove() it first")
         self.model = model
         self.encoder = encoder
+        self.head = Head(None)
+        self.stacks: list[Stack] = []
+        self.verdict = Verdict()
         self.extra_positions = 0
         self._encoded_at: tuple[int, ...] | None = None
         self._previous = {module: module.config._attn_implementation for module in _models(model)}
-        model.set_attn_implementation(IMPLEMENTATION)
+        self._use(IMPLEMENTATION)
         try:
             with Watch(model) as watch:
-                calls, output = _probe(model)
-            self.stacks = stacks_of(model, [call.module for call in calls], self._refresh)
+                calls, output = probe(model)
+            modules = [call.module for call in calls]
+            self.stacks = stacks_of(model, modules, self._refresh)
+            layers = layer_shapes(model, calls, self.stacks)
             self.head = Head(watch.head_of(output))
             self.stacks[-1].tail = Tail(watch.behind_attention(self.stacks[-1].members))
-            self.shape = _shape(model, calls, self.stacks)
+            self.slots = [
+                give_slot(call.module, backend, cross=layer.kind == "cross", causal=call.causal)
+                for call, layer in zip(calls, layers, strict=True)
+            ]
+            self._inputs = Inputs(model, sees_padding=any(layer.kind == "encoder" for layer in layers))
+            check = SelfCheck(self, calls)
+            self._use(None)
+            check.read_plain()
+            self._use(IMPLEMENTATION)
+            self._hook()
+            self.verdict = check.run()
         except BaseException:
-            self._restore()
+            self.remove()
             raise
-        kinds = [layer.kind for layer in self.shape.layers]
-        self.slots = [
-            give_slot(call.module, backend, cross=kind == "cross") for call, kind in zip(calls, kinds, strict=True)
-        ]
-        self.packable = len(self.stacks) == 1 and self.stacks[0].takes_positions
-        self.packable &= all(call.causal or call.window is None for call in calls)
-        kinds_of_layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-        self.own_rules = self.packable and "chunked_attention" not in kinds_of_layers
-        self.head.hook()
-        for stack in self.stacks:
-            stack.hook()
+        self.shape = shape_of(model, layers, self.stacks[0])
+
+    @property
+    def packable(self) -> bool:
+        """Whether rows can be packed: concatenated into one, kept apart by their boundaries alone."""
+        return self.verdict.packed is None
 
     @property
     def first_position(self) -> int:
@@ -109,16 +122,16 @@ class Attachment:
         self.head.targets = targets
 
     @contextmanager
-    def without_masks(self) -> Iterator[None]:
-        """Passes in which every layer goes by its own rule (causal, window) and the packing, for models with
-        ``own_rules``. Transformers would look for packing in the positions, and wait for the GPU to have seen them."""
-        for module in self._previous:
-            module.config._attn_implementation = MASKLESS
+    def _without_masks(self) -> Iterator[None]:
+        """Passes in which every layer goes by its own rule (causal, window) and the packing.
+
+        Transformers would look for packing in the positions, and wait for the GPU to have seen them.
+        """
+        self._use(MASKLESS)
         try:
             yield
         finally:
-            for module in self._previous:
-                module.config._attn_implementation = IMPLEMENTATION
+            self._use(IMPLEMENTATION)
 
     @singledispatchmethod
     def set(self, state: Any) -> None:
@@ -127,13 +140,16 @@ class Attachment:
 
     @set.register
     def _(self, state: PrefixKV) -> None:
+        self._check_takes("prefix", self.verdict.prefix)
         self.set(None)
-        self._shift(state.num_virtual_tokens)
+        self.shift(state.num_virtual_tokens)
         for slot, key, value in zip(self.slots, state.keys, state.values, strict=True):
             slot.key, slot.value = key, value
 
     @set.register
     def _(self, state: SoftTokens) -> None:
+        if state.in_front:
+            self._check_takes("virtual tokens before the sequences", self.verdict.soft)
         self.set(None)
         reader = self.stacks[0]
         reader.soft, reader.in_front = state.embeddings, state.in_front
@@ -145,11 +161,19 @@ class Attachment:
     @set.register(type(None))
     @set.register
     def _(self, state: NoPrompt) -> None:
-        self._shift(0)
+        self.shift(0)
         for slot in self.slots:
             slot.key = slot.value = None
         for stack in self.stacks:
             stack.soft, stack.in_front, stack.source_extra = None, False, 0
+
+    def run(self, batch: Batch) -> Any:
+        """The model's output for a batch on its device. Without masks where every layer's own rule says it all."""
+        inputs = self._inputs.of(batch, self.first_position)
+        if "attention_mask" in inputs or not self.packable:
+            return self.model(**inputs)
+        with self._without_masks():
+            return self.model(**inputs)
 
     def remove(self) -> None:
         """Restore the model as it was before."""
@@ -158,13 +182,27 @@ class Attachment:
             stack.unhook()
         for module in self.model.modules():
             take_slot(module)
-        self._restore()
+        self._use(None)
 
-    def _restore(self) -> None:
-        for module, implementation in self._previous.items():
-            module.config._attn_implementation = implementation
+    def _hook(self) -> None:
+        self.head.hook()
+        for stack in self.stacks:
+            stack.hook()
 
-    def _shift(self, count: int) -> None:
+    def _check_takes(self, what: str, obstacle: str | None) -> None:
+        if obstacle is not None:
+            raise UserError(
+                f"method.name: {type(self.model).__name__} cannot be given {what}, because {obstacle}; use another "
+                "method, or a backbone of another family"
+            )
+
+    def _use(self, implementation: str | None) -> None:
+        """Attention by this implementation; None: by the one that the model came with."""
+        for module, previous in self._previous.items():
+            module.config._attn_implementation = implementation or previous
+
+    def shift(self, count: int) -> None:
+        """Move own tokens by ``count`` positions, in models that take positions."""
         self.extra_positions = count if any(stack.takes_positions for stack in self.stacks) else 0
         for stack in self.stacks:
             stack.shift = count
@@ -181,61 +219,3 @@ class Attachment:
 
 def _models(model: PreTrainedModel) -> list[PreTrainedModel]:
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-
-
-@torch.no_grad()
-def _probe(model: PreTrainedModel) -> tuple[list[Call], Any]:
-    """The attention layers in the order of their calls, as the model's own forward pass shows them; its output."""
-    device = next(model.parameters()).device
-    tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
-    inputs = {"input_ids": tokens[:, :1], "attention_mask": torch.ones_like(tokens[:, :1])}
-    if len(sides_of(model)) == 2:  # an encoder of two tokens: that is how cross-attention gives itself away
-        inputs = {"input_ids": tokens, "attention_mask": tokens + 1, "decoder_input_ids": tokens[:, :1]}
-    calls: list[Call] = []
-    token = probed.set(calls)
-    try:
-        output = model(**inputs)
-    finally:
-        probed.reset(token)
-    return calls, output
-
-
-def _shape(model: PreTrainedModel, calls: list[Call], stacks: list[Stack]) -> BackboneShape:
-    config = model.config.get_text_config()
-    seen = {id(call.module) for call in calls}
-    expected = config.num_hidden_layers if len(stacks) == 1 else len(calls)
-    if len(seen) != len(calls) or len(calls) != expected or not calls:
-        raise UserError(
-            f"{type(model).__name__} has {expected} attention layers but {len(seen)} of its modules called the "
-            "attention interface; a prefix cannot be injected into this model"
-        )
-    layers = tuple(
-        _layer(call, within_encoder=call.module in stacks[0].members, two=len(stacks) == 2) for call in calls
-    )
-    width: int = stacks[0].embeddings.embedding_dim
-    context = context_of(config)
-    context = None if context is None else context - stacks[0].first_position
-    return BackboneShape(config.model_type, config.hidden_size, config.vocab_size, context, layers, width)
-
-
-def _layer(call: Call, within_encoder: bool, two: bool) -> LayerShape:
-    if max(call.key_dim, call.value_dim) > MAX_HEAD_SIZE:
-        raise UserError(
-            f"a layer of this backbone has heads of size {call.key_dim}; attention with a prefix takes up to "
-            f"{MAX_HEAD_SIZE}"
-        )
-    if two:
-        kind = "encoder" if within_encoder else "decoder" if call.queries == call.keys else "cross"
-    else:
-        kind = "decoder" if call.causal else "encoder"
-    return LayerShape(call.kv_heads, call.key_dim, call.value_dim, kind)  # type: ignore[arg-type]
-
-
-def context_of(config: Any) -> int | None:
-    """Positions the backbone was built for; None where its config does not say or its positions are relative."""
-    if hasattr(config, "relative_attention_num_buckets"):
-        return None
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        if isinstance(getattr(config, name, None), int):
-            return int(getattr(config, name))
-    return None

@@ -31,17 +31,24 @@ packed_forward: ContextVar[bool] = ContextVar("ptd_packed_forward", default=Fals
 
 @dataclass
 class LayerSlot:
-    """What the attention function finds in its module: ``key``, ``value`` ``[P, H, D]``; None without a prefix."""
+    """What the attention function finds in its module: ``key``, ``value`` ``[P, H, D]``; None without a prefix.
+
+    ``causal``: what holds for the layer's own keys where it is given no mask.
+    """
 
     backend: str = "auto"
     cross: bool = False
+    causal: bool = True
     key: Tensor | None = None
     value: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a probe saw of one call of the attention function."""
+    """What a probe saw of one call of the attention function.
+
+    ``mask``: the mask it was given; ``rule``: the function of transformers that made it; None: there was none.
+    """
 
     module: nn.Module
     queries: int
@@ -51,19 +58,23 @@ class Call:
     value_dim: int
     causal: bool
     window: int | None
+    mask: Tensor | None
+    rule: Callable[..., Tensor] | None
 
 
 probed: ContextVar[list[Call] | None] = ContextVar("ptd_probed", default=None)
-"""A list while a probe runs: it collects the calls, and attention puts out zeros."""
+"""A list while a probe runs: it collects the calls, every layer is given its mask, and attention puts out zeros."""
+_RULE = "_ptd_rule"
+"""Attribute of a mask made while a probe runs: the function that says which query sees which key."""
 
 
 watched: ContextVar[Callable[..., Tensor] | None] = ContextVar("ptd_watched", default=None)
 """What stands between a layer and `prefix_attention`, if anything: called with the layer's slot and its arguments."""
 
 
-def give_slot(module: nn.Module, backend: str, *, cross: bool = False) -> LayerSlot:
+def give_slot(module: nn.Module, backend: str, *, cross: bool, causal: bool) -> LayerSlot:
     """Put a slot into an attention module (not as a submodule: it is no part of the model's state)."""
-    slot = LayerSlot(backend, cross)
+    slot = LayerSlot(backend, cross, causal)
     object.__setattr__(module, _SLOT, slot)
     return slot
 
@@ -94,14 +105,19 @@ def attention_forward(
     max_length_q: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature: ``query`` ``[B, Hq, S, D]`` -> ``[B, S, Hq, Dv]``, with the layer's prefix."""
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    """transformers' attention signature: ``query`` ``[B, Hq, S, D]`` -> ``[B, S, Hq, Dv]``, with the layer's prefix.
+
+    ``attention_mask``: bool (True: visible) or additive, ``[B or 1, Hq or 1, S, T]``. Raises `UserError` for what
+    attention with a prefix cannot compute.
+    """
     if options.get("s_aux") is not None:
         raise UserError(f"{type(module).__name__} has attention sinks (s_aux), which attention with a prefix lacks")
     calls = probed.get()
     if calls is not None:
         sizes = query.shape[2], key.shape[2], key.shape[1], key.shape[3], value.shape[3]
-        calls.append(Call(module, *sizes, causal, sliding_window))
+        says = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        rule = getattr(attention_mask, _RULE, None)
+        calls.append(Call(module, *sizes, says, sliding_window, attention_mask, rule))
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
     slot: LayerSlot | None = vars(module).get(_SLOT)
     if slot is None:
@@ -114,12 +130,26 @@ def attention_forward(
             "put the backbone in eval() or set its attention dropout to 0"
         )
     packed = cu_seq_lens_q is not None
-    rows = query.shape[2]
+    if packed_forward.get() and not (packed and attention_mask is None):
+        raise UserError(
+            f"{type(module).__name__} does not keep the rows of a packed batch apart: it "
+            + ("masks them by a rule of its own" if packed else "does not hand cu_seq_lens_q on to its attention")
+            + "; set data.packing: false, or do not pass cu_seq_lens_q"
+        )
+    causal, rows = slot.causal, query.shape[2]
     # T5's relative position bias; what it gives cross-attention is all zeros.
     bias: Tensor | None = None if slot.cross else options.get("position_bias")
     if bias is not None:
         bias = bias.detach()  # of frozen weights, but under gradient checkpointing T5 asks for its gradient
     masked = attention_mask is not None and not packed
+    if attention_mask is not None and attention_mask.is_floating_point():
+        if attention_mask.requires_grad:
+            raise UserError(
+                f"{type(module).__name__} computes a mask from its hidden states and learns through it, which "
+                "attention with a prefix does not support; use a backbone whose mask depends on positions alone"
+            )
+        bias = attention_mask if bias is None else bias + attention_mask
+        attention_mask = None
     if causal and not masked and 1 < rows < key.shape[2]:
         # sdpa_mask counts on SDPA's causal rule, which starts at the first key; the rest is a static cache's free room.
         key, value = key[:, :, :rows], value[:, :, :rows]
@@ -140,7 +170,7 @@ def attention_forward(
         softcap=softcap,
         cu_seqlens=cu_seq_lens_q,
         max_seqlen=max_length_q,
-        mask=attention_mask if masked else None,
+        mask=attention_mask,
         bias=bias,
         backend=slot.backend,
     )
@@ -149,7 +179,13 @@ def attention_forward(
 
 def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """The mask transformers hands to `attention_forward`: none for packed batches, else as for SDPA (bool, or none)."""
-    return None if packed_forward.get() else sdpa_mask(*args, **kwargs)
+    if packed_forward.get():
+        return None
+    if probed.get() is None:
+        return sdpa_mask(*args, **kwargs)
+    mask = sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    setattr(mask, _RULE, kwargs.get("mask_function"))
+    return mask
 
 
 for _name in (IMPLEMENTATION, MASKLESS):

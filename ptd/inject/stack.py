@@ -47,7 +47,7 @@ class Stack:
         self.source_extra = 0
         self.keep: Tensor | None = None
         self.tail = Tail([])
-        self._own: Tensor | slice | None = None  # where the own tokens are among those that ran
+        self._own: Tensor | None = None  # [B, S]: where the own tokens are among those that ran, flattened
         self._ids: Tensor | None = None
         self._packed: Any = None
         self._hooks: list[Any] = []
@@ -90,12 +90,8 @@ class Stack:
         every_state = kwargs.get("output_hidden_states") or getattr(self.module.config, "output_hidden_states", False)
         if self.keep is None or every_state:
             self.tail.begin(tokens, None)
-        elif isinstance(self._own, slice):
-            front = self._own.start
-            row = self.keep // (tokens.shape[1] - front)
-            self.tail.begin(tokens, self.keep + front * (row + 1))
         else:
-            self.tail.begin(tokens, self.keep if self._own is None else self._own[self.keep])
+            self.tail.begin(tokens, self.keep if self._own is None else self._own.flatten()[self.keep])
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._packed is not None:
@@ -106,53 +102,89 @@ class Stack:
             return
         hidden: Tensor = output.last_hidden_state
         if own is not None and not self.feeds_other:
-            hidden = hidden[:, own]
+            hidden = hidden.flatten(0, 1)[own]
             if output.get("hidden_states") is not None:
-                output.hidden_states = tuple(states[:, own] for states in output.hidden_states)
+                output.hidden_states = tuple(states.flatten(0, 1)[own] for states in output.hidden_states)
         if keep is not None:
             hidden = hidden.flatten(0, 1)[keep][None]
         output.last_hidden_state = hidden
 
     def _put_in_front(self, count: int, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Virtual tokens before every sequence; in a cached generation they are there after the first pass."""
+        """Virtual tokens directly before the first own token of every sequence.
+
+        Behind what pads a sequence on the left, not before it: there a window would lose them. In a cached generation
+        they are in the cache after the first pass; the mask grows by them in every pass.
+        """
+        assert self.soft is not None
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-        four = mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2)
-        if four or getattr(cache, "is_compileable", False):
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             raise UserError(
-                "virtual tokens before the sequences need a 2-dimensional attention_mask and a cache that grows; "
-                "generate without cache_implementation"
+                f"{type(self.module).__name__} is given attention masks that are made already, so virtual tokens "
+                "before the sequences cannot be put into them: pass a 2-dimensional attention_mask; of a multimodal "
+                "backbone take the text model's own checkpoint, or method prefix, which adds no tokens"
             )
-        if mask is not None:
-            kwargs["attention_mask"] = _before_columns(mask, 1, count)
+        if getattr(cache, "is_compileable", False):
+            raise UserError(
+                "virtual tokens before the sequences need a cache that grows, and this one has a fixed size: generate "
+                "without cache_implementation, or use method prefix, which adds no tokens"
+            )
+        first_B = None if mask is None else mask.bool().int().argmax(dim=1)
+        if mask is not None and first_B is not None:
+            kwargs["attention_mask"] = _interleaved(mask, mask.new_ones(count), _places(first_B, mask.shape[1], count))
         if cache is not None and cache.get_seq_length() > 0:
             return kwargs
-        if kwargs.get("input_ids") is None:
-            embeds = kwargs["inputs_embeds"]
-            assert self.soft is not None
-            soft = self.soft.to(embeds.dtype).expand(embeds.shape[0], -1, -1)
-            kwargs["inputs_embeds"] = torch.cat([soft, embeds], dim=1)
-        first = self.first_position
-        by_token = {"input_ids": None, "position_ids": first, "token_type_ids": 0}
-        bounds = kwargs.get("cu_seq_lens_q")
-        if bounds is None:
-            self._own = slice(count, None)
-            for name, begin in by_token.items():
-                if kwargs.get(name) is not None:
-                    kwargs[name] = _in_front(kwargs[name], _virtual(name, begin, count, kwargs[name]))
-            return kwargs
-        tokens, sequences = kwargs["input_ids"].shape[1], len(bounds) - 1
-        number = torch.arange(sequences, device=bounds.device)
+        if kwargs.get("cu_seq_lens_q") is not None:
+            return self._put_in_front_of_packed(count, kwargs)
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        rows, columns = (embeds if ids is None else ids).shape[:2]
+        number = torch.arange(count, device=self.soft.device)
+        if first_B is None:
+            first_B = number.new_zeros(rows)
+        places_BT = _places(first_B, columns, count)
+        column_S = torch.arange(columns, device=number.device)
+        begin_B1 = (columns + count) * torch.arange(rows, device=number.device)[:, None]
+        self._own = begin_B1 + column_S + count * (column_S >= first_B[:, None])
+        if ids is not None:
+            kwargs["input_ids"] = _interleaved(ids, virtual_id(0) - number, places_BT)
+        else:
+            both = torch.cat([self.soft.expand(rows, -1, -1).to(embeds.dtype), embeds], dim=1)
+            kwargs["inputs_embeds"] = both.gather(1, places_BT[..., None].expand(-1, -1, embeds.shape[-1]))
+        if kwargs.get("token_type_ids") is not None:
+            kwargs["token_type_ids"] = _interleaved(kwargs["token_type_ids"], torch.zeros_like(number), places_BT)
+        if kwargs.get("position_ids") is not None:
+            own = kwargs["position_ids"].expand(*kwargs["position_ids"].shape[:-2], rows, columns)
+            begin = own.gather(-1, first_B[:, None].expand(*own.shape[:-1], 1)) - count
+            kwargs["position_ids"] = _interleaved(own, begin + number, places_BT)
+        return kwargs
+
+    def _put_in_front_of_packed(self, count: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        assert self.soft is not None
+        bounds, ids, embeds = kwargs["cu_seq_lens_q"], kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        tokens, sequences, device = (embeds if ids is None else ids).shape[1], len(bounds) - 1, bounds.device
+        number = torch.arange(sequences, device=device)
         sequence = torch.repeat_interleave(number, bounds.diff(), output_size=tokens)
-        self._own = torch.arange(tokens, device=bounds.device) + count * (sequence + 1)
-        new_bounds = bounds + count * torch.arange(sequences + 1, dtype=torch.int32, device=bounds.device)
-        places = (new_bounds[:-1, None] + torch.arange(count, device=bounds.device)).flatten()
-        for name, begin in by_token.items():
-            given = kwargs.get(name)
-            if given is not None:
-                joined = given.new_empty(1, tokens + sequences * count)
-                joined[:, self._own] = given
-                joined[:, places] = _virtual(name, begin, count, given).repeat(sequences)
-                kwargs[name] = joined
+        own = torch.arange(tokens, device=device) + count * (sequence + 1)
+        new_bounds = bounds + count * torch.arange(sequences + 1, dtype=torch.int32, device=device)
+        virtual = torch.arange(count, device=device)
+        places = (new_bounds[:-1, None] + virtual).flatten()
+        self._own = own[None]
+
+        def joined(values: Tensor, virtual: Tensor, dim: int = -1) -> Tensor:
+            shape = list(values.shape)
+            shape[dim] = tokens + sequences * count
+            return values.new_empty(shape).index_copy(dim, own, values).index_copy(dim, places, virtual)
+
+        if ids is not None:
+            kwargs["input_ids"] = joined(ids, (virtual_id(0) - virtual).repeat(sequences)[None])
+        else:
+            soft = self.soft.expand(sequences, -1, -1).to(embeds.dtype)
+            kwargs["inputs_embeds"] = joined(embeds, soft.flatten(0, 1)[None], dim=1)
+        if kwargs.get("token_type_ids") is not None:
+            kwargs["token_type_ids"] = joined(kwargs["token_type_ids"], torch.zeros_like(places)[None])
+        positions = kwargs.get("position_ids")
+        if positions is not None:
+            begin = positions.index_select(-1, bounds[:-1].long())[..., None] - count
+            kwargs["position_ids"] = joined(positions, (begin + virtual).flatten(-2))
         longest = kwargs["max_length_q"] + count
         return kwargs | {
             "cu_seq_lens_q": new_bounds,
@@ -234,17 +266,18 @@ def _first_position(module: nn.Module) -> int:
     return 0
 
 
-def _virtual(name: str, begin: int | None, count: int, like: Tensor) -> Tensor:
-    """What ``count`` virtual tokens have in the place of ids, positions or types: ``[count]``."""
-    number = torch.arange(count, device=like.device, dtype=like.dtype)
-    if name == "input_ids":
-        return virtual_id(0) - number
-    assert begin is not None
-    return begin + number if name == "position_ids" else number.new_zeros(count)
+def _places(first_B: Tensor, columns: int, count: int) -> Tensor:
+    """Rows of ``columns`` tokens with ``count`` virtual ones before token ``first_B[b]`` of row b, ``[B, P + S]``:
+    which of [virtual, own], concatenated, stands in each column."""
+    column = torch.arange(columns + count, device=first_B.device)
+    behind = column - first_B[:, None]
+    return torch.where(behind < 0, column + count, torch.where(behind < count, behind, column))
 
 
-def _in_front(values: Tensor, virtual: Tensor) -> Tensor:
-    return torch.cat([virtual.expand(values.shape[0], -1), values], dim=1)
+def _interleaved(own: Tensor, virtual: Tensor, places: Tensor) -> Tensor:
+    """``own`` ``[…, B, S]`` and ``virtual`` ``[P]`` or ``[…, B, P]`` laid out by `_places`."""
+    both = torch.cat([virtual.to(own.dtype).expand(*own.shape[:-1], virtual.shape[-1]), own], dim=-1)
+    return both.gather(-1, places.expand(*both.shape[:-2], *places.shape))
 
 
 def _before_columns(mask: Tensor, value: int, count: int) -> Tensor:

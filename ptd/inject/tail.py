@@ -27,7 +27,7 @@ class Watch:
         self._ran: Counter[nn.Module] = Counter()
         self._behind: dict[nn.Module, int] = {}  # module -> attention calls before it began
         self._fits: set[nn.Module] = set()
-        self._last: tuple[nn.Module, Any] | None = None
+        self._last: tuple[nn.Linear, Tensor, Any] | None = None
         self._attended = 0
         self._hooks: list[Any] = []
 
@@ -51,7 +51,8 @@ class Watch:
         if one and output.ndim > 1 and output.shape[:-1] == args[0].shape[:-1]:
             self._fits.add(module)
         if type(module) is nn.Linear:
-            self._last = module, _identity(output)
+            # With the tensor itself: once freed, its memory may become that of the logits made from it.
+            self._last = module, output, _identity(output)
 
     def behind_attention(self, members: set[nn.Module]) -> list[nn.Module]:
         """The largest modules among ``members`` that ran once, behind the last attention, with products in them, and
@@ -73,11 +74,9 @@ class Watch:
     def head_of(self, output: Any) -> nn.Linear | None:
         """The layer whose output the model put out as its logits, untouched."""
         logits = output.get("logits") if hasattr(output, "get") else None
-        if logits is None or self._last is None or self._last[1] != _identity(logits):
+        if logits is None or self._last is None or self._last[2] != _identity(logits):
             return None
-        head = self._last[0]
-        assert isinstance(head, nn.Linear)
-        return head
+        return self._last[0]
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:

@@ -53,7 +53,7 @@ def test_every_row_sees_itself_alone(family, make):
     if make is packed_batch and not attachment.packable:
         return
     examples = EXAMPLES if family == "bert" else replace(EXAMPLES, token_types=None)
-    batch, run = make(examples, ROWS), Forward(model, attachment, CPU)
+    batch, run = make(examples, ROWS), Forward(attachment, CPU)
     with torch.no_grad():
         whole = run(batch, None)
         for start, length, logits in zip(batch.starts, batch.lengths, want, strict=True):
@@ -78,7 +78,7 @@ def test_the_loss_of_an_encoder_decoder_is_that_of_transformers(family):
     with torch.no_grad():
         source = batch.source
         want = model(input_ids=source.input_ids, attention_mask=source.attention_mask.long(), labels=labels, **inputs)
-        reading = LanguageModel()(Forward(model, Attachment(model), CPU), batch)
+        reading = LanguageModel()(Forward(Attachment(model), CPU), batch)
     assert reading.weight == (labels != IGNORE_INDEX).sum()
     assert abs(reading.loss / reading.weight - want.loss) < 1e-5 * want.loss
 
@@ -86,6 +86,6 @@ def test_the_loss_of_an_encoder_decoder_is_that_of_transformers(family):
 def test_a_language_code_stays_what_the_decoder_starts_with():
     model = tiny_model("mbart")
     batch = padded_batch(EXAMPLES, ROWS)
-    run = Forward(model, Attachment(model), CPU)
+    run = Forward(Attachment(model), CPU)
     inputs = run._inputs(replace(batch, source=batch))
     assert torch.equal(inputs["decoder_input_ids"], batch.input_ids)  # no padding in the first column

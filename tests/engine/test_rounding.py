@@ -69,7 +69,7 @@ def test_the_filling_changes_nothing(family, soft):
     positions = (labels != IGNORE_INDEX).nonzero().flatten()
     found = []
     for rounds in (False, True):
-        run = Forward(model, attachment, CPU, rounds=rounds)
+        run = Forward(attachment, CPU, rounds=rounds)
         flat.grad = None
         loss = run.cross_entropy(batch, positions, labels[positions].long())
         loss.backward()

@@ -94,7 +94,7 @@ def ours(family, backend, projection=False, checkpointing=False):
     if checkpointing:
         checkpoint_layers(model)
     attachment.set(encoder.state(encoder()))
-    return Forward(model, attachment, CPU), encoder
+    return Forward(attachment, CPU), encoder
 
 
 def relative(got, want):
@@ -104,7 +104,7 @@ def relative(got, want):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits(family, backend):
-    model = ours(family, backend)[0].model
+    model = ours(family, backend)[0].attachment.model
     theirs = peft_model(family)
     for side in ("right", "left"):
         ids, mask = stacked(SEQUENCES, 0, side), masks(side)
@@ -138,7 +138,7 @@ def test_loss_and_encoder_gradients(family, backend, make, checkpointing, projec
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_generation_with_left_padding(family, backend):
-    model = ours(family, backend)[0].model
+    model = ours(family, backend)[0].attachment.model
     inputs = {"input_ids": stacked(SEQUENCES, 0, "left"), "attention_mask": masks("left")}
     options = {"max_new_tokens": 8, "do_sample": False}
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_greedy_generation_with_left_padding(family, backend):
 def test_the_tests_can_fail():
     """The prefix matters to the logits far more than the tolerance."""
     run, encoder = ours("llama", "merge")
-    model = run.model
+    model = run.attachment.model
     plain = tiny_model("llama")
     ids = SEQUENCES[0][None]
     with torch.no_grad():

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from families import ENCODER_DECODERS, ENCODERS, FAMILIES, VOCAB, tiny_model
+from torch import nn
 
 from ptd.backbone.load import checkpoint_layers
 from ptd.inject import Attachment
+from ptd.inject.tail import Watch
 from ptd.types import PrefixKV, SoftTokens
 
 P, CLOSE = 3, 1e-6
@@ -117,3 +119,24 @@ def test_all_positions_and_all_hidden_states_are_whole():
         want = model(IDS, output_hidden_states=True).hidden_states
     assert rows == [11] * 4
     assert all(torch.equal(one, other) for one, other in zip(states[:-1], want[:-1], strict=True))
+
+
+class Capped(nn.Module):
+    """Logits as gemma2's: made of what the head put out, which nobody holds by then."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 8)
+
+    def forward(self, hidden):
+        logits = self.head(hidden)
+        logits = logits / 0.5
+        return {"logits": torch.tanh(logits)}
+
+
+def test_logits_in_the_memory_of_the_heads_output_are_not_taken_for_it():
+    model = Capped().requires_grad_(False)
+    for _ in range(100):
+        with Watch(model) as watch:
+            output = model(torch.randn(1, 2, 4))
+        assert watch.head_of(output) is None

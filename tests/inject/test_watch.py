@@ -64,7 +64,7 @@ def recorded(model, batch, state, *, rounds=False):
     """What `SharesOfPrompt` says: by layer, ``[2, Hq, P]``; and that it changes nothing."""
     attachment = Attachment(model)
     attachment.set(state(attachment) if callable(state) else state)
-    run, recorder = Forward(model, attachment, CPU, rounds=rounds), SharesOfPrompt(attachment)
+    run, recorder = Forward(attachment, CPU, rounds=rounds), SharesOfPrompt(attachment)
     with torch.no_grad():
         with recorder.within(batch):
             watched = run(batch)
@@ -129,7 +129,7 @@ def test_shares_of_a_prefix(family, lengths):
     modules = [module for module in model.modules() if "_ptd_slot" in vars(module)]
     number = {id(slot): index for index, slot in enumerate(attachment.slots)}
     order = {number[id(vars(module)["_ptd_slot"])]: module for module in modules}
-    inputs = Forward(model, attachment, CPU)._inputs(batch)
+    inputs = attachment._inputs.of(batch, first)
     attachment.remove()
     layers, kinds = recorded(model, batch, prefix)
 
@@ -241,7 +241,7 @@ def loss(model, state, batch, kept=None, shift=None):
     attachment.set(state(attachment) if callable(state) else state)
     for stack in attachment.stacks if shift is not None else ():
         stack.shift = shift
-    run = Forward(model, attachment, CPU)
+    run = Forward(attachment, CPU)
     with torch.no_grad():
         if kept is None:
             logits = run(batch)

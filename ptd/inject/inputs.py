@@ -1,0 +1,56 @@
+"""A batch as the keyword arguments that a model of its kind takes."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ptd.types import Batch
+
+
+class Inputs:
+    """What a model takes of a `Batch`, and under which names.
+
+    ``sees_padding``: it has layers that look both ways, which padding has to be hidden from; behind a causal mask no
+    useful token sees what pads on the right.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, sees_padding: bool) -> None:
+        self.config = model.config
+        self.takes = set(inspect.signature(model.forward).parameters)
+        self.sees_padding = sees_padding
+
+    def of(self, batch: Batch, first_position: int) -> dict[str, Any]:
+        """``first_position``: what the backbone's own positions start from."""
+        inputs: dict[str, Any] = {}
+        if "use_cache" in self.takes:
+            inputs["use_cache"] = False
+        if batch.source is not None:
+            ids = batch.input_ids.clone()
+            # Where the target does not say what the decoder starts from (mBART's language code), the config does.
+            if self.config.decoder_start_token_id is not None:
+                open_start = ids[:, 0] == (self.config.pad_token_id or 0)
+                ids[:, 0] = ids[:, 0].masked_fill(open_start, self.config.decoder_start_token_id)
+            source = batch.source
+            return inputs | {
+                "input_ids": source.input_ids,
+                "attention_mask": source.attention_mask.long(),
+                "decoder_input_ids": ids,
+            }
+        inputs["input_ids"] = batch.input_ids
+        if "position_ids" in self.takes:
+            inputs["position_ids"] = batch.position_ids + first_position
+        if batch.token_type_ids is not None and "token_type_ids" in self.takes:
+            inputs["token_type_ids"] = batch.token_type_ids
+        if batch.cu_seqlens is not None:
+            inputs |= {
+                "cu_seq_lens_q": batch.cu_seqlens,
+                "cu_seq_lens_k": batch.cu_seqlens,
+                "max_length_q": batch.max_seqlen,
+                "max_length_k": batch.max_seqlen,
+            }
+        elif self.sees_padding:
+            inputs["attention_mask"] = batch.attention_mask.long()
+        return inputs
