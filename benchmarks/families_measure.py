@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from families_cases import P, Rows, distance, draw_prefix, draw_rows, draw_soft, generated, loss_of
 from families_configs import PAD, base, part, tiny_model
-from families_plain import NoReference, Plain
+from families_plain import SHOWS, NoReference, Plain
 from families_ptd import Attached
 from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
@@ -50,6 +50,8 @@ def measure(model_type: str, kind: str) -> list[dict[str, Any]]:
     rows = draw_rows(two, start if start is not None else PAD)
     try:
         plain = Plain(model, rows)
+    except NoReference as error:
+        return [record("*", "*", "not built", str(error))]
     except Exception as error:
         return _without_plain(model, kind, f"{type(error).__name__}: {error}")
     if not all(bool(output.isfinite().all()) for output in plain.without):
@@ -117,7 +119,7 @@ class Comparison:
             prompt = {"prefix": draw_prefix(plain.shapes)}
             right["by_cache"] = plain.prefix_by_cache(prompt["prefix"], _window(self.model.config))
         elif method == "prompt":
-            prompt = {"soft": draw_soft(attached.attachment.stacks[0].embeddings.weight.shape[1])}
+            prompt = {"soft": draw_soft(attached.attachment.shape.input_size)}
         leaves = _leaves(prompt)
         for leaf in leaves:
             leaf.requires_grad_(True)
@@ -127,6 +129,10 @@ class Comparison:
             raise NoReference(f"{type(error).__name__}: {error}") from error
         if leaves and not outputs[0].requires_grad:
             raise NoReference("the prompt does not reach the outputs")
+        if leaves:
+            moved = max(distance(*pair) for pair in zip(outputs, plain.without, strict=True))
+            if moved < SHOWS:
+                raise NoReference(f"the prompt moves the outputs by {moved:.1g} only")
         loss = sum((loss_of(row, output, self.language_model) for row, output in enumerate(outputs)), torch.zeros(()))
         right |= {"outputs": [output.detach() for output in outputs], "loss": loss.detach()}
         if leaves:

@@ -18,13 +18,15 @@ from typing import Any
 
 import torch
 from families_cases import NEW_TOKENS, P, Rows, distance, generated
-from families_configs import PAD
+from families_configs import FIRST_WORD, PAD
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 NAME = "plain_with_prefix"
 SAME = 1e-5
+SHOWS = 1e-2
+"""What a change has to move, in units of the root mean square, for a fault of that kind to be seen."""
 
 
 class NoReference(Exception):
@@ -100,6 +102,7 @@ class Plain:
             self.without = [self.run(row) for row in range(len(rows.ids))]
         self.language_model = self._is_language_model()
         self.causal = self._is_causal()
+        self._check_that_tokens_meet()
         self.first_position = self._first_position()
         self.by_embeddings = self._takes_embeddings()
         self.why_no_prefix = ""
@@ -215,6 +218,15 @@ class Plain:
         row = max(range(len(self.rows.ids)), key=lambda number: len(self.rows.ids[number]))
         moved = self.run(row, ids=changed.ids[row])
         return distance(moved[:-1], self.without[row][:-1]) < SAME
+
+    @torch.no_grad()
+    def _check_that_tokens_meet(self) -> None:
+        ids = self.rows.ids[1].clone()
+        ids[-2 if self.causal else -1] = FIRST_WORD + (ids[0] - FIRST_WORD + 3) % 50
+        place = -1 if self.causal else 0
+        moved = distance(self.run(1, ids=ids)[place], self.without[1][place])
+        if moved < SHOWS:
+            raise NoReference(f"its tokens hardly see each other: another neighbour moves an output by {moved:.1g}")
 
     @torch.no_grad()
     def _takes_embeddings(self) -> bool:

@@ -26,7 +26,7 @@ class Attached:
     def __init__(self, model: PreTrainedModel, language_model: bool) -> None:
         self.model, self.language_model = model, language_model
         self.attachment = Attachment(model)
-        self.run = Forward(model, self.attachment, CPU)
+        self.run = Forward(self.attachment, CPU)
 
     def give(self, prompt: dict[str, Any]) -> None:
         """``prefix``: keys and values of each layer; ``soft``: embeddings in front; nothing."""
