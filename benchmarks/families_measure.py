@@ -31,9 +31,9 @@ def record(method: str, layout: str, outcome: str, reason: str = "", **figures: 
 
 def measure(model_type: str, kind: str) -> list[dict[str, Any]]:
     """The records of all methods and layouts; one alone (``*``) where the model cannot be built or attached to."""
-    if kind == "body" and (reason := _no_text(model_type)):
-        return [record("*", "*", "no text", reason)]
     try:
+        if kind == "body" and (reason := _no_text(model_type)):
+            return [record("*", "*", "no text", reason)]
         model = tiny_model(model_type, kind)
     except Exception as error:
         return [record("*", "*", "not built", f"{type(error).__name__}: {error}")]
