@@ -89,16 +89,22 @@ class Attachment:
                 give_slot(call.module, backend, cross=layer.kind == "cross", causal=call.causal)
                 for call, layer in zip(calls, layers, strict=True)
             ]
-            self._inputs = Inputs(model, sees_padding=any(layer.kind == "encoder" for layer in layers))
+            self.inputs = Inputs(model, self.stacks[0], sees_padding=any(layer.kind == "encoder" for layer in layers))
             check = SelfCheck(self, calls)
             self._use(None)
             check.read_plain()
             self._use(IMPLEMENTATION)
             self._hook()
             self.verdict = check.run()
-        except BaseException:
+            self.stacks[0].left_obstacle = self.verdict.left
+        except BaseException as error:
             self.remove()
-            raise
+            if isinstance(error, UserError) or not isinstance(error, Exception):
+                raise
+            raise UserError(
+                f"backbone.path: {type(model).__name__} does not run as ptd runs it, on a few tokens of text: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         self.shape = shape_of(model, layers, self.stacks[0])
 
     @property
@@ -169,11 +175,21 @@ class Attachment:
 
     def run(self, batch: Batch) -> Any:
         """The model's output for a batch on its device. Without masks where every layer's own rule says it all."""
-        inputs = self._inputs.of(batch, self.first_position)
+        inputs = self.inputs.of(batch, self.first_position)
         if "attention_mask" in inputs or not self.packable:
             return self.model(**inputs)
         with self._without_masks():
             return self.model(**inputs)
+
+    def generation_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        """What ``model.generate`` has to be given for prompts ``[B, S]``, padded on the left.
+
+        Of a model that takes positions also these: left to itself transformers counts them from 0 in every family.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if "position_ids" in self.inputs.names and not self.model.config.is_encoder_decoder:
+            inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0) + self.first_position
+        return inputs
 
     def remove(self) -> None:
         """Restore the model as it was before."""

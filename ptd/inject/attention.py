@@ -142,6 +142,8 @@ def attention_forward(
     if bias is not None:
         bias = bias.detach()  # of frozen weights, but under gradient checkpointing T5 asks for its gradient
     masked = attention_mask is not None and not packed
+    if attention_mask is not None and attention_mask.shape[2] == 1 < rows:  # the same for every query
+        attention_mask = attention_mask.expand(-1, -1, rows, -1)
     if attention_mask is not None and attention_mask.is_floating_point():
         if attention_mask.requires_grad:
             raise UserError(

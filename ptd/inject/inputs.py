@@ -7,19 +7,25 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ptd.inject.stack import Stack
 from ptd.types import Batch
 
 
 class Inputs:
     """What a model takes of a `Batch`, and under which names.
 
+    ``names``: its own parameters; ``takes``: also those that a shell hands on to the stack inside without naming them.
     ``sees_padding``: it has layers that look both ways, which padding has to be hidden from; behind a causal mask no
     useful token sees what pads on the right.
     """
 
-    def __init__(self, model: PreTrainedModel, *, sees_padding: bool) -> None:
+    def __init__(self, model: PreTrainedModel, reader: Stack, *, sees_padding: bool) -> None:
         self.config = model.config
-        self.takes = set(inspect.signature(model.forward).parameters)
+        parameters = inspect.signature(model.forward).parameters
+        self.names = set(parameters)
+        self.takes = set(parameters)
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            self.takes |= set(reader.parameters)
         self.sees_padding = sees_padding
 
     def of(self, batch: Batch, first_position: int) -> dict[str, Any]:
@@ -30,9 +36,10 @@ class Inputs:
         if batch.source is not None:
             ids = batch.input_ids.clone()
             # Where the target does not say what the decoder starts from (mBART's language code), the config does.
-            if self.config.decoder_start_token_id is not None:
+            start = getattr(self.config, "decoder_start_token_id", None)
+            if start is not None:
                 open_start = ids[:, 0] == (self.config.pad_token_id or 0)
-                ids[:, 0] = ids[:, 0].masked_fill(open_start, self.config.decoder_start_token_id)
+                ids[:, 0] = ids[:, 0].masked_fill(open_start, start)
             source = batch.source
             return inputs | {
                 "input_ids": source.input_ids,

@@ -133,13 +133,21 @@ def _layer(call: Call, within_encoder: bool, two: bool) -> LayerShape:
 
 
 def context_of(config: Any) -> int | None:
-    """Positions the backbone was built for; None where its config does not say or its positions are relative."""
+    """Positions the backbone was built for; None where its config does not say or its positions are relative.
+
+    Rotary frequencies of type dynamic and longrope change for a whole batch when one of its rows is longer than the
+    original context, so that what a row is would depend on its neighbours: there the original context is the limit.
+    """
     if hasattr(config, "relative_attention_num_buckets"):
         return None
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        if isinstance(getattr(config, name, None), int):
-            return int(getattr(config, name))
-    return None
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    limits = [limit for limit in limits if isinstance(limit, int)][:1]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in (rope, *(each for each in rope.values() if isinstance(each, dict))):  # one for each type of layer
+        original = kind.get("original_max_position_embeddings")
+        if kind.get("rope_type") in ("dynamic", "longrope") and isinstance(original, int):
+            limits.append(original)
+    return min(limits, default=None)
 
 
 def ordinary_tokens(config: Any, vocab_size: int, count: int) -> list[int]:

@@ -14,9 +14,8 @@ has to take part.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -77,13 +76,16 @@ class SelfCheck:
         self.sharded = hasattr(parameter, "ds_id")
         # Of a model that is sharded, or whose layers are not in a list, all layers run.
         self.lists = [] if self.blank else _enough(self.model, calls)
-        vocabulary = getattr(attachment.stacks[0].embeddings, "num_embeddings", self.model.config.vocab_size)
-        t = ordinary_tokens(self.model.config.get_text_config(), vocabulary, 12)
+        text = self.model.config.get_text_config()
+        vocabulary = getattr(attachment.stacks[0].embeddings, "num_embeddings", None) or text.vocab_size
+        t = ordinary_tokens(text, vocabulary, 12)
         long, short, other = t[:5], [*t[:SHARED], t[5]], [*t[:4], t[6]]
         if self.two:
             self.rows = [_Row(long, t[7:11]), _Row(short, t[8:10]), _Row(long, [*t[7:10], t[11]])]
         else:
             self.rows = [_Row(long), _Row(short), _Row(other)]
+        pad = getattr(text, "pad_token_id", None)
+        self.pad = pad if isinstance(pad, int) and 0 <= pad < vocabulary else 0
         self.plain: list[Tensor] = []
         self.embedded: Tensor | None = None
         self.cached: list[tuple[Tensor, Tensor]] = []
@@ -118,7 +120,7 @@ class SelfCheck:
         """Keys and values of the first tokens in every layer that runs; empty: it keeps none, or other ones."""
         cache = DynamicCache()
         options = {"past_key_values": cache, "use_cache": True}
-        if not options.keys() <= set(inspect.signature(self.model.forward).parameters):
+        if not options.keys() <= self.attachment.inputs.takes:
             return []
         tokens = torch.tensor([self.rows[0].tokens[:SHARED]], device=self.device)
         self.model(input_ids=tokens, **options)
@@ -137,26 +139,29 @@ class SelfCheck:
         with self._quietly(), _shorter(self.lists):
             packed = self._packing_obstacle()
             self.attachment.verdict = Verdict(packed)  # which decides how batches run
-            if not self.blank:
-                self._padded()
-            if packed is None:
-                packed = self._packed()
             if self.blank:
-                return Verdict(packed)
+                return Verdict(packed or self._packed())
+            self._padded()
+            packed = packed or self._packed()
+            soft, prefix = self._soft(packed=False), self._prefix(packed=False)
+            if packed is None and soft is None:
+                packed = self._soft(packed=True)
+            if packed is None and prefix is None:
+                packed = self._prefix(packed=True)
             if packed is not None and self.attachment.packable:
                 self.attachment.verdict = Verdict(packed)
                 self._padded()
-            return Verdict(packed, self._left(), self._soft(packed=packed is None), self._prefix())
+            left = self._left(prefix=bool(self.cached) and prefix is None)
+            return Verdict(packed, left, soft, prefix)
 
     # ---- the passes
 
     def _padded(self) -> None:
         """Also finds what the model's own positions start from, where it takes positions."""
         reader = self.attachment.stacks[0]
-        pad = getattr(self.model.config, "pad_token_id", None)
         tried = [reader.first_position]
         if reader.takes_positions and not self.two:
-            tried += [0, 1, 2, *([pad + 1] if isinstance(pad, int) and pad >= 0 else [])]
+            tried += [0, self.pad + 1, 1, 2]
         errors = []
         for first in dict.fromkeys(tried):
             reader.first_position = first
@@ -168,8 +173,8 @@ class SelfCheck:
                 return
         raise UserError(
             f"backbone.path: {type(self.model).__name__} does not compute with ptd's attention what it computes with "
-            f"its own: two short rows come out {errors[0]:.0%} apart, so a prompt would be trained on another model. "
-            "Use a backbone of another family"
+            f"its own: two short rows come out {errors[0]:.1%} apart, so a prompt would be trained on another model; "
+            "use a backbone of another family"
         )
 
     def _packing_obstacle(self) -> str | None:
@@ -188,21 +193,22 @@ class SelfCheck:
             hidden = self._run(self._batch(self.rows, packed=True))
         except (UserError, TypeError) as error:
             return str(error)
-        return None if self.blank else self._said(self._apart(hidden), "of rows that are packed")
+        return None if self.blank else self._said(self._apart(hidden), "without a prompt", packed=True)
 
-    def _left(self) -> str | None:
+    def _left(self, *, prefix: bool) -> str | None:
         if self.two or not self.causal:
             return None
-        rows = self.rows[:2]
-        width = len(rows[0].tokens)
-        pads = [width - len(row.tokens) for row in rows]
-        ids = [[row.tokens[0]] * pad + row.tokens for row, pad in zip(rows, pads, strict=True)]
+        skip = SHARED if prefix else 0
+        rows = [row.tokens[skip:] for row in self.rows[:2]]
+        width = max(map(len, rows))
+        pads = [width - len(row) for row in rows]
+        ids = [[self.pad] * pad + row for row, pad in zip(rows, pads, strict=True)]
         mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=self.device)
-        inputs: dict[str, Any] = {"input_ids": torch.tensor(ids, device=self.device), "attention_mask": mask}
-        if "position_ids" in inspect.signature(self.model.forward).parameters:  # as transformers' generate has them
-            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0) + self.attachment.first_position
-        hidden = self._hidden(self.model, inputs)
-        return self._said(self._apart([hidden[row, pad:] for row, pad in enumerate(pads)]), "padded on the left")
+        inputs = self.attachment.generation_inputs(torch.tensor(ids, device=self.device), mask)
+        with self._cached_as_prefix() if prefix else nullcontext():
+            hidden = self._hidden(self.model, inputs)
+        error = self._apart([hidden[row, pad:] for row, pad in enumerate(pads)], skip=skip)
+        return self._said(error, "padded on the left")
 
     def _soft(self, *, packed: bool) -> str | None:
         if self.embedded is None:
@@ -210,35 +216,40 @@ class SelfCheck:
         rows = [_Row(row.tokens[SHARED:], row.target) for row in self.rows]
         self.attachment.set(SoftTokens(self.embedded, in_front=True))
         try:
-            layouts = [False, True] if packed else [False]
-            errors = [self._apart(self._run(self._batch(rows, packed=each)), skip=SHARED) for each in layouts]
-        except Exception as error:  # families do as they like with tokens they cannot look up
+            hidden = self._run(self._batch(rows, packed=packed))
+        except Exception as error:  # families do as they like with tokens that they cannot look up
             return f"a pass with them ends in {type(error).__name__}: {error}"
         finally:
             self.attachment.set(None)
-        return self._said(max(errors), "whose first tokens are given as embeddings")
+        return self._said(self._apart(hidden, skip=SHARED), "whose first tokens are given as embeddings", packed)
 
-    def _prefix(self) -> str | None:
+    def _prefix(self, *, packed: bool) -> str | None:
         if not self.cached:  # nothing to compare with: an encoder's keys depend on what follows
             return None
-        attachment, rows = self.attachment, [_Row(row.tokens[SHARED:]) for row in self.rows]
-        attachment.shift(SHARED)
-        for slot, (key, value) in zip(attachment.slots, self.cached, strict=False):
+        rows = [_Row(row.tokens[SHARED:]) for row in self.rows]
+        with self._cached_as_prefix():
+            hidden = self._run(self._batch(rows, packed=packed))
+        return self._said(self._apart(hidden, skip=SHARED), "whose first tokens are given as a prefix", packed)
+
+    @contextmanager
+    def _cached_as_prefix(self) -> Iterator[None]:
+        """The keys and values of the first tokens as the prompt, in the layers that run."""
+        self.attachment.shift(SHARED)
+        for slot, (key, value) in zip(self.attachment.slots, self.cached, strict=False):
             slot.key, slot.value = key, value
         try:
-            return self._said(
-                self._apart(self._run(self._batch(rows)), skip=SHARED), "whose first tokens are given as a prefix"
-            )
+            yield
         finally:
-            attachment.set(None)
+            self.attachment.set(None)
 
     # ---- how they are run and compared
 
     def _batch(self, rows: list[_Row], *, packed: bool = False) -> Batch:
         """The rows as a run lays them out: padded on the right, or packed."""
         if self.two:
-            return _laid_out([row.target or [] for row in rows], self.device, source=[row.tokens for row in rows])
-        return _laid_out([row.tokens for row in rows], self.device, packed=packed)
+            targets = [row.target or [] for row in rows]
+            return _laid_out(targets, self.device, self.pad, source=[row.tokens for row in rows])
+        return _laid_out([row.tokens for row in rows], self.device, self.pad, packed=packed)
 
     def _alone(self, row: _Row) -> dict[str, Any]:
         inputs = {"input_ids": torch.tensor([row.tokens], device=self.device)}
@@ -259,7 +270,17 @@ class SelfCheck:
     def _hidden(self, run: Callable[..., Any], inputs: Any, *, learning: bool = False) -> Tensor:
         """What the last stack puts out, in one pass."""
         seen: list[Tensor] = []
-        hooks = [self.attachment.stacks[-1].module.register_forward_hook(lambda *given: seen.append(given[-1][0]))]
+        stack = self.attachment.stacks[-1].module
+
+        def see(module: nn.Module, args: Any, output: Any) -> None:
+            if getattr(output, "last_hidden_state", None) is None:
+                raise UserError(
+                    f"backbone.path: the transformer in {type(self.model).__name__} ({type(stack).__name__}) puts out "
+                    "no last_hidden_state, which ptd reads; use a backbone of another family"
+                )
+            seen.append(output.last_hidden_state)
+
+        hooks = [stack.register_forward_hook(see)]
         if learning:
             embeddings: nn.Module = self.attachment.stacks[0].embeddings
             hooks.append(embeddings.register_forward_hook(lambda *given: given[-1].detach().requires_grad_() * 1))
@@ -284,10 +305,11 @@ class SelfCheck:
             errors.append(apart.max().item() if bool(apart.isfinite().all()) else float("inf"))
         return max(errors)
 
-    def _said(self, error: float, what: str) -> str | None:
+    def _said(self, error: float, what: str, packed: bool = False) -> str | None:
         if error <= self.allowed:
             return None
-        return f"short rows {what} come out {error:.0%} apart from what {type(self.model).__name__} makes of them alone"
+        how = f"short rows {what}{', in a packed batch,' * packed}"
+        return f"{how} come out {error:.1%} apart from what {type(self.model).__name__} makes of them alone"
 
     @contextmanager
     def _quietly(self) -> Iterator[None]:
@@ -303,7 +325,12 @@ class SelfCheck:
 
 
 def _laid_out(
-    rows: list[list[int]], device: torch.device, *, packed: bool = False, source: list[list[int]] | None = None
+    rows: list[list[int]],
+    device: torch.device,
+    pad: int,
+    *,
+    packed: bool = False,
+    source: list[list[int]] | None = None,
 ) -> Batch:
     lengths = torch.tensor([len(row) for row in rows], device=device)
     longest = max(map(len, rows))
@@ -312,7 +339,7 @@ def _laid_out(
         positions = torch.cat([torch.arange(len(row), device=device) for row in rows])[None]
         bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     else:
-        ids = torch.tensor([[*row, *([row[0]] * (longest - len(row)))] for row in rows], device=device)
+        ids = torch.tensor([[*row, *([pad] * (longest - len(row)))] for row in rows], device=device)
         positions, bounds = torch.arange(longest, device=device).expand(len(rows), -1), None
     return Batch(
         input_ids=ids,
@@ -324,7 +351,7 @@ def _laid_out(
         supervised_tokens=0,
         lengths=lengths,
         rows=tuple(range(len(rows))),
-        source=None if source is None else _laid_out(source, device),
+        source=None if source is None else _laid_out(source, device, pad),
     )
 
 

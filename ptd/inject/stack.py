@@ -45,6 +45,7 @@ class Stack:
         self.soft: Tensor | None = None
         self.in_front = False
         self.source_extra = 0
+        self.left_obstacle: str | None = None  # why rows must not be padded on the left
         self.keep: Tensor | None = None
         self.tail = Tail([])
         self._own: Tensor | None = None  # [B, S]: where the own tokens are among those that ran, flattened
@@ -68,6 +69,7 @@ class Stack:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         self.refresh()
         kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        self._check_padding(kwargs.get("attention_mask"))
         if kwargs.get("cu_seq_lens_q") is not None:
             self._packed = packed_forward.set(True)
         front = self.soft.shape[0] if self.soft is not None and self.in_front else 0
@@ -82,6 +84,15 @@ class Stack:
             kwargs["encoder_attention_mask"] = _before_columns(mask, 1, self.source_extra)
         self._begin_tail(kwargs)
         return (), kwargs
+
+    def _check_padding(self, mask: Any) -> None:
+        if self.left_obstacle is None or not isinstance(mask, Tensor) or mask.dim() != 2:
+            return
+        if not bool(mask[:, 0].all()):
+            raise UserError(
+                f"a batch is padded on the left, which this backbone gets wrong: {self.left_obstacle}; give each batch "
+                "prompts of one length"
+            )
 
     def _begin_tail(self, kwargs: dict[str, Any]) -> None:
         """Tell the tail which of the tokens that run are read."""
@@ -101,7 +112,7 @@ class Stack:
         if output is None or (own is None and keep is None):  # None: the pass failed
             return
         hidden: Tensor = output.last_hidden_state
-        if own is not None and not self.feeds_other:
+        if own is not None and not self.feeds_other and hidden.shape[1] > 1:  # 1: cut to the last position already
             hidden = hidden.flatten(0, 1)[own]
             if output.get("hidden_states") is not None:
                 output.hidden_states = tuple(states.flatten(0, 1)[own] for states in output.hidden_states)
@@ -231,7 +242,9 @@ def stacks_of(model: PreTrainedModel, attention: list[nn.Module], refresh: Calla
     """The stacks of a model in the order in which they run."""
     sides = sides_of(model)
     if len(sides) == 2:
-        encoder, decoder = sides
+        encoder, decoder = (
+            _innermost_model(side, [layer for layer in attention if layer in set(side.modules())]) for side in sides
+        )
         return [Stack(encoder, refresh, feeds_other=True), Stack(decoder, lambda: None)]
     return [Stack(_innermost_model(model, attention), refresh)]
 
@@ -245,7 +258,7 @@ def sides_of(model: PreTrainedModel) -> list[nn.Module]:
     return [model]
 
 
-def _innermost_model(model: PreTrainedModel, layers: list[nn.Module]) -> nn.Module:
+def _innermost_model(model: nn.Module, layers: list[nn.Module]) -> nn.Module:
     """The smallest model around all attention layers: the one that turns positions into embeddings and masks.
 
     Heads may call past ``base_model`` (OPT calls its decoder directly), never past this one.

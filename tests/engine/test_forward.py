@@ -87,5 +87,5 @@ def test_a_language_code_stays_what_the_decoder_starts_with():
     model = tiny_model("mbart")
     batch = padded_batch(EXAMPLES, ROWS)
     run = Forward(Attachment(model), CPU)
-    inputs = run._inputs(replace(batch, source=batch))
+    inputs = run.attachment.inputs.of(replace(batch, source=batch), 0)
     assert torch.equal(inputs["decoder_input_ids"], batch.input_ids)  # no padding in the first column

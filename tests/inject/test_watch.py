@@ -129,7 +129,7 @@ def test_shares_of_a_prefix(family, lengths):
     modules = [module for module in model.modules() if "_ptd_slot" in vars(module)]
     number = {id(slot): index for index, slot in enumerate(attachment.slots)}
     order = {number[id(vars(module)["_ptd_slot"])]: module for module in modules}
-    inputs = attachment._inputs.of(batch, first)
+    inputs = attachment.inputs.of(batch, first)
     attachment.remove()
     layers, kinds = recorded(model, batch, prefix)
 
