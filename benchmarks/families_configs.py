@@ -6,6 +6,7 @@ with one layer of each kind that it has at full size. What that does not fit is 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from types import MappingProxyType
@@ -15,6 +16,7 @@ import torch
 from families_special import SPECIAL, TOWERS, VARIANTS
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_MAPPING,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -61,8 +63,8 @@ _BY_VALUE: tuple[tuple[Any, tuple[str, ...]], ...] = (
     (16, ("q_lora_rank", "kv_lora_rank", "hidden_size_per_layer_input", "projection_dim", "text_embed_dim")),
     (48, (
         "intermediate_size", "ffn_dim", "n_inner", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim",
-        "ffn_hidden_size", "dim_ff", "d_inner", "shared_intermediate_size", "mlp_hidden_size", "dense_intermediate_size",
-        "decoder_intermediate_size", "moe_shared_expert_intermediate_size",
+        "ffn_hidden_size", "dim_ff", "d_inner", "shared_intermediate_size", "mlp_hidden_size",
+        "dense_intermediate_size", "decoder_intermediate_size", "moe_shared_expert_intermediate_size",
     )),
     (24, ("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size", "expert_dim",
          "moe_ffn_hidden_size", "expert_intermediate_size", "intermediate_size_mlp")),
@@ -89,12 +91,19 @@ _BY_VALUE: tuple[tuple[Any, tuple[str, ...]], ...] = (
     (EOS, ("eos_token_id", "decoder_start_token_id")),
 )  # fmt: skip
 SIZES: dict[str, Any] = {name: value for value, names in _BY_VALUE for name in names}
-SIZES |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "forced_bos_token_id": None, "forced_eos_token_id": None}
+SIZES |= {
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+}
 
 
 def model_types(kinds: Iterable[str] = KINDS) -> list[tuple[str, str]]:
     """Every (model type, kind of output) that transformers' auto classes name."""
-    names = {kind: {*_CLASSES[kind][1], *(name for name in VARIANTS if base(name) in _CLASSES[kind][1])} for kind in kinds}
+    names = {
+        kind: {*_CLASSES[kind][1], *(name for name in VARIANTS if base(name) in _CLASSES[kind][1])} for kind in kinds
+    }
     return [(name, kind) for kind in kinds for name in sorted(names[kind])]
 
 
@@ -109,7 +118,8 @@ def tiny_config(model_type: str) -> PretrainedConfig:
     settings = _settings(config_class, base(model_type), VARIANTS.get(model_type, {}))
     config = config_class(**settings)
     for name, tower in TOWERS.get(model_type, {}).items():
-        vars(config)[name] = CONFIG_MAPPING[tower["model_type"]](**_settings(CONFIG_MAPPING[tower["model_type"]], tower["model_type"], tower))
+        tower_class = CONFIG_MAPPING[tower["model_type"]]
+        vars(config)[name] = tower_class(**_settings(tower_class, tower["model_type"], tower))
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = EOS  # checkpoints bring one, where the family's config has no such field
     _give_special_ids(config, VOCAB - 1)
@@ -150,13 +160,11 @@ def redraw(model: torch.nn.Module) -> None:
 
 
 def _pooling(model_type: str) -> dict[str, Any]:
-    import inspect
-
-    from transformers import MODEL_MAPPING
-
+    """ptd leaves out the pooler that some bodies bring."""
     model_class = MODEL_MAPPING[CONFIG_MAPPING[base(model_type)]]
     model_class = model_class[0] if isinstance(model_class, tuple) else model_class
-    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model_class.__init__).parameters else {}
+    takes = inspect.signature(model_class.__init__).parameters
+    return {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
 
 
 def _settings(
@@ -206,7 +214,9 @@ def _layers(
     if not kinds:
         return {}
     count = max(LAYERS, *(len(found) for found in kinds.values()))
-    chosen: dict[str, Any] = {name: [found[index % len(found)] for index in range(count)] for name, found in kinds.items()}
+    chosen: dict[str, Any] = {
+        name: [found[index % len(found)] for index in range(count)] for name, found in kinds.items()
+    }
     layers = next((name for name in ("num_hidden_layers", "num_layers", "n_layers") if name in known), None)
     return chosen | ({} if layers is None else {layers: count})
 

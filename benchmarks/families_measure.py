@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from families_cases import P, Rows, distance, draw_prefix, draw_rows, draw_soft, generated, loss_of
+from families_cases import Rows, distance, draw_prefix, draw_rows, draw_soft, generated, loss_of
 from families_configs import PAD, base, part, tiny_model
 from families_plain import SHOWS, NoReference, Plain
 from families_ptd import Attached
@@ -78,7 +78,9 @@ def cells(kind: str, encoder_decoder: bool) -> list[tuple[str, str]]:
     """Methods and layouts of a kind of output."""
     layouts = ["padded"] if encoder_decoder else ["packed", "padded"]
     layouts += ["generated"] if kind in ("causal_lm", "seq2seq_lm") else []
-    return [(method, layout) for method in ("head" if kind == "body" else "none", "prefix", "prompt") for layout in layouts]
+    return [
+        (method, layout) for method in ("head" if kind == "body" else "none", "prefix", "prompt") for layout in layouts
+    ]
 
 
 class Comparison:
@@ -160,9 +162,7 @@ class Comparison:
         wrong = figures.pop("wrong", "")
         return record(method, layout, "wrong" if wrong else "right", wrong, **figures)
 
-    def _values(
-        self, attached: Attached, layout: str, prompt: dict[str, Any], right: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _values(self, attached: Attached, layout: str, prompt: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
         got = attached.outputs(self.rows, layout)
         errors = [distance(*pair) for pair in zip(got, right["outputs"], strict=True)]
         wrong = []
@@ -200,7 +200,7 @@ class Comparison:
         if wrong and not prompt:
             try:
                 plain = self.plain.generated(_eos(self.model))
-                wrong += "; transformers alone: " + (_misses(plain, right["written"]) and "wrong, too" or "right")
+                wrong += "; transformers alone: " + ((_misses(plain, right["written"]) and "wrong, too") or "right")
             except Exception as error:
                 wrong += f"; transformers alone: {type(error).__name__}"
         return {"wrong": wrong}

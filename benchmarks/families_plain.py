@@ -2,8 +2,8 @@
 
 A soft prompt goes in front of the embeddings (``inputs_embeds``). A prefix goes in front of the keys and values that
 the model hands to `attend`, which is attention as its textbook formula, under a name of its own in transformers'
-interface; the mask is the one that "eager" attention gets. That `attend` is the family's own attention is checked: without a
-prefix it has to give what "eager" gives, and with one what a cache filled with the prefix gives.
+interface; the mask is the one that "eager" attention gets. That `attend` is the family's own attention is checked:
+without a prefix it has to give what "eager" gives, and how far it is from a cache filled with the prefix is recorded.
 """
 
 from __future__ import annotations
@@ -97,10 +97,9 @@ class Plain:
     def __init__(self, model: PreTrainedModel, rows: Rows) -> None:
         self.model = copy.deepcopy(model)
         self.rows = rows
-        self.eager = self._switch("eager")
+        self._switch("eager")
         with torch.no_grad():
             self.without = [self.run(row) for row in range(len(rows.ids))]
-        self.language_model = self._is_language_model()
         self.causal = self._is_causal()
         self._check_that_tokens_meet()
         self.first_position = self._first_position()
@@ -208,9 +207,6 @@ class Plain:
         finally:
             _running.reset(token)
         self._last = now
-
-    def _is_language_model(self) -> bool:
-        return self.model.get_output_embeddings() is not None or "LM" in type(self.model).__name__
 
     @torch.no_grad()
     def _is_causal(self) -> bool:

@@ -43,9 +43,7 @@ class Attached:
         batch = make_batch(rows, layout)
         with torch.no_grad():
             whole = self.run(batch, None)
-        return [
-            whole[start : start + length] for start, length in zip(batch.starts, batch.lengths, strict=True)
-        ]
+        return [whole[start : start + length] for start, length in zip(batch.starts, batch.lengths, strict=True)]
 
     def loss(self, rows: Rows, layout: str) -> Tensor:
         """`loss_of` all rows, by the way that training takes."""
@@ -58,9 +56,7 @@ class Attached:
             wanted = torch.cat([targets(row, len(place)) for row, place in enumerate(places)])
             return self.run.cross_entropy(batch, positions, wanted)
         read = self.run(batch, positions).split([len(place) for place in places])
-        return sum(
-            (loss_of(row, torch.cat([part[:1], part]), False) for row, part in enumerate(read)), torch.zeros(())
-        )
+        return sum((loss_of(row, torch.cat([part[:1], part]), False) for row, part in enumerate(read)), torch.zeros(()))
 
 
 def make_batch(rows: Rows, layout: str) -> Batch:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-ORDER = ("right", "runs padded", "refused", "no reference", "wrong", "crashed", "not built", "no text", "no task", "sweep failed")
+ORDER = ("right", "runs padded", "refused", "no reference", "wrong", "crashed")
 KINDS = {"causal_lm": "decoders", "seq2seq_lm": "encoder-decoders", "masked_lm": "encoders", "body": "bodies"}
 
 
