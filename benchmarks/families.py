@@ -7,7 +7,7 @@ method (none or head, prefix, prompt) runs in every layout (packed, padded, gene
 loss and gradient are within 1e-4 (of the right values' root mean square) of plain transformers on each row alone, no
 earlier output moves with a row's last token, and greedy decoding of a batch gives what the argmax without a cache
 gives; *refused* where ptd says why it cannot; else *wrong* or *crashed*. The command goes on where it was stopped;
-``--only`` measures those types again. Beside the result it writes a table (.md).
+``--only`` measures those types again, ``--again`` all. Beside the result it writes a table (.md).
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "families.json")
     parser.add_argument("--only", default="", help="model types, by commas: these alone, and again")
+    parser.add_argument("--again", action="store_true", help="measure everything, whatever the file has already")
     parser.add_argument("--kinds", default="", help="kinds of output, by commas")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -113,9 +114,16 @@ def main() -> None:
     from families_configs import KINDS, model_types
     from families_report import read, write
 
+    from ptd.bench.machine import evidence
+
+    found_by = evidence()
     only = [name for name in arguments.only.split(",") if name]
     kinds = [name for name in arguments.kinds.split(",") if name] or KINDS
-    records = read(arguments.output)
+    records, before = ([], {}) if arguments.again else read(arguments.output)
+    earlier = {*before.get("earlier_commits", ()), before.get("commit")} - {None, found_by["commit"]}
+    if earlier and not only:
+        raise SystemExit(f"{arguments.output} was measured at {', '.join(sorted(earlier))}; give --again, or --only")
+    found_by["earlier_commits"] = sorted(earlier)
     known = {(each["type"], each["kind"]) for each in records}
     wanted = [pair for pair in model_types(kinds) if pair[0] in only or (not only and pair not in known)]
     worker = Worker()
@@ -127,11 +135,11 @@ def main() -> None:
             outcomes = sorted({each["outcome"] for each in found})
             print(f"{number}/{len(wanted)} {model_type} {kind}: {', '.join(outcomes)}", flush=True)
             if only or time.monotonic() - written > 10:
-                write(arguments.output, records)
+                write(arguments.output, records, found_by)
                 written = time.monotonic()
     finally:
         worker.stop()
-        write(arguments.output, records)
+        write(arguments.output, records, found_by)
     print(arguments.output.with_suffix(".md").read_text(encoding="utf-8"))
 
 

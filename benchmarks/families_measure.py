@@ -25,7 +25,7 @@ AHEAD = 1e-3
 def record(method: str, layout: str, outcome: str, reason: str = "", **figures: Any) -> dict[str, Any]:
     found = {"method": method, "layout": layout, "outcome": outcome}
     if reason:
-        found["reason"] = " ".join(reason.split())[:300]
+        found["reason"] = " ".join(reason.split())[:500]
     return found | {name: value for name, value in figures.items() if value is not None}
 
 

@@ -3,61 +3,93 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+import math
+import re
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+FINE = {"right", "runs padded"}
 ORDER = ("right", "runs padded", "refused", "no reference", "wrong", "crashed")
 KINDS = {"causal_lm": "decoders", "seq2seq_lm": "encoder-decoders", "masked_lm": "encoders", "body": "bodies"}
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a result; none where there is no file."""
+def read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The records of a result and what they were found with; none where there is no file."""
     if not path.is_file():
-        return []
-    records: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["records"]
-    return records
+        return [], {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found["records"], found.get("evidence", {})
 
 
-def write(path: Path, records: list[dict[str, Any]]) -> None:
+def write(path: Path, records: list[dict[str, Any]], evidence: dict[str, Any]) -> None:
     """The result with a record a line, and its table beside it."""
     records = sorted(records, key=lambda each: (each["kind"], each["type"]))
     lines = ",\n".join(json.dumps(_short(each)) for each in records)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(f'{{"records": [\n{lines}\n]}}\n', encoding="utf-8")
+    part.write_text(f'{{"evidence": {json.dumps(evidence)},\n"records": [\n{lines}\n]}}\n', encoding="utf-8")
     part.replace(path)
     path.with_suffix(".md").write_text(table(records), encoding="utf-8")
 
 
 def _short(record: dict[str, Any]) -> dict[str, Any]:
     return {
-        name: float(f"{value:.3g}") if isinstance(value, float) else value
+        name: float(f"{value:.3g}") if isinstance(value, float) and math.isfinite(value) else value
         for name, value in record.items()
-        if value is not None
+        if value is not None and value != math.inf
     }
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Counts of each outcome by kind, method and layout; then who is wrong, crashed, refused or not built, and why."""
-    cells: dict[tuple[str, str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    """Counts of each outcome by kind, method and layout; then the names, with the reasons of all but the right ones."""
+    cells: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
     for each in records:
         if each["method"] != "*":
-            cells[each["kind"], each["method"], each["layout"]][each["outcome"]].append(each["type"])
-    shown = [outcome for outcome in ORDER if any(outcome in found for found in cells.values())]
+            cells[each["kind"], each["method"], each["layout"]][each["outcome"]] += 1
+    shown = [outcome for outcome in ORDER if any(found[outcome] for found in cells.values())]
     lines = ["| kind | method | layout | " + " | ".join(shown) + " |", "|---" * (3 + len(shown)) + "|"]
-    for (kind, method, layout), found in sorted(cells.items()):
-        counts = " | ".join(str(len(found[outcome])) if outcome in found else "" for outcome in shown)
-        lines.append(f"| {KINDS[kind]} | {method} | {layout} | {counts} |")
+    for kind, title in KINDS.items():
+        for (_, method, layout), found in sorted(item for item in cells.items() if item[0][0] == kind):
+            counts = " | ".join(str(found[outcome] or "") for outcome in shown)
+            lines.append(f"| {title} | {method} | {layout} | {counts} |")
     for outcome in ("wrong", "crashed", "sweep failed", "no reference", "refused", "not built"):
-        lines += ["", f"## {outcome}", ""]
-        lines += _grouped([each for each in records if each["outcome"] == outcome])
+        found = _grouped(records, outcome)
+        lines += ["", f"## {outcome}", "", *(found or ["none"])]
+    lines += ["", "## right in every cell (packed or, where rows cannot be packed, padded)", ""]
+    for kind, title in KINDS.items():
+        names = {each["type"] for each in records if each["kind"] == kind and each["outcome"] in FINE}
+        names -= {each["type"] for each in records if each["kind"] == kind and each["outcome"] not in FINE}
+        lines.append(f"- {title}, {len(names)}: {', '.join(sorted(names))}")
     return "\n".join(lines) + "\n"
 
 
-def _grouped(records: list[dict[str, Any]]) -> list[str]:
-    """A line a type and reason, with the cells that have it."""
-    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+def _grouped(records: list[dict[str, Any]], outcome: str) -> list[str]:
+    """A line a reason: whose it is, and in which cells where it is not all of a kind."""
+    cells: dict[tuple[str, str], list[str]] = defaultdict(list)  # of a type and kind
     for each in records:
-        groups[each["type"], each.get("reason", "")].append(f"{each['kind']}/{each['method']}/{each['layout']}")
-    return [f"- **{name}** ({', '.join(where)}): {reason}" for (name, reason), where in sorted(groups.items())]
+        cells[each["type"], each["kind"]].append(f"{each['method']} {each['layout']}")
+    groups: dict[str, dict[tuple[str, str], list[str]]] = defaultdict(lambda: defaultdict(list))
+    for each in records:
+        if each["outcome"] == outcome:
+            reason = _general(each.get("reason", ""), outcome)
+            groups[reason][each["type"], each["kind"]].append(f"{each['method']} {each['layout']}")
+    lines = []
+    for reason, whose in sorted(groups.items()):
+        names: dict[str, list[str]] = defaultdict(list)
+        for (name, kind), found in sorted(whose.items()):
+            where = KINDS[kind] + ("" if found == cells[name, kind] else ": " + ", ".join(found))
+            names[where].append(name)
+        lines.append(f"- {reason}")
+        lines += [f"  - {where}: {', '.join(types)}" for where, types in names.items()]
+    return lines
+
+
+def _general(reason: str, outcome: str) -> str:
+    """The reason without the names of classes and without figures, so that families have it in common."""
+    if outcome != "refused":
+        return reason
+    reason = reason.split("; ")[0]
+    reason = re.sub(r"model type '[^']*'", "model type …", reason)
+    reason = re.sub(r"\b[A-Z]\w*(Model|LM|Attention|Encoder|Decoder|Stack|Generation|Config)\b", "…", reason)
+    return re.sub(r"[\d.]+(?=%)", "…", reason)
