@@ -71,6 +71,8 @@ def attach(
 ) -> TunedModel:
     """Freeze ``model`` and put a trainable prompt of method ``name`` on it, in place.
 
+    A model with LoRA layers of PEFT keeps them, frozen like the rest; the result is then about the model inside.
+
     Args:
         tokenizer: needed to initialise from text only.
         seed: of the prompt's initial values.
@@ -83,6 +85,7 @@ def attach(
     """
     section = {"name": name, **settings}
     config = parse_method(section)
+    model = _transformers_model(model)
     attachment = Attachment(model, backend=attention)
     try:
         conditioner = TextConditioner(model, tokenizer, model.device)
@@ -104,6 +107,7 @@ def load(model: PreTrainedModel, adapter: str | Path, *, attention: str = "auto"
     Raises `UserError` if the folder holds no prompt or was made for another backbone.
     """
     found = load_adapter(adapter)
+    model = _transformers_model(model)
     attachment = Attachment(model, backend=attention)
     try:
         if isinstance(found.layout, EmptyLayout):
@@ -114,6 +118,27 @@ def load(model: PreTrainedModel, adapter: str | Path, *, attention: str = "auto"
         raise
     attachment.set(found.layout.state(found.flat.to(model.device)))
     return TunedModel(model, attachment, dict(found.facts.get("method", {})))
+
+
+def _transformers_model(model: Any) -> PreTrainedModel:
+    """The model itself, or the one that PEFT has put its layers into (LoRA and the like), with these.
+
+    Raises `UserError` for anything else that wraps a model.
+    """
+    if isinstance(model, PreTrainedModel):
+        return model
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else None  # a PeftModel
+    if not isinstance(inner, PreTrainedModel):
+        raise UserError(
+            f"a prompt is attached to a transformers model, not to a {type(model).__name__}; attach before wrapping "
+            "the model (DistributedDataParallel, torch.compile, FSDP), or pass the model inside"
+        )
+    if any(config.is_prompt_learning for config in model.peft_config.values()):
+        raise UserError(
+            "this PEFT model carries a prompt of PEFT's own, which ptd would leave out; export it to ptd (ptd import "
+            "FOLDER NEW_FOLDER), or pass model.get_base_model() to go without it"
+        )
+    return inner
 
 
 def _peft_task(model: PreTrainedModel) -> str:

@@ -252,3 +252,33 @@ def test_one_prompt_at_a_time(tmp_path):
         with pytest.raises(UserError, match="carries a prompt already"):
             again()
         assert torch.equal(logits(tuned.model), before)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_a_model_with_lora_layers_takes_a_prompt_and_keeps_them():
+    import peft
+
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(tiny_model("llama"), settings)
+    before = logits(model)
+    assert not torch.allclose(before, logits(tiny_model("llama")))
+    tuned = ptd.attach(model, "prefix", num_virtual_tokens=P)
+    assert not torch.allclose(logits(model), before)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "base_model.model.prompt_encoder.embedding"
+    ]
+    train(tuned, 2)
+    tuned.remove()
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_wrapped_models_are_refused_with_what_to_do():
+    import peft
+
+    settings = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
+    with pytest.raises(UserError, match="carries a prompt of PEFT's own"):
+        ptd.attach(peft.get_peft_model(tiny_model("llama"), settings), "prefix", num_virtual_tokens=P)
+    with pytest.raises(UserError, match="attach before wrapping"):
+        ptd.attach(torch.nn.DataParallel(tiny_model("llama")), "prefix", num_virtual_tokens=P)

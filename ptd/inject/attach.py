@@ -38,14 +38,14 @@ def check_supported(model_class: type[PreTrainedModel] | None, config: Any) -> N
         raise UserError(f"backbone.path: transformers has no model of type {model_type!r} for this task; " + SUPPORTED)
     if not model_class._can_set_attn_implementation():
         raise UserError(
-            f"backbone.path: model type {model_type!r} does not use transformers' AttentionInterface, so a prefix "
-            f"cannot be injected; {SUPPORTED}"
+            f"backbone.path: model type {model_type!r} computes attention (or what it has instead) without "
+            f"transformers' AttentionInterface, through which ptd attaches every kind of prompt; {SUPPORTED}"
         )
     foreign = set(getattr(config.get_text_config(), "layer_types", None) or []) - ATTENTION_LAYER_TYPES
     if foreign:
         raise UserError(
             f"backbone.path: model type {model_type!r} has layers without softmax attention "
-            f"({', '.join(sorted(foreign))}); a prefix of keys and values exists only in attention layers"
+            f"({', '.join(sorted(foreign))}), whose state ptd cannot keep apart for each row; {SUPPORTED}"
         )
 
 
@@ -57,8 +57,10 @@ class Attachment:
     that records gradients, and kept as long as its parameters are unchanged otherwise. Own tokens are shifted by P
     positions, as PEFT does, in models that take positions.
 
-    Attaching runs one forward pass over one or two tokens, which shows the attention layers and their sizes
-    (``shape``); under ZeRO-3 every rank has to attach together.
+    Attaching runs a forward pass over a few tokens, which shows the attention layers and their sizes (``shape``), and
+    short ones through the first layers, which prove that the model computes with ptd's attention what it computes with
+    its own (`ptd.inject.self_check`); ``verdict`` says what it cannot do. Under ZeRO-3 every rank has to attach
+    together. Raises `UserError` for a model that a prompt cannot be attached to, with the reason.
     """
 
     def __init__(self, model: PreTrainedModel, *, backend: str = "auto", encoder: PromptEncoder | None = None) -> None:
@@ -146,7 +148,7 @@ class Attachment:
 
     @set.register
     def _(self, state: PrefixKV) -> None:
-        self._check_takes("prefix", self.verdict.prefix)
+        self._check_takes("a prefix", self.verdict.prefix)
         self.set(None)
         self.shift(state.num_virtual_tokens)
         for slot, key, value in zip(self.slots, state.keys, state.values, strict=True):

@@ -183,10 +183,12 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """The mask transformers hands to `attention_forward`: none for packed batches, else as for SDPA (bool, or none)."""
     if packed_forward.get():
         return None
-    if probed.get() is None:
-        return sdpa_mask(*args, **kwargs)
-    mask = sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
-    setattr(mask, _RULE, kwargs.get("mask_function"))
+    probing = probed.get() is not None
+    if probing:
+        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    mask: Tensor | None = sdpa_mask(*args, **kwargs)
+    if probing:
+        setattr(mask, _RULE, kwargs.get("mask_function"))
     return mask
 
 

@@ -66,8 +66,7 @@ def packing_obstacle(call: Call) -> str | None:
     want = [call.causal is False or distance >= 0 for distance in _distances(call.window)]
     if call.window is not None:
         want = [
-            visible and distance < call.window
-            for visible, distance in zip(want, _distances(call.window), strict=True)
+            visible and distance < call.window for visible, distance in zip(want, _distances(call.window), strict=True)
         ]
     return None if seen == want else "has an attention mask that is neither causal nor a sliding window"
 
@@ -140,8 +139,8 @@ def context_of(config: Any) -> int | None:
     """
     if hasattr(config, "relative_attention_num_buckets"):
         return None
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
-    limits = [limit for limit in limits if isinstance(limit, int)][:1]
+    named = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    limits = [limit for limit in named if isinstance(limit, int)][:1]
     rope = getattr(config, "rope_parameters", None) or {}
     for kind in (rope, *(each for each in rope.values() if isinstance(each, dict))):  # one for each type of layer
         original = kind.get("original_max_position_embeddings")

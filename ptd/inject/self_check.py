@@ -335,7 +335,7 @@ def _laid_out(
     lengths = torch.tensor([len(row) for row in rows], device=device)
     longest = max(map(len, rows))
     if packed:
-        ids = torch.tensor([sum(rows, [])], device=device)
+        ids = torch.tensor([[token for row in rows for token in row]], device=device)
         positions = torch.cat([torch.arange(len(row), device=device) for row in rows])[None]
         bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     else:

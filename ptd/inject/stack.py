@@ -146,8 +146,9 @@ class Stack:
             return kwargs
         if kwargs.get("cu_seq_lens_q") is not None:
             return self._put_in_front_of_packed(count, kwargs)
-        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        rows, columns = (embeds if ids is None else ids).shape[:2]
+        ids: Tensor | None = kwargs.get("input_ids")
+        given: Tensor = kwargs["inputs_embeds"] if ids is None else ids
+        rows, columns = given.shape[:2]
         number = torch.arange(count, device=self.soft.device)
         if first_B is None:
             first_B = number.new_zeros(rows)
@@ -158,8 +159,8 @@ class Stack:
         if ids is not None:
             kwargs["input_ids"] = _interleaved(ids, virtual_id(0) - number, places_BT)
         else:
-            both = torch.cat([self.soft.expand(rows, -1, -1).to(embeds.dtype), embeds], dim=1)
-            kwargs["inputs_embeds"] = both.gather(1, places_BT[..., None].expand(-1, -1, embeds.shape[-1]))
+            both = torch.cat([self.soft.expand(rows, -1, -1).to(given.dtype), given], dim=1)
+            kwargs["inputs_embeds"] = both.gather(1, places_BT[..., None].expand(-1, -1, given.shape[-1]))
         if kwargs.get("token_type_ids") is not None:
             kwargs["token_type_ids"] = _interleaved(kwargs["token_type_ids"], torch.zeros_like(number), places_BT)
         if kwargs.get("position_ids") is not None:
@@ -170,8 +171,10 @@ class Stack:
 
     def _put_in_front_of_packed(self, count: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         assert self.soft is not None
-        bounds, ids, embeds = kwargs["cu_seq_lens_q"], kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        tokens, sequences, device = (embeds if ids is None else ids).shape[1], len(bounds) - 1, bounds.device
+        bounds: Tensor = kwargs["cu_seq_lens_q"]
+        ids: Tensor | None = kwargs.get("input_ids")
+        given: Tensor = kwargs["inputs_embeds"] if ids is None else ids
+        tokens, sequences, device = given.shape[1], len(bounds) - 1, bounds.device
         number = torch.arange(sequences, device=device)
         sequence = torch.repeat_interleave(number, bounds.diff(), output_size=tokens)
         own = torch.arange(tokens, device=device) + count * (sequence + 1)
@@ -188,8 +191,8 @@ class Stack:
         if ids is not None:
             kwargs["input_ids"] = joined(ids, (virtual_id(0) - virtual).repeat(sequences)[None])
         else:
-            soft = self.soft.expand(sequences, -1, -1).to(embeds.dtype)
-            kwargs["inputs_embeds"] = joined(embeds, soft.flatten(0, 1)[None], dim=1)
+            soft = self.soft.expand(sequences, -1, -1).to(given.dtype)
+            kwargs["inputs_embeds"] = joined(given, soft.flatten(0, 1)[None], dim=1)
         if kwargs.get("token_type_ids") is not None:
             kwargs["token_type_ids"] = joined(kwargs["token_type_ids"], torch.zeros_like(places)[None])
         positions = kwargs.get("position_ids")
