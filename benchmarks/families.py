@@ -5,9 +5,9 @@
 For each model type and kind of output (causal_lm, seq2seq_lm, masked_lm, or the body that a trained head reads) every
 method (none or head, prefix, prompt) runs in every layout (packed, padded, generated). A cell is *right* where outputs,
 loss and gradient are within 1e-4 (of the right values' root mean square) of plain transformers on each row alone, no
-earlier output moves with a row's last token, and greedy decoding of a batch gives what the argmax without a cache
-gives; *refused* where ptd says why it cannot; else *wrong* or *crashed*. The command goes on where it was stopped;
-``--only`` measures those types again, ``--again`` all. Beside the result it writes a table (.md).
+earlier output moves with a row's last token, and greedy decoding of a batch goes by the logits of the argmax loop
+without a cache; *refused* where ptd says why it cannot; else *wrong* or *crashed*. The command goes on where it was
+stopped; ``--only`` measures those types again, ``--again`` all. Beside the result it writes a table (.md).
 """
 
 from __future__ import annotations

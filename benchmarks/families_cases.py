@@ -78,7 +78,15 @@ def targets(row: int, count: int) -> Tensor:
     return torch.randint(FIRST_WORD, LAST_WORD, (count,), generator=generator)
 
 
-def generated(model: Any, rows: Rows, order: list[int], eos: int | None) -> list[list[int]]:
+@dataclass(frozen=True)
+class Written:
+    """The tokens of a continuation, and the logits ``[tokens, vocabulary]`` that each was chosen by."""
+
+    tokens: list[int]
+    logits: Tensor
+
+
+def generated(model: Any, rows: Rows, order: list[int], eos: int | None) -> list[Written]:
     """What ``generate`` writes for these rows in one batch: prompts padded on the left, those of an encoder on the
     right, as ptd pads them; greedy, never ``eos``."""
     encoder = rows.sources is not None
@@ -99,9 +107,27 @@ def generated(model: Any, rows: Rows, order: list[int], eos: int | None) -> list
             do_sample=False,
             num_beams=1,
             pad_token_id=PAD,
+            output_logits=True,
+            return_dict_in_generate=True,
             **({} if eos is None else {"eos_token_id": eos}),
         )
-    return [row[-NEW_TOKENS:].tolist() for row in written]
+    logits = torch.stack(written.logits, dim=1)
+    return [Written(row[-NEW_TOKENS:].tolist(), by) for row, by in zip(written.sequences, logits, strict=True)]
+
+
+def misses(got: list[Written], right: list[Written], close: float) -> str:
+    """Where the logits differ by more than ``close``, as far as the tokens before are the same; empty: nowhere."""
+    wrong = []
+    for row, (found, want) in enumerate(zip(got, right, strict=True)):
+        same = next(
+            (step for step, pair in enumerate(zip(found.tokens, want.tokens, strict=True)) if len({*pair}) > 1),
+            NEW_TOKENS,
+        )
+        errors = [distance(found.logits[step], want.logits[step]) for step in range(min(same + 1, NEW_TOKENS))]
+        step = next((step for step, error in enumerate(errors) if not error < close), None)
+        if step is not None:
+            wrong.append(f"row {row}: the logits of token {step} differ by {errors[step]:.2g}")
+    return "; ".join(wrong)
 
 
 def distance(got: Tensor, want: Tensor) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from families_cases import Rows, distance, draw_prefix, draw_rows, draw_soft, generated, loss_of
+from families_cases import Rows, distance, draw_prefix, draw_rows, draw_soft, generated, loss_of, misses
 from families_configs import PAD, base, part, tiny_model
 from families_plain import SHOWS, NoReference, Plain
 from families_ptd import Attached
@@ -18,8 +18,6 @@ from ptd.types import UserError
 
 CLOSE = 1e-4
 """Largest difference that counts as right, in units of the right values' root mean square (fp32)."""
-AHEAD = 1e-3
-"""A token is compared if it is the best by more than this."""
 
 
 def record(method: str, layout: str, outcome: str, reason: str = "", **figures: Any) -> dict[str, Any]:
@@ -196,24 +194,16 @@ class Comparison:
         self, attached: Attached, layout: str, prompt: dict[str, Any], right: dict[str, Any]
     ) -> dict[str, Any]:
         got = generated(self.model, self.rows, [0, 1], _eos(self.model))
-        wrong = _misses(got, right["written"])
+        wrong = misses(got, right["written"], CLOSE)
         if wrong and not prompt:
             try:
                 plain = self.plain.generated(_eos(self.model))
-                wrong += "; transformers alone: " + ((_misses(plain, right["written"]) and "wrong, too") or "right")
+                wrong += "; transformers alone: " + (
+                    "wrong, too" if misses(plain, right["written"], CLOSE) else "right"
+                )
             except Exception as error:
                 wrong += f"; transformers alone: {type(error).__name__}"
         return {"wrong": wrong}
-
-
-def _misses(got: list[list[int]], right: list[tuple[list[int], list[float]]]) -> str:
-    """Which rows got other tokens, as far as those are the best by a margin."""
-    wrong = []
-    for row, (tokens, ahead) in enumerate(right):
-        sure = next((number for number, margin in enumerate(ahead) if margin < AHEAD), len(tokens))
-        if got[row][:sure] != tokens[:sure]:
-            wrong.append(f"row {row}: {got[row]} instead of {tokens}")
-    return "; ".join(wrong)
 
 
 def _failure(error: Exception, where: str) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from families_cases import NEW_TOKENS, P, Rows, distance, generated
+from families_cases import NEW_TOKENS, P, Rows, Written, distance, generated
 from families_configs import FIRST_WORD, PAD
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
@@ -91,6 +91,12 @@ AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, eager_mask)
 
 
+def _shift(side: nn.Module, count: int) -> Any:
+    """Positions behind the prefix for one side of an encoder-decoder; a hook to be removed."""
+    positions = {"position_ids": P + torch.arange(count)[None]}
+    return side.register_forward_pre_hook(lambda module, args, given: (args, {**given, **positions}), with_kwargs=True)
+
+
 class Plain:
     """A copy of the model that computes right values."""
 
@@ -124,30 +130,34 @@ class Plain:
         if "attention_mask" in takes:
             inputs["attention_mask"] = torch.ones(1, front + len(read), dtype=torch.long)
         inputs |= self._uncached()
-        hook = None
+        hooks = []
         if soft is None:
             inputs["input_ids"] = read[None]
         elif self.by_embeddings:
             inputs["inputs_embeds"] = torch.cat([soft[None], self.embed(read)[None]], dim=1)
         else:
             inputs["input_ids"] = torch.cat([torch.full((front,), self._stand_in()), read])[None]
-            hook = self.model.get_input_embeddings().register_forward_hook(
-                lambda module, args, output: torch.cat([soft[None], output[:, front:]], dim=1)
-            )
+            hooks = [
+                self.model.get_input_embeddings().register_forward_hook(
+                    lambda module, args, output: torch.cat([soft[None], output[:, front:]], dim=1)
+                )
+            ]
         if prefix is not None and by_cache:
             inputs |= self._cache(prefix)
             inputs["attention_mask"] = torch.ones(1, P + len(read), dtype=torch.long)
         elif prefix is not None and self.rows.sources is not None:
-            for name, tokens in (("position_ids", read), ("decoder_position_ids", ids)):
-                if name in takes:
-                    inputs[name] = P + torch.arange(len(tokens))[None]
+            hooks = [
+                _shift(side, len(tokens))
+                for side, tokens in ((self.model.get_encoder(), read), (self.model.get_decoder(), ids))
+                if "position_ids" in inspect.signature(side.forward).parameters
+            ]
         elif prefix is not None and self.first_position is not None:
             inputs["position_ids"] = self.first_position + P + torch.arange(len(read))[None]
         try:
             with self._pass(None if by_cache else prefix):
                 output = self.model(**inputs)
         finally:
-            if hook is not None:
+            for hook in hooks:
                 hook.remove()
         logits = output.get("logits")
         found = (output.last_hidden_state if logits is None else logits)[0]
@@ -164,23 +174,22 @@ class Plain:
         they put beside an image's."""
         return PAD if "gemma4" in self.model.config.model_type else 0
 
-    def greedy(self, row: int, eos: int | None, **prompt: Any) -> tuple[list[int], list[float]]:
-        """Argmax without a cache, never ``eos``; beside each token how far ahead of the next best it was."""
+    @torch.no_grad()
+    def greedy(self, row: int, eos: int | None, **prompt: Any) -> Written:
+        """Argmax without a cache, never ``eos``."""
         ids = self.rows.ids[row] if self.rows.sources is None else self.rows.ids[row][:1]
         chosen: list[int] = []
-        ahead: list[float] = []
+        logits: list[Tensor] = []
         for _ in range(NEW_TOKENS):
-            with torch.no_grad():
-                logits = self.run(row, ids=ids, **prompt)[-1].clone()
+            logits.append(self.run(row, ids=ids, **prompt)[-1])
+            allowed = logits[-1].clone()
             if eos is not None:
-                logits[eos] = -torch.inf
-            best = logits.topk(2)
-            chosen.append(int(best.indices[0]))
-            ahead.append(float((best.values[0] - best.values[1]) / logits[logits.isfinite()].square().mean().sqrt()))
-            ids = torch.cat([ids, best.indices[:1]])
-        return chosen, ahead
+                allowed[eos] = -torch.inf
+            chosen.append(int(allowed.argmax()))
+            ids = torch.cat([ids, torch.tensor(chosen[-1:])])
+        return Written(chosen, torch.stack(logits))
 
-    def generated(self, eos: int | None) -> list[list[int]]:
+    def generated(self, eos: int | None) -> list[Written]:
         """What transformers alone writes for the first two rows in one batch."""
         self._switch("eager")
         try:

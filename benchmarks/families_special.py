@@ -44,6 +44,7 @@ DECODERS: dict[str, Settings] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gptj": {"rotary_dim": 4},
     "llama4_text": {"no_rope_layers": [1, 0]},
+    "modernbert-decoder": {"local_attention": 16},  # a window of 8: half of it on each side, of which one is used
     "smollm3": {"no_rope_layers": [1, 0]},
     "unlimited_ocr_text": {"num_key_value_heads": 4},
 }
