@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,12 @@ def attach(
     except BaseException:
         attachment.remove()
         raise
+    if type(model).__name__.endswith(("Classification", "QuestionAnswering", "MultipleChoice")):
+        warnings.warn(
+            f"{type(model).__name__} has a head of its own, which is frozen as it is and not saved with the prompt; "
+            "to train a head use ptd train with task.kind: classification, token_classification or question_answering",
+            stacklevel=2,
+        )
     model.requires_grad_(False)
     model.add_module(SUBMODULE, encoder.to(model.device))
     attachment.encoder = encoder

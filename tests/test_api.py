@@ -282,3 +282,12 @@ def test_wrapped_models_are_refused_with_what_to_do():
         ptd.attach(peft.get_peft_model(tiny_model("llama"), settings), "prefix", num_virtual_tokens=P)
     with pytest.raises(UserError, match="attach before wrapping"):
         ptd.attach(torch.nn.DataParallel(tiny_model("llama")), "prefix", num_virtual_tokens=P)
+
+
+def test_a_head_that_is_frozen_and_not_saved_is_said():
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(tiny_model("llama").config)
+    with pytest.warns(UserWarning, match="has a head of its own, which is frozen"):
+        ptd.attach(model, "prompt", num_virtual_tokens=P)

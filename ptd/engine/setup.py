@@ -56,15 +56,14 @@ def prepare(
     identity = (
         same_fingerprint(fingerprint(model), ranks) if zero3 is None else ranks.on_main(lambda: fingerprint(model))
     )
-    attachment = Attachment(model, backend=config.attention)
+    forget_passes = shards.forget_passes if shards is not None else lambda: None
+    attachment = Attachment(model, backend=config.attention, forget_passes=forget_passes)
     if ranks.device.type == "cpu":  # after loading, which frees what no step needs
         keep_freed_memory()
     run = Forward(attachment, ranks.device, rounds=pays(ranks.device, dtype_of(config)))
     prepared = Prepared(model, attachment, run, identity)
-    if shards is None:
-        return prepared
-    shards.forget_passes()
-    return replace(prepared, sharded=True, forget_passes=shards.forget_passes)
+    forget_passes()
+    return replace(prepared, sharded=shards is not None, forget_passes=forget_passes)
 
 
 def check_context(shape: BackboneShape, num_virtual_tokens: int, max_length: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import singledispatchmethod
 from typing import Any
@@ -60,16 +60,29 @@ class Attachment:
     Attaching runs a forward pass over a few tokens, which shows the attention layers and their sizes (``shape``), and
     short ones through the first layers, which prove that the model computes with ptd's attention what it computes with
     its own (`ptd.inject.self_check`); ``verdict`` says what it cannot do. Under ZeRO-3 every rank has to attach
-    together. Raises `UserError` for a model that a prompt cannot be attached to, with the reason.
+    together, and ``forget_passes`` is called before passes that run other modules than those before. Raises `UserError`
+    for a model that a prompt cannot be attached to, with the reason.
     """
 
-    def __init__(self, model: PreTrainedModel, *, backend: str = "auto", encoder: PromptEncoder | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        backend: str = "auto",
+        encoder: PromptEncoder | None = None,
+        forget_passes: Callable[[], None] = lambda: None,
+    ) -> None:
         check_supported(type(model), model.config)
         if backend not in ("auto", *available_backends()):
             known = ", ".join(["auto", *available_backends()])
             raise UserError(f"backbone.attention: there is no backend {backend!r}; available: {known}")
         if any(has_slot(module) for module in model.modules()):
             raise UserError("this model carries a prompt already; remove() it first")
+        if any(parameter.device.type == "meta" for parameter in model.parameters()):
+            raise UserError(
+                "weights of this model lie on the device meta: a device_map has offloaded them, or none were loaded; "
+                "load the model onto devices as a whole, or use ptd train with backbone.sharding and backbone.offload"
+            )
         self.model = model
         self.encoder = encoder
         self.head = Head(None)
@@ -93,12 +106,14 @@ class Attachment:
             ]
             self.inputs = Inputs(model, self.stacks[0], sees_padding=any(layer.kind == "encoder" for layer in layers))
             check = SelfCheck(self, calls)
+            forget_passes()
             self._use(None)
             check.read_plain()
             self._use(IMPLEMENTATION)
             self._hook()
             self.verdict = check.run()
             self.stacks[0].left_obstacle = self.verdict.left
+            self.stacks[0].packing_obstacle = self.verdict.packed
         except BaseException as error:
             self.remove()
             if isinstance(error, UserError) or not isinstance(error, Exception):
@@ -178,10 +193,14 @@ class Attachment:
     def run(self, batch: Batch) -> Any:
         """The model's output for a batch on its device. Without masks where every layer's own rule says it all."""
         inputs = self.inputs.of(batch, self.first_position)
-        if "attention_mask" in inputs or not self.packable:
-            return self.model(**inputs)
-        with self._without_masks():
-            return self.model(**inputs)
+        self.stacks[0].trusted = True
+        try:
+            if "attention_mask" in inputs or not self.packable:
+                return self.model(**inputs)
+            with self._without_masks():
+                return self.model(**inputs)
+        finally:
+            self.stacks[0].trusted = False
 
     def generation_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         """What ``model.generate`` has to be given for prompts ``[B, S]``, padded on the left.

@@ -26,13 +26,15 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ptd.inject.attention import Call
 from ptd.inject.probe import ordinary_tokens, packing_obstacle
-from ptd.types import Batch, SoftTokens, UserError
+from ptd.types import IGNORE_INDEX, Batch, SoftTokens, UserError
 
 if TYPE_CHECKING:
     from ptd.inject.attach import Attachment
 
-SHARED = 2
-"""First tokens that the rows have in common: they become the prompt."""
+LONG, SHORT, SHARED = 6, 3, 2
+"""Tokens of the rows, and how many of the first ones they have in common: these become the prompt."""
+TOKENS = 3 * LONG
+"""Tokens of every pass, laid out as they may be: half precision on a CPU makes code for each number anew."""
 ALLOWED = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 2e-2}
 """How far a token's hidden state may be from what it was alone, of its size, after a few layers; half precision and
 8 bits lose more than a hundredth of it to rounding."""
@@ -74,16 +76,15 @@ class SelfCheck:
         self.allowed = ALLOWED_ELSE if quantised else ALLOWED.get(dtype, ALLOWED_ELSE)
         self.blank = isinstance(parameter, FakeTensor)
         self.sharded = hasattr(parameter, "ds_id")
-        # Of a model that is sharded, or whose layers are not in a list, all layers run.
-        self.lists = [] if self.blank else _enough(self.model, calls)
+        self.spared = [] if self.blank else _spared(self.model, calls, attachment.head.module)
         text = self.model.config.get_text_config()
         vocabulary = getattr(attachment.stacks[0].embeddings, "num_embeddings", None) or text.vocab_size
-        t = ordinary_tokens(text, vocabulary, 12)
-        long, short, other = t[:5], [*t[:SHARED], t[5]], [*t[:4], t[6]]
+        t = ordinary_tokens(text, vocabulary, 16)
+        long, short = t[:LONG], [*t[:SHARED], *t[LONG : LONG + SHORT - SHARED]]
         if self.two:
             self.rows = [_Row(long, t[7:11]), _Row(short, t[8:10]), _Row(long, [*t[7:10], t[11]])]
         else:
-            self.rows = [_Row(long), _Row(short), _Row(other)]
+            self.rows = [_Row(long), _Row(short), _Row([*long[:-1], t[12]])]
         pad = getattr(text, "pad_token_id", None)
         self.pad = pad if isinstance(pad, int) and 0 <= pad < vocabulary else 0
         self.plain: list[Tensor] = []
@@ -96,47 +97,46 @@ class SelfCheck:
             return
         with self._quietly():
             try:
-                with _shorter(self.lists):
+                with _shorter(self.spared):
                     self._read_plain()
             except Exception:  # a model may count its layers some other way
-                if not self.lists:
+                if not self.spared:
                     raise
-                self.lists = []
+                self.spared = []
                 self._read_plain()
 
     def _read_plain(self) -> None:
         seen: list[Tensor] = []
         embeddings: nn.Module = self.attachment.stacks[0].embeddings
         hook = embeddings.register_forward_hook(lambda module, args, output: seen.append(output))
+        cache = DynamicCache()  # without a config: no layer drops what lies outside its window
+        caching = {"past_key_values": cache, "use_cache": True}
+        caches = self.causal and not self.two and caching.keys() <= self.attachment.inputs.takes
         try:
-            self.plain = [self._hidden(self.model, self._alone(row))[0] for row in self.rows[:2]]
+            self.plain = [
+                self._hidden(self.model, self._alone(row) | (caching if caches and not number else {}))[0]
+                for number, row in enumerate(self.rows[:2])
+            ]
         finally:
             hook.remove()
         self.embedded = seen[0][0, :SHARED].float() if seen and seen[0].dim() == 3 else None
-        if self.causal and not self.two:
-            self.cached = self._read_cache()
+        self.cached = self._cached(cache)
 
-    def _read_cache(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of the first tokens in every layer that runs; empty: it keeps none, or other ones."""
-        cache = DynamicCache()
-        options = {"past_key_values": cache, "use_cache": True}
-        if not options.keys() <= self.attachment.inputs.takes:
-            return []
-        tokens = torch.tensor([self.rows[0].tokens[:SHARED]], device=self.device)
-        self.model(input_ids=tokens, **options)
+    def _cached(self, cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of the shared tokens in every layer that ran; empty: it keeps none, or other ones."""
         found = []
         for call, layer in zip(self.calls, cache.layers, strict=False):
             key, value = getattr(layer, "keys", None), getattr(layer, "values", None)
             if not isinstance(key, Tensor) or not isinstance(value, Tensor) or not key.numel():
                 return []
-            if (*key.shape[1:], value.shape[-1]) != (call.kv_heads, SHARED, call.key_dim, call.value_dim):
+            if (*key.shape[1:], value.shape[-1]) != (call.kv_heads, LONG, call.key_dim, call.value_dim):
                 return []
-            found.append((key[0].transpose(0, 1), value[0].transpose(0, 1)))
+            found.append((key[0, :, :SHARED].transpose(0, 1), value[0, :, :SHARED].transpose(0, 1)))
         return found
 
     def run(self) -> Verdict:
         """Raises `UserError` for a model that computes something else even in a padded batch."""
-        with self._quietly(), _shorter(self.lists):
+        with self._quietly(), _shorter(self.spared):
             packed = self._packing_obstacle()
             self.attachment.verdict = Verdict(packed)  # which decides how batches run
             if self.blank:
@@ -199,11 +199,10 @@ class SelfCheck:
         if self.two or not self.causal:
             return None
         skip = SHARED if prefix else 0
-        rows = [row.tokens[skip:] for row in self.rows[:2]]
-        width = max(map(len, rows))
-        pads = [width - len(row) for row in rows]
+        rows = [row.tokens[skip:] for row in self.rows]
+        pads = [LONG - len(row) for row in rows]
         ids = [[self.pad] * pad + row for row, pad in zip(rows, pads, strict=True)]
-        mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=self.device)
+        mask = torch.tensor([[0] * pad + [1] * (LONG - pad) for pad in pads], device=self.device)
         inputs = self.attachment.generation_inputs(torch.tensor(ids, device=self.device), mask)
         with self._cached_as_prefix() if prefix else nullcontext():
             hidden = self._hidden(self.model, inputs)
@@ -216,7 +215,7 @@ class SelfCheck:
         rows = [_Row(row.tokens[SHARED:], row.target) for row in self.rows]
         self.attachment.set(SoftTokens(self.embedded, in_front=True))
         try:
-            hidden = self._run(self._batch(rows, packed=packed))
+            hidden = self._run(self._batch(rows, packed=packed, virtual=SHARED))
         except Exception as error:  # families do as they like with tokens that they cannot look up
             return f"a pass with them ends in {type(error).__name__}: {error}"
         finally:
@@ -244,17 +243,25 @@ class SelfCheck:
 
     # ---- how they are run and compared
 
-    def _batch(self, rows: list[_Row], *, packed: bool = False) -> Batch:
-        """The rows as a run lays them out: padded on the right, or packed."""
+    def _batch(self, rows: list[_Row], *, packed: bool = False, virtual: int = 0) -> Batch:
+        """The rows as a run lays them out: padded on the right, or packed, with a further one.
+
+        ``virtual``: tokens that will be put before each.
+        """
+        tokens = [row.tokens for row in rows]
         if self.two:
             targets = [row.target or [] for row in rows]
-            return _laid_out(targets, self.device, self.pad, source=[row.tokens for row in rows])
-        return _laid_out([row.tokens for row in rows], self.device, self.pad, packed=packed)
+            return _padded(targets, max(map(len, targets)), self.pad, self.device, source=tokens)
+        if not packed:
+            return _padded(tokens, LONG - virtual, self.pad, self.device)
+        further = TOKENS - virtual - sum(len(row) + virtual for row in tokens)
+        return _packed([*tokens, tokens[0][:1] * further], self.device)
 
     def _alone(self, row: _Row) -> dict[str, Any]:
-        inputs = {"input_ids": torch.tensor([row.tokens], device=self.device)}
+        times = TOKENS // len(row.tokens)
+        inputs = {"input_ids": torch.tensor([row.tokens] * times, device=self.device)}
         if row.target is not None:
-            inputs["decoder_input_ids"] = torch.tensor([row.target], device=self.device)
+            inputs["decoder_input_ids"] = torch.tensor([row.target] * times, device=self.device)
         return inputs
 
     def _run(self, batch: Batch, *, learning: bool = False) -> list[Tensor]:
@@ -324,53 +331,65 @@ class SelfCheck:
                 module.training = True
 
 
-def _laid_out(
-    rows: list[list[int]],
-    device: torch.device,
-    pad: int,
-    *,
-    packed: bool = False,
-    source: list[list[int]] | None = None,
+def _padded(
+    rows: list[list[int]], width: int, pad: int, device: torch.device, source: list[list[int]] | None = None
 ) -> Batch:
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    longest = max(map(len, rows))
-    if packed:
-        ids = torch.tensor([[token for row in rows for token in row]], device=device)
-        positions = torch.cat([torch.arange(len(row), device=device) for row in rows])[None]
-        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    else:
-        ids = torch.tensor([[*row, *([pad] * (longest - len(row)))] for row in rows], device=device)
-        positions, bounds = torch.arange(longest, device=device).expand(len(rows), -1), None
+    ids = torch.tensor([[*row, *([pad] * (width - len(row)))] for row in rows], device=device)
+    read = None if source is None else _padded(source, max(map(len, source)), pad, device)
+    return _batch_of(rows, ids, torch.arange(width, device=device).expand(len(rows), -1), source=read)
+
+
+def _packed(rows: list[list[int]], device: torch.device) -> Batch:
+    ids = torch.tensor([[token for row in rows for token in row]], device=device)
+    positions = torch.cat([torch.arange(len(row), device=device) for row in rows])[None]
+    bounds = torch.tensor([0, *map(len, rows)], device=device).cumsum(0).to(torch.int32)
+    return _batch_of(rows, ids, positions, bounds=bounds)
+
+
+def _batch_of(
+    rows: list[list[int]],
+    ids: Tensor,
+    positions: Tensor,
+    *,
+    bounds: Tensor | None = None,
+    source: Batch | None = None,
+) -> Batch:
     return Batch(
         input_ids=ids,
-        labels=torch.full_like(ids, -100),
+        labels=torch.full_like(ids, IGNORE_INDEX),
         position_ids=positions,
         cu_seqlens=bounds,
-        max_seqlen=longest,
+        max_seqlen=max(map(len, rows)),
         tokens=ids.numel(),
         supervised_tokens=0,
-        lengths=lengths,
+        lengths=torch.tensor([len(row) for row in rows], device=ids.device),
         rows=tuple(range(len(rows))),
-        source=None if source is None else _laid_out(source, device, pad),
+        source=source,
     )
 
 
 @dataclass(frozen=True)
-class _Layers:
-    """A list of layers in its parent, and how many of them are enough."""
+class _Spared:
+    """A module that a check replaces by a cheaper one."""
 
     parent: nn.Module
     name: str
-    enough: int
+    instead: nn.Module
 
 
-def _enough(model: PreTrainedModel, calls: list[Call]) -> list[_Layers]:
-    """For each outermost list of layers with attention: up to where every kind of layer has come, and two at least."""
+def _spared(model: PreTrainedModel, calls: list[Call], head: nn.Module | None) -> list[_Spared]:
+    """Layers and the head, which no check needs.
+
+    Of each outermost list of layers with attention those stay up to where every kind of layer has come, and two at
+    least.
+    """
     call_of = {call.module: call for call in calls}
-    found: list[_Layers] = []
+    found: list[_Spared] = []
     inside: set[nn.Module] = set()
     for parent in model.modules():
         for name, child in parent.named_children():
+            if child is head:
+                found.append(_Spared(parent, name, nn.Identity()))
             if not isinstance(child, nn.ModuleList) or child in inside:
                 continue
             kinds = [_kind(layer, call_of) for layer in child]
@@ -379,7 +398,7 @@ def _enough(model: PreTrainedModel, calls: list[Call]) -> list[_Layers]:
             inside |= set(child.modules())
             enough = max(2, 1 + max(kinds.index(kind) for kind in kinds))
             if enough < len(child):
-                found.append(_Layers(parent, name, enough))
+                found.append(_Spared(parent, name, nn.ModuleList(list(child)[:enough])))
     return found
 
 
@@ -392,13 +411,13 @@ def _kind(layer: nn.Module, call_of: dict[nn.Module, Call]) -> tuple[Any, tuple[
 
 
 @contextmanager
-def _shorter(lists: list[_Layers]) -> Iterator[None]:
-    """The model with only the first layers of each list."""
-    whole = [getattr(each.parent, each.name) for each in lists]
+def _shorter(spared: list[_Spared]) -> Iterator[None]:
+    """The model without what is spared."""
+    whole = [getattr(each.parent, each.name) for each in spared]
     try:
-        for each, layers in zip(lists, whole, strict=True):
-            setattr(each.parent, each.name, nn.ModuleList(list(layers)[: each.enough]))
+        for each in spared:
+            setattr(each.parent, each.name, each.instead)
         yield
     finally:
-        for each, layers in zip(lists, whole, strict=True):
-            setattr(each.parent, each.name, layers)
+        for each, module in zip(spared, whole, strict=True):
+            setattr(each.parent, each.name, module)

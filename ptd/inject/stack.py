@@ -29,7 +29,8 @@ class Stack:
     ``shift``: positions its own tokens are moved by. ``soft`` ``[P, hidden]``: embeddings of virtual tokens, which
     stand before every sequence (``in_front``) or where `virtual_id` marks them. ``source_extra``: virtual tokens that
     the other stack, which this one attends to, put before its sequences. ``keep``: flattened positions to put out, each
-    once. ``tail``: what runs at these alone. ``refresh`` is called before every forward pass.
+    once. ``trusted``: the caller gives the boundaries of packed rows. ``tail``: what runs at these alone. ``refresh``
+    is called before every forward pass.
     """
 
     def __init__(self, module: nn.Module, refresh: Callable[[], None], *, feeds_other: bool = False) -> None:
@@ -46,6 +47,8 @@ class Stack:
         self.in_front = False
         self.source_extra = 0
         self.left_obstacle: str | None = None  # why rows must not be padded on the left
+        self.packing_obstacle: str | None = None  # why they must not be packed
+        self.trusted = False  # whether whoever runs the pass says how rows are packed
         self.keep: Tensor | None = None
         self.tail = Tail([])
         self._own: Tensor | None = None  # [B, S]: where the own tokens are among those that ran, flattened
@@ -70,9 +73,11 @@ class Stack:
         self.refresh()
         kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         self._check_padding(kwargs.get("attention_mask"))
+        front = self.soft.shape[0] if self.soft is not None and self.in_front else 0
+        if front and not self.trusted and kwargs.get("attention_mask") is None:
+            kwargs |= self._packing_by_positions(kwargs)
         if kwargs.get("cu_seq_lens_q") is not None:
             self._packed = packed_forward.set(True)
-        front = self.soft.shape[0] if self.soft is not None and self.in_front else 0
         if (front or self.shift) and self.takes_positions:
             positions = kwargs.get("position_ids")
             positions = self._default_positions(kwargs) if positions is None else positions
@@ -84,6 +89,31 @@ class Stack:
             kwargs["encoder_attention_mask"] = _before_columns(mask, 1, self.source_extra)
         self._begin_tail(kwargs)
         return (), kwargs
+
+    def _packing_by_positions(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The boundaries of rows that are packed without them: their positions start again.
+
+        Transformers' masks go by that; virtual tokens have to be put before every row as well.
+        """
+        positions, cache = kwargs.get("position_ids"), kwargs.get("past_key_values")
+        if positions is None or kwargs.get("cu_seq_lens_q") is not None or positions.dim() != 2:
+            return {}
+        starts = (positions.diff(dim=1) != 1).nonzero()
+        if not len(starts) or (cache is not None and cache.get_seq_length() > 0):
+            return {}
+        if len(positions) != 1 or self.packing_obstacle is not None:
+            why = self.packing_obstacle or "they stand in a batch of several"
+            raise UserError(f"position_ids start again within a row, as in packed rows, which cannot be here: {why}")
+        bounds = torch.nn.functional.pad(starts[:, 1] + 1, (1, 1))
+        bounds[-1] = positions.shape[1]
+        longest = int(bounds.diff().max())
+        bounds = bounds.to(torch.int32)
+        return {
+            "cu_seq_lens_q": bounds,
+            "cu_seq_lens_k": bounds,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
 
     def _check_padding(self, mask: Any) -> None:
         if self.left_obstacle is None or not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -128,27 +158,35 @@ class Stack:
         """
         assert self.soft is not None
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if getattr(cache, "is_compileable", False):
+            raise UserError(
+                "virtual tokens before the sequences need a cache that grows, and this one has a fixed size: generate "
+                "without cache_implementation, or use method prefix, which adds no tokens"
+            )
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             raise UserError(
                 f"{type(self.module).__name__} is given attention masks that are made already, so virtual tokens "
                 "before the sequences cannot be put into them: pass a 2-dimensional attention_mask; of a multimodal "
                 "backbone take the text model's own checkpoint, or method prefix, which adds no tokens"
             )
-        if getattr(cache, "is_compileable", False):
-            raise UserError(
-                "virtual tokens before the sequences need a cache that grows, and this one has a fixed size: generate "
-                "without cache_implementation, or use method prefix, which adds no tokens"
-            )
         first_B = None if mask is None else mask.bool().int().argmax(dim=1)
         if mask is not None and first_B is not None:
             kwargs["attention_mask"] = _interleaved(mask, mask.new_ones(count), _places(first_B, mask.shape[1], count))
-        if cache is not None and cache.get_seq_length() > 0:
-            return kwargs
-        if kwargs.get("cu_seq_lens_q") is not None:
-            return self._put_in_front_of_packed(count, kwargs)
         ids: Tensor | None = kwargs.get("input_ids")
         given: Tensor = kwargs["inputs_embeds"] if ids is None else ids
         rows, columns = given.shape[:2]
+        seen = cache.get_seq_length() if cache is not None else 0
+        if seen > 0:
+            self._check_cache(count, seen, columns, mask, kwargs.get("position_ids"))
+            return kwargs
+        if cache is not None and mask is not None and not bool(mask.any(dim=1).all()):
+            raise UserError(
+                "the first pass over the prompts has a row with nothing but padding, as with prefill_chunk_size in a "
+                "batch padded on the left, so its virtual tokens would have no place; generate without "
+                "prefill_chunk_size, give each batch prompts of one length, or use method prefix"
+            )
+        if kwargs.get("cu_seq_lens_q") is not None:
+            return self._put_in_front_of_packed(count, kwargs)
         number = torch.arange(count, device=self.soft.device)
         if first_B is None:
             first_B = number.new_zeros(rows)
@@ -168,6 +206,22 @@ class Stack:
             begin = own.gather(-1, first_B[:, None].expand(*own.shape[:-1], 1)) - count
             kwargs["position_ids"] = _interleaved(own, begin + number, places_BT)
         return kwargs
+
+    def _check_cache(self, count: int, seen: int, columns: int, mask: Tensor | None, positions: Tensor | None) -> None:
+        """Refuse a cache of ``seen`` tokens that does not fit ``columns`` new ones with ``count`` virtual ones in it.
+
+        ``positions`` with the virtual tokens counted in. ``generate`` counts these in a cache of its own earlier call
+        as tokens of the text, and cuts off so many of the new ones.
+        """
+        fits = mask is None or mask.shape[1] + count == seen + columns
+        if fits and mask is None and positions is not None and positions.dim() == 2:
+            fits = int(positions[0, 0]) - seen in (0, self.first_position)
+        if not fits:
+            raise UserError(
+                f"the new tokens do not follow on the {seen} tokens of the cache, of which {count} are the prompt's "
+                "virtual ones: a cache that was filled without this prompt, or by an earlier generate, cannot be "
+                "continued; give the whole text without past_key_values, or use method prefix"
+            )
 
     def _put_in_front_of_packed(self, count: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         assert self.soft is not None

@@ -36,9 +36,9 @@ def made(auto, family, **changes):
 
 def seq2seq(family, **changes):
     sizes = {
-        "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "dropout": 0.0, "attention_dropout": 0.0, "decoder_start_token_id": 2,
-        "activation_dropout": 0.0,
+        "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "dropout": 0.0,
+        "attention_dropout": 0.0, "activation_dropout": 0.0, "decoder_start_token_id": 2,
     }  # fmt: skip
     return made(AutoModelForSeq2SeqLM, family, **sizes, **changes)
 
@@ -250,3 +250,45 @@ def test_wrong_attention_is_found(monkeypatch):
         attention, "prefix_attention", lambda *args, **rule: right(*args, **rule | {"cu_seqlens": None})
     )
     assert "in a packed batch" in Attachment(tiny_model("llama")).verdict.packed
+
+
+def test_rows_packed_by_their_positions_alone_each_get_the_virtual_tokens():
+    """As collators without padding lay them out for transformers: no boundaries are given."""
+    model = tiny_model("llama")
+    soft = torch.randn(P, 32, generator=rng)
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():
+        want = [
+            model(inputs_embeds=torch.cat([soft, embedding(torch.tensor(row))])[None]).logits[0, P:] for row in ROWS
+        ]
+    attachment = Attachment(model)
+    attachment.set(SoftTokens(soft, in_front=True))
+    ids = torch.tensor([[token for row in ROWS for token in row]])
+    positions = torch.cat([torch.arange(len(row)) for row in ROWS])[None]
+    with torch.no_grad():
+        got = model(input_ids=ids, position_ids=positions).logits[0].split([len(row) for row in ROWS])
+    for one, right in zip(got, want, strict=True):
+        assert (one - right).abs().max() < CLOSE * right.square().mean().sqrt()
+
+
+def test_a_cache_that_the_virtual_tokens_cannot_be_told_apart_in_is_refused():
+    model = tiny_model("llama")
+    ids = torch.tensor([ROWS[0]])
+    before = model.generate(ids, max_new_tokens=2, do_sample=False, return_dict_in_generate=True, pad_token_id=0)
+    attachment = Attachment(model)
+    attachment.set(SoftTokens(torch.randn(P, 32, generator=rng), in_front=True))
+    options = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+    longer = torch.cat([before.sequences, torch.tensor([[7, 8, 9, 10, 11]])], dim=1)
+    with pytest.raises(UserError, match="filled without this prompt, or by an earlier generate"):
+        model.generate(longer, past_key_values=before.past_key_values, **options)
+    earlier = model.generate(ids, return_dict_in_generate=True, **options)
+    longer = torch.cat([earlier.sequences, torch.tensor([[7, 8, 9, 10, 11]])], dim=1)
+    with pytest.raises(UserError, match="filled without this prompt, or by an earlier generate"):
+        model.generate(longer, past_key_values=earlier.past_key_values, **options)
+
+
+def test_weights_that_are_not_there_are_refused():
+    model = tiny_model("llama")
+    model.model.layers[1].to("meta")
+    with pytest.raises(UserError, match="device meta"):
+        Attachment(model)
