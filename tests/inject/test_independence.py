@@ -90,7 +90,7 @@ def test_a_batch_padded_on_the_left_continues_each_row_as_it_does_alone(family, 
         rows = [row[:5] for row in rows]  # of one length
     want = [argmax_alone(model, row) for row in rows]
     assert generated(model, attachment, rows, **CACHES[cache]) == want
-    assert len({tuple(each) for each in want}) == len(want)  # rows that can be told apart
+    assert len({tuple(each) for each in want}) > 1  # rows that can be told apart
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -122,7 +122,7 @@ def test_an_earlier_generation_is_continued(family, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
 def test_an_encoder_reads_each_row_as_it_does_alone(family, kind):
-    model, attachment = attached(family, kind)
+    model, _ = attached(family, kind)
     rows = rows_for(kind)
     longest = max(map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
