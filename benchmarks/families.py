@@ -3,7 +3,7 @@
     python benchmarks/families.py --output benchmarks/results/families.json [--only llama,stablelm] [--kinds body]
 
 For each model type and kind of output (causal_lm, seq2seq_lm, masked_lm, or the body that a trained head reads) every
-method (none or head, prefix, prompt) runs in every layout (packed, padded, generated). A cell is *right* where outputs,
+method (none or head, prefix, prompt, marks) runs in every layout (packed, padded, generated). A cell is *right* where outputs,
 loss and gradient are within 1e-4 (of the right values' root mean square) of plain transformers on each row alone, no
 earlier output moves with a row's last token, and greedy decoding of a batch goes by the logits of the argmax loop
 without a cache; *refused* where ptd says why it cannot; else *wrong* or *crashed*. The command goes on where it was

@@ -10,6 +10,8 @@ from families_configs import FIRST_WORD, LAST_WORD, PAD
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ptd.types import virtual_id
+
 LENGTHS = (5, 11, 3)
 """Tokens of the rows: one is longer than the windows, none as long as another."""
 SOURCES = (7, 4, 10)
@@ -24,6 +26,13 @@ class Rows:
 
     ids: list[Tensor]
     sources: list[Tensor] | None = None
+
+    def marked(self) -> Rows:
+        """The same rows with P virtual tokens behind the first one, of an encoder-decoder in what its encoder reads."""
+        marks = torch.tensor([virtual_id(number) for number in range(P)])
+        read = self.ids if self.sources is None else self.sources
+        marked = [torch.cat([row[:1], marks, row[1:]]) for row in read]
+        return Rows(marked) if self.sources is None else Rows(self.ids, marked)
 
     def changed_last(self) -> Rows:
         """The same rows, the last token of each another one."""
@@ -88,7 +97,7 @@ class Written:
 
 def generated(model: Any, rows: Rows, order: list[int], eos: int | None) -> list[Written]:
     """What ``generate`` writes for these rows in one batch: prompts padded on the left, those of an encoder on the
-    right, as ptd pads them; greedy, never ``eos``."""
+    right, as ptd pads them; greedy, never ``eos`` or the padding."""
     encoder = rows.sources is not None
     read = [(rows.ids if rows.sources is None else rows.sources)[row] for row in order]
     width = max(map(len, read))
@@ -107,6 +116,7 @@ def generated(model: Any, rows: Rows, order: list[int], eos: int | None) -> list
             do_sample=False,
             num_beams=1,
             pad_token_id=PAD,
+            suppress_tokens=[PAD],  # some decoders take one that they wrote for padding
             output_logits=True,
             return_dict_in_generate=True,
             **({} if eos is None else {"eos_token_id": eos}),

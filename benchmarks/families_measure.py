@@ -77,7 +77,9 @@ def cells(kind: str, encoder_decoder: bool) -> list[tuple[str, str]]:
     layouts = ["padded"] if encoder_decoder else ["packed", "padded"]
     layouts += ["generated"] if kind in ("causal_lm", "seq2seq_lm") else []
     return [
-        (method, layout) for method in ("head" if kind == "body" else "none", "prefix", "prompt") for layout in layouts
+        (method, layout)
+        for method in ("head" if kind == "body" else "none", "prefix", "prompt", "marks")
+        for layout in layouts
     ]
 
 
@@ -112,19 +114,20 @@ class Comparison:
         """The prompt, and what comes of it: the outputs of each row, the loss, its gradient and the tokens written."""
         plain = self.plain
         prompt: dict[str, Any] = {}
-        right: dict[str, Any] = {}
+        rows = self.rows.marked() if method == "marks" else self.rows
+        right: dict[str, Any] = {"rows": rows, "in_front": method != "marks"}
         if method == "prefix":
             if plain.why_no_prefix:
                 raise NoReference(plain.why_no_prefix)
             prompt = {"prefix": draw_prefix(plain.shapes)}
             right["by_cache"] = plain.prefix_by_cache(prompt["prefix"], _window(self.model.config))
-        elif method == "prompt":
+        elif method in ("prompt", "marks"):
             prompt = {"soft": draw_soft(attached.attachment.shape.input_size)}
         leaves = _leaves(prompt)
         for leaf in leaves:
             leaf.requires_grad_(True)
         try:
-            outputs = [plain.run(row, **prompt) for row in range(len(self.rows.ids))]
+            outputs = [plain.run(row, rows=rows, **prompt) for row in range(len(rows.ids))]
         except Exception as error:
             raise NoReference(f"{type(error).__name__}: {error}") from error
         if leaves and not outputs[0].requires_grad:
@@ -139,8 +142,8 @@ class Comparison:
             right["gradient"] = _flat(torch.autograd.grad(loss, leaves, materialize_grads=True))
         for leaf in leaves:
             leaf.requires_grad_(False)
-        if self.generates:
-            right["written"] = [plain.greedy(row, _eos(self.model), **prompt) for row in (0, 1)]
+        if self.generates and (plain.causal or rows.sources is not None):
+            right["written"] = [plain.greedy(row, rows, _eos(self.model), **prompt) for row in (0, 1)]
         return prompt, right
 
     def _cell(
@@ -149,8 +152,10 @@ class Comparison:
         figures = {**self.facts, "by_cache": right.get("by_cache")}
         if layout == "packed" and not attached.attachment.packable:
             return record(method, layout, "runs padded")
+        if layout == "generated" and "written" not in right:
+            return record(method, layout, "no reference", "it looks both ways: what it reads changes with each token")
         try:
-            attached.give(prompt)
+            attached.give(prompt, in_front=right["in_front"])
             compare: Callable[..., dict[str, Any]] = self._written if layout == "generated" else self._values
             figures |= compare(attached, layout, prompt, right)
         except Exception as error:
@@ -161,22 +166,22 @@ class Comparison:
         return record(method, layout, "wrong" if wrong else "right", wrong, **figures)
 
     def _values(self, attached: Attached, layout: str, prompt: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
-        got = attached.outputs(self.rows, layout)
+        got = attached.outputs(right["rows"], layout)
         errors = [distance(*pair) for pair in zip(got, right["outputs"], strict=True)]
         wrong = []
         if not max(errors) < CLOSE:
             wrong.append(f"outputs differ by {', '.join(f'{error:.2g}' for error in errors)} (rows)")
         if self.plain.causal:
-            moved = attached.outputs(self.rows.changed_last(), layout)
+            moved = attached.outputs(right["rows"].changed_last(), layout)
             future = max(distance(new[:-1], old[:-1]) for new, old in zip(moved, got, strict=True))
             if not future < CLOSE:
                 wrong.append(f"another last token moves earlier outputs by {future:.2g}")
         leaves = _leaves(prompt)
         for leaf in leaves:
             leaf.requires_grad_(True)
-        attached.give(prompt)
+        attached.give(prompt, in_front=right["in_front"])
         with torch.set_grad_enabled(bool(leaves)):
-            loss = attached.loss(self.rows, layout)
+            loss = attached.loss(right["rows"], layout)
         figures: dict[str, Any] = {"error": max(errors), "loss": distance(loss.detach(), right["loss"])}
         if not figures["loss"] < CLOSE:
             wrong.append(f"the loss differs by {figures['loss']:.2g}")
@@ -193,7 +198,7 @@ class Comparison:
     def _written(
         self, attached: Attached, layout: str, prompt: dict[str, Any], right: dict[str, Any]
     ) -> dict[str, Any]:
-        got = generated(self.model, self.rows, [0, 1], _eos(self.model))
+        got = generated(self.model, right["rows"], [0, 1], _eos(self.model))
         wrong = misses(got, right["written"], CLOSE)
         if wrong and not prompt:
             try:

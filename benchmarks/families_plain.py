@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from ptd.types import virtual_id
+
 NAME = "plain_with_prefix"
 SAME = 1e-5
 SHOWS = 1e-2
@@ -91,6 +93,15 @@ AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, eager_mask)
 
 
+def _overlaid(embedded: Tensor, soft: Tensor, marked: Tensor) -> Tensor:
+    """``embedded`` ``[1, S, hidden]`` with the virtual tokens' embeddings where the ids ``marked`` ``[S]`` stand for
+    them."""
+    if embedded.shape[1] != len(marked) or not len(soft):  # the decoder's, or none to put
+        return embedded
+    number = (virtual_id(0) - marked).clamp(min=0)
+    return torch.where((marked < 0)[:, None], soft[number], embedded)
+
+
 def _shift(side: nn.Module, count: int) -> Any:
     """Positions behind the prefix for one side of an encoder-decoder; a hook to be removed."""
     positions = {"position_ids": P + torch.arange(count)[None]}
@@ -117,15 +128,19 @@ class Plain:
         except NoReference as reason:
             self.why_no_prefix = str(reason)
 
-    def run(self, row: int, *, ids: Tensor | None = None, soft: Tensor | None = None,
+    def run(self, row: int, *, rows: Rows | None = None, ids: Tensor | None = None, soft: Tensor | None = None,
             prefix: list[tuple[Tensor, Tensor]] | None = None, by_cache: bool = False) -> Tensor:  # fmt: skip
-        """The outputs at the row's own tokens (or of ``ids`` in their place), ``[S, width]``."""
-        ids = self.rows.ids[row] if ids is None else ids
+        """The outputs at the row's own tokens (or of ``ids`` in their place), ``[S, width]``.
+
+        ``soft`` stands in front of the row, or where the row has marks for it.
+        """
+        rows = rows or self.rows
+        ids = rows.ids[row] if ids is None else ids
         inputs: dict[str, Any] = {}
         takes = inspect.signature(self.model.forward).parameters
-        read = ids if self.rows.sources is None else self.rows.sources[row]
-        front = 0 if soft is None else len(soft)
-        if self.rows.sources is not None:
+        read = ids if rows.sources is None else rows.sources[row]
+        front = 0 if soft is None or bool((read < 0).any()) else len(soft)
+        if rows.sources is not None:
             inputs["decoder_input_ids"] = ids[None]
         if "attention_mask" in takes:
             inputs["attention_mask"] = torch.ones(1, front + len(read), dtype=torch.long)
@@ -133,19 +148,19 @@ class Plain:
         hooks = []
         if soft is None:
             inputs["input_ids"] = read[None]
-        elif self.by_embeddings:
-            inputs["inputs_embeds"] = torch.cat([soft[None], self.embed(read)[None]], dim=1)
         else:
-            inputs["input_ids"] = torch.cat([torch.full((front,), self._stand_in()), read])[None]
-            hooks = [
-                self.model.get_input_embeddings().register_forward_hook(
-                    lambda module, args, output: torch.cat([soft[None], output[:, front:]], dim=1)
-                )
-            ]
+            marked = torch.cat([virtual_id(0) - torch.arange(front), read])
+            tokens = torch.where(marked < 0, self._stand_in(), marked)
+            if self.by_embeddings:
+                inputs["inputs_embeds"] = _overlaid(self.embed(tokens)[None], soft, marked)
+            else:
+                inputs["input_ids"] = tokens[None]
+                embeddings = self.model.get_input_embeddings()
+                hooks = [embeddings.register_forward_hook(lambda *given: _overlaid(given[-1], soft, marked))]
         if prefix is not None and by_cache:
             inputs |= self._cache(prefix)
             inputs["attention_mask"] = torch.ones(1, P + len(read), dtype=torch.long)
-        elif prefix is not None and self.rows.sources is not None:
+        elif prefix is not None and rows.sources is not None:
             hooks = [
                 _shift(side, len(tokens))
                 for side, tokens in ((self.model.get_encoder(), read), (self.model.get_decoder(), ids))
@@ -161,7 +176,7 @@ class Plain:
                 hook.remove()
         logits = output.get("logits")
         found = (output.last_hidden_state if logits is None else logits)[0]
-        return found if self.rows.sources is not None else found[front:]
+        return found if rows.sources is not None else found[front:]
 
     def _uncached(self) -> dict[str, Any]:
         return {"use_cache": False} if "use_cache" in inspect.signature(self.model.forward).parameters else {}
@@ -175,14 +190,15 @@ class Plain:
         return PAD if "gemma4" in self.model.config.model_type else 0
 
     @torch.no_grad()
-    def greedy(self, row: int, eos: int | None, **prompt: Any) -> Written:
-        """Argmax without a cache, never ``eos``."""
-        ids = self.rows.ids[row] if self.rows.sources is None else self.rows.ids[row][:1]
+    def greedy(self, row: int, rows: Rows, eos: int | None, **prompt: Any) -> Written:
+        """Argmax without a cache, never ``eos`` or the padding."""
+        ids = rows.ids[row] if rows.sources is None else rows.ids[row][:1]
         chosen: list[int] = []
         logits: list[Tensor] = []
         for _ in range(NEW_TOKENS):
-            logits.append(self.run(row, ids=ids, **prompt)[-1])
+            logits.append(self.run(row, rows=rows, ids=ids, **prompt)[-1])
             allowed = logits[-1].clone()
+            allowed[PAD] = -torch.inf
             if eos is not None:
                 allowed[eos] = -torch.inf
             chosen.append(int(allowed.argmax()))

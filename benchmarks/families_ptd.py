@@ -28,13 +28,13 @@ class Attached:
         self.attachment = Attachment(model)
         self.run = Forward(self.attachment, CPU)
 
-    def give(self, prompt: dict[str, Any]) -> None:
-        """``prefix``: keys and values of each layer; ``soft``: embeddings in front; nothing."""
+    def give(self, prompt: dict[str, Any], *, in_front: bool = True) -> None:
+        """``prefix``: keys and values of each layer; ``soft``: embeddings in front, or where the rows have marks."""
         if "prefix" in prompt:
             keys, values = zip(*prompt["prefix"], strict=True)
             self.attachment.set(PrefixKV(tuple(keys), tuple(values)))
         elif "soft" in prompt:
-            self.attachment.set(SoftTokens(prompt["soft"], in_front=True))
+            self.attachment.set(SoftTokens(prompt["soft"], in_front))
         else:
             self.attachment.set(None)
 
