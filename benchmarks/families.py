@@ -1,13 +1,14 @@
 """Every text family that transformers can build, at a tiny size: ptd's values beside those of plain transformers.
 
-    python benchmarks/families.py --output benchmarks/results/families.json [--only llama,stablelm] [--kinds body]
+    python benchmarks/families.py --output F [--only llama,stablelm] [--kinds body]
 
 For each model type and kind of output (causal_lm, seq2seq_lm, masked_lm, or the body that a trained head reads) every
-method (none or head, prefix, prompt, marks) runs in every layout (packed, padded, generated). A cell is *right* where outputs,
-loss and gradient are within 1e-4 (of the right values' root mean square) of plain transformers on each row alone, no
-earlier output moves with a row's last token, and greedy decoding of a batch goes by the logits of the argmax loop
-without a cache; *refused* where ptd says why it cannot; else *wrong* or *crashed*. The command goes on where it was
-stopped; ``--only`` measures those types again, ``--again`` all. Beside the result it writes a table (.md).
+method runs in every layout (packed, padded, generated): none (of a body: head), prefix, prompt (virtual tokens in
+front), marks (virtual tokens among the others). A cell is *right* where outputs, loss and gradient are within 1e-4 (of
+the right values' root mean square) of plain transformers on each row alone, no earlier output moves with a row's last
+token, and greedy decoding of a batch goes by the logits of the argmax loop without a cache; *refused* where ptd says
+why it cannot; else *wrong* or *crashed*. The command goes on where it was stopped; ``--only`` measures those types
+again, ``--again`` all. Beside the result it writes a table (.md).
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def work() -> None:
             where = traceback.format_exc().strip().splitlines()[-3:]
             found = [{"method": "*", "layout": "*", "outcome": "sweep failed", "reason": f"{error!r} {where}"[:600]}]
         seconds = round(time.perf_counter() - started, 1)
-        print(json.dumps([{**asked, **each, "seconds": seconds} for each in found]), file=answers, flush=True)
+        found[0]["seconds"] = seconds
+        print(json.dumps([{**asked, **each} for each in found]), file=answers, flush=True)
 
 
 class Worker:

@@ -36,14 +36,14 @@ def measure(model_type: str, kind: str) -> list[dict[str, Any]]:
     except Exception as error:
         return [record("*", "*", "not built", f"{type(error).__name__}: {error}")]
     config = model.config
+    two = kind == "seq2seq_lm" and config.is_encoder_decoder
     if kind == "masked_lm" and config.is_encoder_decoder:
         return [record("*", "*", "no task", "an encoder-decoder: it runs as seq2seq_lm")]
     try:
         check_supported(type(model), config)
     except UserError as error:
-        return _everywhere(kind, "refused", f"attach: {error}")
+        return [record(*cell, "refused", f"attach: {error}") for cell in cells(kind, two)]
     model = part(model, kind)
-    two = kind == "seq2seq_lm" and config.is_encoder_decoder
     start = getattr(config, "decoder_start_token_id", None)
     rows = draw_rows(two, start if start is not None else PAD)
     try:
@@ -51,24 +51,23 @@ def measure(model_type: str, kind: str) -> list[dict[str, Any]]:
     except NoReference as error:
         return [record("*", "*", "not built", str(error))]
     except Exception as error:
-        return _without_plain(model, kind, f"{type(error).__name__}: {error}")
+        return _without_plain(model, rows, kind, f"{type(error).__name__}: {error}")
     if not all(bool(output.isfinite().all()) for output in plain.without):
         return [record("*", "*", "not built", "its plain outputs are not finite")]
     return Comparison(model, plain, rows, kind).records()
 
 
-def _everywhere(kind: str, outcome: str, reason: str, encoder_decoder: bool = False) -> list[dict[str, Any]]:
-    """The same for every method and layout."""
-    return [record(method, layout, outcome, reason) for method, layout in cells(kind, encoder_decoder)]
-
-
-def _without_plain(model: Any, kind: str, why: str) -> list[dict[str, Any]]:
+def _without_plain(model: Any, rows: Rows, kind: str, why: str) -> list[dict[str, Any]]:
     """A model that transformers alone does not run on a text, such as one that needs an image: it is to be refused."""
+    where = "attach"
     try:
-        Attached(model, kind != "body")
+        attached = Attached(model, kind != "body")
+        where = "run"
+        attached.outputs(rows, "padded")
     except Exception as error:
-        outcome, reason = _failure(error, "attach")
-        return _everywhere(kind, outcome, f"{reason} [transformers alone: {why}]", kind == "seq2seq_lm")
+        outcome, reason = _failure(error, where)
+        reason = f"{reason} [transformers alone: {why}]"
+        return [record(*cell, outcome, reason) for cell in cells(kind, rows.sources is not None)]
     return [record("*", "*", "not built", f"its plain forward pass: {why}")]
 
 
@@ -149,7 +148,7 @@ class Comparison:
     def _cell(
         self, attached: Attached, method: str, layout: str, prompt: dict[str, Any], right: dict[str, Any]
     ) -> dict[str, Any]:
-        figures = {**self.facts, "by_cache": right.get("by_cache")}
+        figures = {**(self.facts if not prompt else {}), "by_cache": right.get("by_cache")}
         if layout == "packed" and not attached.attachment.packable:
             return record(method, layout, "runs padded")
         if layout == "generated" and "written" not in right:
@@ -182,18 +181,17 @@ class Comparison:
         attached.give(prompt, in_front=right["in_front"])
         with torch.set_grad_enabled(bool(leaves)):
             loss = attached.loss(right["rows"], layout)
-        figures: dict[str, Any] = {"error": max(errors), "loss": distance(loss.detach(), right["loss"])}
-        if not figures["loss"] < CLOSE:
-            wrong.append(f"the loss differs by {figures['loss']:.2g}")
+        errors.append(distance(loss.detach(), right["loss"]))
+        if not errors[-1] < CLOSE:
+            wrong.append(f"the loss differs by {errors[-1]:.2g}")
         if leaves:
-            figures["gradient"] = distance(
-                _flat(torch.autograd.grad(loss, leaves, materialize_grads=True)), right["gradient"]
-            )
-            if not figures["gradient"] < CLOSE:
-                wrong.append(f"the gradient differs by {figures['gradient']:.2g}")
+            gradient = _flat(torch.autograd.grad(loss, leaves, materialize_grads=True))
+            errors.append(distance(gradient, right["gradient"]))
+            if not errors[-1] < CLOSE:
+                wrong.append(f"the gradient differs by {errors[-1]:.2g}")
         for leaf in leaves:
             leaf.requires_grad_(False)
-        return figures | {"wrong": "; ".join(wrong)}
+        return {"error": max(errors), "wrong": "; ".join(wrong)}
 
     def _written(
         self, attached: Attached, layout: str, prompt: dict[str, Any], right: dict[str, Any]

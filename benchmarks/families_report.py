@@ -34,11 +34,14 @@ def write(path: Path, records: list[dict[str, Any]], evidence: dict[str, Any]) -
 
 
 def _short(record: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: float(f"{value:.3g}") if isinstance(value, float) and math.isfinite(value) else value
+    found = {
+        name: float(f"{value:.2g}") if isinstance(value, float) and math.isfinite(value) else value
         for name, value in record.items()
         if value is not None and value != math.inf
     }
+    if found["outcome"] == "refused":  # what is to be done is said to the user
+        found["reason"] = found["reason"].split("; ")[0]
+    return found
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -87,6 +90,8 @@ def _grouped(records: list[dict[str, Any]], outcome: str) -> list[str]:
 
 def _general(reason: str, outcome: str) -> str:
     """The reason without the names of classes and without figures, so that families have it in common."""
+    if outcome == "wrong":  # the JSON file has the figures
+        return re.sub(r"(differ|differs|by) [\d.e+-]+(, [\d.e+-]+)*", r"\1 …", reason)
     if outcome != "refused":
         return reason
     reason = reason.split("; ")[0]
