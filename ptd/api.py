@@ -49,7 +49,7 @@ class TunedModel:
             peft_type=encoder.peft_type,
             facts={"fingerprint": self._fingerprint(), "method": self.method},
         )
-        save_adapter(Path(folder), adapter)
+        save_adapter(folder, adapter)
 
     def remove(self) -> None:
         """Take the prompt off; the model is as it was (but for its parameters, which stay frozen)."""

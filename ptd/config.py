@@ -25,7 +25,9 @@ from pydantic import (
 )
 
 from ptd.errors import UserError
+from ptd.files import as_path, local, read_text
 from ptd.shipped import find_recipe
+from ptd.values import name_of
 
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 """What PyYAML raises: the last two for a date like 2026-99-99 and for absurd nesting."""
@@ -42,6 +44,14 @@ class Section(BaseModel):
         field = cls.model_fields[info.field_name or ""]
         _refuse_truth(value, str(field.annotation))
         return value
+
+
+def _home(value: Any) -> Any:
+    """``~`` in a setting that is a path, or may be one."""
+    try:
+        return local(value) if isinstance(value, str) else as_path(value) if isinstance(value, Path) else value
+    except UserError as error:
+        raise ValueError(str(error)) from error
 
 
 class BackboneConfig(Section):
@@ -106,6 +116,8 @@ class BackboneConfig(Section):
     )
     trust_remote_code: bool = Field(False, description="run model code that comes with the checkpoint")
 
+    _paths = field_validator("path", "offload_folder")(_home)
+
     @model_validator(mode="after")
     def _consistent(self) -> BackboneConfig:
         if self.int8_threshold and self.quantization != "int8":
@@ -152,6 +164,7 @@ KEYS_OF_KINDS: dict[str, dict[str, tuple[TaskKind, ...]]] = {
         "patterns": ("classification",),
         "verbalizer": ("classification",),
         "class_weights": LABELLING,
+        "system": ("causal_lm",),
         "doc_stride": ("question_answering",),
         "max_answer_length": ("question_answering",),
     },
@@ -184,6 +197,11 @@ class TaskConfig(Section):
         description="weight of each label in the loss: `{label: number}` (others 1), or `balanced`: n / (k · count) "
         "(`classification`, `token_classification`)",
     )
+    system: str | None = Field(
+        None,
+        description="`causal_lm` on `messages`: the system message before what is typed to `ptd generate`; default: "
+        "that of the training rows if all have the same; an empty one: none",
+    )
     doc_stride: int = Field(64, ge=1, description="`question_answering`: tokens that windows of a long context share")
     max_answer_length: int = Field(30, ge=1, description="`question_answering`: tokens of the longest answer")
 
@@ -191,14 +209,19 @@ class TaskConfig(Section):
     @classmethod
     def _names(cls, value: Any) -> Any:
         """Labels are often numbers in the data."""
-        return [str(item) for item in value] if isinstance(value, list) else value
+        return [_label(item) for item in value] if isinstance(value, list) else value
 
-    @field_validator("verbalizer", mode="before")
+    @field_validator("verbalizer", "class_weights", mode="before")
     @classmethod
-    def _words(cls, value: Any) -> Any:
+    def _by_name(cls, value: Any, info: ValidationInfo) -> Any:
         if not isinstance(value, dict):
             return value
-        return {str(label): [words] if isinstance(words, str) else words for label, words in value.items()}
+        named = {_label(label): item for label, item in value.items()}
+        if len(named) < len(value):
+            raise ValueError(f"{list(value)} names a label twice")
+        if info.field_name == "class_weights":
+            return named
+        return {label: [words] if isinstance(words, str) else words for label, words in named.items()}
 
     @model_validator(mode="after")
     def _consistent(self) -> TaskConfig:
@@ -210,6 +233,14 @@ class TaskConfig(Section):
         if self.labels is not None and len(set(self.labels)) != len(self.labels):
             raise ValueError(f"labels: {self.labels} names a label twice")
         return self
+
+
+def _label(value: Any) -> str:
+    """What a label of the run file is called, as those of the rows are."""
+    name = name_of(value)
+    if name is None:
+        raise ValueError(f"{value!r} is no name of a label; give text or a number")
+    return name
 
 
 def fields_of(kind: str, format: str) -> list[str]:
@@ -267,6 +298,8 @@ class DataConfig(Section):
         None, ge=2, description="with packing: rows of a step by token budget of a micro-batch instead of by number"
     )
 
+    _paths = field_validator("train", "eval")(_home)
+
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
         if self.max_tokens is not None and not self.packing:
@@ -291,6 +324,10 @@ class DataConfig(Section):
             if name not in fields:
                 rows = f"format {self.format}" if kind in WRITING else f"task.kind {kind}"
                 raise ValueError(f"data.columns: {rows} has no field {name!r}; it has {', '.join(fields)}")
+        named = list(self.columns.values())
+        twice = next((column for column in named if named.count(column) > 1), None)
+        if twice is not None:
+            raise ValueError(f"data.columns: {twice!r} is given for two fields; each has a column of its own")
 
 
 class TrainConfig(Section):
@@ -371,12 +408,35 @@ class TrainConfig(Section):
     metric_for_best_model: str = Field(
         "loss",
         description="what `best/` is kept by: `loss`, `perplexity` (the lower the better), or a metric of the task "
-        "(the higher the better)",
+        "(the higher the better); `eval_` in front of it means nothing",
     )
+
+    @property
+    def best_metric(self) -> str:
+        """``metric_for_best_model`` as a task calls it; Hugging Face's Trainer, too, takes it with ``eval_`` or not."""
+        return self.metric_for_best_model.removeprefix("eval_")
 
     @property
     def eval_batch_size(self) -> int:
         return self.per_device_eval_batch_size or self.per_device_train_batch_size
+
+
+NEEDS_EVAL = (
+    ("train", "eval_steps"),
+    ("train", "metric_for_best_model"),
+    ("train", "per_device_eval_batch_size"),
+    ("data", "eval_split"),
+)
+"""Keys that are about ``data.eval``."""
+
+
+def without_evaluation(config: RunConfig) -> RunConfig:
+    """The run without rows to evaluate on, and without what is said of them."""
+    changes: dict[str, dict[str, Any]] = {"data": {"eval": None}, "train": {"samples": 0}}
+    for section, key in NEEDS_EVAL:
+        changes[section][key] = type(getattr(config, section)).model_fields[key].default
+    sections = {name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
+    return config.model_copy(update=sections)
 
 
 class RunConfig(Section):
@@ -394,6 +454,8 @@ class RunConfig(Section):
     )
     output_dir: Path = Field(Path("out"), description="where everything goes")
 
+    _paths = field_validator("deepspeed", "output_dir")(_home)
+
     @field_validator("task", "train", mode="before")
     @classmethod
     def _all_defaults(cls, value: Any) -> Any:
@@ -407,6 +469,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _data_fits_task(self) -> RunConfig:
         self.data.check_task(self.task.kind)
+        if self.task.system is not None and self.data.format != "messages":
+            raise ValueError(f"task.system: has no effect with data.format {self.data.format}; remove it")
         return self
 
     @model_validator(mode="after")
@@ -424,6 +488,17 @@ class RunConfig(Section):
                 "train.samples: shows what becomes of rows of data.eval, so it needs that, and where text is written a "
                 "data.format with prompts to continue; remove it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluates_rows(self) -> RunConfig:
+        if self.data.eval is None:
+            for section, key in NEEDS_EVAL:
+                values = getattr(self, section)
+                if getattr(values, key) != type(values).model_fields[key].default:
+                    raise ValueError(
+                        f"{section}.{key}: has no effect without rows to evaluate on; set data.eval, or remove it"
+                    )
         return self
 
     def method_config(self) -> Any:
@@ -446,10 +521,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
     Raises `UserError` with one line for each thing that is wrong.
     """
-    try:
-        text = find_recipe(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the run file {path}: {error}") from error
+    text = read_text(find_recipe(path), "cannot read the run file")
     try:
         raw = yaml.safe_load(text)
     except NOT_YAML as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ptd.config import BackboneConfig, RunConfig, parse_config
+from ptd.files import as_path, read_text
 from ptd.shipped import DS_CONFIGS
 from ptd.types import UserError
 
@@ -224,10 +225,7 @@ class _Document:
         if isinstance(source, dict):
             return cls("deepspeed", source)
         path = _find(source)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"deepspeed: cannot read {path}: {error}") from error
+        text = read_text(path, "deepspeed: cannot read")
         try:
             return cls(str(path), json.loads(text, object_pairs_hook=_no_duplicates))
         except json.JSONDecodeError as error:
@@ -565,7 +563,7 @@ def _take_offload(run: _Merge) -> dict[str, Any]:
 
 def _find(source: str) -> Path:
     """The file of that path, or else the shipped one of that name."""
-    path = Path(source).expanduser()
+    path = as_path(source)
     try:
         for candidate in (path, DS_CONFIGS / path.name):
             if candidate.is_file():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import importlib.util
 import os
@@ -16,20 +15,27 @@ import torch
 from packaging.requirements import Requirement
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ptd.backbone import TextConditioner, architecture_of, load_tokenizer
+from ptd.backbone import TextConditioner, architecture_of, load_tokenizer, text_config_of, vocabulary_of
 from ptd.backbone.blank import blank_model
 from ptd.checkpoint.run_folder import open_run
 from ptd.config import RunConfig, load_config
 from ptd.data import check_source
+from ptd.data.tokens import check_special
 from ptd.deepspeed_config import apply_deepspeed
-from ptd.engine.preflight import bytes_to_write, check_space, check_writable
+from ptd.engine.preflight import bytes_to_write, check_space, size
+from ptd.engine.ranks import Ranks
 from ptd.engine.trial import sum_here
+from ptd.files import as_path, check_writable
 from ptd.inject import Attachment, explain_attention
 from ptd.methods import method
 from ptd.tasks import Task, make_task
-from ptd.train import facts_of
-from ptd.types import DTYPES, UserError
+from ptd.tasks.labels import some
+from ptd.train import facts_of, read_material
+from ptd.types import DTYPES, Reporter, UserError
 from ptd.versions import versions
+
+MUCH = 200_000_000
+"""Bytes of rows that are too many to be read here."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +99,18 @@ def check_run(run: Path, overrides: list[str]) -> Iterator[Check]:
     yield output
     yield _checked("run folder", lambda: _folder(config))
     if config.backbone.offload_folder is not None:
-        folder, key = Path(config.backbone.offload_folder), "backbone.offload_folder"
+        folder, key = config.backbone.offload_folder, "backbone.offload_folder"
         yield _checked("offload folder", lambda: f"{check_writable(folder, key)} can be written to")
-    yield _checked("data", lambda: _data(config))
-    backbone = _checked("backbone", lambda: f"{config.backbone.path}, {architecture_of(config.backbone)}")
+    data = _checked("data", lambda: _data(config))
+    yield data
+    backbone = _checked("backbone", lambda: _backbone(config))
     yield backbone
-    if "failed" not in (output.status, backbone.status):
+    if backbone.status == "failed":
+        return
+    yield from _added_tokens(config)
+    if data.status != "failed":
+        yield _checked("rows", lambda: _rows(config))
+    if output.status != "failed":
         yield _checked("disk space", lambda: _space(config))
 
 
@@ -176,6 +188,39 @@ def _data(config: RunConfig) -> str:
     return ", ".join(check_source(source, what=what) for what, source in named.items() if source is not None) or "none"
 
 
+def _backbone(config: RunConfig) -> str:
+    architecture = architecture_of(config.backbone)
+    check_special(load_tokenizer(config.backbone), vocabulary_of(text_config_of(config.backbone)))
+    return f"{config.backbone.path}, {architecture}"
+
+
+def _added_tokens(config: RunConfig) -> Iterator[Check]:
+    """Tokens that only the tokenizer knows: a run refuses rows that have one."""
+    tokenizer, rows = load_tokenizer(config.backbone), vocabulary_of(text_config_of(config.backbone))
+    beyond = {} if rows is None else {name: token for name, token in tokenizer.get_vocab().items() if token >= rows}
+    if beyond:
+        found = f"{some(sorted(beyond, key=beyond.__getitem__), 5)} are beyond the {rows} rows of the embedding"
+        advice = "rows that have one are refused; resize the embedding (model.resize_token_embeddings) to use them"
+        yield Check("tokenizer", "warning", found, advice)
+
+
+def _rows(config: RunConfig) -> str:
+    """Read the rows as a run would, if they are here and not so many that it takes long."""
+    given = [source for source in (config.data.train, config.data.eval) if source is not None]
+    if not all(as_path(source).exists() for source in given):
+        return "not looked at: they are on the hub"
+    if sum(map(_bytes, given)) > MUCH:
+        return f"not looked at: more than {size(MUCH)}, which a run reads when it starts"
+    material = read_material(config, Ranks(0, 1, 1, torch.device("cpu")), Reporter())
+    held_out = "" if material.held_out is None else f"; to evaluate on: {material.held_out.examples.report}"
+    return f"{material.examples.report}{held_out}"
+
+
+def _bytes(source: str) -> int:
+    place = as_path(source)
+    return sum(file.stat().st_size for file in (place.rglob("*") if place.is_dir() else [place]) if file.is_file())
+
+
 def _space(config: RunConfig) -> str:
     trained, adapter = trained_numbers(config)
     return check_space(config.output_dir, bytes_to_write(trained, adapter, config.train.save_total_limit))
@@ -187,9 +232,8 @@ def trained_numbers(config: RunConfig) -> tuple[int, int]:
     A head whose labels the run learns from its data counts for two labels. Raises `UserError`.
     """
     task = _with_labels(config)
-    chosen, settings = method(config.method_name), config.method_config()
-    if getattr(settings, "init", None) not in (None, "random"):  # what it starts from does not change its size
-        settings = dataclasses.replace(settings, init="random", init_text=None, init_text_file=None)
+    chosen = method(config.method_name)
+    settings = chosen.sizes(config.method_config())
     tokenizer = load_tokenizer(config.backbone)
     with _without_data():
         model = blank_model(config.backbone, task.output)

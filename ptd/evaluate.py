@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from ptd.data import load_rows
-from ptd.engine.evaluation import HeldOut
+from ptd.decoding import Decoding
 from ptd.engine.evaluation import evaluate as evaluate_held_out
 from ptd.engine.ranks import Ranks
-from ptd.generate import Decoding, Settings, Tuned, decode, load_tuned, start_ranks
+from ptd.generate import Settings, Tuned, decode, decoding_notes, find_tuned, start_ranks
+from ptd.tasks import Task, WritingTask
 from ptd.types import Reporter, UserError
 
 
@@ -31,8 +32,11 @@ def evaluate(
     """
     ranks, reporter = start_ranks(settings), reporter or Reporter()
     try:
-        tuned = load_tuned(adapter, backbone, ranks, settings=settings)
-        rows = load_rows(data, tuned.task.data.eval_split, what="--data")
+        found = find_tuned(adapter, backbone, settings=settings)
+        if decoding is not None:
+            check_writes(found.task)
+        rows = load_rows(data, found.task.data.eval_split, what="--data")
+        tuned = found.load(ranks)
         result = held_out_metrics(tuned, rows, ranks, batch_size=batch_size, reporter=reporter, what=data)
         if decoding is not None:
             outputs, references = continue_rows(
@@ -44,14 +48,23 @@ def evaluate(
         ranks.stop()
 
 
+def check_writes(task: Task) -> WritingTask:
+    """The task, if its prompts can be continued; raises `UserError`."""
+    if not task.generates:
+        raise UserError("--generate: the adapter was trained to label, not to write; leave it out")
+    if task.data.format == "text":
+        raise UserError(
+            "--generate: data.format: text has no prompts to generate from; use prompt_completion or messages"
+        )
+    return task
+
+
 def held_out_metrics(
     tuned: Tuned, rows: Any, ranks: Ranks, *, batch_size: int, reporter: Reporter, what: str = "--data"
 ) -> dict[str, Any]:
     """Loss and metrics of ``rows``, over all ranks."""
-    examples = tuned.task.tokenize(rows, tuned.tokenizer, what=what)
-    reporter.note(f"--data: {examples.report}")
-    packing, pad = tuned.task.data.packing, tuned.tokenizer.pad_token_id
-    held_out = HeldOut(tuned.task, examples, rows, batch_size, packing, pad)
+    held_out = tuned.held_out(rows, batch_size, what=what)
+    reporter.note(f"--data: {held_out.examples.report}")
     return evaluate_held_out(held_out, tuned.prepared, tuned.readout, ranks, reporter)
 
 
@@ -66,12 +79,25 @@ def continue_rows(
     what: str = "--data",
 ) -> tuple[list[str], list[str]]:
     """What the model generates for the prompt of each row (on rank 0; elsewhere nothing), and the row's reference."""
-    task = tuned.task
-    if not task.generates:
-        raise UserError("--generate: the adapter was trained to label, not to write; leave it out")
+    task = check_writes(tuned.task)
     room = tuned.room(decoding.max_new_tokens)
     longest = task.data.max_length if room is None else max(1, min(task.data.max_length, room))
     prompts, references = task.prompts_and_references(rows, tuned.tokenizer, max_length=longest, what=what)
+    filled = sum(len(prompt) == longest for prompt in prompts)
+    if longest < task.data.max_length and filled:
+        reporter.note(
+            f"--generate: {filled:,} prompts fill the {longest:,} tokens that --max-new-tokens leaves of the "
+            "backbone's context; longer ones lost their beginning"
+        )
+    lengths = [len(ids) for ids in tuned.tokenizer(references, add_special_tokens=False, verbose=False)["input_ids"]]
+    long = sum(length > decoding.max_new_tokens for length in lengths)
+    if long:
+        reporter.note(
+            f"--max-new-tokens: {long:,} of {len(references):,} references are longer than {decoding.max_new_tokens:,} "
+            f"tokens (the longest has {max(lengths):,}), which no generated text can reach"
+        )
+    for note in decoding_notes(tuned, decoding):
+        reporter.note(note)
     return decode(tuned, prompts, decoding, ranks, batch_size=batch_size, reporter=reporter), references
 
 

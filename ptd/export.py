@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from ptd.checkpoint import backbone_reference, load_adapter, save_adapter
 from ptd.config import BackboneConfig
 from ptd.engine.ranks import Ranks
 from ptd.engine.setup import prepare
+from ptd.files import as_path, check_writable
 from ptd.types import Output, PrefixLayout, UserError
 
 OUTPUTS: dict[str | None, Output] = {"SEQ_2_SEQ_LM": "seq2seq_lm", "FEATURE_EXTRACTION": "body"}
 """What a backbone ends in under PEFT's task types; all others: a causal language model."""
 
 
-def export_adapter(source: str, target: Path, *, base_model: str | None = None) -> str | None:
+def export_adapter(source: str | Path, target: str | Path, *, base_model: str | None = None) -> str | None:
     """Write the adapter of ``source`` as a plain PEFT folder ``target``; returns what had to stay behind, if anything.
 
     ``base_model`` replaces the backbone's path in it (a hub id, say).
 
-    Raises `UserError` for an adapter that PEFT cannot hold.
+    Raises `UserError` for an adapter that PEFT cannot hold, and for a target that cannot be written.
     """
-    _must_be_new(target)
+    target = _new(target)
     adapter = load_adapter(source)
     if base_model is not None:
         adapter = replace(adapter, backbone=base_model, revision=None)
-    save_adapter(target, adapter, peft_only=True)
+    with _writing(target):
+        save_adapter(target, adapter, peft_only=True)
     if not adapter.head:
         return None
     return (
@@ -35,12 +41,13 @@ def export_adapter(source: str, target: Path, *, base_model: str | None = None) 
     )
 
 
-def import_adapter(source: str, target: Path, *, backbone: str | None = None) -> None:
+def import_adapter(source: str | Path, target: str | Path, *, backbone: str | None = None) -> None:
     """Write a PEFT adapter as a ptd one: checked against its backbone and bound to it by fingerprint.
 
-    Raises `UserError` for an adapter that is no prompt or does not fit the backbone.
+    Raises `UserError` for an adapter that is no prompt or does not fit the backbone, and for a target that cannot be
+    written.
     """
-    _must_be_new(target)
+    target = _new(target)
     adapter = load_adapter(source)
     path = backbone or adapter.backbone
     if not path:
@@ -53,9 +60,23 @@ def import_adapter(source: str, target: Path, *, backbone: str | None = None) ->
     # PEFT does not say whether a prefix's layers are a decoder's or an encoder's; the backbone does.
     layout = PrefixLayout(prepared.shape.layers) if isinstance(adapter.layout, PrefixLayout) else adapter.layout
     facts = {**adapter.facts, "fingerprint": prepared.fingerprint}
-    save_adapter(target, replace(adapter, layout=layout, backbone=backbone_reference(path), facts=facts))
+    with _writing(target):
+        save_adapter(target, replace(adapter, layout=layout, backbone=backbone_reference(path), facts=facts))
 
 
-def _must_be_new(target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists already; give a new folder")
+def _new(target: str | Path) -> Path:
+    """The folder's path, if it is new (or empty) and can be made; raises `UserError`."""
+    folder = as_path(target)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists already; give a new folder")
+    check_writable(folder, "the new folder")
+    return folder
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write the adapter to {target} ({reason}); give a folder with space for it") from error

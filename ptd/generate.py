@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
 
-from ptd.backbone import architecture_of, load_tokenizer
+from ptd.backbone import architecture_of, embeddings_of, load_tokenizer
 from ptd.checkpoint import Adapter, load_adapter
 from ptd.config import (
     BackboneConfig,
@@ -23,15 +22,23 @@ from ptd.config import (
     parse_method,
     task_config,
 )
+from ptd.data.continuations import Reader
+from ptd.data.ends import ends_of_text
+from ptd.data.tokens import check_ids, check_prompts, check_words
+from ptd.decoding import Decoding, Tokens, generation_config, note_on_author, put_away, set_by_author
 from ptd.deepspeed_config import zero3_config
-from ptd.engine.evaluation import in_order
+from ptd.engine.evaluation import HeldOut, in_order
 from ptd.engine.ranks import Ranks
 from ptd.engine.setup import Prepared, prepare
+from ptd.files import decode as decode_text
+from ptd.files import lines_of, read_text
+from ptd.inject import check_backend, decoder_start
 from ptd.methods import method
 from ptd.readouts import Readout
 from ptd.tasks import Task, make_task
-from ptd.tasks.seq2seq_lm import target_language
+from ptd.tasks.seq2seq_lm import target_language, target_opening
 from ptd.types import Architecture, HeadSettings, Reporter, UserError
+from ptd.values import is_blank
 
 Settings = Mapping[str, dict[str, Any]]
 """Changes to the run's sections ``backbone`` and ``data``, by section and key."""
@@ -41,26 +48,25 @@ AS_TRAINED = ("dtype", "quantization", "int8_threshold")
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """How to choose the next token: greedy by default; ``temperature`` samples, ``num_beams`` searches."""
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    num_beams: int = 1
-    seed: int = 0
-
-
-@dataclass(frozen=True)
 class Tuned:
-    """A backbone with an adapter on it (or none), its tokenizer, and the task with its readout."""
+    """A backbone with an adapter on it (or none), its tokenizer, and the task with its readout.
+
+    ``taught``: the tokens that ended the texts it was trained on, as far as they are known.
+    """
 
     prepared: Prepared
     tokenizer: Any
     adapter: Adapter | None
     task: Task
     readout: Readout
+    taught: tuple[int, ...] = ()
+
+    def held_out(self, rows: Any, batch_size: int, *, what: str, labelled: bool = True) -> HeldOut:
+        """``rows`` (called ``what`` in messages) as tokens that this backbone has; raises `UserError`."""
+        task, tokenizer = self.task, self.tokenizer
+        examples = task.tokenize(rows, tokenizer, what=what, labelled=labelled)
+        check_ids(examples, tokenizer, embeddings_of(self.prepared.model), what, writes=task.generates)
+        return HeldOut(task, examples, rows, batch_size, task.data.packing, tokenizer.pad_token_id)
 
     def room(self, used: int) -> int | None:
         """Tokens that can be generated after ``used`` others beside the prompt; None: no known limit."""
@@ -91,8 +97,32 @@ def backbone_of(adapter: Adapter | None, path: str | None, changes: dict[str, An
     return backbone_config({**section, "path": named, "revision": revision})
 
 
-def load_tuned(adapter: str | None, backbone: str | None, ranks: Ranks, *, settings: Settings | None = None) -> Tuned:
-    """Load the adapter's backbone (or ``backbone``) and put the adapter on it. Every rank calls this together.
+@dataclass(frozen=True)
+class Found:
+    """What is known of an adapter and its backbone before any weight of that is read."""
+
+    adapter: Adapter | None
+    config: BackboneConfig
+    task: Task
+    head: HeadSettings
+    tokenizer: Any
+
+    def load(self, ranks: Ranks) -> Tuned:
+        """Load the backbone and put the adapter on it. Every rank calls this together; raises `UserError`."""
+        prepared = prepare(self.config, ranks, zero3_config(self.config), output=self.task.output)
+        prepared.attachment.inputs.placeholder = self.tokenizer.pad_token_id or 0
+        readout = self.task.readout(self.tokenizer, prepared.shape.hidden_size, self.head)
+        check_words(readout.token_ids(), self.tokenizer, embeddings_of(prepared.model))
+        if self.adapter is not None:
+            self.adapter.check_fits(prepared.shape, prepared.fingerprint, path=self.config.path)
+            prepared.attachment.set(self.adapter.layout.state(self.adapter.flat.to(ranks.device)))
+            _load_head(readout, self.adapter)
+        taught = _taught(self.adapter)
+        return Tuned(prepared, self.tokenizer, self.adapter, self.task, readout.to(ranks.device), taught)
+
+
+def find_tuned(adapter: str | None, backbone: str | None, *, settings: Settings | None = None) -> Found:
+    """Read the adapter, and of its backbone (or ``backbone``) what is not its weights.
 
     Backbone and data are treated as in training, changed by ``settings``; the task is the one the adapter was trained
     for, without an adapter, or with one that PEFT wrote, the text task of the backbone's architecture. Raises
@@ -105,6 +135,7 @@ def load_tuned(adapter: str | None, backbone: str | None, ranks: Ranks, *, setti
     found = load_adapter(adapter) if adapter is not None else None
     config = backbone_of(found, backbone, settings.get("backbone"))
     architecture = architecture_of(config)
+    check_backend(config.attention)
     task_section, data, head = sections_of(found, settings.get("data", {}))
     task_section = task_section or TaskConfig(kind=_text_task(architecture, config.path))
     try:
@@ -112,14 +143,19 @@ def load_tuned(adapter: str | None, backbone: str | None, ranks: Ranks, *, setti
     except ValueError as error:
         raise UserError(str(error)) from error
     task = make_task(task_section, data, architecture)
-    tokenizer = load_tokenizer(config)
-    prepared = prepare(config, ranks, zero3_config(config), output=task.output)
-    readout = task.readout(tokenizer, prepared.shape.hidden_size, head)
-    if found is not None:
-        found.check_fits(prepared.shape, prepared.fingerprint, path=config.path)
-        prepared.attachment.set(found.layout.state(found.flat.to(ranks.device)))
-        _load_head(readout, found)
-    return Tuned(prepared, tokenizer, found, task, readout.to(ranks.device))
+    return Found(found, config, task, head, load_tokenizer(config))
+
+
+def load_tuned(adapter: str | None, backbone: str | None, ranks: Ranks, *, settings: Settings | None = None) -> Tuned:
+    """`find_tuned`, and the backbone loaded with the adapter on it. Every rank calls this together."""
+    return find_tuned(adapter, backbone, settings=settings).load(ranks)
+
+
+def _taught(adapter: Adapter | None) -> tuple[int, ...]:
+    """The tokens that ended the adapter's training texts; nothing where it does not say."""
+    training = adapter.facts.get("training") if adapter is not None else None
+    ends = training.get("ends") if isinstance(training, dict) else None
+    return tuple(end for end in ends if isinstance(end, int)) if isinstance(ends, list) else ()
 
 
 def sections_of(adapter: Adapter | None, changes: dict[str, Any]) -> tuple[TaskConfig | None, DataConfig, HeadSettings]:
@@ -177,6 +213,7 @@ def decode(
     together = tuned.prepared.sharded and ranks.world_size > 1
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+    tokens, _ = tokens_of(tuned)
     found: dict[int, str] = {}
     reporter.start("generate", len(prompts))
     for begin in range(0, len(batches), ranks.world_size):
@@ -184,10 +221,10 @@ def decode(
         if number < len(batches):
             torch.manual_seed(int(np.random.SeedSequence([decoding.seed, number]).generate_state(1)[0]))
             chosen = [prompts[index] for index in batches[number]]
-            texts = _continue(tuned, chosen, _generation_config(tuned, decoding, new_tokens), synced=together)
+            texts = _continue(tuned, chosen, decoding, tokens, new_tokens, synced=together)
             found |= zip(batches[number], texts, strict=True)
         elif together:  # done after one token, it goes on for the others, who need this rank's shards
-            _continue(tuned, [prompts[order[-1]]], _generation_config(tuned, Decoding(), 1), synced=True)
+            _continue(tuned, [prompts[order[-1]]], Decoding(), tokens, 1, synced=True)
         reporter.advance("generate", min((begin + ranks.world_size) * batch_size, len(prompts)))
     reporter.finish("generate")
     return in_order(found, ranks)
@@ -195,46 +232,63 @@ def decode(
 
 @torch.no_grad()
 def _continue(
-    tuned: Tuned, prompts: Sequence[Sequence[int]], generation: GenerationConfig, *, synced: bool
+    tuned: Tuned,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    tokens: Tokens,
+    new_tokens: int,
+    *,
+    synced: bool,
 ) -> list[str]:
     """The new text of one batch. ``synced``: with as many forward passes as the rank that needs most."""
     model, of_encoder = tuned.prepared.model, tuned.task.output == "seq2seq_lm"
     width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), generation.pad_token_id, device=model.device)
+    ids = torch.full((len(prompts), width), tokens.pad, device=model.device)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         place = slice(0, len(prompt)) if of_encoder else slice(width - len(prompt), width)
         ids[row, place] = torch.tensor(prompt, device=model.device)
         mask[row, place] = 1
-    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=generation, synced_gpus=synced)
-    written = output if of_encoder else output[:, width:]
-    texts: list[str] = tuned.tokenizer.batch_decode(written, skip_special_tokens=True)
+    try:
+        config = generation_config(decoding, model.generation_config, tokens, new_tokens)
+        also = {"tokenizer": tuned.tokenizer} if config.stop_strings else {}
+        with put_away(model):
+            inputs = tuned.prepared.attachment.generation_inputs(ids, mask)
+            output = model.generate(**inputs, generation_config=config, synced_gpus=synced, **also)
+    except ValueError as error:
+        if not (decoding.generation_config == "model" and set_by_author(model.generation_config)):
+            raise
+        raise UserError(f"--generation-config: transformers refuses what the model's config sets: {error}") from error
+    reader, texts = Reader(tuned.tokenizer), []
+    for prompt, row in zip(prompts, output[:, 1 if of_encoder else width :].tolist(), strict=True):
+        size = next((place for place, token in enumerate(row) if token in tokens.ends), len(row))
+        written = row[:size]
+        if of_encoder:
+            texts.append(reader.text(written, skip_special_tokens=True))
+        else:
+            texts.append(reader.behind(prompt, written))
     return texts
 
 
-def _generation_config(tuned: Tuned, decoding: Decoding, max_new_tokens: int) -> GenerationConfig:
-    own = tuned.prepared.model.generation_config
-    eos = own.eos_token_id if own.eos_token_id is not None else tuned.tokenizer.eos_token_id
-    first_eos = eos[0] if isinstance(eos, list) else eos
-    pad = tuned.tokenizer.pad_token_id if tuned.tokenizer.pad_token_id is not None else first_eos
-    sampling = decoding.temperature > 0
-    start = own.decoder_start_token_id
-    if start is None and tuned.task.output == "seq2seq_lm":
-        start = target_language(tuned.tokenizer)
-    options: dict[str, Any] = {}
-    if sampling:
-        options = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=sampling,
-        num_beams=decoding.num_beams,
-        eos_token_id=eos,
-        pad_token_id=pad if pad is not None else 0,
-        bos_token_id=own.bos_token_id,
-        decoder_start_token_id=start,
-        forced_bos_token_id=own.forced_bos_token_id,
-        **options,
-    )
+def tokens_of(tuned: Tuned) -> tuple[Tokens, str | None]:
+    """The ids that generation needs, and a note on what the model's config says of them and is not followed."""
+    tokenizer, model, size = tuned.tokenizer, tuned.prepared.model, tuned.prepared.shape.vocab_size
+    own = model.generation_config
+    taught = {*tuned.taught, *(tuned.task.ends(tokenizer) if tuned.task.generates else ())}
+    ends, note = ends_of_text(tokenizer, own.eos_token_id, taught, size)
+    fillers = (tokenizer.pad_token_id, *ends, 0)
+    pad = next(token for token in fillers if token is not None and 0 <= token < size)
+    if tuned.task.output != "seq2seq_lm":
+        return Tokens(ends, pad, own.bos_token_id), note
+    language = target_language(tokenizer)
+    start = language if language is not None else decoder_start(model)
+    return Tokens(ends, pad, own.bos_token_id, pad if start is None else start, target_opening(tokenizer)), note
+
+
+def decoding_notes(tuned: Tuned, decoding: Decoding) -> list[str]:
+    """What a person should know of how texts are generated."""
+    found = [tokens_of(tuned)[1], note_on_author(decoding, tuned.prepared.model.generation_config)]
+    return [note for note in found if note is not None]
 
 
 def generate(
@@ -244,33 +298,43 @@ def generate(
     backbone: str | None = None,
     settings: Settings | None = None,
     decoding: Decoding | None = None,
+    raw: bool = False,
     batch_size: int = 16,
     reporter: Reporter | None = None,
 ) -> list[str]:
-    """Continue each of ``prompts`` (put into the adapter's prompt template); returns the new text only.
+    """Continue each of ``prompts``; returns the new text only.
 
-    Under a launcher the prompts are rank 0's, the ranks share them and rank 0 returns the texts; the others return
-    nothing. Raises `UserError`.
+    A prompt is put where training had its like: into the adapter's prompt template, or after training on ``messages``
+    into the tokenizer's chat template, as a user message. ``raw``: it is sent as it is. Under a launcher the prompts
+    are rank 0's, the ranks share them and rank 0 returns the texts; the others return nothing. Raises `UserError`.
     """
     ranks, reporter = start_ranks(settings), reporter or Reporter()
     try:
-        tuned = load_tuned(adapter, backbone, ranks, settings=settings)
-        task = tuned.task
+        found = find_tuned(adapter, backbone, settings=settings)
+        task = found.task
         if not task.generates:
             raise UserError("the adapter was trained to label, not to write; use ptd predict")
-        ids = ranks.on_main(lambda: task.prompts(prompts, tuned.tokenizer))
-        return decode(tuned, ids, decoding or Decoding(), ranks, batch_size=batch_size, reporter=reporter)
+        tuned = found.load(ranks)
+        ids = ranks.on_main(lambda: task.prompts(prompts, tuned.tokenizer, raw=raw))
+        check_prompts(ids, tuned.tokenizer, embeddings_of(tuned.prepared.model), "the prompts")
+        decoding = decoding or Decoding()
+        for note in [*filter(None, [task.how_typed(raw)]), *decoding_notes(tuned, decoding)]:
+            reporter.note(note)
+        return decode(tuned, ids, decoding, ranks, batch_size=batch_size, reporter=reporter)
     finally:
         ranks.stop()
 
 
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line of a text file. Raises `UserError` if it cannot be read or is empty."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--file: cannot read {path}: {error}") from error
-    prompts = [line for line in lines if line.strip()]
+def read_prompts(source: str | Path | BinaryIO, named: str = "--file") -> list[str]:
+    """One prompt a line of a text file, or of a stream of bytes that messages call ``named``.
+
+    Raises `UserError` if it cannot be read or has none.
+    """
+    if isinstance(source, str | Path):
+        text, place = read_text(source, f"{named}: cannot read"), f"{named}: {source}"
+    else:
+        text, place = decode_text(source.read(), f"cannot read {named}"), named
+    prompts = [line for line in lines_of(text) if not is_blank(line)]
     if not prompts:
-        raise UserError(f"--file: {path} has no prompts; write one a line")
+        raise UserError(f"{place} has no prompts; write one a line")
     return prompts

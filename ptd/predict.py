@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ptd.data import load_rows
-from ptd.engine.evaluation import HeldOut, scores_of
-from ptd.generate import Settings, load_tuned, start_ranks
+from ptd.engine.evaluation import scores_of
+from ptd.generate import Settings, find_tuned, start_ranks
 from ptd.types import Reporter, UserError
 
 
@@ -28,18 +28,19 @@ def predict(
     """
     ranks, reporter = start_ranks(settings), reporter or Reporter()
     try:
-        tuned = load_tuned(adapter, backbone, ranks, settings=settings)
-        task, tokenizer = tuned.task, tuned.tokenizer
+        found = find_tuned(adapter, backbone, settings=settings)
+        task = found.task
         if task.generates:
             raise UserError("the adapter was trained to write, not to label; use ptd generate")
         rows = load_rows(data, task.data.eval_split, what="--data")
-        examples = task.tokenize(rows, tokenizer, what=data, labelled=False)
-        reporter.note(f"--data: {examples.report.rows:,} rows, {examples.report.tokens:,} tokens")
-        held_out = HeldOut(task, examples, rows, batch_size, task.data.packing, tokenizer.pad_token_id)
+        tuned = found.load(ranks)
+        held_out = tuned.held_out(rows, batch_size, what=data, labelled=False)
+        report = held_out.examples.report
+        reporter.note(f"--data: {report.rows:,} rows, {report.tokens:,} tokens")
         scores = scores_of(held_out, tuned.prepared, tuned.readout, ranks, reporter)
         if not ranks.is_main:
             return []
-        answers = task.answers(scores, examples)
+        answers = task.answers(scores, held_out.examples)
         return [_joined(row, answer) for row, answer in zip(rows.with_format(None), answers, strict=True)]
     finally:
         ranks.stop()

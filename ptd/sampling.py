@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ptd.checkpoint.files import writing
 from ptd.config import RunConfig
+from ptd.decoding import Decoding
 from ptd.engine.evaluation import HeldOut, scores_of
 from ptd.engine.ranks import Ranks
 from ptd.engine.samples import write_samples
-from ptd.generate import Decoding, Tuned, decode
+from ptd.generate import Tuned, decode
 from ptd.tasks import LabellingTask, WritingTask
 from ptd.types import PromptState, Reporter, Sample
 
@@ -61,7 +63,12 @@ class Sampler:
     def keep(self, step: int, state: PromptState) -> None:
         """Write what comes of ``state`` under ``step``. Every rank calls this together."""
         samples = self.look(step, state)
-        self.ranks.on_main(lambda: write_samples(self.folder, step, samples))
+
+        def write() -> None:
+            with writing(self.folder):
+                write_samples(self.folder, step, samples)
+
+        self.ranks.on_main(write)
 
 
 @dataclass(frozen=True)

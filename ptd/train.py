@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 
-from ptd.backbone import TextConditioner, architecture_of, load_tokenizer
+from ptd.backbone import (
+    TextConditioner,
+    architecture_of,
+    embeddings_of,
+    load_tokenizer,
+    text_config_of,
+    vocabulary_of,
+)
 from ptd.checkpoint import Adapter, Saver, backbone_reference, save_adapter
 from ptd.checkpoint.files import writing
 from ptd.checkpoint.journal import Journal
@@ -19,6 +28,7 @@ from ptd.checkpoint.run_folder import RunFolder, clear, open_run
 from ptd.checkpoint.run_state import clean, load_tensors
 from ptd.config import DataConfig, RunConfig, TrainConfig
 from ptd.data import Batches, load_rows
+from ptd.data.tokens import check_ids, check_words, rows_in_both
 from ptd.deepspeed_config import apply_deepspeed, check_batch_size
 from ptd.engine.evaluation import HeldOut
 from ptd.engine.loop import Loop, Stopped, peak_memory_bytes
@@ -32,11 +42,12 @@ from ptd.engine.records import METRICS, Records, read_records
 from ptd.engine.setup import Prepared, check_context, prepare
 from ptd.engine.watchdog import Watchdog, Watched
 from ptd.generate import Tuned
-from ptd.inject import compile_layers
+from ptd.inject import check_backend, compile_layers, context_of
 from ptd.methods import TaskFacts, method
 from ptd.report import leave_report
 from ptd.sampling import Sampler
-from ptd.tasks import Task, make_task
+from ptd.tasks import LOWER_IS_BETTER, Task, make_task
+from ptd.tasks.labels import some
 from ptd.trackers import Tracked, start_trackers
 from ptd.types import DataReport, Examples, Preempted, Reporter, UserError
 from ptd.versions import versions
@@ -107,7 +118,8 @@ def _train(
     stacks = folder.path / "logs" / f"rank-{ranks.rank}.stacks"
     watchdog = Watchdog(settings.hang_timeout_minutes * 60, stacks, ranks.rank)
     watched = Watched(reporter, watchdog)
-    tuned = Tuned(prepared, material.tokenizer, None, material.task, step.readout)
+    taught = material.examples.report.ends
+    tuned = Tuned(prepared, material.tokenizer, None, material.task, step.readout, taught)
     sampler = Sampler.of(config, tuned, material.held_out, ranks, watched, watchdog.beat)
     loop = Loop(
         settings,
@@ -118,13 +130,14 @@ def _train(
         ranks,
         watched,
         on_record=records.write if records is not None else lambda record: None,
+        on_trained=artifacts.keep_trained,
         on_eval=artifacts.keep_best,
         on_save=artifacts.save_state,
         on_boundary=artifacts.saver.poll,
         request=request,
         heartbeat=watchdog.beat,
     )
-    with watchdog, ExitStack() as stack:
+    with watchdog, artifacts.telling(reporter), ExitStack() as stack:
         stack.callback(artifacts.saver.close)
         if records is not None:  # also when the run breaks off
             stack.enter_context(records)
@@ -138,10 +151,11 @@ def _train(
         stopped = loop.run(start, total, evaluation_due=artifacts.evaluation_due)
         if stopped is not None:
             artifacts.preempt(stopped.step, stopped)
+        watchdog.beat("writing the adapter")
+        result = artifacts.keep_result({"steps": total, "seconds": time.time() - began})
         if sampler is not None and total:
             sampler.keep(total, step.state())
-        watchdog.beat("writing the adapter")
-        result = {"steps": total, "seconds": time.time() - began, "peak_memory_bytes": peak_memory_bytes()}
+        result["peak_memory_bytes"] = peak_memory_bytes()
         return artifacts.finish(result, reporter)
 
 
@@ -170,6 +184,8 @@ class Artifacts:
     data_digest: str
     learned_from: DataReport | None = None
     best: dict[str, Any] = field(default_factory=dict)
+    kept: int | None = None
+    """The step after which the adapter was written last."""
     saver: Saver = field(init=False)
 
     def __post_init__(self) -> None:
@@ -240,15 +256,32 @@ class Artifacts:
 
     def keep_best(self, number: int, metrics: dict[str, Any]) -> None:
         """Keep the adapter as ``best`` if no evaluation so far was better by ``train.metric_for_best_model``."""
-        name = self.settings.metric_for_best_model
-        if name not in metrics:
-            raise UserError(
-                f"train.metric_for_best_model: this task's evaluation has no {name!r}; it has {', '.join(metrics)}"
-            )
-        sign = -1 if name in ("loss", "perplexity") else 1
+        name = self.settings.best_metric
+        sign = -1 if name in LOWER_IS_BETTER else 1
         if math.isfinite(metrics[name]) and (not self.best or sign * metrics[name] > sign * self.best[name]):
             self.best = {**metrics, "step": number}
             self.keep_adapter("best", self.best)
+
+    def keep_trained(self, number: int) -> None:
+        """Write the adapter as it stands after step ``number``, before anything else is done that may fail."""
+        self.keep_adapter("adapter", {})
+        self.kept = number
+
+    @contextmanager
+    def telling(self, reporter: Reporter) -> Iterator[None]:
+        """Around the run: an error that ends it says where the adapter is that was written before."""
+        try:
+            yield
+        except Preempted:
+            raise
+        except Exception as error:
+            if self.kept is not None:
+                where = f"the adapter as it was after step {self.kept} is in {self.folder.path / 'adapter'}"
+                if isinstance(error, UserError):
+                    error.args = (f"{error}. What was trained is kept: {where}",)
+                else:
+                    reporter.note(f"the run failed; what was trained is kept: {where}")
+            raise
 
     def keep_adapter(self, name: str, metrics: dict[str, Any]) -> None:
         """Write what is trained as it stands, and how its evaluation went. Every rank calls this together."""
@@ -263,7 +296,8 @@ class Artifacts:
 
     def _adapter(self, flat: torch.Tensor, metrics: dict[str, Any]) -> Adapter:
         resolved, encoder = self.config.to_dict(), self.step.encoder
-        learned = {} if self.learned_from is None else vars(self.learned_from)
+        learned = {} if self.learned_from is None else dict(vars(self.learned_from))
+        learned.pop("notes", None)  # they quote rows, and an adapter goes to other people
         return Adapter(
             flat,
             encoder.layout,
@@ -283,9 +317,8 @@ class Artifacts:
             },
         )
 
-    def finish(self, result: dict[str, Any], reporter: Reporter) -> dict[str, Any]:
-        """Write the adapter, the result and the report, after the last checkpoint."""
-        self.saver.wait()
+    def keep_result(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Write the adapter with what its evaluation said; returns the ``result`` with what the records say."""
         result["best"] = self.best or None
         evaluation: dict[str, Any] = {}
         if self.ranks.is_main:
@@ -294,6 +327,12 @@ class Artifacts:
                 measured = {key[5:]: value for key, value in record.items() if key.startswith("eval_")}
                 evaluation = {**measured, "step": record["step"]} if measured else evaluation
         self.keep_adapter("adapter", evaluation)
+        self.kept = result["steps"]
+        return result
+
+    def finish(self, result: dict[str, Any], reporter: Reporter) -> dict[str, Any]:
+        """Write the result and the report, after the last checkpoint."""
+        self.saver.wait()
         if self.ranks.is_main:
             self.journal.content["result"] = result
             self.journal.end("finished", step=result["steps"])
@@ -335,32 +374,46 @@ def fit_batch(run: RunConfig, world_size: int, rows_per_step: int | None, report
     )
 
 
-def _examples(
-    config: DataConfig,
-    which: str,
-    task: Task,
-    tokenizer: Any,
-    ranks: Ranks,
-    reporter: Reporter,
-    *,
-    learn: bool = False,
-) -> tuple[Task, Examples, Any]:
-    """The task (which may ``learn`` its labels from these rows), the rows' tokens, and on rank 0 the rows."""
-    source = config.train if which == "train" else config.eval
-    if source is None:
-        raise UserError(f"data.{which}: is missing; name the file to read")
-    split = config.train_split if which == "train" else config.eval_split
-    rows: Any = None
+@dataclass(frozen=True)
+class _Source:
+    """How the rows of a run are read; ``embeddings``: of the backbone, if its config says how many it has."""
 
-    def read() -> tuple[Task, Examples]:
-        nonlocal rows
-        rows = load_rows(source, split, what=f"data.{which}")
-        fitted = task.fit(rows, source) if learn else task
-        return fitted, fitted.tokenize(rows, tokenizer, what=source)
+    config: DataConfig
+    tokenizer: Any
+    embeddings: int | None
+    ranks: Ranks
+    reporter: Reporter
 
-    task, examples = ranks.on_main(read)
-    reporter.note(f"data.{which}: {examples.report}")
-    return task, examples, rows
+    def read(self, which: Literal["train", "eval"], task: Task, *, learn: bool = False) -> tuple[Task, Examples, Any]:
+        """The task (which may ``learn`` its labels from these rows), the rows' tokens, and on rank 0 the rows."""
+        source = self.config.train if which == "train" else self.config.eval
+        if source is None:
+            raise UserError(f"data.{which}: is missing; name the file to read")
+        split = self.config.train_split if which == "train" else self.config.eval_split
+        rows: Any = None
+
+        def read() -> tuple[Task, Examples]:
+            nonlocal rows
+            rows = load_rows(source, split, what=f"data.{which}")
+            fitted = task.fit(rows, source) if learn else task
+            examples = fitted.tokenize(rows, self.tokenizer, what=source)
+            check_ids(examples, self.tokenizer, self.embeddings, source, writes=task.generates)
+            return fitted, examples
+
+        task, examples = self.ranks.on_main(read)
+        self.reporter.note(f"data.{which}: {examples.report}")
+        return task, examples, rows
+
+
+def check_metric(config: RunConfig, task: Task) -> None:
+    """Raise `UserError` if an evaluation of the task does not measure ``train.metric_for_best_model``."""
+    given, known = config.train.best_metric, task.metric_names
+    if given not in known:
+        near = difflib.get_close_matches(given, known, n=1, cutoff=0.4)
+        meant = f"did you mean {near[0]}? It has" if near else "it has"
+        raise UserError(
+            f"train.metric_for_best_model: an evaluation of this task has no {given!r}; {meant} {', '.join(known)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -379,18 +432,32 @@ class Material:
 
 def read_material(config: RunConfig, ranks: Ranks, reporter: Reporter) -> Material:
     """Read and tokenise the run's rows. Every rank calls this together; raises `UserError`."""
+    check_backend(config.backbone.attention)
+    text_config = text_config_of(config.backbone)
+    check_context(context_of(text_config), 0, config.data.max_length)  # with the prompt's own, once it is loaded
     tokenizer = load_tokenizer(config.backbone)
     task = make_task(config.task, config.data, architecture_of(config.backbone))
     chosen, facts = method(config.method_name), facts_of(config, task)
     chosen.check(config.method_config(), facts)
     trains = chosen.has_prompt or facts.trained_head
-    learned_from = "train" if trains else "eval"
-    task, examples, rows = _examples(config.data, learned_from, task, tokenizer, ranks, reporter, learn=True)
+    learned_from: Literal["train", "eval"] = "train" if trains else "eval"
+    source = _Source(config.data, tokenizer, vocabulary_of(text_config), ranks, reporter)
+    told = task.labels
+    task, examples, rows = source.read(learned_from, task, learn=True)
+    if task.labels != told:
+        reporter.note(f"task.labels: {len(task.labels)} learned from data.{learned_from}: {some(task.labels)}")
+        chosen.check(config.method_config(), facts_of(config, task))
+    check_metric(config, task)
     held_out = None
     if config.data.eval is not None:
         eval_examples = examples
         if trains:
-            _, eval_examples, rows = _examples(config.data, "eval", task, tokenizer, ranks, reporter)
+            _, eval_examples, rows = source.read("eval", task)
+            if ranks.is_main and (both := rows_in_both(examples, eval_examples)):
+                reporter.note(
+                    f"data.eval: {both:,} of its {len(eval_examples):,} rows are in data.train too, so its loss and "
+                    "metrics do not say how new rows fare"
+                )
         size = config.train.eval_batch_size
         held_out = HeldOut(task, eval_examples, rows, size, config.data.packing, tokenizer.pad_token_id)
     return Material(tokenizer, task, examples, held_out, trains)
@@ -409,6 +476,11 @@ def build_engine(
 ) -> Engine:
     """Load the backbone and put around it what the run trains. Every rank calls this together; raises `UserError`."""
     prepared = prepare(config.backbone, ranks, zero3, output=material.task.output)
+    prepared.attachment.inputs.placeholder = material.tokenizer.pad_token_id or 0
+    held_out = material.held_out.examples if material.held_out is not None else material.examples
+    for what, examples in (("data.train", material.examples), ("data.eval", held_out)):  # its config may have said less
+        size = embeddings_of(prepared.model)
+        check_ids(examples, material.tokenizer, size, what, writes=material.task.generates)
     if config.backbone.compile:
         compile_layers(prepared.model)
     trained = _build(config, prepared, material.task, material.tokenizer, ranks)
@@ -435,10 +507,11 @@ def build_trained(config: RunConfig, prepared: Prepared, task: Task, tokenizer: 
     encoder = chosen.build(settings, prepared.shape, conditioner, facts_of(config, task), seed=config.train.seed)
     with torch.no_grad():
         prepared.attachment.set(encoder.state(encoder()))
-    check_context(prepared.shape, prepared.attachment.extra_positions, config.data.max_length)
+    check_context(prepared.shape.context, prepared.attachment.extra_positions, config.data.max_length)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         readout = task.readout(tokenizer, prepared.shape.hidden_size, chosen.head(settings))
+    check_words(readout.token_ids(), tokenizer, embeddings_of(prepared.model))
     return Trained(encoder, readout)
 
 

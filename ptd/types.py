@@ -309,7 +309,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What tokenising did to the rows, so that it can be told: counts of rows, tokens and cuts."""
+    """What tokenising did to the rows, so that it can be told: counts of rows, tokens and cuts.
+
+    ``notes``: whatever else there is to say, a sentence each; ``ends``: the tokens that ended the texts.
+    """
 
     rows: int
     tokens: int
@@ -317,13 +320,15 @@ class DataReport:
     prompts_cut: int = 0
     completions_cut: int = 0
     texts_cut: int = 0
+    notes: tuple[str, ...] = ()
+    ends: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         line = f"{self.rows:,} rows, {self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised"
         for name in ("prompts", "completions", "texts"):
             if count := getattr(self, f"{name}_cut"):
                 line += f"; {count:,} {name} cut to the length allowed"
-        return line
+        return "; ".join((line, *self.notes))
 
 
 @dataclass(frozen=True, eq=False)

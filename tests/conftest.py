@@ -96,10 +96,11 @@ def ptd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
     from ptd.cli import main
 
-    def run(*arguments: object, stdin: str | None = None) -> Outcome:
+    def run(*arguments: object, stdin: str | bytes | None = None) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["ptd", *map(str, arguments)])
         if stdin is not None:
-            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+            content = stdin if isinstance(stdin, bytes) else stdin.encode()
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
         capsys.readouterr()
         try:
             main()

@@ -201,6 +201,67 @@ def test_generate_takes_prompts_from_arguments_file_and_stdin(ptd: Any, trained:
     assert [line["prompt"] for line in lines] == prompts
 
 
+def test_generate_sends_a_prompt_as_training_did_or_raw(ptd: Any, trained: Path, tmp_path: Path) -> None:
+    """Without training for it: the adapter takes its rows as chats where that is said."""
+    from families import save_backbone, tiny_tokenizer
+
+    chatty = save_backbone(tmp_path / "chatty")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    tokenizer.save_pretrained(chatty)
+    common = ("generate", "--backbone", chatty, "--max-new-tokens", 8)
+    chat = ptd(*common, "--set", "data.format=messages", "hello")
+    assert chat.code == 0, chat.err
+    assert "each prompt is sent as a user message in the tokenizer's chat template; --raw sends the text" in chat.err
+    rendered = ptd(*common, "--set", "data.format=messages", "--raw", "[user]hello[assistant]")
+    assert chat.out == rendered.out
+    assert "chat template" not in rendered.err
+    raw = ptd(*common, "--set", "data.format=messages", "--raw", "hello")
+    assert raw.out == ptd(*common, "hello").out != chat.out
+    several = ptd(*common, "--set", 'data.prompt_template="{a} and {b}"', "hello")
+    assert several.out == raw.out
+    assert "data.prompt_template has 2 fields, so each prompt is sent as it is" in several.err
+    single = ("--set", 'data.prompt_template="[user]{a}[assistant]"', "hello")
+    assert ptd(*common, *single).out == chat.out
+    assert ptd(*common, "--raw", *single).out == raw.out
+
+
+def test_the_authors_settings_are_an_option(ptd: Any, trained: Path, tmp_path: Path) -> None:
+    from families import save_backbone
+
+    author = save_backbone(tmp_path / "author")
+    file = author / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "suppress_tokens": list(range(5, 200))}))
+    data = trained.parent / "rows.jsonl"
+    common = ("--adapter", trained, "--backbone", author, "--max-new-tokens", 2)
+    neutral = ptd("generate", *common, "hello")
+    model = ptd("generate", *common, "hello", "--generation-config", "model")
+    assert neutral.code == model.code == 0, neutral.err + model.err
+    assert neutral.out != model.out
+    assert "the model's generation_config is not followed (suppress_tokens [5, 6," in neutral.err
+    assert "decoding follows the model's generation_config: suppress_tokens [5, 6," in model.err
+    found = ptd("eval", *common, "--data", data, "--generate", "--generation-config", "model")
+    assert found.code == 0, found.err
+    assert "decoding follows the model's generation_config: suppress_tokens" in found.err
+    refused = ptd("eval", *common, "--data", data, "--generation-config", "model")
+    assert refused.code == 2
+    assert "--generation-config: has no effect without --generate" in refused.err
+    refused = ptd("generate", *common, "hello", "--top-p", 0.5)
+    assert refused.code == 2
+    assert "--top-p: has an effect only where tokens are sampled; give --temperature" in refused.err
+
+
+def test_references_that_no_text_can_reach_are_said(ptd: Any, trained: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "long.jsonl", [{"prompt": "a", "completion": "0123456789"}, *ROWS[:2]])
+    outcome = ptd("eval", "--adapter", trained, "--data", data, "--generate", "--max-new-tokens", 4)
+    assert outcome.code == 0, outcome.err
+    assert "--max-new-tokens: 1 of 3 references are longer than 4 tokens (the longest has 10)" in outcome.err
+    long = write_rows(tmp_path / "longer.jsonl", [{"prompt": "a" * 50, "completion": "b"}])
+    outcome = ptd("eval", "--adapter", trained, "--data", long, "--generate", "--max-new-tokens", 236)
+    assert outcome.code == 0, outcome.err
+    assert "--generate: 1 prompts fill the 16 tokens that --max-new-tokens leaves" in outcome.err
+
+
 def test_generate_samples_reproducibly(ptd: Any, trained: Path) -> None:
     common = (
         "generate",

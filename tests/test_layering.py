@@ -19,6 +19,8 @@ STAGES = [
     "types",
     "transfer",
     "errors",
+    "files",
+    "values",
     "exit_codes",
     "versions",
     "shipped",
@@ -30,7 +32,19 @@ STAGES = [
 ]
 STAGES += ["tasks"]
 STAGES += ["backbone", "checkpoint", "inject", "trackers"]
-VERBS = ["train", "evaluate", "generate", "predict", "sampling", "inspection", "report", "export", "plan", "bench"]
+VERBS = [
+    "train",
+    "evaluate",
+    "generate",
+    "decoding",
+    "predict",
+    "sampling",
+    "inspection",
+    "report",
+    "export",
+    "plan",
+    "bench",
+]
 VERBS += ["launch", "doctor", "init"]
 LAYERS: dict[str, list[str]] = {
     "ptd": ["errors", "api"],
@@ -38,16 +52,18 @@ LAYERS: dict[str, list[str]] = {
     "ptd.transfer": [],
     "ptd.errors": ["exit_codes"],
     "ptd.exit_codes": [],
+    "ptd.files": ["errors"],
+    "ptd.values": [],
     "ptd.versions": [],
-    "ptd.methods*": ["types"],
+    "ptd.methods*": ["types", "files"],
     "ptd.readouts*": ["types", "transfer"],
-    "ptd.shipped": ["errors"],
-    "ptd.config": ["errors", "methods", "shipped"],
-    "ptd.deepspeed_config": ["types", "config", "shipped"],
-    "ptd.data*": ["types", "config"],
-    "ptd.tasks*": ["types", "config", "data", "readouts"],
+    "ptd.shipped": ["errors", "files"],
+    "ptd.config": ["errors", "files", "values", "methods", "shipped"],
+    "ptd.deepspeed_config": ["types", "files", "config", "shipped"],
+    "ptd.data*": ["types", "files", "values", "config"],
+    "ptd.tasks*": ["types", "values", "config", "data", "readouts"],
     "ptd.backbone*": ["types", "config"],
-    "ptd.checkpoint*": ["types", "exit_codes", "config"],
+    "ptd.checkpoint*": ["types", "files", "exit_codes", "config"],
     "ptd.inject*": ["types"],
     "ptd.trackers*": [],
     "ptd.engine*": STAGES,
@@ -55,14 +71,20 @@ LAYERS: dict[str, list[str]] = {
     "ptd.api": STAGES,
     **{f"ptd.{verb}": [*STAGES, "engine", *VERBS] for verb in VERBS},
     "ptd.inspection*": [*STAGES, "engine", "generate", "report"],
-    "ptd.report*": ["types", "versions", "checkpoint", "engine"],  # reads what a run has left; loads no backbone
+    "ptd.report*": [
+        "types",
+        "files",
+        "versions",
+        "checkpoint",
+        "engine",
+    ],  # reads what a run has left; loads no backbone
     "ptd.launch*": STAGES,  # starts processes; what runs in them is another verb's
     "ptd.bench*": [*STAGES, "engine", *VERBS],
     # The story of the shipped backbone is a verb; what made the backbone and its data uses nothing of the toolkit.
     "ptd.quickstart.run": [*STAGES, "engine", "quickstart", *VERBS],
     "ptd.quickstart*": ["types"],
     "ptd.console": ["types", "config"],
-    "ptd.cli.completion": ["config", "shipped"],  # no torch: a key press waits for it
+    "ptd.cli.completion": ["config", "files", "shipped"],  # no torch: a key press waits for it
     "ptd.cli*": [*STAGES, "engine", "quickstart", "console", *VERBS],
 }
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from ptd.backbone.load import embeddings_of
 from ptd.types import UserError
 
 CHUNK = 64
@@ -33,7 +34,7 @@ class TextConditioner:
 
         For decoders. Raises `UserError` if the text has fewer than P tokens.
         """
-        ids = self._needed_tokenizer()(text)["input_ids"]
+        ids = self._known(self._needed_tokenizer()(text)["input_ids"])
         if len(ids) < num_virtual_tokens:
             raise UserError(
                 f"method.init_text: the text has {len(ids)} tokens, fewer than method.num_virtual_tokens="
@@ -50,8 +51,11 @@ class TextConditioner:
         return torch.cat(blocks, dim=1).float().cpu()
 
     def token_ids(self, text: str) -> list[int]:
-        """The text's token ids, without special tokens. Raises `UserError` without a tokenizer."""
-        return list(self._needed_tokenizer()(text, add_special_tokens=False)["input_ids"])
+        """The text's token ids, without special tokens.
+
+        Raises `UserError` without a tokenizer, and for a token that the backbone has no embedding for.
+        """
+        return self._known(self._needed_tokenizer()(text, add_special_tokens=False)["input_ids"])
 
     @torch.no_grad()
     def embeddings(self, ids: Sequence[int]) -> Tensor:
@@ -81,6 +85,17 @@ class TextConditioner:
     def _run(self, tokens: Tensor, **options: Any) -> None:
         shorter = {"logits_to_keep": 1} if "logits_to_keep" in self._accepts else {}
         self.model(input_ids=tokens, **options, **shorter)
+
+    def _known(self, ids: Sequence[int]) -> list[int]:
+        rows = embeddings_of(self.model)
+        beyond = next((token for token in ids if token >= rows), None)
+        if beyond is not None:
+            raise UserError(
+                f"method.init: the text has the token {self.tokenizer.convert_ids_to_tokens(beyond)!r} with the id "
+                f"{beyond}, but the backbone's embedding has {rows} rows; give another text, or resize the embedding "
+                "(model.resize_token_embeddings(len(tokenizer))) and save model and tokenizer"
+            )
+        return list(ids)
 
     def _needed_tokenizer(self) -> Any:
         if self.tokenizer is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,11 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import cached_file
 
 from ptd.backbone.fp8 import check_device, quantise
 from ptd.backbone.liger import check_liger, use_liger
@@ -55,6 +58,23 @@ def dtype_of(config: BackboneConfig) -> torch.dtype:
     return DTYPES.get(config.dtype) or _model_config(config).dtype or torch.float32
 
 
+def text_config_of(config: BackboneConfig) -> Any:
+    """The checkpoint's own config, of its part that reads text; raises `UserError`."""
+    return _model_config(config).get_text_config()
+
+
+def vocabulary_of(text_config: Any) -> int | None:
+    """Rows of the embedding, by the checkpoint's config alone; None where that does not say."""
+    size = getattr(text_config, "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def embeddings_of(model: PreTrainedModel) -> int:
+    """Rows of a model's embedding, also where they are sharded."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.num_embeddings)
+
+
 def load_model(
     config: BackboneConfig,
     output: Output = "causal_lm",
@@ -85,6 +105,9 @@ def load_model(
     if quantized is not None:
         options |= {"quantization_config": quantized, "device_map": {"": device}}
     with readable(config):
+        contradictory = _contradictory_settings(config)
+        if contradictory is not None:
+            options["generation_config"] = GenerationConfig()
         model, report = built_as.auto_class.from_pretrained(
             config.path,
             config=built_as.config,
@@ -97,6 +120,8 @@ def load_model(
         )
         if report["missing_keys"]:  # transformers fills them with random numbers and goes on
             raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}.")
+    if contradictory is not None and model.can_generate():
+        model.generation_config = contradictory
     placed = sharded or getattr(model, "is_quantized", False)
     model = frozen(model, config, output)
     if config.quantization == "fp8":
@@ -104,6 +129,33 @@ def load_model(
     if config.liger:
         use_liger(model)
     return model if placed else model.to(device)
+
+
+def _contradictory_settings(config: BackboneConfig) -> GenerationConfig | None:
+    """The author's settings for generating, if they contradict each other; None: they do not, or there are none.
+
+    transformers refuses to load such a model, although neither training nor a generation with settings of its own
+    needs them.
+    """
+    file = cached_file(
+        config.path,
+        "generation_config.json",
+        revision=config.revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if file is None:
+        return None
+    found = json.loads(Path(file).read_text(encoding="utf-8"))
+    try:
+        GenerationConfig(**found)
+    except ValueError:
+        own = GenerationConfig()
+        for name, value in found.items():
+            setattr(own, name, value)
+        return own
+    return None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ptd.bench.figures import ratios, side_figures
 from ptd.bench.machine import evidence
 from ptd.bench.players import Here, Player
 from ptd.bench.sides import ENVIRONMENT, Facts, Material, Sample, Schedule, Setting, length_grouped, settings_for
-from ptd.config import RunConfig
+from ptd.config import RunConfig, without_evaluation
 from ptd.types import Reporter, UserError
 
 TOLERANCE = {"float32": (1e-5, 1e-5), "bfloat16": (5e-3, 5e-2)}
@@ -58,7 +58,7 @@ def bench(
     """
     assert repeats >= 1
     assert warmup >= 0
-    config = config.model_copy(update={"data": config.data.model_copy(update={"eval": None})})
+    config = without_evaluation(config)
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if against not in (None, "peft"):
         raise UserError(f"--against: there is nothing called {against!r} to compare with; known: peft")

@@ -29,6 +29,7 @@ from ptd.checkpoint import peft_format
 from ptd.checkpoint.card import Subject, card, write_card
 from ptd.checkpoint.files import sync, write_json
 from ptd.checkpoint.layouts import Layout, misfit, read_layout, whole, write_layout
+from ptd.files import as_path
 from ptd.types import BackboneShape, EmptyLayout, PromptState, UserError, same_backbone
 
 CONFIG, WEIGHTS, HEAD, EXTRA = "adapter_config.json", "adapter_model.safetensors", "head.safetensors", "ptd.json"
@@ -91,10 +92,10 @@ class Adapter:
 
 def backbone_reference(path: str) -> str:
     """How an adapter names its backbone: a folder by its absolute path, so that it is found from anywhere."""
-    return str(Path(path).resolve()) if path and Path(path).is_dir() else path
+    return str(as_path(path).resolve()) if path and as_path(path).is_dir() else path
 
 
-def save_adapter(folder: Path, adapter: Adapter, *, peft_only: bool = False) -> None:
+def save_adapter(folder: str | Path, adapter: Adapter, *, peft_only: bool = False) -> None:
     """Write the adapter; ``peft_only`` leaves out what PEFT does not read: ptd.json and a trained head.
 
     Raises `UserError` if ``peft_only`` and PEFT's format cannot hold the prompt.
@@ -102,6 +103,7 @@ def save_adapter(folder: Path, adapter: Adapter, *, peft_only: bool = False) -> 
     obstacle = adapter.peft_obstacle()
     if peft_only and obstacle:
         raise UserError(f"this adapter cannot become a PEFT adapter: {obstacle}; use it with ptd as it is")
+    folder = as_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     prompted = not isinstance(adapter.layout, EmptyLayout)
     head = {} if peft_only else {name: tensor.detach().cpu().clone() for name, tensor in adapter.head.items()}
@@ -144,7 +146,7 @@ def load_adapter(path: str | Path) -> Adapter:
 
     Raises `UserError` naming what is missing, damaged or neither a prompt nor a head.
     """
-    folder = Path(path)
+    folder = as_path(path)
     if not _holds_adapter(folder) and _holds_adapter(folder / "adapter"):
         folder = folder / "adapter"
     if not folder.is_dir():
@@ -251,7 +253,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST_DESCRIPTION:
             raise ValueError(f"it has more than {LARGEST_DESCRIPTION >> 20} MiB, which no description needs")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--adapter: cannot read {path}: {error}") from error
     if not isinstance(value, dict):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ptd.types import UserError
+
+PATIENCE = 10.0
+"""Seconds in which a process that was ended lets go of its folder."""
 
 
 def sync(path: Path) -> None:
@@ -43,6 +48,31 @@ def writing(path: Path) -> Iterator[None]:
             f"output_dir: cannot write {place} ({reason}); see that the folder has space and is writable, then the "
             "same command continues from the last checkpoint"
         ) from error
+
+
+def claim(folder: Path) -> int | None:
+    """Lock a folder for this process until the descriptor that is returned is closed, or the process ends.
+
+    None where the file system knows no locks. Raises `UserError` if another process holds it and does not let go soon,
+    as one would that is about to end.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    limit = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError as error:
+            if time.monotonic() > limit:
+                os.close(descriptor)
+                raise UserError(
+                    f"output_dir: another process is training into {folder}; wait until it has ended, or give another "
+                    "folder"
+                ) from error
+            time.sleep(0.2)
+        except OSError:
+            os.close(descriptor)
+            return None
 
 
 def write_atomically(path: Path, content: str) -> None:

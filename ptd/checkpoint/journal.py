@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from ptd.checkpoint.attempts import begun, ended
-from ptd.checkpoint.files import write_atomically
+from ptd.checkpoint.files import claim, make_folders, write_atomically, writing
 from ptd.checkpoint.run_folder import RunFolder
 from ptd.types import Preempted, UserError
 
@@ -24,12 +25,18 @@ class Journal:
         attempts = begun(list(folder.attempts), folder.step)
         self.content = {**facts, "attempts": attempts, "started": attempts[0]["started"]}
         self._file = folder.path / "run.json"
-        self._before = self._file.read_text(encoding="utf-8") if self._file.is_file() else None
+        self._before = self._read()
         self._missing = [place for place in (folder.path, *folder.path.parents) if not place.exists()]
         self._begun = self._trains = False
+        self._claim: int | None = None
 
     def begin(self) -> None:
-        """Record that the attempt begins (rank 0)."""
+        """Record that the attempt begins (rank 0). Raises `UserError` while another process trains in the folder."""
+        with writing(self.folder.path):
+            make_folders(self.folder.path)
+        self._claim = claim(self.folder.path)
+        if self._read() != self._before:
+            raise UserError(f"output_dir: another process has just ended in {self.folder.path}; give the command again")
         if not self.folder.replaces:
             self._begun = True
             self._write("running")
@@ -64,6 +71,12 @@ class Journal:
         except Exception as error:
             self._failed(error)
             raise
+        finally:
+            if self._claim is not None:
+                os.close(self._claim)
+
+    def _read(self) -> str | None:
+        return self._file.read_text(encoding="utf-8") if self._file.is_file() else None
 
     def _failed(self, error: Exception) -> None:
         if self._begun:
@@ -71,13 +84,14 @@ class Journal:
                 self.end("failed", error=f"{type(error).__name__}: {error}"[:500])
 
     def _undo(self) -> None:
-        if not self._begun or not self.is_main:
+        if not self.is_main:
             return
         with suppress(OSError):
-            if self._before is not None:
+            if self._begun and self._before is not None:
                 write_atomically(self._file, self._before)
                 return
-            self._file.unlink()
+            if self._begun:
+                self._file.unlink()
             for place in self._missing:
                 place.rmdir()
 

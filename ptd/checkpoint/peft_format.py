@@ -20,6 +20,12 @@ from ptd.types import EmptyLayout, LayerShape, PrefixLayout, SoftLayout, UserErr
 PREFIX_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
 SOFT_TYPES = ("PROMPT_TUNING", "P_TUNING")
 ENCODER_DECODER = "SEQ_2_SEQ_LM"
+WITH_HEAD = {
+    "SEQ_CLS": ("AutoModelForSequenceClassification", "classification"),
+    "TOKEN_CLS": ("AutoModelForTokenClassification", "token_classification"),
+    "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question_answering"),
+}
+"""PEFT's task types that train a head of one of transformers' classes; ptd's kind of that task."""
 MOST_LAYERS = 10_000
 """Far more than any backbone has, and few enough to be listed."""
 PEFT_FORMAT = "0.21.2"
@@ -83,6 +89,13 @@ def read_config(config: dict[str, Any]) -> tuple[Layout, int]:
     if kind not in PREFIX_TYPES + SOFT_TYPES:
         supported = ", ".join(PREFIX_TYPES + SOFT_TYPES)
         raise UserError(f"it is a PEFT adapter of type {kind}; supported: {supported}")
+    if config.get("task_type") in WITH_HEAD:
+        head, task = WITH_HEAD[config["task_type"]]
+        raise UserError(
+            f"it is a PEFT adapter of task type {config['task_type']}: beside the prompt PEFT trains the head of "
+            f"transformers' {head}, which ptd's backbones do not have, and the prompt answers nothing without it; use "
+            f"the adapter with PEFT, or train anew with task.kind: {task} and method.name: p_tuning_v2"
+        )
     virtual, width = whole(config["num_virtual_tokens"]), whole(config["token_dim"])
     if kind in SOFT_TYPES:
         return SoftLayout(width), virtual

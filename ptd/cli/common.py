@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,13 +15,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ptd.cli import completion
+from ptd.files import as_path
 
 if TYPE_CHECKING:
     from ptd.types import Reporter
 
 
+def at_home(value: Path | list[Path] | None) -> Path | list[Path] | None:
+    """The callback of every option and argument that is a path: what it means, whatever shell it came through."""
+    if value is None:
+        return None
+    return [as_path(each) for each in value] if isinstance(value, list) else as_path(value)
+
+
 RunFile = Annotated[
-    Path, typer.Argument(help="The run file (YAML).", metavar="RUN.yaml", autocompletion=completion.run_files)
+    Path,
+    typer.Argument(
+        help="The run file (YAML).", metavar="RUN.yaml", autocompletion=completion.run_files, callback=at_home
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -49,7 +62,24 @@ Changes = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences that run together.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-NumBeams = Annotated[int, typer.Option(min=1, help="Beams; 1: no beam search.")]
+NumBeams = Annotated[int | None, typer.Option(min=1, help="Beams. Default: 1, no beam search.", show_default=False)]
+
+
+class Follow(enum.Enum):
+    """Whose settings decoding follows."""
+
+    neutral = "neutral"
+    model = "model"
+
+
+FromModel = Annotated[
+    Follow,
+    typer.Option(
+        "--generation-config",
+        help="Whose penalties, bans, lengths and sampling hold where no option says otherwise: nobody's (neutral), or "
+        "those that the model's author set (model).",
+    ),
+]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress and no advice: the result alone, and what goes wrong.")
 ]
@@ -101,4 +131,13 @@ def is_main() -> bool:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, indent=2))
+    print(json.dumps(valid(value), indent=2))
+
+
+def valid(value: Any) -> Any:
+    """The value as JSON can have it: null for a number that is not finite."""
+    if isinstance(value, dict):
+        return {key: valid(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [valid(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

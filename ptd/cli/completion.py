@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import typer
 
+from ptd.files import as_path
+
 METHODS = Path(__file__).parents[1] / "methods"
 
 
@@ -18,7 +20,7 @@ def run_files(incomplete: str) -> list[str]:
     """Shipped recipes, YAML files and folders: what a RUN.yaml may be."""
     from ptd.shipped import RECIPES
 
-    there = Path(incomplete).parent if not incomplete.endswith("/") else Path(incomplete)
+    there = as_path(incomplete if incomplete.endswith("/") else os.path.dirname(incomplete) or ".")
     found = [f"{path.name}/" if path.is_dir() else path.name for path in _listed(there)]
     prefix = incomplete[: incomplete.rfind("/") + 1]
     mine = [prefix + name for name in found if name.endswith(("/", ".yaml", ".yml"))]

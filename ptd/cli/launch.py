@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from ptd.cli.common import Overrides, Overwrite, Retry, RunFile
+from ptd.cli.common import Overrides, Overwrite, Retry, RunFile, at_home
 from ptd.errors import UserError
 
 app = typer.Typer(
@@ -24,7 +24,9 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be run
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="The ranks show no progress: the result alone, and what goes wrong.")
 ]
-LogDir = Annotated[Path | None, typer.Option(help="A log for each rank in this folder, instead of the terminal.")]
+LogDir = Annotated[
+    Path | None, typer.Option(help="A log for each rank in this folder, instead of the terminal.", callback=at_home)
+]
 RanksPerNode = Annotated[
     int | None, typer.Option(min=1, help="Processes on a node that has no GPU; with GPUs there is one for each.")
 ]
@@ -70,7 +72,7 @@ def local(
 @app.command()
 def ssh(
     run: RunFile,
-    hostfile: Annotated[Path, typer.Option(help="Lines of: NAME slots=GPUS.")],
+    hostfile: Annotated[Path, typer.Option(help="Lines of: NAME slots=GPUS.", callback=at_home)],
     overrides: Overrides = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Use the first so many; default: all.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Default: each node's slots.")] = None,
@@ -153,7 +155,7 @@ def slurm(
     requeue: Annotated[
         bool, typer.Option("--requeue", help="Queue the job again when it is preempted or out of time.")
     ] = False,
-    log_dir: Annotated[Path | None, typer.Option(help="Default: logs in output_dir.")] = None,
+    log_dir: Annotated[Path | None, typer.Option(help="Default: logs in output_dir.", callback=at_home)] = None,
     overwrite: Overwrite = False,
     retry: Retry = False,
     dry_run: DryRun = False,

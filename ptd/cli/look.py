@@ -13,6 +13,7 @@ from ptd.cli.common import (
     Overrides,
     Quiet,
     RunFile,
+    at_home,
     done,
     hush,
     is_main,
@@ -20,6 +21,7 @@ from ptd.cli.common import (
     reporter_unless,
 )
 from ptd.errors import UserError
+from ptd.files import check_writable
 
 if TYPE_CHECKING:
     from ptd.config import RunConfig
@@ -32,6 +34,7 @@ def doctor(
             help="A run file (YAML): also check what it asks for.",
             metavar="RUN.yaml",
             autocompletion=completion.run_files,
+            callback=at_home,
         ),
     ] = None,
     overrides: Overrides = None,
@@ -131,9 +134,9 @@ def bench(
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each side.")] = 15,
     warmup: Annotated[int, typer.Option(min=0, help="Steps of each side before that.")] = 3,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for bench.json and the plots.")] = Path(
-        "bench"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for bench.json and the plots.", callback=at_home)
+    ] = Path("bench"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     quiet: Quiet = False,
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
@@ -144,6 +147,8 @@ def bench(
     if peft is not None and against is None:
         raise UserError(f"--peft {peft}: has no effect without --against peft; add that, or leave it out")
     config = load_config(run, overrides)
+    if is_main():
+        check_writable(output, "--output")
     hush()
     from ptd.bench import bench as run_bench
     from ptd.bench import sweep
@@ -177,13 +182,21 @@ def bench(
 
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(help="Output folders of runs, whatever became of them.", metavar="OUT...")
+        list[Path],
+        typer.Argument(help="Output folders of runs, whatever became of them.", metavar="OUT...", callback=at_home),
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="HTML file; default: report.html in the run's folder, for several here."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="HTML file; default: report.html in the run's folder, for several here.",
+            callback=at_home,
+        ),
     ] = None,
-    png: Annotated[Path | None, typer.Option(help="Also each plot as a PNG file in this folder.")] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Also each plot as a PNG file in this folder.", callback=at_home)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Also print the figures as one JSON object.")] = False,
 ) -> None:
     """One page on a run, or on several beside each other: curves, speed, samples, settings.

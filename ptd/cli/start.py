@@ -13,6 +13,7 @@ import typer
 from ptd.cli import completion
 from ptd.cli.common import (
     Quiet,
+    at_home,
     done,
     hush,
     left_by,
@@ -20,15 +21,16 @@ from ptd.cli.common import (
     reporter_unless,
 )
 from ptd.errors import UserError
+from ptd.files import local
 
 if TYPE_CHECKING:
     pass
 
 
 def quickstart(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for data, adapter and curve.")] = Path(
-        "quickstart"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for data, adapter and curve.", callback=at_home)
+    ] = Path("quickstart"),
     ranks: Annotated[int, typer.Option(min=1, help="Processes to train with.")] = 2,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier quickstart in the folder.")] = False,
     quiet: Quiet = False,
@@ -45,7 +47,9 @@ def quickstart(
 
 
 def init(
-    run: Annotated[Path, typer.Argument(help="The run file to write.", metavar="RUN.yaml")] = Path("run.yaml"),
+    run: Annotated[Path, typer.Argument(help="The run file to write.", metavar="RUN.yaml", callback=at_home)] = Path(
+        "run.yaml"
+    ),
     name: Annotated[
         str | None,
         typer.Option("--method", "-m", help="What is trained.", autocompletion=completion.method_names),
@@ -80,6 +84,7 @@ def init(
     kind = kind_of(task)
     if name is None:
         name = _choose("method", suitable(kind), usual_method(kind)) if asks else usual_method(kind)
+    backbone, data = (None if given is None else local(given) for given in (backbone, data))
     text = render(draft(name, kind, backbone), run, backbone=backbone, data=data)
     try:
         run.write_text(text, encoding="utf-8")
@@ -123,7 +128,9 @@ def ls(as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
 def cp(
     name: Annotated[str, typer.Argument(help="One that ptd ls shows.", autocompletion=completion.shipped_names)],
-    target: Annotated[Path, typer.Argument(help="File or folder to copy it to.", metavar="DEST")] = Path("."),
+    target: Annotated[
+        Path, typer.Argument(help="File or folder to copy it to.", metavar="DEST", callback=at_home)
+    ] = Path("."),
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace a file that is there already.")] = False,
     quiet: Quiet = False,
 ) -> None:

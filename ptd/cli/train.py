@@ -68,4 +68,7 @@ def _uses(config: RunConfig) -> list[str]:
         first = [f"ptd generate --adapter {out} 'your prompt'", f"ptd eval --adapter {out} --data {rows} --generate"]
     else:
         first = [f"ptd predict --adapter {out} --data {rows}"]
-    return [*first, f"ptd inspect {out} --data {rows}", f"ptd export {out} peft_adapter"]
+    from ptd.methods import method
+
+    of_prompt = [f"ptd inspect {out} --data {rows}", f"ptd export {out} peft_adapter"]
+    return [*first, *(of_prompt if method(config.method_name).has_prompt else [])]

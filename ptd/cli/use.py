@@ -15,16 +15,21 @@ from ptd.cli.common import (
     Backbone,
     BatchSize,
     Changes,
+    Follow,
+    FromModel,
     MaxNewTokens,
     NumBeams,
     Quiet,
+    at_home,
     done,
     hush,
     is_main,
     print_json,
     reporter_unless,
+    valid,
 )
 from ptd.errors import UserError
+from ptd.files import check_target, check_writable, write_text
 
 
 def evaluate(
@@ -34,7 +39,8 @@ def evaluate(
     changes: Changes = None,
     generate: Annotated[bool, typer.Option("--generate", help="Also generate: BLEU, ROUGE-L and exact match.")] = False,
     max_new_tokens: MaxNewTokens = 128,
-    num_beams: NumBeams = 1,
+    num_beams: NumBeams = None,
+    generation_config: FromModel = Follow.neutral,
     batch_size: BatchSize = 16,
     quiet: Quiet = False,
 ) -> None:
@@ -45,17 +51,19 @@ def evaluate(
     from ptd.config import parse_settings
 
     settings = parse_settings(changes or [])
+    if not generate and generation_config is not Follow.neutral:
+        raise UserError("--generation-config: has no effect without --generate")
     hush()
+    from ptd.decoding import Decoding
     from ptd.evaluate import evaluate as run_evaluation
-    from ptd.generate import Decoding
 
-    decoding = Decoding(max_new_tokens=max_new_tokens, num_beams=num_beams) if generate else None
+    decoding = Decoding(max_new_tokens, num_beams=num_beams, generation_config=generation_config.value)
     result = run_evaluation(
         data,
         adapter=adapter,
         backbone=backbone,
         settings=settings,
-        decoding=decoding,
+        decoding=decoding if generate else None,
         batch_size=batch_size,
         reporter=reporter_unless(quiet),
     )
@@ -67,21 +75,39 @@ def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; default: one a line from stdin.")] = None,
     adapter: Adapter = None,
     backbone: Backbone = None,
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="Text file with one prompt a line.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Text file with one prompt a line.", callback=at_home)
+    ] = None,
     max_new_tokens: MaxNewTokens = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0: greedy; above: sample.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus of the sampled tokens.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest tokens; 0: all.")] = 0,
-    num_beams: NumBeams = 1,
+    raw: Annotated[
+        bool,
+        typer.Option("--raw", help="Send each prompt as it is, not through the prompt template or chat template."),
+    ] = False,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0: greedy; above: sample. Default: 0.", show_default=False)
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Nucleus of the sampled tokens. Default: 1, all.", show_default=False),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=0, help="Sample from the k likeliest tokens. Default: 0, all.", show_default=False),
+    ] = None,
+    num_beams: NumBeams = None,
+    generation_config: FromModel = Follow.neutral,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     batch_size: BatchSize = 16,
     changes: Changes = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line: prompt and completion.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Continue prompts with the tuned backbone; prints one completion a line."""
+    """Continue prompts with the tuned backbone; prints one completion a line.
+
+    After training on chats (data.format: messages) a prompt is a user message in the tokenizer's chat template.
+    """
     from ptd.config import parse_settings
-    from ptd.generate import Decoding
+    from ptd.decoding import Decoding
     from ptd.generate import generate as run_generation
 
     settings = parse_settings(changes or [])
@@ -92,7 +118,8 @@ def generate(
         adapter=adapter,
         backbone=backbone,
         settings=settings,
-        decoding=Decoding(max_new_tokens, temperature, top_p, top_k, num_beams, seed),
+        decoding=Decoding(max_new_tokens, temperature, top_p, top_k, num_beams, seed, generation_config.value),
+        raw=raw,
         batch_size=batch_size,
         reporter=reporter_unless(quiet),
     )
@@ -111,17 +138,16 @@ def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
         return read_prompts(file)
     if sys.stdin.isatty():
         raise UserError("no prompt: give it as an argument, with --file, or on stdin")
-    prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    if not prompts:
-        raise UserError("no prompt on stdin; write one a line")
-    return prompts
+    return read_prompts(sys.stdin.buffer, "stdin")
 
 
 def predict(
     data: Annotated[str, typer.Option("--data", "-d", help="Rows to label: file, dataset folder or hub name.")],
     adapter: Annotated[str, typer.Option("--adapter", "-a", help="Adapter folder, or a run's output folder.")],
     backbone: Backbone = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSONL file to write; default: stdout.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSONL file to write; default: stdout.", callback=at_home)
+    ] = None,
     changes: Changes = None,
     batch_size: BatchSize = 16,
     quiet: Quiet = False,
@@ -130,6 +156,8 @@ def predict(
     from ptd.config import parse_settings
 
     settings = parse_settings(changes or [])
+    if output is not None and is_main():
+        check_target(output, "--output")
     hush()
     from ptd.predict import predict as run_prediction
 
@@ -141,13 +169,13 @@ def predict(
         batch_size=batch_size,
         reporter=reporter_unless(quiet),
     )
-    lines = [json.dumps(row, ensure_ascii=False, default=str) for row in found]
     if not is_main():
         return
+    lines = [json.dumps(valid(row), ensure_ascii=False, default=str) for row in found]
     if output is None:
         print("\n".join(lines))
     else:
-        output.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        write_text(output, "".join(line + "\n" for line in lines), "--output")
         done(
             quiet,
             {output: f"{len(lines)} rows"},
@@ -165,7 +193,10 @@ def inspect_(
     changes: Changes = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows to use at most, evenly spaced over the data.")] = 64,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to write; default: inspect in the adapter's folder.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder to write; default: inspect in the adapter's folder.", callback=at_home
+        ),
     ] = None,
     batch_size: BatchSize = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
@@ -184,13 +215,15 @@ def inspect_(
     from ptd.inspection import inspect as run_inspection
     from ptd.inspection.tables import headline, sections
 
+    folder = output or output_folder(adapter)
+    if is_main():
+        check_writable(folder, "--output")
     reporter = reporter_unless(quiet)
     found = run_inspection(
         adapter, data=data, backbone=backbone, settings=settings, rows=rows, batch_size=batch_size, reporter=reporter
     )
     if not is_main():
         return
-    folder = output or output_folder(adapter)
     write(found, folder)
     print_json(found) if as_json else print_inspection(headline(found), found["notes"], sections(found))
     if data is None and not quiet:
@@ -204,7 +237,7 @@ def inspect_(
 
 def export_(
     source: Annotated[str, typer.Argument(help="Adapter folder or run output folder.")],
-    target: Annotated[Path, typer.Argument(help="New folder to write.")],
+    target: Annotated[Path, typer.Argument(help="New folder to write.", callback=at_home)],
     base_model: Annotated[str | None, typer.Option(help="Backbone to name in it, e.g. a hub id.")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -224,7 +257,7 @@ def export_(
 
 def import_(
     source: Annotated[str, typer.Argument(help="Folder of a PEFT prompt adapter.")],
-    target: Annotated[Path, typer.Argument(help="New folder to write.")],
+    target: Annotated[Path, typer.Argument(help="New folder to write.", callback=at_home)],
     backbone: Backbone = None,
     quiet: Quiet = False,
 ) -> None:

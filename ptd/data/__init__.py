@@ -5,10 +5,11 @@ out to steps, ranks and micro-batches, and `prefetch` does so ahead of time.
 """
 
 from ptd.data.batches import Batches
-from ptd.data.formats import fill_prompts, prompt_tokens, prompts_and_references, tokenize
+from ptd.data.formats import prompts_and_references, tokenize
 from ptd.data.prefetch import prefetch
 from ptd.data.sources import check_source, load_rows
 from ptd.data.templates import marks_of
+from ptd.data.typed import fill_prompts, prompt_tokens
 
 __all__ = [
     "Batches",

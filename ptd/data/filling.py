@@ -69,6 +69,21 @@ def special_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
     return full[:end], full[end:]
 
 
+def affixed(ids: Sequence[int], head: Sequence[int], tail: Sequence[int] = ()) -> list[int]:
+    """``ids`` between the special tokens ``head`` and ``tail``, which a text that writes them itself gets only once.
+
+    Virtual tokens may stand before or behind the text.
+    """
+    ids, head, tail = list(ids), list(head), list(tail)
+    first = next((place for place, token in enumerate(ids) if token >= 0), len(ids))
+    if head and ids[first : first + len(head)] == head:
+        del ids[first : first + len(head)]
+    last = next((place for place in range(len(ids), 0, -1) if ids[place - 1] >= 0), 0)
+    if tail and ids[max(last - len(tail), 0) : last] == tail:
+        del ids[last - len(tail) : last]
+    return head + ids + tail
+
+
 def _spread(runs: Sequence[Run], values: Sequence[str]) -> list[list[str]]:
     """The text of each part of each run."""
     rest = iter(values)
@@ -76,13 +91,14 @@ def _spread(runs: Sequence[Run], values: Sequence[str]) -> list[list[str]]:
 
 
 def _assemble(template: Template, runs: list[list[int]], affixes: tuple[list[int], list[int]]) -> list[int]:
-    ids, rest = list(affixes[0]), iter(runs)
+    ids: list[int] = []
+    rest = iter(runs)
     for piece in template.pieces:
         if isinstance(piece, Virtual):
             ids += [virtual_id(piece.first + number) for number in range(piece.count)]
         else:
             ids += [MASK_SLOT] if isinstance(piece, Mask) else next(rest)
-    return ids + affixes[1]
+    return affixed(ids, *affixes)
 
 
 def _cut(

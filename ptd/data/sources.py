@@ -14,6 +14,8 @@ import glob
 import hashlib
 import json
 import logging
+import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import Any, TextIO
 import datasets
 from datasets import Dataset, DatasetDict, Features, Json, Value, load_dataset
 
+from ptd.files import as_path, open_text
 from ptd.types import UserError
 
 Row = dict[str, Any]
@@ -36,7 +39,7 @@ def load_rows(source: str, split: str, *, what: str) -> Dataset:
     ``split`` selects from folders and hub datasets; a file is all there is. ``what`` names the setting in messages
     (``data.train``). A key that a JSON row lacks is None. Raises `UserError`.
     """
-    path = Path(source).expanduser()
+    path = as_path(source)
     with _quiet():
         if path.is_dir():
             rows = _folder(path, source, split, what)
@@ -53,7 +56,7 @@ def load_rows(source: str, split: str, *, what: str) -> Dataset:
 
 def check_source(source: str, *, what: str) -> str:
     """What ``source`` is, without reading it; raises `UserError` for a file or folder that cannot be one."""
-    path = Path(source).expanduser()
+    path = as_path(source)
     if path.is_dir():
         return f"{source} (a folder)"
     if path.suffix.lower() in _FILES and path.exists():
@@ -76,7 +79,9 @@ def _looks_like_a_path(source: str, path: Path) -> bool:
 def _not_a_source(source: str, path: Path, what: str) -> str:
     kinds = ", ".join(_FILES)
     if path.exists():
-        return f"{what}: {source} is a {path.suffix or 'suffixless'} file; only {kinds} can be read, convert it to one"
+        how = f": {_to_commas(path, _TAB)}" if path.suffix.lower() == ".tsv" else ""
+        kind = path.suffix or "suffixless"
+        return f"{what}: {source} is a {kind} file; only {kinds} can be read, convert it to one{how}"
     siblings = path.parent.glob("*") if path.parent.is_dir() else []
     near = sorted(sibling.name for sibling in siblings if sibling.suffix in _FILES)
     hint = f"{path.parent} has {', '.join(near[:8])}" if near else f"relative paths start at {Path.cwd()}"
@@ -85,26 +90,21 @@ def _not_a_source(source: str, path: Path, what: str) -> str:
 
 def _json_rows(path: Path, what: str) -> Iterator[Row]:
     """One object a line; a .json file may also hold one array of objects. Blank lines count as nothing."""
-    with path.open(encoding="utf-8-sig") as file:
-        try:
+    with open_text(path, f"{what}: cannot read") as file:
+        start = file.read(1)
+        while start.isspace():
             start = file.read(1)
-            while start.isspace():
-                start = file.read(1)
-            file.seek(0)
-            if start == "[" and path.suffix.lower() == ".json":
-                yield from _objects(enumerate(_array(file, path, what), start=1), f"{what}: {path}, element")
-            else:
-                parsed = (
-                    (number, _parse(line, number, path, what)) for number, line in enumerate(file, 1) if line.strip()
-                )
-                yield from _objects(parsed, f"{what}: {path}, line")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{what}: {path} is not UTF-8 text ({error}); convert it, e.g. with iconv") from error
+        file.seek(0)
+        if start == "[" and path.suffix.lower() == ".json":
+            yield from _objects(enumerate(_array(file, path, what), start=1), f"{what}: {path}, element")
+        else:
+            parsed = ((number, _parse(line, number, path, what)) for number, line in enumerate(file, 1) if line.strip())
+            yield from _objects(parsed, f"{what}: {path}, line")
 
 
 def _array(file: TextIO, path: Path, what: str) -> Any:
     try:
-        return json.load(file)
+        return json.load(file, object_pairs_hook=_no_key_twice)
     except json.JSONDecodeError as error:
         raise UserError(f"{what}: {path}, line {error.lineno} is not valid JSON: {error.msg}") from error
     except UnicodeDecodeError:
@@ -119,7 +119,15 @@ _TOO_MUCH = (ValueError, RecursionError)
 
 def _parse(line: str, number: int, path: Path, what: str) -> Any:
     try:
-        return json.loads(line)
+        value = json.loads(line, object_pairs_hook=_no_key_twice)
+        if _SURROGATE.search(line):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{what}: {path}, line {number} has half of a character (\\u{ord(error.object[error.start]):04x} alone); "
+            "write it whole"
+        ) from error
     except json.JSONDecodeError as error:
         raise UserError(
             f"{what}: {path}, line {number} is not valid JSON ({error.msg} at character {error.pos + 1}); "
@@ -127,6 +135,19 @@ def _parse(line: str, number: int, path: Path, what: str) -> Any:
         ) from error
     except _TOO_MUCH as error:
         raise UserError(f"{what}: {path}, line {number} cannot be read as JSON: {error}") from error
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""Half of a character, as JSON may write those beyond U+FFFF."""
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Python would keep the last of the values, another reader perhaps the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice in one object")
+    return found
 
 
 def _objects(values: Any, place: str) -> Iterator[Row]:
@@ -141,9 +162,11 @@ def _objects(values: Any, place: str) -> Iterator[Row]:
 def _csv_rows(path: Path, what: str) -> Iterator[Row]:
     """The first line names the columns; every value is text, as it stands in the file."""
     csv.field_size_limit(2**31 - 1)  # the module's default refuses texts over 128 KiB
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with open_text(path, f"{what}: cannot read", newline="") as file:
+        _check_separator(file.readline(), path, what)
+        file.seek(0)
         try:
-            reader = csv.reader(file)
+            reader = csv.reader(file, strict=True)  # or a quote that nothing closes would swallow the rows behind it
             header = next(reader, [])
             if len(set(header)) != len(header):
                 raise UserError(
@@ -157,10 +180,31 @@ def _csv_rows(path: Path, what: str) -> Iterator[Row]:
                     )
                 if values:
                     yield dict(zip(header, values, strict=True))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{what}: {path} is not UTF-8 text ({error}); convert it, e.g. with iconv") from error
         except csv.Error as error:
             raise UserError(f"{what}: {path}, line {reader.line_num} is not valid CSV: {error}") from error
+
+
+_TAB = "\t"
+_SEPARATORS = {";": "semicolons", _TAB: "tabs", "|": "vertical bars"}
+
+
+def _check_separator(line: str, path: Path, what: str) -> None:
+    """Refuse a file whose first line is separated by something else than commas."""
+    for separator, name in _SEPARATORS.items():
+        if separator in line and "," not in line:
+            raise UserError(
+                f"{what}: {path} looks separated by {name}: its first line, {_short(line, 80)!r}, has no comma; "
+                f"separate the values by commas: {_to_commas(path, separator)}"
+            )
+
+
+def _to_commas(path: Path, separator: str) -> str:
+    """The command that rewrites a table. Files of tabs mostly have no quotes but those of their texts."""
+    options = (
+        r"delimiter='\t', quoting=csv.QUOTE_NONE" if separator == _TAB else f"delimiter='{separator}', strict=True"
+    )
+    code = f"import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, {options}))"
+    return f'python -c "{code}" < {shlex.quote(str(path))} > commas.csv'
 
 
 def _from_reader(reader: Callable[[Path, str], Iterator[Row]]) -> Callable[[Path, str], Dataset]:
@@ -173,7 +217,7 @@ def _from_reader(reader: Callable[[Path, str], Iterator[Row]]) -> Callable[[Path
         if not textual:
             raise UserError(_no_rows(path, what))
         stat = path.stat()
-        identity = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns, textual, "v1"])
+        identity = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns, textual, "v2"])
         return _guarded(
             lambda: Dataset.from_generator(
                 _typed_rows,
@@ -203,6 +247,11 @@ def _parquet(path: Path, what: str) -> Dataset:
 
 def _folder(path: Path, source: str, split: str, what: str) -> Dataset:
     if not any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
+        tables = _tables(path)
+        if split in tables:
+            return _FILES[tables[split].suffix.lower()](tables[split], what)
+        if tables and split.isidentifier():
+            raise UserError(_no_split(source, split, ", ".join(tables), what))
         return _hub(str(path.resolve()), split, what)
     if not any(path.rglob("*.arrow")):  # save_to_disk writes no data file without rows, and cannot load that
         raise UserError(_no_rows(source, what))
@@ -212,6 +261,28 @@ def _folder(path: Path, source: str, split: str, what: str) -> Dataset:
             raise UserError(_no_split(source, split, ", ".join(loaded), what))
         return loaded[split]
     return loaded
+
+
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""What `datasets` takes for the names of splits in the names of files."""
+
+
+def _tables(folder: Path) -> dict[str, Path]:
+    """Split -> file, of a folder of CSV and JSONL files alone: they are read as they would be by themselves."""
+    files = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    if any(path.suffix.lower() not in (".csv", ".jsonl") or not path.is_file() for path in files):
+        return {}
+    found: dict[str, Path] = {}
+    for split, words in _SPLITS.items():
+        named = [path for path in files if set(re.split(r"[^a-z]+", path.stem.lower())) & set(words)]
+        if len(named) > 1:
+            return {}
+        found |= dict(zip([split], named, strict=False))
+    return found
 
 
 def _hub(source: str, split: str, what: str) -> Dataset:

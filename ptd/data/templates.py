@@ -15,7 +15,9 @@ from functools import cached_property
 from typing import Any
 
 from ptd.config import DataConfig
+from ptd.data.fields import TEXT_OR_NUMBER, Column, blank, cell
 from ptd.types import UserError
+from ptd.values import is_blank
 
 MASK_SLOT = -(2**31)
 """Stands in filled templates where ``{mask}`` stood: no token and no `virtual_id`."""
@@ -112,15 +114,18 @@ class Template:
     def values(self, columns: dict[str, list[Any]], first: int, what: str) -> list[tuple[str, ...]]:
         """What each row has for the fields, as text: "{a} + {b} =" may have numbers.
 
-        ``first`` is the number of the first row. Raises `UserError` for values that are neither text nor numbers.
+        ``first`` is the number of the first row. Raises `UserError` for values that are neither text nor numbers, and
+        for rows that have no text for any field.
         """
-        for name in self.fields:
-            for row, value in enumerate(columns[name], first):
-                if not isinstance(value, str | int | float):
-                    kind = "missing" if value is None else f"{type(value).__name__}, not text or a number"
-                    raise UserError(f"row {row} of {what}: {name!r}, which {self.key} uses, is {kind}")
+        fields = [Column(name, TEXT_OR_NUMBER, may_be_blank=True, used_by=self.key) for name in self.fields]
         size = len(next(iter(columns.values())))
-        return [tuple(str(columns[name][row]) for name in self.fields) for row in range(size)]
+        found = [
+            tuple(cell(columns[field.name][row], field, first + row, what) for field in fields) for row in range(size)
+        ]
+        for row, values in enumerate(found, first):
+            if values and all(map(is_blank, values)):
+                raise blank(f"row {row} of {what}", ", ".join(map(repr, dict.fromkeys(self.fields))))
+        return found
 
 
 def parse_template(source: str, key: str = "data.prompt_template") -> Template:

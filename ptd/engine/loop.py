@@ -46,7 +46,9 @@ class Loop:
     """Everything a run needs while it trains; `run` does it.
 
     ``on_record`` gets each record, ``on_eval`` each evaluation, ``on_save`` the steps after which to keep the state;
-    ``on_boundary`` is called after every step; ``heartbeat`` is told what begins now, at each micro-batch at least.
+    ``on_trained`` is called before each evaluation and before all else that follows the last step: what was trained is
+    kept before anything that may fail. ``on_boundary`` is called after every other step; ``heartbeat`` is told what
+    begins now, at each micro-batch at least.
     ``behind``: results of steps are read so many steps later, unless a record, an evaluation or a checkpoint is due;
     None: `BEHIND` on a GPU.
     """
@@ -61,6 +63,7 @@ class Loop:
     on_record: Callable[[dict[str, Any]], None]
     on_eval: Callable[[int, dict[str, float]], None]
     on_save: Callable[[int], None]
+    on_trained: Callable[[int], None] = lambda step: None
     on_boundary: Callable[[], None] = lambda: None
     request: StopRequest = field(default_factory=StopRequest)
     heartbeat: Callable[[str], None] = lambda doing: None
@@ -91,8 +94,9 @@ class Loop:
                 group["lr"] = rate(index) * group["scale"]
             unread.append((index + 1, self.take_step(index, micro_batches)))
             clock.pause()
-            self.on_boundary()
             number = index + 1
+            if number < stop:  # behind the last step nothing is waited for before `on_trained`
+                self.on_boundary()
             logs, evaluates, saves = (
                 number == stop or bool(every and number % every == 0)
                 for every in (self.config.logging_steps, self.config.eval_steps, self.config.save_steps)
@@ -102,6 +106,8 @@ class Loop:
                 window.add(result)
                 stops |= result.stop
             window.pass_by(time.perf_counter() - began, self.step.meter.take())
+            if number == stop or (evaluates and self.held_out is not None):
+                self.on_trained(number)
             line = None
             if logs:
                 record = window.record(number, rate(index), result, self.ranks, clock.take())
@@ -182,6 +188,7 @@ class Loop:
             f"step {number} skipped on all ranks: loss {result.loss}, gradient norm {result.grad_norm} (not finite)"
         )
         if so_far + 1 >= MAX_SKIPPED:
+            self.on_trained(number)  # which no skipped step has changed
             raise UserError(
                 f"{MAX_SKIPPED} steps in a row had a loss or gradient that is not finite; lower train.learning_rate "
                 "or set backbone.dtype: float32"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-import tempfile
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from ptd.config import RunConfig
 from ptd.engine.meeting import listed
 from ptd.engine.ranks import Ranks
 from ptd.engine.records import flat
+from ptd.files import check_writable, existing
 from ptd.types import UserError
 
 PER_NODE = ("backbone.offload_folder",)
@@ -36,7 +36,7 @@ def check_run(config: RunConfig, ranks: Ranks) -> None:
     check_same_config(config, ranks)
     check_output(config.output_dir, ranks)
     if config.backbone.offload_folder is not None:
-        check_writable(Path(config.backbone.offload_folder), "backbone.offload_folder")
+        check_writable(config.backbone.offload_folder, "backbone.offload_folder")
 
 
 def check_same_config(config: RunConfig, ranks: Ranks) -> None:
@@ -86,7 +86,7 @@ def check_output(folder: Path, ranks: Ranks) -> None:
         seen = ranks.gather(_appears(folder, mark))
     finally:
         if ranks.is_main:
-            (_existing(folder) / mark).unlink(missing_ok=True)
+            (existing(folder) / mark).unlink(missing_ok=True)
     blind = [rank for rank, there in enumerate(seen) if not there]
     if blind:
         raise UserError(
@@ -98,35 +98,11 @@ def check_output(folder: Path, ranks: Ranks) -> None:
 def _appears(folder: Path, mark: str) -> bool:
     """Whether the file is seen where this rank would write."""
     limit = time.monotonic() + PATIENCE
-    while not (_existing(folder) / mark).exists():
+    while not (existing(folder) / mark).exists():
         if time.monotonic() > limit:
             return False
         time.sleep(0.2)
     return True
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or what there is of it as long as it is yet to be made."""
-    place = folder.expanduser().absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    return place
-
-
-def check_writable(folder: Path, key: str) -> Path:
-    """Raise `UserError` unless files can be made in ``folder``, or above it if it is yet to be made; returns where."""
-    place = _existing(folder)
-    if not place.is_dir():
-        raise UserError(f"{key}: {place} is a file; give a folder")
-    try:
-        with tempfile.TemporaryFile(dir=place) as file:
-            file.write(b"\0" * 4096)
-    except OSError as error:
-        raise UserError(
-            f"{key}: cannot write to {place} ({error.strerror}); give a folder that you may write to, on a "
-            "disk with space that is not mounted read-only"
-        ) from error
-    return place
 
 
 def bytes_to_write(trained: int, adapter: int, save_total_limit: int) -> int:
@@ -139,7 +115,7 @@ def bytes_to_write(trained: int, adapter: int, save_total_limit: int) -> int:
 
 def check_space(folder: Path, needed: int) -> str:
     """Raise `UserError` if the disk of ``folder`` has less than ``needed`` bytes, beside what the run has there."""
-    place = _existing(folder)
+    place = existing(folder)
     own = sum(path.stat().st_size for path in folder.glob("checkpoints/*/*") if path.is_file())
     free = shutil.disk_usage(place).free
     if free + own < needed:

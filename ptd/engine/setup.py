@@ -66,22 +66,20 @@ def prepare(
     return replace(prepared, sharded=shards is not None, forget_passes=forget_passes)
 
 
-def check_context(shape: BackboneShape, num_virtual_tokens: int, max_length: int) -> None:
-    """Refuse a prompt and sequences that together are longer than what the backbone was built for.
+def check_context(context: int | None, num_virtual_tokens: int, max_length: int) -> None:
+    """Refuse a prompt and sequences that together are longer than the ``context`` the backbone was built for.
 
     ``num_virtual_tokens``: positions that the prompt takes beside the sequences' own.
     """
-    if shape.context is None or num_virtual_tokens + max_length <= shape.context:
+    if context is None or num_virtual_tokens + max_length <= context:
         return
-    room = shape.context - num_virtual_tokens
+    room = context - num_virtual_tokens
     if room < 2:
         raise UserError(
             f"method.num_virtual_tokens: {num_virtual_tokens} virtual tokens do not fit the backbone's context of "
-            f"{shape.context} tokens; use at most {shape.context // 2}"
+            f"{context} tokens; use at most {context // 2}"
         )
     too_long = f"data.max_length={max_length} exceeds"
     if num_virtual_tokens:
         too_long = f"method.num_virtual_tokens={num_virtual_tokens} and data.max_length={max_length} together exceed"
-    raise UserError(
-        f"{too_long} the backbone's context of {shape.context} tokens; set data.max_length to at most {room}"
-    )
+    raise UserError(f"{too_long} the backbone's context of {context} tokens; set data.max_length to at most {room}")

@@ -2,7 +2,9 @@
 
 from ptd.inject.attach import Attachment, check_supported
 from ptd.inject.compile import compile_each, compile_layers
-from ptd.inject.explain import explain_attention, standing_in_for_gpu
+from ptd.inject.explain import check_backend, explain_attention, standing_in_for_gpu
+from ptd.inject.inputs import decoder_start
+from ptd.inject.probe import context_of
 from ptd.inject.watch import LayerShares, SharesOfPrompt, attending_only_to
 
 __all__ = [
@@ -10,9 +12,12 @@ __all__ = [
     "LayerShares",
     "SharesOfPrompt",
     "attending_only_to",
+    "check_backend",
     "check_supported",
     "compile_each",
     "compile_layers",
+    "context_of",
+    "decoder_start",
     "explain_attention",
     "standing_in_for_gpu",
 ]

@@ -8,11 +8,11 @@ from functools import singledispatchmethod
 from typing import Any
 
 import torch
-from ptd_kernels import available_backends
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptd.inject.attention import IMPLEMENTATION, MASKLESS, give_slot, has_slot, take_slot
+from ptd.inject.explain import check_backend
 from ptd.inject.head import Head
 from ptd.inject.inputs import Inputs
 from ptd.inject.probe import layer_shapes, probe, shape_of
@@ -73,9 +73,7 @@ class Attachment:
         forget_passes: Callable[[], None] = lambda: None,
     ) -> None:
         check_supported(type(model), model.config)
-        if backend not in ("auto", *available_backends()):
-            known = ", ".join(["auto", *available_backends()])
-            raise UserError(f"backbone.attention: there is no backend {backend!r}; available: {known}")
+        check_backend(backend)
         if any(has_slot(module) for module in model.modules()):
             raise UserError("this model carries a prompt already; remove() it first")
         if any(parameter.device.type == "meta" for parameter in model.parameters()):

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from ptd_kernels import available_backends, explain_backend, stand_in
 
+from ptd.types import UserError
+
 CASES: dict[str, dict[str, bool]] = {
     "packed": {"packed": True},
     "padded": {"masked": True},
@@ -15,6 +17,13 @@ CASES: dict[str, dict[str, bool]] = {
     "with a bias (T5)": {"biased": True},
 }
 """Kinds of batches."""
+
+
+def check_backend(name: str) -> None:
+    """Raise `UserError` unless ``backbone.attention`` names a backend, or ``auto``."""
+    if name not in ("auto", *available_backends()):
+        known = ", ".join(["auto", *available_backends()])
+        raise UserError(f"backbone.attention: there is no backend {name!r}; available: {known}")
 
 
 def explain_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, dict[str, str]]:

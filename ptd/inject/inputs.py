@@ -11,6 +11,13 @@ from ptd.inject.stack import Stack
 from ptd.types import Batch
 
 
+def decoder_start(model: PreTrainedModel) -> int | None:
+    """What the decoder of an encoder-decoder starts from, in training and in generation; None: nothing says it."""
+    start: int | None = getattr(model.config, "decoder_start_token_id", None)
+    own = getattr(model, "generation_config", None)
+    return start if start is not None or own is None else own.decoder_start_token_id
+
+
 class Inputs:
     """What a model takes of a `Batch`, and under which names.
 
@@ -20,7 +27,9 @@ class Inputs:
     """
 
     def __init__(self, model: PreTrainedModel, reader: Stack, *, sees_padding: bool) -> None:
-        self.config = model.config
+        self.decoder_start = decoder_start(model)
+        self.placeholder: int = getattr(model.config, "pad_token_id", None) or 0
+        """The token that the sequences of an encoder-decoder have where their decoder starts."""
         parameters = inspect.signature(model.forward).parameters
         self.names = set(parameters)
         self.takes = set(parameters)
@@ -35,11 +44,9 @@ class Inputs:
             inputs["use_cache"] = False
         if batch.source is not None:
             ids = batch.input_ids.clone()
-            # Where the target does not say what the decoder starts from (mBART's language code), the config does.
-            start = getattr(self.config, "decoder_start_token_id", None)
-            if start is not None:
-                open_start = ids[:, 0] == (self.config.pad_token_id or 0)
-                ids[:, 0] = ids[:, 0].masked_fill(open_start, start)
+            # Where the target does not say what the decoder starts from (mBART's language code), the model does.
+            if self.decoder_start is not None:
+                ids[:, 0] = ids[:, 0].masked_fill(ids[:, 0] == self.placeholder, self.decoder_start)
             source = batch.source
             return inputs | {
                 "input_ids": source.input_ids,

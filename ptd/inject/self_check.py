@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers import DynamicCache, PreTrainedModel
 
 from ptd.inject.attention import Call
@@ -189,11 +189,15 @@ class SelfCheck:
         return None
 
     def _packed(self) -> str | None:
+        with unset_fake_temporarily():  # boundaries have values even where nothing else has
+            batch = self._batch(self.rows, packed=True)
         try:
-            hidden = self._run(self._batch(self.rows, packed=True))
+            if self.blank:
+                self.attachment.run(batch)
+                return None
+            return self._said(self._apart(self._run(batch)), "without a prompt", packed=True)
         except (UserError, TypeError) as error:
             return str(error)
-        return None if self.blank else self._said(self._apart(hidden), "without a prompt", packed=True)
 
     def _left(self, *, prefix: bool) -> str | None:
         if self.two or not self.causal:

@@ -10,8 +10,8 @@ import numpy as np
 from ptd.checkpoint import Adapter, load_adapter
 from ptd.checkpoint.files import make_folders, write_json
 from ptd.data import load_rows
-from ptd.engine.evaluation import HeldOut
 from ptd.engine.ranks import Ranks
+from ptd.files import as_path
 from ptd.generate import Settings, Tuned, load_tuned, start_ranks
 from ptd.inspection.effects import effects_on
 from ptd.inspection.geometry import nearest_tokens, tensors_of
@@ -90,18 +90,17 @@ def _nearest(adapter: Adapter, tuned: Tuned) -> list[dict[str, Any]] | None:
 
 
 def _on_rows(data: str, tuned: Tuned, ranks: Ranks, most: int, batch_size: int, reporter: Reporter) -> dict[str, Any]:
-    task, tokenizer = tuned.task, tuned.tokenizer
-    given = load_rows(data, task.data.eval_split, what="--data")
+    given = load_rows(data, tuned.task.data.eval_split, what="--data")
     chosen = np.unique(np.linspace(0, len(given) - 1, min(most, len(given))).round().astype(int))
     used = given.select(chosen.tolist())
-    examples = task.tokenize(used, tokenizer, what=data)
-    reporter.note(f"--data: {len(used):,} of {len(given):,} rows are used: {examples.report}")
-    held_out = HeldOut(task, examples, used, batch_size, task.data.packing, tokenizer.pad_token_id)
-    facts = {"file": Path(data).name, "rows": len(used), "rows_in_file": len(given), "tokens": examples.report.tokens}
+    held_out = tuned.held_out(used, batch_size, what=data)
+    report = held_out.examples.report
+    reporter.note(f"--data: {len(used):,} of {len(given):,} rows are used: {report}")
+    facts = {"file": Path(data).name, "rows": len(used), "rows_in_file": len(given), "tokens": report.tokens}
     return {"data": facts, **effects_on(held_out, tuned, ranks, reporter)}
 
 
-def write(found: dict[str, Any], folder: Path) -> list[Path]:
+def write(found: dict[str, Any], folder: str | Path) -> list[Path]:
     """Write inspect.json, the figures and a page that holds everything into ``folder``; returns the files.
 
     Raises `UserError` if the folder cannot be written.
@@ -109,6 +108,7 @@ def write(found: dict[str, Any], folder: Path) -> list[Path]:
     from ptd.inspection.figures import save
     from ptd.inspection.page import render
 
+    folder = as_path(folder)
     try:
         make_folders(folder)
         write_json(folder / "inspect.json", found)
@@ -125,7 +125,7 @@ def write(found: dict[str, Any], folder: Path) -> list[Path]:
 
 def output_folder(adapter: str) -> Path:
     """Where the result of ``adapter`` goes unless told otherwise: ``inspect`` in its folder."""
-    return Path(adapter) / "inspect"
+    return as_path(adapter) / "inspect"
 
 
 __all__ = ["ADDS", "inspect", "output_folder", "write"]

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from ptd.files import lines_of, read_text
 from ptd.launch.program import Program
 from ptd.types import UserError
 
@@ -94,10 +95,7 @@ def environment(gpus: int) -> dict[str, str]:
 
 def read_hostfile(path: Path) -> list[Host]:
     """The nodes of a hostfile in DeepSpeed's form; raises `UserError` for what it would not take."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--hostfile: cannot read {path}: {error}") from error
+    lines = lines_of(read_text(path, "--hostfile: cannot read"))
     hosts: dict[str, Host] = {}
     for number, line in enumerate(lines, start=1):
         text = line.strip()

@@ -73,8 +73,9 @@ class Method:
 
     ``construct(config, shape, conditioner, facts)`` builds the encoder; ``head(config)`` says what a trained head looks
     like where the task has one; ``check(config, facts)`` raises `UserError` for a task that the method does not suit.
-    Without ``has_prompt`` a trained head is all there is to train, and without that head nothing is. ``example``: keys
-    that a new run file sets because the defaults alone do not make a run.
+    Without ``has_prompt`` a trained head is all there is to train, and without that head nothing is. ``sizes(config)``:
+    settings that build an encoder of the same sizes without a look at the backbone's numbers or at a file.
+    ``example``: keys that a new run file sets because the defaults alone do not make a run.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Method:
     head: Callable[[Any], HeadSettings]
     check: Callable[[Any, TaskFacts], None]
     has_prompt: bool
+    sizes: Callable[[Any], Any] = lambda config: config
     example: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -124,6 +126,7 @@ def register(
     head: Callable[[Any], HeadSettings] = lambda config: HeadSettings(),
     check: Callable[[Any, TaskFacts], None] = refuse_marks,
     has_prompt: bool = True,
+    sizes: Callable[[Any], Any] = lambda config: config,
     example: Mapping[str, Any] | None = None,
 ) -> Callable[[Construct], Construct]:
     """Register ``construct(config, shape, conditioner, facts) -> PromptEncoder`` under ``name``; see `Method`.
@@ -132,7 +135,7 @@ def register(
     """
 
     def add(construct: Construct) -> Construct:
-        _METHODS[name] = Method(name, config, construct, head, check, has_prompt, example or {})
+        _METHODS[name] = Method(name, config, construct, head, check, has_prompt, sizes, example or {})
         return construct
 
     return add

@@ -22,7 +22,9 @@ from ptd.methods.settings import (
     TANH_WIDTH,
     VIRTUAL_TOKENS,
     check_positive,
+    check_start,
     check_text,
+    from_nothing,
     key,
     read_text,
 )
@@ -58,7 +60,7 @@ class PrefixConfig:
                     raise UserError(f"method.{name}: has no effect without method.prefix_projection: true; remove one")
 
 
-@register("prefix", config=PrefixConfig)
+@register("prefix", config=PrefixConfig, check=check_start, sizes=from_nothing)
 def build(
     config: PrefixConfig, shape: BackboneShape, conditioner: Conditioner, facts: TaskFacts
 ) -> PrefixEncoder | SeparatePrefixEncoder:

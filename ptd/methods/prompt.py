@@ -14,13 +14,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ptd.methods import Conditioner, TaskFacts, refuse_marks, register
+from ptd.methods import Conditioner, TaskFacts, register
 from ptd.methods.settings import (
     INIT_TEXT,
     INIT_TEXT_FILE,
     VIRTUAL_TOKENS,
     check_positive,
+    check_start,
     check_text,
+    from_nothing,
     key,
     read_text,
 )
@@ -68,18 +70,25 @@ class SoftPromptEncoder(PromptEncoder):
 
 
 def check(config: PromptConfig, facts: TaskFacts) -> None:
-    """Refuse marks, and to start from label names where there are none."""
-    refuse_marks(config, facts)
+    """Refuse marks, a text that cannot be read, and to start from label names where there are none, or too many."""
+    check_start(config, facts)
     if config.init == "labels" and facts.kind not in ("classification", "token_classification"):
         raise UserError(
             f"method.init: labels needs label names, which task.kind {facts.kind} does not have; set method.init: "
             "vocabulary or text"
         )
+    if config.init == "labels" and len(facts.labels) > config.num_virtual_tokens:
+        raise UserError(
+            f"method.init: labels needs a virtual token a label, but method.num_virtual_tokens="
+            f"{config.num_virtual_tokens} is fewer than the task's {len(facts.labels)} labels; raise it to at least "
+            f"{len(facts.labels)} or set method.init: vocabulary"
+        )
 
 
-@register("prompt", config=PromptConfig, check=check)
+@register("prompt", config=PromptConfig, check=check, sizes=from_nothing)
 def build(config: PromptConfig, shape: BackboneShape, conditioner: Conditioner, facts: TaskFacts) -> SoftPromptEncoder:
-    """Build and initialise the encoder for a backbone of ``shape``."""
+    """Build and initialise the encoder for a backbone of ``shape``; raises `UserError` as `check` does."""
+    check(config, facts)
     tokens = config.num_virtual_tokens
     if config.init == "random":
         return SoftPromptEncoder(torch.rand(tokens, shape.input_size) - 0.5)
@@ -109,11 +118,6 @@ def _cycle(count: int, ids: Sequence[int]) -> list[int]:
 
 def _labels(count: int, labels: Sequence[str], vocab_size: int, conditioner: Conditioner) -> Tensor:
     """A row a label, the mean over the tokens of its name; then sampled vocabulary, ``[count, hidden]``."""
-    if len(labels) > count:
-        raise UserError(
-            f"method.init: labels needs a virtual token a label, but method.num_virtual_tokens={count} is fewer than "
-            f"the task's {len(labels)} labels; raise it to at least {len(labels)} or set method.init: vocabulary"
-        )
     names = [conditioner.token_ids(label) for label in labels]
     for label, name in zip(labels, names, strict=True):
         if not name:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from ptd.files import as_path
+from ptd.files import read_text as text_of
 from ptd.methods import TaskFacts, refuse_marks
 from ptd.types import UserError
 
@@ -51,6 +53,8 @@ def check_text(config: TextSettings) -> None:
     given = [name for name in ("init_text", "init_text_file") if getattr(config, name) is not None]
     if config.init == "text" and len(given) != 1:
         raise UserError("method.init: text needs exactly one of method.init_text and method.init_text_file")
+    if config.init_text_file is not None:
+        config.init_text_file = as_path(config.init_text_file)
     if config.init != "text" and given:
         raise UserError(f"method.{given[0]}: is given, but method.init is {config.init!r}; set method.init: text")
 
@@ -60,10 +64,19 @@ def read_text(config: TextSettings) -> str:
     if config.init_text is not None:
         return config.init_text
     assert config.init_text_file is not None
-    try:
-        return config.init_text_file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"method.init_text_file: cannot read {config.init_text_file}: {error}") from error
+    return text_of(config.init_text_file, "method.init_text_file: cannot read")
+
+
+def check_start(config: TextSettings, facts: TaskFacts) -> None:
+    """The check of methods whose virtual tokens have their own place and may start from a text: it can be read."""
+    refuse_marks(config, facts)
+    if config.init == "text":
+        read_text(config)
+
+
+def from_nothing(config: Any) -> Any:
+    """The settings (`TextSettings`) with a start that looks at neither text nor backbone; the sizes are the same."""
+    return replace(config, init="random", init_text=None, init_text_file=None)
 
 
 def need_trained_head(name: str, pooling: str, facts: TaskFacts, *, for_words: str, for_text: str) -> None:

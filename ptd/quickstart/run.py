@@ -14,9 +14,11 @@ import torch
 
 from ptd.config import load_config
 from ptd.data import load_rows
+from ptd.decoding import Decoding
 from ptd.engine.ranks import Ranks
 from ptd.evaluate import continue_rows, held_out_metrics, text_metrics
-from ptd.generate import Decoding, Tuned, load_tuned
+from ptd.files import as_path, check_writable
+from ptd.generate import Tuned, load_tuned
 from ptd.launch import Program, environment, local_command
 from ptd.quickstart import BACKBONE
 from ptd.quickstart.task import slot_accuracy, write_task
@@ -38,11 +40,12 @@ def run_quickstart(
 
     Raises `UserError` if an earlier quickstart is there and ``overwrite`` is not set, or training fails.
     """
-    reporter = reporter or Reporter()
+    reporter, output = reporter or Reporter(), as_path(output)
     say = (lambda text: None) if quiet else _headline
     held = [name for name in PARTS if (output / name).exists()]
     if held and not overwrite:
         raise UserError(f"{output} holds an earlier quickstart; choose another --output, or --overwrite to replace it")
+    check_writable(output, "--output")
     for name in held:
         shutil.rmtree(output / name)
     (output / "data").mkdir(parents=True)

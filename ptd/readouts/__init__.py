@@ -35,6 +35,10 @@ class Reading:
 class Readout(nn.Module):
     """Base of all readouts; its parameters, if it has any, are trained beside the prompt."""
 
+    def token_ids(self) -> list[int]:
+        """Tokens of the vocabulary whose scores it reads by their ids; of a label that is a token, the rows say so."""
+        return []
+
     def read(self, run: Run, batch: Batch, scores: bool) -> Reading:
         """Run the batch, which has at least one row, once."""
         raise NotImplementedError

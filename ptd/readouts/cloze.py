@@ -66,6 +66,9 @@ class Cloze(Readout):
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("class_weights", class_weights, persistent=False)
 
+    def token_ids(self) -> list[int]:
+        return sorted(set(self.tokens.tolist()))
+
     def read(self, run: Run, batch: Batch, scores: bool) -> Reading:
         labels = batch.labels.flatten()
         positions = (labels != IGNORE_INDEX).nonzero().flatten()

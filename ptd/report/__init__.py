@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ptd.checkpoint.files import make_folders, write_atomically
+from ptd.files import as_path
 from ptd.report import tables
 from ptd.report.data import read_run, read_runs
 from ptd.report.page import render
@@ -24,9 +25,11 @@ def report(folders: Sequence[Path], output: Path | None = None, *, pngs: Path | 
     was written (``report``, ``png``), the ``runs`` with their figures and, of several, the ``differences`` of their
     settings. Raises `UserError` for folders that hold no run, or where the files cannot be written.
     """
+    folders = [as_path(folder) for folder in folders]
+    target = as_path(output) if output is not None else folders[0] / REPORT if len(folders) == 1 else Path(REPORT)
+    pngs = None if pngs is None else as_path(pngs)
     runs = read_runs(folders)
     found = panels(runs)
-    target = output or (folders[0] / REPORT if len(folders) == 1 else Path(REPORT))
     files: list[Path] = []
     place: Path = target
     try:

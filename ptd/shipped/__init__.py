@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from ptd.errors import UserError
+from ptd.files import as_path
 
 HERE = Path(__file__).parent
 ROOT = HERE if (HERE / "launch").is_dir() else HERE.parents[1]
@@ -24,7 +25,7 @@ def find_recipe(source: str | Path) -> Path:
 
     A path that is neither comes back as it was given: reading it says what is wrong.
     """
-    path = Path(source)
+    path = as_path(source)
     shipped = RECIPES / path.name
     meant = path.parent in (Path("."), RECIPES.relative_to(ROOT))
     return shipped if meant and not path.exists() and shipped.is_file() else path
@@ -79,7 +80,7 @@ def copy_shipped(name: str, target: Path, *, force: bool = False) -> tuple[Shipp
     Raises `UserError` for a name that is not shipped, for a file that is there already unless ``force``, and for what
     cannot be written.
     """
-    known = {file.name: file for file in shipped_files()}
+    known, target = {file.name: file for file in shipped_files()}, as_path(target)
     if name not in known:
         stems = {Path(each).stem: each for each in known}
         near = stems.get(name) or next(iter(difflib.get_close_matches(name, known, n=1)), None)

@@ -36,6 +36,11 @@ class _Common(Protocol):
     virtual_tokens: int
     cloze: bool
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """What an evaluation measures, known before any: ``loss`` first (after `fit`, where that learns labels)."""
+        ...
+
     def fit(self, rows: Dataset, what: str) -> Task:
         """The task with everything it has to learn from the training rows before they are tokenised (label names)."""
         ...
@@ -60,8 +65,18 @@ class WritingTask(_Common, Protocol):
 
     generates: Literal[True]
 
-    def prompts(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        """What a person types as token ids, as in training."""
+    def prompts(
+        self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, raw: bool = False
+    ) -> list[list[int]]:
+        """What a person types as token ids, as in training; ``raw``: each text is a whole prompt already."""
+        ...
+
+    def how_typed(self, raw: bool) -> str | None:
+        """What becomes of a text that a person types before it is sent; None: nothing that has to be said."""
+        ...
+
+    def ends(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        """The tokens that end a text in training, as far as tokenizer and settings tell."""
         ...
 
     def prompts_and_references(
@@ -90,6 +105,9 @@ class LabellingTask(_Common, Protocol):
 
 
 Task = WritingTask | LabellingTask
+TEXT_METRICS = ("loss", "perplexity")
+LOWER_IS_BETTER = frozenset(TEXT_METRICS)
+"""Of all metrics these alone; `ptd.engine.evaluation` has them."""
 
 
 _KINDS: dict[str, Callable[[TaskConfig, DataConfig, Architecture], Task]] = {}

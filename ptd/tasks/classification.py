@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,13 +12,14 @@ from torch import Tensor
 
 from ptd.config import DataConfig, TaskConfig
 from ptd.data import marks_of
-from ptd.data.fields import field_chunks
+from ptd.data.fields import Column, field_chunks
 from ptd.data.templates import Mask, Text, parse_template
 from ptd.readouts import Readout
 from ptd.readouts.cloze import Cloze, Word
 from ptd.readouts.heads import Head, PooledClassifier, Pooling
 from ptd.tasks import register
 from ptd.tasks.cloze import Variant, plan
+from ptd.tasks.labels import Seen, name_at, names_of, number_of
 from ptd.tasks.layouts import Laid, pattern_sequences, text_sequences
 from ptd.tasks.weights import check_weights, learn_weights
 from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, Output, Sample, UserError
@@ -42,6 +42,7 @@ class Classification:
     """
 
     generates: Literal[False] = False
+    metric_names = ("loss", "accuracy", "macro_f1", "mcc")
 
     def __init__(self, config: TaskConfig, data: DataConfig, architecture: Architecture) -> None:
         self.config, self.data, self.architecture = config, data, architecture
@@ -61,9 +62,11 @@ class Classification:
         weights = self.config.class_weights
         labels = self.labels
         if not labels or weights == "balanced":
-            counts = Counter(name for _, name in self._names(rows, what))
-            labels = labels or tuple(sorted(counts))
-            weights = learn_weights(weights, labels, counts)
+            seen = Seen(self.label_column, what)
+            for row, name, value in self._names(rows, what):
+                seen.add(name, value, row)
+            labels = labels or seen.names()
+            weights = learn_weights(weights, labels, seen.counts)
         learned = self.config.model_copy(update={"labels": list(labels), "class_weights": weights})
         return Classification(learned, self.data, self.architecture)
 
@@ -125,7 +128,7 @@ class Classification:
         if not named and "pair" in self.data.columns:
             columns.append(self.data.columns["pair"])
         found = []
-        labels = (label for _, label in self._names(rows, "the evaluated data"))
+        labels = (label for _, label, _ in self._names(rows, "the evaluated data"))
         for row, label, answer in zip(rows.with_format(None), labels, answers, strict=True):
             text = "\n".join(str(row[column]) for column in columns if row[column] is not None)
             given = answer["label"]
@@ -135,31 +138,19 @@ class Classification:
     def facts(self) -> dict[str, Any]:
         return self.config.model_dump(mode="json", exclude_unset=True)
 
-    def _names(self, rows: Dataset, what: str) -> Iterator[tuple[int, str]]:
-        """Number (from 1) and label of each row."""
+    def _names(self, rows: Dataset, what: str) -> Iterator[tuple[int, str, Any]]:
+        """Number (from 1), label and its value in the data, row by row."""
         column = self.label_column
-        # Hub datasets keep numbers and, beside them, what these are called.
-        names = getattr(rows.features.get(column), "names", None)
-        for first, chunk in field_chunks(rows, {"label": column}, what):
+        names = names_of(rows.features.get(column), column, what)
+        for first, chunk in field_chunks(rows, {"label": Column(column, "a label")}, what):
             for row, value in enumerate(chunk["label"], first):
-                if not isinstance(value, str | int | float):
-                    raise UserError(
-                        f"row {row} of {what}: {column!r} has to be a label (text or a number), but is "
-                        f"{type(value).__name__} ({repr(value)[:60]})"
-                    )
-                yield row, str(names[value] if names and isinstance(value, int) and value >= 0 else value)
+                yield row, name_at(value, names, f"row {row} of {what}: {column!r}"), value
 
     def _targets(self, rows: Dataset, what: str) -> list[int]:
         index = {label: number for number, label in enumerate(self.labels)}
-        targets = []
-        for row, name in self._names(rows, what):
-            if name not in index:
-                raise UserError(
-                    f"row {row} of {what} has the label {name!r}, but the labels are {', '.join(self.labels)}; "
-                    "correct the row, or name all labels in task.labels"
-                )
-            targets.append(index[name])
-        return targets
+        return [
+            number_of(name, index, f"row {row} of {what} has the label") for row, name, _ in self._names(rows, what)
+        ]
 
     def _layout(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, what: str) -> Laid:
         limit = self.data.max_length

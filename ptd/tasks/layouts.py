@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ptd.data.fields import check_text, cut_on_the_right, field_chunks
+from ptd.data.fields import TEXT_OR_NUMBER, Column, cut_on_the_right, field_chunks
 from ptd.data.filling import fill, special_affixes
 from ptd.data.templates import Template
 from ptd.tasks.cloze import Variant
@@ -46,10 +46,8 @@ def text_sequences(
     sequences: list[list[int]] = []
     types: list[list[int]] = []
     cut = 0
-    for first, chunk in field_chunks(rows, fields, what, optional=() if pair_given else ("pair",)):
-        for field, values in chunk.items():
-            for row, value in enumerate(values, first):
-                check_text(value, fields[field], f"row {row} of {what}")
+    columns = {field: Column(name, may_lack=field == "pair" and not pair_given) for field, name in fields.items()}
+    for first, chunk in field_chunks(rows, columns, what):
         texts = [chunk[field] for field in ("text", "pair") if field in chunk]
         special = tokenizer.num_special_tokens_to_add(pair=len(texts) > 1)
         if special >= max_length:
@@ -88,7 +86,11 @@ def pattern_sequences(
     """
     head, tail = special_affixes(tokenizer)
     affixes = (head, [] if cut_tail else tail)
-    columns = sorted({name for template in templates for name in template.fields})
+    columns = {
+        name: Column(name, TEXT_OR_NUMBER, may_be_blank=True, used_by=template.key)
+        for template in templates
+        for name in template.fields
+    }
     for template in templates:
         template.check_columns(rows.column_names, what)
     widest = [
@@ -97,7 +99,7 @@ def pattern_sequences(
     ]
     laid = Laid([], [], 0)
     cut = 0
-    for first, chunk in field_chunks(rows, {name: name for name in columns}, what):
+    for first, chunk in field_chunks(rows, columns, what):
         filled = [
             fill(
                 template.up_to_mask() if cut_tail else template,

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from ptd.config import DataConfig, TaskConfig
-from ptd.data.fields import cut_on_the_right, field_chunks
+from ptd.data.fields import Column, cut_on_the_right, field_chunks
 from ptd.readouts.spans import CANDIDATE, END, START, Spans
 from ptd.tasks import register
 from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, Output, Sample, UserError
+from ptd.values import is_blank
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,10 +58,17 @@ class QuestionAnswering:
     virtual_tokens = 0
     cloze = False
     generates: Literal[False] = False
+    metric_names = ("loss", "exact_match", "f1")
 
     def __init__(self, config: TaskConfig, data: DataConfig) -> None:
         self.config, self.data = config, data
-        self.fields = {field: data.columns.get(field, field) for field in ("question", "context", "answers")}
+        names = {field: data.columns.get(field, field) for field in ("question", "context", "answers")}
+        self.fields = {
+            field: Column(name, "an answer, or a list of answers", may_be_blank=True)
+            if field == "answers"
+            else Column(name)
+            for field, name in names.items()
+        }
 
     def fit(self, rows: Dataset, what: str) -> QuestionAnswering:
         return self
@@ -79,9 +87,6 @@ class QuestionAnswering:
         aside: list[Window] = []
         for first, chunk in field_chunks(rows, fields, what):
             places = [f"row {row} of {what}" for row in range(first, first + len(chunk["context"]))]
-            for name in ("question", "context"):
-                for place, text in zip(places, chunk[name], strict=True):
-                    _check_text(text, self.fields[name], place)
             for index, ids, type_ids, in_context, spans in split(chunk["question"], chunk["context"], places):
                 context = chunk["context"][index]
                 targets = np.full(len(ids), IGNORE_INDEX)
@@ -179,7 +184,7 @@ def _squad(answers: Sequence[str], gold: Sequence[list[Answer]]) -> dict[str, fl
 def parse_answers(value: Any, context: str, place: str) -> list[Answer]:
     """Any of the forms that ``answers`` may have. Raises `UserError` if the context has no such text there."""
     if isinstance(value, str):
-        value = [value] if value else []
+        value = [] if is_blank(value) else [value]
     if isinstance(value, dict) and isinstance(value.get("text"), list):
         starts = value.get("answer_start") or [None] * len(value["text"])
         if not isinstance(starts, list):
@@ -199,7 +204,7 @@ def parse_answers(value: Any, context: str, place: str) -> list[Answer]:
 
 def _answer(item: dict[str, Any], context: str, place: str) -> Answer:
     text, start = item.get("text"), item.get("answer_start")
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or is_blank(text):
         raise UserError(f"{place}: an answer's text is {text!r}; give a piece of the context, or no answer at all")
     if start is None:
         start = context.find(text)
@@ -215,11 +220,6 @@ def _answer(item: dict[str, Any], context: str, place: str) -> Answer:
         )
     bare = text.lstrip()
     return bare.rstrip(), start + len(text) - len(bare)
-
-
-def _check_text(text: Any, column: str, place: str) -> None:
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{place}: {column!r} has to be text, but is {repr(text)[:60]}; add it or remove the row")
 
 
 _Split = tuple[int, list[int], list[int], list[int], list[tuple[int, int]]]

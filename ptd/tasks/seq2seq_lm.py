@@ -15,11 +15,14 @@ import numpy as np
 
 from ptd.config import DataConfig, TaskConfig
 from ptd.data import marks_of
-from ptd.data.fields import check_column, check_text, cut_on_the_right, field_chunks
-from ptd.data.filling import encode, fill, special_affixes
+from ptd.data.checks import ROWS, notes_on_texts
+from ptd.data.continuations import Reader
+from ptd.data.fields import TEXT_OR_NUMBER, Column, check_column, cut_on_the_right, field_chunks
+from ptd.data.filling import affixed, encode, fill, special_affixes
 from ptd.data.templates import parse_template, prompt_template
+from ptd.data.typed import how_typed
 from ptd.readouts.language_model import LanguageModel
-from ptd.tasks import register
+from ptd.tasks import TEXT_METRICS, register
 from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, Output, UserError
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ class Seq2SeqLM:
     labels: tuple[str, ...] = ()
     cloze = False
     generates: Literal[True] = True
+    metric_names = TEXT_METRICS
 
     def __init__(self, config: TaskConfig, data: DataConfig) -> None:
         self.config, self.data = config, data
@@ -59,12 +63,14 @@ class Seq2SeqLM:
         limit = self.data.max_target_length or self.data.max_length
         sources, targets = _Side(), _Side()
         prompts_cut = completions_cut = 0
+        first_texts: list[str] = []
         for first, prompts, cut, completions in _chunks(
             rows, self.data, tokenizer, self.data.max_length, what, labelled
         ):
             prompts_cut += cut
             encoded, cut = target_tokens(completions, tokenizer, limit) if labelled else ([[]] * len(prompts), 0)
             completions_cut += cut
+            first_texts += completions[: ROWS - len(first_texts)]
             for row, (prompt, target) in enumerate(zip(prompts, encoded, strict=True), first):
                 if not prompt:
                     raise UserError(f"row {row} of {what} has a prompt without tokens; the encoder needs at least one")
@@ -73,25 +79,42 @@ class Seq2SeqLM:
         source = sources.examples(DataReport(len(rows), len(sources.tokens), 0, prompts_cut=prompts_cut))
         tokens = len(targets.tokens) + len(sources.tokens)
         supervised = len(targets.tokens) if labelled else 0
-        return targets.examples(DataReport(len(rows), tokens, supervised, prompts_cut, completions_cut), source)
+        notes = notes_on_texts(first_texts, tokenizer, what=what) if labelled else []
+        ends = self.ends(tokenizer) if labelled else ()
+        report = DataReport(
+            len(rows), tokens, supervised, prompts_cut, completions_cut, notes=tuple(notes), ends=tuple(ends)
+        )
+        return targets.examples(report, source)
 
     def readout(self, tokenizer: PreTrainedTokenizerBase, hidden_size: int, head: HeadSettings) -> LanguageModel:
         return LanguageModel()
 
-    def prompts(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    def prompts(
+        self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, raw: bool = False
+    ) -> list[list[int]]:
         """What the encoder reads: each text in the only field of ``data.prompt_template``, or as the whole prompt.
 
-        Raises `UserError` if the template has virtual tokens and several fields, which one text cannot fill.
+        ``raw``: as the whole prompt. Raises `UserError` if the template has virtual tokens that have no place then, or
+        several fields beside them, which one text cannot fill.
         """
         template = None if self.data.prompt_template is None else parse_template(self.data.prompt_template)
-        if template is not None and len(template.fields) == 1:
-            return fill(template, [(text,) for text in texts], tokenizer, special_affixes(tokenizer))[0]
+        single = template is not None and len(set(template.fields)) == 1
+        if template is not None and single and not raw:
+            values = [(text,) * len(template.fields) for text in texts]
+            return fill(template, values, tokenizer, special_affixes(tokenizer))[0]
         if template is not None and template.virtual_tokens:
+            why = "--raw gives no place" if single else "a prompt typed as one text cannot fill"
             raise UserError(
                 f"data.prompt_template: {template.source!r} places virtual tokens and has {len(template.fields)} "
-                "fields, which a prompt typed as one text cannot fill; give rows with these columns (ptd eval)"
+                f"fields, which {why}; give rows with these columns (ptd eval)"
             )
         return whole_prompts(texts, tokenizer)[0]
+
+    def how_typed(self, raw: bool) -> str | None:
+        return how_typed(self.data, system=None, raw=raw)
+
+    def ends(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
 
     def prompts_and_references(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, what: str
@@ -99,9 +122,10 @@ class Seq2SeqLM:
         """What the encoder reads for each row, as in training, and the text to expect."""
         prompts: list[list[int]] = []
         references: list[str] = []
+        reader = Reader(tokenizer)
         for _, encoded, _, texts in _chunks(rows, self.data, tokenizer, max_length, what, labelled=True):
             prompts += encoded
-            references += texts
+            references += map(reader.plain, texts)
         return prompts, references
 
     def facts(self) -> dict[str, Any]:
@@ -119,6 +143,9 @@ def target_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, limit: i
             f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, so the model could not learn "
             "where a completion ends (set eos_token in its tokenizer_config.json)"
         )
+    # A text that writes the special tokens itself gets them once.
+    opening, closing = _target_words(tokenizer)
+    texts = [text.removeprefix(opening).removesuffix(closing) or text for text in texts]
     encoded: list[list[int]] = tokenizer(text_target=texts, verbose=False)["input_ids"]
     # A language code may stand behind EOS.
     own = [] if eos in tokenizer(text_target="a")["input_ids"][-2:] else [eos]
@@ -136,6 +163,21 @@ def target_language(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The language code behind EOS that targets end in and the decoder starts with (mBART); None: there is none."""
     behind = tokenizer(text_target="a")["input_ids"][-2:]
     return behind[1] if len(behind) == 2 and behind[0] == tokenizer.eos_token_id != behind[1] else None
+
+
+def target_opening(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token with which targets begin (BART's ``<s>``, mBART-50's language); None: they begin with text."""
+    bare = tokenizer(text_target="a", add_special_tokens=False)["input_ids"]
+    full = tokenizer(text_target="a")["input_ids"]
+    first: int = full[0]
+    return first if bare and full[: len(bare)] != bare and first in tokenizer.all_special_ids else None
+
+
+def _target_words(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """The text of the special tokens that the tokenizer puts before and behind a target, as far as one may write it."""
+    opening = target_opening(tokenizer)
+    first = "" if opening is None else str(tokenizer.convert_ids_to_tokens(opening))
+    return first, str(tokenizer.eos_token or "")
 
 
 class _Side:
@@ -164,12 +206,8 @@ def _chunks(
     needed = dict(fields)
     if labelled:
         check_column(rows, "completion", completion, what)
-        needed[_COMPLETION] = completion
+        needed[_COMPLETION] = Column(completion)
     for first, chunk in field_chunks(rows, needed, what):
-        for row, text in enumerate(chunk.get(_COMPLETION, []), first):
-            check_text(text, completion, f"row {row} of {what}")
-            if not text:
-                raise UserError(f"row {row} of {what} has an empty {completion!r}: nothing to learn; remove the row")
         prompts, cut = prompts_of(chunk, first, tokenizer, max_length)
         yield first, prompts, cut, chunk.get(_COMPLETION, [])
 
@@ -180,7 +218,7 @@ _COMPLETION = "the completion"
 _PromptsOf = Callable[[dict[str, list[Any]], int, Any, int], tuple[list[list[int]], int]]
 
 
-def _prompt_fields(rows: Dataset, data: DataConfig, what: str) -> tuple[dict[str, str], _PromptsOf]:
+def _prompt_fields(rows: Dataset, data: DataConfig, what: str) -> tuple[dict[str, Column], _PromptsOf]:
     """The fields that make a prompt, and how a chunk of them becomes tokens and the number of cut ones."""
     template = prompt_template(data, rows.column_names, what)
     if template is None:
@@ -189,11 +227,9 @@ def _prompt_fields(rows: Dataset, data: DataConfig, what: str) -> tuple[dict[str
         def plain(
             chunk: dict[str, list[Any]], first: int, tokenizer: PreTrainedTokenizerBase, max_length: int
         ) -> tuple[list[list[int]], int]:
-            for row, text in enumerate(chunk["prompt"], first):
-                check_text(text, column, f"row {row} of {what}")
             return whole_prompts(chunk["prompt"], tokenizer, max_length)
 
-        return {"prompt": column}, plain
+        return {"prompt": Column(column, may_be_blank=True)}, plain
 
     if not template.fields:
         raise UserError(
@@ -206,7 +242,8 @@ def _prompt_fields(rows: Dataset, data: DataConfig, what: str) -> tuple[dict[str
         values = template.values({name: chunk[name] for name in template.fields}, first, what)
         return fill(template, values, tokenizer, special_affixes(tokenizer), max_length=max_length)
 
-    return {name: name for name in template.fields}, filled
+    columns = (Column(name, TEXT_OR_NUMBER, may_be_blank=True, used_by=template.key) for name in template.fields)
+    return {column.name: column for column in columns}, filled
 
 
 def whole_prompts(
@@ -214,7 +251,8 @@ def whole_prompts(
 ) -> tuple[list[list[int]], int]:
     """Texts between the tokenizer's own special tokens, cut on the right to ``max_length``; also how many were cut."""
     head, tail = special_affixes(tokenizer)
-    encoded = encode(tokenizer, list(texts))
+    whole = [affixed(ids, head, tail) for ids in encode(tokenizer, list(texts))]
+    encoded = [ids[len(head) : len(ids) - len(tail)] for ids in whole]
     room = None if max_length is None else max(0, max_length - len(head) - len(tail))
     cut = 0 if room is None else sum(len(ids) > room for ids in encoded)
     return [head + ids[:room] + tail for ids in encoded], cut

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,9 +12,10 @@ import numpy as np
 from torch import Tensor
 
 from ptd.config import DataConfig, TaskConfig
-from ptd.data.fields import cut_on_the_right, field_chunks
+from ptd.data.fields import Column, cut_on_the_right, field_chunks
 from ptd.readouts.tags import Tags
 from ptd.tasks import register
+from ptd.tasks.labels import Seen, name_at, names_of, number_of
 from ptd.tasks.weights import check_weights, learn_weights
 from ptd.types import IGNORE_INDEX, Architecture, DataReport, Examples, HeadSettings, Output, Sample, UserError
 
@@ -51,20 +51,22 @@ class TokenClassification:
         class_weights: dict[str, float] | None = None,
     ) -> None:
         self.config, self.data, self.labels, self.class_weights = config, data, labels, class_weights
-        self.fields = {field: data.columns.get(field, field) for field in ("tokens", "tags")}
+        holds = {"tokens": "a list of words", "tags": "a list of tags"}
+        self.fields = {field: Column(data.columns.get(field, field), words) for field, words in holds.items()}
 
     def fit(self, rows: Dataset, what: str) -> TokenClassification:
         """Label names, unless given: those of the data's own ``ClassLabel``, or the distinct tags, sorted."""
         if self.config.labels is not None and self.config.class_weights != "balanced":
             return self._with(tuple(self.config.labels), self.config.class_weights)
         names = self._names_of_data(rows)
-        counts: Counter[str] = Counter()
-        for first, chunk in field_chunks(rows, {"tags": self.fields["tags"]}, what):
+        column = self.fields["tags"]
+        seen = Seen(column.name, what)
+        for first, chunk in field_chunks(rows, {"tags": column}, what):
             for row, tags in enumerate(chunk["tags"], first):
-                tags = _list(tags, self.fields["tags"], f"row {row} of {what}")
-                counts.update(_name(tag, names) for tag in tags)
-        labels = tuple(self.config.labels or names or sorted(counts, key=_in_order))
-        return self._with(labels, learn_weights(self.config.class_weights, labels, counts))
+                for tag in _list(tags, column.name, f"row {row} of {what}"):
+                    seen.add(_name(tag, names, column.name, f"row {row} of {what}"), tag, row)
+        labels = tuple(self.config.labels or names or seen.names())
+        return self._with(labels, learn_weights(self.config.class_weights, labels, seen.counts))
 
     def _with(self, labels: tuple[str, ...], weights: dict[str, float] | None) -> TokenClassification:
         if len(labels) < 2:
@@ -76,8 +78,8 @@ class TokenClassification:
 
     def _names_of_data(self, rows: Dataset) -> tuple[str, ...]:
         """What numbers among the tags stand for; empty: for themselves."""
-        feature = rows.features.get(self.fields["tags"])
-        own = getattr(getattr(feature, "feature", None), "names", None)
+        column = self.fields["tags"].name
+        own = names_of(getattr(rows.features.get(column), "feature", None), column, "the data")
         names = tuple(own or self.labels or self.config.labels or ())
         return () if any(name.isdecimal() for name in names) else names
 
@@ -97,7 +99,7 @@ class TokenClassification:
         aside: list[Words] = []
         for first, chunk in field_chunks(rows, fields, what):
             rows_words = [
-                _words(value, self.fields["tokens"], f"row {row} of {what}")
+                _words(value, self.fields["tokens"].name, f"row {row} of {what}")
                 for row, value in enumerate(chunk["tokens"], first)
             ]
             for index, (ids, places) in enumerate(encode(rows_words)):
@@ -109,10 +111,13 @@ class TokenClassification:
                     )
                 targets = [0] * len(words)
                 if labelled:
-                    tags = _list(chunk["tags"][index], self.fields["tags"], place)
+                    column = self.fields["tags"].name
+                    tags = _list(chunk["tags"][index], column, place)
                     if len(tags) != len(words):
                         raise UserError(f"{place} has {len(words)} words but {len(tags)} tags; give one tag a word")
-                    targets = [_target(_name(tag, names), index_of, place) for tag in tags]
+                    targets = [
+                        number_of(_name(tag, names, column, place), index_of, f"{place} has the tag") for tag in tags
+                    ]
                 row = [IGNORE_INDEX] * len(ids)
                 for word, position in places.items():
                     row[position] = targets[word]
@@ -192,12 +197,16 @@ class TokenClassification:
         return "; ".join(f"{each['type']}: {each['text']}" for each in _entities(words, tags)) or "(nothing)"
 
     def _gold(self, rows: Dataset) -> list[list[str]]:
-        names = self._names_of_data(rows)
+        names, column = self._names_of_data(rows), self.fields["tags"]
         return [
-            [_name(tag, names) for tag in tags]
-            for _, chunk in field_chunks(rows, {"tags": self.fields["tags"]}, "the data")
-            for tags in chunk["tags"]
+            [_name(tag, names, column.name, f"row {row} of the data") for tag in tags]
+            for first, chunk in field_chunks(rows, {"tags": column}, "the data")
+            for row, tags in enumerate(chunk["tags"], first)
         ]
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return ("loss", "accuracy", *(("precision", "recall", "f1") if self.chunked else ()))
 
     @property
     def chunked(self) -> bool:
@@ -262,23 +271,14 @@ def _words(value: Any, column: str, place: str) -> list[str]:
     return words
 
 
-def _name(tag: Any, names: Sequence[str]) -> str:
-    return names[tag] if type(tag) is int and 0 <= tag < len(names) else str(tag)
-
-
-def _target(name: str, index_of: dict[str, int], place: str) -> int:
-    if name not in index_of:
+def _name(tag: Any, names: tuple[str, ...], column: str, place: str) -> str:
+    name = name_at(tag, names, f"{place}: an item of {column!r}")
+    if isinstance(tag, int | float) and name.startswith("-"):
         raise UserError(
-            f"{place} has the tag {name!r}, which is none of the labels {', '.join(index_of)}; "
-            "correct it, or add it to task.labels"
+            f"{place}: {column!r} has the tag {name}, but tags are numbered from 0 (negative numbers mostly mark "
+            "tokens to pass over); give one tag a word, as before any tokenizer"
         )
-    return index_of[name]
-
-
-def _in_order(label: str) -> tuple[bool, int, str]:
-    """Numbers by their value, before and apart from other names."""
-    number = label.isdecimal()
-    return (not number, int(label) if number else 0, label)
+    return name
 
 
 def _entities(words: Sequence[str], tags: list[str]) -> Iterator[dict[str, Any]]:

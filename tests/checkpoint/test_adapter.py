@@ -412,8 +412,28 @@ def test_adapters_that_peft_wrote_and_ptd_does_not_know(foreign, message, tmp_pa
         load_adapter(tmp_path)
 
 
+def test_a_layer_that_peft_trained_beside_the_prompt_is_not_dropped_silently(tmp_path):
+    get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)).save_pretrained(
+        tmp_path
+    )
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({**load_file(file), "base_model.model.lm_head.weight": torch.zeros(2, 2)}, file)
+    with pytest.raises(UserError, match=r"lm_head.weight beside the prompt; .*without modules_to_save"):
+        load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("task_type", ["TOKEN_CLS", "QUESTION_ANS"])
+def test_adapters_with_other_heads_of_peft_are_named_as_such(tmp_path, task_type):
+    config = {"peft_type": "PREFIX_TUNING", "task_type": task_type, "num_virtual_tokens": P, "token_dim": 8}
+    (tmp_path / CONFIG).write_text(json.dumps({**config, "num_attention_heads": 2, "num_layers": 2}))
+    with pytest.raises(UserError, match=rf"task type {task_type}: .*train anew with task.kind: "):
+        load_adapter(tmp_path)
+
+
 def test_a_classifier_that_peft_trained_beside_the_prompt_is_not_dropped_silently(tmp_path):
     model = AutoModelForSequenceClassification.from_config(tiny_config("bert", num_labels=3))
     get_peft_model(model, PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=P)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"classifier.* beside the prompt; .*without modules_to_save"):
+    with pytest.raises(
+        UserError, match=r"task type SEQ_CLS: .*the head of .*or train anew with task.kind: classification"
+    ):
         load_adapter(tmp_path)

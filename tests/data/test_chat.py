@@ -122,6 +122,11 @@ def test_no_end_token_is_needed(chat):
         (say(("user", "u")), "the last message is of role 'user', but has to be the assistant's"),
         (say(("assistant", "a")), "there is no message before the assistant's"),
         (say(("user", "u"), ("assistant", "")), "has an empty last message"),
+        (say(("user", "u"), ("assistant", " \n")), "has an empty last message"),
+        (
+            {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": None, "tool_calls": [1]}]},
+            "the last message calls a tool (tool_calls) and says nothing",
+        ),
         ({"messages": []}, "messages has to be a list of {role, content}, but is []"),
         ({"messages": "hello"}, "messages has to be a list of {role, content}, but is 'hello'"),
         ({"messages": ["hello"]}, "message 1 has to have a 'role' that is text, but is 'hello'"),
@@ -142,7 +147,7 @@ def test_refuses_templates_that_cannot_be_used(chat):
     picky = "{{ raise_exception('no system role') }}"
     assert "chat template refuses the conversation: no system role" in refusal(chat(picky), talk)
     other = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
-    assert "use a template with {% generation %}" in refusal(chat(other), talk)
+    assert "has '<think>\\n' where the conversation has 'a<|im_end|>\\n'" in refusal(chat(other), talk)
     blind = "{{ messages[0].content }}{% if false %}{% generation %}x{% endgeneration %}{% endif %}"
     assert "marks nothing as written by the assistant" in refusal(chat(blind), talk)
     with pytest.raises(UserError, match="chat template, but the tokenizer"):

@@ -101,6 +101,19 @@ def test_a_changed_file_is_read_anew(tmp_path):
         ("x.csv", "a,b\n", "has no rows"),
         ("x.csv", "a,b\n1,2\n1,2,3\n", "line 3 has 3 values, but the first line names 2 columns"),
         ("x.csv", "a,a\n1,2\n", "names a column twice"),
+        ("x.csv", "a;b\n1;2\n", "x.csv looks separated by semicolons: its first line, 'a;b', has no comma"),
+        ("x.csv", "a;b\n1,5;2\n", "looks separated by semicolons"),
+        ("x.csv", '\ufeff"a";"b"\n1;2\n', "looks separated by semicolons"),
+        ("x.csv", "a\tb\n1\t2\n", "x.csv looks separated by tabs"),
+        ("x.csv", "a|b\n1|2\n", "x.csv looks separated by vertical bars"),
+        # Without `strict` the first quote would swallow the second row, and nothing would tell.
+        ("x.csv", 'a,b\n"one,1\ntwo "x",0\n', "line 3 is not valid CSV: ',' expected after '\"'"),
+        ("x.csv", 'a\n"one\ntwo\n', "line 3 is not valid CSV: unexpected end of data"),
+        ("x.jsonl", '{"a": 1, "a": 2}\n', "line 1 cannot be read as JSON: the key 'a' is given twice in one object"),
+        ("x.json", '[{"a": 1}, {"b": {"c": 1, "c": 2}}]', "the key 'c' is given twice in one object"),
+        ("x.jsonl", '{"a": "x"}\n{"a": "\\ud83d"}\n', "line 2 has half of a character (\\ud83d alone)"),
+        ("x.jsonl", '{"a": 1}\0', "x.jsonl: it is not UTF-8 text (it has null bytes)"),
+        ("x.tsv", "a\tb\n1\t2\n", "only .jsonl, .json, .csv, .parquet can be read, convert it to one: python -c"),
         ("x.parquet", "not parquet", "x.parquet cannot be read: ArrowInvalid"),
         ("x.txt", "a", "x.txt is a .txt file; only .jsonl, .json, .csv, .parquet can be read"),
         ("x", "a", "is a suffixless file"),
@@ -110,6 +123,51 @@ def test_refuses_a_bad_file(tmp_path, name, text, expected):
     message = refusal(write(tmp_path / name, text))
     assert message.startswith("data.train: ")
     assert expected in message
+
+
+def test_the_command_that_is_advised_makes_commas(tmp_path):
+    """Semicolons with quotes, and tabs with quotes that are the texts' own, as SST-2 and GLUE have them."""
+    for name, text, rows in (
+        ("x.csv", '\ufeffa;b\n"1;2";"x\ny"\n', [{"a": "1;2", "b": "x\ny"}]),
+        ("x.tsv", 'a\tb\n"the best\t1, 2\n', [{"a": '"the best', "b": "1, 2"}]),
+    ):
+        command = refusal(write(tmp_path / name, text)).partition(": python -c ")[2]
+        subprocess.run(f"{sys.executable} -c {command}", shell=True, check=True, cwd=tmp_path)
+        assert load(str(tmp_path / "commas.csv")).to_list() == rows
+
+
+def test_lines_of_rows_end_in_three_ways_only(tmp_path):
+    """JSON may have U+2028 and NEL inside its strings, and a CSV whatever it likes."""
+    text = "a\u2028b\u2029c\x85d"
+    row = json.dumps({"a": text}, ensure_ascii=False)
+    assert load(write(tmp_path / "x.jsonl", f"{row}\r{row}\r\n{row}\n"))["a"][:] == [text] * 3
+    (tmp_path / "x.csv").write_bytes(f'a,b\r"x\ry",{text}\x0c\r'.encode())
+    assert load(str(tmp_path / "x.csv")).to_list() == [{"a": "x\ry", "b": f"{text}\x0c"}]
+
+
+def test_what_is_no_number_is_missing(tmp_path):
+    rows = load(write(tmp_path / "x.jsonl", '{"a": NaN, "b": "x"}\n{"a": 1.5}\n')).to_list()
+    assert rows == [{"a": None, "b": "x"}, {"a": 1.5, "b": None}]
+
+
+def test_a_folder_of_tables_is_read_as_the_tables_are(tmp_path):
+    """`datasets` reads ``007`` as a number and ``NA`` as nothing."""
+    (tmp_path / "tables").mkdir()
+    write(tmp_path / "tables" / "my_train.csv", "a,b\n007,NA\n1.50,null\n")
+    write(tmp_path / "tables" / "dev-set.csv", "\ufeffa,b\n008,x\n")
+    assert load(str(tmp_path / "tables")).to_list() == [{"a": "007", "b": "NA"}, {"a": "1.50", "b": "null"}]
+    assert load(str(tmp_path / "tables"), "validation").to_list() == [{"a": "008", "b": "x"}]
+    assert "has no split 'test'" in refusal(str(tmp_path / "tables"), "test")
+    write(tmp_path / "tables" / "dev-set.csv", "a;b\n1;2\n")
+    assert "looks separated by semicolons" in refusal(str(tmp_path / "tables"), "validation")
+
+
+def test_home_is_known(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "rows.jsonl", lines(*ROWS))
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "folder")
+    assert load("~/rows.jsonl").to_list() == load("~/folder").to_list() == ROWS
+    assert sources.check_source("~/rows.jsonl", what="data.train").startswith("~/rows.jsonl (")
 
 
 def test_refuses_bytes_that_are_not_text(tmp_path):

@@ -14,8 +14,9 @@ from families import save_backbone
 
 from ptd.config import parse_config
 from ptd.engine import preflight
-from ptd.engine.preflight import bytes_to_write, check_space, check_writable, size
+from ptd.engine.preflight import bytes_to_write, check_space, size
 from ptd.engine.ranks import Ranks
+from ptd.files import check_writable
 from ptd.train import train
 from ptd.types import UserError
 

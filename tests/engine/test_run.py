@@ -294,7 +294,7 @@ def test_other_settings_are_refused_and_named(start: Start, stopped: Path, key: 
         {"train.save_steps": 4, "train.eval_steps": 9, "train.save_total_limit": 1},
         {"train.per_device_train_batch_size": 2, "train.gradient_accumulation_steps": 2},
         {"backbone.gradient_checkpointing": True},
-        {"data.eval": None},
+        {"data.eval": None, "train.eval_steps": None},
     ],
     ids=lambda changes: next(iter(changes)),
 )

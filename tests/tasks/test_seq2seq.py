@@ -16,7 +16,7 @@ from families import tiny_model
 from ptd.config import DataConfig, TaskConfig
 from ptd.data.batches import padded_batch
 from ptd.tasks import make_task
-from ptd.tasks.seq2seq_lm import target_language
+from ptd.tasks.seq2seq_lm import target_language, target_opening
 from ptd.types import IGNORE_INDEX, HeadSettings, UserError, virtual_id
 
 support = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("support.py"))))
@@ -182,6 +182,81 @@ def test_columns_of_any_name():
         examples = tokenized(task, tokenizer, rows)
         assert examples.source[0][0].tolist() == tokenizer("anna")["input_ids"]
         assert examples[0][1].tolist() == tokenizer("york")["input_ids"]
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+def test_special_tokens_that_a_text_writes_itself_stand_once(family):
+    tokenizer = TOKENIZERS[family]()
+    begin, end = (tokenizer.bos_token if family == "bart" else ""), tokenizer.eos_token
+    plain = [{"prompt": "anna lives", "completion": "in york."}]
+    written = [{"prompt": f"{begin}anna lives", "completion": f"{begin}in york.{end}"}]
+    expected, examples = tokenized(make(), tokenizer, plain), tokenized(make(), tokenizer, written)
+    assert examples.source[0][0].tolist() == expected.source[0][0].tolist()
+    assert examples[0][1].tolist() == expected[0][1].tolist()
+    assert make().prompts([written[0]["prompt"]], tokenizer) == make().prompts(["anna lives"], tokenizer)
+    _, references = make().prompts_and_references(Dataset.from_list(written), tokenizer, max_length=9, what="rows")
+    assert references == ["in york."]
+
+
+def test_what_a_decoder_writes_first_and_last():
+    openings = {family: target_opening(build()) for family, build in TOKENIZERS.items()}
+    assert openings == {"t5": None, "bart": support.roberta().bos_token_id, "mbart": None}
+    assert target_opening(support.byte_level(specials=True)) == 1
+    for build in TOKENIZERS.values():
+        tokenizer = build()
+        assert make().ends(tokenizer) == (tokenizer.eos_token_id,) == tokenized(make(), tokenizer).report.ends
+
+
+def test_what_the_tokenizer_cannot_write_is_said():
+    rows = [{"prompt": "a", "completion": "in york"}, {"prompt": "a", "completion": "in  york\n"}]
+    report = tokenized(make(), support.t5(), rows).report
+    assert report.notes == (
+        "the tokenizer writes 1 of the first 2 completions differently, so generated text cannot match them exactly "
+        "(row 2: 'in  york' as 'in york')",
+    )
+    said = refusal(tokenized, make(), support.t5(), [{"prompt": "a", "completion": "東"}])
+    assert "knows nothing of what is to be learned in the first 1 rows" in said
+
+
+def test_raw_texts_are_whole_prompts():
+    tokenizer = support.t5()
+    task = make(prompt_template="old {a}")
+    assert task.prompts(["york"], tokenizer, raw=True) == [tokenizer("york")["input_ids"]]
+    marked = make(prompt_template="old {a} {v:2}")
+    assert "and has 1 fields, which --raw gives no place" in refusal(marked.prompts, ["york"], tokenizer, raw=True)
+    assert "2 fields, so each prompt is sent as it is" in make(prompt_template="{a} {b}").how_typed(raw=False)
+    assert task.how_typed(raw=False) is None
+
+
+@pytest.mark.parametrize("where", ["config", "generation_config"])
+def test_the_decoder_starts_alike_in_training_and_generation(tmp_path, where):
+    """Whatever the config takes for padding, and wherever the model says what its decoder starts from."""
+    from ptd.engine.ranks import Ranks
+    from ptd.evaluate import held_out_metrics
+    from ptd.generate import load_tuned, tokens_of
+    from ptd.types import Reporter
+
+    tokenizer = support.roberta()
+    model = tiny_model("bart", vocab_size=len(tokenizer), pad_token_id=3, decoder_start_token_id=2, eos_token_id=2)
+    assert tokenizer.pad_token_id == 1
+    if where == "generation_config":
+        model.config.decoder_start_token_id, model.generation_config.decoder_start_token_id = None, 2
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ranks = Ranks.start()
+    tuned = load_tuned(None, str(tmp_path), ranks)
+    assert tokens_of(tuned)[0].start == 2
+    found = held_out_metrics(tuned, Dataset.from_list(ROWS), ranks, batch_size=2, reporter=Reporter())
+    total = count = 0.0
+    for row in ROWS:
+        target = torch.tensor([tokenizer(text_target=row["completion"])["input_ids"]])
+        decoder = torch.cat([torch.tensor([[2]]), target[:, :-1]], 1)
+        source = torch.tensor([tokenizer(row["prompt"])["input_ids"]])
+        with torch.no_grad():
+            logits = model(input_ids=source, decoder_input_ids=decoder).logits
+        total += float(torch.nn.functional.cross_entropy(logits[0], target[0], reduction="sum"))
+        count += target.numel()
+    assert found["loss"] == pytest.approx(total / count, rel=1e-4)
 
 
 def test_refusals():
