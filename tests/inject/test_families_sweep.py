@@ -10,11 +10,10 @@ import os
 import subprocess
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
+from ptd_kernels import prefix_attention
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -31,6 +30,7 @@ QUICK = [
     ("stablelm", "causal_lm"),
     ("doge", "causal_lm"),
     ("llama4_text", "causal_lm"),
+    ("gemma4_text", "causal_lm"),
     ("esm", "masked_lm"),
     ("mobilebert", "masked_lm"),
     ("modernbert", "masked_lm"),
@@ -63,22 +63,19 @@ def test_what_is_supported_is_right_in_every_cell():
 
 
 def test_rows_that_see_each_other_are_noticed(monkeypatch):
-    make = families_ptd.MAKE["packed"]
+    give = families_ptd.Attached.give
 
-    def without_borders(*given):
-        batch = make(*given)
-        bounds = batch.cu_seqlens[[0, -1]]
-        return replace(batch, cu_seqlens=bounds, max_seqlen=int(bounds[1]))
+    def without_borders(*tensors, cu_seqlens=None, max_seqlen=None, **rule):
+        return prefix_attention(*tensors, **rule)
 
-    def read_apart(self, rows, layout):  # the rows lie where they lay
-        whole = torch.cat([self.run(families_ptd.make_batch(rows, layout), None)])
-        return list(whole.split([len(row) for row in rows.ids]))
+    def give_and_break(self, *given, **options):  # only now: attaching looks for such a fault, too
+        monkeypatch.setattr("ptd.inject.attention.prefix_attention", without_borders)
+        give(self, *given, **options)
 
-    monkeypatch.setitem(families_ptd.MAKE, "packed", without_borders)
-    monkeypatch.setattr(families_ptd.Attached, "outputs", torch.no_grad()(read_apart))
+    monkeypatch.setattr(families_ptd.Attached, "give", give_and_break)
     outcomes = {(cell["method"], cell["layout"]): cell["outcome"] for cell in measure("llama", "causal_lm")}
-    assert outcomes["none", "packed"] == outcomes["prefix", "packed"] == "wrong"
-    assert outcomes["none", "padded"] == outcomes["prefix", "padded"] == "right"
+    assert {outcomes[method, "packed"] for method in ("none", "prefix", "prompt", "marks")} == {"wrong"}
+    assert {outcomes[method, "padded"] for method in ("none", "prefix", "prompt", "marks")} == {"right"}
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "deepseek_v3"])
