@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +15,44 @@ ORDER = ("right", "runs padded", "refused", "no reference", "wrong", "crashed")
 KINDS = {"causal_lm": "decoders", "seq2seq_lm": "encoder-decoders", "masked_lm": "encoders", "body": "bodies"}
 
 
+SAME = "the same"
+"""The reason of a cell that has that of the cell before."""
+
+
 def read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The records of a result and what they were found with; none where there is no file."""
     if not path.is_file():
         return [], {}
     found = json.loads(path.read_text(encoding="utf-8"))
+    for before, each in pairwise(found["records"]):
+        if each.get("reason") == SAME:
+            each["reason"] = before["reason"]
     return found["records"], found.get("evidence", {})
 
 
 def write(path: Path, records: list[dict[str, Any]], evidence: dict[str, Any]) -> None:
     """The result with a record a line, and its table beside it."""
-    records = sorted(records, key=lambda each: (each["kind"], each["type"]))
-    lines = ",\n".join(json.dumps(_short(each)) for each in records)
+    records = [_short(each) for each in sorted(records, key=lambda each: (each["kind"], each["type"]))]
+    lines = [json.dumps(records[0])] if records else []
+    for before, each in pairwise(records):
+        same = "reason" in each and each["reason"] == before.get("reason")
+        lines.append(json.dumps({**each, "reason": SAME} if same else each))
+    text = f'{{"evidence": {json.dumps(evidence)},\n"records": [\n' + ",\n".join(lines) + "\n]}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(f'{{"evidence": {json.dumps(evidence)},\n"records": [\n{lines}\n]}}\n', encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
     path.with_suffix(".md").write_text(table(records), encoding="utf-8")
 
 
 def _short(record: dict[str, Any]) -> dict[str, Any]:
+    """With two figures, without what did not come out, and of a refusal without what is to be done instead."""
     found = {
         name: float(f"{value:.2g}") if isinstance(value, float) and math.isfinite(value) else value
         for name, value in record.items()
         if value is not None and value != math.inf
     }
-    if found["outcome"] == "refused":  # what is to be done is said to the user
+    if found["outcome"] == "refused":
         found["reason"] = found["reason"].split("; ")[0]
     return found
 
