@@ -1,9 +1,8 @@
 """The right values, by transformers alone: every row by itself, nothing padded, packed or cached, never through ptd.
 
 A soft prompt goes in front of the embeddings (``inputs_embeds``). A prefix goes in front of the keys and values that
-the model hands to `attend`, which is attention as its textbook formula, under a name of its own in transformers'
-interface; the mask is the one that "eager" attention gets. That `attend` is the family's own attention is checked:
-without a prefix it has to give what "eager" gives, and how far it is from a cache filled with the prefix is recorded.
+the model hands to `families_attention.attend`. That this is the family's own attention is checked: without a prefix it
+has to give what "eager" gives, and how far it is from a cache filled with the prefix is recorded.
 """
 
 from __future__ import annotations
@@ -12,20 +11,17 @@ import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from families_attention import NAME, Pass, running
 from families_cases import NEW_TOKENS, P, Rows, Written, distance, generated
 from families_configs import FIRST_WORD, PAD
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers import DynamicCache, PreTrainedModel
 
 from ptd.types import virtual_id
 
-NAME = "plain_with_prefix"
 SAME = 1e-5
 SHOWS = 1e-2
 """What a change has to move, in units of the root mean square, for a fault of that kind to be seen."""
@@ -33,64 +29,6 @@ SHOWS = 1e-2
 
 class NoReference(Exception):
     """The right value cannot be computed from transformers alone."""
-
-
-@dataclass
-class _Pass:
-    prefix: list[tuple[Tensor, Tensor]] | None = None
-    shapes: list[tuple[int, int, int]] = field(default_factory=list)
-    modules: list[nn.Module] = field(default_factory=list)
-
-
-_running: ContextVar[_Pass] = ContextVar("sweep_pass")
-
-
-def attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    position_bias: Tensor | None = None,
-    s_aux: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """softmax(q·[Kp; K]ᵀ·scale + [0; mask]) [Vp; V], with the layer's prefix Kp, Vp, which nothing masks."""
-    now = _running.get()
-    number = len(now.shapes)
-    now.shapes.append((key.shape[1], key.shape[3], value.shape[3]))
-    now.modules.append(module)
-    group = query.shape[1] // key.shape[1]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-
-    def score(keys: Tensor) -> Tensor:
-        scores = query @ keys.repeat_interleave(group, 1).transpose(2, 3) * scale
-        return scores if softcap is None else softcap * torch.tanh(scores / softcap)
-
-    scores = score(key)
-    if position_bias is not None:
-        scores = scores + position_bias[..., : key.shape[2]]
-    if attention_mask is not None:
-        visible = attention_mask[..., : key.shape[2]]
-        scores = scores.masked_fill(~visible, -torch.inf) if visible.dtype == torch.bool else scores + visible
-    value = value.repeat_interleave(group, 1)
-    if now.prefix is not None:
-        keys, values = (part.transpose(0, 1)[None] for part in now.prefix[number])
-        scores = torch.cat([score(keys).expand(len(scores), -1, -1, -1), scores], dim=-1)
-        value = torch.cat([values.repeat_interleave(group, 1).expand(len(value), -1, -1, -1), value], dim=2)
-    if s_aux is not None:
-        sinks = s_aux.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
-        weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
-    else:
-        weights = scores.softmax(-1)
-    return (weights @ value).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, eager_mask)
 
 
 def _overlaid(embedded: Tensor, soft: Tensor, marked: Tensor) -> Tensor:
@@ -224,13 +162,13 @@ class Plain:
         return True
 
     @contextmanager
-    def _pass(self, prefix: list[tuple[Tensor, Tensor]] | None) -> Iterator[_Pass]:
-        now = _Pass(prefix)
-        token = _running.set(now)
+    def _pass(self, prefix: list[tuple[Tensor, Tensor]] | None) -> Iterator[Pass]:
+        now = Pass(prefix)
+        token = running.set(now)
         try:
             yield now
         finally:
-            _running.reset(token)
+            running.reset(token)
         self._last = now
 
     @torch.no_grad()
