@@ -4,6 +4,7 @@
 # make docs-test  that site in a browser, and every command and piece of code in README.md and docs/ (minutes)
 # make check  style, types, formatting
 # make fuzz   run files, data files and adapters of anything, for minutes
+# make sweep  every text family that transformers can build, at a tiny size, beside plain transformers (minutes)
 # make gpu    on one NVIDIA GPU: the attention kernels' tests and benchmark, that no step waits for it, a 7B backbone in
 #             every placement, fp8 and Liger
 # Each makes .venv and installs what it needs first. PYTHON=… chooses the interpreter (3.10 or newer).
@@ -13,7 +14,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check docs docs-test fuzz gpu
+.PHONY: demo test check docs docs-test fuzz sweep gpu
 demo: $(INSTALLED)
 	$(BIN)/ptd quickstart --output quickstart --overwrite
 
@@ -35,6 +36,9 @@ docs-test: docs
 
 fuzz: $(INSTALLED)
 	PTD_FUZZ=1 $(BIN)/python -m pytest tests/test_fuzz.py
+
+sweep: $(INSTALLED)
+	$(BIN)/python benchmarks/families.py --again --output benchmarks/results/families.json
 
 gpu: $(INSTALLED)
 	CUBLAS_WORKSPACE_CONFIG=:4096:8 PTD_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/ptd_kernels

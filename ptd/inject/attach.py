@@ -171,6 +171,8 @@ class Attachment:
     def _(self, state: SoftTokens) -> None:
         if state.in_front:
             self._check_takes("virtual tokens before the sequences", self.verdict.soft)
+        else:
+            self._check_takes("virtual tokens among those of a sequence", self.verdict.marks)
         self.set(None)
         reader = self.stacks[0]
         reader.soft, reader.in_front = state.embeddings, state.in_front

@@ -26,7 +26,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ptd.inject.attention import Call
 from ptd.inject.probe import ordinary_tokens, packing_obstacle
-from ptd.types import IGNORE_INDEX, Batch, SoftTokens, UserError
+from ptd.types import IGNORE_INDEX, Batch, SoftTokens, UserError, virtual_id
 
 if TYPE_CHECKING:
     from ptd.inject.attach import Attachment
@@ -46,12 +46,14 @@ class Verdict:
     """What a model cannot do, each with the reason; None: it can.
 
     ``packed``: rows of a packed batch stay apart. ``left``: rows padded on the left are what they are alone.
-    ``soft``: virtual tokens before the sequences. ``prefix``: keys and values in every layer.
+    ``soft``: virtual tokens before the sequences. ``marks``: virtual tokens among theirs. ``prefix``: keys and values in
+    every layer.
     """
 
     packed: str | None = None
     left: str | None = None
     soft: str | None = None
+    marks: str | None = None
     prefix: str | None = None
 
 
@@ -108,7 +110,7 @@ class SelfCheck:
     def _read_plain(self) -> None:
         seen: list[Tensor] = []
         embeddings: nn.Module = self.attachment.stacks[0].embeddings
-        hook = embeddings.register_forward_hook(lambda module, args, output: seen.append(output))
+        hook = embeddings.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
         cache = DynamicCache()  # without a config: no layer drops what lies outside its window
         caching = {"past_key_values": cache, "use_cache": True}
         caches = self.causal and not self.two and caching.keys() <= self.attachment.inputs.takes
@@ -124,6 +126,9 @@ class SelfCheck:
 
     def _cached(self, cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of the shared tokens in every layer that ran; empty: it keeps none, or other ones."""
+        ran = set(self.model.modules())
+        if len(cache.layers) != sum(call.module in ran for call in self.calls):  # layers that share theirs
+            return []
         found = []
         for call, layer in zip(self.calls, cache.layers, strict=False):
             key, value = getattr(layer, "keys", None), getattr(layer, "values", None)
@@ -143,7 +148,7 @@ class SelfCheck:
                 return Verdict(packed or self._packed())
             self._padded()
             packed = packed or self._packed()
-            soft, prefix = self._soft(packed=False), self._prefix(packed=False)
+            soft, marks, prefix = self._soft(packed=False), self._marks(), self._prefix(packed=False)
             if packed is None and soft is None:
                 packed = self._soft(packed=True)
             if packed is None and prefix is None:
@@ -152,7 +157,7 @@ class SelfCheck:
                 self.attachment.verdict = Verdict(packed)
                 self._padded()
             left = self._left(prefix=bool(self.cached) and prefix is None)
-            return Verdict(packed, left, soft, prefix)
+            return Verdict(packed, left, soft, marks, prefix)
 
     # ---- the passes
 
@@ -226,6 +231,21 @@ class SelfCheck:
             self.attachment.set(None)
         return self._said(self._apart(hidden, skip=SHARED), "whose first tokens are given as embeddings", packed)
 
+    def _marks(self) -> str | None:
+        """Virtual tokens where the rows' first tokens stand."""
+        if self.embedded is None:
+            return "its embedding layer puts out something other than one vector per token"
+        virtual = [virtual_id(number) for number in range(SHARED)]
+        rows = [_Row([*virtual, *row.tokens[SHARED:]], row.target) for row in self.rows]
+        self.attachment.set(SoftTokens(self.embedded, in_front=False))
+        try:
+            hidden = self._run(self._batch(rows))
+        except Exception as error:  # as above
+            return f"a pass with them ends in {type(error).__name__}: {error}"
+        finally:
+            self.attachment.set(None)
+        return self._said(self._apart(hidden), "some of whose tokens are given as embeddings")
+
     def _prefix(self, *, packed: bool) -> str | None:
         if not self.cached:  # nothing to compare with: an encoder's keys depend on what follows
             return None
@@ -297,10 +317,15 @@ class SelfCheck:
             hooks.append(embeddings.register_forward_hook(lambda *given: given[-1].detach().requires_grad_() * 1))
         try:
             with torch.set_grad_enabled(learning):
-                run(**inputs) if isinstance(inputs, dict) else run(inputs)
+                output = run(**inputs) if isinstance(inputs, dict) else run(inputs)
         finally:
             for hook in hooks:
                 hook.remove()
+        if output.get("logits") is None and output.get("last_hidden_state") is None:
+            raise UserError(
+                f"backbone.path: {type(self.model).__name__} puts out neither logits nor a last_hidden_state; use a "
+                "backbone of another family"
+            )
         return seen[-1].detach().float()
 
     def _apart(self, found: list[Tensor], *, skip: int = 0) -> float:
@@ -397,7 +422,7 @@ def _spared(model: PreTrainedModel, calls: list[Call], head: nn.Module | None) -
             if not isinstance(child, nn.ModuleList) or child in inside:
                 continue
             kinds = [_kind(layer, call_of) for layer in child]
-            if not all(attends for _, attends in kinds):
+            if not kinds or not all(attends for _, attends in kinds):
                 continue
             inside |= set(child.modules())
             enough = max(2, 1 + max(kinds.index(kind) for kind in kinds))
