@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -62,10 +62,21 @@ class Call:
     rule: Callable[..., Tensor] | None
 
 
-probed: ContextVar[list[Call] | None] = ContextVar("ptd_probed", default=None)
-"""A list while a probe runs: it collects the calls, every layer is given its mask, and attention puts out zeros."""
-_RULE = "_ptd_rule"
-"""Attribute of a mask made while a probe runs: the function that says which query sees which key."""
+@dataclass
+class Probe:
+    """What a forward pass shows of a model: attention ``calls`` in their order, ``rules``: masks and what made them."""
+
+    calls: list[Call] = field(default_factory=list)
+    rules: list[tuple[Tensor, Callable[..., Tensor]]] = field(default_factory=list)
+
+    def rule_of(self, mask: Tensor | None) -> Callable[..., Tensor] | None:
+        """What made the mask, of which families hand on a view."""
+        memory = None if mask is None else mask.untyped_storage()._cdata
+        return next((rule for made, rule in self.rules if made.untyped_storage()._cdata == memory), None)
+
+
+probed: ContextVar[Probe | None] = ContextVar("ptd_probed", default=None)
+"""Set while a probe runs: it collects the calls, every layer is given its mask, and attention puts out zeros."""
 
 
 watched: ContextVar[Callable[..., Tensor] | None] = ContextVar("ptd_watched", default=None)
@@ -112,12 +123,12 @@ def attention_forward(
     """
     if options.get("s_aux") is not None:
         raise UserError(f"{type(module).__name__} has attention sinks (s_aux), which attention with a prefix lacks")
-    calls = probed.get()
-    if calls is not None:
+    probe = probed.get()
+    if probe is not None:
         sizes = query.shape[2], key.shape[2], key.shape[1], key.shape[3], value.shape[3]
         says = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        rule = getattr(attention_mask, _RULE, None)
-        calls.append(Call(module, *sizes, says, sliding_window, attention_mask, rule))
+        rule = probe.rule_of(attention_mask)
+        probe.calls.append(Call(module, *sizes, says, sliding_window, attention_mask, rule))
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
     slot: LayerSlot | None = vars(module).get(_SLOT)
     if slot is None:
@@ -183,12 +194,12 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """The mask transformers hands to `attention_forward`: none for packed batches, else as for SDPA (bool, or none)."""
     if packed_forward.get():
         return None
-    probing = probed.get() is not None
-    if probing:
+    probe = probed.get()
+    if probe is not None:
         kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
-    if probing:
-        setattr(mask, _RULE, kwargs.get("mask_function"))
+    if probe is not None and mask is not None and "mask_function" in kwargs:
+        probe.rules.append((mask, kwargs["mask_function"]))
     return mask
 
 

@@ -14,7 +14,7 @@ from ptd_kernels import MAX_HEAD_SIZE
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers import PreTrainedModel
 
-from ptd.inject.attention import Call, probed
+from ptd.inject.attention import Call, Probe, probed
 from ptd.inject.stack import Stack, sides_of
 from ptd.types import AttentionKind, BackboneShape, LayerShape, UserError
 
@@ -33,13 +33,13 @@ def probe(model: PreTrainedModel) -> tuple[list[Call], Any]:
     inputs = {"input_ids": tokens[:, :2], "attention_mask": torch.ones_like(tokens[:, :2])}
     if len(sides_of(model)) == 2:  # an encoder with one token more: that is how cross-attention gives itself away
         inputs = {"input_ids": tokens, "attention_mask": tokens + 1, "decoder_input_ids": tokens[:, :2]}
-    calls: list[Call] = []
-    token = probed.set(calls)
+    seen = Probe()
+    token = probed.set(seen)
     try:
         output = model(**inputs)
     finally:
         probed.reset(token)
-    return [_as_masked(call) for call in calls], output
+    return [_as_masked(call) for call in seen.calls], output
 
 
 def _as_masked(call: Call) -> Call:

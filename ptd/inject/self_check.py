@@ -46,7 +46,7 @@ class Verdict:
     """What a model cannot do, each with the reason; None: it can.
 
     ``packed``: rows of a packed batch stay apart. ``left``: rows padded on the left are what they are alone.
-    ``soft``: virtual tokens before the sequences. ``marks``: virtual tokens among theirs. ``prefix``: keys and values in
+    ``soft``: virtual tokens before the sequences. ``marks``: such tokens among theirs. ``prefix``: keys and values in
     every layer.
     """
 

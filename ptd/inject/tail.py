@@ -43,7 +43,8 @@ class Watch:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._ran[module] += 1
-        self._attended = len(probed.get() or ())
+        probe = probed.get()
+        self._attended = len(probe.calls) if probe is not None else 0
         self._behind[module] = self._attended
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
