@@ -5,6 +5,7 @@
 # make check  style, types, formatting
 # make fuzz   run files, data files and adapters of anything, for minutes
 # make sweep  every text family that transformers can build, at a tiny size, beside plain transformers (minutes)
+# make sweep-test  the same into a temporary folder; fails if any value is wrong
 # make gpu    on one NVIDIA GPU: the attention kernels' tests and benchmark, that no step waits for it, a 7B backbone in
 #             every placement, fp8 and Liger
 # Each makes .venv and installs what it needs first. PYTHON=… chooses the interpreter (3.10 or newer).
@@ -14,7 +15,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check docs docs-test fuzz sweep gpu
+.PHONY: demo test check docs docs-test fuzz sweep sweep-test gpu
 demo: $(INSTALLED)
 	$(BIN)/ptd quickstart --output quickstart --overwrite
 
@@ -39,6 +40,9 @@ fuzz: $(INSTALLED)
 
 sweep: $(INSTALLED)
 	$(BIN)/python benchmarks/families.py --again --output benchmarks/results/families.json
+
+sweep-test: $(INSTALLED)
+	PTD_SWEEP=1 $(BIN)/python -m pytest tests/inject/test_families_sweep.py -k every_family
 
 gpu: $(INSTALLED)
 	CUBLAS_WORKSPACE_CONFIG=:4096:8 PTD_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/ptd_kernels

@@ -22,6 +22,8 @@ from ptd.inject.tail import Tail, Watch
 from ptd.types import Batch, NoPrompt, PrefixKV, PromptEncoder, SoftTokens, UserError
 
 ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+WRONG_UPSTREAM = {"moshi": "transformers itself generates other tokens with a cache than without, beyond its window"}
+"""Families that no check at attach finds out, and why they are refused."""
 SUPPORTED = (
     "use a decoder such as llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, gpt2, gpt_neox, opt or mixtral, an "
     "encoder such as bert, roberta, distilbert or modernbert, or an encoder-decoder such as t5, bart or mbart"
@@ -36,6 +38,10 @@ def check_supported(model_class: type[PreTrainedModel] | None, config: Any) -> N
     model_type = config.model_type
     if model_class is None:
         raise UserError(f"backbone.path: transformers has no model of type {model_type!r} for this task; " + SUPPORTED)
+    if model_type in WRONG_UPSTREAM:
+        raise UserError(
+            f"backbone.path: model type {model_type!r} is refused: {WRONG_UPSTREAM[model_type]}; {SUPPORTED}"
+        )
     if not model_class._can_set_attn_implementation():
         raise UserError(
             f"backbone.path: model type {model_type!r} computes attention (or what it has instead) without "

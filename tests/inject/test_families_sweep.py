@@ -1,6 +1,6 @@
 """benchmarks/families.py on a few families of each kind: ptd's values are right, or refused with a reason.
 
-``make sweep`` (PTD_SWEEP=1 in the tests) runs every family that transformers can build.
+``make sweep-test`` (PTD_SWEEP=1) runs every family that transformers can build.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def test_the_reference_with_a_prefix_is_that_of_a_filled_cache(model_type):
     assert error is None if model_type == "deepseek_v3" else error < 1e-5  # which caches something else
 
 
-@pytest.mark.skipif("PTD_SWEEP" not in os.environ, reason="minutes; make sweep")
+@pytest.mark.skipif("PTD_SWEEP" not in os.environ, reason="minutes; make sweep-test")
 @pytest.mark.timeout(3600)
 def test_every_family_is_right_or_refused(tmp_path):
     output = tmp_path / "families.json"
