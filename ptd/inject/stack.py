@@ -86,7 +86,7 @@ class Stack:
             kwargs = self._put_in_front(front, kwargs)
         mask, source = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
         if self.source_extra and mask is not None and source is not None and mask.shape[1] < source.shape[1]:
-            kwargs["encoder_attention_mask"] = _before_columns(mask, 1, self.source_extra)
+            kwargs["encoder_attention_mask"] = _with_virtual(mask, self.source_extra)
         self._begin_tail(kwargs)
         return (), kwargs
 
@@ -169,9 +169,9 @@ class Stack:
                 "before the sequences cannot be put into them: pass a 2-dimensional attention_mask; of a multimodal "
                 "backbone take the text model's own checkpoint, or method prefix, which adds no tokens"
             )
-        first_B = None if mask is None else mask.bool().int().argmax(dim=1)
-        if mask is not None and first_B is not None:
-            kwargs["attention_mask"] = _interleaved(mask, mask.new_ones(count), _places(first_B, mask.shape[1], count))
+        first_B = None if mask is None else _first_of(mask)
+        if mask is not None:
+            kwargs["attention_mask"] = _with_virtual(mask, count)
         ids: Tensor | None = kwargs.get("input_ids")
         given: Tensor = kwargs["inputs_embeds"] if ids is None else ids
         rows, columns = given.shape[:2]
@@ -350,5 +350,11 @@ def _interleaved(own: Tensor, virtual: Tensor, places: Tensor) -> Tensor:
     return both.gather(-1, places.expand(*both.shape[:-2], *places.shape))
 
 
-def _before_columns(mask: Tensor, value: int, count: int) -> Tensor:
-    return torch.cat([mask.new_full((mask.shape[0], count), value), mask], dim=1)
+def _first_of(mask: Tensor) -> Tensor:
+    """Where the first token of each row stands, ``[B]``."""
+    return mask.bool().int().argmax(dim=1)
+
+
+def _with_virtual(mask: Tensor, count: int) -> Tensor:
+    """The mask ``[B, S]`` of rows that have ``count`` virtual tokens before their first one."""
+    return _interleaved(mask, mask.new_ones(count), _places(_first_of(mask), mask.shape[1], count))
