@@ -50,6 +50,13 @@ def alone(model, row, **inputs):
 
 
 @torch.no_grad()
+def behind(soft, model):
+    """Logits of each row alone, behind these embeddings."""
+    embedding = model.get_input_embeddings()
+    return [model(inputs_embeds=torch.cat([soft, embedding(torch.tensor(row))])[None]).logits[0, P:] for row in ROWS]
+
+
+@torch.no_grad()
 def in_a_batch(model, attachment, rows, soft=None):
     """Outputs of each row, as ptd lays them out: packed where it may, else padded on the right."""
     lengths = [len(row) for row in rows]
@@ -186,11 +193,7 @@ def test_a_multimodal_shell_takes_soft_tokens_in_packed_rows():
     config = type(tiny_config("mistral3", **SHELL))(text_config=text.to_dict(), **SHELL, image_token_index=5)
     model = redrawn(AutoModelForImageTextToText.from_config(config, dtype=torch.float32))
     soft = torch.randn(P, 32, generator=rng)
-    embedding = model.get_input_embeddings()
-    with torch.no_grad():
-        want = [
-            model(inputs_embeds=torch.cat([soft, embedding(torch.tensor(row))])[None]).logits[0, P:] for row in ROWS
-        ]
+    want = behind(soft, model)
     attachment = Attachment(model)
     assert attachment.packable
     attachment.set(SoftTokens(soft, in_front=True))
@@ -256,11 +259,7 @@ def test_rows_packed_by_their_positions_alone_each_get_the_virtual_tokens():
     """As collators without padding lay them out for transformers: no boundaries are given."""
     model = tiny_model("llama")
     soft = torch.randn(P, 32, generator=rng)
-    embedding = model.get_input_embeddings()
-    with torch.no_grad():
-        want = [
-            model(inputs_embeds=torch.cat([soft, embedding(torch.tensor(row))])[None]).logits[0, P:] for row in ROWS
-        ]
+    want = behind(soft, model)
     attachment = Attachment(model)
     attachment.set(SoftTokens(soft, in_front=True))
     ids = torch.tensor([[token for row in ROWS for token in row]])
