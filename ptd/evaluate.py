@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,12 +103,15 @@ def continue_rows(
 
 
 def text_metrics(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Corpus BLEU (sacrebleu, 0–100), mean ROUGE-L F1 (0–100) and exact match after stripping (0–100)."""
+    """Corpus BLEU (sacrebleu, 0–100), mean ROUGE-L F1 (0–100) and exact match after stripping (0–100).
+
+    ROUGE-L is that of rouge_score on English; of other scripts it compares words, of those without spaces characters.
+    """
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
 
     outputs, references = [text.strip() for text in outputs], [text.strip() for text in references]
-    scorer = RougeScorer(["rougeL"])
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
     pairs = list(zip(references, outputs, strict=True))
     return {
         "bleu": sacrebleu.corpus_bleu(outputs, [references]).score,
@@ -115,3 +119,17 @@ def text_metrics(outputs: Sequence[str], references: Sequence[str]) -> dict[str,
         "exact_match": 100 * sum(reference == output for reference, output in pairs) / len(pairs),
         "generated": len(pairs),
     }
+
+
+class _Words:
+    """Tokens for ROUGE: rouge_score's own know the letters a to z and no others."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """Words in lower case; each character of scripts without spaces and each symbol (emoji) is one."""
+        return _WORD.findall(text.lower())
+
+
+_ALONE = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+"""Thai, Lao, Burmese, Khmer, kana and Han."""
+_SYMBOLS = "\u2600-\u27bf\U0001f000-\U0001faff"
+_WORD = re.compile(f"[{_ALONE}{_SYMBOLS}]|[^\\W_{_ALONE}]+")

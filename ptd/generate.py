@@ -344,6 +344,11 @@ def read_prompts(source: str | Path | BinaryIO, named: str = "--file") -> list[s
     Raises `UserError` if it cannot be read or has none.
     """
     if isinstance(source, str | Path):
+        if Path(source).suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
+            raise UserError(
+                f"{named}: {source} is a file of rows, and each line would be taken for a prompt; write the prompts "
+                "alone into a .txt file, or use ptd eval --generate --data for rows"
+            )
         text, place = read_text(source, f"{named}: cannot read"), f"{named}: {source}"
     else:
         text, place = decode_text(source.read(), f"cannot read {named}"), named

@@ -145,3 +145,18 @@ def test_samples_of_a_step_replace_those_of_later_ones(tmp_path: Path) -> None:
         {"step": 0, "prompt": "in", "reference": "reference", "text": "text"},
         {"step": 5, "prompt": "new", "reference": "", "text": ""},
     ]
+
+
+def test_rouge_knows_every_script():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    from ptd.evaluate import text_metrics
+
+    for text in ("привет мир", "你好，世界", "größer als", "مرحبا بالعالم", "👍🎉"):
+        assert text_metrics([text], [text])["rouge_l"] == 100
+    assert text_metrics(["gräßer"], ["größer"])["rouge_l"] == 0
+    assert text_metrics(["你好"], ["你们"])["rouge_l"] == 50
+    one, other = "The cat_sat, on 2 mats!", "the dog sat on two mats"
+    assert text_metrics([other], [one])["rouge_l"] == pytest.approx(
+        100 * RougeScorer(["rougeL"]).score(one, other)["rougeL"].fmeasure
+    )

@@ -216,8 +216,7 @@ def _from_reader(reader: Callable[[Path, str], Iterator[Row]]) -> Callable[[Path
                 textual[key] = textual.get(key, True) and (value is None or isinstance(value, str))
         if not textual:
             raise UserError(_no_rows(path, what))
-        stat = path.stat()
-        identity = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns, textual, "v2"])
+        identity = json.dumps([_state_of(path), textual, "v3"])
         return _guarded(
             lambda: Dataset.from_generator(
                 _typed_rows,
@@ -239,9 +238,20 @@ def _typed_rows(reader: Callable[[Path, str], Iterator[Row]], path: Path, textua
         }
 
 
+def _state_of(path: Path) -> list[Any]:
+    """What tells one content of a file from another: its size, its times, and the inode. Tools that copy files set the
+    time of modification back (rsync -t, tar); nothing sets that of the last change."""
+    stat = path.stat()
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
 def _parquet(path: Path, what: str) -> Dataset:
+    # A folder of the cache for each state of the file: the library tells files apart by path and time.
+    state = hashlib.sha256(json.dumps(_state_of(path)).encode()).hexdigest()[:16]
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / f"ptd-parquet-{state}"
     return _guarded(
-        lambda: load_dataset("parquet", data_files=glob.escape(str(path)), split="train"), f"{what}: {path}"
+        lambda: load_dataset("parquet", data_files=glob.escape(str(path)), split="train", cache_dir=str(cache)),
+        f"{what}: {path}",
     )
 
 

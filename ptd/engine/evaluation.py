@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ptd.data import Batches
 from ptd.engine.ranks import Ranks
-from ptd.engine.setup import Prepared
+from ptd.engine.setup import Prepared, check_context
 from ptd.readouts import Reading, Readout, Run
 from ptd.tasks import Task
 from ptd.types import Batch, Examples, Reporter
@@ -35,7 +35,10 @@ class HeldOut:
     pad_token_id: int | None
 
     def batches(self, prepared: Prepared, ranks: Ranks) -> Batches:
-        """All rows once, in their order, dealt out to the ranks."""
+        """All rows once, in their order, dealt out to the ranks. Raises `UserError` for one beyond the context."""
+        sides = [side for side in (self.examples, self.examples.source) if side is not None]
+        longest = max(int((side.offsets[1:] - side.offsets[:-1]).max()) for side in sides)
+        check_context(prepared.shape.context, prepared.attachment.extra_positions, longest)
         return Batches(
             self.examples,
             rank=ranks.rank,

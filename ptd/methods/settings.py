@@ -64,7 +64,7 @@ def read_text(config: TextSettings) -> str:
     if config.init_text is not None:
         return config.init_text
     assert config.init_text_file is not None
-    return text_of(config.init_text_file, "method.init_text_file: cannot read")
+    return text_of(config.init_text_file, "method.init_text_file: cannot read").rstrip("\n")  # which ends a line
 
 
 def check_start(config: TextSettings, facts: TaskFacts) -> None:

@@ -244,3 +244,20 @@ def test_ranks_may_read_at_the_same_time_without_noise_or_litter(tmp_path):
     ]
     assert [rank.communicate() for rank in ranks] == [("5000\n", "")] * 2
     assert list((tmp_path / "cwd").iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_file_written_again_with_its_old_size_and_time_is_read_again(tmp_path, suffix):
+    """As rsync -t, tar and image layers leave files."""
+    path = tmp_path / f"rows{suffix}"
+
+    def write(label):
+        if suffix == ".parquet":
+            Dataset.from_list([{"label": label}]).to_parquet(path)
+        else:
+            path.write_text(json.dumps({"label": label}) + "\n" if suffix == ".jsonl" else f"label\n{label}\n")
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+
+    for label in ("a", "b"):
+        write(label)
+        assert load_rows(str(path), "train", what="data.train")[0]["label"] == label
