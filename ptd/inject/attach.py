@@ -105,8 +105,7 @@ class Attachment:
             self.head = Head(watch.head_of(output))
             self.stacks[-1].tail = Tail(watch.behind_attention(self.stacks[-1].members))
             self.slots = [
-                give_slot(call.module, backend, cross=layer.kind == "cross", causal=call.causal)
-                for call, layer in zip(calls, layers, strict=True)
+                give_slot(call, backend, cross=layer.kind == "cross") for call, layer in zip(calls, layers, strict=True)
             ]
             self.inputs = Inputs(model, self.stacks[0], sees_padding=any(layer.kind == "encoder" for layer in layers))
             check = SelfCheck(self, calls)

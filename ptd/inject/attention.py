@@ -33,12 +33,14 @@ packed_forward: ContextVar[bool] = ContextVar("ptd_packed_forward", default=Fals
 class LayerSlot:
     """What the attention function finds in its module: ``key``, ``value`` ``[P, H, D]``; None without a prefix.
 
-    ``causal``: what holds for the layer's own keys where it is given no mask.
+    ``causal``: what holds for the layer's own keys where it is given no mask. ``told``: the argument ``is_causal`` with
+    which its family calls attention; another one comes from whoever called the model, and holds.
     """
 
     backend: str = "auto"
     cross: bool = False
     causal: bool = True
+    told: bool | None = None
     key: Tensor | None = None
     value: Tensor | None = None
 
@@ -47,7 +49,8 @@ class LayerSlot:
 class Call:
     """What a probe saw of one call of the attention function.
 
-    ``mask``: the mask it was given; ``rule``: the function of transformers that made it; None: there was none.
+    ``told``: the argument ``is_causal``. ``mask``: the mask it was given; ``rule``: the function of transformers that
+    made it; None: there was none.
     """
 
     module: nn.Module
@@ -57,6 +60,7 @@ class Call:
     key_dim: int
     value_dim: int
     causal: bool
+    told: bool | None
     window: int | None
     mask: Tensor | None
     rule: Callable[..., Tensor] | None
@@ -83,9 +87,9 @@ watched: ContextVar[Callable[..., Tensor] | None] = ContextVar("ptd_watched", de
 """What stands between a layer and `prefix_attention`, if anything: called with the layer's slot and its arguments."""
 
 
-def give_slot(module: nn.Module, backend: str, *, cross: bool, causal: bool) -> LayerSlot:
-    """Put a slot into an attention module (not as a submodule: it is no part of the model's state)."""
-    slot = LayerSlot(backend, cross, causal)
+def give_slot(call: Call, backend: str, *, cross: bool) -> LayerSlot:
+    """Put a slot into the module of a call (not as a submodule: it is no part of the model's state)."""
+    slot, module = LayerSlot(backend, cross, call.causal, call.told), call.module
     object.__setattr__(module, _SLOT, slot)
     return slot
 
@@ -128,7 +132,7 @@ def attention_forward(
         sizes = query.shape[2], key.shape[2], key.shape[1], key.shape[3], value.shape[3]
         says = getattr(module, "is_causal", True) if is_causal is None else is_causal
         rule = probe.rule_of(attention_mask)
-        probe.calls.append(Call(module, *sizes, says, sliding_window, attention_mask, rule))
+        probe.calls.append(Call(module, *sizes, says, is_causal, sliding_window, attention_mask, rule))
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
     slot: LayerSlot | None = vars(module).get(_SLOT)
     if slot is None:
@@ -147,7 +151,8 @@ def attention_forward(
             + ("masks them by a rule of its own" if packed else "does not hand cu_seq_lens_q on to its attention")
             + "; set data.packing: false, or do not pass cu_seq_lens_q"
         )
-    causal, rows = slot.causal, query.shape[2]
+    causal = slot.causal if is_causal is None or is_causal == slot.told else is_causal
+    rows = query.shape[2]
     # T5's relative position bias; what it gives cross-attention is all zeros.
     bias: Tensor | None = None if slot.cross else options.get("position_bias")
     if bias is not None:

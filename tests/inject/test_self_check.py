@@ -291,3 +291,12 @@ def test_weights_that_are_not_there_are_refused():
     model.model.layers[1].to("meta")
     with pytest.raises(UserError, match="device meta"):
         Attachment(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+def test_a_caller_who_wants_attention_both_ways_gets_it(family):
+    model, row = tiny_model(family), ROWS[0]
+    want = alone(model, row, is_causal=False)
+    assert (want - alone(model, row)).abs().max() > 100 * CLOSE
+    Attachment(model)
+    assert (alone(model, row, is_causal=False) - want).abs().max() < CLOSE
