@@ -29,6 +29,11 @@ packed_forward: ContextVar[bool] = ContextVar("ptd_packed_forward", default=Fals
 """True while a packed batch runs: its boundaries come as ``cu_seq_lens_q``, so no mask is materialised."""
 
 
+def packing_arguments(bounds: Tensor, longest: int) -> dict[str, Any]:
+    """How a model is told the boundaries of a packed batch: int32 ``[sequences + 1]``, and its longest sequence."""
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
 @dataclass
 class LayerSlot:
     """What the attention function finds in its module: ``key``, ``value`` ``[P, H, D]``; None without a prefix.

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ptd.inject.attention import packing_arguments
 from ptd.inject.stack import Stack
 from ptd.types import Batch
 
@@ -59,12 +60,7 @@ class Inputs:
         if batch.token_type_ids is not None and "token_type_ids" in self.takes:
             inputs["token_type_ids"] = batch.token_type_ids
         if batch.cu_seqlens is not None:
-            inputs |= {
-                "cu_seq_lens_q": batch.cu_seqlens,
-                "cu_seq_lens_k": batch.cu_seqlens,
-                "max_length_q": batch.max_seqlen,
-                "max_length_k": batch.max_seqlen,
-            }
+            inputs |= packing_arguments(batch.cu_seqlens, batch.max_seqlen)
         elif self.sees_padding:
             inputs["attention_mask"] = batch.attention_mask.long()
         return inputs

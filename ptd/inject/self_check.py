@@ -219,32 +219,27 @@ class SelfCheck:
         return self._said(error, "padded on the left")
 
     def _soft(self, *, packed: bool) -> str | None:
+        rows = [_Row(row.tokens[SHARED:], row.target) for row in self.rows]
+        batch = self._batch(rows, packed=packed, virtual=SHARED)
+        return self._embedded("whose first tokens are given as embeddings", batch, in_front=True, packed=packed)
+
+    def _marks(self) -> str | None:
+        """Virtual tokens where the rows' first tokens stand."""
+        virtual = [virtual_id(number) for number in range(SHARED)]
+        batch = self._batch([_Row([*virtual, *row.tokens[SHARED:]], row.target) for row in self.rows])
+        return self._embedded("some of whose tokens are given as embeddings", batch, in_front=False)
+
+    def _embedded(self, what: str, batch: Batch, *, in_front: bool, packed: bool = False) -> str | None:
         if self.embedded is None:
             return "its embedding layer puts out something other than one vector per token"
-        rows = [_Row(row.tokens[SHARED:], row.target) for row in self.rows]
-        self.attachment.set(SoftTokens(self.embedded, in_front=True))
+        self.attachment.set(SoftTokens(self.embedded, in_front=in_front))
         try:
-            hidden = self._run(self._batch(rows, packed=packed, virtual=SHARED))
+            hidden = self._run(batch)
         except Exception as error:  # families do as they like with tokens that they cannot look up
             return f"a pass with them ends in {type(error).__name__}: {error}"
         finally:
             self.attachment.set(None)
-        return self._said(self._apart(hidden, skip=SHARED), "whose first tokens are given as embeddings", packed)
-
-    def _marks(self) -> str | None:
-        """Virtual tokens where the rows' first tokens stand."""
-        if self.embedded is None:
-            return "its embedding layer puts out something other than one vector per token"
-        virtual = [virtual_id(number) for number in range(SHARED)]
-        rows = [_Row([*virtual, *row.tokens[SHARED:]], row.target) for row in self.rows]
-        self.attachment.set(SoftTokens(self.embedded, in_front=False))
-        try:
-            hidden = self._run(self._batch(rows))
-        except Exception as error:  # as above
-            return f"a pass with them ends in {type(error).__name__}: {error}"
-        finally:
-            self.attachment.set(None)
-        return self._said(self._apart(hidden), "some of whose tokens are given as embeddings")
+        return self._said(self._apart(hidden, skip=SHARED if in_front else 0), what, packed)
 
     def _prefix(self, *, packed: bool) -> str | None:
         if not self.cached:  # nothing to compare with: an encoder's keys depend on what follows

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
-from ptd.inject.attention import packed_forward
+from ptd.inject.attention import packed_forward, packing_arguments
 from ptd.inject.tail import Tail
 from ptd.types import UserError, virtual_id
 
@@ -107,13 +107,7 @@ class Stack:
         bounds = torch.nn.functional.pad(starts[:, 1] + 1, (1, 1))
         bounds[-1] = positions.shape[1]
         longest = int(bounds.diff().max())
-        bounds = bounds.to(torch.int32)
-        return {
-            "cu_seq_lens_q": bounds,
-            "cu_seq_lens_k": bounds,
-            "max_length_q": longest,
-            "max_length_k": longest,
-        }
+        return packing_arguments(bounds.to(torch.int32), longest)
 
     def _check_padding(self, mask: Any) -> None:
         if self.left_obstacle is None or not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -169,7 +163,6 @@ class Stack:
                 "before the sequences cannot be put into them: pass a 2-dimensional attention_mask; of a multimodal "
                 "backbone take the text model's own checkpoint, or method prefix, which adds no tokens"
             )
-        first_B = None if mask is None else _first_of(mask)
         if mask is not None:
             kwargs["attention_mask"] = _with_virtual(mask, count)
         ids: Tensor | None = kwargs.get("input_ids")
@@ -188,8 +181,7 @@ class Stack:
         if kwargs.get("cu_seq_lens_q") is not None:
             return self._put_in_front_of_packed(count, kwargs)
         number = torch.arange(count, device=self.soft.device)
-        if first_B is None:
-            first_B = number.new_zeros(rows)
+        first_B = number.new_zeros(rows) if mask is None else _first_of(mask)
         places_BT = _places(first_B, columns, count)
         column_S = torch.arange(columns, device=number.device)
         begin_B1 = (columns + count) * torch.arange(rows, device=number.device)[:, None]
@@ -253,13 +245,7 @@ class Stack:
         if positions is not None:
             begin = positions.index_select(-1, bounds[:-1].long())[..., None] - count
             kwargs["position_ids"] = joined(positions, (begin + virtual).flatten(-2))
-        longest = kwargs["max_length_q"] + count
-        return kwargs | {
-            "cu_seq_lens_q": new_bounds,
-            "cu_seq_lens_k": new_bounds,
-            "max_length_q": longest,
-            "max_length_k": longest,
-        }
+        return kwargs | packing_arguments(new_bounds, kwargs["max_length_q"] + count)
 
     def _before_embedding(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self.soft is None or args[0].is_floating_point():
