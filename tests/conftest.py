@@ -20,8 +20,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-SHARED = {"families", "browser", "attention_cases"}
-for name in SHARED - set(sys.modules):  # by file: on sys.path this folder would shadow ptd_kernels
+SHARED = ("families", "browser", "attention_cases", "matrix")
+for name in SHARED:  # by file: on sys.path this folder would shadow ptd_kernels
+    if name in sys.modules:
+        continue
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None

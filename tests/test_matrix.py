@@ -18,7 +18,8 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from families import ENCODER_DECODERS, ENCODERS, FAMILIES, save_backbone, tiny_config, tiny_tokenizer
+from families import save_backbone, tiny_config, tiny_tokenizer
+from matrix import BACKBONES, BATCH, MARKED, METHODS, ROWS, STEPS, TASKS, covering, makes_sense, pairs
 from torch import Tensor
 from transformers import BertTokenizer
 
@@ -33,90 +34,12 @@ from ptd.train import train
 from ptd.types import Reporter, UserError
 
 ALL = os.environ.get("PTD_MATRIX_ALL") == "1"
-BACKBONES = (*FAMILIES, *ENCODERS, *ENCODER_DECODERS)
-STEPS, BATCH = 3, 2
-
-METHODS: dict[str, dict[str, Any]] = {
-    "head": {"name": "head", "hidden_sizes": [8]},
-    "hard_prompt": {"name": "hard_prompt"},
-    "prompt": {"name": "prompt", "num_virtual_tokens": 3},
-    "p_tuning-marks": {"name": "p_tuning", "encoder_hidden_size": 8},
-    "p_tuning-front": {"name": "p_tuning", "num_virtual_tokens": 3, "encoder_reparameterization_type": "mlp"},
-    "prefix-direct": {"name": "prefix", "num_virtual_tokens": 3},
-    "prefix-mlp": {"name": "prefix", "num_virtual_tokens": 3, "prefix_projection": True, "freeze_first_token": True},
-    "p_tuning_v2-direct": {"name": "p_tuning_v2", "num_virtual_tokens": 3},
-    "p_tuning_v2-mlp": {"name": "p_tuning_v2", "num_virtual_tokens": 3, "prefix_projection": True},
-}
-WORDS = {"bad": ["no", "x"], "good": ["yes"]}  # a token a byte: words of one, two and three tokens
-TASKS: dict[str, dict[str, Any]] = {
-    "causal_lm": {"kind": "causal_lm"},
-    "seq2seq_lm": {"kind": "seq2seq_lm"},
-    "classification": {"kind": "classification", "class_weights": "balanced"},
-    "cloze": {"kind": "classification", "patterns": ["{text} is {mask}.", "{text}? {mask}"], "verbalizer": WORDS},
-    "token_classification": {"kind": "token_classification"},
-    "question_answering": {"kind": "question_answering", "doc_stride": 8},
-}
-MARKED: dict[str, dict[str, Any]] = {
-    "causal_lm": {"data": {"prompt_template": "{v:2} {prompt} {v:1} is"}},
-    "seq2seq_lm": {"data": {"prompt_template": "{v:2} {prompt} {v:1}"}},
-    "classification": {"task": {"patterns": ["{v:1} {text} {v:2}"]}},
-    "cloze": {"task": {"patterns": ["{v:2} {text} {v:1} {mask}"]}},
-}
-"""What is added to a task so that its sequences hold marks for virtual tokens."""
-WITH_HEAD = ("classification", "token_classification", "question_answering")
-
-ROWS: list[dict[str, Any]] = [
-    {
-        "prompt": f"{index} and {index % 4}",
-        "completion": "ab" * (1 + index * 5 % 4),
-        "text": "fine " * (index % 3) + f"row {index}",
-        "label": "good" if index % 3 else "bad",
-        "tokens": ["ann", "is", "in", "oslo"][: 2 + index % 3],
-        "tags": ["B-PER", "O", "O", "B-LOC"][: 2 + index % 3],
-        "question": "who?",
-        "context": "he saw " * (1 + index * 2 % 5) + f"ann {index}",
-        "answers": f"ann {index}" if index % 4 else "",
-    }
-    for index in range(STEPS * BATCH)
-]
-"""Every task's columns; contexts of up to 40 tokens are more than one window."""
 
 
 # ---- which combinations make sense, and a selection of them
 
 Case = tuple[str, str, str]
 """Method, family, task."""
-
-
-def makes_sense(method: str, family: str, task: str) -> bool:
-    decoder, encoder_decoder = family in FAMILIES, family in ENCODER_DECODERS
-    if task in ("causal_lm", "seq2seq_lm") and not (decoder if task == "causal_lm" else encoder_decoder):
-        return False
-    if task == "cloze" and encoder_decoder:
-        return False
-    name = METHODS[method]["name"]
-    if name in ("head", "p_tuning_v2"):
-        return task in WITH_HEAD
-    if name == "hard_prompt":
-        return task == "cloze"
-    return task in MARKED or method != "p_tuning-marks"
-
-
-def pairs(case: Case) -> set[tuple[int, int, str, str]]:
-    return {(one, other, case[one], case[other]) for one, other in itertools.combinations(range(3), 2)}
-
-
-def covering(cases: list[Case]) -> list[Case]:
-    """Few of the cases in which every pair occurs that occurs in all of them (greedy)."""
-    missing = set().union(*map(pairs, cases))
-    chosen = []
-    while missing:
-        best = max(cases, key=lambda case: len(pairs(case) & missing))
-        chosen.append(best)
-        missing -= pairs(best)
-    return chosen
-
-
 LEGAL = [case for case in itertools.product(METHODS, BACKBONES, TASKS) if makes_sense(*case)]
 CASES = LEGAL if ALL else sorted(covering(LEGAL), key=LEGAL.index)
 

@@ -6,6 +6,7 @@ Floating point of 8 bits is another matter: fp8.py.
 from __future__ import annotations
 
 import importlib.util
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -87,12 +88,28 @@ class _MatMul4Bit(torch.autograd.Function):
         import bitsandbytes
 
         ctx.layer = layer
-        output: Tensor = bitsandbytes.matmul_4bit(x, layer.weight, quant_state=layer.weight.quant_state)
+        output: Tensor
+        if x.device.type == "cpu":
+            output = x @ _dequantised(layer).to(x.dtype).t()
+        else:
+            output = bitsandbytes.matmul_4bit(x, layer.weight, quant_state=layer.weight.quant_state)
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        from bitsandbytes.functional import dequantize_4bit
+        return gradient @ _dequantised(ctx.layer).to(gradient.dtype), None
 
-        weight = dequantize_4bit(ctx.layer.weight.data, ctx.layer.weight.quant_state)
-        return gradient @ weight.to(gradient.dtype), None
+
+def _dequantised(layer: Any) -> Tensor:
+    """The layer's weight ``[out, in]`` in the dtype that it was quantised from.
+
+    As one long row, over which its blocks run: bitsandbytes (0.50.2) on a CPU with AVX-512 begins a new block with each
+    row of a matrix, and so gives other weights wherever ``in`` is no multiple of the block's 64.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = copy(layer.weight.quant_state)
+    shape = state.shape
+    state.shape = torch.Size((shape.numel(),))
+    weight: Tensor = dequantize_4bit(layer.weight.data, state)
+    return weight.view(shape)

@@ -33,13 +33,22 @@ Listing: TypeAlias = list[Any]
 def tensors_of(trained: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Everything trained, by name: the module's parameters and buffers and AdamW's moments of each parameter.
 
-    The optimizer's state is created where it does not exist yet: the same call serves saving and loading in place.
+    The optimizer's state is created where it does not exist yet, as its first step would create it: the same call
+    serves saving and loading in place.
     """
     tensors = dict(trained.state_dict())
+    # Kernels that count the steps themselves read the count where the parameter is; others on the host.
+    counted_there = {
+        parameter
+        for group in optimizer.param_groups
+        if group.get("fused") or group.get("capturable")
+        for parameter in group["params"]
+    }
     for name, parameter in trained.named_parameters():
         state = optimizer.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            where = parameter.device if parameter in counted_there else torch.device("cpu")
+            state["step"] = torch.zeros((), dtype=torch.float32, device=where)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         tensors |= {f"optimizer.{key}.{name}": state[key] for key in ("step", "exp_avg", "exp_avg_sq")}

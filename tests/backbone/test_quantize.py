@@ -16,7 +16,8 @@ from ptd.types import UserError, same_backbone
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning")
 CPU = torch.device("cpu")
 IDS = torch.randint(5, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
-WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}  # 4-bit blocks have 64 numbers
+WIDE = {"hidden_size": 128, "intermediate_size": 176, "num_attention_heads": 4}
+"""4-bit blocks have 64 numbers; the rows of one layer are no multiple of that."""
 FAMILIES = ("llama", "gpt2", "bert")
 KINDS = ("int8", "nf4")
 
@@ -35,13 +36,23 @@ def load(folder, quantization="none", **settings):
     return load_model(config, "body", device=CPU, check=check_supported)
 
 
+def nf4_weight(layer):
+    """By the format alone: two codes a byte, each block of 64 with a scale that is 8-bit itself (QLoRA, section 3)."""
+    state, packed = layer.weight.quant_state, layer.weight.data.view(-1)
+    codes = torch.stack([packed >> 4, packed & 15], 1).view(-1).long()
+    nested = state.state2
+    scales = nested.code[state.absmax.long()] * nested.absmax.repeat_interleave(nested.blocksize)[: len(state.absmax)]
+    scales = (scales + state.offset).repeat_interleave(state.blocksize)
+    return (state.code[codes] * scales[: len(codes)]).view(state.shape)
+
+
 def plain_twin(folder, quantised):
     """The same weights, dequantised, in ordinary layers."""
     plain = load(folder)
     layers = dict(plain.named_modules())
     for name, module in quantised.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            weight = nf4_weight(module)
         elif isinstance(module, bnb.nn.Linear8bitLt):
             weight = module.weight.data.float() * module.weight.SCB[:, None] / 127
         else:

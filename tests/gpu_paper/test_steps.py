@@ -1,0 +1,179 @@
+"""Between two records the host asks for optimizer steps and never waits for what the GPU makes of them."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import save_backbone
+
+from ptd.config import parse_config
+from ptd.engine.loop import Loop, Stopped
+from ptd.engine.ranks import Ranks
+from ptd.inject.head import Head
+from ptd.train import build_engine, read_material
+from ptd.types import Reporter
+from tests.gpu_paper.device import watched
+
+GPU = torch.device("cuda", 0)
+STEPS, LOGGED = 6, 3
+CASES: dict[str, dict[str, Any]] = {
+    "packed": {"method": {"prefix_projection": True}},
+    "without levers": {},
+    "padded": {"data": {"packing": False}},
+    "recomputed": {"backbone": {"gradient_checkpointing": True}},
+    "float16": {"backbone": {"dtype": "float16"}},
+    "float16, lowered": {"backbone": {"dtype": "float16"}, "train": {"initial_scale_power": 40}},
+    "bfloat16": {"backbone": {"dtype": "bfloat16"}},
+    "prompt": {"method": {"name": "prompt"}},
+    "classification": {"task": {"kind": "classification"}, "method": {"name": "p_tuning_v2"}},
+    "mean of words": {
+        "task": {"kind": "classification", "class_weights": "balanced"},
+        "method": {"name": "head", "pooling": "mean", "num_virtual_tokens": None},
+    },
+    "cloze": {
+        "task": {"kind": "classification", "patterns": ["{text}? {mask}"], "verbalizer": {"bad": "x", "good": "y"}}
+    },
+    "tags": {"task": {"kind": "token_classification"}, "method": {"name": "p_tuning_v2"}},
+    "spans": {"task": {"kind": "question_answering"}, "method": {"name": "p_tuning_v2"}},
+}
+
+
+class Notes(Reporter):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+class Run:
+    """`STEPS` optimizer steps of two micro-batches, with a record every `LOGGED`."""
+
+    def __init__(self, backbone: Path, rows: Path, changes: dict[str, dict[str, Any]], **loop: Any) -> None:
+        raw: dict[str, Any] = {
+            "backbone": {"path": str(backbone)},
+            "method": {"name": "prefix", "num_virtual_tokens": 4},
+            "data": {"train": str(rows), "max_length": 64},
+            "train": {
+                "max_steps": STEPS,
+                "per_device_train_batch_size": 3,
+                "gradient_accumulation_steps": 2,
+                "max_grad_norm": 0.01,
+                "logging_steps": LOGGED,
+            },
+            "output_dir": "unused",
+        }
+        for section, values in changes.items():
+            merged = {**raw.get(section, {}), **values}
+            raw[section] = {key: value for key, value in merged.items() if value is not None}
+        config, ranks = parse_config(raw), Ranks(0, 1, 1, GPU)
+        material = read_material(config, ranks, Reporter())
+        self.prepared, self.step, batches = build_engine(config, None, ranks, config.train, material)
+        self.records: list[dict[str, Any]] = []
+        self.reporter = Notes()
+        nothing = lambda *unused: None  # noqa: E731
+        self.loop = Loop(
+            config.train, self.prepared, self.step, batches, None, ranks, self.reporter, self.records.append,
+            nothing, nothing, **loop,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def run(backbone_dir: Path, labelled_rows: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    def build(case: str, **loop: Any) -> Run:
+        if case == "without levers":
+            monkeypatch.setattr(Head, "fuses", False)
+
+        return Run(backbone_dir, labelled_rows, CASES[case], **loop)
+
+    return build
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_step_waits(run: Callable[..., Run], case: str) -> None:
+    with watched() as seen:
+        built = run(case, heartbeat=lambda doing: setattr(seen, "doing", doing))
+        built.loop.run(0, LOGGED)  # the first steps load kernels and make the optimizer's state
+        seen.doing = "between"
+        seen.waited.clear()
+        built.loop.run(LOGGED, STEPS)
+    assert [record["step"] for record in built.records] == [LOGGED, STEPS]
+    last = f"step {STEPS}"
+    assert [wait for wait in seen.waited if wait[0] != last] == []
+    # A record does wait, where it sums over the ranks: for what is copied there, and for what comes back.
+    assert {wait[1] for wait in seen.waited} <= {"copy between host and GPU"}
+    assert len(seen.waited) <= 2
+
+
+def test_results_read_later_are_the_same(run: Callable[..., Run]) -> None:
+    """In float16 with a scale that is lowered, so that steps are skipped, whose results nobody has seen yet."""
+    at_once, later = (run("float16, lowered", behind=behind) for behind in (0, 1))
+    for built in (at_once, later):
+        built.loop.run(0, STEPS)
+    kept = ("step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "skipped_steps", "loss_scale")
+    series = [[str([record[key] for key in kept]) for record in built.records] for built in (later, at_once)]  # nan too
+    assert series[0] == series[1]
+    assert at_once.records[0]["skipped_steps"] == LOGGED
+    assert later.reporter.lines == at_once.reporter.lines
+    assert later.reporter.lines[1].endswith("a gradient overflowed; loss scale lowered to 2.74878e+11")
+
+
+@pytest.mark.parametrize(("behind", "stopped"), [(0, 1), (1, 2), (None, 2)])
+def test_a_request_to_stop_is_seen_as_late_as_results_are(
+    run: Callable[..., Run], behind: int | None, stopped: int
+) -> None:
+    built = run("packed", behind=behind)
+    built.loop.request.signal = signal.SIGTERM
+    assert built.loop.run(0, STEPS) == Stopped(stopped, evaluation_due=False)
+
+
+def test_the_fused_optimizer_skips_as_the_host_would(run: Callable[..., Run]) -> None:
+    """Nothing changes in a step whose loss is not finite: no parameter, no moment, no count of steps."""
+    built = run("packed")
+    built.loop.run(0, LOGGED)
+    before = {name: tensor.clone() for name, tensor in built.step.tensors().items()}
+    state = built.step.encode()
+    built.prepared.attachment.set(state)
+    loss = sum(tensor.square().sum() for tensor in state.tensors()) * torch.nan
+    loss.backward()
+    result = built.step.finish(loss, 1.0, 1, 1).read()
+    assert result.skipped
+    after = built.step.tensors()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("case", ["packed", "classification"])
+def test_what_a_resumed_run_is_to_load_lies_where_the_optimizer_wants_it(run: Callable[..., Run], case: str) -> None:
+    """Before any step, as a resumed run asks for it, and behind steps."""
+    resumed, trained = run(case), run(case)
+    trained.loop.run(0, STEPS)
+    for step in (resumed.step, trained.step):
+        step.tensors()
+        for parameter in step.trained.parameters():
+            state = step.optimizer.state[parameter]
+            assert {name: tensor.device for name, tensor in state.items()} == dict.fromkeys(state, parameter.device)
+            assert len(state) == 3
+    for name, tensor in resumed.step.tensors().items():
+        other = trained.step.tensors()[name]
+        assert (tensor.device, tensor.dtype, tensor.shape) == (other.device, other.dtype, other.shape), name
+        tensor.data.copy_(other)
+    resumed.loop.run(STEPS, STEPS + 1)
+
+
+@pytest.fixture(scope="module")
+def of_layers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
+    """A saved backbone of a family with so many layers."""
+    folder = tmp_path_factory.mktemp("layers")
+
+    def save(family: str, layers: int) -> Path:
+        path = folder / f"{family}-{layers}"
+        name = "num_layers" if family == "t5" else "num_hidden_layers"
+        return path if path.exists() else save_backbone(path, family, **{name: layers})
+
+    return save
