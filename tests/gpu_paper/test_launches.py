@@ -1,0 +1,170 @@
+"""How many operations a layer asks the GPU for, at most: two tables that are upper bounds.
+
+A layer's share is what a model of four layers launches more than one of two, over two. The operator alone is counted
+at the sizes of large models, on tensors without data: where a library's kernel cannot do it, plain torch does it in
+slices, and their number depends on the sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import save_backbone
+from ptd_kernels import prefix_attention
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import DynamicCache
+
+from ptd.backbone import load_model
+from ptd.config import BackboneConfig
+from ptd.engine.forward import Forward
+from ptd.inject import Attachment, check_supported
+from ptd.types import Batch, PrefixKV
+from tests.gpu_paper.device import Dispatched, Seen, watched
+
+GPU = torch.device("cuda", 0)
+LENGTHS = (5, 7)
+
+
+@pytest.fixture(scope="module")
+def of_layers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
+    """A saved backbone of a family with so many layers."""
+    folder = tmp_path_factory.mktemp("layers")
+
+    def save(family: str, layers: int) -> Path:
+        path = folder / f"{family}-{layers}"
+        return path if path.exists() else save_backbone(path, family, num_hidden_layers=layers)
+
+    return save
+
+
+def packed() -> Batch:
+    """Two sequences, end to end."""
+    size = sum(LENGTHS)
+    ids = torch.arange(size)[None] % 40 + 10
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    starts = torch.tensor(np.cumsum([0, *LENGTHS]), dtype=torch.int32)
+    return Batch(ids, ids.clone(), positions, starts, max(LENGTHS), size, size, torch.tensor(LENGTHS), (0, 1))
+
+
+def prefix_of(attachment: Attachment, count: int = 4) -> PrefixKV:
+    drawn = torch.Generator().manual_seed(0)
+    keys, values = (
+        tuple(
+            torch.randn(count, layer.kv_heads, size, generator=drawn).to(GPU).requires_grad_()
+            for layer in attachment.shape.layers
+            for size in [getattr(layer, name)]
+        )
+        for name in ("key_dim", "value_dim")
+    )
+    return PrefixKV(keys, values)
+
+
+def training_step(model: Any) -> Seen:
+    """Forward and backward of a packed micro-batch."""
+    attachment = Attachment(model)
+    attachment.set(prefix_of(attachment))
+    run, batch = Forward(attachment, GPU), packed()
+    with watched() as seen:
+        seen.doing = "forward"
+        loss = run.cross_entropy(batch, torch.arange(4), torch.arange(4))
+        seen.doing = "backward"
+        loss.backward()
+    return seen
+
+
+def second_token(model: Any, padded: bool) -> Seen:
+    """The second token that is generated behind two prompts."""
+    ids = torch.ones(2, 5, dtype=torch.long, device=GPU)
+    mask = torch.ones(2, 7, dtype=torch.long, device=GPU)
+    mask[0, 0] = not padded
+    cache = DynamicCache(config=model.config)
+    attachment = Attachment(model)
+    attachment.set(prefix_of(attachment))
+    with watched() as seen, torch.no_grad():
+        for doing, tokens, upto in (("prompt", ids, 5), ("first", ids[:, :1], 6), ("token", ids[:, :1], 7)):
+            seen.doing = doing
+            model(input_ids=tokens, attention_mask=mask[:, :upto], past_key_values=cache, use_cache=True)
+    return seen
+
+
+LAYER: dict[tuple[str, str], tuple[int, int, int, int]] = {
+    ("llama", "float32"): (88, 112, 77, 79),
+    ("llama", "bfloat16"): (59, 97, 62, 77),
+    ("gemma2", "float32"): (114, 142, 103, 105),
+    ("gemma2", "bfloat16"): (135, 163, 124, 126),
+    ("gpt2", "float32"): (71, 65, 61, 63),
+    ("gpt2", "bfloat16"): (40, 47, 42, 58),
+}
+"""Of one layer with a prefix: forward and backward of a packed training step, a token of generation, and one behind
+prompts of different lengths. In float32 (and with a softcap, Gemma's) attention is plain torch."""
+
+
+@pytest.mark.parametrize(("family", "dtype"), LAYER, ids="-".join)
+def test_a_layer_launches_no_more(of_layers: Callable[[str, int], Path], family: str, dtype: str) -> None:
+    def count(layers: int) -> list[int]:
+        config = BackboneConfig(path=str(of_layers(family, layers)), dtype=dtype)
+        load = lambda: load_model(config, device=GPU, check=check_supported)  # noqa: E731
+        step = training_step(load())
+        tokens = [second_token(load(), padded).launches("token") for padded in (False, True)]
+        return [step.launches("forward"), step.launches("backward"), *tokens]
+
+    found = tuple((many - few) / 2 for few, many in zip(count(2), count(4), strict=True))
+    assert all(one <= most for one, most in zip(found, LAYER[family, dtype], strict=True)), found
+
+
+OPERATOR: dict[str, tuple[tuple[int, ...], str, tuple[int, int]]] = {
+    "7B, packed 4096, P 32": ((1, 4096, 4096, 32, 32, 128, 32), "packed", (19, 32)),
+    "7B, packed 4096, P 512": ((1, 4096, 4096, 32, 32, 128, 512), "packed", (19, 397)),
+    "7B, packed 32768, P 8192": ((1, 32768, 32768, 32, 32, 128, 8192), "packed", (19, 49165)),
+    "8B, 8 heads of keys, packed 4096, P 32": ((1, 4096, 4096, 32, 8, 128, 32), "packed", (19, 36)),
+    "9B with softcap, packed 4096, P 32": ((1, 4096, 4096, 16, 8, 256, 32), "packed softcap", (2281, 2862)),
+    "T5 base, encoder 16 × 512, P 32": ((16, 512, 512, 12, 12, 64, 32), "bias mask", (381, 582)),
+    "BART large, cross 16 × 128 over 512, P 32": ((16, 128, 512, 16, 16, 64, 32), "mask", (125, 200)),
+    "7B, prompts 16 × 1024, padded, P 32": ((16, 1024, 1024, 32, 32, 128, 32), "mask", (3473, 5361)),
+    "7B, token 16 × 1 over 1024, padded, P 32": ((16, 1, 1024, 32, 32, 128, 32), "mask", (40, 63)),
+    "7B, token over 4096, P 32": ((1, 1, 4096, 32, 32, 128, 32), "", (27, 32)),
+    "8B, token over 4096, P 32": ((1, 1, 4096, 32, 8, 128, 32), "", (27, 32)),
+}
+"""Sizes B, S, T, query heads, key heads, D, P; what there is beside them; operations forward and backward, in bf16."""
+
+
+def operator(sizes: tuple[int, ...], kind: str) -> tuple[int, int]:
+    B, S, T, Hq, Hkv, D, P = sizes
+    options: dict[str, Any] = {}
+    seen = Seen()
+    with FakeTensorMode(), Dispatched(seen):
+
+        def make(batch: int, length: int, heads: int) -> Tensor:
+            return (
+                torch.randn(batch, length, heads, D, device=GPU, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
+            )
+
+        prefix = [torch.randn(P, Hkv, D, device=GPU).transpose(0, 1).requires_grad_() for _ in range(2)]
+        leaves = [make(B, S, Hq), make(B, T, Hkv), make(B, T, Hkv), *prefix]
+        if "packed" in kind:
+            options |= {"cu_seqlens": torch.zeros(9, dtype=torch.int32, device=GPU), "max_seqlen": S // 8}
+        if "softcap" in kind:
+            options |= {"softcap": 50.0}
+        if "mask" in kind:
+            options |= {"causal": False, "mask": torch.zeros(B, 1, S, T, dtype=torch.bool, device=GPU)}
+        if "bias" in kind:
+            options |= {"bias": torch.zeros(1, Hq, S, T, device=GPU, dtype=torch.bfloat16)}
+        seen.launched.clear()
+        seen.doing = "forward"
+        out = prefix_attention(*leaves, **options)
+        seen.doing = "backward"
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+    return seen.launches("forward"), seen.launches("backward")
+
+
+@pytest.mark.parametrize("case", OPERATOR)
+def test_the_operator_launches_no_more(case: str) -> None:
+    sizes, kind, most = OPERATOR[case]
+    found = operator(sizes, kind)
+    assert all(one <= limit for one, limit in zip(found, most, strict=True)), found
