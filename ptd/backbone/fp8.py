@@ -86,10 +86,10 @@ class Fp8Linear(nn.Linear):
 
 
 def to_fp8(x: Tensor, dtype: torch.dtype = E4M3) -> tuple[Tensor, Tensor]:
-    """Rows ``[N, K]`` -> themselves over their scales, in fp8, and the scales ``[N, 1]`` (fp32)."""
+    """Rows ``[N, K]`` -> themselves over their scales, in fp8 and contiguous, and the scales ``[N, 1]`` (fp32)."""
     largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True, dtype=torch.float32)
     scale = (largest / torch.finfo(dtype).max).clamp_min(_SMALLEST)
-    return (x / scale).to(dtype), scale
+    return (x / scale).to(dtype).contiguous(), scale
 
 
 class _Product(torch.autograd.Function):

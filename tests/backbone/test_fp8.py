@@ -46,6 +46,13 @@ def test_a_row_has_the_range_of_fp8_whatever_its_size():
     assert error[3] == 0
 
 
+def test_rows_are_contiguous_as_the_gpus_products_need_them():
+    for x in (torch.randn(16, 32).t(), torch.randn(4, 16, 8).transpose(0, 2)[:, 0], torch.randn(16, 1).expand(16, 32)):
+        rows, scale = to_fp8(x)
+        assert rows.is_contiguous()
+        assert torch.equal(rows.float(), (x / scale).to(rows.dtype).float())
+
+
 def test_the_products_are_torchs_own():
     """That of a CPU takes a thousand times as long, so it is the specification here."""
     layer = Fp8Linear(random(48, 32, seed=1), None)

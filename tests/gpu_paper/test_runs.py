@@ -38,6 +38,8 @@ QUANTISED = ("none", "int8", "nf4", "fp8")
 ATTENTION = ("auto", "reference", "triton")
 ALLOWED = {"float32": 2e-4, "bfloat16": 3e-2, "float16": 5e-3}
 """How far losses may be from a CPU's, of their size: in half precision other kernels round elsewhere."""
+ALLOWED_QUANTISED = {"none": 0.0, "int8": 0.05, "nf4": 0.0, "fp8": 0.1}
+"""The same where what is multiplied is rounded as well."""
 
 Case = tuple[str, str, str, str, str, str]
 """Method, family, task, dtype, quantisation, attention."""
@@ -51,7 +53,7 @@ def legal(method: str, family: str, task: str, dtype: str, quantised: str, atten
         return False
     if attention == "triton" and method not in ("prefix-direct", "p_tuning_v2-mlp", "prompt"):
         return False
-    return quantised == "none" or family in ("llama", "mistral", "qwen3", "bert", "t5")
+    return quantised == "none" or family in ("llama", "mistral", "qwen3", "gpt2", "bert", "t5")
 
 
 LEGAL = [case for case in itertools.product(METHODS, BACKBONES, TASKS, DTYPES, QUANTISED, ATTENTION) if legal(*case)]
@@ -125,6 +127,7 @@ def answers(out: Path, rows: Any) -> list[Any]:
     return [score.float() for score in scores]
 
 
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # Triton's, in float16
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_a_run_is_a_cpus_and_waits_for_nothing(
     case: Case, backbones: dict[str, Path], labelled_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -164,7 +167,7 @@ def test_a_run_is_a_cpus_and_waits_for_nothing(
     with on_the_host():
         expected = train(settings(reference))
         rows = load_rows(str(labelled_rows), "train", what="rows")
-    close = ALLOWED[dtype] if quantised == "none" else max(ALLOWED[dtype], 3e-2)
+    close = max(ALLOWED[dtype], ALLOWED_QUANTISED[quantised])
     assert losses(out) == pytest.approx(losses(reference), rel=close)
     assert math.isfinite(result["eval_loss"])
     assert result["eval_loss"] == pytest.approx(expected["eval_loss"], rel=close)
