@@ -6,6 +6,7 @@
 # make fuzz   run files, data files and adapters of anything, for minutes
 # make sweep  every text family that transformers can build, at a tiny size, beside plain transformers (minutes)
 # make sweep-test  the same into a temporary folder; fails if any value is wrong
+# make test-gpu-paper  whole runs, steps and the attention kernels on an emulated GPU; on a real one where there is one
 # make gpu    on one NVIDIA GPU: the attention kernels' tests and benchmark, that no step waits for it, a 7B backbone in
 #             every placement, fp8 and Liger
 # Each makes .venv and installs what it needs first. PYTHON=… chooses the interpreter (3.10 or newer).
@@ -15,7 +16,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check docs docs-test fuzz sweep sweep-test gpu
+.PHONY: demo test check docs docs-test fuzz sweep sweep-test test-gpu-paper gpu
 demo: $(INSTALLED)
 	$(BIN)/ptd quickstart --output quickstart --overwrite
 
@@ -43,6 +44,9 @@ sweep: $(INSTALLED)
 
 sweep-test: $(INSTALLED)
 	PTD_SWEEP=1 $(BIN)/python -m pytest tests/inject/test_families_sweep.py -k every_family
+
+test-gpu-paper: $(INSTALLED)
+	PYTEST_PLUGINS=tests.gpu_paper.device $(BIN)/python -m pytest -n $(WORKERS) tests/gpu_paper
 
 gpu: $(INSTALLED)
 	CUBLAS_WORKSPACE_CONFIG=:4096:8 PTD_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/ptd_kernels

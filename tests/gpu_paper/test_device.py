@@ -16,7 +16,7 @@ from tests.gpu_paper.device import EMULATED, Dispatched, Seen, watched
 
 GPU = torch.device("cuda", 0)
 aten = torch.ops.aten
-emulated = pytest.mark.skipif(not EMULATED, reason="there is a GPU")
+emulated = pytest.mark.skipif(not EMULATED, reason="nothing is emulated")
 
 WAITING: dict[str, Callable[[Tensor], Any]] = {
     "a number": lambda there: float(there.sum()),
