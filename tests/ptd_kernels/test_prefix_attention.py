@@ -1,6 +1,6 @@
 """Every registered backend of `prefix_attention` against the specification, and against plain SDPA.
 
-PTD_TEST_DEVICE=cuda runs the list on a GPU (`make gpu`), there with Triton's compiled kernels and the GPU libraries.
+PTD_TEST_DEVICE=cuda runs the list on a GPU (`make gpu-1`), there with Triton's compiled kernels and the GPU libraries.
 
 Shapes: B batch, H heads, S queries, T own keys, P prefix keys, D and E head sizes of keys and values.
 """
