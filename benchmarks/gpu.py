@@ -20,7 +20,6 @@ import argparse
 import importlib.util
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter, deque
@@ -121,10 +120,10 @@ def run(part: Part, args: argparse.Namespace, end: float) -> tuple[str, str]:
 
 def tell(process: subprocess.Popen[str], said: deque[str]) -> None:
     assert process.stdout is not None
-    for line in process.stdout:
-        said.append(line)
-        sys.stdout.write(line)
-        sys.stdout.flush()
+    with process.stdout:
+        for line in process.stdout:
+            said.append(line)
+            print(line, end="", flush=True)
 
 
 def wait(process: subprocess.Popen[str], end: float) -> bool:

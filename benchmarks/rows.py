@@ -122,6 +122,7 @@ class Rows:
         self.records, before = read(file)
         other = [name for name in IDENTITY if before and before.get(name) != self.evidence[name]]
         if other and self.records and not replace:
+            self.close()
             told = "; ".join(f"{name} {_short(before.get(name))}, now {_short(self.evidence[name])}" for name in other)
             raise SystemExit(
                 f"{file} has {len(self.records)} rows that were measured with {told}. They are not mixed with new "
