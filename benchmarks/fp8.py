@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import Rows, Skip, add_arguments, free_memory, work_folder
+from rows import Rows, Skip, add_arguments, free_memory
 from torch import Tensor, nn
 
 from ptd.backbone import fp8
@@ -209,7 +209,7 @@ def main() -> None:
         replace=arguments.replace, minutes=arguments.minutes,
     )  # fmt: skip
     speed(rows, arguments.tokens)
-    with work_folder(f"fp8-{rows.evidence['code']}") as folder:
+    with rows.work_folder() as folder:
         data = write_task(folder)
         free_memory()
         gradients(rows, folder, data, arguments.seeds[0], (1,))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import Rows, Skip, add_arguments, start, work_folder
+from rows import Rows, Skip, add_arguments, start
 from safetensors.torch import load_file
 
 from ptd.exit_codes import REQUEUE
@@ -37,7 +37,7 @@ FORMS: dict[str, list[str]] = {
 }
 STOPPED_AFTER = 5
 FIRST, REST = 1e-3, 2e-2
-"""How far a loss may be off relatively: of the first steps behind the stop, and of all."""
+"""How far a loss may be off relatively: of the first three steps behind the stop, and of the first twenty."""
 
 
 def command(folder: Path, name: str, changes: list[str], steps: int) -> list[str]:
@@ -95,11 +95,11 @@ def measure(folder: Path, changes: list[str], steps: int) -> dict[str, Any]:
     behind = [off[step] for step in sorted(off) if step > reached]
     plain, own = (load_file(folder / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "stopped"))
     found = {
-        "stopped_after": reached, "steps": steps, "first_losses_off": max(behind[:3]), "losses_off": max(behind),
+        "stopped_after": reached, "steps": steps, "first_losses_off": max(behind[:3]), "losses_off": max(behind[:20]),
         "adapter_off": max(float((own[key] - plain[key]).norm() / plain[key].norm()) for key in plain),
         "bit_identical": all(torch.equal(own[key], plain[key]) for key in plain) and not any(off.values()),
     }  # fmt: skip
-    if found["first_losses_off"] > FIRST or found["losses_off"] > REST:
+    if not (found["first_losses_off"] <= FIRST and found["losses_off"] <= REST):  # nan is neither
         raise AssertionError(f"the resumed run is another: {found}")
     return found
 
@@ -109,13 +109,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one form")
     add_arguments(parser)
     args = parser.parse_args()
-    steps = 40
+    steps = 300 if torch.cuda.is_available() else 40  # so many that it is stopped long before the last
     forms = dict(list(FORMS.items())[:1]) if args.quick else FORMS
     rows = Rows(
         args.output, ("form",), program="gpu_resume", settings={"steps": steps}, replace=args.replace,
         minutes=args.minutes,
     )  # fmt: skip
-    with work_folder("resume") as folder:
+    with rows.work_folder() as folder:
         for form, changes in forms.items():
             if rows.has(form=form):
                 continue

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import ROOT, Rows, Skip, add_arguments, free_memory, start, work_folder
+from rows import ROOT, Rows, Skip, add_arguments, free_memory, start
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
 
@@ -124,7 +124,7 @@ def main() -> None:
         settings={"shape": shape, "micro_batch": f"8 rows of {length} tokens", "steps": steps},
         replace=args.replace, minutes=args.minutes,
     )  # fmt: skip
-    with work_folder(f"placements-{shape}") as folder:
+    with rows.work_folder() as folder:
         for placement in args.only:
             if rows.has(placement=placement):
                 continue

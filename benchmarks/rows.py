@@ -186,8 +186,26 @@ class Rows:
         else:
             self.add({**name, **values})
 
-    def count(self, outcome: str) -> int:
-        return sum(record["outcome"] == outcome for record in self.records)
+    @contextmanager
+    def work_folder(self) -> Iterator[Path]:
+        """A folder for what is large or slow to make: kept for the next start unless the work in it comes to its end,
+        emptied where it is of other code. Raises SystemExit if it is another user's."""
+        if self.file is None:
+            with tempfile.TemporaryDirectory() as name:
+                yield Path(name)
+            return
+        place = hashlib.sha256(str(self.file.resolve()).encode()).hexdigest()[:8]
+        folder = Path(tempfile.gettempdir()) / f"ptd-{self.file.stem}-{os.getuid()}-{place}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+            raise SystemExit(f"{folder} is not this user's; remove it")
+        code, now = folder / "code", json.dumps([self.evidence["code"], self.evidence["settings"]])
+        if not code.exists() or code.read_text(encoding="utf-8") != now:
+            shutil.rmtree(folder)
+            folder.mkdir(mode=0o700)
+            code.write_text(now, encoding="utf-8")
+        yield folder
+        shutil.rmtree(folder)
 
     def close(self) -> None:
         """Give the file back."""
@@ -237,17 +255,6 @@ def blame(file: Path, reason: str) -> dict[str, Any] | None:
     records = [record for record in records if any(record.get(field) != name[field] for field in name)]
     write(file, [*records, {**name, "outcome": "failed", "reason": reason}], found_by)
     return name
-
-
-@contextmanager
-def work_folder(name: str) -> Iterator[Path]:
-    """A folder for what is large or slow to make, kept for the next start unless the work in it comes to its end."""
-    folder = Path(tempfile.gettempdir()) / f"ptd-{name}-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise SystemExit(f"{folder} is not this user's; remove it")
-    yield folder
-    shutil.rmtree(folder)
 
 
 def start(command: list[str], **options: Any) -> subprocess.Popen[str]:

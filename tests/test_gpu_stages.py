@@ -168,6 +168,32 @@ def test_code_is_told_apart_by_what_is_in_its_files(tmp_path: Path, monkeypatch:
     assert rows.digest(["a"]) != before
 
 
+def test_work_is_kept_for_the_next_start_of_the_same_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows.tempfile, "gettempdir", lambda: str(tmp_path))
+
+    def start(file: str, code: str, ends: bool = False) -> list[str]:
+        monkeypatch.setattr(rows, "digest", lambda sources: code)
+        found = opened(tmp_path / file)
+        try:
+            with found.work_folder() as folder:
+                before = sorted(path.name for path in folder.iterdir() if path.name != "code")
+                (folder / f"of {code}").touch()
+                if not ends:
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            pass
+        finally:
+            found.close()
+        return before
+
+    assert start("f.json", "one") == []
+    assert start("f.json", "one") == ["of one"]
+    assert start("other.json", "one") == [], "another file's work is its own"
+    assert start("f.json", "two") == []
+    assert start("f.json", "two", ends=True) == ["of two"]
+    assert start("f.json", "two") == []
+
+
 def test_a_failure_is_kept_and_a_skipped_row_may_be_measured_later(tmp_path: Path) -> None:
     found = opened(tmp_path / "f.json")
     with found.row(n=1):
@@ -206,13 +232,11 @@ def test_a_stage_killed_in_the_middle_loses_nothing_and_repeats_nothing(tmp_path
     }  # fmt: skip
 
 
-def test_a_rehearsal_never_writes_over_results() -> None:
-    done = subprocess.run(
-        [sys.executable, "benchmarks/gpu.py", "--stage", "1", "--quick", "--results", "benchmarks/results/gpu"],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join([".", "kernels"])}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "outside of benchmarks/results" in done.stderr
+def test_a_rehearsal_never_writes_over_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    for results in ([], ["--results", str(gpu.RESULTS)], ["--results", str(ROOT / "benchmarks" / "results")]):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--stage", "1", "--quick", *results])
+        with pytest.raises(SystemExit, match="outside of benchmarks/results"):
+            gpu.main()
 
 
 def test_every_part_is_there_and_make_knows_the_stages() -> None:
