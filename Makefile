@@ -7,16 +7,18 @@
 # make sweep  every text family that transformers can build, at a tiny size, beside plain transformers (minutes)
 # make sweep-test  the same into a temporary folder; fails if any value is wrong
 # make test-gpu-paper  whole runs, steps and the attention kernels on an emulated GPU; on a real one where there is one
-# make gpu    on one NVIDIA GPU: the attention kernels' tests and benchmark, that no step waits for it, a 7B backbone in
-#             every placement, fp8 and Liger
-# Each makes .venv and installs what it needs first. PYTHON=… chooses the interpreter (3.10 or newer).
+# make gpu-1  on one NVIDIA GPU, some eight minutes each, with nothing installed or fetched: a resume, no step that waits,
+#             the attention kernels' tests; gpu-2 the attention benchmark; gpu-3 a 7B backbone in every placement;
+#             gpu-4 the levers, fp8, Liger, the plan. Typed again, a stage goes on where it stopped (GPU='--replace': anew
+#             where the code or the machine is another). make gpu: the four in order
+# Each of the others makes .venv and installs what it needs first. PYTHON=… chooses the interpreter (3.10 or newer).
 
 PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check docs docs-test fuzz sweep sweep-test test-gpu-paper gpu
+.PHONY: demo test check docs docs-test fuzz sweep sweep-test test-gpu-paper gpu gpu-1 gpu-2 gpu-3 gpu-4
 demo: $(INSTALLED)
 	$(BIN)/ptd quickstart --output quickstart --overwrite
 
@@ -48,16 +50,12 @@ sweep-test: $(INSTALLED)
 test-gpu-paper: $(INSTALLED)
 	PYTEST_PLUGINS=tests.gpu_paper.device $(BIN)/python -m pytest -n $(WORKERS) tests/gpu_paper
 
-gpu: $(INSTALLED)
-	CUBLAS_WORKSPACE_CONFIG=:4096:8 PTD_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/ptd_kernels
-	$(BIN)/python -m pytest tests/engine/test_no_waiting.py
-	$(BIN)/python benchmarks/bench_prefix_attention.py --output benchmarks/results/prefix_attention
-	$(BIN)/python benchmarks/placements.py --output benchmarks/results/placements.json
-	$(BIN)/python benchmarks/plan_vs_measured.py --output benchmarks/results/plan_vs_measured_gpu.json
-	$(BIN)/python benchmarks/fp8.py --output benchmarks/results/fp8_gpu.json
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gpu]'
-	$(BIN)/python -m pytest tests/backbone/test_liger.py
-	$(BIN)/python benchmarks/levers.py --dtype bfloat16 --rows 32 --output benchmarks/results/levers_gpu.json
+GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu:
+	PYTHONPATH=.:kernels $(GPU_PYTHON) benchmarks/gpu.py --stage 1 2 3 4 $(GPU)
+
+gpu-1 gpu-2 gpu-3 gpu-4: gpu-%:
+	PYTHONPATH=.:kernels $(GPU_PYTHON) benchmarks/gpu.py --stage $* $(GPU)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

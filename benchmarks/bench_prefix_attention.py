@@ -1,8 +1,8 @@
 """Prefix attention: milliseconds, TFLOP/s and bytes of every backend, against what people use instead.
 
-    python benchmarks/bench_prefix_attention.py --output benchmarks/results/prefix_attention   # a GPU, 8 minutes
-    python benchmarks/bench_prefix_attention.py --grid quick --output quick                    # seconds, a CPU will do
-    python benchmarks/bench_prefix_attention.py --grid cpu --dtype bfloat16 --output …         # short prefixes on a CPU
+    python benchmarks/bench_prefix_attention.py --output benchmarks/results/gpu/prefix_attention.json   # a GPU
+    python benchmarks/bench_prefix_attention.py --grid quick --output quick.json                   # seconds, on a CPU
+    python benchmarks/bench_prefix_attention.py --grid cpu --dtype bfloat16 --output …      # short prefixes on a CPU
 
 Rivals: (i) the prefix expanded over the batch and concatenated to the keys, then SDPA, as PEFT runs it (packed
 sequences: as a padded batch); (ii) the same keys under FlexAttention, compiled (of a pack the prefix need not be
@@ -11,18 +11,18 @@ expanded; GPU only, on some cells, since each costs a compilation); (iii) no pre
 All run in one process, in turns; a time is the median over `--repeats`. TFLOP/s count the pairs of query and key that
 the rule lets see each other, 4 · D · heads each forward and 2.5 times that backward, so a rival's work on padding
 counts as time, not as work. `kept` are the bytes that wait for the backward pass beside the inputs, `peak` (GPU) what
-forward and backward had allocated at most. Before it is timed, each output is compared with (i). Writes OUTPUT.csv,
-OUTPUT.png and OUTPUT.json (command, commit, hardware, versions, date).
+forward and backward had allocated at most. Before it is timed, each output is compared with (i). A rival that refuses a
+cell, runs out of memory or fails has that for its row, and the others go on. OUTPUT has a cell's rows as soon as it is
+measured (rows.py); beside it lie the same as .csv and a plot.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
+import functools
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -30,14 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-from ptd_kernels import available_backends, explain_backend, prefix_attention
+from ptd_kernels import available_backends, prefix_attention
 from ptd_kernels.prefix_attention import joined
+from rows import Rows, Skip, add_arguments
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from ptd.bench.machine import evidence, hardware
 from ptd.engine.host_memory import keep_freed_memory
 
 CONCAT, FLEX, NO_PREFIX = "expand + concat + SDPA", "FlexAttention", "no prefix"
@@ -122,7 +121,7 @@ def tensors(cell: Cell, device: torch.device, dtype: torch.dtype) -> list[Tensor
     return [x.requires_grad_() for x in made]
 
 
-def rivals(cell: Cell, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[..., Tensor]]:
+def rivals(cell: Cell, device: torch.device) -> dict[str, Callable[..., Tensor]]:
     """Functions of q, k, v, prefix_k, prefix_v that all return ``[B, Hq, S, D]``."""
     cu_seqlens = None
     if cell.lengths is not None:
@@ -131,20 +130,24 @@ def rivals(cell: Cell, device: torch.device, dtype: torch.dtype) -> dict[str, Ca
     options: dict[str, Any] = {"causal": cell.causal, "cu_seqlens": cu_seqlens, "max_seqlen": longest}
     named: dict[str, Callable[..., Tensor]] = {}
     for backend in available_backends():
-        try:
-            explain_backend(
-                device=device, dtype=dtype, head_dim=cell.D, packed=cell.lengths is not None, virtual_tokens=cell.P,
-                backend=backend,
-            )  # fmt: skip
-        except ValueError:
-            continue
         if backend != "reference":
-            named[backend] = lambda *x, backend=backend: prefix_attention(*x, backend=backend, **options)
+            named[backend] = lambda *x, backend=backend: attend(*x, backend=backend, **options)
     named[CONCAT] = lambda *x: concat_sdpa(cell, *x)
     named[NO_PREFIX] = lambda q, k, v, *_: without_prefix(cell, options, q, k, v)
     if cell.flex and device.type == "cuda":
-        named[FLEX] = flex(cell, cu_seqlens, device)
+        compiled = functools.cache(lambda: flex(cell, cu_seqlens, device))
+        named[FLEX] = lambda *x: compiled()(*x)
     return named
+
+
+def attend(*x: Tensor, backend: str, **options: Any) -> Tensor:
+    """`prefix_attention`; a problem that the backend refuses is skipped."""
+    try:
+        return prefix_attention(*x, backend=backend, **options)
+    except ValueError as refusal:
+        if "cannot do this" in str(refusal):
+            raise Skip(str(refusal)) from None
+        raise
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -237,63 +240,102 @@ def kept_bytes(run: Callable[[], Tensor], inputs: list[Tensor]) -> int:
     return size
 
 
-def measure(cell: Cell, device: torch.device, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
-    """A row for each rival and direction; nothing for one that the device has no memory for."""
+def try_out(
+    run: Callable[..., Tensor], needed: list[Tensor], x: list[Tensor], dout: Tensor | None, expected: Tensor | None
+) -> dict[str, Any]:
+    """Warms up, compiles and tunes; how far the output is off, and the memory it takes. ``dout`` None: no backward."""
+
+    def both() -> Tensor:
+        out = run(*x)
+        if dout is not None:
+            torch.autograd.grad(out, needed, dout)
+        return out.detach()
+
+    found: dict[str, Any] = {"error": None, "peak": None}
+    out = both()
+    if expected is not None:
+        found["error"] = ((out.float() - expected.float()).norm() / expected.float().norm()).item()
+        bound = 1e-4 if out.dtype == torch.float32 else 2e-2
+        if not found["error"] < bound:
+            raise ArithmeticError(f"its output is off by {found['error']:.1e}")
+    del out
+    if x[0].device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        both()
+        found["peak"] = torch.cuda.max_memory_allocated() - before
+    return {**found, "kept": kept_bytes(lambda: run(*x), x)}
+
+
+def measure(cell: Cell, device: torch.device, dtype: torch.dtype, repeats: int, rows: Rows) -> None:
+    """Add a row for each rival that has none yet; one that fails is not in the others' way."""
+    named = {who: run for who, run in rivals(cell, device).items() if not rows.has(name=cell.name, who=who)}
+    if not named:
+        return
+    rows.begin(name=cell.name, who=next(iter(named)))
     x = tensors(cell, device, dtype)
-    dout = torch.randn(cell.B, cell.S, cell.Hq, cell.D, device=device, dtype=dtype).transpose(1, 2)
-    named = rivals(cell, device, dtype)
-    backward = cell.S > 1
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    expected = named[CONCAT](*x).detach()
-    for who in list(named):
+    dout = None
+    if cell.S > 1:
+        dout = torch.randn(cell.B, cell.S, cell.Hq, cell.D, device=device, dtype=dtype).transpose(1, 2)
+    try:
+        expected = concat_sdpa(cell, *x).detach()
+    except torch.OutOfMemoryError:  # then nothing is compared; its own row says so, too
+        expected = None
+    tried: dict[str, dict[str, Any]] = {}
+    for who, run in named.items():
+        rows.mark(name=cell.name, who=who)
+        needed = x[:3] if who == NO_PREFIX else x
         try:
-            # Warms up, compiles, and tunes.
-            out = named[who](*x)
-            if who != NO_PREFIX:
-                error = ((out.detach().float() - expected.float()).norm() / expected.float().norm()).item()
-                assert error < (1e-4 if dtype == torch.float32 else 2e-2), f"{who} is off by {error:.1e} in {cell.name}"
-            needed = x[:3] if who == NO_PREFIX else x
-            if backward:
-                torch.autograd.grad(out, needed, dout)
-            del out
-            peak = None
-            if device.type == "cuda":
-                before = torch.cuda.memory_allocated()
-                torch.cuda.reset_peak_memory_stats()
-                out = named[who](*x)
-                if backward:
-                    torch.autograd.grad(out, needed, dout)
-                peak = torch.cuda.max_memory_allocated() - before
-                del out
-        except torch.OutOfMemoryError:
-            print(f"{cell.name}: {who} runs out of memory", file=sys.stderr)
-            del named[who]
-            continue
-        kept = kept_bytes(lambda who=who: named[who](*x), x)
-        sizes = {**asdict(cell), "T": cell.keys, "dtype": str(dtype).removeprefix("torch."), "flex": None}
-        sizes = {key: value for key, value in sizes.items() if key not in ("flex", "lengths")}
-        for direction in ("forward", "backward") if backward else ("forward",):
-            rows[who, direction] = {
-                **sizes, "packed": cell.lengths is not None, "who": who, "direction": direction, "times": [],
-                "kept": kept, "peak": peak,
-            }  # fmt: skip
+            tried[who] = try_out(run, needed, x, dout, None if who == NO_PREFIX else expected)
+        except Exception as error:
+            rows.failed(error, name=cell.name, who=who)
+    times: dict[str, dict[str, list[float]]] = {who: {"forward": [], "backward": []} for who in tried}
     for _ in range(repeats):
-        for who, run in named.items():
-            ms, out = timed(lambda run=run: run(*x), device)
-            rows[who, "forward"]["times"].append(ms)
-            if backward:
-                needed = x[:3] if who == NO_PREFIX else x
-                ms, _ = timed(lambda out=out, needed=needed: torch.autograd.grad(out, needed, dout), device)
-                rows[who, "backward"]["times"].append(ms)
-            del out
-    for row in rows.values():
-        row["ms"] = statistics.median(row.pop("times"))
-        row["teraflops_per_second"] = 1e3 * cell.teraflops(row["who"], row["direction"]) / row["ms"]
-    return list(rows.values())
+        for who in list(times):
+            rows.mark(name=cell.name, who=who)
+            try:
+                ms, out = timed(lambda who=who: named[who](*x), device)
+                times[who]["forward"].append(ms)
+                if dout is not None:
+                    needed = x[:3] if who == NO_PREFIX else x
+                    ms, _ = timed(lambda out=out, needed=needed: torch.autograd.grad(out, needed, dout), device)
+                    times[who]["backward"].append(ms)
+                del out
+            except Exception as error:
+                del times[who]
+                rows.failed(error, name=cell.name, who=who)
+    sizes = {key: value for key, value in asdict(cell).items() if key not in ("flex", "lengths")}
+    sizes |= {"T": cell.keys, "dtype": str(dtype).removeprefix("torch."), "packed": cell.lengths is not None}
+    found = []
+    for who, directions in times.items():
+        row = {**sizes, "who": who, **tried[who]}
+        for direction, all_ms in directions.items():
+            if all_ms:
+                ms = statistics.median(all_ms)
+                rate = 1e3 * cell.teraflops(who, direction) / ms
+                row[direction] = {"ms": ms, "teraflops_per_second": rate}
+                print(f"{cell.name:16} {who:24} {direction:9} {ms:9.3f} ms {rate:8.2f} TFLOP/s", flush=True)
+        found.append(row)
+    rows.add(*found)
+
+
+def by_direction(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A flat row for each measured rival and direction."""
+    flat = []
+    for record in records:
+        shared = {key: value for key, value in record.items() if not isinstance(value, dict) and key != "outcome"}
+        flat += [
+            {**shared, "direction": direction, **record[direction]}
+            for direction in ("forward", "backward")
+            if record["outcome"] == "measured" and direction in record
+        ]
+    return flat
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
     """Time relative to (i), a group of bars a cell, a panel a direction."""
+    from matplotlib.figure import Figure
+
     who = [name for name in dict.fromkeys(row["who"] for row in rows) if name != CONCAT]
     cells = list(dict.fromkeys(row["name"] for row in rows))
     ms = {(row["name"], row["direction"], row["who"]): row["ms"] for row in rows}
@@ -316,30 +358,30 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def record(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, skipped: list[str]) -> dict[str, Any]:
-    """Where the numbers come from."""
-    found = evidence("triton")
-    found["versions"] |= {"cuda": torch.version.cuda}
-    return {
-        **found,
-        "hardware": hardware(device),
-        "threads": torch.get_num_threads(),
-        "dtype": str(dtype),
-        "repeats": args.repeats,
-        "cells_skipped_for_time": skipped,
-    }
+def show(records: list[dict[str, Any]], output: Path) -> None:
+    """The rows as .csv and .png beside their file."""
+    rows = by_direction(records)
+    if not rows:
+        return
+    with output.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    try:
+        plot(rows, output.with_suffix(".png"))
+    except ImportError as error:
+        print(f"no plot: {error}")
 
 
 def main() -> None:
-    """Measure the grid until it or the time is over."""
+    """Measure what the grid has left."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", choices=GRIDS, default="full", help="quick: four tiny cells; cpu: short prefixes")
     parser.add_argument("--threads", type=int, help="on a CPU; default: torch's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, CPU float32")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--minutes", type=float, default=8.0, help="no cell is begun later than this")
-    parser.add_argument("--output", type=Path, required=True, help="path without suffix")
+    add_arguments(parser)
     args = parser.parse_args()
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
@@ -348,25 +390,18 @@ def main() -> None:
     if args.grid == "cpu":
         keep_freed_memory()  # as a run does
         joined.LONGEST_PREFIX = max(cell.P for cell in CPU)
-    began, rows, skipped = time.perf_counter(), [], []
-    for cell in GRIDS[args.grid]:
-        if rows and time.perf_counter() - began > 60 * args.minutes:
-            skipped.append(cell.name)
-            continue
-        measured = measure(cell, device, dtype, args.repeats)
-        rows += measured
-        for row in measured:
-            rate = f"{row['teraflops_per_second']:8.2f} TFLOP/s"
-            print(f"{cell.name:16} {row['who']:24} {row['direction']:9} {row['ms']:9.3f} ms {rate}", flush=True)
-    if skipped:
-        print(f"not measured, the {args.minutes:g} minutes were over: {', '.join(skipped)}", file=sys.stderr)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with args.output.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    args.output.with_suffix(".json").write_text(json.dumps(record(args, device, dtype, skipped), indent=1) + "\n")
-    plot(rows, args.output.with_suffix(".png"))
+    settings = {"grid": args.grid, "dtype": str(dtype), "repeats": args.repeats, "threads": torch.get_num_threads()}
+    rows = Rows(
+        args.output, ("name", "who"), program="bench_prefix_attention", packages=("triton",), device=device,
+        settings=settings, replace=args.replace, minutes=args.minutes,
+    )  # fmt: skip
+    try:
+        for cell in GRIDS[args.grid]:
+            measure(cell, device, dtype, args.repeats, rows)
+    finally:
+        if args.output is not None:
+            show(rows.records, args.output)
+    rows.close()
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter, defaultdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import rows
 
 FINE = {"right", "runs padded"}
 ORDER = ("right", "runs padded", "refused", "no reference", "wrong", "crashed")
@@ -21,27 +22,21 @@ SAME = "the same"
 
 def read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The records of a result and what they were found with; none where there is no file."""
-    if not path.is_file():
-        return [], {}
-    found = json.loads(path.read_text(encoding="utf-8"))
-    for before, each in pairwise(found["records"]):
+    records, evidence = rows.read(path)
+    for before, each in pairwise(records):
         if each.get("reason") == SAME:
             each["reason"] = before["reason"]
-    return found["records"], found.get("evidence", {})
+    return records, evidence
 
 
 def write(path: Path, records: list[dict[str, Any]], evidence: dict[str, Any]) -> None:
     """The result with a record a line, and its table beside it."""
     records = [_short(each) for each in sorted(records, key=lambda each: (each["kind"], each["type"]))]
-    lines = [json.dumps(records[0])] if records else []
+    short = records[:1]
     for before, each in pairwise(records):
         same = "reason" in each and each["reason"] == before.get("reason")
-        lines.append(json.dumps({**each, "reason": SAME} if same else each))
-    text = f'{{"evidence": {json.dumps(evidence)},\n"records": [\n' + ",\n".join(lines) + "\n]}\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+        short.append({**each, "reason": SAME} if same else each)
+    rows.write(path, short, evidence)
     path.with_suffix(".md").write_text(table(records), encoding="utf-8")
 
 

@@ -1,30 +1,33 @@
 """fp8 weights against bfloat16: the prompt's gradient, what a run ends with and, on a GPU, how fast the products are.
 
     python benchmarks/fp8.py [--steps 250] [--seeds 0 1 2] [--tokens 8192] [--output benchmarks/results/fp8.json]
+    python benchmarks/fp8.py --quick                                      # two steps: does the script work?
 
 The quickstart's recipe on its backbone, in one process: a run of each seed with the weights in bfloat16 and one with
 fp8, and of the first seed's prompts, after one step and at the end, the gradient over 32 training rows, beside those of
 fp8 with E5M2 gradients, int8, nf4 and float32. On a GPU also forward and dgrad of the linear layers of Llama-3-8B:
 bfloat16, fp8, fp8 under torch.compile (which fuses the rounding), and what fp8's time is made of. Without a GPU fp8
-numbers are multiplied in float32, which rounds as a GPU does and says nothing about speed.
+numbers are multiplied in float32, which rounds as a GPU does and says nothing about speed. OUTPUT has a row for each
+layer's speed, each run's loss and each form's gradient (rows.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import shutil
 import statistics
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from rows import Rows, Skip, add_arguments, free_memory
 from torch import Tensor, nn
 
 from ptd.backbone import fp8
-from ptd.bench.machine import evidence
 from ptd.config import load_config
 from ptd.data import Batches, load_rows
 from ptd.engine.ranks import Ranks
@@ -80,30 +83,65 @@ def prompt_gradient(adapter: Path, rows_file: Path, dtype: str, quantization: st
     return prompt.grad.double().cpu().flatten()
 
 
-def gradients(adapter: Path, rows_file: Path) -> dict[str, dict[str, float]]:
-    want = prompt_gradient(adapter, rows_file, *REFERENCE)
-    found = {}
-    for name, form in FORMS.items():
-        fp8.GRADIENT = torch.float8_e5m2 if "E5M2" in name else fp8.E4M3
-        got = prompt_gradient(adapter, rows_file, *form)
-        cosine = torch.cosine_similarity(got, want, dim=0)
-        found[name] = {"cosine": float(cosine), "length": float(got.norm() / want.norm())}
-    fp8.GRADIENT = fp8.E4M3
-    return found
+def adapter_of(folder: Path, data: tuple[Path, Path], seed: int, steps: int, name: str) -> tuple[Path, float]:
+    """The run with these weights, of an earlier start if it was finished there; and its held-out loss."""
+    output = folder / f"{name}-{seed}-{steps}"
+    if not (output / "finished.json").exists():
+        shutil.rmtree(output, ignore_errors=True)
+        result = run(data, output, seed=seed, steps=steps, quantization="fp8" if name == "fp8" else "none")
+        (output / "finished.json").write_text(json.dumps({"loss": result["eval_loss"]}), encoding="utf-8")
+    return output, json.loads((output / "finished.json").read_text(encoding="utf-8"))["loss"]
 
 
-def final_losses(data: tuple[Path, Path], folder: Path, seeds: list[int], steps: int) -> dict[str, Any]:
-    losses: dict[str, list[float]] = {"bfloat16": [], "fp8": []}
+def losses(rows: Rows, folder: Path, data: tuple[Path, Path], seeds: list[int], steps: int) -> None:
+    """What each seed's run ends with, in bfloat16 and with fp8."""
     for seed in seeds:
-        for name, found in losses.items():
-            quantization = "fp8" if name == "fp8" else "none"
-            result = run(data, folder / f"{name}-{seed}", seed=seed, steps=steps, quantization=quantization)
-            found.append(result["eval_loss"])
-            print(f"seed {seed}, {name}: held-out loss {found[-1]:.4f} after {steps} steps", flush=True)
-    differences = [b - a for a, b in zip(losses["bfloat16"], losses["fp8"], strict=True)]
-    spread = statistics.stdev(losses["bfloat16"]) if len(seeds) > 1 else None
-    summary = {"mean_difference": statistics.mean(differences), "spread_over_seeds_in_bfloat16": spread}
-    return {"steps": steps, "seeds": seeds, "held_out_loss": losses, **summary}
+        for name in ("bfloat16", "fp8"):
+            which = {"what": "held-out loss", "of": f"{name}, seed {seed}"}
+            if not rows.has(**which):
+                with rows.row(**which) as row:
+                    _, row["loss"] = adapter_of(folder, data, seed, steps, name)
+
+
+def gradients(rows: Rows, folder: Path, data: tuple[Path, Path], seed: int, counts: tuple[int, ...]) -> None:
+    """Of the prompts after so many steps, in every form, against bfloat16's: the cosine and the ratio of lengths."""
+    for steps in counts:
+        want = None
+        for name, form in FORMS.items():
+            which = {"what": "gradient", "of": f"{name}, after {steps} step{'s' * (steps > 1)}"}
+            if rows.has(**which):
+                continue
+            with rows.row(**which) as row:
+                if form[1] in ("int8", "nf4") and importlib.util.find_spec("bitsandbytes") is None:
+                    raise Skip("bitsandbytes is not installed")
+                adapter, _ = adapter_of(folder, data, seed, steps, "bfloat16")
+                if want is None:
+                    want = prompt_gradient(adapter, data[0], *REFERENCE)
+                fp8.GRADIENT = torch.float8_e5m2 if "E5M2" in name else fp8.E4M3
+                try:
+                    got = prompt_gradient(adapter, data[0], *form)
+                finally:
+                    fp8.GRADIENT = fp8.E4M3
+                row["cosine"] = float(torch.cosine_similarity(got, want, dim=0))
+                row["length"] = float(got.norm() / want.norm())
+
+
+def summary(rows: Rows, seeds: list[int]) -> dict[str, Any]:
+    """Times faster than bfloat16 in a layer, and how fp8's held-out losses differ; of what is measured."""
+    found = {(row["what"], row["of"]): row for row in rows.records if row["outcome"] == "measured"}
+    summed: dict[str, Any] = {}
+    if all(("speed", name) in found for name in LAYER):
+        kinds = [kind for kind in found["speed", "down"] if kind not in ("what", "of", "outcome")]
+        layer = {kind: sum(LAYER[name][2] * found["speed", name][kind] for name in LAYER) for kind in kinds}
+        summed["milliseconds of a layer"] = layer
+        summed["times faster"] = {kind: layer["bfloat16"] / layer[kind] for kind in ("fp8", "fp8, compiled")}
+    pairs = [[found.get(("held-out loss", f"{name}, seed {seed}")) for name in ("bfloat16", "fp8")] for seed in seeds]
+    both = [(plain["loss"], own["loss"]) for plain, own in pairs if plain and own]
+    if both:
+        summed["mean_difference"] = statistics.mean(own - plain for plain, own in both)
+        if len(both) > 1:
+            summed["spread_over_seeds_in_bfloat16"] = statistics.stdev(plain for plain, _ in both)
+    return summed
 
 
 def milliseconds(work: Callable[[], Any]) -> float:
@@ -116,39 +154,42 @@ def forward_and_dgrad(layer: Callable[[Tensor], Tensor], x: Tensor, gradient: Te
     return lambda: torch.autograd.grad(layer(x), x, gradient)
 
 
-def speed(tokens: int) -> dict[str, Any]:
-    """Milliseconds of each layer, and of one of each layer's as Llama-3-8B has them."""
-    found: dict[str, dict[str, float]] = {}
-    for name, (width, out, _) in LAYER.items():
-        plain = nn.Linear(width, out, bias=False, dtype=torch.bfloat16, device="cuda").requires_grad_(False)
-        rounded = fp8.Fp8Linear(plain.weight, None)
-        fused = torch.compile(fp8.Fp8Linear(plain.weight, None))
-        x = torch.randn(tokens, width, dtype=torch.bfloat16, device="cuda", requires_grad=True)
-        gradient = torch.randn(tokens, out, dtype=torch.bfloat16, device="cuda")
-        rows, row_scale = fp8.to_fp8(x.detach())
-        back, back_scale = fp8.to_fp8(gradient)
-        scale = rounded.scale[None]
-        found[name] = {
-            "bfloat16": milliseconds(forward_and_dgrad(plain, x, gradient)),
-            "fp8": milliseconds(forward_and_dgrad(rounded, x, gradient)),
-            "fp8, compiled": milliseconds(forward_and_dgrad(fused, x, gradient)),
-            "rounding the input": milliseconds(lambda x=x: fp8.to_fp8(x.detach())),
-            "product": milliseconds(
-                lambda a=rows, s=row_scale, w=rounded: torch.ops.ptd.fp8_linear(a, s, w.weight, w.scale)
-            ),
-            "product, fast accumulation": milliseconds(
-                lambda a=rows, s=row_scale, w=rounded, t=scale: torch._scaled_mm(
-                    a, w.weight.t(), scale_a=s, scale_b=t, out_dtype=torch.bfloat16, use_fast_accum=True
-                )
-            ),
-            "product for the gradient, turning included": milliseconds(
-                lambda a=back, s=back_scale, w=rounded: torch.ops.ptd.fp8_linear_input(a, s, w.weight)
-            ),
-            "turning the weight": milliseconds(lambda w=rounded: w.weight.t().contiguous()),
-        }
-    layer = {kind: sum(LAYER[name][2] * found[name][kind] for name in found) for kind in found["down"]}
-    faster = {kind: layer["bfloat16"] / layer[kind] for kind in ("fp8", "fp8, compiled")}
-    return {"tokens": tokens, "milliseconds": found, "of a layer": layer, "times faster than bfloat16": faster}
+def layer_speed(name: str, tokens: int) -> dict[str, float]:
+    """Milliseconds of one of Llama-3-8B's linear layers, and of the parts of its fp8 product."""
+    width, out, _ = LAYER[name]
+    plain = nn.Linear(width, out, bias=False, dtype=torch.bfloat16, device="cuda").requires_grad_(False)
+    own = fp8.Fp8Linear(plain.weight, None)
+    fused = torch.compile(fp8.Fp8Linear(plain.weight, None))
+    x = torch.randn(tokens, width, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    gradient = torch.randn(tokens, out, dtype=torch.bfloat16, device="cuda")
+    rounded, scale = fp8.to_fp8(x.detach())
+    back, back_scale = fp8.to_fp8(gradient)
+    return {
+        "bfloat16": milliseconds(forward_and_dgrad(plain, x, gradient)),
+        "fp8": milliseconds(forward_and_dgrad(own, x, gradient)),
+        "fp8, compiled": milliseconds(forward_and_dgrad(fused, x, gradient)),
+        "rounding the input": milliseconds(lambda: fp8.to_fp8(x.detach())),
+        "product": milliseconds(lambda: torch.ops.ptd.fp8_linear(rounded, scale, own.weight, own.scale)),
+        "product, fast accumulation": milliseconds(
+            lambda: torch._scaled_mm(
+                rounded, own.weight.t(), scale_a=scale, scale_b=own.scale[None], out_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            )
+        ),
+        "product for the gradient, turning included": milliseconds(
+            lambda: torch.ops.ptd.fp8_linear_input(back, back_scale, own.weight)
+        ),
+        "turning the weight": milliseconds(lambda: own.weight.t().contiguous()),
+    }  # fmt: skip
+
+
+def speed(rows: Rows, tokens: int) -> None:
+    for name in LAYER:
+        if not rows.has(what="speed", of=name):
+            with rows.row(what="speed", of=name) as row:
+                if not torch.cuda.is_available():
+                    raise Skip("a CPU rounds as a GPU does, and says nothing about speed")
+                row |= layer_speed(name, tokens)
 
 
 def main() -> None:
@@ -156,29 +197,28 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--quick", action="store_true", help="two steps of one seed: does the script work?")
+    add_arguments(parser)
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.steps, arguments.seeds = 2, [0]
     warnings.filterwarnings("ignore", message="MatMul8bitLt")
-    result: dict[str, Any] = {}
-    if torch.cuda.is_available():
-        result["speed"] = speed(arguments.tokens)
-        print(json.dumps(result["speed"], indent=2), flush=True)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    settings = {name: getattr(arguments, name) for name in ("steps", "seeds", "tokens")}
+    rows = Rows(
+        arguments.output, ("what", "of"), program="fp8", packages=("bitsandbytes", "triton"), settings=settings,
+        replace=arguments.replace, minutes=arguments.minutes,
+    )  # fmt: skip
+    speed(rows, arguments.tokens)
+    with rows.work_folder() as folder:
         data = write_task(folder)
-        seed = arguments.seeds[0]
-        run(data, folder / "first", seed=seed, steps=1, quantization="none")
-        result["losses"] = final_losses(data, folder, arguments.seeds, arguments.steps)
-        prompts = {1: folder / "first", arguments.steps: folder / f"bfloat16-{seed}"}
-        result["gradients"] = {
-            f"after {steps} step{'s' * (steps > 1)}": gradients(adapter, data[0]) for steps, adapter in prompts.items()
-        }
-    print(json.dumps({key: result[key] for key in ("losses", "gradients")}, indent=2))
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(
-            json.dumps({**result, **evidence("bitsandbytes")}, indent=2) + "\n", encoding="utf-8"
-        )
+        free_memory()
+        gradients(rows, folder, data, arguments.seeds[0], (1,))
+        losses(rows, folder, data, arguments.seeds, arguments.steps)
+        gradients(rows, folder, data, arguments.seeds[0], (arguments.steps,))
+    rows.evidence["summary"] = summary(rows, arguments.seeds)
+    rows.add()
+    print(json.dumps(rows.evidence["summary"], indent=2))
+    rows.close()
 
 
 if __name__ == "__main__":

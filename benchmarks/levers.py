@@ -2,33 +2,33 @@
 
     python benchmarks/levers.py [--lengths e2e instructions] [--dtype float32] [--steps 12] [--rows 8] [--threads 1]
         [--output F]
+    python benchmarks/levers.py --quick                   # a tiny backbone, two steps: does the script work?
 
 The backbone is that of throughput.py: a Llama of 8 layers, hidden 512, 8 query and 4 key/value heads, vocabulary
 32,000, random weights. P = 30 virtual tokens are trained directly, 8 rows a step, packed. Rows are as long as E2E's
 or as instruction data has them, 45 % of the tokens supervised: all as in throughput.py. Settings take
 turns on every batch; with one thread it is CPU time that counts, which other work on the machine disturbs less. The
 losses of a lever are compared with those of the plain step: all of them do the same work. On a GPU the layers are four
-of Llama-3-8B's shape, time is wall time, and Liger's kernels (where they are installed) are a lever too.
+of Llama-3-8B's shape, time is wall time, and Liger's kernels are a lever too. OUTPUT has a row for each setting, of one
+kind of lengths at a time (rows.py); a setting that fails has that for its row, and the others go on.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rows import Rows, Skip, add_arguments, free_memory
 from throughput import LENGTHS, MODEL, SUPERVISED
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ptd.backbone.liger import use_liger
-from ptd.bench.machine import evidence
 from ptd.data import Batches
 from ptd.engine.forward import Forward
 from ptd.engine.host_memory import keep_freed_memory
@@ -52,7 +52,7 @@ LEVERS = {
 }
 if not ON_GPU:
     LEVERS["joined"] = "attention with the prefix in front of each sequence's keys (backbone.attention), not merged"
-if ON_GPU and importlib.util.find_spec("liger_kernel") is not None:
+else:
     LEVERS["liger"] = "Liger's kernels for RMSNorm, RoPE and SwiGLU (backbone.liger), instead of compile"
 SETTINGS: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -69,9 +69,11 @@ WARM_UP = 3
 """Steps: the first compiles, the others warm caches and allocators."""
 
 
-def llama(dtype: torch.dtype) -> PreTrainedModel:
+def llama(dtype: torch.dtype, quick: bool) -> PreTrainedModel:
     torch.manual_seed(0)
     shape = {**MODEL, **LLAMA_3_8B, "num_hidden_layers": 4, "head_dim": 128} if ON_GPU else MODEL
+    if quick:
+        shape = {**MODEL, "num_hidden_layers": 2}
     config = AutoConfig.for_model("llama", **shape, use_cache=False)
     with DEVICE:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -92,9 +94,11 @@ def examples_of(kind: str, rows: int) -> Examples:
 class Step:
     """ptd's engine on one process, with some of the levers."""
 
-    def __init__(self, examples: Examples, rows: int, dtype: torch.dtype, levers: tuple[str, ...]) -> None:
+    def __init__(
+        self, examples: Examples, rows: int, dtype: torch.dtype, levers: tuple[str, ...], quick: bool = False
+    ) -> None:
         self.batches = Batches(examples, rank=0, world_size=1, per_device_batch_size=rows)
-        model = llama(dtype)
+        model = llama(dtype, quick)
         backend = "auto" if ON_GPU or "joined" in levers else "merge"
         self.attachment = Attachment(use_liger(model) if "liger" in levers else model, backend=backend)
         if "tail" not in levers:
@@ -119,34 +123,57 @@ class Step:
         return self.step.finish(reading.loss, reading.weight, batch.tokens, batch.supervised_tokens).read().loss
 
 
-def measure(kind: str, rows: int, dtype: torch.dtype, steps: int, clock: Any) -> list[dict[str, Any]]:
-    examples = examples_of(kind, rows * (steps + WARM_UP))
-    runs = {name: Step(examples, rows, dtype, levers) for name, levers in SETTINGS.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    losses: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(steps + WARM_UP):
-        for name, run in runs.items():
-            began = clock()
-            losses[name].append(run(number))
-            seconds[name].append(clock() - began)
-    tokens = [int(examples.lengths[runs["none"].batches.rows(number)].sum()) for number in range(steps + WARM_UP)]
+def measure(args: argparse.Namespace, kind: str, dtype: torch.dtype, clock: Any, rows: Rows) -> None:
+    """Add a row for each setting that has none yet, beside the plain step, with which all are compared."""
+    named = {name: levers for name, levers in SETTINGS.items() if not rows.has(lengths=kind, levers=name)}
+    if importlib.util.find_spec("liger_kernel") is None:
+        for name in [name for name, levers in named.items() if "liger" in levers]:
+            rows.failed(Skip("liger-kernel is not installed"), lengths=kind, levers=name)
+            del named[name]
+    if not named:
+        return
+    named = {"none": (), **named}
+    warm_up, total = args.warm_up, args.steps + args.warm_up
+    examples = examples_of(kind, args.rows * total)
+    runs: dict[str, Step] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in named}
+    losses: dict[str, list[float]] = {name: [] for name in named}
+    for number in range(total):
+        for name, levers in list(named.items()):
+            (rows.mark if number else rows.begin)(lengths=kind, levers=name)
+            try:
+                if not number:
+                    runs[name] = Step(examples, args.rows, dtype, levers, args.quick)
+                began = clock()
+                losses[name].append(runs[name](number))
+                seconds[name].append(clock() - began)
+            except Exception as error:
+                del named[name]
+                runs.pop(name, None)
+                rows.failed(error, lengths=kind, levers=name)
+                if name == "none":
+                    raise SystemExit(f"{kind}: nothing can be compared without the plain step") from None
+    plain, batches = seconds["none"], runs["none"].batches
+    tokens = [int(examples.lengths[batches.rows(number)].sum()) for number in range(total)]
     cells = []
-    for name in runs:
-        spent = seconds[name][WARM_UP:]
-        ratios = [plain / own for plain, own in zip(seconds["none"][WARM_UP:], spent, strict=True)]
+    for name in named:
+        spent = seconds[name][warm_up:]
+        ratios = [before / own for before, own in zip(plain[warm_up:], spent, strict=True)]
         difference = max(abs(a - b) / b for a, b in zip(losses[name], losses["none"], strict=True))
         cells.append(
             {
                 "lengths": kind,
                 "levers": name,
-                "tokens_per_second": statistics.median(n / s for n, s in zip(tokens[WARM_UP:], spent, strict=True)),
+                "tokens_per_second": statistics.median(n / s for n, s in zip(tokens[warm_up:], spent, strict=True)),
                 "against_none": statistics.median(ratios),
                 "quartiles": statistics.quantiles(ratios, n=4)[::2],
                 "first_step_seconds": seconds[name][0],
                 "loss_difference": difference,
             }
         )
-    return cells
+    rows.add(*(cell for cell in cells if not rows.has(lengths=kind, levers=cell["levers"])))
+    runs.clear()
+    free_memory()
 
 
 def table(cells: list[dict[str, Any]]) -> str:
@@ -155,6 +182,9 @@ def table(cells: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for cell in cells:
+        if cell["outcome"] != "measured":
+            lines.append(f"| {cell['lengths']} | {cell['levers']} | {cell['outcome']}: {cell['reason']} | | | |")
+            continue
         low, high = cell["quartiles"]
         lines.append(
             f"| {cell['lengths']} | {cell['levers']} | {cell['tokens_per_second']:,.0f} | {cell['against_none']:.3f} "
@@ -170,28 +200,28 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--quick", action="store_true", help="a tiny backbone, two steps: does the script work?")
+    add_arguments(parser)
     arguments = parser.parse_args()
+    arguments.warm_up = WARM_UP
+    if arguments.quick:
+        arguments.lengths, arguments.steps, arguments.rows, arguments.warm_up = arguments.lengths[:1], 2, 2, 1
     torch.set_num_threads(arguments.threads)
     if not ON_GPU:
         keep_freed_memory()  # as a run does
     alone = arguments.threads == 1 and not ON_GPU
     clock = time.process_time if alone else time.perf_counter
-    cells = []
+    settings = {name: getattr(arguments, name) for name in ("dtype", "threads", "steps", "rows", "quick")}
+    settings["clock"] = "CPU time of the process" if alone else "wall time"
+    rows = Rows(
+        arguments.output, ("lengths", "levers"), program="levers", sources=("benchmarks/throughput.py",),
+        settings=settings, about={"levers": LEVERS, "load": os.getloadavg()[0]}, replace=arguments.replace,
+        minutes=arguments.minutes,
+    )  # fmt: skip
     for kind in arguments.lengths:
-        cells += measure(kind, arguments.rows, getattr(torch, arguments.dtype), arguments.steps, clock)
-    print(table(cells))
-    if arguments.output is not None:
-        settings = {
-            "dtype": arguments.dtype,
-            "threads": arguments.threads,
-            "steps": arguments.steps,
-            "rows": arguments.rows,
-        }
-        settings["clock"] = "CPU time of the process" if alone else "wall time"
-        result = {"levers": LEVERS, "settings": settings, "cells": cells, **evidence(), "load": os.getloadavg()[0]}
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        measure(arguments, kind, getattr(torch, arguments.dtype), clock, rows)
+    print(table(rows.records))
+    rows.close()
 
 
 if __name__ == "__main__":

@@ -1,28 +1,28 @@
 """Peak memory of a training step: what ``ptd plan`` says against what the step really takes.
 
     python benchmarks/plan_vs_measured.py --output benchmarks/results/plan_vs_measured.json
+    python benchmarks/plan_vs_measured.py --quick                               # a tiny model: does the script work?
 
 Each case is a Llama with random weights, written to a temporary folder, and the fullest micro-batch of its run file.
 The third optimizer step is measured (DeepSpeed knows the order of the modules from then on). With a GPU:
 ``torch.cuda.max_memory_allocated``. Without one: how much the peak of resident memory in that step (VmHWM, reset before
 it through /proc/self/clear_refs) lies above what the process had before the backbone was loaded, after a step of a tiny
 model has loaded what libraries keep. glibc is told to give freed blocks of 64 KiB and more back to the system at once;
-otherwise the peak would count what it keeps for later as well.
+otherwise the peak would count what it keeps for later as well. OUTPUT has a row a case (rows.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
 SMALL = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -153,78 +153,87 @@ def take_steps(run: dict[str, Any], ranks: Any, steps: int, before_last: Any = l
 
 def measure(run: dict[str, Any], small: str, ranks: int) -> list[dict[str, int]]:
     """Run the ranks of a case as processes of their own; their reports."""
+    from rows import start
+
     from ptd.engine.ranks import Ranks
 
     common = {
-        **os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+        "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(Ranks.free_port()), "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
-        "MALLOC_ARENA_MAX": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        "MALLOC_ARENA_MAX": "1",
     }  # fmt: skip
     request = json.dumps({"run": run, "small": small})
     started = [
-        subprocess.Popen(
-            [sys.executable, __file__, "--worker", request],
+        start(
+            [__file__, "--worker", request],
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
-            text=True,
+            stderr=subprocess.PIPE,
         )
         for rank in range(ranks)
     ]
-    outputs = [process.communicate()[0] for process in started]
-    if any(process.returncode for process in started):
-        raise SystemExit(f"a worker failed: {outputs}")
-    return [json.loads(output.strip().splitlines()[-1]) for output in outputs]
+    said = [process.communicate() for process in started]
+    failed = [errors for process, (_, errors) in zip(started, said, strict=True) if process.returncode]
+    if failed:
+        raise RuntimeError("a worker failed: " + "\n".join(failed[0].strip().splitlines()[-8:]))
+    return [json.loads(output.strip().splitlines()[-1]) for output, _ in said]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="JSON file for the results")
-    parser.add_argument("--only", nargs="*", help="names of cases")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker is not None:
-        print(json.dumps(work(json.loads(args.worker))))
-        return
+def measured(case: dict[str, Any], folder: str, small: str, device: str) -> dict[str, Any]:
+    """The row of a case. Raises Skip where this machine cannot have it."""
     import torch
+    from rows import Skip
 
     from ptd.config import parse_config
     from ptd.plan import plan
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    results = []
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as small:
-        write_model(folder, MODEL)
-        write_model(small, SMALL)
-        for name, case in CASES.items():
-            if args.only and name not in args.only:
-                continue
-            ranks = case.get("ranks", 1)
-            if device == "cuda" and ranks > torch.cuda.device_count():
-                continue
-            run = run_config(case, folder)
-            found = plan(parse_config(run), gpus=ranks, device=device, alternatives=False)
-            measured = max(report["peak"] for report in measure(run, small, ranks))
-            results.append(
-                {
-                    "case": name, "planned_bytes": found.own.peak, "measured_bytes": measured,
-                    "planned_over_measured": round(found.own.peak / measured, 4), "items": found.own.items,
-                    "run": {**run, "backbone": {**run["backbone"], "path": "random weights"}},
-                }
-            )  # fmt: skip
-            row = results[-1]
-            print(f"{name:34} planned {row['planned_bytes'] / 2**20:8.0f} MiB  measured {measured / 2**20:8.0f} MiB  "
-                  f"ratio {row['planned_over_measured']:.3f}", flush=True)  # fmt: skip
-            if args.output is not None:
-                args.output.write_text(json.dumps(record(results, device), indent=2) + "\n", encoding="utf-8")
+    ranks, run = case.get("ranks", 1), run_config(case, folder)
+    if device == "cuda" and ranks > torch.cuda.device_count():
+        raise Skip(f"it needs {ranks} GPUs, there are {torch.cuda.device_count()}")
+    for package, needed in (("bitsandbytes", "quantization" in run["backbone"]), ("deepspeed", "deepspeed" in run)):
+        if needed and importlib.util.find_spec(package) is None:
+            raise Skip(f"{package} is not installed")
+    found = plan(parse_config(run), gpus=ranks, device=device, alternatives=False)
+    peak = max(report["peak"] for report in measure(run, small, ranks))
+    return {
+        "planned_bytes": found.own.peak, "measured_bytes": peak,
+        "planned_over_measured": round(found.own.peak / peak, 4), "items": found.own.items,
+        "run": {**run, "backbone": {**run["backbone"], "path": "random weights"}},
+    }  # fmt: skip
 
 
-def record(results: list[dict[str, Any]], device: str) -> dict[str, Any]:
-    """The results with where they come from."""
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", help="names of cases")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, two cases")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    if "--worker" in sys.argv:  # which imports no more than it has to: what it holds is measured
+        print(json.dumps(work(json.loads(sys.argv[-1]))))
+        return
     import torch
+    from rows import Rows, add_arguments
 
-    from ptd.bench.machine import evidence, hardware
-
-    return {**evidence(), "hardware": hardware(torch.device(device)), "model": MODEL, "results": results}
+    add_arguments(parser)
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = SMALL if args.quick else MODEL
+    only = args.only or (list(CASES)[:2] if args.quick else list(CASES))
+    rows = Rows(
+        args.output, ("case",), program="plan_vs_measured", settings={"model": model}, replace=args.replace,
+        minutes=args.minutes,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as small:
+        write_model(folder, model)
+        write_model(small, SMALL)
+        for name in only:
+            if rows.has(case=name):
+                continue
+            with rows.row(case=name) as row:
+                row |= measured(CASES[name], folder, small, device)
+                print(f"{name:34} planned {row['planned_bytes'] / 2**20:8.0f} MiB  "
+                      f"measured {row['measured_bytes'] / 2**20:8.0f} MiB  "
+                      f"ratio {row['planned_over_measured']:.3f}", flush=True)  # fmt: skip
+    rows.close()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What the tests of `prefix_attention` share: a call's inputs, its results, and how two of these are compared.
 
 ``from attention_cases import …`` works in every test (tests/conftest.py registers this file under that name).
-PTD_TEST_DEVICE=cuda makes the inputs on a GPU.
+PTD_TEST_DEVICE=cuda makes the inputs on a GPU. It says so of these inputs alone: torch's default device, which other
+tests of the process share, stays as it is, except `on_device`.
 
 Shapes: B batch, H heads, S queries, T own keys, P prefix keys, D and E head sizes of keys and values.
 """
@@ -9,6 +10,7 @@ Shapes: B batch, H heads, S queries, T own keys, P prefix keys, D and E head siz
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +21,25 @@ from ptd_kernels import prefix_attention as attend
 from torch import Tensor
 
 DEVICE = os.environ.get("PTD_TEST_DEVICE", "cpu")
-if DEVICE != "cpu":
-    torch.set_default_device(DEVICE)
 # The adapters to GPU libraries are on the list where there is a GPU, and refuse what they cannot do.
 LIBRARIES = [name for name in available_backends() if name.startswith("merge-")]
 LEAVES = ("q", "k", "v", "prefix_k", "prefix_v")
+
+
+def on_device() -> AbstractContextManager[Any]:
+    """In here, new tensors are made on `DEVICE` unless they name another."""
+    return nullcontext() if DEVICE == "cpu" else torch.device(DEVICE)
+
+
+def here(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with their tensors on `DEVICE`; a `prefix_index` may be on the CPU, too, and stays where it is."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.device.type == "cpu":
+            return value.to(DEVICE).detach().requires_grad_(value.requires_grad)
+        return [moved(each) for each in value] if isinstance(value, list) else value
+
+    return {name: value if name == "prefix_index" else moved(value) for name, value in options.items()}
 
 
 def prefix_attention(*args: Any, backend: str = "auto", **kwargs: Any) -> Tensor:
@@ -51,13 +67,16 @@ class Case:
     hugging_face_layout: bool = True
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "options", here(self.options))
+
     def tensors(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         def make(batch: int, length: int, heads: int, size: int) -> Tensor:
             if self.hugging_face_layout:
-                return torch.randn(batch, length, heads, size).transpose(1, 2)
-            return torch.randn(batch, heads, size, length).mT
+                return torch.randn(batch, length, heads, size, device=DEVICE).transpose(1, 2)
+            return torch.randn(batch, heads, size, length, device=DEVICE).mT
 
-        prefix = [torch.randn(self.P, self.Hkv, size).transpose(0, 1) for size in (self.D, self.E)]
+        prefix = [torch.randn(self.P, self.Hkv, size, device=DEVICE).transpose(0, 1) for size in (self.D, self.E)]
         own = [
             make(self.B, self.S, self.Hq, self.D),
             make(self.B, self.T, self.Hkv, self.D),
@@ -69,8 +88,13 @@ class Case:
 def out_and_gradients(leaves: list[Tensor], **kwargs: Any) -> list[Tensor]:
     """The output and the gradients of all leaves, for the same incoming gradient whatever the dtype and layout."""
     out = prefix_attention(*leaves, **kwargs)
-    dout = torch.randn(out.shape, generator=torch.Generator(DEVICE).manual_seed(7)).to(out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+    return [out.detach(), *torch.autograd.grad(out, leaves, incoming(out))]
+
+
+def incoming(out: Tensor) -> Tensor:
+    """A gradient for `out`, the same for every dtype and layout."""
+    dout = torch.randn(out.shape, generator=torch.Generator(DEVICE).manual_seed(7), device=DEVICE)
+    return dout.to(out.dtype)
 
 
 def assert_same(actual: list[Tensor], expected: list[Tensor], rtol: float) -> None:
@@ -91,7 +115,7 @@ def assert_gradients_of(wanted: tuple[str, ...], leaves: list[Tensor], backend: 
     expected = dict(zip(LEAVES, out_and_gradients(leaves, backend="reference", **kwargs)[1:], strict=True))
     some = {name: x.detach().requires_grad_(name in wanted) for name, x in zip(LEAVES, leaves, strict=True)}
     out = prefix_attention(*some.values(), backend=backend, **kwargs)
-    out.backward(torch.randn(out.shape, generator=torch.Generator(DEVICE).manual_seed(7)))
+    out.backward(incoming(out))
     for name, x in some.items():
         assert (x.grad is not None) == (name in wanted)
         if x.grad is not None:
@@ -99,4 +123,4 @@ def assert_gradients_of(wanted: tuple[str, ...], leaves: list[Tensor], backend: 
 
 
 def offsets(*lengths: int) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).int()
+    return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()

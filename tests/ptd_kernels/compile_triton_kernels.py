@@ -108,7 +108,7 @@ def compile_kernel(
         "tile": f"{tile.rows}x{tile.keys}", "warps": tile.warps, "stages": tile.stages,
         **resources(compiled.asm["cubin"]), "shared": compiled.metadata.shared,
         "wgmma": "wgmma.mma_async" in compiled.asm["ptx"], "mma": "mma.sync" in compiled.asm["ptx"],
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds, 1), "triton": triton.__version__,
     }  # fmt: skip
 
 

@@ -1,9 +1,13 @@
-"""The fused cross-entropy of a frozen output layer against torch's own, in fp64 and in the same precision."""
+"""The fused cross-entropy of a frozen output layer against torch's own, in fp64 and in the same precision.
+
+PTD_TEST_DEVICE=cuda runs it on a GPU.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from attention_cases import DEVICE
 from ptd_kernels import linear_cross_entropy
 from torch.nn.functional import cross_entropy, linear
 
@@ -12,9 +16,10 @@ ROWS, WIDTH, VOCABULARY = 37, 24, 113
 
 def inputs(dtype, scale=1.0):
     draw = torch.Generator().manual_seed(0)
-    hidden = torch.randn(ROWS, WIDTH, generator=draw).to(dtype).requires_grad_()
+    hidden = torch.randn(ROWS, WIDTH, generator=draw).to(DEVICE, dtype).requires_grad_()
     weight, bias = torch.randn(VOCABULARY, WIDTH, generator=draw) * scale, torch.randn(VOCABULARY, generator=draw)
-    return hidden, weight.to(dtype), bias.to(dtype), torch.randint(VOCABULARY, (ROWS,), generator=draw)
+    targets = torch.randint(VOCABULARY, (ROWS,), generator=draw)
+    return hidden, weight.to(DEVICE, dtype), bias.to(DEVICE, dtype), targets.to(DEVICE)
 
 
 def plain(hidden, weight, bias, targets):

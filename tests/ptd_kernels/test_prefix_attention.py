@@ -1,6 +1,6 @@
 """Every registered backend of `prefix_attention` against the specification, and against plain SDPA.
 
-PTD_TEST_DEVICE=cuda runs the list on a GPU (`make gpu`), there with Triton's compiled kernels and the GPU libraries.
+PTD_TEST_DEVICE=cuda runs the list on a GPU (`make gpu-1`), there with Triton's compiled kernels and the GPU libraries.
 
 Shapes: B batch, H heads, S queries, T own keys, P prefix keys, D and E head sizes of keys and values.
 """
@@ -8,6 +8,7 @@ Shapes: B batch, H heads, S queries, T own keys, P prefix keys, D and E head siz
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +21,10 @@ from attention_cases import (
     Case,
     assert_gradients_of,
     assert_same,
+    here,
+    incoming,
     offsets,
+    on_device,
     out_and_gradients,
     prefix_attention,
     relative_rms,
@@ -46,8 +50,10 @@ EXAMPLES = {"triton": int(os.environ.get("PTD_TRITON_EXAMPLES", "5"))}
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seeded_on_the_device() -> Iterator[None]:
     torch.manual_seed(0)
+    with on_device():
+        yield
 
 
 def skip_if_refused(backend: str, dtype: torch.dtype = torch.float32, options: dict[str, Any] | None = None) -> None:
@@ -216,7 +222,7 @@ def test_equals_concatenation_and_sdpa(backend: str) -> None:
     case = Case(S=40, T=64, Hq=8, P=30)
     leaves = case.tensors()
     out = expand_concat_sdpa(leaves, causal_mask(40, 64))
-    dout = torch.randn(out.shape, generator=torch.Generator(DEVICE).manual_seed(7))
+    dout = incoming(out)
     assert_same(out_and_gradients(leaves, backend=backend), [out, *torch.autograd.grad(out, leaves, dout)], 1e-5)
 
 
@@ -277,7 +283,7 @@ SEVERAL = {
 
 
 def gradients_of(out: Tensor, own: list[Tensor], prefixes: list[list[Tensor]]) -> list[Tensor]:
-    dout = torch.randn(out.shape, generator=torch.Generator(DEVICE).manual_seed(7)).to(out.dtype)
+    dout = incoming(out)
     leaves = [*own, *prefixes[0], *prefixes[1]]
     return list(torch.autograd.grad(out, leaves, dout, allow_unused=True, materialize_grads=True))
 
@@ -425,7 +431,7 @@ def test_half_precision_loses_no_more_than_twice_what_pytorch_does(
     assert [x.dtype for x in actual] == [dtype] * 4 + [prefix_dtype or dtype] * 2
     plain = [x.detach().requires_grad_() for x in low]
     out = expand_concat_sdpa(plain, causal_mask(96, 96))
-    dout = torch.randn(out.shape, generator=torch.Generator(DEVICE).manual_seed(7)).to(dtype)
+    dout = incoming(out)
     loss = out_and_gradients([x.detach().double().requires_grad_() for x in low], backend="reference")
     yardstick = [
         relative_rms(a, b) for a, b in zip([out.detach(), *torch.autograd.grad(out, plain, dout)], loss, strict=True)
@@ -636,7 +642,7 @@ def test_packing_whose_offsets_stay_on_the_device(options: dict[str, Any], rows:
     rule = segments.Rule(0.25, options.get("softcap"), offset, options.get("window"), cu_seqlens=cu_seqlens)
     cut = merge.tiles(kernel, q, k, rule, None)
     out, lse = merge.segment_forward(kernel, q, k, v, cut)
-    dout = torch.randn(out.shape, generator=torch.Generator(DEVICE).manual_seed(7)).to(out.dtype)
+    dout = incoming(out)
     gradients = merge.segment_backward(kernel, dout, q, k, v, out, lse, cut)
     for a, b in zip((out, *gradients), expected, strict=False):
         torch.testing.assert_close(a, b)
@@ -712,7 +718,7 @@ TWO_PREFIXES: dict[str, Any] = {
 
 
 def _bad(**changes: Any) -> dict[str, Any]:
-    return dict(zip(LEAVES, Case(B=1).tensors(), strict=True)) | changes
+    return dict(zip(LEAVES, Case(B=1).tensors(), strict=True)) | here(changes)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

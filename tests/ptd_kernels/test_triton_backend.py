@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from ptd_kernels import available_backends, explain_backend, prefix_attention
+from ptd_kernels.prefix_attention.triton_table import Tile
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -186,6 +187,7 @@ def test_triton_under_torch_compile(index: Tensor | None) -> None:
 
     x = leaves(9, 3, 8, 8, torch.float32, B=2)
     if index is not None:
+        index = index.to(DEVICE)
         x[3:] = [torch.stack([y, 2 * y]).detach().requires_grad_() for y in x[3:]]
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     for a, b in zip(*(torch.autograd.grad(f(*x).sum(), x) for f in (compiled, layer)), strict=True):
@@ -219,3 +221,52 @@ def test_triton_computes_only_the_gradients_needed(
     out.sum().backward()
     assert seen == launched
     assert [i for i, y in enumerate(x) if y.grad is not None] == wanted
+
+
+NARROW, WIDE = Tile(32, 16, 4, 1), Tile(64, 32, 4, 1)
+
+
+def out_of_resources() -> Exception:
+    from triton.runtime.errors import OutOfResources
+
+    return OutOfResources(300_000, 232_448, "shared memory")
+
+
+FAILURES = {
+    "resources": out_of_resources,
+    "torch's memory": lambda: torch.OutOfMemoryError("CUDA out of memory."),
+    "the launcher's memory": lambda: RuntimeError("Triton Error [CUDA]: out of memory"),
+}
+
+
+@runs
+@pytest.mark.parametrize("timed", [False, True])
+@pytest.mark.parametrize("failure", FAILURES)
+def test_triton_goes_on_with_the_next_tile(
+    failure: str, timed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of each kernel, the wide tile cannot be launched: neither where tiles are timed, nor where they are not."""
+    from ptd_kernels.prefix_attention import triton_op
+    from ptd_kernels.prefix_attention.triton_tune import Choices
+
+    launch, refused = triton_op._run, []
+
+    def run(kernel: Any, grid: tuple[int, ...], common: dict[str, Any], tile: Tile) -> None:
+        if tile == WIDE:
+            refused.append(kernel)
+            raise FAILURES[failure]()
+        launch(kernel, grid, common, tile)
+
+    monkeypatch.setattr(triton_op, "_run", run)
+    monkeypatch.setattr(triton_op, "tiles_for", lambda *_: (WIDE, NARROW))
+    monkeypatch.setattr(triton_op, "allowed", lambda: timed)
+    monkeypatch.setattr(triton_op, "_choices", lambda: Choices(tmp_path / "tiles.json"))
+    if DEVICE == "cpu":  # nothing is timed there
+        monkeypatch.setattr("triton.testing.do_bench", lambda work, **options: (work(), 1.0)[1])
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    x = leaves(20, 18, 16, 16, torch.float32)
+    assert_close(out_and_gradients(x, backend="triton"), out_and_gradients(x, backend="reference"), 1e-5)
+    assert len(refused) == 4
+    chosen = (tmp_path / "tiles.json").read_text() if timed else ""
+    assert chosen.count(str(WIDE.rows)) == 0

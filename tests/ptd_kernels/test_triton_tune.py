@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from ptd_kernels.prefix_attention.triton_table import ALTERNATIVES, KERNELS, TABLE, Tile, tiles_for
-from ptd_kernels.prefix_attention.triton_tune import Choices, allowed, cache_file, choose, size_class
+from ptd_kernels.prefix_attention.triton_tune import (
+    Choices,
+    NoTileFits,
+    allowed,
+    cache_file,
+    choose,
+    run_first,
+    size_class,
+)
 
 SLOW, FAST, BROKEN = Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(256, 256, 8, 3)
 TIMES = {SLOW: 2.0, FAST: 1.0, BROKEN: math.inf}
@@ -59,6 +68,40 @@ def test_the_first_is_taken_where_nothing_may_or_can_be_measured(tmp_path: Path)
     assert choose("a", [SLOW, FAST], never, choices, may_measure=False) == SLOW
     assert choose("a", [BROKEN], TIMES.__getitem__, choices) == BROKEN
     assert choices.get("a") is None
+
+
+class TooMuch(Exception):
+    pass
+
+
+def asks_too_much(error: Exception) -> bool:
+    return isinstance(error, TooMuch | torch.OutOfMemoryError)
+
+
+def run_unless(*fails: Tile, error: Exception | None = None) -> Any:
+    def run(tile: Tile) -> Tile:
+        if tile in fails:
+            raise error or TooMuch("shared memory, 300000 of 232448 bytes")
+        return tile
+
+    return run
+
+
+def test_a_tile_that_does_not_fit_is_passed_over() -> None:
+    assert run_first("forward", [BROKEN, SLOW, FAST], run_unless(BROKEN), asks_too_much) == SLOW
+    assert run_first("forward", [BROKEN, SLOW, FAST], run_unless(BROKEN, SLOW), asks_too_much) == FAST
+
+
+def test_where_no_tile_fits_it_says_what_was_tried() -> None:
+    with pytest.raises(NoTileFits, match=r"kernel forward fits .* none .*128 × 64, 8 warps: shared.*64 × 64, 4 warps"):
+        run_first("forward", [SLOW, FAST], run_unless(SLOW, FAST), asks_too_much)
+
+
+def test_a_want_of_memory_and_every_other_error_stay_what_they_are() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        run_first("forward", [SLOW], run_unless(SLOW, error=torch.OutOfMemoryError("full")), asks_too_much)
+    with pytest.raises(ValueError, match="a mistake"):
+        run_first("forward", [SLOW, FAST], run_unless(SLOW, error=ValueError("a mistake")), asks_too_much)
 
 
 def test_when_tiles_may_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,18 +103,19 @@ def explain_backend(
     virtual_tokens: int = 1,
     backend: str = "auto",
 ) -> tuple[str, str]:
-    """Which backend such a call would get, and why: ``(name, reason)``, both to be read by people.
+    """Which backend a training step's calls would get, and why: ``(name, reason)``, both to be read by people.
 
     Allocates a few bytes on `device`. Raises ValueError like `prefix_attention`.
     """
-    q, v = (torch.zeros(1, 1, 1, d, device=device, dtype=dtype) for d in (head_dim, value_head_dim or head_dim))
-    mask = torch.ones(1, 1, 1, 1, device=device, dtype=torch.bool) if masked else None
-    bias = torch.zeros(1, 1, 1, 1, device=device) if biased else None
-    cu_seqlens = torch.tensor([0, 1], device=device, dtype=torch.int32) if packed else None
-    prefix_k, prefix_v = (x[0].expand(1, virtual_tokens, -1) for x in (q, v))
+    # Two tokens stand for many: some libraries refuse a single query row or key.
+    q, v = (torch.zeros(1, 1, 2, d, device=device, dtype=dtype) for d in (head_dim, value_head_dim or head_dim))
+    mask = torch.ones(1, 1, 2, 2, device=device, dtype=torch.bool) if masked else None
+    bias = torch.zeros(1, 1, 2, 2, device=device) if biased else None
+    cu_seqlens = torch.tensor([0, 2], device=device, dtype=torch.int32) if packed else None
+    prefix_k, prefix_v = (x[0, :, :1].expand(1, virtual_tokens, -1) for x in (q, v))
     problem = check(
         q, q, v, prefix_k, prefix_v, causal=not masked, softcap=softcap, cu_seqlens=cu_seqlens,
-        max_seqlen=1 if packed else None, mask=mask, bias=bias,
+        max_seqlen=2 if packed else None, mask=mask, bias=bias,
     )  # fmt: skip
     chosen = choose(problem, backend)
     return chosen.name, chosen.explains(problem)

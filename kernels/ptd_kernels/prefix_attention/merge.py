@@ -182,6 +182,10 @@ class Group(NamedTuple):
     rows: list[tuple[int, int]]
 
 
+def _fewest_keys(groups: list[Group]) -> int:
+    return min(group.last_key - group.first_key for group in groups)
+
+
 def _take(x_1HNX: Tensor, rows: list[tuple[int, int]]) -> Tensor:
     """These rows; a view if they are consecutive."""
     if len(rows) == 1:
@@ -228,7 +232,7 @@ def _prefix_forward(
     q: Tensor, prefix_k: Tensor, prefix_v: Tensor, rule: Rule, groups: list[Group], preferred: Kernel | None
 ) -> tuple[Tensor, Tensor]:
     """Output ``[B, Hq, S, E]`` and log-sum-exp ``[B, Hq, S]`` over each sequence's prefix; -inf where it has none."""
-    kernel = pick(Need(q, prefix_k.shape[1], prefix_v.shape[2], _everything(rule)), preferred)
+    kernel = pick(Need(q, _fewest_keys(groups), prefix_v.shape[2], _everything(rule)), preferred)
     q_1HND = _fold(q)
     outs, sums = [], []
     for group in groups:
@@ -245,7 +249,7 @@ def _prefix_backward(
     groups: list[Group], preferred: Kernel | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q (its share), prefix_k and prefix_v; zeros for a prefix that nobody reads."""
-    kernel = pick(Need(q, prefix_k.shape[1], prefix_v.shape[2], _everything(rule), exact_keys=True), preferred)
+    kernel = pick(Need(q, _fewest_keys(groups), prefix_v.shape[2], _everything(rule), exact_keys=True), preferred)
     folded = [_fold(x) for x in (dout, q, out, lse[..., None])]
     dqs: list[Tensor] = []
     dprefix_k, dprefix_v = torch.zeros_like(prefix_k), torch.zeros_like(prefix_v)
@@ -359,8 +363,9 @@ def merge_attention(problem: Problem, preferred: Kernel | None = None) -> Tensor
 def _explain(problem: Problem, preferred: Kernel | None = None) -> str:
     q, head_size, rule = problem.q_BHSD, problem.v_BHTE.shape[3], _rule(problem)
     own = pick(Need(q, problem.k_BHTD.shape[2], head_size, rule), preferred)
+    keys = 1 if problem.prefix_k_HPD is None else problem.prefix_k_HPD.shape[1]
     prefix, prefix_backward = (
-        pick(Need(q, 1, head_size, _everything(rule), exact), preferred) for exact in (False, True)
+        pick(Need(q, keys, head_size, _everything(rule), exact), preferred) for exact in (False, True)
     )
     return (
         f"one call a segment, merged by log-sum-exp; own tokens: {own.name}; prefix: {prefix.name}, "

@@ -26,7 +26,7 @@ from ptd_kernels.prefix_attention.triton_decode import decode_kernel, join
 from ptd_kernels.prefix_attention.triton_forward import forward_kernel
 from ptd_kernels.prefix_attention.triton_table import DELTA, Tile, decode_tile, decodes, tiles_for
 from ptd_kernels.prefix_attention.triton_tiles import padded, score_factors
-from ptd_kernels.prefix_attention.triton_tune import Choices, allowed, cache_file, choose, size_class
+from ptd_kernels.prefix_attention.triton_tune import Choices, allowed, cache_file, choose, run_first, size_class
 
 # How many programs the prefix's gradient, or decoding, is split into, per multiprocessor: enough to fill it twice.
 _WAVES = 2
@@ -54,7 +54,7 @@ def _with_tile(name: str, common: dict[str, Any], q: Tensor, run: Callable[[Tile
     half, head_size = q.dtype != torch.float32, max(common["D"], common["E"])
     candidates = tiles_for(name, _device(q.device)[0], half, head_size, common["BIAS"])
     if len(candidates) == 1 or not allowed():
-        return run(candidates[0])
+        return run_first(name, candidates, run, _asks_too_much)
     flags = [flag for flag in _FLAGS if common[flag]]
     sizes = size_class(q.shape[0] * q.shape[1], common["S"], common["T"], common["P"])
     key = " ".join(
@@ -65,11 +65,21 @@ def _with_tile(name: str, common: dict[str, Any], q: Tensor, run: Callable[[Tile
     def measure(tile: Tile) -> float:
         try:
             return float(triton.testing.do_bench(lambda: run(tile), warmup=10, rep=30, return_mode="median"))
-        except triton.runtime.errors.OutOfResources:
+        except Exception as error:
+            if not _asks_too_much(error):
+                raise
             return math.inf
 
     capturing = torch.cuda.is_current_stream_capturing()
-    return run(choose(key, candidates, measure, _choices(), may_measure=not capturing))
+    chosen = choose(key, candidates, measure, _choices(), may_measure=not capturing)
+    others = [tile for tile in candidates if tile != chosen]
+    return run_first(name, [chosen, *others], run, _asks_too_much)
+
+
+def _asks_too_much(error: Exception) -> bool:
+    """Of shared memory or registers (Triton's OutOfResources), or of memory, as torch or Triton's launcher says it."""
+    known = (triton.runtime.errors.OutOfResources, torch.OutOfMemoryError)
+    return isinstance(error, known) or (isinstance(error, RuntimeError) and "out of memory" in str(error))
 
 
 def _launch(kernel: Any, name: str, grid: Any, common: dict[str, Any], q: Tensor) -> None:

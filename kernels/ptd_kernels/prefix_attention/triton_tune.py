@@ -1,7 +1,9 @@
 """Which of a few tiles is the fastest on this GPU: timed once for each kind of problem, and kept in a file.
 
 A kind is a GPU, a version of Triton, a kernel, a dtype, head sizes, the compiled-in options, and the sizes rounded up
-to powers of two. The candidates are triton_table.py's, all checked ahead of time by the tests. Nothing is timed
+to powers of two. The candidates are triton_table.py's, all checked ahead of time by the tests. One that does not fit,
+for want of shared memory, registers or memory, is passed over: when tiles are timed, and when one is run. Nothing is
+timed
 
 - where there is one candidate (fp32, the interpreter);
 - with ``PTD_KERNELS_TUNE=0``, or under ``torch.use_deterministic_algorithms(True)``: the table's own tile, so that a
@@ -21,10 +23,13 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from ptd_kernels.prefix_attention.triton_table import Tile
+
+T = TypeVar("T")
 
 
 def cache_file() -> Path:
@@ -75,6 +80,29 @@ def size_class(*sizes: int) -> str:
 def allowed() -> bool:
     """Whether tiles may be chosen by timing at all."""
     return os.environ.get("PTD_KERNELS_TUNE") != "0" and not torch.are_deterministic_algorithms_enabled()
+
+
+class NoTileFits(RuntimeError):
+    """None of a kernel's tiles can run on this GPU."""
+
+
+def run_first(kernel: str, tiles: Sequence[Tile], run: Callable[[Tile], T], too_much: Callable[[Exception], bool]) -> T:
+    """``run(tile)`` of the first tile for which it does not ask for too much.
+
+    Raises the error of the last tile if that is for want of memory, which other work may hold, else NoTileFits.
+    """
+    reasons: dict[Tile, str] = {}
+    for tile in tiles:
+        try:
+            return run(tile)
+        except Exception as error:
+            if not too_much(error):
+                raise
+            if tile == tiles[-1] and isinstance(error, torch.OutOfMemoryError):
+                raise
+            reasons[tile] = str(error).strip().partition("\n")[0]
+    tried = "; ".join(f"{tile.rows} × {tile.keys}, {tile.warps} warps: {reason}" for tile, reason in reasons.items())
+    raise NoTileFits(f"the Triton kernel {kernel} fits this GPU with none of its tiles ({tried}); use backend='merge'")
 
 
 def choose(

@@ -32,6 +32,8 @@ def _refuses(need: Need) -> str | None:
     rule = need.rule
     if (reason := refuses_on_gpu(need, different_values=True)) is not None:
         return reason
+    if need.q.shape[2] < 2 or need.keys < 2:
+        return "it takes no single query row and no single key"
     if not torch.backends.cudnn.is_available():
         return "this torch has no cuDNN"
     if max(need.q.shape[3], need.value_head_size) > _MAX_HEAD_SIZE:

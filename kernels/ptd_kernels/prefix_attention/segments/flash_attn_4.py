@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ptd_kernels.prefix_attention.problem import nvidia_capability
 from ptd_kernels.prefix_attention.segments.kernel import (
     Gradients,
     Kernel,
@@ -29,14 +31,21 @@ _HEAD_SIZES = (64, 96, 128)
 def _library() -> tuple[Any, str | None]:
     """flash_attn.cute.interface, or why there is none."""
     try:
-        return importlib.import_module("flash_attn.cute.interface"), None
+        library = importlib.import_module("flash_attn.cute.interface")
+        functions = library._flash_attn_fwd, library._flash_attn_bwd
     except (ImportError, AttributeError) as error:
         return None, f"the package flash-attn-4 cannot be imported ({error})"
+    if any("max_seqlen_q" not in inspect.signature(function).parameters for function in functions):
+        return None, "this flash-attn-4 is too old: its forward or its backward takes no max_seqlen_q"
+    return library, None
 
 
-def _bounds(q: Tensor, k: Tensor, rule: Rule) -> dict[str, Tensor | None]:
-    cu_seqlens, _, _ = lengths(q, k, rule)
-    return {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+def _bounds(q: Tensor, k: Tensor, rule: Rule) -> dict[str, Any]:
+    """Where packed sequences begin and how long the longest is; without the latter it takes each for as long as all."""
+    cu_seqlens, max_q, max_k = lengths(q, k, rule)
+    if cu_seqlens is None:
+        return {}
+    return {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": max_q, "max_seqlen_k": max_k}
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -63,7 +72,8 @@ def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: T
 def _refuses(need: Need) -> str | None:
     if (reason := refuses_on_gpu(need)) is not None:
         return reason
-    if torch.cuda.get_device_capability(need.q.device)[0] not in (9, 10):
+    capability = nvidia_capability(need.q.device)
+    if capability is None or capability[0] not in (9, 10):
         return "it is written for Hopper and Blackwell (compute capability 9.x and 10.x)"
     if need.q.shape[3] not in _HEAD_SIZES:
         return f"it takes the head sizes {', '.join(map(str, _HEAD_SIZES))}"

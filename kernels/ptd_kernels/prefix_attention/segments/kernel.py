@@ -40,6 +40,7 @@ class Rule(NamedTuple):
 class Need(NamedTuple):
     """What is known of a segment when its kernel is chosen.
 
+    `keys`: those of the call that has the fewest, where a segment takes several.
     `exact_keys`: dk and dv must be summed over the queries, and over the query heads of a group, in fp32 even if q is
     half precision; FlashAttention-2 rounds each head's sum to q's dtype.
     """
