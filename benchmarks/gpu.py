@@ -3,9 +3,9 @@
     PYTHONPATH=.:kernels python benchmarks/gpu.py --stage 1 [--minutes 8] [--results FOLDER] [--replace]
     PYTHONPATH=.:kernels python benchmarks/gpu.py --stage 1 2 3 4 --quick --results FOLDER     # a rehearsal, on a CPU
 
-1: a resume, no step that waits for the GPU, the kernels' tests; 2: the attention benchmark; 3: a 7B in every placement;
-4: the levers, fp8, Liger's tests, the plan against measurement. A plain clone will do, nothing is installed or fetched;
-what a package is missing for is skipped, and says so.
+1: a resume, no step that waits for the GPU, the kernels' tests, whole runs; 2: the attention benchmark; 3: a 7B in
+every placement; 4: the levers, fp8, Liger's tests, the plan against measurement. A plain clone will do, nothing is
+installed or fetched; what a package is missing for is skipped, and says so.
 
 Each part is a process of its own that writes each row as it is found, into FOLDER/PART.json (rows.py). A stage that was
 stopped in any way goes on where it was: finished rows are kept and not measured again. Where a row takes its process
@@ -50,13 +50,15 @@ class Part:
 
 
 REPRODUCIBLE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PTD_TEST_DEVICE": "cuda", "PTD_KERNELS_TUNE": "0"}
+WATCHED = {"PYTEST_PLUGINS": "tests.gpu_paper.device"}
 TESTS = ("pytest", "hypothesis")
 STAGES: dict[int, tuple[Part, ...]] = {
     1: (
         Part("resume", "gpu_resume", quick=("--quick",)),
         Part(
-            "no_waiting", "gpu_tests", ("tests/engine/test_no_waiting.py",),
-            ("tests/engine/test_no_waiting.py", "-k", "packed or bfloat16 or request or skips"), (*PTD, *TESTS),
+            "no_waiting", "gpu_tests", ("tests/gpu_paper/test_steps.py", "tests/gpu_paper/test_launches.py"),
+            ("tests/gpu_paper/test_steps.py", "-k", "packed or bfloat16 or request or skips"), (*PTD, *TESTS),
+            WATCHED, WATCHED,
         ),
         Part(
             "kernels", "gpu_tests",
@@ -64,6 +66,10 @@ STAGES: dict[int, tuple[Part, ...]] = {
             ("tests/ptd_kernels/test_triton_backend.py", "tests/ptd_kernels/test_linear_cross_entropy.py",
              "tests/ptd_kernels/test_triton_tune.py", "-k", "head_sizes and 64 or split or accepts or cross or tile"),
             ("triton", *TESTS), REPRODUCIBLE, {"TRITON_INTERPRET": "1", "PTD_TEST_DEVICE": "cpu"},
+        ),
+        Part(
+            "runs", "gpu_tests", ("tests/gpu_paper/test_runs.py",),
+            ("tests/gpu_paper/test_runs.py", "-k", "selection or prefix-direct-gpt2"), (*PTD, *TESTS), WATCHED, WATCHED,
         ),
     ),
     2: (Part("prefix_attention", "bench_prefix_attention", quick=("--grid", "quick", "--repeats", "3"), needs=()),),

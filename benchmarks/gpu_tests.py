@@ -10,13 +10,18 @@ after its row; `make gpu-1` starts it again, and it goes on with the next functi
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import time
 from collections import Counter
 from typing import Any
 
 import pytest
-from rows import BROKEN, ROOT, TIME_OVER, Rows, Skip, add_arguments, gpu_is_broken
+
+for name in filter(None, os.environ.get("PYTEST_PLUGINS", "").split(",")):  # the emulated GPU comes before torch
+    importlib.import_module(name)
+
+from rows import BROKEN, ROOT, TIME_OVER, Rows, Skip, add_arguments, gpu_is_broken  # noqa: E402
 
 REASON = 600
 """Characters kept of the end of a failure."""

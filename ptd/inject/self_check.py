@@ -74,7 +74,7 @@ class SelfCheck:
         self.causal = self.two or all(call.causal for call in calls)
         parameter = next(self.model.parameters())
         self.device, dtype = parameter.device, self.model.dtype
-        quantised = getattr(self.model, "is_quantized", False)
+        quantised = any(weight.element_size() == 1 for weight in self.model.parameters())
         self.allowed = ALLOWED_ELSE if quantised else ALLOWED.get(dtype, ALLOWED_ELSE)
         self.blank = isinstance(parameter, FakeTensor)
         self.sharded = hasattr(parameter, "ds_id")

@@ -14,13 +14,11 @@ collect_ignore_glob = ["test_*.py"] if device is None else []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if device is None or device.EMULATED or device.GPU_HERE:
+    if device is None or device.NO_GPU is None:
         return
     for item in items:
         if Path(__file__).parent in item.path.parents:
-            item.add_marker(
-                pytest.mark.skip(reason="there is no C++ compiler to build the emulated GPU with, and no GPU")
-            )
+            item.add_marker(pytest.mark.skip(reason=device.NO_GPU))
 
 
 @pytest.fixture(scope="session")

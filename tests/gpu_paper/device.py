@@ -28,8 +28,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-assert "torch" not in sys.modules, "load this before torch, which looks for its CUDA once"
-
 NAME, CAPABILITY, MEMORY = "emulated NVIDIA H200", (9, 0), 141 << 30
 SOURCE = Path(__file__).with_name("device.cpp")
 
@@ -62,13 +60,12 @@ def _built(compiler: str) -> Path:
     return library
 
 
-GPU_HERE = _has_cuda()
-"""Whether torch is built for real GPUs: then nothing is emulated."""
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-EMULATED = not GPU_HERE and COMPILER is not None
+EMULATED = not _has_cuda() and COMPILER is not None
 if EMULATED:
-    os.environ |= {"TRITON_INTERPRET": "1", "PTD_KERNELS_TUNE": "0"}
     assert COMPILER is not None
+    assert "torch" not in sys.modules, "load this before torch, which looks for its CUDA once"
+    os.environ |= {"TRITON_INTERPRET": "1", "PTD_KERNELS_TUNE": "0"}
     for name in ("libc10.so", "libtorch_cpu.so"):
         ctypes.CDLL(str(_torch_folder() / "lib" / name), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(_built(COMPILER)))
@@ -426,3 +423,10 @@ def _emulate() -> None:
 _libraries: list[torch.library.Library] = []
 if EMULATED:
     _emulate()
+
+NO_GPU = None
+"""Why there is no GPU at all, not even an emulated one."""
+if not torch.cuda.is_available():
+    NO_GPU = "there is no GPU, and no C++ compiler to build the emulated one"
+    if _has_cuda():
+        NO_GPU = "torch is built for CUDA but sees no GPU, and the emulated one takes torch's build for CPUs"
