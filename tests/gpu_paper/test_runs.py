@@ -83,28 +83,25 @@ def on_the_host() -> Iterator[None]:
 
 
 class SeenLoop(Loop):
-    """The engine's loop: tells what it is doing, and is asked to stop in step ``stop_in``."""
+    """The engine's loop: says when a step or an evaluation is under way, and is asked to stop in step ``stop_in``."""
 
     seen = Seen()
     stop_in: int | None = None
 
-    def __post_init__(self) -> None:
-        tell = self.heartbeat
-
-        def heartbeat(doing: str) -> None:
-            SeenLoop.seen.doing = doing
-            tell(doing)
-
-        self.heartbeat = heartbeat
-
     def take_step(self, index: int, micro_batches: Any) -> Any:
         if index + 1 == self.stop_in:
             self.request.signal = 1  # type: ignore[assignment]
+        self.seen.doing = f"step {index + 1}"
         pending = super().take_step(index, micro_batches)
+        self.seen.doing = "between steps"
         for parameter, state in self.step.optimizer.state.items():
             assert {tensor.device for tensor in state.values()} == {parameter.device}, state
-        SeenLoop.seen.doing = "between steps"
         return pending
+
+    def evaluate(self, number: int) -> None:
+        self.seen.doing = "evaluation"
+        super().evaluate(number)
+        self.seen.doing = "between steps"
 
 
 def records(out: Path) -> list[dict[str, Any]]:
@@ -162,8 +159,9 @@ def test_a_run_is_a_cpus_and_waits_for_nothing(
                 train(settings(out))
         SeenLoop.stop_in = None
         result = train(settings(out))
-    within = [wait for wait in seen.waited if wait[0].startswith("step ")]
-    assert within == []
+    assert [wait for wait in seen.waited if wait[0].startswith("step ")] == []
+    under_way = [f"step {number}" for number in range(1, STEPS + 1) if trains] + ["evaluation"]
+    assert all(seen.launches(doing) for doing in under_way), seen.launched
     with on_the_host():
         expected = train(settings(reference))
         rows = load_rows(str(labelled_rows), "train", what="rows")

@@ -103,6 +103,7 @@ def test_no_step_waits(run: Callable[..., Run], case: str) -> None:
         seen.waited.clear()
         built.loop.run(LOGGED, STEPS)
     assert [record["step"] for record in built.records] == [LOGGED, STEPS]
+    assert all(seen.launches(f"step {number}") for number in range(1, STEPS + 1))
     last = f"step {STEPS}"
     assert [wait for wait in seen.waited if wait[0] != last] == []
     # A record does wait, where it sums over the ranks: for what is copied there, and for what comes back.
