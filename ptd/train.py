@@ -133,7 +133,7 @@ def _train(
         on_trained=artifacts.keep_trained,
         on_eval=artifacts.keep_best,
         on_save=artifacts.save_state,
-        on_boundary=artifacts.saver.poll,
+        on_boundary=lambda: artifacts.move_on(request),
         request=request,
         heartbeat=watchdog.beat,
     )
@@ -253,6 +253,12 @@ class Artifacts:
         also = {"evaluation_due": True} if evaluation_due else {}
         facts = {"rows_per_step": rows * self.ranks.world_size, "best": self.best, **also, **self._origin()}
         self.saver.save(number, self.step.tensors(), facts)
+
+    def move_on(self, request: StopRequest) -> None:
+        """Let the checkpoint in flight move on; where it failed, ask all ranks to stop, which then raise why."""
+        self.saver.poll()
+        if self.saver.failed:
+            request.make()
 
     def keep_best(self, number: int, metrics: dict[str, Any]) -> None:
         """Keep the adapter as ``best`` if no evaluation so far was better by ``train.metric_for_best_model``."""

@@ -27,8 +27,12 @@ class OnItsWay:
         if self._arrived is not None:
             self._arrived.record()
 
-    def read(self) -> list[float]:
-        """The numbers, flattened; waits until they are there, for nothing that was asked for later."""
+    def tensor(self) -> Tensor:
+        """The numbers on the host; waits until they are there, for nothing that was asked for later."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return [float(number) for number in self._numbers.flatten().tolist()]
+        return self._numbers
+
+    def read(self) -> list[float]:
+        """The same, flattened."""
+        return [float(number) for number in self.tensor().flatten().tolist()]

@@ -281,6 +281,12 @@ class Batch:
         column = torch.arange(self.input_ids.shape[1], device=self.lengths.device)
         return column < self.lengths[:, None]
 
+    @property
+    def has_padding(self) -> bool:
+        """Whether a padded batch has any, without looking at tensors (a filler, which counts no tokens, has)."""
+        own = self.tokens - (0 if self.source is None else self.source.tokens)
+        return own < self.input_ids.numel()
+
     def map(self, change: Any) -> Batch:
         """The same batch with ``change(tensor)`` in place of every tensor."""
         tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}

@@ -87,7 +87,7 @@ def load_model(
 
     Args:
         output: what it ends in; ``body``: the last hidden states (of an encoder-decoder: its encoder's).
-        device: where the model goes.
+        device: where the model goes. What is read goes straight there, a weight at a time, where all of it stays.
         sharded: each weight is taken away and put somewhere else the moment it is read (`ptd.engine.sharding.Shards`).
         check: called with model class and model config before any weight is read; raises what it objects to.
 
@@ -103,7 +103,11 @@ def load_model(
     options = dict(built_as.options)
     quantized = quantization_of(config, built_as.config, sharded=sharded)
     if quantized is not None:
-        options |= {"quantization_config": quantized, "device_map": {"": device}}
+        options["quantization_config"] = quantized
+    # More than what stays may not fit there: the 16 bits that become 8, the decoder of which the encoder is kept.
+    stays = config.quantization != "fp8" and not (output == "body" and built_as.config.is_encoder_decoder)
+    if quantized is not None or (stays and not sharded):
+        options["device_map"] = {"": device}
     with readable(config):
         contradictory = _contradictory_settings(config)
         if contradictory is not None:

@@ -1,19 +1,22 @@
 """Writing checkpoints beside the training, off its path.
 
 At a step boundary every rank copies its part of the tensors to the CPU and hands the copy to a thread, which does
-nothing but file IO. What needs the other ranks happens on the main thread, at later boundaries: when all parts are on
-disk, rank 0's thread lists them in the manifest and renames the folder. So a checkpoint is there whole or not at all,
-threads never wait for another rank, and training and saving never meet in the network library.
+nothing but file IO. At later boundaries each leaves a note for rank 0 that its part is on disk; when rank 0 has them
+all, its thread lists the parts in the manifest and renames the folder. So a checkpoint is there whole or not at all,
+neither threads nor boundaries wait for another rank, and training and saving never meet in the network library. How
+the write went all ranks learn together, before the next one begins.
 """
 
 from __future__ import annotations
 
+import secrets
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, NoReturn, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -27,8 +30,8 @@ from ptd.checkpoint.run_state import DELETED, FACTS, LATEST, MANIFEST, WRITING, 
 from ptd.types import UserError
 
 Files: TypeAlias = dict[str, Listing]
-Outcome: TypeAlias = "Files | str | None"
-"""What a rank tells the others: the files it wrote, why it could not, or that it is not done yet."""
+Outcome: TypeAlias = Files | str
+"""What a rank tells the others: the files it wrote, or why it could not."""
 
 
 class Group(Protocol):
@@ -41,16 +44,25 @@ class Group(Protocol):
     @property
     def world_size(self) -> int: ...
     def gather(self, value: Any, /) -> list[Any]: ...
+    def leave(self, name: str, value: Any) -> None: ...
+    def left(self, name: str) -> list[Any] | None: ...
+    def withdraw(self, name: str) -> None: ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Write:
-    """The write in flight. ``work`` is this rank's thread: writing its part, then (rank 0) completing the folder."""
+    """The write in flight. Of this rank's thread: ``part``, its part's files, and (rank 0) ``whole``, their folder."""
 
     step: int
     facts: dict[str, Any]
-    work: Future[Files]
-    completing: bool = False
+    note: str
+    part: Future[Files]
+    whole: Future[Files] | None = None
+    told: bool = False
+
+    @property
+    def work(self) -> list[Future[Files]]:
+        return [self.part] if self.whole is None else [self.part, self.whole]
 
 
 class Saver:
@@ -59,8 +71,8 @@ class Saver:
     ``records``: a file that is appended to beside the training; what it held at the boundary is on disk before the
     checkpoint is.
 
-    All ranks call `save`, `poll` and `wait` together; each raises `UserError` on all of them if a write failed on any
-    (disk full, read-only …), which leaves the checkpoints that were whole as they are.
+    All ranks call `save` and `wait` together; each raises `UserError` on all of them if a write failed on any (disk
+    full, read-only …), which leaves the checkpoints that were whole as they are.
     """
 
     def __init__(self, root: Path, ranks: Group, *, keep: int, records: Path | None = None) -> None:
@@ -68,6 +80,7 @@ class Saver:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._plan: SavePlan | None = None
         self._write: _Write | None = None
+        self._name, self._numbers = "", count()
 
     def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Copy ``tensors``, all that is trained (the same names and shapes each time), and begin to write them.
@@ -79,64 +92,63 @@ class Saver:
         planner.set_up_planner(tensors, is_coordinator=self.ranks.is_main)
         if self._plan is None:
             self._plan = self._make_plan(planner)
+            self._name = self.ranks.gather(secrets.token_hex(8))[0]
         copies = {item.index: _copy(planner.resolve_data(item)) for item in self._plan.items}
-        work = self._threads.submit(_write_part, self._temporary(step), self._plan, copies)
-        self._write = _Write(step, facts, work)
+        part = self._threads.submit(_write_part, self._temporary(step), self._plan, copies)
+        self._write = _Write(step, facts, f"{self._name}/{next(self._numbers)}", part)
 
     def poll(self) -> None:
-        """Move the write in flight on, without waiting for it."""
-        self._advance(wait=False)
+        """Move the write in flight on, without waiting for it or for another rank."""
+        write = self._write
+        if write is None or not write.part.done():
+            return
+        if not write.told:
+            self.ranks.leave(write.note, _outcome(write.part))
+            write.told = True
+        if self.ranks.is_main and write.whole is None:
+            outcomes = self.ranks.left(write.note)
+            if outcomes is not None and not _failed(outcomes):
+                write.whole = self._threads.submit(self._complete, write, _merged(outcomes))
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank could not write, as far as it has come. All ranks hear of it from `save` and `wait`."""
+        return self._write is not None and any(work.done() and work.exception() for work in self._write.work)
 
     def wait(self) -> None:
         """Return when nothing is in flight."""
-        self._advance(wait=True)
+        write = self._write
+        if write is None:
+            return
+        wait_for([write.part])
+        outcomes = self.ranks.gather(_outcome(write.part))
+        if not _failed(outcomes):
+            if self.ranks.is_main and write.whole is None:
+                write.whole = self._threads.submit(self._complete, write, _merged(outcomes))
+            outcomes = self.ranks.gather({} if write.whole is None else _outcome(write.whole))
+        self._write = None
+        if write.told:
+            self.ranks.withdraw(write.note)
+        failed = _failed(outcomes)
+        if failed:
+            self._give_up(write, *failed[0])
 
     def close(self) -> None:
         """Leave a run that failed. Other ranks may be gone, so their part of the write in flight is not waited for."""
         if self._write is None:
             return
-        wait_for([self._write.work])
+        wait_for(self._write.work)
         if self.ranks.world_size == 1:
             self.wait()
 
-    def _advance(self, *, wait: bool) -> None:
-        while self._write is not None:
-            write = self._write
-            if wait:
-                wait_for([write.work])
-            outcomes = self.ranks.gather(self._outcome(write.work))
-            self._check(outcomes)
-            if any(outcome is None for outcome in outcomes):
-                return
-            if write.completing:
-                self._write = None
-                return
-            files = {name: listing for outcome in outcomes for name, listing in outcome.items()}
-            complete = self._threads.submit(self._complete, write, files)
-            self._write = _Write(write.step, write.facts, complete, completing=True)
-            if not wait:
-                return
-
-    def _outcome(self, work: Future[Files]) -> Outcome:
-        if not work.done():
-            return None
-        error = work.exception()
-        return work.result() if error is None else _reason(error)
-
-    def _check(self, outcomes: list[Outcome]) -> None:
-        """Raise on all ranks if the write failed on any, when no rank writes any more."""
-        failed = [(rank, outcome) for rank, outcome in enumerate(outcomes) if isinstance(outcome, str)]
-        if not failed or self._write is None:
-            return
-        write, self._write = self._write, None
-        wait_for([write.work])
-        self.ranks.gather(None)
+    def _give_up(self, write: _Write, rank: int, reason: str) -> NoReturn:
+        """Raise, on all ranks, why ``rank`` could not write."""
         if self.ranks.is_main:
             shutil.rmtree(self._temporary(write.step), ignore_errors=True)
-        error = write.work.exception()
-        if error is not None and not isinstance(error, OSError):
-            raise error
-        rank, reason = failed[0]
+        for work in write.work:
+            error = work.exception()
+            if error is not None and not isinstance(error, OSError):
+                raise error
         whole = checkpoints(self.root)
         then = (
             f"continues from {whole[0].name}" if whole else "starts from the beginning, for there is no checkpoint yet"
@@ -154,8 +166,6 @@ class Saver:
 
     def _complete(self, write: _Write, files: Files) -> Files:
         """List the files of all ranks, rename the folder, and delete what is not kept (rank 0; a thread)."""
-        if not self.ranks.is_main:
-            return {}
         temporary, final = self._temporary(write.step), self.root / f"step-{write.step:06d}"
         for name, (size, _) in files.items():
             if not (temporary / name).is_file() or (temporary / name).stat().st_size != size:
@@ -211,5 +221,18 @@ def _write_part(folder: Path, plan: SavePlan, copies: dict[MetadataIndex, Tensor
     return {name: listed(folder / name) for name in sorted({result.storage_data.relative_path for result in results})}
 
 
-def _reason(error: BaseException) -> str:
+def _outcome(work: Future[Files]) -> Outcome:
+    """Waits for ``work``."""
+    error = work.exception()
+    if error is None:
+        return work.result()
     return str(error) if isinstance(error, OSError) else repr(error)
+
+
+def _failed(outcomes: list[Outcome]) -> list[tuple[int, str]]:
+    """The ranks that could not write, and why."""
+    return [(rank, outcome) for rank, outcome in enumerate(outcomes) if isinstance(outcome, str)]
+
+
+def _merged(outcomes: list[Outcome]) -> Files:
+    return {name: listing for outcome in outcomes if not isinstance(outcome, str) for name, listing in outcome.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,9 +17,13 @@ from ptd.engine.ranks import Ranks
 from ptd.engine.setup import Prepared, check_context
 from ptd.readouts import Reading, Readout, Run
 from ptd.tasks import Task
+from ptd.transfer import OnItsWay, to_device
 from ptd.types import Batch, Examples, Reporter
 
 T = TypeVar("T")
+BEHIND = 4
+"""Batches by which reading scores from a GPU is behind asking for them, so that it always has something to do; their
+scores wait in pinned memory."""
 Reads = Callable[[Run, Batch, bool], Reading]
 """A readout, or what stands around one."""
 
@@ -85,26 +90,53 @@ def _pass(
     held_out: HeldOut, prepared: Prepared, readout: Reads, ranks: Ranks, reporter: Reporter, *, want_scores: bool
 ) -> tuple[float, int, list[Tensor]]:
     batches = held_out.batches(prepared, ranks)
-    total = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+    loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    weight: Tensor | float = 0.0
+    supervised = 0
     found: dict[int, Tensor] = {}
+    unread: deque[_Scores] = deque()
     steps = batches.steps_in_epoch(0)
     reporter.start("eval", steps)
     for step in range(steps):
         for batch in batches.step(step):
             reading = readout(prepared.run, batch, want_scores)
-            total += torch.stack([_number(reading.loss), _number(reading.weight), _number(batch.supervised_tokens)]).to(
-                ranks.device
-            )
-            if reading.scores is not None:
-                found |= {row: scores.cpu() for row, scores in zip(batch.rows, reading.scores, strict=True)}
+            loss += reading.loss
+            weight = weight + (reading.weight.double() if isinstance(reading.weight, Tensor) else reading.weight)
+            supervised += batch.supervised_tokens
+            if reading.scores:
+                unread.append(_Scores(batch.rows, reading.scores))
+            if len(unread) > BEHIND:
+                found |= unread.popleft().read()
         reporter.advance("eval", step + 1)
     reporter.finish("eval")
-    loss, weight, supervised = ranks.all_reduce(total).tolist()
-    return loss / weight, int(supervised), in_order(found, ranks) if want_scores else []
+    for scores in unread:
+        found |= scores.read()
+    mean, everything = _over_all(loss, weight, supervised, ranks)
+    return mean, everything, in_order(found, ranks) if want_scores else []
 
 
-def _number(value: Tensor | float) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float64).cpu()
+def _over_all(loss: Tensor, weight: Tensor | float, supervised: int, ranks: Ranks) -> tuple[float, int]:
+    """The mean loss and the number of supervised tokens of all ranks."""
+    known = torch.tensor([0.0, 0.0 if isinstance(weight, Tensor) else weight, supervised], dtype=torch.float64)
+    own = to_device(known, loss.device)
+    own[0] = loss
+    if isinstance(weight, Tensor):
+        own[1] = weight
+    total, divisor, everything = ranks.all_reduce(own).tolist()
+    return total / divisor, int(everything)
+
+
+class _Scores:
+    """The scores of a batch's rows, of any shapes, on their way to the host."""
+
+    def __init__(self, rows: tuple[int, ...], scores: list[Tensor]) -> None:
+        self.rows, self.shapes = rows, [each.shape for each in scores]
+        self._flat = OnItsWay(torch.cat([each.flatten() for each in scores]))
+
+    def read(self) -> dict[int, Tensor]:
+        """Each row's, in memory of its own."""
+        parts = self._flat.tensor().split([shape.numel() for shape in self.shapes])
+        return {row: part.view(shape).clone() for row, part, shape in zip(self.rows, parts, self.shapes, strict=True)}
 
 
 def in_order(found: dict[int, T], ranks: Ranks) -> list[T]:

@@ -13,7 +13,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -63,8 +63,8 @@ class Member:
         return f"rank {self.rank} on {self.host}"
 
 
-def join(member: Member, world_size: int, timeout: timedelta) -> None:
-    """Make the default process group of ``world_size`` ranks, NCCL on GPUs and else gloo.
+def join(member: Member, device: torch.device, world_size: int, timeout: timedelta) -> None:
+    """Make the default process group of ``world_size`` ranks, of which this one runs on ``device``.
 
     ``timeout`` is that of its collectives; making it is bounded by `MEETING` and `TRIAL`. Raises `UserError` on all
     ranks for ranks that do not come or do not fit together, `RankError` on a rank that cannot reach the others.
@@ -73,17 +73,47 @@ def join(member: Member, world_size: int, timeout: timedelta) -> None:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = PrefixStore(f"ptd-{attempt}-{next(_meetings)}", _store(member, world_size))
     _meet(store, member, world_size)
-    backend = "gloo" if member.gpu is None else "nccl"
+    backends = backends_for(device)
+    if "nccl" in backends.values():
+        _share_interface()
     try:
-        with _bounded(TRIAL, lambda: _stuck(store, member, world_size, backend)):
+        with _bounded(TRIAL, lambda: _stuck(store, member, world_size, backends)):
             store.set(f"trial/{member.rank}", "begun")
-            dist.init_process_group(backend, store=store, rank=member.rank, world_size=world_size, timeout=timeout)
-            _try_out(world_size, torch.device("cpu" if member.gpu is None else "cuda"))
+            dist.init_process_group(
+                ",".join(f"{kind}:{backend}" for kind, backend in backends.items()) if len(backends) > 1 else "gloo",
+                store=store,
+                rank=member.rank,
+                world_size=world_size,
+                timeout=timeout,
+                # Connects at once, so that what fails is found here. A rank alone has nobody to connect to.
+                device_id=device if device.type == "cuda" and world_size > 1 else None,
+            )
+            for kind in backends:
+                _try_out(world_size, torch.device(kind))
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
         raise RankError(
-            f"{member} cannot exchange data with the others by {backend}: {reason}. {advice(backend)}"
+            f"{member} cannot exchange data with the others by {_names(backends)}: {reason}. {advice(backends)}"
         ) from error
+
+
+def backends_for(device: torch.device) -> dict[str, str]:
+    """What tensors go through, by the kind of device they are on.
+
+    What is on the host (objects, flags) goes through gloo: through a GPU it would wait for all that runs there.
+    """
+    return {"cpu": "gloo", "cuda": "nccl"} if device.type == "cuda" else {"cpu": "gloo"}
+
+
+def _share_interface() -> None:
+    """Let gloo take the network interface that NCCL is told to take, if that is one and gloo is told nothing."""
+    name = os.environ.get("NCCL_SOCKET_IFNAME", "").removeprefix("=")
+    if name in {there for _, there in socket.if_nameindex()}:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def _names(backends: Mapping[str, str]) -> str:
+    return " and ".join(backends.values())
 
 
 def _try_out(world_size: int, device: torch.device) -> None:
@@ -238,20 +268,21 @@ def listed(numbers: Sequence[int], noun: str) -> str:
     return f"{noun}{'s' * (len(numbers) != 1)} {', '.join('-'.join(map(str, each)) for each in ranges)}"
 
 
-def advice(backend: str) -> str:
+def advice(backends: Mapping[str, str]) -> str:
     """What to look at when data does not come through, with what this node has."""
-    name = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
+    names = [f"{backend.upper()}_SOCKET_IFNAME" for backend in backends.values()]
+    now = ", ".join(os.environ.get(name, "unset") for name in names)
     interfaces = ", ".join(name for _, name in socket.if_nameindex())
     return (
-        f"Set {name} (now {os.environ.get(name, 'unset')}; {socket.gethostname()} has {interfaces}) to the interface "
+        f"Set {' and '.join(names)} (now {now}; {socket.gethostname()} has {interfaces}) to the interface "
         "that connects the nodes, and open the firewall between them for all TCP ports"
-        + ("; NCCL_DEBUG=INFO says more" if backend == "nccl" else "")
+        + ("; NCCL_DEBUG=INFO says more" if "nccl" in backends.values() else "")
     )
 
 
-def _stuck(store: Store, member: Member, world_size: int, backend: str) -> str:
+def _stuck(store: Store, member: Member, world_size: int, backends: Mapping[str, str]) -> str:
     """What a rank says that has waited for `TRIAL`."""
-    begun = f"{member}: the ranks met, but did not sum one number within {_seconds(TRIAL)} by {backend}"
+    begun = f"{member}: the ranks met, but did not sum one number within {_seconds(TRIAL)} by {_names(backends)}"
     try:
         # The other one may be in use by the call that does not return.
         own: Any = store.clone()  # type: ignore[attr-defined]
@@ -262,7 +293,7 @@ def _stuck(store: Store, member: Member, world_size: int, backend: str) -> str:
     if absent:
         hosts = sorted({_member(own, rank).host for rank in absent})
         return f"{begun}: {listed(absent, 'rank')} on {', '.join(hosts)} hung or died on the way. Look at its log"
-    return f"{begun}, so their data does not come through. {advice(backend)}"
+    return f"{begun}, so their data does not come through. {advice(backends)}"
 
 
 @contextmanager

@@ -116,11 +116,8 @@ def summary(ranks: Ranks, sent: dict[tuple[str, str, str], float], own_seconds: 
 
     ``own_seconds``: this rank's, of all these steps. Every rank calls this together.
     """
-    seconds = [own_seconds if rank == ranks.rank else 0.0 for rank in range(ranks.world_size)]
-    own = [*(sent.get(key, 0.0) for key in KEYS), *seconds]
-    totals = ranks.all_reduce(torch.tensor(own, dtype=torch.float64, device=ranks.device)).tolist()
-    bytes_of = {key: round(total / steps) for key, total in zip(KEYS, totals, strict=False)}
-    seconds = [total / steps for total in totals[len(KEYS) :]]
+    *sent_by_key, seconds = zip(*ranks.gather([*(sent.get(key, 0.0) for key in KEYS), own_seconds]), strict=True)
+    bytes_of = {key: round(sum(each) / steps) for key, each in zip(KEYS, sent_by_key, strict=True)}
     nested: dict[str, Any] = {}
     for (place, source, kind), size in bytes_of.items():
         if size:
@@ -130,7 +127,7 @@ def summary(ranks: Ranks, sent: dict[tuple[str, str, str], float], own_seconds: 
         **{f"network_bytes_{name}": sum(size for key, size in bytes_of.items() if name in key) for name in SOURCES},
         "network_bytes_between_nodes": sum(size for key, size in bytes_of.items() if "between_nodes" in key),
         "network": nested,
-        **(_slowest(seconds) if ranks.world_size > 1 else {}),
+        **(_slowest([each / steps for each in seconds]) if ranks.world_size > 1 else {}),
     }
 
 

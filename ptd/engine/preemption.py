@@ -13,10 +13,11 @@ STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 class StopRequest:
-    """Whether this process was asked to stop; ``signal`` is the first that asked. Without `listen` nobody can."""
+    """Whether this process was asked to stop: by a signal, of which ``signal`` is the first, or by `make`."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._made = False
 
     @classmethod
     def listen(cls) -> StopRequest:
@@ -32,9 +33,13 @@ class StopRequest:
         if self.signal is None:
             self.signal = signal.Signals(number)
 
+    def make(self) -> None:
+        """Ask this process to stop."""
+        self._made = True
+
     @property
     def wanted(self) -> bool:
-        return self.signal is not None
+        return self._made or self.signal is not None
 
     @staticmethod
     def ignore_more() -> None:

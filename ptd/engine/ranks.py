@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import socket
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.functional import pad
 
@@ -53,23 +55,26 @@ class Ranks:
     def start(cls, *, needs_group: bool = False) -> Ranks:
         """Read the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR …) and join the process group.
 
-        A single process joins a group only if ``needs_group`` (ZeRO-3 wants one even alone).
+        A single process joins a group only if ``needs_group`` (ZeRO-3 wants one even alone). Raises `UserError` for
+        ranks that cannot run, `RankError` for one that does not find the others.
         """
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
-        if torch.cuda.is_available():
-            device = torch.device("cuda", local_rank % torch.cuda.device_count())  # where each sees only its own: 0
+        device = device_of(local_rank)
+        if device.type == "cuda":
             torch.cuda.set_device(device)
-        else:
-            device = torch.device("cpu")
-            if "OMP_NUM_THREADS" not in os.environ and world_size > 1:
-                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+            local_rank = device.index
+        elif "OMP_NUM_THREADS" not in os.environ and world_size > 1:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+        if world_size > 1 or needs_group:
+            for name in ("LOCAL_RANK", *{"OMPI_COMM_WORLD_LOCAL_RANK"}.intersection(os.environ)):
+                os.environ[name] = str(local_rank)  # DeepSpeed takes the GPU of that number, and wants both the same
         joins = (world_size > 1 or needs_group) and not dist.is_initialized()
         if joins:
             if world_size == 1:
                 _describe_single_process()
-            join(Member.this(rank, local_world_size, device), world_size, collective_timeout())
+            join(Member.this(rank, local_world_size, device), device, world_size, collective_timeout())
         if world_size > 1:
             # Where nodes have different numbers of ranks all agree on what divides each of them.
             sizes: list[Any] = [None] * world_size
@@ -167,11 +172,11 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` holds on some rank. Every rank calls this together."""
-        return bool(self.all_reduce(torch.tensor(float(flag), device=self.device)))
+        return any(self.gather(flag))
 
     def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
+        """Wait for the other ranks' processes, not for what their GPUs are at."""
+        self.gather(None)
 
     def gather(self, value: T, /) -> list[T]:
         """This value of every rank, in their order. Every rank calls this together."""
@@ -191,13 +196,50 @@ class Ranks:
             except Exception as error:  # the others wait for an outcome, whatever it is
                 if self.world_size > 1:
                     broken = [None, RuntimeError(f"rank 0 failed: {error!r}")]
-                    dist.broadcast_object_list(broken, src=0, device=self.device)
+                    dist.broadcast_object_list(broken, src=0)
                 raise
         if self.world_size > 1:
-            dist.broadcast_object_list(outcome, src=0, device=self.device)
+            dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
             raise outcome[1]
         return cast(T, outcome[0])
+
+    @cached_property
+    def _notes(self) -> Store:
+        if self.world_size == 1:
+            return dist.HashStore()  # type: ignore[attr-defined]
+        return PrefixStore("ptd-notes", _get_default_store())
+
+    def leave(self, name: str, value: Any) -> None:
+        """Leave a value (of JSON) for rank 0, which finds it when it looks: no rank waits for another."""
+        self._notes.set(f"{name}/{self.rank}", json.dumps(value))
+
+    def left(self, name: str) -> list[Any] | None:
+        """What all ranks left under ``name``, in their order; None: not all have."""
+        notes = [f"{name}/{rank}" for rank in range(self.world_size)]
+        return [json.loads(self._notes.get(note)) for note in notes] if self._notes.check(notes) else None
+
+    def withdraw(self, name: str) -> None:
+        """Take away what this rank left."""
+        self._notes.delete_key(f"{name}/{self.rank}")
+
+
+def device_of(local_rank: int) -> torch.device:
+    """Where a process with this place on its node runs: on the GPU of that number, or the only one it sees.
+
+    Slurm's ``--gpus-per-task`` and ``--gpu-bind`` show each process its own GPU alone, as number 0. Raises `UserError`
+    if it sees several, and not that one.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    if gpus > 1 and local_rank >= gpus:
+        raise UserError(
+            f"LOCAL_RANK={local_rank}, but this process sees {gpus} GPUs, numbered from 0 (CUDA_VISIBLE_DEVICES="
+            f"{os.environ.get('CUDA_VISIBLE_DEVICES', '')}); start one process a GPU, with all GPUs of its node "
+            "visible to it, or exactly one"
+        )
+    return torch.device("cuda", 0 if gpus == 1 else local_rank)
 
 
 def _own_group(groups: list[list[int]]) -> ProcessGroup:

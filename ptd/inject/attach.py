@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptd.inject.attention import IMPLEMENTATION, MASKLESS, give_slot, has_slot, take_slot
+from ptd.inject.attention import IMPLEMENTATION, MASKLESS, give_slot, has_slot, padded_forward, take_slot
 from ptd.inject.explain import check_backend
 from ptd.inject.head import Head
 from ptd.inject.inputs import Inputs
@@ -199,12 +199,14 @@ class Attachment:
         """The model's output for a batch on its device. Without masks where every layer's own rule says it all."""
         inputs = self.inputs.of(batch, self.first_position)
         self.stacks[0].trusted = True
+        padded = padded_forward.set((batch.source or batch).has_padding)
         try:
             if "attention_mask" in inputs or not self.packable:
                 return self.model(**inputs)
             with self._without_masks():
                 return self.model(**inputs)
         finally:
+            padded_forward.reset(padded)
             self.stacks[0].trusted = False
 
     def generation_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:

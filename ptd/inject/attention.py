@@ -27,6 +27,8 @@ _SLOT = "_ptd_slot"
 
 packed_forward: ContextVar[bool] = ContextVar("ptd_packed_forward", default=False)
 """True while a packed batch runs: its boundaries come as ``cu_seq_lens_q``, so no mask is materialised."""
+padded_forward: ContextVar[bool | None] = ContextVar("ptd_padded_forward", default=None)
+"""Whether the mask of a pass hides anything; None: transformers looks, and the host waits for a GPU to tell it."""
 
 
 def packing_arguments(bounds: Tensor, longest: int) -> dict[str, Any]:
@@ -204,8 +206,11 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """The mask transformers hands to `attention_forward`: none for packed batches, else as for SDPA (bool, or none)."""
     if packed_forward.get():
         return None
-    probe = probed.get()
-    if probe is not None:
+    probe, padded = probed.get(), padded_forward.get()
+    masked = kwargs.get("attention_mask") is not None
+    if masked and padded is False:
+        kwargs["attention_mask"] = None
+    if probe is not None or (masked and padded):
         kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
     if probe is not None and mask is not None and "mask_function" in kwargs:

@@ -396,7 +396,7 @@ def _batch_of(
         position_ids=positions,
         cu_seqlens=bounds,
         max_seqlen=max(map(len, rows)),
-        tokens=ids.numel(),
+        tokens=sum(map(len, rows)) + (0 if source is None else source.tokens),
         supervised_tokens=0,
         lengths=torch.tensor([len(row) for row in rows], device=ids.device),
         rows=tuple(range(len(rows))),

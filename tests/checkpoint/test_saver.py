@@ -16,14 +16,10 @@ from torch import nn
 from ptd.checkpoint import Saver, latest_complete, load_tensors, saver
 from ptd.checkpoint.files import write_json
 from ptd.checkpoint.run_state import clean, read_facts, tensors_of
+from ptd.engine.ranks import Ranks
 from ptd.types import UserError
 
-
-class Alone:
-    rank, world_size, is_main = 0, 1, True
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
+ALONE = Ranks(0, 1, 1, torch.device("cpu"))
 
 
 def make() -> tuple[nn.Module, torch.optim.AdamW]:
@@ -52,7 +48,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two checkpoints, step-000001 and step-000002."""
     root = tmp_path_factory.mktemp("saved")
     module, optimizer = make()
-    writer = Saver(root, Alone(), keep=2)
+    writer = Saver(root, ALONE, keep=2)
     for step in (1, 2):
         train(module, optimizer)
         writer.save(step, tensors_of(module, optimizer), {"best": {"loss": 1.5}})
@@ -73,7 +69,7 @@ def test_what_is_saved_is_what_was_there_at_the_boundary(root: Path, monkeypatch
     module, optimizer = make()
     train(module, optimizer)
     then = values(module, optimizer)
-    writer = Saver(root, Alone(), keep=2)
+    writer = Saver(root, ALONE, keep=2)
     writer.save(1, tensors_of(module, optimizer), {"best": {}})
     train(module, optimizer)
     writer.poll()
@@ -90,7 +86,7 @@ def test_what_is_saved_is_what_was_there_at_the_boundary(root: Path, monkeypatch
 
 def test_polling_completes_a_checkpoint(root: Path) -> None:
     module, optimizer = make()
-    writer = Saver(root, Alone(), keep=2)
+    writer = Saver(root, ALONE, keep=2)
     writer.save(3, tensors_of(module, optimizer), {"best": {"loss": 2.0}})
     for _ in range(6000):
         writer.poll()
@@ -104,7 +100,7 @@ def test_polling_completes_a_checkpoint(root: Path) -> None:
 
 def test_the_newest_are_kept(root: Path) -> None:
     module, optimizer = make()
-    writer = Saver(root, Alone(), keep=2)
+    writer = Saver(root, ALONE, keep=2)
     for step in range(1, 6):
         writer.save(step, tensors_of(module, optimizer), {})
     writer.close()  # alone, nothing that was begun is lost
@@ -115,7 +111,7 @@ def test_a_failed_write_leaves_the_last_whole_one_and_says_what_to_do(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, optimizer = make()
-    writer = Saver(root, Alone(), keep=1)
+    writer = Saver(root, ALONE, keep=1)
     writer.save(1, tensors_of(module, optimizer), {})
     writer.wait()
 
@@ -137,7 +133,7 @@ def test_a_failed_write_leaves_the_last_whole_one_and_says_what_to_do(
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     module, optimizer = make()
-    writer = Saver(tmp_path / "file" / "checkpoints", Alone(), keep=1)
+    writer = Saver(tmp_path / "file" / "checkpoints", ALONE, keep=1)
     writer.save(1, tensors_of(module, optimizer), {})
     with pytest.raises(UserError, match=r"step 1 .*File exists.*starts from the beginning"):
         writer.wait()
@@ -147,7 +143,7 @@ def test_what_a_killed_process_left_in_the_folder_is_not_taken_over(root: Path) 
     (root / ".writing-000001").mkdir(parents=True)
     (root / ".writing-000001" / "shard-00002-model-00001-of-00001.safetensors").write_bytes(b"half")
     module, optimizer = make()
-    writer = Saver(root, Alone(), keep=1)
+    writer = Saver(root, ALONE, keep=1)
     writer.save(1, tensors_of(module, optimizer), {})
     writer.wait()
     assert latest_complete(root) == (root / "step-000001", [])
@@ -157,7 +153,7 @@ def test_what_a_killed_process_left_in_the_folder_is_not_taken_over(root: Path) 
 def test_a_defect_in_the_thread_is_no_users_error(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saver, "_write_part", lambda *args: 1 / 0)
     module, optimizer = make()
-    writer = Saver(root, Alone(), keep=1)
+    writer = Saver(root, ALONE, keep=1)
     writer.save(1, tensors_of(module, optimizer), {})
     with pytest.raises(ZeroDivisionError):
         writer.wait()

@@ -1,4 +1,4 @@
-"""Between two records the host asks for optimizer steps and never waits for what the GPU makes of them.
+"""The host asks for optimizer steps and never waits for what the GPU makes of them; for an evaluation it waits once.
 
 Without a GPU the CPU stands for one: `Paper` knows which tensors would be on it, and sees every operation that would
 wait for one of them. With one, torch itself raises at every such operation.
@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import signal
 import traceback
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.utils.checkpoint
+from families import save_backbone
 from ptd_kernels.prefix_attention.problem import stand_in
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -25,7 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from ptd.config import parse_config
-from ptd.engine.loop import Loop, Stopped, Window
+from ptd.engine import evaluation
+from ptd.engine.evaluation import evaluate
+from ptd.engine.loop import Loop, Stopped
 from ptd.engine.ranks import Ranks
 from ptd.inject.head import Head
 from ptd.train import build_engine, read_material
@@ -203,7 +206,11 @@ CASES: dict[str, dict[str, Any]] = {
     "cloze": {"task": {"kind": "classification", "patterns": ["{text}? {mask}"], "verbalizer": {"a": "x", "b": "y"}}},
     "tags": {"task": {"kind": "token_classification"}, "method": {"name": "p_tuning_v2"}},
     "spans": {"task": {"kind": "question_answering"}, "method": {"name": "p_tuning_v2"}},
+    "an encoder": {"task": {"kind": "classification"}, "method": {"name": "p_tuning_v2"}},
+    "text from text": {"task": {"kind": "seq2seq_lm"}},
 }
+FAMILIES = {"an encoder": "bert", "text from text": "t5"}
+EVALUATED = ("packed", "padded", "classification", "mean of words", "cloze", "tags", "spans", *FAMILIES)
 ROWS = [
     {
         "prompt": f"{index} times {index % 5} is ",
@@ -249,6 +256,7 @@ class Run:
             raw[section] = {key: value for key, value in merged.items() if value is not None}
         config, self.ranks = parse_config(raw), Ranks(0, 1, 1, DEVICE)
         material = read_material(config, self.ranks, Reporter())
+        self.material = material
         self.prepared, self.step, batches = build_engine(config, None, self.ranks, config.train, material)
         for group in self.step.optimizer.param_groups:
             group.update(fused=True, foreach=False)  # as on a GPU
@@ -269,21 +277,26 @@ class Notes(Reporter):
         self.lines.append(text)
 
 
+@pytest.fixture(scope="module")
+def backbones(backbone_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The backbone of a case."""
+    made = {family: save_backbone(tmp_path_factory.mktemp(family), family) for family in FAMILIES.values()}
+    return lambda case: made[FAMILIES[case]] if case in FAMILIES else backbone_dir
+
+
 @pytest.fixture
-def run(backbone_dir: Path, labelled_rows: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+def run(backbones: Callable[[str], Path], labelled_rows: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
     def build(case: str, **loop: Any) -> Run:
         if case == "without levers":
             monkeypatch.setattr(Head, "fuses", False)
-        return Run(backbone_dir, labelled_rows, CASES[case], **loop)
+        return Run(backbones(case), labelled_rows, CASES[case], **loop)
 
     return build
 
 
-@on_paper
-@pytest.mark.parametrize("case", CASES)
-def test_no_step_waits_on_paper(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    paper = Paper()
-    built = run(case, heartbeat=lambda doing: setattr(paper, "doing", doing), behind=1)
+@contextmanager
+def as_on_a_gpu(built: Run, paper: Paper, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within it what ``built`` consists of is on the paper's GPU."""
     monkeypatch.setattr(Batch, "to", lambda self, device: self.map(lambda tensor: to_device(tensor, device)))
     # Recomputing happens where Python's side of the paper is not asked, and `device` is not what it was.
     monkeypatch.setitem(torch.utils.checkpoint._allowed_determinism_checks_to_fns, "default", lambda tensor: None)
@@ -295,16 +308,71 @@ def test_no_step_waits_on_paper(run: Callable[..., Run], monkeypatch: pytest.Mon
     token = stand_in.set(CAPABILITY)
     try:
         with paper:
-            built.loop.run(0, STEPS)
+            yield
     finally:
         stand_in.reset(token)
+
+
+@on_paper
+@pytest.mark.parametrize("case", CASES)
+def test_no_step_waits_on_paper(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    paper = Paper()
+    built = run(case, heartbeat=lambda doing: setattr(paper, "doing", doing), behind=1)
+    with as_on_a_gpu(built, paper, monkeypatch):
+        built.loop.run(0, STEPS)
     assert [record["step"] for record in built.records] == [LOGGED, STEPS]
-    records = {f"step {number}" for number in (LOGGED, STEPS)}
-    assert [wait for wait in paper.waited if wait[0] not in records] == []
-    # A record does wait, where it sums over the ranks.
-    assert {wait[:2] for wait in paper.waited} == {
-        (at, name) for at in records for name in ("tensor on the GPU", "tolist")
-    }
+    assert paper.waited == []
+
+
+def evaluated(folder: Path, rows: Path, case: str) -> Run:
+    """A run with held-out rows in eleven batches."""
+    changes = CASES[case]
+    raised = {**changes.get("train", {}), "per_device_eval_batch_size": 2}
+    return Run(folder, rows, {**changes, "data": {**changes.get("data", {}), "eval": str(rows)}, "train": raised})
+
+
+def run_evaluation(built: Run) -> dict[str, Any]:
+    built.prepared.attachment.set(built.step.state())
+    return evaluate(built.material.held_out, built.prepared, built.step.readout, built.ranks, built.reporter)
+
+
+@on_paper
+@pytest.mark.parametrize("case", EVALUATED)
+def test_an_evaluation_waits_once_on_paper(
+    backbones: Callable[[str], Path], labelled_rows: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    built = evaluated(backbones(case), labelled_rows, case)
+    expected = run_evaluation(built)
+    paper = Paper()
+    with as_on_a_gpu(built, paper, monkeypatch):
+        found = run_evaluation(built)
+    assert found == pytest.approx(expected, rel=1e-5)  # by other attention kernels
+    assert [name for _, name, _ in paper.waited] == ["tolist"]  # the sums over all ranks
+
+
+@pytest.mark.skipif(not GPU, reason="no GPU")
+@pytest.mark.parametrize("case", EVALUATED)
+def test_an_evaluation_waits_once_on_a_gpu(
+    backbones: Callable[[str], Path], labelled_rows: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    built = evaluated(backbones(case), labelled_rows, case)
+    run_evaluation(built)  # the first loads kernels
+    monkeypatch.setattr(evaluation, "_over_all", may_wait(evaluation._over_all))
+    with ExitStack() as stack:
+        stack.callback(torch.cuda.set_sync_debug_mode, "default")
+        torch.cuda.set_sync_debug_mode("error")
+        run_evaluation(built)
+
+
+def may_wait(function: Callable[..., Any]) -> Callable[..., Any]:
+    def waiting(*args: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return function(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("error")
+
+    return waiting
 
 
 @pytest.mark.skipif(not GPU, reason="no GPU")
@@ -312,16 +380,6 @@ def test_no_step_waits_on_paper(run: Callable[..., Run], monkeypatch: pytest.Mon
 def test_no_step_waits_on_a_gpu(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     built = run(case)
     built.loop.run(0, LOGGED)  # the first steps load kernels and make the optimizer's state
-    record = Window.record
-
-    def may_wait(*args: Any) -> dict[str, Any]:
-        torch.cuda.set_sync_debug_mode("default")
-        try:
-            return record(*args)
-        finally:
-            torch.cuda.set_sync_debug_mode("error")
-
-    monkeypatch.setattr(Window, "record", may_wait)
     with ExitStack() as stack:
         stack.callback(torch.cuda.set_sync_debug_mode, "default")
         torch.cuda.set_sync_debug_mode("error")
