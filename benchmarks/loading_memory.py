@@ -135,7 +135,7 @@ def load_whole(dtype: str, folder: str) -> None:
 
     def read_on_the_host(tensor: Any, device: Any = None, dtype: Any = None) -> torch.Tensor:
         weight = read(tensor, None, dtype)
-        return weight if device is None else weight.clone().to(device)
+        return weight if device is None else weight.to(device)
 
     core_model_loading._materialize_copy = read_on_the_host
     ranks = Ranks.start(needs_group=True)
