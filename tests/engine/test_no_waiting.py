@@ -258,6 +258,7 @@ class Run:
         material = read_material(config, self.ranks, Reporter())
         self.material = material
         self.prepared, self.step, batches = build_engine(config, None, self.ranks, config.train, material)
+        self.prepared.attachment.stacks[0].left_obstacle = "as some do"  # what is padded on the left is refused then
         for group in self.step.optimizer.param_groups:
             group.update(fused=True, foreach=False)  # as on a GPU
         self.records: list[dict[str, Any]] = []
