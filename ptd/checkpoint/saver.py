@@ -127,11 +127,11 @@ class Saver:
                 write.whole = self._threads.submit(self._complete, write, _merged(outcomes))
             outcomes = self.ranks.gather({} if write.whole is None else _outcome(write.whole))
         self._write = None
+        failed = _failed(outcomes)
+        if failed:  # and rank 0, which keeps the notes, may be gone already
+            self._give_up(write, *failed[0])
         if write.told:
             self.ranks.withdraw(write.note)
-        failed = _failed(outcomes)
-        if failed:
-            self._give_up(write, *failed[0])
 
     def close(self) -> None:
         """Leave a run that failed. Other ranks may be gone, so their part of the write in flight is not waited for."""

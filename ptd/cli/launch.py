@@ -97,7 +97,7 @@ def ssh(
 
     All nodes need the same paths: this Python environment, the current folder, model and data.
     """
-    from ptd.launch import Cluster, Program, no_ssh_command, pdsh_command, read_hostfile
+    from ptd.launch import Cluster, Program, carried, no_ssh_command, pdsh_command, read_hostfile
 
     program = Program.of(run, overrides, overwrite=overwrite, retry=retry, quiet=quiet)
     program.config()
@@ -114,7 +114,18 @@ def ssh(
             raise UserError("--node-rank: over ssh all nodes are started from here; remove it, or add --no-ssh")
         if not dry_run and shutil.which("pdsh") is None:
             raise UserError("pdsh is not on this machine; install it (apt-get install pdsh), or see --no-ssh")
-        _become(pdsh_command(program, cluster, master_addr=master_addr), dict(os.environ), dry_run)
+        variables, secrets = carried(os.environ)
+        if secrets:
+            print(
+                f"ptd: not handed to the nodes, where everybody could read it: {', '.join(secrets)}; log in there, or "
+                "keep the secret in a file of your home folder",
+                file=sys.stderr,
+            )
+        command = pdsh_command(program, cluster, variables=variables, master_addr=master_addr)
+        # DeepSpeed would hand some of them over itself, and what a shell makes of their values.
+        settled = {name for name in (*variables, *secrets) if not name.startswith("DS_")}
+        own = {name: value for name, value in os.environ.items() if name not in settled}
+        _become(command, own, dry_run)
         return
     if node_rank is None and not dry_run:
         raise UserError(f"--no-ssh: add --node-rank, 0 to {len(hosts) - 1}; --dry-run prints the command of each node")
@@ -140,7 +151,7 @@ def slurm(
     qos: Annotated[str | None, typer.Option()] = None,
     time: Annotated[str | None, typer.Option(help="E.g. 12:00:00.")] = None,
     job_name: Annotated[str | None, typer.Option()] = None,
-    cpus_per_task: Annotated[int | None, typer.Option(min=1, help="Cores of each rank.")] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(min=1, help="Cores of each rank; default: 4 for a GPU.")] = None,
     mem: Annotated[str | None, typer.Option(help="Of a node, e.g. 200G.")] = None,
     sbatch: Annotated[
         list[str] | None, typer.Option(help="Any other option of sbatch: key=value, or a flag.", metavar="KEY[=VALUE]")

@@ -1,6 +1,14 @@
 """Starting ``ptd train`` on all ranks: by DeepSpeed's launcher here or over ssh, and by Slurm."""
 
-from ptd.launch.deepspeed import Cluster, environment, local_command, no_ssh_command, pdsh_command, read_hostfile
+from ptd.launch.deepspeed import (
+    Cluster,
+    carried,
+    environment,
+    local_command,
+    no_ssh_command,
+    pdsh_command,
+    read_hostfile,
+)
 from ptd.launch.program import Program
 from ptd.launch.slurm import Job, directives, render, submit, sweep
 
@@ -8,6 +16,7 @@ __all__ = [
     "Cluster",
     "Job",
     "Program",
+    "carried",
     "directives",
     "environment",
     "local_command",

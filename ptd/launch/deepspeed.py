@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,15 @@ from ptd.types import UserError
 
 LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner"]
 """What the ``deepspeed`` command runs, with this interpreter."""
+CARRIED = (
+    "CUBLAS_", "CUDA_", "DEEPSPEED_", "DS_", "FI_", "GLOO_", "HF_", "HUGGINGFACE_", "KMP_", "MKL_", "MLFLOW_", "MV2_",
+    "NCCL_", "OMP_", "PTD_", "PYTORCH_", "TOKENIZERS_", "TORCH_", "TORCHDYNAMO_", "TORCHINDUCTOR_", "TRANSFORMERS_",
+    "TRITON_", "UCX_", "WANDB_", "XDG_CACHE_HOME",
+)  # fmt: skip
+"""What the environment variables begin with that say how a run behaves, and where it finds and keeps what it needs."""
+OF_ONE_NODE = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE")
+SECRET = re.compile(r"TOKEN(?!IZERS_|_PATH)|KEY|SECRET|PASSWORD")
+"""Names of variables that are not put on a command line, which everybody on the nodes can read."""
 HOSTFILE_LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
 
 
@@ -62,11 +72,17 @@ def local_command(
             )
         which = ["--include", "localhost:" + ",".join(name.strip() for name in given[:ranks])]
     # DeepSpeed reads /job/hostfile, where there is one, unless told otherwise.
-    return [*LAUNCHER, "--hostfile", os.devnull, *which, *_options(port, log_dir), *program.arguments]
+    return [*LAUNCHER, "--hostfile", os.devnull, *which, *_options(port, log_dir), "--module", *program.arguments]
 
 
-def pdsh_command(program: Program, cluster: Cluster, *, master_addr: str | None = None) -> list[str]:
-    """The one command that starts the ranks of all nodes over ssh. The nodes share files and paths with this one."""
+def pdsh_command(
+    program: Program, cluster: Cluster, *, variables: Mapping[str, str], master_addr: str | None = None
+) -> list[str]:
+    """The one command that starts the ranks of all nodes over ssh, with ``variables`` in their environment.
+
+    The nodes share files and paths with this one. DeepSpeed hands over few variables, and those half quoted; so the
+    ranks are started by ``env``.
+    """
     for place in (os.getcwd(), str(cluster.log_dir or ".")):
         if shlex.quote(place) != place:
             raise UserError(
@@ -76,13 +92,33 @@ def pdsh_command(program: Program, cluster: Cluster, *, master_addr: str | None 
     address = [] if master_addr is None else ["--master_addr", master_addr]
     # A single node would otherwise be taken for this one.
     where = [*cluster.options, "--force_multi", *address]
-    return [*LAUNCHER, *where, *_options(cluster.port, cluster.log_dir), *map(_through_pdsh, program.arguments)]
+    ranks = [*(f"{name}={value}" for name, value in variables.items()), sys.executable, "-u", "-m", *program.arguments]
+    options = [*_options(cluster.port, cluster.log_dir), "--no_python", "env"]
+    return [*LAUNCHER, *where, *options, *map(_through_pdsh, ranks)]
+
+
+def carried(environment: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """The variables that ranks over ssh get from here, and the names of those that are secrets and stay here.
+
+    Not those of the user's ``.deepspeed_env``, which DeepSpeed hands over.
+    """
+    file = environment.get("DS_ENV_FILE", ".deepspeed_env")
+    given = {line.partition("=")[0].strip() for folder in (Path.home(), Path()) for line in _lines(folder / file)}
+    names = sorted(name for name in environment if name.startswith(CARRIED) and name not in (*OF_ONE_NODE, *given))
+    return (
+        {name: environment[name] for name in names if not SECRET.search(name)},
+        [name for name in names if SECRET.search(name)],
+    )
+
+
+def _lines(path: Path) -> list[str]:
+    return lines_of(read_text(path, "cannot read")) if path.is_file() else []
 
 
 def no_ssh_command(program: Program, cluster: Cluster, *, node_rank: int, master_addr: str) -> list[str]:
     """The command of node ``node_rank``, to be started there."""
     where = [*cluster.options, "--no_ssh", "--node_rank", str(node_rank), "--master_addr", master_addr]
-    return [*LAUNCHER, *where, *_options(cluster.port, cluster.log_dir), *program.arguments]
+    return [*LAUNCHER, *where, *_options(cluster.port, cluster.log_dir), "--module", *program.arguments]
 
 
 def environment(gpus: int) -> dict[str, str]:
@@ -114,7 +150,7 @@ def read_hostfile(path: Path) -> list[Host]:
 
 def _options(port: int, log_dir: Path | None) -> list[str]:
     logs = [] if log_dir is None else ["--enable_each_rank_log", str(log_dir.absolute())]
-    return ["--master_port", str(port), *logs, "--log_level", "error", "--no_local_rank", "--module"]
+    return ["--master_port", str(port), *logs, "--log_level", "error", "--no_local_rank"]
 
 
 def _odd(text: str) -> str:

@@ -30,7 +30,12 @@ OWN = {
     "requeue": "--requeue",
 }
 """Options of sbatch that the script sets itself, and what of ``ptd launch slurm`` they come from."""
+CORES = 4
+"""Of a rank on a GPU, where nothing is asked for: its main thread, and those that read rows, run the backward pass and
+talk to the network. Slurm by itself gives one."""
+ASKS_FOR_CORES = frozenset({"cpus-per-task", "cpus-per-gpu", "exclusive"})
 WHY = {
+    "cpus-per-task": "cores of a rank",
     "ntasks-per-node": "one task is one rank",
     "signal": "before the time limit the ranks are told to stop with a checkpoint",
     "open-mode": "a job that is queued again adds to its logs",
@@ -150,6 +155,7 @@ def _options(job: Job) -> dict[str, str | None]:
         "nodes": str(job.nodes),
         "ntasks-per-node": str(job.ranks_per_node),
         **({"gpus-per-node": str(job.gpus_per_node)} if job.gpus_per_node else {}),
+        **({"cpus-per-task": str(CORES)} if job.gpus_per_node and not ASKS_FOR_CORES & job.options.keys() else {}),
         **job.options,
         **({"array": f"0-{len(job.sweep) - 1}"} if job.sweep else {}),
         **({"requeue": None, "signal": job.options.get("signal", "USR1@120")} if job.requeue else {}),

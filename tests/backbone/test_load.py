@@ -9,6 +9,8 @@ import pytest
 import torch
 from families import VOCAB, save_backbone, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptd.backbone import architecture_of, fingerprint, load_model, load_tokenizer
@@ -18,7 +20,7 @@ from ptd.inject import Attachment, check_supported
 from ptd.methods.prefix import PrefixEncoder
 from ptd.types import UserError
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -113,6 +115,37 @@ def test_the_fingerprint_tells_weights_apart_and_not_dtypes(backbone_dir, tmp_pa
     assert fingerprint(model) == fingerprint(model.model) == prints[0]  # with and without the language-model head
     model.model.add_module("extra", torch.nn.Linear(2, 2))
     assert fingerprint(model) != fingerprint(model.model, without="extra") == prints[0]
+
+
+class OnTheHost(TorchDispatchMode):
+    """Counts the numbers of a dtype that are made in host memory."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype, self.made = dtype, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device == CPU and tensor.dtype is self.dtype:
+                self.made += tensor.numel()
+        return out
+
+
+@pytest.mark.parametrize(("family", "output"), [("llama", "causal_lm"), ("bert", "masked_lm"), ("t5", "seq2seq_lm")])
+def test_weights_go_straight_to_the_device(family, output, tmp_path, monkeypatch):
+    """In the dtype that is asked for they are nowhere in host memory; ``meta`` stands for a GPU."""
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # read in this thread, which is watched
+    config = BackboneConfig(path=str(save_backbone(tmp_path, family)), dtype="bfloat16")
+    made = {}
+    for device in (CPU, META):
+        with OnTheHost(torch.bfloat16) as host:
+            model = load_model(config, output, device=device, check=check_supported)
+        made[device] = host.made
+        tensors = [*model.parameters(), *model.buffers()]
+        assert {tensor.device for tensor in tensors} == {device}
+    assert made[CPU] >= sum(parameter.numel() for parameter in model.parameters())
+    assert made[META] == 0
 
 
 def test_every_output_of_a_checkpoint_is_the_same_backbone(tmp_path):

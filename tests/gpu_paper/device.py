@@ -140,6 +140,19 @@ def _waits(name: str) -> None:
 
 
 @contextlib.contextmanager
+def strictly() -> Iterator[None]:
+    """On a real GPU torch itself raises in here where the host waits."""
+    if EMULATED:
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@contextlib.contextmanager
 def _unseen() -> Iterator[None]:
     kept, _watching[:] = list(_watching), []
     try:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +18,30 @@ from deepspeed.launcher import runner
 from deepspeed.launcher.multinode_runner import PDSHRunner
 
 from ptd.cli import main
-from ptd.launch import Cluster, Program, environment, local_command, no_ssh_command, pdsh_command, read_hostfile
+from ptd.launch import (
+    Cluster,
+    Program,
+    carried,
+    environment,
+    local_command,
+    no_ssh_command,
+    pdsh_command,
+    read_hostfile,
+)
 from ptd.shipped import ROOT
 from ptd.types import UserError
 
 RECIPE = ROOT / "launch" / "recipes" / "causal_lm.yaml"
 OVERRIDES = ('data.train=it\'s "here".jsonl', "output_dir=$(touch\\ pwned)`touch pwned`", "a=%n%h;touch pwned", "b=é\n")
+VARIABLES = {
+    "HF_HOME": '/data/it\'s "here" $HOME `touch pwned`; touch pwned \\ %n',
+    "NCCL_SOCKET_IFNAME": "^docker0,lo",
+    "OMP_NUM_THREADS": "4",
+    "PTD_TIMEOUT_MINUTES": "90",
+    "PYTORCH_CUDA_ALLOC_CONF": " expandable_segments:True ",
+    "TOKENIZERS_PARALLELISM": "",
+    "TRITON_CACHE_DIR": "/tmp/$(touch pwned)/é",
+}
 PROGRAM = Program(RECIPE, (*OVERRIDES, 'c=with spaces; $(touch pwned) \\$x \\" `y` %u'), ("--overwrite",))
 
 
@@ -81,11 +102,13 @@ def test_arguments_pass_pdsh_and_the_shell_of_the_nodes(
 ) -> None:
     """DeepSpeed makes the line that pdsh gives to the node's shell; here a shell reads it."""
     monkeypatch.chdir(tmp_path)
-    options = parsed(pdsh_command(PROGRAM, Cluster(hostfile, 2, None, 29500), master_addr="10.0.0.1"))
+    command = pdsh_command(PROGRAM, Cluster(hostfile, 2, None, 29500), variables=VARIABLES, master_addr="10.0.0.1")
+    options = parsed(command)
     assert options.force_multi
     echo = tmp_path / "python"
     echo.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
     echo.chmod(echo.stat().st_mode | stat.S_IXUSR)
+    command_of_python = sys.executable
     monkeypatch.setattr(sys, "executable", str(echo))
     command, _, _ = PDSHRunner(options, "world").get_cmd({}, runner.fetch_hostfile(options.hostfile))
     assert command[:6] == ["pdsh", "-S", "-f", "1024", "-w", "node-a,node-b"]
@@ -93,12 +116,63 @@ def test_arguments_pass_pdsh_and_the_shell_of_the_nodes(
     done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True)
     arguments = json.loads(done.stdout)
     assert "--node_rank=1" in arguments
-    assert arguments[arguments.index("ptd.cli") :] == PROGRAM.arguments
+    assert [option for option in ("--no_python", "--no_local_rank", "--module") if option in arguments] == [
+        "--no_python",
+        "--no_local_rank",
+    ]
+    given = [f"{name}={value}" for name, value in VARIABLES.items()]
+    assert arguments[arguments.index("env") :] == ["env", *given, command_of_python, "-u", "-m", *PROGRAM.arguments]
     assert not (tmp_path / "pwned").exists()
     (tmp_path / "a dir").mkdir()
     monkeypatch.chdir(tmp_path / "a dir")
     with pytest.raises(UserError, match="unquoted"):
-        pdsh_command(PROGRAM, Cluster(hostfile, 2, None, 29500))
+        pdsh_command(PROGRAM, Cluster(hostfile, 2, None, 29500), variables={})
+
+
+def test_variables_that_are_handed_to_the_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in (tmp_path / "home", tmp_path / "here"):
+        folder.mkdir()
+    (tmp_path / "home" / ".deepspeed_env").write_text("NCCL_DEBUG=INFO\n")
+    (tmp_path / "here" / ".deepspeed_env").write_text("HF_HOME=/elsewhere\n")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    here = {**VARIABLES, "HF_HOME": "/x", "NCCL_DEBUG": "WARN", "RANK": "3", "TORCHELASTIC_RESTART_COUNT": "1"}
+    here |= {"CUDA_VISIBLE_DEVICES": "3", "HF_TOKEN": "t", "WANDB_API_KEY": "k", "PATH": "/bin", "EDITOR": "vi"}
+    variables, secrets = carried(here)
+    assert variables == {name: value for name, value in VARIABLES.items() if name != "HF_HOME"}
+    assert secrets == ["HF_TOKEN", "WANDB_API_KEY"]
+
+
+SHOW = """
+import json, os, pathlib, sys
+names = [name for name in os.environ if name in sys.argv[2:]]
+shown = {name: os.environ[name] for name in names}
+pathlib.Path(sys.argv[1] + os.environ["RANK"]).write_text(json.dumps(shown))
+"""
+SSH = """#!/bin/sh
+until case $1 in node-*) true;; *) false;; esac; do shift; done
+shift
+exec env -i HOME="$HOME" PATH="$PATH" sh -c "$*"
+"""
+
+
+@pytest.mark.skipif(shutil.which("pdsh") is None, reason="no pdsh (Debian: apt-get install pdsh)")
+def test_ranks_on_nodes_have_the_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By DeepSpeed's launcher and pdsh; in place of ssh a login on this machine, with an environment of its own."""
+    (tmp_path / "ssh").write_text(SSH)
+    (tmp_path / "ssh").chmod(0o755)
+    (tmp_path / "show.py").write_text(SHOW)
+    (tmp_path / "hosts").write_text("node-a slots=1\nnode-b slots=1\n")
+    monkeypatch.chdir(tmp_path)
+    program: Any = SimpleNamespace(arguments=["show", "shown.", *VARIABLES])
+    cluster = Cluster(tmp_path / "hosts", 2, None, 29500)
+    command = pdsh_command(program, cluster, variables=VARIABLES, master_addr="127.0.0.1")
+    environment = {"HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"shown.{rank}").read_text()) == VARIABLES
+    assert not (tmp_path / "pwned").exists()
 
 
 def test_hostfiles(tmp_path: Path) -> None:
@@ -142,6 +216,12 @@ def test_the_command_line(
     assert (code, first, second) == (0, "# node 0: node-a", "# node 1: node-b")
     assert [parsed(shlex.split(line)).node_rank for line in (one, two)] == [0, 1]
     assert parsed(shlex.split(two)).master_addr == "node-a"
+    monkeypatch.setenv("PTD_TIMEOUT_MINUTES", "90 ")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    code, out, err = launch(f"ssh causal_lm.yaml --hostfile {hostfile} --dry-run")
+    assert (code, "PTD_TIMEOUT_MINUTES=90 " in parsed(shlex.split(out)).user_args) == (0, True)
+    assert "hf_secret" not in out + err
+    assert "not handed to the nodes, where everybody could read it: HF_TOKEN" in err
     code, out, _ = launch(
         "slurm causal_lm.yaml --nodes 2 --gpus-per-node 8 --time 1:00:00 --sbatch exclusive --dry-run"
     )

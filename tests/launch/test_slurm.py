@@ -156,7 +156,8 @@ def bash(script: str, **variables: str) -> str:
     stand_in = 'scontrol() { printf "%s\\n" node-a node-b; }\n'
     done = subprocess.run(
         ["bash", "-c", f'{stand_in}{before}\nprintf "%s\\0" "$MASTER_ADDR" "$MASTER_PORT" "${{command[@]}}"'],
-        env={"PATH": os.environ["PATH"], "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_ID": "1234567", **variables},
+        env={"PATH": os.environ["PATH"], "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_ID": "1234567"}
+        | {"SLURM_CPUS_ON_NODE": "64", "SLURM_NTASKS_PER_NODE": "8", **variables},
         capture_output=True,
         text=True,
         check=True,
@@ -175,6 +176,41 @@ def test_the_command_of_every_array_task_is_its_own() -> None:
         assert command[:3] == [job.python, "-u", "-m"]
         again = ["--overwrite", "--retry"] if requeued == "0" else []
         assert command[3:] == [*replace(program, flags=()).arguments, *job.sweep[task], *again]
+
+
+@pytest.mark.parametrize(
+    ("options", "gpus", "asked"),
+    [
+        ({}, 8, "--cpus-per-task=4"),
+        ({"cpus-per-task": "16"}, 8, "--cpus-per-task=16"),
+        ({"cpus-per-gpu": "6"}, 8, "--cpus-per-gpu=6"),
+        ({"exclusive": None}, 8, "--exclusive"),
+        ({}, 0, None),
+    ],
+)
+def test_the_cores_that_a_job_asks_for(options: dict[str, str | None], gpus: int, asked: str | None) -> None:
+    script = render(replace(JOB, gpus_per_node=gpus, options=options))
+    assert re.findall(r"^#SBATCH (--cpus\S*|--exclusive)", script, re.MULTILINE) == ([asked] if asked else [])
+
+
+@pytest.mark.parametrize(
+    ("options", "cores"), [({"exclusive": None}, "2"), ({"cpus-per-task": "2"}, "2"), ({"cpus-per-task": "1"}, "1")]
+)
+def test_a_rank_has_its_cores(slurm: Any, tmp_path: Path, options: dict[str, str | None], cores: str) -> None:
+    """And a thread for each. The nodes have two cores."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$OMP_NUM_THREADS $SLURM_CPUS_PER_TASK $RANK $LOCAL_RANK"\n')
+    python.chmod(0o755)
+    job = replace(
+        JOB, nodes=2, gpus_per_node=0, ranks_per_node=1, options=options, python=str(python), chdir=tmp_path,
+        log_dir=tmp_path / "logs",
+    )  # fmt: skip
+    (tmp_path / "job.sbatch").write_text(render(job))
+    (tmp_path / "logs").mkdir()
+    number = slurm.run("env", "-u", "OMP_NUM_THREADS", "sbatch", "--parsable", tmp_path / "job.sbatch").strip()
+    finished_job(slurm, number, tmp_path / "logs")
+    said = [(tmp_path / "logs" / number / f"rank-{rank}.log").read_text().split() for rank in (0, 1)]
+    assert said == [[cores, cores, str(rank), "0"] for rank in (0, 1)]
 
 
 def test_what_a_script_cannot_hold_is_refused() -> None:
