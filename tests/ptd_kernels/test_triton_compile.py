@@ -37,6 +37,9 @@ SELECTION = (
 # its tiles also serve 8.6, 8.9 and 12.0, which have 99.
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024}
 NO_SPILLS_UP_TO = 128
+# The tiles were chosen with Triton 3.7, where nothing may spill. Another version's compiler places some values
+# otherwise: 3.6 spills 8 or 16 bytes a thread, two to four registers, in kernels that use all 255.
+CHOSEN_WITH, SPILLED_ELSEWHERE = "3.7.", 16
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +75,8 @@ def test_shared_memory_fits(compiled: list[dict[str, Any]]) -> None:
 
 
 def test_nothing_spills(compiled: list[dict[str, Any]]) -> None:
-    spilled = [row for row in compiled if row["local"] and max(row["D"], row["E"]) <= NO_SPILLS_UP_TO]
+    most = 0 if compiled[0]["triton"].startswith(CHOSEN_WITH) else SPILLED_ELSEWHERE
+    spilled = [row for row in compiled if row["local"] > most and max(row["D"], row["E"]) <= NO_SPILLS_UP_TO]
     assert not spilled
 
 
