@@ -24,6 +24,7 @@ from ptd.types import Batch, NoPrompt, PrefixKV, PromptEncoder, SoftTokens, User
 ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 WRONG_UPSTREAM = {"moshi": "transformers itself generates other tokens with a cache than without, beyond its window"}
 """Families that no check at attach finds out, and why they are refused."""
+_WARNING = "warn_if_padding_and_no_attention_mask"
 SUPPORTED = (
     "use a decoder such as llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, gpt2, gpt_neox, opt or mixtral, an "
     "encoder such as bert, roberta, distilbert or modernbert, or an encoder-decoder such as t5, bart or mbart"
@@ -151,12 +152,17 @@ class Attachment:
     def _without_masks(self) -> Iterator[None]:
         """Passes in which every layer goes by its own rule (causal, window) and the packing.
 
-        Transformers would look for packing in the positions, and wait for the GPU to have seen them.
+        Transformers would look for packing in the positions, and many families for padding among the tokens, to warn of
+        it: each time they would wait for the GPU to have seen them.
         """
         self._use(MASKLESS)
+        for module in self._previous:
+            setattr(module, _WARNING, _unasked)
         try:
             yield
         finally:
+            for module in self._previous:
+                delattr(module, _WARNING)
             self._use(IMPLEMENTATION)
 
     @singledispatchmethod
@@ -259,6 +265,10 @@ class Attachment:
         if torch.is_grad_enabled() or version != self._encoded_at:
             self.set(self.encoder.state(self.encoder()))
             self._encoded_at = None if torch.is_grad_enabled() else version
+
+
+def _unasked(*args: Any) -> None:
+    """In place of a warning that there may be padding, of which ptd knows whether there is."""
 
 
 def _models(model: PreTrainedModel) -> list[PreTrainedModel]:

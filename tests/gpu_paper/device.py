@@ -73,7 +73,6 @@ if EMULATED:
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
 
 from tests.gpu_paper.kernels import KERNELS  # noqa: E402
 
@@ -172,7 +171,7 @@ class Dispatched(TorchDispatchMode):
         kwargs = kwargs or {}
         packet = func.overloadpacket
         out = func(*args, **kwargs)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+        tensors = list(_tensors((args, kwargs, out)))
         devices = {tensor.device.type for tensor in tensors}
         view = any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
         if "cuda" not in devices or view or func.namespace == "prim" or "empty" in str(packet):
@@ -191,6 +190,7 @@ class Dispatched(TorchDispatchMode):
 
 
 HOST = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+_host: Any = torch.ops.gpu_paper.on_host.default if EMULATED else None
 TWO_DEVICES = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten.copy_}
 """Operations that may be given tensors of the host, as an index or to be copied."""
 
@@ -198,7 +198,7 @@ TWO_DEVICES = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl
 def _fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
     """An operation of the GPU, computed by the CPU's kernel on the same memory."""
     packet = op.overloadpacket
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors = list(_tensors((args, kwargs)))
     _check_devices(op, tensors)
     if _reads(packet, args, kwargs):
         _waits(str(packet))
@@ -216,7 +216,7 @@ def _fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
         out = special(*host_args, **host_kwargs) if special else op.redispatch(HOST, *host_args, **host_kwargs)
     for name in grown:
         kwargs[name].resize_(host_kwargs[name].shape)
-        torch.ops.gpu_paper.on_host(kwargs[name]).copy_(host_kwargs[name])
+        _host(kwargs[name]).copy_(host_kwargs[name])
     return _returned(op, out, args, kwargs)
 
 
@@ -234,15 +234,28 @@ def _drawing_from(given: torch.Generator | None) -> Iterator[torch.Generator | N
     given.set_state(generator.get_state())
 
 
-def _on_host(values: Any) -> Any:
-    return tree_map_only(
-        Tensor, lambda tensor: torch.ops.gpu_paper.on_host(tensor) if tensor.is_cuda else tensor, values
-    )
+def _on_host(value: Any) -> Any:
+    """Tensors and what holds them, on the same memory."""
+    if isinstance(value, Tensor):
+        return _host(value) if value.is_cuda else value
+    if isinstance(value, list | tuple):
+        return type(value)(_on_host(each) for each in value)
+    return {name: _on_host(each) for name, each in value.items()} if isinstance(value, dict) else value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(each)
 
 
 def _numbers_as_tensors(op: Any, args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
     """A number that C++ had put into a tensor comes here as Python's, and is put into one again."""
-    wide = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in tree_leaves((args, kwargs)))
+    if not any(isinstance(value, int | float) for value in (*args, *kwargs.values())):
+        return list(args), kwargs
+    wide = any(value.dtype == torch.float64 for value in _tensors((args, kwargs)))
 
     def convert(value: Any, wanted: Any) -> Any:
         if not isinstance(value, bool | int | float) or str(wanted.type) not in ("Tensor", "Optional[Tensor]"):
@@ -254,6 +267,13 @@ def _numbers_as_tensors(op: Any, args: Any, kwargs: Any) -> tuple[list[Any], dic
     return positional, {name: convert(value, wanted[name]) for name, value in kwargs.items()}
 
 
+def _on_device(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return torch.ops.gpu_paper.on_device.default(value)
+    return type(value)(_on_device(each) for each in value) if isinstance(value, list | tuple) else value
+
+
+@functools.cache
 def _written(op: Any) -> list[str]:
     return [arg.name for arg in op._schema.arguments if arg.alias_info is not None and arg.alias_info.is_write]
 
@@ -270,7 +290,7 @@ def _returned(op: Any, out: Any, args: Any, kwargs: Any) -> Any:
                 if arg.alias_info is not None and arg.alias_info.before_set == alias.before_set:
                     value = kwargs[arg.name] if arg.name in kwargs else args[place]
         else:
-            value = tree_map_only(Tensor, torch.ops.gpu_paper.on_device, value)
+            value = _on_device(value)
         found.append(value)
     return tuple(found) if many else found[0] if found else None
 
@@ -302,6 +322,8 @@ def _reads(packet: Any, args: Any, kwargs: Any) -> bool:
         return masked or any(index.device.type == "cpu" for index in indices)
     if packet is aten.repeat_interleave:
         return kwargs.get("output_size") is None
+    if packet is aten._grouped_mm:  # has a kernel for bf16; else the products are taken one by one
+        return bool(args[0].dtype != torch.bfloat16)
     return packet in WAITS
 
 
@@ -415,7 +437,7 @@ def _emulate() -> None:
     own.impl("copy_", _copy, "CUDA")
     warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel", UserWarning)
     for name in torch._C._dispatch_get_all_op_names():  # torch would take them apart: one kernel on a GPU
-        if name.startswith("aten::_foreach_"):
+        if name.startswith("aten::_foreach_") or name == "aten::_grouped_mm":
             packet, _, overload = name.removeprefix("aten::").partition(".")
             op = getattr(getattr(aten, packet), overload or "default")
             own.impl(name.removeprefix("aten::"), functools.partial(_fallback, op), "CUDA")

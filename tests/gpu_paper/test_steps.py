@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import save_backbone
+from families import ENCODER_DECODERS, ENCODERS, save_backbone
+from families import FAMILIES as DECODERS
 
 from ptd.config import parse_config
 from ptd.engine.evaluation import evaluate
@@ -125,6 +126,23 @@ def test_no_step_waits(run: Callable[..., Run], case: str) -> None:
             built.loop.run(LOGGED, STEPS)
     assert [record["step"] for record in built.records] == [LOGGED, STEPS]
     assert all(seen.launches(f"step {number}") for number in range(1, STEPS + 1))
+    assert seen.waited == []
+
+
+@pytest.mark.parametrize("family", [*DECODERS, *ENCODERS, *ENCODER_DECODERS])
+def test_no_familys_step_waits(family: str, labelled_rows: Path, tmp_path: Path) -> None:
+    changes: dict[str, dict[str, Any]] = {"backbone": {"dtype": "bfloat16"}}
+    if family in ENCODERS:
+        changes |= {"task": {"kind": "token_classification"}, "method": {"name": "p_tuning_v2"}}
+    elif family in ENCODER_DECODERS:
+        changes |= {"task": {"kind": "seq2seq_lm"}}
+    with watched() as seen:
+        built = Run(save_backbone(tmp_path, family), labelled_rows, changes)
+        built.loop.heartbeat = lambda doing: setattr(seen, "doing", doing)
+        built.loop.run(0, 1)
+        seen.waited.clear()
+        built.loop.run(1, 2)
+    assert seen.launches("step 2")
     assert seen.waited == []
 
 
