@@ -13,11 +13,15 @@ import torch
 from families import ENCODER_DECODERS, ENCODERS, save_backbone
 from families import FAMILIES as DECODERS
 
-from ptd.config import parse_config
+from ptd.backbone import load_model
+from ptd.config import BackboneConfig, parse_config
 from ptd.engine.evaluation import evaluate
 from ptd.engine.loop import Loop, Stopped
 from ptd.engine.ranks import Ranks
+from ptd.inject import Attachment, check_supported
 from ptd.inject.head import Head
+from ptd.methods.prefix import PrefixEncoder
+from ptd.methods.prompt import SoftPromptEncoder
 from ptd.train import build_engine, read_material
 from ptd.types import Reporter
 from tests.gpu_paper.device import strictly, watched
@@ -226,3 +230,30 @@ def test_what_a_resumed_run_is_to_load_lies_where_the_optimizer_wants_it(run: Ca
         assert (tensor.device, tensor.dtype, tensor.shape) == (other.device, other.dtype, other.shape), name
         tensor.data.copy_(other)
     resumed.loop.run(STEPS, STEPS + 1)
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_a_generated_token_waits_no_more_often_than_without_a_prompt(backbone_dir: Path, method: str) -> None:
+    """For prompts of different lengths, so that there is padding. Transformers itself waits, to see which are done."""
+
+    def waits_a_token(with_prompt: bool) -> float:
+        model = load_model(BackboneConfig(path=str(backbone_dir)), device=GPU, check=check_supported)
+        ids = torch.full((2, 6), 20, device=GPU)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs["attention_mask"][0, :2] = 0
+        if with_prompt:
+            attachment = Attachment(model)
+            shape = attachment.shape
+            soft = SoftPromptEncoder(torch.ones(3, shape.hidden_size))
+            encoder = (PrefixEncoder(shape.layers, 3) if method == "prefix" else soft).to(GPU)
+            with torch.no_grad():
+                attachment.set(encoder.state(encoder()))
+            inputs = attachment.generation_inputs(**inputs)
+        counts = []
+        for tokens in (2, 6):
+            with watched() as seen:
+                model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+            counts.append(len(seen.waited))
+        return (counts[1] - counts[0]) / 4
+
+    assert waits_a_token(True) <= waits_a_token(False)
