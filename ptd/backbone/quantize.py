@@ -87,7 +87,7 @@ class _MatMul4Bit(torch.autograd.Function):
         import bitsandbytes
 
         ctx.layer = layer
-        output: Tensor = bitsandbytes.matmul_4bit(x, layer.weight, quant_state=layer.weight.quant_state)
+        output: Tensor = bitsandbytes.matmul_4bit(x, layer.weight.t(), quant_state=layer.weight.quant_state)
         return output
 
     @staticmethod
