@@ -1,5 +1,6 @@
 # make demo   tune the shipped backbone on two ranks, before and after (minutes, two CPU cores or GPUs)
 # make test   all tests, in two processes (WORKERS=…)
+# make test-oldest  the core of the tests with the oldest versions that pyproject.toml allows, in .venv-oldest (minutes)
 # make docs   the documentation as a site: docs/_build/html/index.html (and the tables of docs/configuration.md)
 # make docs-test  that site in a browser, and every command and piece of code in README.md and docs/ (minutes)
 # make check  style, types, formatting
@@ -18,12 +19,16 @@ WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check docs docs-test fuzz sweep sweep-test test-gpu-paper gpu gpu-1 gpu-2 gpu-3 gpu-4
+.PHONY: demo test test-oldest check docs docs-test fuzz sweep sweep-test test-gpu-paper gpu gpu-1 gpu-2 gpu-3 gpu-4
 demo: $(INSTALLED)
 	$(BIN)/ptd quickstart --output quickstart --overwrite
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# Warnings are errors at the versions of constraints.txt alone: older releases warn of newer ones beside them.
+test-oldest: .venv-oldest/installed
+	PYTEST_ADDOPTS="-W default --disable-warnings" .venv-oldest/bin/python -m pytest -n $(WORKERS) @tests/oldest.txt
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -60,6 +65,13 @@ gpu-1 gpu-2 gpu-3 gpu-4: gpu-%:
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# --no-compile: of what is installed a small part is run.
+.venv-oldest/installed: pyproject.toml constraints.txt tests/oldest.py
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python tests/oldest.py > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --no-compile --constraint .venv-oldest/constraints.txt --editable '.[test]'
 	touch $@
 
 .venv/installed-docs: $(INSTALLED)

@@ -43,7 +43,8 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "mistral": {**_GROUPED, "sliding_window": WINDOW},
     "qwen2": _GROUPED,
     "qwen3": _WIDE,
-    "gemma2": {**_GEMMA, "attn_logit_softcapping": 5.0},
+    # transformers' SDPA has no softcap; in its older releases it is taken all the same
+    "gemma2": {**_GEMMA, "attn_logit_softcapping": 5.0, "attn_implementation": "eager"},
     "gemma3_text": {**_GEMMA, "layer_types": ["sliding_attention", "full_attention"]},
     "phi3": _GROUPED,
     "gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
@@ -105,6 +106,13 @@ def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrain
                 noise = torch.randn_like(parameter)
                 parameter.copy_(0.2 * noise if parameter.ndim > 1 else parameter + 0.1 * noise)
     return model.eval()
+
+
+def attend_by(model: PreTrainedModel, implementation: str) -> None:
+    """Let every stack compute attention so; older ``set_attn_implementation`` leaves T5's two as they are."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._attn_implementation = implementation
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -54,7 +54,8 @@ def _fill_caches() -> None:
     """Let bitsandbytes make its code tables of real numbers: it keeps the first ones for the life of the process."""
     from bitsandbytes import functional
 
-    packed, state = functional.quantize_4bit(torch.ones(64, 64), compress_statistics=True, quant_type="nf4")
+    unequal = torch.linspace(-1, 1, 64 * 64).view(64, 64)  # 0.48 crashes where the scales of all blocks are equal
+    packed, state = functional.quantize_4bit(unequal, compress_statistics=True, quant_type="nf4")
     functional.dequantize_4bit(packed, state)
 
 

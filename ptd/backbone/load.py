@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -216,15 +217,17 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
     # Under its older name where transformers has no other yet; where it has, the older one warns.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.register_forward_pre_hook(_train_while_recording)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            layers = [module for module in part.modules() if isinstance(module, GradientCheckpointingLayer)]
+            part.register_forward_pre_hook(partial(_train_while_recording, layers))
 
 
-def _train_while_recording(layer: torch.nn.Module, _: Any) -> None:
+def _train_while_recording(layers: list[GradientCheckpointingLayer], stack: torch.nn.Module, _: Any) -> None:
     # transformers checkpoints a layer in training mode (its children stay in eval), and then takes its cache away,
-    # which generation cannot do without.
-    layer.training = torch.is_grad_enabled()
+    # which generation cannot do without. Some releases look at the mode before a layer's own hooks run.
+    for layer in layers:
+        layer.training = torch.is_grad_enabled()
 
 
 def load_tokenizer(config: BackboneConfig) -> Any:

@@ -92,7 +92,7 @@ class _MatMul4Bit(torch.autograd.Function):
         if x.device.type == "cpu":
             output = x @ _dequantised(layer).to(x.dtype).t()
         else:
-            output = bitsandbytes.matmul_4bit(x, layer.weight, quant_state=layer.weight.quant_state)
+            output = bitsandbytes.matmul_4bit(x, layer.weight.t(), quant_state=layer.weight.quant_state)
         return output
 
     @staticmethod

@@ -289,22 +289,23 @@ def _everywhere() -> dict[Any, Callable[..., int]]:
     return {aten.logsumexp: lambda x, *rest, **options: _numbers(x)}
 
 
-def _has_bitsandbytes() -> bool:
-    """Whether it is there; its operators are then known."""
+def _of_bitsandbytes(found: dict[str, Callable[..., int]]) -> dict[Any, Callable[..., int]]:
+    """By operator of bitsandbytes instead of by its name. One that a release does not have consists of others there."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        return False
+        return {}
     importlib.import_module("bitsandbytes")
-    return True
+    operators = torch.ops.bitsandbytes
+    return {getattr(operators, name): value for name, value in found.items() if hasattr(operators, name)}
 
 
 def _bitsandbytes_workspaces() -> dict[Any, Callable[..., int]]:
-    if not _has_bitsandbytes():
-        return {}
-    return {
-        torch.ops.bitsandbytes.gemm_4bit: _dequantised,
-        # The product in int32, before it is scaled.
-        torch.ops.bitsandbytes.int8_scaled_mm: lambda *args, out_val, **options: 4 * out_val.numel(),
-    }
+    return _of_bitsandbytes(
+        {
+            "gemm_4bit": _dequantised,
+            # The product in int32, before it is scaled.
+            "int8_scaled_mm": lambda *args, out_val, **options: 4 * out_val.numel(),
+        }
+    )
 
 
 def _flop_formulas() -> dict[Any, Callable[..., int]]:
@@ -352,12 +353,7 @@ def _flop_formulas() -> dict[Any, Callable[..., int]]:
         aten._flash_attention_forward: flash,
         aten._flash_attention_backward: flash_backward,
     }
-    if _has_bitsandbytes():
-        formulas |= {
-            torch.ops.bitsandbytes.gemm_4bit: four_bit,
-            torch.ops.bitsandbytes.int8_scaled_mm: eight_bit,
-        }
-    return formulas
+    return formulas | _of_bitsandbytes({"gemm_4bit": four_bit, "int8_scaled_mm": eight_bit})
 
 
 def _pairs(q: Tensor, k: Tensor, cu_q: Tensor | None, max_q: int, max_k: int) -> int:

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptd.inject.attention import IMPLEMENTATION, MASKLESS, give_slot, has_slot, padded_forward, take_slot
+from ptd.inject.attention import (
+    IMPLEMENTATION,
+    MASKLESS,
+    WRITTEN_OUT,
+    give_slot,
+    has_slot,
+    padded_forward,
+    take_slot,
+)
 from ptd.inject.explain import check_backend
 from ptd.inject.head import Head
 from ptd.inject.inputs import Inputs
@@ -111,7 +119,7 @@ class Attachment:
             self.inputs = Inputs(model, self.stacks[0], sees_padding=any(layer.kind == "encoder" for layer in layers))
             check = SelfCheck(self, calls)
             forget_passes()
-            self._use(None)
+            self._use(WRITTEN_OUT)
             check.read_plain()
             self._use(IMPLEMENTATION)
             self._hook()

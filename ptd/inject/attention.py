@@ -23,6 +23,9 @@ from ptd.types import UserError
 IMPLEMENTATION = "ptd_prefix"
 MASKLESS = "ptd_prefix_maskless"
 """The same attention under a name that transformers makes no masks for, not even by looking at the positions."""
+WRITTEN_OUT = "eager"
+"""Attention as the family's own file writes it out. SDPA, which most models come with, is not the same everywhere: in
+some releases of transformers it leaves Gemma 2's softcap out, and the causal rule of UMT5's decoder."""
 _SLOT = "_ptd_slot"
 
 packed_forward: ContextVar[bool] = ContextVar("ptd_packed_forward", default=False)

@@ -1,7 +1,8 @@
 """Whether a model computes the same with ptd's attention as with its own, tried on two short rows when ptd attaches.
 
 Families differ in what they do with masks, positions and the boundaries of packed rows, and nothing in a model's class
-says so. The rows run alone through the model as it came; what they give there has to come out again
+says so. The rows run alone through the model with the attention that its family writes out; what they give there has
+to come out again
 
 - in a padded batch, with the last token of a row changed: no earlier token may notice (causal models);
 - padded on the left, as generation has it;
@@ -66,7 +67,7 @@ class _Row:
 
 
 class SelfCheck:
-    """`read_plain` with the model's own attention, then `run` with ptd's in place."""
+    """`read_plain` with the attention that the model's family writes out, then `run` with ptd's in place."""
 
     def __init__(self, attachment: Attachment, calls: list[Call]) -> None:
         self.attachment, self.model, self.calls = attachment, attachment.model, calls

@@ -74,29 +74,73 @@ def test_dropout_is_gone_even_where_layers_are_recomputed(family, dropout, tmp_p
     assert torch.equal(gradient, gradient_again)
 
 
-def test_gradient_checkpointing_runs_every_layer_twice(backbone_dir):
-    calls = []
-    for checkpointing in (False, True):
-        model = load(backbone_dir, gradient_checkpointing=checkpointing)
-        attachment = Attachment(model)
-        encoder = PrefixEncoder(attachment.shape.layers, 4)
-        attachment.set(encoder.state(encoder()))
-        count = [0]
-        for layer in model.model.layers:
-            assert isinstance(layer, GradientCheckpointingLayer)
-            assert not layer.mlp.training
-            layer.mlp.register_forward_pre_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
-        model(input_ids=IDS, use_cache=False).logits.sum().backward()
-        calls.append(count[0])
-    assert calls == [2, 4]
+OUTPUTS = {"llama": "causal_lm", "t5": "seq2seq_lm", "bert": "masked_lm"}
+TEXT = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 6, "do_sample": False}
 
 
-def test_gradient_checkpointing_leaves_generation_alone(backbone_dir):
-    options = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 6, "do_sample": False}
-    plain, checkpointed = (
-        load(backbone_dir, gradient_checkpointing=on).generate(IDS, **options) for on in (False, True)
-    )
-    assert torch.equal(plain, checkpointed)
+def with_prefix(folder, family, checkpointing):
+    """A model with a prefix that is trained, the prefix's encoder, and what counts the tokens of each layer's runs."""
+    config = BackboneConfig(path=str(folder), gradient_checkpointing=checkpointing)
+    model = load_model(config, OUTPUTS[family], device=CPU, check=check_supported)
+    attachment = Attachment(model)
+    torch.manual_seed(3)
+    encoder = PrefixEncoder(attachment.shape.layers, 4)
+    attachment.set(encoder.state(encoder()))
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    assert len(layers) == (4 if family == "t5" else 2)
+    runs = {number: [] for number in range(len(layers))}
+    for layer, tokens in zip(layers, runs.values(), strict=True):
+        assert not any(module.training for module in layer.children())
+        inside = next(module for module in layer.modules() if isinstance(module, torch.nn.Linear))
+        inside.register_forward_pre_hook(lambda module, args, tokens=tokens: tokens.append(args[0].shape[1]))
+    return model, encoder, runs
+
+
+def run(model, encoder=None):
+    """A pass; with ``encoder`` also backward, and the gradient."""
+    given = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
+    logits = model(input_ids=IDS, **given).logits  # with a cache, where the model's config says so
+    if encoder is None:
+        return logits
+    logits.square().mean().backward(inputs=[encoder.embedding], retain_graph=True)
+    gradient, encoder.embedding.grad = encoder.embedding.grad, None
+    return logits.detach(), gradient
+
+
+@pytest.mark.parametrize("family", OUTPUTS)
+def test_gradient_checkpointing_runs_every_layer_twice_in_every_training_pass(family, tmp_path):
+    folder = save_backbone(tmp_path, family)
+    plain, checkpointed = (with_prefix(folder, family, checkpointing) for checkpointing in (False, True))
+    for number in range(3):
+        found = []
+        for model, encoder, runs in (plain, checkpointed):
+            if number:  # an evaluation in between
+                with torch.no_grad():
+                    found.append(run(model))
+                assert [len(tokens) for tokens in runs.values()] == [1] * len(runs)
+                [tokens.clear() for tokens in runs.values()]
+            found += run(model, encoder)
+            assert [len(tokens) for tokens in runs.values()] == [1 + (runs is checkpointed[2])] * len(runs), number
+            [tokens.clear() for tokens in runs.values()]
+        for want, got in zip(found[: len(found) // 2], found[len(found) // 2 :], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_generation_behind_a_training_pass_is_the_plain_one(family, tmp_path):
+    folder = save_backbone(tmp_path, family)
+    plain, checkpointed = (with_prefix(folder, family, checkpointing) for checkpointing in (False, True))
+    texts = []
+    for model, encoder, runs in (plain, checkpointed):
+        run(model, encoder)
+        [tokens.clear() for tokens in runs.values()]
+        texts.append(model.generate(IDS, **TEXT))
+        first = IDS.shape[1] if family == "llama" else 1
+        assert runs[len(runs) - 1][:6] == [first, 1, 1, 1, 1, 1]
+        if family == "t5":
+            assert runs[0] == [IDS.shape[1]], "the encoder runs once"
+        assert torch.equal(model.generate(IDS, use_cache=False, **TEXT), texts[-1]), "what is cached is what was seen"
+    assert torch.equal(*texts)
 
 
 def test_gradient_checkpointing_is_refused_where_the_model_has_none():

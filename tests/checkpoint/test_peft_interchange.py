@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from ptd.checkpoint import load_adapter, save_adapter
+from ptd.checkpoint.peft_format import PEFT_FORMAT
 from ptd.inject import Attachment
 from ptd.types import NoPrompt, PrefixLayout, SoftLayout
 
@@ -261,5 +262,6 @@ def test_the_configuration_is_pefts(family, kind, tmp_path):
     assert known < set(ours) <= set(theirs)
     free = {"encoder_hidden_size", "prefix_projection"}
     assert {k: v for k, v in ours.items() if k not in free} == {k: theirs[k] for k in ours if k not in free} | {
-        "base_model_name_or_path": theirs["base_model_name_or_path"] or ""
+        "base_model_name_or_path": theirs["base_model_name_or_path"] or "",
+        "peft_version": PEFT_FORMAT,
     }

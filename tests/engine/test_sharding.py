@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 WORKER = Path(__file__).with_name("worker_sharding.py")
 TOLERANCE = 1e-5
+TOKENS = 24  # a row's, in worker_sharding.py
 # 4-bit blocks have 64 numbers; with three layers the check at attach runs two of them.
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_hidden_layers": 3}
 MATRIX = [
@@ -85,7 +86,8 @@ def measured(launch: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     for quantization, sharding, checkpointing in MATRIX:
         settings = {"quantization": quantization, "sharding": sharding, "gradient_checkpointing": checkpointing}
         cases[name_of(quantization, sharding, checkpointing)] = {
-            "backbone": {"path": str(folders["llama"]), "dtype": "float32", **settings}
+            "backbone": {"path": str(folders["llama"]), "dtype": "float32", **settings},
+            "checkpointing": checkpointing,
         }
     for name, (saved, settings, output) in LOADED.items():
         backbone = {"path": str(folders[saved]), "dtype": "float32", **settings}
@@ -122,6 +124,17 @@ def test_checkpointing_and_sharding_change_no_gradient(measured: dict[str, Any])
     for quantization in ("none", "int8", "nf4"):
         norms = [measured[name_of(*one)]["gradient_norm"] for one in MATRIX if one[0] == quantization]
         assert max(norms) == pytest.approx(min(norms), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(("quantization", "sharding", "checkpointing"), MATRIX)
+def test_the_first_training_pass_recomputes_and_a_generation_behind_it_has_its_cache(
+    measured: dict[str, Any], quantization: str, sharding: str, checkpointing: bool
+) -> None:
+    case = measured[name_of(quantization, sharding, checkpointing)]
+    for found, whole in zip(case["runs"], case["runs_whole"], strict=True):
+        assert found["trained"] == [TOKENS] * (1 + checkpointing)
+        assert found["generated"] == [TOKENS, 1, 1, 1]
+        assert found["text"] == whole["text"]
 
 
 @pytest.mark.parametrize("name", LOADED)

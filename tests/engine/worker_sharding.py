@@ -70,6 +70,23 @@ def passes(prepared: Prepared, ids: Tensor) -> dict[str, Any]:
     return results
 
 
+def layer_runs(prepared: Prepared, ids: Tensor) -> dict[str, Any]:
+    """Of the last layer's MLP: the tokens of each of its runs in a pass with its backward, and in a generation after.
+
+    And what this generates: the prompt's gradient is asked for first, as in training.
+    """
+    encoder = PrefixEncoder(prepared.shape.layers, 5)
+    prepared.attachment.set(encoder.state(encoder()))
+    runs: list[int] = []
+    layer = [module for name, module in prepared.model.named_modules() if name.endswith(".mlp")][-1]
+    hook = layer.register_forward_pre_hook(lambda module, args: runs.append(args[0].shape[1]))
+    prepared.model(input_ids=ids, use_cache=False).logits.square().mean().backward()
+    trained = len(runs)
+    text = prepared.model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    hook.remove()
+    return {"trained": runs[:trained], "generated": runs[trained:], "text": text[:, TOKENS:].tolist()}
+
+
 def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
     """Every parameter as it is used, under its first name; parted ones are gathered one at a time."""
     from deepspeed.runtime.zero import GatheredParameters
@@ -134,6 +151,11 @@ def measure(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         results["different"] = sorted(
             {name for part in gather([n for n in expected if not same(weights[n], expected[n])]) for name in part}
         )
+    if "checkpointing" in case:  # before any other pass: what the first one does counts
+        torch.manual_seed(2)
+        results["runs"] = gather(layer_runs(parted, ids))
+        torch.manual_seed(2)
+        results["runs_whole"] = gather(layer_runs(whole, ids))
     measured, expected_pass = passes(parted, ids), passes(whole, ids)
     results["loss_error"] = worst(abs(measured["loss"] - expected_pass["loss"]) / abs(expected_pass["loss"]))
     results["output_error"] = worst(relative(measured["output"], expected_pass["output"]))

@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from families import ENCODER_DECODERS, ENCODERS, FAMILIES, VOCAB, tiny_model
+from families import ENCODER_DECODERS, ENCODERS, FAMILIES, VOCAB, attend_by, tiny_model
 from torch.nn.functional import pad
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -102,7 +102,7 @@ def test_prefix_in_every_attention_layer(family):
         order = {module: by_slot[id(vars(module)["_ptd_slot"])] for module in modules}
         attachment.remove()
         plain = model(**inputs_for(family)).logits
-        model.set_attn_implementation("concatenating")
+        attend_by(model, "concatenating")
         for module, index in order.items():
             object.__setattr__(module, "_test_prefix", (prefix.keys[index], prefix.values[index]))
         want = model(**inputs_for(family, **positions_for(model, first, P))).logits

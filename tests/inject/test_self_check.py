@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import ENCODER_DECODERS, ENCODERS, FAMILIES, VOCAB, tiny_config, tiny_model
+from families import ENCODER_DECODERS, ENCODERS, FAMILIES, VOCAB, attend_by, tiny_config, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
 from ptd.inject import Attachment
@@ -47,6 +47,26 @@ def seq2seq(family, **changes):
 def alone(model, row, **inputs):
     out = model(input_ids=torch.tensor([row]), **inputs)
     return out.logits[0] if hasattr(out, "logits") else out.last_hidden_state[0]
+
+
+def umt5():
+    sizes = {"d_model": 32, "d_kv": 12, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    return made(AutoModelForSeq2SeqLM, "umt5", **sizes)
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_model("gemma2", attn_implementation=None), umt5], ids=["gemma2", "umt5"])
+@torch.no_grad()
+def test_what_a_family_writes_out_counts_and_not_what_sdpa_leaves_out_of_it(make):
+    """In some releases a softcap, and the causal rule of a decoder without a mask."""
+    model = make()
+    inputs = {"input_ids": torch.tensor([ROWS[0]])}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.tensor([ROWS[2]])
+    attachment = Attachment(model)
+    got = model(**inputs).logits
+    attachment.remove()
+    attend_by(model, "eager")
+    assert (got - model(**inputs).logits).abs().max() < CLOSE
 
 
 @torch.no_grad()

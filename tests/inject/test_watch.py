@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 import torch
-from families import ENCODER_DECODERS, VOCAB, tiny_model
+from families import ENCODER_DECODERS, VOCAB, attend_by, tiny_model
 from peft import PrefixTuningConfig, get_peft_model
 from torch.nn.functional import cross_entropy, pad
 from transformers import AttentionInterface
@@ -133,7 +133,7 @@ def test_shares_of_a_prefix(family, lengths):
     attachment.remove()
     layers, kinds = recorded(model, batch, prefix)
 
-    model.set_attn_implementation("eager_with_prefix")
+    attend_by(model, "eager_with_prefix")
     seen = {index: [] for index in order}
     for index, module in order.items():
         object.__setattr__(module, "_test_prefix", (prefix.keys[index], prefix.values[index]))
@@ -216,7 +216,7 @@ def test_shares_of_virtual_tokens_in_front(family):
     layers, kinds = recorded(model, batch, SoftTokens(soft, in_front=True))
     read = batch.source or batch
     embeddings = (model.get_encoder() if batch.source else model).get_input_embeddings()
-    model.set_attn_implementation("eager")
+    attend_by(model, "eager")
     inputs = {
         "inputs_embeds": torch.cat([soft.expand(2, -1, -1), embeddings(read.input_ids)], dim=1),
         "attention_mask": pad(read.attention_mask.long(), (P, 0), value=1),
