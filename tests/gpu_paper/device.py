@@ -19,7 +19,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import traceback
 import warnings
 from collections import Counter
@@ -30,6 +29,7 @@ from typing import Any
 
 NAME, CAPABILITY, MEMORY = "emulated NVIDIA H200", (9, 0), 141 << 30
 SOURCE = Path(__file__).with_name("device.cpp")
+BUILT = Path(__file__).parents[2] / ".pytest_cache" / "gpu_paper"
 
 
 def _torch_folder() -> Path:
@@ -48,10 +48,10 @@ def _built(compiler: str) -> Path:
     folder = _torch_folder()
     version = (folder / "version.py").read_text(encoding="utf-8")
     key = hashlib.sha256((SOURCE.read_text(encoding="utf-8") + version + str(folder)).encode()).hexdigest()[:16]
-    library = Path(tempfile.gettempdir()) / f"ptd-gpu-paper-{os.getuid()}-{key}" / "device.so"
+    library = BUILT / f"{key}.so"
     if not library.is_file():
-        library.parent.mkdir(mode=0o700, exist_ok=True)
-        made = library.with_suffix(f".{os.getpid()}")
+        library.parent.mkdir(parents=True, exist_ok=True)
+        made = library.with_suffix(f".{os.getpid()}.so")
         include = folder / "include"
         command = [compiler, "-std=c++20", "-O0", "-shared", "-fPIC", f"-I{include}"]
         command += [f"-I{include}/torch/csrc/api/include", str(SOURCE), "-o", str(made)]
