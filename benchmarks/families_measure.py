@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sysconfig
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING
 from ptd.inject import check_supported
 from ptd.types import UserError
 
+INSTALLED = sysconfig.get_path("purelib") + "/"
+"""Where packages lie on this machine, which is no part of what is found."""
 CLOSE = 1e-4
 """Largest difference that counts as right, in units of the right values' root mean square (fp32)."""
 
@@ -23,7 +26,7 @@ CLOSE = 1e-4
 def record(method: str, layout: str, outcome: str, reason: str = "", **figures: Any) -> dict[str, Any]:
     found = {"method": method, "layout": layout, "outcome": outcome}
     if reason:
-        found["reason"] = " ".join(reason.split())[:500]
+        found["reason"] = " ".join(reason.split()).replace(INSTALLED, "")[:500]
     return found | {name: value for name, value in figures.items() if value is not None}
 
 
