@@ -149,7 +149,7 @@ def test_a_run_is_a_cpus_and_waits_for_nothing(
             "data": {"train": data, "eval": data, "max_length": 40, **marks.get("data", {})},
             "train": {
                 "max_steps": STEPS, "per_device_train_batch_size": BATCH, "per_device_eval_batch_size": 4,
-                "learning_rate": 0.01, "logging_steps": 100, "save_steps": 2,
+                "learning_rate": 0.01, "logging_steps": 1, "save_steps": 2,
             },
             "output_dir": str(out),
         }  # fmt: skip
@@ -173,6 +173,7 @@ def test_a_run_is_a_cpus_and_waits_for_nothing(
         expected = train(settings(reference))
         rows = load_rows(str(labelled_rows), "train", what="rows")
     close = max(ALLOWED[dtype], ALLOWED_QUANTISED[quantised])
+    assert len(losses(out)) == (STEPS if trains else 0)
     assert losses(out) == pytest.approx(losses(reference), rel=close)
     assert math.isfinite(result["eval_loss"])
     assert result["eval_loss"] == pytest.approx(expected["eval_loss"], rel=close)
