@@ -7,6 +7,8 @@ work while the host asks for the next thing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,16 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()  # the tensor itself where it is pinned already; kept until the copy is done
     return tensor.to(device, non_blocking=True)
+
+
+def together(numbers: Sequence[Tensor | float], device: torch.device) -> Tensor:
+    """Numbers that the host knows and numbers that ``device`` has as one tensor there, float64 ``[len(numbers)]``."""
+    known = [0.0 if isinstance(number, Tensor) else number for number in numbers]
+    found = to_device(torch.tensor(known, dtype=torch.float64), device)
+    for place, number in enumerate(numbers):
+        if isinstance(number, Tensor):
+            found[place] = number.detach()
+    return found
 
 
 class OnItsWay:

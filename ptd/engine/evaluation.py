@@ -17,7 +17,7 @@ from ptd.engine.ranks import Ranks
 from ptd.engine.setup import Prepared, check_context
 from ptd.readouts import Reading, Readout, Run
 from ptd.tasks import Task
-from ptd.transfer import OnItsWay, to_device
+from ptd.transfer import OnItsWay, together
 from ptd.types import Batch, Examples, Reporter
 
 T = TypeVar("T")
@@ -117,11 +117,7 @@ def _pass(
 
 def _over_all(loss: Tensor, weight: Tensor | float, supervised: int, ranks: Ranks) -> tuple[float, int]:
     """The mean loss and the number of supervised tokens of all ranks."""
-    known = torch.tensor([0.0, 0.0 if isinstance(weight, Tensor) else weight, supervised], dtype=torch.float64)
-    own = to_device(known, loss.device)
-    own[0] = loss
-    if isinstance(weight, Tensor):
-        own[1] = weight
+    own = together([loss, weight, supervised], loss.device)
     total, divisor, everything = ranks.all_reduce(own).tolist()
     return total / divisor, int(everything)
 

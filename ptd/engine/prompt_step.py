@@ -23,7 +23,7 @@ from ptd.engine.meter import NetworkMeter
 from ptd.engine.phases import PhaseClock
 from ptd.engine.ranks import Ranks
 from ptd.readouts import Readout
-from ptd.transfer import OnItsWay, to_device
+from ptd.transfer import OnItsWay, together
 from ptd.types import PromptEncoder, PromptState
 
 
@@ -139,13 +139,8 @@ class PromptStep:
         """
         assert self._flat is not None
         self.clock.begin("reduce")
-        device = loss_sum.device
         with self.meter:
-            known = [0.0, 0.0 if isinstance(weight, Tensor) else weight, tokens, supervised_tokens, stop]
-            own = to_device(torch.tensor(known, dtype=torch.float64), device)
-            own[0] = loss_sum.detach()
-            if isinstance(weight, Tensor):
-                own[1] = weight.detach()
+            own = together([loss_sum, weight, tokens, supervised_tokens, stop], loss_sum.device)
             totals = self.ranks.all_reduce(own)
             loss, scale = totals[0] / totals[1], self.loss_scale.now()
             divisor = totals[1] * scale

@@ -2,8 +2,9 @@
 
 A kind is a GPU, a version of Triton, a kernel, a dtype, head sizes, the compiled-in options, and the sizes rounded up
 to powers of two. The candidates are triton_table.py's, all checked ahead of time by the tests. One that does not fit,
-for want of shared memory, registers or memory, is passed over: when tiles are timed, and when one is run. Nothing is
-timed
+for want of shared memory, registers or memory, is passed over: when tiles are timed, and when one is run.
+
+Nothing is timed
 
 - where there is one candidate (fp32, the interpreter);
 - with ``PTD_KERNELS_TUNE=0``, or under ``torch.use_deterministic_algorithms(True)``: the table's own tile, so that a
