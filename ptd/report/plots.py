@@ -38,6 +38,10 @@ def draw(panel: Panel, theme: Theme, *, legend: bool) -> Figure:
     lines = [_add(axes, curve, theme, columns, marked=marked) for curve in panel.curves]
     for mark in panel.marks:
         axes.axvline(mark, color=theme.ink, alpha=0.35, linewidth=0.8, linestyle=(0, (2, 2)))
+    for mark, word in panel.alarms:
+        axes.axvline(mark, color=theme.ink, linewidth=0.9)
+        look: dict[str, Any] = {"fontsize": 8, "color": theme.ink, "rotation": 90, "va": "top", "ha": "right"}
+        axes.text(mark, 0.98, f"{word} ", transform=axes.get_xaxis_transform(), parse_math=False, **look)
     _set_axes(axes, panel, theme)
     if legend:
         _legend(axes, lines, panel, theme)
