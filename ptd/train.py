@@ -169,8 +169,8 @@ def _train(
         if ranks.any(request.wanted):  # asked while the backbone was loading
             artifacts.preempt(start, None)
         fresh = folder.checkpoint is None
-        if fresh and material.trains and alone_reads(material.task):
-            loop.measure_alone(total)
+        if fresh and material.trains:
+            loop.measure_start(total, alone=alone_reads(material.task))
         if sampler is not None and fresh:
             sampler.keep(0, step.state())
             step.meter.take()
@@ -284,8 +284,8 @@ class Artifacts:
         self.waited = facts.get("waited", 0)
         if self.guard is not None and "guard" in facts:
             self.guard.load(facts["guard"])
-            if self.settings.on_divergence != "warn":  # it was warned of by an earlier start; now it is to be acted on
-                self.guard.said = False
+            if self.guard.said and self.settings.on_divergence != "warn":  # an earlier start warned of it
+                self.guard.rearm()
 
     def begin(self, start: int, reporter: Reporter) -> Records | None:
         """Open the folder for a run that begins at ``start``; returns the records' writer on rank 0."""
@@ -391,7 +391,7 @@ class Artifacts:
         self.journal.tell(diverged=self.diverged)
         if self.settings.on_divergence == "warn":
             self.reporter.note(
-                f"step {verdict.step}: the run diverges: {verdict.reason}; {self._lower()}. {self._left(verdict.good)}"
+                f"step {verdict.step}: the run diverges: {verdict.reason}; {self._lower()}. {self._left(verdict)}"
                 "It goes on; train.on_divergence: stop would end it, retry go back by itself"
             )
             return False
@@ -401,10 +401,11 @@ class Artifacts:
         rate = self.settings.learning_rate * self.rate_factor
         return f"lower train.learning_rate (now {rate:.1e}), for example to a third: {rate * RETRY_FACTOR:.1e}"
 
-    def _left(self, good: int) -> str:
+    def _left(self, verdict: Divergence) -> str:
         """What there is from before, for people (rank 0, which alone speaks)."""
-        said = f"best/ holds the adapter of step {self.best['step']}. " if self.best else ""
-        found = [step for path in checkpoints(self.folder.checkpoints) if (step := step_of(path)) <= good]
+        better = bool(self.best) and self.best["loss"] < verdict.baseline
+        said = f"best/ holds the adapter of step {self.best['step']}. " if better else ""
+        found = [step for path in checkpoints(self.folder.checkpoints) if (step := step_of(path)) <= verdict.good]
         return said + (f"The checkpoint of step {found[0]} is the last good one. " if found else "")
 
     def last_words(self, ended: Astray) -> str:
@@ -413,7 +414,7 @@ class Artifacts:
         return (
             f"the run diverged in step {ended.verdict.step}{tried}, and ended after step {ended.step}: "
             f"{ended.verdict.reason}; {self._lower()}, and start again with --overwrite or another output_dir. "
-            f"{self._left(ended.verdict.good)}adapter/ holds what it had come to"
+            f"{self._left(ended.verdict)}adapter/ holds what it had come to"
         )
 
     def go_back(self, ended: Astray, records: Records | None) -> tuple[int, bool]:

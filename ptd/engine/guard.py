@@ -3,24 +3,29 @@
 A prompt is trained to make the backbone's loss smaller than it is without a prompt. So the loss of the backbone alone,
 on the rows of the first steps, is the *baseline* that every later loss is compared with (`Guard.begin`). Where the
 backbone cannot be asked alone (a head that is trained from nothing, virtual tokens among those of the rows) the loss of
-step 1, which no update has touched yet, takes its place. What a run starts from may lie far above the baseline (random
-embeddings do). The *reference* is therefore the baseline plus what the first loss is above the backbone's on the same
-rows: a run diverges when it leaves where it was, not when it comes down slowly.
+the same rows before the first update takes its place. What a run starts from may lie far above the baseline (random
+embeddings do). The *reference* is therefore the baseline plus what the loss of step 1 is above it on the same rows: a
+run diverges when it leaves where it was, not when it comes down slowly.
 
 Losses are put together in windows of ``w = clamp(total_steps // 20, 10, 50)`` steps, one behind the other. The *level*
-of a window is its mean or its median, whichever is smaller: a spike of a few steps moves the one, never the other. The
-standard error of a level is estimated from the spread of the losses inside the window (and that of the baseline from
-the same spread), so that batches of few rows, whose losses scatter, are given more room. A run has diverged when
+of a window is its mean or its median, whichever is smaller: a spike of a few steps moves the one, never the other. Its
+*spread* is the standard deviation of the losses in it, or that of the newest window in which nothing was wrong,
+whichever is larger. Batches of few rows, whose losses scatter, are given more room by it. A run has diverged when
 
 1. *it stands above the reference*: two windows are complete, the newer one began behind the warm-up, its level is above
-   the reference by more than 2 % of the baseline, `FLOOR` and 3 standard errors, and it is not below 0.9 × the level
-   before (it does not fall);
+   the reference by more than 5 % of the baseline, 0.1 nats and 5 standard errors (of the level and of the baseline, by
+   the spread), and it is not below 0.9 × the level before (it does not fall);
 2. *it has given back what it gained*: the level of a window is above the lowest one so far by more than half of what
-   that one had gained below the baseline, 0.25 nats and 4 standard errors;
-3. *it is far off*: 5 losses in a row are above the alarm, the larger of 1.5 × the reference and the reference + 1 nat,
-   and the last of them is not below 0.9 × the first. This one needs no window and no end of the warm-up.
+   that one had gained below the baseline, 0.25 nats and 6 standard errors;
+3. *it is far off*: 5 losses in a row are above the alarm, the largest of 1.5 × the reference, the reference + 1 nat and
+   the reference + 3 × the spread, and the last of them is not below 0.9 × the first. This needs neither two windows nor
+   the end of the warm-up.
 
-However much the losses scatter, the room that 1 and 2 give them for it ends at the alarm.
+However much the losses scatter, the room that 1 and 2 give them for it ends at the alarm. So losses that stand still
+or fall are left alone even where those of a step scatter by 0.4 nats (8 rows of text: about 0.15), and a learning rate
+that is a hundred times too high is found out mostly within ten steps: its losses are several nats above the baseline.
+What is only a little worse than the backbone alone is not called diverged; the end of a run compares the held-out
+losses.
 
 Losses that are not finite are left out: the loop skips such steps, and ends a run with too many of them
 (`ptd.engine.loop.MAX_SKIPPED`). A loss scale's skipped steps have an ordinary loss. A run of fewer steps than two
@@ -41,20 +46,20 @@ from typing import Any
 
 SHORTEST, LONGEST, WINDOWS = 10, 50, 20
 """Steps of a window, at least and at most; and windows of a run whose windows are neither."""
-ABOVE, FLOOR, ERRORS = 0.02, 0.05, 3.0
+ABOVE, FLOOR, ERRORS = 0.05, 0.1, 5.0
 """How far above the reference a window stands out: share of the baseline, nats, standard errors."""
 FALLING = 0.9
 """What falls is below this share of what was before."""
-GIVEN_BACK, GIVEN_BACK_NATS, GIVEN_BACK_ERRORS = 0.5, 0.25, 4.0
+GIVEN_BACK, GIVEN_BACK_NATS, GIVEN_BACK_ERRORS = 0.5, 0.25, 6.0
 """How much above the best window is too much: share of its gain, nats, standard errors."""
-FAR, FAR_NATS, IN_A_ROW = 1.5, 1.0, 5
-"""The alarm: times the reference, nats above it; and how many losses in a row have to be above."""
+FAR, FAR_NATS, FAR_SPREADS, IN_A_ROW = 1.5, 1.0, 3.0, 5
+"""The alarm: times the reference, nats above it, spreads above it; and how many losses in a row have to be above."""
 
 
 @dataclass(frozen=True)
 class Divergence:
     """A verdict. ``step``: the last one it looked at; ``loss``: its level there; ``baseline``: what that is compared
-    with, which is the loss of the backbone ``alone`` or that of step 1; ``reason``: a clause for people.
+    with, which is the loss of the backbone ``alone`` or that before the first update; ``reason``: a clause for people.
 
     ``good``: the last step after which nothing was wrong yet; 0: only before step 1.
     """
@@ -73,14 +78,18 @@ class Guard:
 
     total_steps: int
     warmup_steps: int = 0
-    _alone: list[float] = field(default_factory=list, init=False)
-    """Losses of the backbone alone on the rows of the first steps; none without it."""
+    _begun: list[float] = field(default_factory=list, init=False)
+    """Losses of the rows of the first steps, before the first update."""
+    _alone: bool = field(default=False, init=False)
+    """Whether they are those of the backbone alone."""
     _baseline: float | None = field(default=None, init=False)
     _reference: float | None = field(default=None, init=False)
     _window: list[tuple[int, float]] = field(default_factory=list, init=False)
     """Step and loss, of the window that is not complete."""
     _before: float | None = field(default=None, init=False)
     """Level of the newest complete window."""
+    _spread: float = field(default=0.0, init=False)
+    """Of the newest window in which nothing was wrong."""
     _best: tuple[float, int] | None = field(default=None, init=False)
     """Lowest level of all windows, and the last step of that one."""
     _last: list[tuple[int, float]] = field(default_factory=list, init=False)
@@ -97,38 +106,35 @@ class Guard:
         """Steps of a window."""
         return min(max(self.total_steps // WINDOWS, SHORTEST), LONGEST)
 
-    def begin(self, alone: Sequence[float]) -> None:
-        """Before step 1: the losses of the backbone alone on the rows of step 1, step 2, … (at least those of step 1).
-
-        Not to be called where there is no such thing; the loss of step 1 is the baseline then.
-        """
-        self._alone = list(alone)
-        self._baseline = statistics.fmean(alone)
+    def begin(self, losses: Sequence[float], *, alone: bool) -> None:
+        """Before step 1: the losses of the rows of step 1, step 2, … (at least those of step 1), of the backbone
+        ``alone`` or of what the run starts from. Without this, or if one is not finite, nothing is judged."""
+        if all(map(math.isfinite, losses)):
+            self._begun, self._alone = list(losses), alone
+            self._baseline = statistics.fmean(losses)
 
     def see(self, step: int, loss: float) -> Divergence | None:
         """Take the loss of ``step``; returns the verdict when this loss brings it. Steps come in their order."""
-        if not math.isfinite(loss):
+        if self.said or self._baseline is None or not math.isfinite(loss):
             return None
         if self._reference is None:
-            if step != 1 and self._baseline is None:  # a run that an older version began: nothing to compare with
-                return None
-            first = self._alone[0] if self._alone else loss
-            self._baseline = self._baseline if self._baseline is not None else loss
-            self._reference = self._baseline + max(0.0, loss - first)
+            rise = loss - self._begun[0] if step == 1 else 0.0
+            self._reference = self._baseline + max(0.0, rise)
         self._window.append((step, loss))
         self._last = [*self._last, (step, loss)][-IN_A_ROW:]
         verdict = self._far_off(step) or self._of_window()
-        if self.said or verdict is None:
-            return None
-        self.said = True
+        self.said = verdict is not None
         return verdict
 
+    def rearm(self) -> None:
+        """After a verdict that nobody acted on: another one may come, of later steps."""
+        self.said, self._window, self._last = False, [], []
+
     def restart(self) -> None:
-        """Forget all steps; what is known of the backbone alone stays."""
-        alone = self._alone
+        """Forget all steps; what `begin` was told stays."""
         fresh = Guard(self.total_steps, self.warmup_steps)
-        if alone:
-            fresh.begin(alone)
+        if self._begun:
+            fresh.begin(self._begun, alone=self._alone)
         self.load(fresh.state())
 
     def state(self) -> dict[str, Any]:
@@ -146,7 +152,7 @@ class Guard:
     @property
     def _alarm(self) -> float:
         assert self._reference is not None
-        return max(FAR * self._reference, self._reference + FAR_NATS)
+        return max(FAR * self._reference, self._reference + max(FAR_NATS, FAR_SPREADS * self._spread))
 
     def _far_off(self, step: int) -> Divergence | None:
         assert self._reference is not None
@@ -168,10 +174,11 @@ class Guard:
         (first, _), (last, _) = self._window[0], self._window[-1]
         losses = [loss for _, loss in self._window]
         level = min(statistics.fmean(losses), statistics.median(losses))
-        spread, room = statistics.stdev(losses), self._alarm - self._reference
+        own, room = statistics.stdev(losses), self._alarm - self._reference
+        spread = max(own, self._spread)
         before, best, self._window, self._before = self._before, self._best, [], level
 
-        error = spread * math.sqrt(1 / len(losses) + 1 / max(1, len(self._alone)))
+        error = spread * math.sqrt(1 / len(losses) + 1 / len(self._begun))
         allowed = max(ABOVE * self._baseline, FLOOR, min(ERRORS * error, room))
         above = level > self._reference + allowed
         falls = before is not None and level < FALLING * before
@@ -184,7 +191,7 @@ class Guard:
             self._best = (level, last)
         steps, good = f"steps {first:,} to {last:,}", self._good
         if not above and (best is None or level <= best[0] + gone / 2):
-            self._good = last - 1
+            self._good, self._spread = last - 1, own
         if above and before is not None and first > self.warmup_steps and not falls:
             said = f"the training loss of {steps}, {level:.4f}, is above {self._than} and does not fall"
             return self._verdict(last, level, said, good)
@@ -199,9 +206,9 @@ class Guard:
     @property
     def _than(self) -> str:
         """What the reference is, for people."""
-        what = "that of the backbone alone" if self._alone else "what it began with"
+        what = "that of the backbone alone" if self._alone else "that it began with"
         return f"{what}, {self._baseline:.4f}"
 
     def _verdict(self, step: int, loss: float, reason: str, good: int) -> Divergence:
         assert self._baseline is not None
-        return Divergence(step, loss, self._baseline, bool(self._alone), reason, good)
+        return Divergence(step, loss, self._baseline, self._alone, reason, good)

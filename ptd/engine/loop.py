@@ -34,9 +34,9 @@ BEHIND = 1
 """Steps by which reading results from a GPU is behind asking for them: while the host reads, the GPU has a whole step
 to do. One is enough; a signal to stop, a run to be ended for its skipped steps, and a divergence wait as long."""
 
-ALONE_ROWS, ALONE_STEPS, ALONE_SHARE = 32, 16, 20
-"""The backbone alone is measured on the rows of the first steps: on so many rows or steps, whichever it has first, and
-on one in so many of the run's steps at most. A forward pass takes a third of a step's time: this is 2 % of a run."""
+FIRST_ROWS, FEWEST_ROWS, FIRST_SHARE = 32, 16, 20
+"""What a run begins from is measured on the rows of its first steps: on `FIRST_ROWS` rows, within one in `FIRST_SHARE`
+of its steps; on `FEWEST_ROWS` at least. A forward pass takes a third of a step: mostly below 2 % of a run."""
 
 
 @dataclass(frozen=True)
@@ -219,14 +219,20 @@ class Loop:
             supervised += batch.supervised_tokens
         return self.step.finish(loss, weight, tokens, supervised, stop=self.request.wanted)
 
-    def measure_alone(self, stop: int) -> None:
-        """Measure the backbone alone, without a prompt: what a run of ``stop`` steps has to beat. Before step 1.
+    def measure_start(self, stop: int, *, alone: bool) -> None:
+        """Measure what a run of ``stop`` steps begins from, before step 1: the backbone ``alone``, without a prompt, or
+        where that cannot be asked, prompt and head as they are initialised. Every rank calls this together.
 
-        One record of step 0 has what an evaluation of the held-out rows says, under ``frozen_``, and as
-        ``frozen_train_loss`` the mean of the losses of the first steps' rows, which the ``guard`` gets. Every rank
-        calls this together.
+        The ``guard`` gets the losses of the rows of the first steps. Of the backbone alone one record of step 0 has
+        their mean, as ``frozen_train_loss``, and what an evaluation of the held-out rows says, under ``frozen_``.
         """
-        self.prepared.attachment.set(None)
+        self.prepared.attachment.set(None if alone else self.step.state())
+        losses = self._measure_alone(stop) if alone else self._first_losses(stop)
+        self.step.meter.take()  # what this gathers is no step's
+        if self.guard is not None:
+            self.guard.begin(losses, alone=alone)
+
+    def _measure_alone(self, stop: int) -> list[float]:
         found: dict[str, Any] = {}
         said = "the backbone alone: "
         if self.held_out is not None:
@@ -234,25 +240,23 @@ class Loop:
             found = {f"frozen_{key}": value for key, value in metrics.items()}
             shown = [f"{key} {value:.4f}" for key, value in metrics.items() if isinstance(value, float)]
             said += f"held-out {'  '.join(shown)}  "
-        losses = self._losses_alone(stop)
+        losses = self._first_losses(stop)
         found["frozen_train_loss"] = math.fsum(losses) / len(losses)
-        self.step.meter.take()  # what this gathers is no step's
         self.reporter.note(f"{said}training loss {found['frozen_train_loss']:.4f}")
         self.on_record({"step": 0, **found})
-        if self.guard is not None:
-            self.guard.begin(losses)
+        return losses
 
     @torch.no_grad()
-    def _losses_alone(self, stop: int) -> list[float]:
+    def _first_losses(self, stop: int) -> list[float]:
         """Of the model as it stands, on the rows of step 1, step 2, …; each the mean over all ranks."""
         sums: list[Tensor] = []
         rows = 0
-        while rows < ALONE_ROWS and len(sums) < min(ALONE_STEPS, max(1, stop // ALONE_SHARE)):
+        while len(sums) < stop and rows < (FIRST_ROWS if len(sums) < stop // FIRST_SHARE else FEWEST_ROWS):
             loss = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
             weight: Tensor | float = 0.0
             rows += len(self.batches.rows(len(sums)))
             for batch in self.batches.step(len(sums)):
-                self.heartbeat("the backbone alone on the first rows")
+                self.heartbeat("measuring the first rows")
                 reading = self.step.readout(self.prepared.run, batch)
                 loss += reading.loss
                 weight += reading.weight.double() if isinstance(reading.weight, Tensor) else reading.weight
