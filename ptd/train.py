@@ -341,7 +341,8 @@ class Artifacts:
         facts |= {"waited": self.waited, **self._happened()}
         if self.guard is not None:
             facts["guard"] = self.guard.state()
-        self.saver.save(number, self.step.tensors(), facts)
+        retries = self.guard is not None and self.settings.on_divergence == "retry"
+        self.saver.save(number, self.step.tensors(), facts, hold=self.guard.good if self.guard and retries else None)
 
     def move_on(self, request: StopRequest) -> None:
         """Let the checkpoint in flight move on; where it failed, ask all ranks to stop, which then raise why."""

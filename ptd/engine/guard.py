@@ -9,12 +9,13 @@ run diverges when it leaves where it was, not when it comes down slowly.
 
 Losses are put together in windows of ``w = clamp(total_steps // 20, 10, 50)`` steps, one behind the other. The *level*
 of a window is its mean or its median, whichever is smaller: a spike of a few steps moves the one, never the other. Its
-*spread* is the standard deviation of the losses in it, or that of the newest window in which nothing was wrong,
-whichever is larger. Batches of few rows, whose losses scatter, are given more room by it. A run has diverged when
+*spread* is the standard deviation of a loss about the trend (`spread_of`), or the spread of the newest window in which
+nothing was wrong, whichever is larger. Batches of few rows, whose losses scatter, are given more room by it. A run has
+diverged when
 
 1. *it stands above the reference*: two windows are complete, the newer one began behind the warm-up, its level is above
    the reference by more than 5 % of the baseline, 0.1 nats and 5 standard errors (of the level and of the baseline, by
-   the spread), and it is not below 0.9 × the level before (it does not fall);
+   the spread), and it does not fall: what it is above is not below 0.9 × what the window before was above;
 2. *it has given back what it gained*: the level of a window is above the lowest one so far by more than half of what
    that one had gained below the baseline, 0.25 nats and 6 standard errors;
 3. *it is far off*: 5 losses in a row are above the alarm, the largest of 1.5 × the reference, the reference + 1 nat and
@@ -42,6 +43,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 SHORTEST, LONGEST, WINDOWS = 10, 50, 20
@@ -96,7 +98,7 @@ class Guard:
     """The newest losses, at most `IN_A_ROW`."""
     _calm: int = field(default=0, init=False)
     """The last step whose loss was less than half way from the reference to the alarm."""
-    _good: int = field(default=0, init=False)
+    good: int = field(default=0, init=False)
     """The last step with a complete window behind it in which nothing was wrong."""
     said: bool = field(default=False, init=False)
     """Whether there was a verdict: there is one at most."""
@@ -139,15 +141,14 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """Plain numbers from which `load` goes on."""
-        return {name.removeprefix("_"): value for name, value in asdict(self).items() if name.startswith(("_", "said"))}
+        return {name: value for name, value in asdict(self).items() if name not in ("total_steps", "warmup_steps")}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take up what `state` gave, here or through JSON."""
         for name, value in state.items():
-            own = name if name == "said" else f"_{name}"
-            if name in ("window", "last"):
+            if name in ("_window", "_last"):
                 value = [tuple(pair) for pair in value]
-            setattr(self, own, tuple(value) if name == "best" and value is not None else value)
+            setattr(self, name, tuple(value) if name == "_best" and value is not None else value)
 
     @property
     def _alarm(self) -> float:
@@ -164,7 +165,7 @@ class Guard:
         span = f"{min(losses):.4f} to {max(losses):.4f}"
         said = f"the losses of the last {IN_A_ROW} steps, {span}, are far above {self._than}"
         # The loss of a step is that of what the steps before it left.
-        return self._verdict(step, statistics.fmean(losses), said, min(self._good, max(0, self._calm - 1)))
+        return self._verdict(step, statistics.fmean(losses), said, min(self.good, max(0, self._calm - 1)))
 
     def _of_window(self) -> Divergence | None:
         if len(self._window) < self.width:
@@ -173,15 +174,15 @@ class Guard:
         assert self._reference is not None
         (first, _), (last, _) = self._window[0], self._window[-1]
         losses = [loss for _, loss in self._window]
-        level = min(statistics.fmean(losses), statistics.median(losses))
-        own, room = statistics.stdev(losses), self._alarm - self._reference
+        level, highest = sorted((statistics.fmean(losses), statistics.median(losses)))
+        own, room = spread_of(losses), self._alarm - self._reference
         spread = max(own, self._spread)
         before, best, self._window, self._before = self._before, self._best, [], level
 
         error = spread * math.sqrt(1 / len(losses) + 1 / len(self._begun))
         allowed = max(ABOVE * self._baseline, FLOOR, min(ERRORS * error, room))
         above = level > self._reference + allowed
-        falls = before is not None and level < FALLING * before
+        falls = before is not None and level - self._reference < FALLING * (before - self._reference)
         given_back, gone = False, 0.0
         if best is not None:
             error = spread * math.sqrt(2 / len(losses))
@@ -189,16 +190,17 @@ class Guard:
             given_back = best[0] < self._baseline and level > best[0] + gone
         if best is None or level < best[0]:
             self._best = (level, last)
-        steps, good = f"steps {first:,} to {last:,}", self._good
-        if not above and (best is None or level <= best[0] + gone / 2):
-            self._good, self._spread = last - 1, own
+        steps, good = f"steps {first:,} to {last:,}", self.good
+        wrong = highest > self._reference + allowed / 2 or (best is not None and highest > best[0] + gone / 2)
+        if not wrong:
+            self.good, self._spread = last - 1, own
         if above and before is not None and first > self.warmup_steps and not falls:
-            said = f"the training loss of {steps}, {level:.4f}, is above {self._than} and does not fall"
+            said = f"the training loss of {steps}, {level:.4f}, is above {self._than}, and does not fall"
             return self._verdict(last, level, said, good)
         if given_back and best is not None:
             said = (
                 f"the training loss of {steps}, {level:.4f}, is above the {best[0]:.4f} that it had come to in step "
-                f"{best[1]:,}: more than half of what was gained over {self._than} is lost"
+                f"{best[1]:,}: more than half of what was gained over {self._than}, is lost"
             )
             return self._verdict(last, level, said, good)
         return None
@@ -212,3 +214,12 @@ class Guard:
     def _verdict(self, step: int, loss: float, reason: str, good: int) -> Divergence:
         assert self._baseline is not None
         return Divergence(step, loss, self._baseline, self._alone, reason, good)
+
+
+def spread_of(losses: Sequence[float]) -> float:
+    """Standard deviation of a loss about its trend, by the median of the differences between neighbours.
+
+    The difference of two normal values has √2 times the standard deviation, and the median of its size is 0.6745 times
+    that. Neither a trend nor a few outliers count.
+    """
+    return statistics.median(abs(after - before) for before, after in pairwise(losses)) / (0.6745 * math.sqrt(2))
