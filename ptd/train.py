@@ -182,6 +182,10 @@ def _train(
         result = artifacts.keep_result({"steps": steps, "seconds": time.time() - began})
         if isinstance(ended, Enough):
             result["stopped_early"] = ended.step
+            reporter.note(
+                f"ended after step {ended.step}: {artifacts.waited} evaluations in a row were no better than that of "
+                f"step {artifacts.best.get('step')} (train.early_stopping_patience)"
+            )
         if sampler is not None and total and not isinstance(ended, Astray):
             sampler.keep(steps, step.state())
         result["peak_memory_bytes"] = peak_memory_bytes()

@@ -35,7 +35,8 @@ TALL = 3.0
 
 @dataclass(frozen=True)
 class Curve:
-    """``y`` over ``x``; NaN is a gap. ``colour``: place in the palette; ``dashed``, ``dots``: how it is drawn."""
+    """``y`` over ``x``; NaN is a gap. ``colour``: place in the palette (−1: none of its colours); ``dashed``, ``dots``:
+    how it is drawn. One without a ``label`` is in no legend."""
 
     label: str
     x: np.ndarray
@@ -205,18 +206,21 @@ def _loss(runs: Sequence[Run]) -> list[Panel]:
 
 def _with_alone(panel: Panel, runs: Sequence[Run], key: str) -> Panel:
     """With a dashed line where the backbone alone is, in the colour of the held-out rows, or of the run."""
-    lines = []
-    for number, run in enumerate(runs):
-        level = run.alone.get(key)
-        if not is_number(level) or not panel.curves:
-            continue
-        last = max([*(curve.x[-1] for curve in panel.curves), 1.0])
-        colour = number if len(runs) > 1 else 1 if panel.name == "loss" else 0
-        label = run.name if len(runs) > 1 else ALONE
-        lines.append(Curve(label, np.array([0.0, last]), np.full(2, level, dtype=float), colour, dashed=True))
-    if not lines:
+    levels = {number: run.alone[key] for number, run in enumerate(runs) if is_number(run.alone.get(key))}
+    if not levels or not panel.curves:
         return panel
-    note = f"{panel.note} Dashed: the backbone alone.".strip() if len(runs) > 1 else panel.note
+    last = max([*(curve.x[-1] for curve in panel.curves), 1.0])
+
+    def line(level: float, colour: int, label: str) -> Curve:
+        return Curve(label, np.array([0.0, last]), np.full(2, level, dtype=float), colour, dashed=True)
+
+    if len(runs) == 1:
+        lines = [line(levels[0], 1 if panel.name == "loss" else 0, ALONE)]
+    elif len(set(levels.values())) == 1:
+        lines = [line(next(iter(levels.values())), -1, ALONE)]
+    else:
+        lines = [line(level, number, "") for number, level in levels.items()]
+    note = f"{panel.note} Dashed: the {ALONE}.".strip() if len(runs) > 1 else panel.note
     found = _axes(panel.name, panel.title, panel.unit, [*panel.curves, *lines], from_zero=panel.from_zero)
     return replace(found, note=note)
 

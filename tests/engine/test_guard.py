@@ -58,9 +58,9 @@ SMOL_AT_1 = (
     2.397, 12.107, 8.709, 10.738, 11.337, 9.503, 9.985, 10.435, 9.112, 7.711, 7.989, 7.251, 8.24, 7.248, 6.73, 7.007,
     6.775, 6.724, 6.847, 6.203, 6.47, 6.327, 6.016, 6.032, 5.851, 5.871, 5.685, 5.777, 5.525, 5.57, 5.433, 5.851, 5.417,
 )
-SMOL_RANDOM_PROMPT_AT_1E_2 = (
-    2.936, 2.62, 2.683, 2.614, 2.711, 2.685, 2.497, 2.267, 2.796, 2.551, 2.242, 1.958, 2.567, 2.383, 1.866, 1.93, 1.98,
-    2.224, 2.417, 2.177, 2.098, 2.157, 1.875, 1.852, 1.891, 1.886, 1.705, 1.756, 1.681, 2.188, 1.901, 2.15, 1.702, 1.904,
+SMOL_RANDOM_PROMPT_AT_1 = (  # its second loss is far above, and only that
+    2.936, 4.924, 2.831, 2.644, 2.614, 2.569, 2.319, 2.008, 2.591, 2.154, 1.939, 1.722, 2.303, 2.103, 1.665, 1.789,
+    1.743, 2.079, 2.228, 1.922, 1.859, 1.954, 1.664, 1.676, 1.704, 1.702, 1.56, 1.584, 1.537, 2.056, 1.639, 1.979,
 )
 # fmt: on
 
@@ -99,7 +99,7 @@ def judged(
         (RANDOM_PROMPT_AT_1, QUICKSTART_ALONE),
         (RANDOM_PROMPT_AT_1E_2, QUICKSTART_ALONE),
         (SMOL_AT_1E_2, SMOL_ALONE),
-        (SMOL_RANDOM_PROMPT_AT_1E_2, SMOL_ALONE),
+        (SMOL_RANDOM_PROMPT_AT_1, SMOL_ALONE),
     ],
 )
 def test_real_runs_that_learn(losses: Sequence[float], begun: Sequence[float], total: int) -> None:
@@ -125,7 +125,7 @@ def test_a_run_that_stays_above_the_backbone_alone() -> None:
     verdict = judged(PREFIX_AT_30, FOUR_ROWS_ALONE)
     assert verdict is not None
     assert (verdict.step, verdict.good) == (30, 0)
-    said = "the training loss of steps 21 to 30, 5.7840, is above that of the backbone alone, 4.9655, and does not fall"
+    said = "the training loss of steps 21 to 30, 5.7840, is above that of the backbone alone, 4.9168, and does not fall"
     assert verdict.reason == said
     assert judged(PREFIX_AT_30, FOUR_ROWS_ALONE, warmup=25) is None, "the rate may still have been too low"
 
