@@ -102,7 +102,8 @@ def _train(
     began, folder = time.time(), journal.folder
     settings = fit_batch(config, ranks.world_size, folder.facts().get("rows_per_step"), reporter)
     material = read_material(config, ranks, reporter)
-    prepared, step, batches = build_engine(config, zero3, ranks, settings, material)
+    units = folder.checkpoint is None or bool(folder.facts().get("units"))
+    prepared, step, batches = build_engine(config, zero3, ranks, settings, material, units=units)
     total = settings.max_steps or batches.total_steps(settings.num_train_epochs)
     if not material.trains:
         reporter.note(f"method {config.method_name} trains nothing: the backbone is evaluated as it is")
@@ -251,7 +252,13 @@ class Artifacts:
         """
         rows = self.settings.per_device_train_batch_size * self.settings.gradient_accumulation_steps
         also = {"evaluation_due": True} if evaluation_due else {}
-        facts = {"rows_per_step": rows * self.ranks.world_size, "best": self.best, **also, **self._origin()}
+        facts = {
+            "rows_per_step": rows * self.ranks.world_size,
+            "best": self.best,
+            "units": self.step.trained.units,
+            **also,
+            **self._origin(),
+        }
         self.saver.save(number, self.step.tensors(), facts)
 
     def move_on(self, request: StopRequest) -> None:
@@ -478,18 +485,28 @@ class Engine(NamedTuple):
 
 
 def build_engine(
-    config: RunConfig, zero3: dict[str, Any] | None, ranks: Ranks, settings: TrainConfig, material: Material
+    config: RunConfig,
+    zero3: dict[str, Any] | None,
+    ranks: Ranks,
+    settings: TrainConfig,
+    material: Material,
+    *,
+    units: bool = True,
 ) -> Engine:
-    """Load the backbone and put around it what the run trains. Every rank calls this together; raises `UserError`."""
+    """Load the backbone and put around it what the run trains. Every rank calls this together; raises `UserError`.
+
+    ``units``: train the prompt in the backbone's own sizes (`ptd.types.Units`), not as the numbers that it reads.
+    """
     prepared = prepare(config.backbone, ranks, zero3, output=material.task.output)
     prepared.attachment.inputs.placeholder = material.tokenizer.pad_token_id or 0
     held_out = material.held_out.examples if material.held_out is not None else material.examples
     for what, examples in (("data.train", material.examples), ("data.eval", held_out)):  # its config may have said less
         size = embeddings_of(prepared.model)
         check_ids(examples, material.tokenizer, size, what, writes=material.task.generates)
-    if config.backbone.compile:
+    built = build_trained(config, prepared, material.task, material.tokenizer, material.examples, units=units)
+    if config.backbone.compile:  # after what looks into the layers
         compile_layers(prepared.model)
-    trained = _build(config, prepared, material.task, material.tokenizer, ranks)
+    trained = Trained(ranks.distribute(built.encoder), built.readout.to(ranks.device), built.readout_rates)
     step = build_step(config, trained, ranks, prepared.model.dtype)
     batches = _batches(config.data, settings, material.examples, material.tokenizer, prepared, ranks)
     return Engine(prepared, step, batches)
@@ -500,17 +517,24 @@ def facts_of(config: RunConfig, task: Task) -> TaskFacts:
     return TaskFacts(config.task.kind, task.labels, task.cloze, task.output == "body", task.virtual_tokens)
 
 
-def _build(config: RunConfig, prepared: Prepared, task: Task, tokenizer: Any, ranks: Ranks) -> Trained:
-    """Prompt encoder and readout, initialised alike on all ranks and put where they belong."""
-    trained = build_trained(config, prepared, task, tokenizer, ranks.device)
-    return Trained(ranks.distribute(trained.encoder), trained.readout.to(ranks.device))
+def build_trained(
+    config: RunConfig,
+    prepared: Prepared,
+    task: Task,
+    tokenizer: Any,
+    examples: Examples | None = None,
+    *,
+    units: bool = True,
+) -> Trained:
+    """Prompt encoder and readout, initialised alike on all ranks and still on the CPU.
 
-
-def build_trained(config: RunConfig, prepared: Prepared, task: Task, tokenizer: Any, device: torch.device) -> Trained:
-    """Prompt encoder and readout, initialised and still on the CPU; ``device``: the backbone's."""
+    ``examples``: the rows to start from; ``units`` as for `build_engine`.
+    """
     settings, chosen = config.method_config(), method(config.method_name)
-    conditioner = TextConditioner(prepared.model, tokenizer, device)
+    conditioner = TextConditioner(prepared.attachment, tokenizer, examples, config.train.seed)
     encoder = chosen.build(settings, prepared.shape, conditioner, facts_of(config, task), seed=config.train.seed)
+    if not units:
+        encoder.units = None
     with torch.no_grad():
         prepared.attachment.set(encoder.state(encoder()))
     check_context(prepared.shape.context, prepared.attachment.extra_positions, config.data.max_length)
@@ -518,7 +542,8 @@ def build_trained(config: RunConfig, prepared: Prepared, task: Task, tokenizer: 
         torch.manual_seed(config.train.seed)
         readout = task.readout(tokenizer, prepared.shape.hidden_size, chosen.head(settings))
     check_words(readout.token_ids(), tokenizer, embeddings_of(prepared.model))
-    return Trained(encoder, readout)
+    rates = readout.rates(conditioner.hidden_size()) if units and task.output == "body" else {}
+    return Trained(encoder, readout, rates)
 
 
 def build_step(config: RunConfig, trained: Trained, ranks: Ranks, dtype: torch.dtype) -> PromptStep:

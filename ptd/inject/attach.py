@@ -18,6 +18,7 @@ from ptd.inject.attention import (
     give_slot,
     has_slot,
     padded_forward,
+    states_of_layers,
     take_slot,
 )
 from ptd.inject.explain import check_backend
@@ -222,6 +223,18 @@ class Attachment:
         finally:
             padded_forward.reset(padded)
             self.stacks[0].trusted = False
+
+    def keys_and_values(self, run: Callable[[], Any]) -> list[tuple[Tensor, Tensor]]:
+        """What each attention layer attends to in ``run``, a forward pass over one sequence without a prompt.
+
+        ``[S, H, Dk]`` and ``[S, H, Dv]`` in the order of ``shape.layers``; S are the tokens that the layer's keys come
+        from. Takes the prompt off.
+        """
+        self.set(None)
+        with states_of_layers() as seen:
+            run()
+        assert len(seen) == len(self.slots)
+        return seen
 
     def generation_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         """What ``model.generate`` has to be given for prompts ``[B, S]``, padded on the left.
