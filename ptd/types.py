@@ -188,8 +188,8 @@ class EmptyLayout:
 class Units(nn.Module):
     """The backbone's own sizes, in which a prompt is trained: ``flat = origin + unit · z``, where ``z`` is trained.
 
-    AdamW moves every number by up to the learning rate per step, whatever the number's size. So one learning rate means
-    the same for every backbone only if ``z`` ``[P, W]`` is what it moves: ``unit`` ``[W]`` is the root mean square that the
+    AdamW moves every number by up to the learning rate per step, whatever the number's size. So a learning rate means
+    the same for every backbone only if it moves ``z`` ``[P, W]``: ``unit`` ``[W]`` is the root mean square that the
     backbone's own keys, values or embeddings have there, ``origin`` ``[P, W]`` the prompt at ``z = 0``. Both are fixed.
     """
 

@@ -203,9 +203,8 @@ def started(
 def sizes_of(states: Tensor, layout: PrefixLayout) -> Tensor:
     """Root mean square of each layer's keys and of its values in ``states`` ``[S, W]``, at their columns: ``[W]``."""
     seen = layout.state(states)
-    sizes = [
-        part.square().mean().sqrt().expand(part[0].numel()) for pair in zip(seen.keys, seen.values) for part in pair
-    ]
+    parts = [part for pair in zip(seen.keys, seen.values, strict=True) for part in pair]
+    sizes = [part.square().mean().sqrt().expand(part[0].numel()) for part in parts]
     return torch.cat(sizes).clamp(min=torch.finfo(torch.float32).tiny)
 
 

@@ -87,9 +87,8 @@ class PTuningEncoder(PromptEncoder):
         else:
             widths = [hidden_size, encoder_hidden_size, encoder_hidden_size, hidden_size]
         linear = [nn.Linear(width, following) for width, following in pairwise(widths)]
-        self.mlp_head: nn.Sequential = nn.Sequential(*(module for layer in linear for module in (layer, nn.ReLU())))[
-            :-1
-        ]
+        modules = [module for layer in linear for module in (layer, nn.ReLU())]
+        self.mlp_head = nn.Sequential(*modules[:-1])
 
     def network(self) -> Tensor:
         hidden = self.embedding if self.lstm_head is None else self.lstm_head(self.embedding)[0]

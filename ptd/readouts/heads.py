@@ -21,7 +21,9 @@ Pooling = Literal["cls", "last", "mean"]
 class Head(nn.Module):
     """Linear layers with tanh between them: ``hidden_size -> *hidden_sizes -> outputs``. None hidden: linear.
 
-    The last layer starts at zero, so that every output starts alike whatever the size of the hidden states. ``forward``: ``[..., hidden_size]`` of any dtype -> fp32 ``[..., outputs]``; the parameters are fp32 whatever the
+    The last layer starts at zero: all outputs start alike, whatever the size of the hidden states.
+
+    ``forward``: ``[..., hidden_size]`` of any dtype -> fp32 ``[..., outputs]``; the parameters are fp32 whatever the
     backbone's dtype.
     """
 
