@@ -52,6 +52,7 @@ class TextConditioner:
         self.attached, self.model, self.tokenizer = attached, attached.model, tokenizer
         self._examples = rows
         self._random = random.Random(seed)
+        self._drawn = self._sides_of_rows()
         self._accepts = inspect.signature(self.model.forward).parameters.keys()
         self._sides = 2 if "decoder_input_ids" in self._accepts else 1
 
@@ -61,28 +62,20 @@ class TextConditioner:
         return device
 
     def rows(self, count: int) -> list[list[int]]:
-        """The first ``count`` tokens of training rows, drawn without replacement and concatenated.
+        """``count`` tokens of training rows, drawn without replacement and concatenated; the last row ends them.
 
         A list for each stack: of an encoder-decoder the encoder's and the decoder's tokens of the same rows.
         """
-        found: list[list[int]] = [[] for _ in range(self._sides)]
-        for sides in self._drawn():
-            for tokens, more in zip(found, sides, strict=True):
-                tokens += more
-            if all(len(tokens) >= count for tokens in found):
-                break
-        return [self._known(tokens[:count]) for tokens in found]
+        return self._collected(count, lambda tokens: tokens)
 
     def chunks(self, count: int) -> list[list[int]]:
         """As `rows`, but of pieces of `CHUNK` tokens, each from a random place of a row."""
-        found: list[list[int]] = [[] for _ in range(self._sides)]
-        for sides in self._drawn():
-            for tokens, more in zip(found, sides, strict=True):
-                begin = self._random.randrange(max(1, len(more) - CHUNK + 1))
-                tokens += more[begin : begin + CHUNK]
-            if all(len(tokens) >= count for tokens in found):
-                break
-        return [self._known(tokens[:count]) for tokens in found]
+
+        def piece(tokens: list[int]) -> list[int]:
+            begin = self._random.randrange(max(1, len(tokens) - CHUNK + 1))
+            return tokens[begin : begin + CHUNK]
+
+        return self._collected(count, piece)
 
     def frequent(self, count: int) -> list[int]:
         """Ids of frequent tokens, all different as long as there are enough."""
@@ -142,14 +135,20 @@ class TextConditioner:
 
     @torch.no_grad()
     def hidden_size(self) -> float:
-        """Root mean square of the last hidden states of a text, of a backbone without a language model's head."""
+        """Root mean square of the last hidden states of a text."""
         read = self.rows(min(MEASURED, self.attached.shape.context or MEASURED))
         tokens = [torch.tensor([ids], device=self.device) for ids in read]
-        output = self._run(tokens[0], **({"decoder_input_ids": tokens[-1]} if self._sides == 2 else {}))
-        hidden: Tensor = output.last_hidden_state
+        body = self.model.base_model  # the whole model, if that puts out hidden states
+        hidden: Tensor = body(tokens[0], **({"decoder_input_ids": tokens[-1]} if self._sides == 2 else {}))[0]
         return float(hidden.float().square().mean().sqrt())
 
-    def _drawn(self) -> Iterator[list[list[int]]]:
+    def _collected(self, count: int, part: Callable[[list[int]], list[int]]) -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in range(self._sides)]
+        while not all(len(tokens) >= count for tokens in found):
+            found = [part(more) + tokens for more, tokens in zip(next(self._drawn), found, strict=True)]
+        return [self._known(tokens[len(tokens) - count :]) for tokens in found]
+
+    def _sides_of_rows(self) -> Iterator[list[list[int]]]:
         """The tokens of rows in random order, again and again; a list for each stack."""
         examples = self._examples
         if examples is None or not len(examples):

@@ -19,7 +19,7 @@ class Conditioner(Protocol):
     """What an initialiser may ask of the backbone: what it makes of real text (`ptd.backbone.TextConditioner`)."""
 
     def rows(self, count: int) -> list[list[int]]:
-        """``count`` tokens of training rows drawn at random, in a list for each stack (of an encoder-decoder two)."""
+        """``count`` tokens of training rows, drawn at random; whole rows end them. A list for each of the stacks."""
         ...
 
     def chunks(self, count: int) -> list[list[int]]:

@@ -183,15 +183,16 @@ def started(
     of fewer than P tokens.
     """
     tokens = encoder.network().shape[0]
-    measured = min(max(tokens, MEASURED), shape.context or max(tokens, MEASURED))
-    if init == "chunks":
-        states = conditioner.keys_and_values(conditioner.chunks(measured))
-    else:
-        states = conditioner.keys_and_values(conditioner.rows(measured))
-    origin = states[torch.arange(tokens) % len(states)]  # more than the context holds are refused later
     if init == "text":
         assert text is not None
-        origin = conditioner.keys_and_values([_first(conditioner.token_ids(text, special=True), tokens)])
+        start = [_first(conditioner.token_ids(text, special=True), tokens)]
+    else:
+        start = conditioner.chunks(tokens) if init == "chunks" else conditioner.rows(tokens)
+    # What stands behind the start does not change what a decoder makes of it.
+    behind = conditioner.rows(max(0, min(MEASURED, shape.context or MEASURED) - tokens))
+    read = [(first + rest)[: shape.context] for first, rest in zip(start * len(behind), behind, strict=False)]
+    states = conditioner.keys_and_values(read)
+    origin = states[torch.arange(tokens) % len(states)]  # a prompt longer than the context is refused later
     if init in ("random", "zero"):
         origin = torch.zeros_like(origin)
     encoder.units = Units(origin.clone(), sizes_of(states, encoder.layout))

@@ -16,8 +16,9 @@ MEASURED = 64
 
 
 def embeddings_of_rows(num_virtual_tokens: int, conditioner: Conditioner) -> Tensor:
-    """Embeddings of the tokens of training rows: ``[S, hidden]``, P of them at least."""
-    return conditioner.embeddings(conditioner.rows(max(num_virtual_tokens, MEASURED))[0])
+    """Embeddings of the tokens of training rows: ``[S, hidden]``; a whole row ends the first P of them."""
+    start = conditioner.rows(num_virtual_tokens)[0]
+    return conditioner.embeddings(start + conditioner.rows(max(0, MEASURED - num_virtual_tokens))[0])
 
 
 def units_of(rows: Tensor, origin: Tensor) -> Units:
