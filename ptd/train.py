@@ -24,7 +24,7 @@ from ptd.backbone import (
 from ptd.checkpoint import Adapter, Saver, backbone_reference, save_adapter
 from ptd.checkpoint.files import writing
 from ptd.checkpoint.journal import Journal
-from ptd.checkpoint.run_folder import RunFolder, clear, open_run
+from ptd.checkpoint.run_folder import RunFolder, as_begun, clear, open_run
 from ptd.checkpoint.run_state import clean, load_tensors
 from ptd.config import DataConfig, RunConfig, TrainConfig
 from ptd.data import Batches, load_rows
@@ -79,6 +79,8 @@ def train(
     check_batch_size(config, ranks.world_size)
     reporter = reporter if reporter is not None and ranks.is_main else Reporter()
     try:
+        if not overwrite:
+            config = as_begun(config)
         check_run(config, ranks)
         folder = ranks.on_main(lambda: open_run(config, overwrite=overwrite, retry=retry))
         for note in folder.notes:
@@ -165,6 +167,7 @@ def _journal(config: RunConfig, folder: RunFolder, ranks: Ranks) -> Journal:
         "config": config.to_dict(),
         "command": sys.argv,
         "versions": versions(),
+        "units": True,
         "world_size": ranks.world_size,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }

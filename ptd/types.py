@@ -234,6 +234,35 @@ class PromptEncoder(nn.Module):
         """``layout.state(flat)``."""
         return self.layout.state(flat)
 
+    def last(self) -> nn.Linear | None:
+        """The network's last layer; None: the network is its parameter ``embedding`` alone."""
+        return None
+
+    @torch.no_grad()
+    def zero(self) -> None:
+        """Make the network's output zero, by its last layer alone."""
+        last = self.last()
+        for parameter in [self.embedding] if last is None else last.parameters():
+            parameter.zero_()  # type: ignore[operator]
+
+    @torch.no_grad()
+    def without_units(self) -> dict[str, Tensor]:
+        """The parameters, by name, with which the network alone puts out the same flat prompt.
+
+        Raises `ValueError` where a network with layers cannot: its ``units`` start from something.
+        """
+        found: dict[str, Tensor] = {k: v for k, v in self.state_dict().items() if not k.startswith("units.")}
+        last = self.last()
+        if self.units is None:
+            return found
+        if last is None:
+            return {**found, "embedding": self()}
+        if self.units.origin.any():
+            raise ValueError("the network adds to an origin")
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        weight, bias, unit = last.weight, last.bias, self.units.unit
+        return found | {names[id(weight)]: weight * unit[:, None], names[id(bias)]: bias * unit}
+
     def rates(self) -> Mapping[str, float]:
         """Parameter name -> factor of the learning rate, where it is not 1: what makes the rate independent of widths.
 

@@ -69,11 +69,10 @@ class PrefixEncoder(PromptEncoder):
         flat = super().forward()
         return flat if self.first_token is None else torch.cat([self.first_token, flat[1:]])
 
-    @torch.no_grad()
-    def zero(self) -> None:
-        """Make the network's output zero, by its last layer alone."""
-        for parameter in [self.embedding] if self.transform is None else self.transform[-1].parameters():
-            parameter.zero_()
+    def last(self) -> nn.Linear | None:
+        layer = None if self.transform is None else self.transform[-1]
+        assert layer is None or isinstance(layer, nn.Linear)
+        return layer
 
     @torch.no_grad()
     def freeze_first_token(self) -> None:
@@ -128,7 +127,7 @@ class SeparatePrefixEncoder(PromptEncoder):
         return torch.cat([next(blocks[layer.kind]) for layer in layers], dim=1)
 
     def zero(self) -> None:
-        """As `PrefixEncoder.zero`, of each kind."""
+        """As `PromptEncoder.zero`, of each kind."""
         for _, part in self._encoders():
             part.zero()
 

@@ -95,11 +95,10 @@ class PTuningEncoder(PromptEncoder):
         z: Tensor = self.mlp_head(hidden)
         return z
 
-    @torch.no_grad()
-    def zero(self) -> None:
-        """Make the network's output zero, by its last layer alone."""
-        for parameter in self.mlp_head[-1].parameters():
-            parameter.zero_()
+    def last(self) -> nn.Linear:
+        layer = self.mlp_head[-1]
+        assert isinstance(layer, nn.Linear)
+        return layer
 
     def width_rates(self) -> Mapping[str, float]:
         parts = {"lstm_head": self.lstm_head, "mlp_head": self.mlp_head}
