@@ -538,6 +538,7 @@ def build_trained(
     encoder = chosen.build(settings, prepared.shape, conditioner, facts_of(config, task), seed=config.train.seed)
     if not units:
         encoder.units = None
+    input_size = conditioner.hidden_size() if units and task.output == "body" else None
     with torch.no_grad():
         prepared.attachment.set(encoder.state(encoder()))
     check_context(prepared.shape.context, prepared.attachment.extra_positions, config.data.max_length)
@@ -545,8 +546,7 @@ def build_trained(
         torch.manual_seed(config.train.seed)
         readout = task.readout(tokenizer, prepared.shape.hidden_size, chosen.head(settings))
     check_words(readout.token_ids(), tokenizer, embeddings_of(prepared.model))
-    rates = readout.rates(conditioner.hidden_size()) if units and task.output == "body" else {}
-    return Trained(encoder, readout, rates)
+    return Trained(encoder, readout, {} if input_size is None else readout.rates(input_size))
 
 
 def build_step(config: RunConfig, trained: Trained, ranks: Ranks, dtype: torch.dtype) -> PromptStep:
