@@ -279,14 +279,16 @@ class PromptEncoder(nn.Module):
         return {}
 
 
-def matrix_rates(network: nn.Module) -> dict[str, float]:
-    """Factors of the learning rate for a network's weight matrices ``[out, in]``: 1 / in. All else has 1.
+def matrix_rates(network: nn.Module, rows: int) -> dict[str, float]:
+    """Factors of the learning rate for a network's weight matrices ``[out, in]``: √rows / in. All else has 1.
 
-    Under AdamW every weight moves by up to the rate, all in the direction that helps: the sum over ``in`` inputs moves
-    by rate · in. Divided by ``in``, it moves by the rate at every width (Yang et al. 2022, Tensor Programs V, Table 8,
-    https://arxiv.org/abs/2203.03466).
+    Under AdamW every weight moves by up to the rate. A sum over ``in`` inputs then moves by rate · in, so the rate is
+    divided by ``in`` (Yang et al. 2022, Tensor Programs V, Table 8, https://arxiv.org/abs/2203.03466). The ``rows``
+    that a prompt's network computes, one for each virtual token, share its weights while their features are
+    independent: what moves one row is 1/√rows of a move, the rest is the other rows'.
     """
-    return {name: 1 / weight.shape[1] for name, weight in network.named_parameters() if weight.ndim == 2}
+    shares = rows**0.5
+    return {name: shares / weight.shape[1] for name, weight in network.named_parameters() if weight.ndim == 2}
 
 
 @dataclass(frozen=True)

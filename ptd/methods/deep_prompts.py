@@ -80,7 +80,7 @@ class PrefixEncoder(PromptEncoder):
         self.first_token = self()[:1].clone()
 
     def width_rates(self) -> Mapping[str, float]:
-        transform = {} if self.transform is None else matrix_rates(self.transform)
+        transform = {} if self.transform is None else matrix_rates(self.transform, len(self.embedding))
         return {f"transform.{name}": rate for name, rate in transform.items()}
 
     def tensor_parallel_plan(self) -> Mapping[str, Any]:

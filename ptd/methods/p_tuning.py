@@ -106,7 +106,7 @@ class PTuningEncoder(PromptEncoder):
             f"{name}.{parameter}": rate
             for name, part in parts.items()
             if part is not None
-            for parameter, rate in matrix_rates(part).items()
+            for parameter, rate in matrix_rates(part, len(self.embedding)).items()
         }
 
 

@@ -16,6 +16,9 @@ from ptd.transfer import to_device
 from ptd.types import Batch, matrix_rates
 
 Pooling = Literal["cls", "last", "mean"]
+ROWS = 1024
+"""Rows of data whose features a trained head is taken to tell apart, for its learning rate: measured on two backbones,
+its best rate is then that of a prompt (benchmarks/README.md)."""
 
 
 class Head(nn.Module):
@@ -40,7 +43,7 @@ class Head(nn.Module):
 
     def rates(self, input_size: float) -> dict[str, float]:
         """Factors of the learning rate by parameter name: `matrix_rates`, for inputs of this root mean square."""
-        rates = matrix_rates(self)
+        rates = matrix_rates(self, ROWS)
         return {name: rate / input_size if name == "layers.0.weight" else rate for name, rate in rates.items()}
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ class Reference:
 
     def __init__(self, config: RunConfig, task: Task, readout: torch.nn.Module) -> None:
         self.prepared = prepare(config.backbone, ALONE, output=task.output)
-        conditioner = TextConditioner(self.prepared.model, None, ALONE.device)
+        conditioner = TextConditioner(self.prepared.attachment, None)
         facts = TaskFacts(config.task.kind, task.labels, task.cloze, task.output == "body", task.virtual_tokens)
         encoder = method(config.method_name).build(
             config.method_config(), self.prepared.shape, conditioner, facts, seed=config.train.seed

@@ -80,9 +80,9 @@ def test_it_starts_at_the_rows_embeddings_and_moves_in_their_units(network):
 def test_weight_matrices_have_a_rate_that_falls_with_their_inputs():
     encoder = build(encoder_reparameterization_type="lstm", encoder_hidden_size=7)
     rates = encoder.rates()
-    assert rates["lstm_head.weight_ih_l0"] == 1 / HIDDEN
-    assert rates["lstm_head.weight_hh_l0"] == 1 / 7
-    assert rates["lstm_head.weight_ih_l1"] == rates["mlp_head.0.weight"] == 1 / 14
+    assert rates["lstm_head.weight_ih_l0"] == P**0.5 / HIDDEN
+    assert rates["lstm_head.weight_hh_l0"] == P**0.5 / 7
+    assert rates["lstm_head.weight_ih_l1"] == rates["mlp_head.0.weight"] == P**0.5 / 14
     assert all(weight.ndim == 1 or name in rates for name, weight in encoder.named_parameters() if name != "embedding")
     encoder.units = None
     assert not encoder.rates()

@@ -179,21 +179,24 @@ def test_a_backbone_with_other_sizes_is_trained_alike(factors, mlp):
     assert torch.allclose(*runs, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("width", [8, 64, 512])
-def test_an_mlps_output_moves_alike_at_every_width(width):
-    """One step of AdamW moves the output by a share of the rate that does not grow with the widths."""
-    moved = []
-    for embedding, hidden in ((width, 64), (64, width)):
-        encoder = build(prefix_projection=True, embedding_size=embedding, encoder_hidden_size=hidden)
+@pytest.mark.parametrize("tokens", [4, 32, 128])
+def test_an_mlps_output_moves_alike_at_every_width_and_length(tokens):
+    """What AdamW's first steps move each number of the prompt by, in its unit, towards where its gradient points."""
+    signs = torch.where(torch.rand(tokens, WIDTH, generator=torch.Generator().manual_seed(1)) < 0.5, -1.0, 1.0)
+    moved = {}
+    for embedding, hidden in ((64, 8), (64, 64), (64, 1024), (8, 64), (1024, 64)):
+        sizes = {"embedding_size": embedding, "encoder_hidden_size": hidden}
+        encoder = build(prefix_projection=True, num_virtual_tokens=tokens, **sizes)
         rates = encoder.rates()
         groups = [{"params": [p], "lr": 0.01 * rates.get(name, 1.0)} for name, p in encoder.named_parameters()]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         for _ in range(3):
             optimizer.zero_grad()
-            (encoder() / encoder.units.unit).sum().backward()
+            (encoder.network() * signs).sum().backward()
             optimizer.step()
-        moved.append(float(((encoder().detach() - encoder.units.origin) / encoder.units.unit).abs().mean()) / 0.03)
-    assert all(0.7 < each < 2.5 for each in moved), moved
+        moved[embedding, hidden] = -float((encoder.network().detach() * signs).mean()) / 0.03
+    assert max(moved.values()) < 2.2 * min(moved.values()), moved
+    assert all(0.3 < each < 1.5 for each in moved.values()), moved
 
 
 @pytest.mark.parametrize("projection", [False, True])
