@@ -141,6 +141,8 @@ def compare(measured: Measured) -> dict[str, Any]:
     """Every step and the evaluation against the reference."""
     loop, config = measured.loop, measured.config
     reference = Reference(config, loop.held_out.task, loop.step.readout)
+    if loop.step.encoder.units is not None:  # which are measured on the rows
+        reference.trained.encoder.units.load_state_dict(loop.step.encoder.units.state_dict())
     examples: Examples = loop.batches.examples
     errors: dict[str, float] = {}
     loss_errors, mean_of_means = [], []
