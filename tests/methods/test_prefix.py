@@ -11,7 +11,7 @@ from peft import PrefixTuningConfig, get_peft_model
 
 from ptd.config import parse_method
 from ptd.methods import method
-from ptd.methods.deep_prompts import PrefixEncoder, SeparatePrefixEncoder
+from ptd.methods.deep_prompts import VALUES, PrefixEncoder, SeparatePrefixEncoder
 from ptd.methods.settings import read_text
 from ptd.types import BackboneShape, LayerShape, PrefixLayout, UserError
 
@@ -145,11 +145,15 @@ def test_units_are_the_sizes_of_each_layers_keys_and_of_its_values(shape):
     read = same.rows(P)[0] + same.rows(64 - P)[0]  # as much as the context takes
     measured = encoder.layout.state(same.keys_and_values([read]))
     units = encoder.layout.state(encoder.units.unit[None])
-    for got, want in zip(units.tensors(), measured.tensors(), strict=True):
+    for got, want in zip(units.keys, measured.keys, strict=True):
         assert torch.allclose(got, want.square().mean().sqrt().expand_as(got))
-    random = build(shape=shape, init="random")
+    for got, want in zip(units.values, measured.values, strict=True):
+        assert torch.allclose(got, VALUES * want.square().mean().sqrt().expand_as(got))
+    random = build(shape=shape, init="random", num_virtual_tokens=60)
     assert not random.units.origin.any()
-    assert torch.allclose(random().square().mean(0).sqrt(), random.units.unit, rtol=1.5)
+    drawn = encoder.layout.state(random().detach() / random.units.unit)
+    assert all(abs(key.std() - 1) < 0.2 for key in drawn.keys)
+    assert all(abs(VALUES * value.std() - 1) < 0.2 for value in drawn.values)
 
 
 @given(factors=st.lists(st.floats(0.01, 100), min_size=len(MIXED) * 2, max_size=len(MIXED) * 2), mlp=st.booleans())
