@@ -30,6 +30,7 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ def find_encoder() -> str | None:
     return None if spec is None or spec.origin is None else str(Path(spec.origin).parent / "model")
 
 
-def described(folder: str | None) -> str | None:
+@cache
+def described(folder: str | Path | None) -> str | None:
     """A model by what it is, not by where: shape, dtype and a digest of the beginning of its weights."""
     if folder is None:
         return None
@@ -165,30 +167,30 @@ class Runner:
         if not data.exists():
             sizes = {key: QUICK[key] for key in ("test_rows", "test_mrs")} if self.args.quick else {}
             write_material(material(cell.task, self.args.data, **sizes), data)
-        return run_job(cell, str(backbone), data, self.folder, self.args)
+        steps = QUICK["steps"] if self.args.quick else STEPS
+        with tempfile.TemporaryDirectory(dir=self.folder) as name:
+            return run_job(Job(cell, str(backbone), str(data), name, steps), self.args.threads)
 
 
 SHOWN = ("learning_rate", "loss", "bleu", "slots", "accuracy", "seconds", "tokens_per_second")
 
 
-def run_job(cell: Cell, backbone: str, data: Path, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """The cell in a process of its own; raises RuntimeError with the end of what it says of a failure."""
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        place = Path(name)
-        steps = QUICK["steps"] if args.quick else STEPS
-        Job(cell, backbone, str(data), name, steps).write(place / "job.json")
-        began = start(
-            ["benchmarks/quality_cells.py", str(place / "job.json"), str(place / "result.json")],
-            env={"OMP_NUM_THREADS": str(args.threads)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        _, errors = began.communicate()
-        if began.returncode:
-            said = errors.strip().splitlines()[-1:] or ["nothing"]
-            raise RuntimeError(f"the cell's process ended with {began.returncode} and said {said[0]}")
-        found: dict[str, Any] = json.loads((place / "result.json").read_text(encoding="utf-8"))
-        return found
+def run_job(job: Job, threads: int) -> dict[str, Any]:
+    """The cell in a process of its own; raises RuntimeError with the last line that it says of a failure."""
+    given, found = Path(job.folder) / "job.json", Path(job.folder) / "result.json"
+    job.write(given)
+    began = start(
+        ["benchmarks/quality_cells.py", str(given), str(found)],
+        env={"OMP_NUM_THREADS": str(threads)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    _, errors = began.communicate()
+    if began.returncode:
+        said = errors.strip().splitlines()[-1:] or ["nothing"]
+        raise RuntimeError(f"the cell's process ended with {began.returncode} and said {said[0]}")
+    result: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
+    return result
 
 
 def parse() -> argparse.Namespace:

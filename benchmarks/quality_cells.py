@@ -60,13 +60,19 @@ class Cell:
 
 @dataclass(frozen=True)
 class Job:
-    """A cell and where its backbone and its rows are (`quality_tasks.write_material`), and a folder to work in."""
+    """A cell and where its backbone and its rows are (`quality_tasks.write_material`), and a folder to work in.
+
+    ``overrides``: keys of a run file, with the method's, in place of what ``cell.method`` stands for; of ptd alone.
+    ``texts``: whether the texts of E2E are measured, too.
+    """
 
     cell: Cell
     backbone: str
     data: str
     folder: str
     steps: int = STEPS
+    overrides: tuple[str, ...] = ()
+    texts: bool = True
 
     def write(self, file: Path) -> None:
         file.write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -74,7 +80,7 @@ class Job:
     @staticmethod
     def read(file: Path) -> Job:
         found = json.loads(file.read_text(encoding="utf-8"))
-        return Job(**{**found, "cell": Cell(**found["cell"])})
+        return Job(**{**found, "cell": Cell(**found["cell"]), "overrides": tuple(found["overrides"])})
 
 
 def labels_by_head(method: str, task: str) -> bool:
@@ -148,7 +154,7 @@ def run_ptd(job: Job) -> dict[str, Any]:
         found = evaluate(file, **where, settings=settings if plain else None, batch_size=EVAL_ROWS)
         result |= {f"{prefix}{key}": found[key] for key in ("loss", "accuracy") if key in found}
         result |= {key: found[key] for key in ("supervised_tokens",) if key in found and not prefix}
-    if cell.task == "e2e":
+    if cell.task == "e2e" and job.texts:
         from ptd.decoding import Decoding
 
         mrs = read_mrs(data)
@@ -184,23 +190,24 @@ def train_section(job: Job) -> dict[str, Any]:
 
 def run_config(job: Job, out: Path) -> Any:
     """The run of a ptd cell that is trained, or of a hard prompt, which is evaluated."""
-    from ptd.config import parse_config
+    from ptd.config import load_config
 
     cell, sections, data = job.cell, sections_of(job), Path(job.data)
-    rates = ptd_rates(cell.method)
+    rates = {} if job.overrides else ptd_rates(cell.method)
     if cell.learning_rate is not None:
         rates["learning_rate"] = cell.learning_rate
     rows = "eval" if cell.method in UNTRAINED else "train"
-    return parse_config(
-        {
-            "backbone": {"path": job.backbone},
-            "method": method_section(cell.method),
-            "task": sections["task"],
-            "data": {**sections["data"], rows: str(data / ("test" if rows == "eval" else "train")) + ".jsonl"},
-            "train": {**train_section(job), **rates},
-            "output_dir": str(out),
-        }
-    )
+    run = {
+        "backbone": {"path": job.backbone},
+        "method": {} if job.overrides else method_section(cell.method),
+        "task": sections["task"],
+        "data": {**sections["data"], rows: str(data / ("test" if rows == "eval" else "train")) + ".jsonl"},
+        "train": {**train_section(job), **rates},
+        "output_dir": str(out),
+    }
+    file = Path(job.folder) / "run.yaml"
+    file.write_text(json.dumps(run), encoding="utf-8")  # which is YAML, too
+    return load_config(file, list(job.overrides))
 
 
 def costs(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -241,7 +241,7 @@ def run_peft(job: Job) -> dict[str, Any]:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        last = float(loss)
+        last = float(loss.detach())
         seconds += time.perf_counter() - began
         tokens += batch.tokens
     result: dict[str, Any] = {
