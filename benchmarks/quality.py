@@ -209,6 +209,13 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.report and args.output is None:
         parser.error("--report: name the rows with --output")
+    for name in ("model", "encoder", "data"):
+        given: Path | None = getattr(args, name)
+        if given is None:
+            continue
+        if name != "data" and not (given / "config.json").is_file():
+            parser.error(f"--{name}: {given} is no folder of a model, it has no config.json")
+        setattr(args, name, given.resolve())  # cells run elsewhere
     return args
 
 

@@ -1,8 +1,9 @@
 """What ``benchmarks/quality.py`` makes of its rows: OUTPUT.md, OUTPUT.csv and figures, from a file that may lack any.
 
 A line is a method of a side on a task, once with its default rate and once with the rate that the development rows
-chose of three; values are means over seeds with the least and the most. A row *diverged* if its held-out loss is worse
-than that of the backbone alone (of a trained head, which that does not have: than ln 2, what guessing gives).
+chose of three; scores are means over seeds with the least and the most, costs are means. A row *diverged* if its
+held-out loss is worse than that of the backbone alone (of a trained head, which that does not have: than ln 2, what
+guessing gives).
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def spread(line: Line, name: str) -> str:
     """The mean, and of more than one seed the least and the most."""
     if name not in line:
         return ""
-    digits = DIGITS.get(name, 0)
+    digits = DIGITS[name]
     mean, least, most = (f"{line[key]:,.{digits}f}" for key in (name, f"{name}_min", f"{name}_max"))
     return mean if line["seeds"] == 1 else f"{mean} ({least}…{most})"
 
@@ -147,7 +148,7 @@ def size_of(count: int | None) -> str:
     """A number of bytes as people read it."""
     if not count:
         return "–"
-    return f"{count / 1e6:.2f} MB" if count >= 1e4 else f"{count / 1e3:.2f} kB"
+    return f"{count / 1e6:,.2f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
 
 
 def notes_on(line: Line) -> str:
@@ -173,7 +174,9 @@ def table(task: str, lines: Sequence[Line]) -> str:
             body.append([*name, line["kind"], line["reason"], *[""] * (len(heads) - 4)])
             continue
         rate = "–" if line["learning_rate"] is None else f"{line['learning_rate']:.2g} ({line['kind']})"
-        costs = [spread(line, "seconds"), spread(line, "tokens_per_second"), size_of(line.get("peak_memory_bytes"))]
+        peak = line.get("peak_memory_bytes")
+        costs = [f"{line[name]:,.0f}" if name in line else "–" for name in COSTS[:2]]
+        costs.append("–" if peak is None else f"{peak / 1e6:,.0f} MB")
         sizes = [f"{line['trained_parameters']:,}", size_of(line["adapter_bytes"])]
         scores = [spread(line, score) for score in SCORES[task]]
         body.append([*name, rate, *scores, *sizes, *costs, str(line["seeds"]), notes_on(line)])
@@ -220,6 +223,9 @@ def markdown(records: Sequence[Record], found_by: dict[str, Any]) -> str:
         people = of(records, task=task, method="frozen")
         if people and "slots_of_references" in people[0]:
             parts.append(f"People's own texts for these mrs: slots {people[0]['slots_of_references']:.1f} %.")
+        counts_of_tokens = {each["supervised_tokens"] for each in of(records, task=task) if "supervised_tokens" in each}
+        if len(counts_of_tokens) > 1:
+            parts.append(f"**Losses do not compare**: they are of {sorted(counts_of_tokens)} tokens.")
     if leaderboard(lines):
         steps, rows = settings.get("steps"), settings.get("rows of a step")
         parts += [f"## E2E after {steps} steps of {rows} rows", _leaderboard_table(lines)]
@@ -251,6 +257,12 @@ def report(output: Path, *, plots: bool = False) -> None:
 
 
 COLOURS = {"ptd": "#d62728", "PEFT": "#1f77b4", "LoRA": "#555555"}
+LABELS_AT: dict[str, dict[str, Any]] = {
+    "ptd": {"xytext": (-6, -3), "ha": "right"},
+    "PEFT": {"xytext": (6, -3), "ha": "left"},
+    "LoRA": {"xytext": (0, -13), "ha": "center"},
+}
+"""Where a point's name stands: those of two sides are often at one place."""
 
 
 def _series(line: Line) -> str:
@@ -285,6 +297,7 @@ def draw(file: Path, task: str, records: Sequence[Record], lines: Sequence[Line]
             where = {"xy": (0.01, alone[0]), "xycoords": ("axes fraction", "data")}
             axes.annotate("backbone alone", **where, xytext=(0, 3), textcoords="offset points", fontsize=8)
         axes.set_xscale("log")
+        axes.margins(x=0.16)
         title = "default rates" if kind == "default" else "best of three rates"
         axes.set(title=title, xlabel="trained parameters", ylabel=f"{SHOWN[score]} (test)")
         axes.grid(alpha=0.3)
@@ -306,11 +319,11 @@ def _draw_series(axes: Any, points: Sequence[Line], score: str, series: str, col
         [line["trained_parameters"] for line in points], values, yerr=errors, color=colour, capsize=2, markersize=5,
         marker="s" if series == "LoRA" else "o", linestyle="-" if series == "LoRA" else "none", label=series,
     )  # fmt: skip
+    place = LABELS_AT[series]
     for line, value in zip(points, values, strict=True):
-        name = line["method"].removeprefix("lora ")
         axes.annotate(
-            name, (line["trained_parameters"], value), xytext=(5, 4), textcoords="offset points", fontsize=7.5,
-            color=colour, annotation_clip=True,
+            line["method"].removeprefix("lora "), (line["trained_parameters"], value), textcoords="offset points",
+            fontsize=7.5, color=colour, annotation_clip=True, **place,
         )  # fmt: skip
 
 

@@ -234,6 +234,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.twin is None and (args.data is None or not args.condition):
         parser.error("give --data and at least one --condition, or --twin")
+    if args.twin is not None and args.twin[1].exists():
+        parser.error(f"--twin: {args.twin[1]} is there already; name another folder, or remove it")
     return args
 
 
