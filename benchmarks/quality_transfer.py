@@ -164,7 +164,7 @@ def table(records: Sequence[dict[str, Any]], defaults: dict[str, float]) -> str:
 
 def draw(file: Path, records: Sequence[dict[str, Any]], defaults: dict[str, float]) -> None:
     """The held-out loss over the rate, a curve a condition: means, least and most; a star at the best, a ring at the
-    default. Losses far above the backbone alone are left out at the top."""
+    default. Losses far above the backbone alone, and those that are not finite, are left out."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -174,9 +174,10 @@ def draw(file: Path, records: Sequence[dict[str, Any]], defaults: dict[str, floa
     alone, lowest, highest = [], [], []
     for number, (name, rates) in enumerate(curves(records).items()):
         colour, found = f"C{number}", verdict(rates, defaults[name])
-        if found["best_rate"] is None:
+        if found["best_rate"] is None or not math.isfinite(found["best_loss"]):
             continue
         means = {rate: _mean(losses) for rate, losses in rates.items() if rate != ALONE}
+        means = {rate: mean for rate, mean in means.items() if math.isfinite(mean)}
         errors = [
             [means[rate] - min(rates[rate]) for rate in means],
             [max(rates[rate]) - means[rate] for rate in means],
@@ -186,14 +187,14 @@ def draw(file: Path, records: Sequence[dict[str, Any]], defaults: dict[str, floa
             label=f"{name}: best {found['best_rate']:.2g}",
         )  # fmt: skip
         axes.plot(found["best_rate"], found["best_loss"], marker="*", markersize=13, color=colour, linestyle="none")
-        if found["default_loss"] is not None:
+        if found["default_loss"] is not None and math.isfinite(found["default_loss"]):
             ring = {"marker": "o", "markersize": 11, "fillstyle": "none", "linestyle": "none"}
             axes.plot(found["default_rate"], found["default_loss"], color=colour, **ring)
         if found["alone"] is not None:
             axes.axhline(found["alone"], color=colour, linestyle="--", linewidth=0.9)
             alone.append(found["alone"])
         lowest.append(found["best_loss"])
-        highest.append(max(filter(math.isfinite, means.values()), default=found["best_loss"]))
+        highest.append(max(means.values()))
     if alone and max(highest) > 1.3 * max(alone):
         top = 1.3 * max(alone)
         axes.set_ylim(min(lowest) - 0.05 * (top - min(lowest)), top)

@@ -141,15 +141,15 @@ def test_the_backbone_alone_is_measured_alike_by_both_sides(
     plain = sides.Plain(job(load, backbone, tmp_path, data, "peft", "lora r8", task))
     base = sides.load_base(backbone, task).eval()
     measured = [plain.measure(base, "test")]
-    texts = plain.texts(base, list(load("quality_tasks").read_mrs(tmp_path / task)), one_length=False)
+    mrs = load("quality_tasks").read_mrs(tmp_path / task)
+    if task == "e2e":
+        texts = plain.texts(base, list(mrs), one_length=False)
+        assert load("quality_tasks").text_metrics(texts, mrs).items() <= alone.items()
     tuned = peft.get_peft_model(base, sides.peft_config("lora r8", task, backbone)).eval()
     measured.append(plain.measure(tuned, "test"))
     for each in measured:
-        for name in ("loss", "accuracy", "supervised_tokens"):
-            assert each.get(name) == pytest.approx(alone.get(name), rel=1e-5)
-    if task == "e2e":
-        mrs = load("quality_tasks").read_mrs(tmp_path / task)
-        assert load("quality_tasks").text_metrics(texts, mrs).items() <= alone.items()
+        assert set(each) == {"loss", "supervised_tokens" if task == "e2e" else "accuracy"}
+        assert each == pytest.approx({name: alone[name] for name in each}, rel=1e-5)
 
 
 @pytest.mark.parametrize(("task", "method"), [("e2e", "prefix"), ("sst2", "prompt")])
@@ -252,6 +252,9 @@ def test_a_partial_file_is_reported_as_it_is(load: Any, tmp_path: Path) -> None:
     assert "| ptd | head | 0.01 (default) | 51.0 | 0.800 |" in page
     assert "1 of 1 worse than the backbone alone" in page  # ln 2 < 0.8
     assert "People's own texts for these mrs: slots 85.0 %." in page
+    assert "Losses do not compare" not in page
+    odd = [partial()[0] | {"supervised_tokens": 10}, partial()[1] | {"supervised_tokens": 12}]
+    assert "**Losses do not compare**: they are of [10, 12] tokens." in report.markdown(odd, {})
     board = report.leaderboard(report.lines_of(partial()))
     assert [(line["method"], line["kind"], line["loss"]) for line in board] == [
         ("lora r8", "default", 1.3),
@@ -357,7 +360,7 @@ def test_a_twin_that_would_differ_is_refused(load: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "twin").exists()
 
 
-def test_a_verdict_compares_the_default_with_the_best(load: Any) -> None:
+def test_a_verdict_compares_the_default_with_the_best(load: Any, tmp_path: Path) -> None:
     transfer = load("quality_transfer")
     rates = transfer.rates_around(1e-2)
     assert len(rates) == 7
@@ -368,6 +371,14 @@ def test_a_verdict_compares_the_default_with_the_best(load: Any) -> None:
     assert found["gap"] == pytest.approx(0.2)
     assert transfer.verdict({0.0: [2.5]}, 1e-2)["best_rate"] is None
     assert transfer.verdict({rates[0]: [3.0]}, 1e-2)["gap"] is None
+    records = [
+        {"condition": "one", "learning_rate": rate, "seed": seed, "outcome": "measured", "loss": loss}
+        for rate, values in {0.0: [2.5], **losses}.items()
+        for seed, loss in enumerate(values)
+    ]
+    assert "| one | 0.0033 | 1.5000 | 0.01 | 1.8000 | 20.0 % | 2.5000 | 2 |" in transfer.table(records, {"one": 1e-2})
+    transfer.draw(tmp_path / "curves.png", records, {"one": 1e-2})
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_transfer_run_is_resumed_and_drawn(command: Any, tmp_path: Path, data: Path) -> None:
