@@ -131,7 +131,8 @@ def run_ptd(sharding: str, work: Path, phases: Phases) -> list[dict[str, Any]]:
     if not phases.wire:
         return []
     keys = ("step_seconds", "network_bytes_between_nodes", "network_bytes", "network")
-    return [{key: record[key] for key in keys} for record in read_records(work / f"out-{sharding}")[1:]]
+    steps = [record for record in read_records(work / f"out-{sharding}") if "step_seconds" in record]
+    return [{key: record[key] for key in keys} for record in steps[1:]]
 
 
 def run_peft(work: Path, phases: Phases) -> list[dict[str, Any]]:

@@ -416,6 +416,18 @@ class TrainConfig(Section):
         description="what `best/` is kept by: `loss`, `perplexity` (the lower the better), or a metric of the task "
         "(the higher the better); `eval_` in front of it means nothing",
     )
+    early_stopping_patience: int | None = Field(
+        None,
+        ge=1,
+        description="evaluations in a row without a better `metric_for_best_model` after which the run ends; needs "
+        "`eval_steps`; default: none, all steps are taken",
+    )
+    on_divergence: Literal["warn", "stop", "retry"] = Field(
+        "warn",
+        description="when the training loss rises and stays above that of the backbone alone: `warn` says so and goes "
+        "on, `stop` ends the run, `retry` goes back to the last good checkpoint, or to the start, with a third of the "
+        "learning rate, three times at most ([divergence](interruptions.md#divergence))",
+    )
 
     @property
     def best_metric(self) -> str:
@@ -430,6 +442,7 @@ class TrainConfig(Section):
 NEEDS_EVAL = (
     ("train", "eval_steps"),
     ("train", "metric_for_best_model"),
+    ("train", "early_stopping_patience"),
     ("train", "per_device_eval_batch_size"),
     ("data", "eval_split"),
 )
@@ -505,6 +518,11 @@ class RunConfig(Section):
                     raise ValueError(
                         f"{section}.{key}: has no effect without rows to evaluate on; set data.eval, or remove it"
                     )
+        if self.train.early_stopping_patience is not None and self.train.eval_steps is None:
+            raise ValueError(
+                "train.early_stopping_patience: counts evaluations, and without train.eval_steps there is only one, at "
+                "the end; set train.eval_steps, or remove it"
+            )
         return self
 
     def method_config(self) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ptd.exit_codes import REQUEUE, USAGE
+from ptd.exit_codes import DIVERGED, REQUEUE, USAGE
 
 
 class UserError(Exception):
@@ -25,3 +25,12 @@ class Preempted(Exception):
 
 class RankError(UserError):
     """A `UserError` that the other ranks may not know of: each rank that raises it prints it."""
+
+
+class Diverged(UserError):
+    """The training diverged and ``train.on_divergence`` ends such a run: its settings have to change.
+
+    What was trained until then, its report and its records are in the output folder.
+    """
+
+    exit_code = DIVERGED

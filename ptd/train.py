@@ -9,9 +9,12 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ptd.backbone import (
     TextConditioner,
@@ -25,13 +28,22 @@ from ptd.checkpoint import Adapter, Saver, backbone_reference, save_adapter
 from ptd.checkpoint.files import writing
 from ptd.checkpoint.journal import Journal
 from ptd.checkpoint.run_folder import RunFolder, as_begun, clear, open_run
-from ptd.checkpoint.run_state import clean, load_tensors
+from ptd.checkpoint.run_state import (
+    DELETED,
+    checkpoints,
+    clean,
+    latest_complete,
+    load_tensors,
+    read_facts,
+    step_of,
+)
 from ptd.config import DataConfig, RunConfig, TrainConfig
 from ptd.data import Batches, load_rows
 from ptd.data.tokens import check_ids, check_words, rows_in_both
 from ptd.deepspeed_config import apply_deepspeed, check_batch_size
 from ptd.engine.evaluation import HeldOut
-from ptd.engine.loop import Loop, Stopped, peak_memory_bytes
+from ptd.engine.guard import Divergence, Guard
+from ptd.engine.loop import Astray, Enough, Loop, Stopped, peak_memory_bytes, warmup_steps
 from ptd.engine.loss_scale import LossScale
 from ptd.engine.meter import NetworkMeter, metered_deepspeed
 from ptd.engine.preemption import StopRequest
@@ -41,6 +53,7 @@ from ptd.engine.ranks import Ranks
 from ptd.engine.records import METRICS, Records, read_records
 from ptd.engine.setup import Prepared, check_context, prepare
 from ptd.engine.watchdog import Watchdog, Watched
+from ptd.errors import Diverged
 from ptd.generate import Tuned
 from ptd.inject import check_backend, compile_layers, context_of
 from ptd.methods import TaskFacts, method
@@ -59,6 +72,8 @@ PEFT_TASKS: dict[str, str | None] = {
     "body": "FEATURE_EXTRACTION",
 }
 """PEFT's name for a task over a backbone with this output."""
+MOST_RETRIES, RETRY_FACTOR = 3, 1 / 3
+"""Of ``train.on_divergence: retry``: so often it goes back, each time with so much of the learning rate."""
 
 
 def train(
@@ -72,7 +87,8 @@ def train(
     """Train as ``config`` says and leave the artifacts in ``config.output_dir``; returns the result of run.json.
 
     An unfinished run of the same configuration in ``output_dir`` is continued, with ``retry`` also one that keeps
-    failing. Raises `UserError`, and `Preempted` if any rank's ``request`` asked to stop.
+    failing. Raises `UserError`, `Preempted` if any rank's ``request`` asked to stop, and `Diverged` if the training
+    diverged and ``train.on_divergence`` says that the run is to end.
     """
     config, zero3 = apply_deepspeed(config)
     ranks = Ranks.start(needs_group=zero3 is not None)
@@ -116,6 +132,9 @@ def _train(
     ranks.on_main(lambda: check_space(config.output_dir, needed))
     artifacts = Artifacts(config, journal, prepared, material.task, step, ranks, settings, material.examples.digest())
     artifacts.learned_from = material.examples.report if material.trains else None
+    artifacts.reporter = reporter
+    if material.trains:
+        artifacts.guard = Guard(total, warmup_steps(settings, total))
     start = artifacts.resume()
     records = artifacts.begin(start, reporter)
     stacks = folder.path / "logs" / f"rank-{ranks.rank}.stacks"
@@ -139,6 +158,10 @@ def _train(
         on_boundary=lambda: artifacts.move_on(request),
         request=request,
         heartbeat=watchdog.beat,
+        enough=lambda: artifacts.enough,
+        guard=artifacts.guard,
+        on_divergence=artifacts.has_diverged,
+        rate_factor=artifacts.rate_factor,
     )
     with watchdog, artifacts.telling(reporter), ExitStack() as stack:
         stack.callback(artifacts.saver.close)
@@ -148,18 +171,53 @@ def _train(
             stack.enter_context(metered_deepspeed(step.meter))
         if ranks.any(request.wanted):  # asked while the backbone was loading
             artifacts.preempt(start, None)
-        if sampler is not None and start == 0:
+        fresh = folder.checkpoint is None
+        if fresh and material.trains:
+            loop.measure_start(total, alone=alone_reads(material.task))
+        if sampler is not None and fresh:
             sampler.keep(0, step.state())
             step.meter.take()
-        stopped = loop.run(start, total, evaluation_due=artifacts.evaluation_due)
-        if stopped is not None:
-            artifacts.preempt(stopped.step, stopped)
+        ended = take_steps(loop, artifacts, records, start, total)
+        if isinstance(ended, Stopped):
+            artifacts.preempt(ended.step, ended)
         watchdog.beat("writing the adapter")
-        result = artifacts.keep_result({"steps": total, "seconds": time.time() - began})
-        if sampler is not None and total:
-            sampler.keep(total, step.state())
+        steps = total if ended is None else ended.step
+        result = artifacts.keep_result({"steps": steps, "seconds": time.time() - began})
+        if isinstance(ended, Enough):
+            result["stopped_early"] = ended.step
+            reporter.note(
+                f"ended after step {ended.step}: {artifacts.waited} evaluations in a row were no better than that of "
+                f"step {artifacts.best.get('step')} (train.early_stopping_patience)"
+            )
+        if sampler is not None and total and not isinstance(ended, Astray):
+            sampler.keep(steps, step.state())
         result["peak_memory_bytes"] = peak_memory_bytes()
-        return artifacts.finish(result, reporter)
+        artifacts.finish(result, reporter, "diverged" if isinstance(ended, Astray) else "finished")
+        if isinstance(ended, Astray):
+            raise Diverged(artifacts.last_words(ended))
+        return result
+
+
+def take_steps(
+    loop: Loop, artifacts: Artifacts, records: Records | None, start: int, total: int
+) -> Stopped | Enough | Astray | None:
+    """The steps from ``start`` on; where the run diverges and is to be retried, those from where it was still good."""
+    if artifacts.enough and 0 < start < total:  # it was over, and had not come to say so
+        return Enough(start)
+    due = artifacts.evaluation_due
+    while True:
+        ended = loop.run(start, total, evaluation_due=due)
+        if not isinstance(ended, Astray) or not artifacts.may_retry:
+            return ended
+        loop.heartbeat("going back")
+        start, due = artifacts.go_back(ended, records)
+        loop.rate_factor = artifacts.rate_factor
+
+
+def alone_reads(task: Task) -> bool:
+    """Whether the backbone without a prompt can be asked what the task asks: it has no head that is still to be
+    trained, and its rows hold no virtual tokens."""
+    return task.output != "body" and task.virtual_tokens == 0
 
 
 def _journal(config: RunConfig, folder: RunFolder, ranks: Ranks) -> Journal:
@@ -190,7 +248,16 @@ class Artifacts:
     best: dict[str, Any] = field(default_factory=dict)
     kept: int | None = None
     """The step after which the adapter was written last."""
+    reporter: Reporter = field(default_factory=Reporter)
+    guard: Guard | None = None
+    waited: int = 0
+    """Evaluations in a row that were no better than the best one."""
+    diverged: dict[str, Any] = field(default_factory=dict)
+    retries: list[dict[str, Any]] = field(default_factory=list)
+    """As run.json has them; empty: it did not happen."""
     saver: Saver = field(init=False)
+    _start: dict[str, Tensor] = field(default_factory=dict, init=False)
+    """What a retry may have to begin again from: the initial values, on the CPU."""
 
     def __post_init__(self) -> None:
         self.folder = self.journal.folder
@@ -202,6 +269,9 @@ class Artifacts:
 
         Raises `UserError` if backbone or training data are not those it was written with.
         """
+        if self.settings.on_divergence == "retry":
+            tensors = self.step.tensors()
+            self._start = {name: _local(tensors[name]).to("cpu", copy=True) for name in tensors if not _moment(name)}
         if self.folder.checkpoint is None:
             return 0
         facts = self.folder.facts()
@@ -213,7 +283,17 @@ class Artifacts:
                 )
         load_tensors(self.folder.checkpoint, self.step.tensors())
         self.best = facts["best"]
+        self.diverged, self.retries = facts.get("diverged", {}), facts.get("retries", [])
+        self._take_up(facts)
         return int(facts["step"])
+
+    def _take_up(self, facts: dict[str, Any]) -> None:
+        """What counts over the steps, as it stood at a checkpoint."""
+        self.waited = facts.get("waited", 0)
+        if self.guard is not None and "guard" in facts:
+            self.guard.load(facts["guard"])
+            if self.guard.said and self.settings.on_divergence != "warn":  # an earlier start warned of it
+                self.guard.rearm()
 
     def begin(self, start: int, reporter: Reporter) -> Records | None:
         """Open the folder for a run that begins at ``start``; returns the records' writer on rank 0."""
@@ -223,16 +303,26 @@ class Artifacts:
             with writing(self.folder.path):
                 if self.folder.checkpoint is None:
                     clear(self.folder)
-                self.journal.training(trained_parameters=self.step.trained.count(), **self._origin())
+                self.journal.training(
+                    trained_parameters=self.step.trained.count(), **self._origin(), **self._happened()
+                )
                 clean(self.folder.checkpoints)
-                content, settings = self.journal.content, self.settings
-                run = Tracked.of(self.folder.path, content["started"], settings.run_name, self.config.to_dict(), start)
-                trackers = start_trackers(settings.report_to, run, reporter.note)
-                due = self.evaluation_due
+                due, trackers = self.evaluation_due, self._trackers(start)
                 records.append(Records(self.folder.path, start, evaluation_due=due, trackers=trackers))
 
         self.ranks.on_main(begin)
         return records[0] if records else None
+
+    def _trackers(self, start: int) -> list[Any]:
+        """Those of ``train.report_to``, started for steps behind ``start`` (rank 0)."""
+        began, name, again = self.journal.content["started"], self.settings.run_name, len(self.retries)
+        run = Tracked.of(self.folder.path, began, name, self.config.to_dict(), start, again)
+        return list(start_trackers(self.settings.report_to, run, self.reporter.note))
+
+    def _happened(self) -> dict[str, Any]:
+        """What run.json and the checkpoints say of divergence."""
+        said = {"diverged": self.diverged, "retries": self.retries}
+        return {name: value for name, value in said.items() if value}
 
     @property
     def evaluation_due(self) -> bool:
@@ -259,10 +349,15 @@ class Artifacts:
             "rows_per_step": rows * self.ranks.world_size,
             "best": self.best,
             "units": self.step.trained.units,
+            "waited": self.waited,
             **also,
+            **self._happened(),
             **self._origin(),
         }
-        self.saver.save(number, self.step.tensors(), facts)
+        if self.guard is not None:
+            facts["guard"] = self.guard.state()
+        retries = self.guard is not None and self.settings.on_divergence == "retry"
+        self.saver.save(number, self.step.tensors(), facts, hold=self.guard.good if self.guard and retries else None)
 
     def move_on(self, request: StopRequest) -> None:
         """Let the checkpoint in flight move on; where it failed, ask all ranks to stop, which then raise why."""
@@ -274,9 +369,118 @@ class Artifacts:
         """Keep the adapter as ``best`` if no evaluation so far was better by ``train.metric_for_best_model``."""
         name = self.settings.best_metric
         sign = -1 if name in LOWER_IS_BETTER else 1
+        self.waited += 1
         if math.isfinite(metrics[name]) and (not self.best or sign * metrics[name] > sign * self.best[name]):
+            self.waited = 0
             self.best = {**metrics, "step": number}
             self.keep_adapter("best", self.best)
+
+    @property
+    def enough(self) -> bool:
+        """Whether ``train.early_stopping_patience`` is at its end."""
+        patience = self.settings.early_stopping_patience
+        return patience is not None and self.waited >= patience
+
+    # ---- divergence
+
+    @property
+    def rate_factor(self) -> float:
+        """What all retries so far have made of the learning rate."""
+        return RETRY_FACTOR ** len(self.retries)
+
+    @property
+    def may_retry(self) -> bool:
+        return self.settings.on_divergence == "retry" and len(self.retries) < MOST_RETRIES
+
+    def has_diverged(self, verdict: Divergence) -> bool:
+        """Say so, and write it down; returns whether the run is to end here. Every rank calls this together."""
+        if self.may_retry:  # it is said where it goes back
+            return True
+        rate = self.settings.learning_rate * self.rate_factor
+        self.diverged = {
+            "step": verdict.step,
+            "loss": verdict.loss,
+            ("frozen_loss" if verdict.alone else "first_loss"): verdict.baseline,
+            "reason": verdict.reason,
+            "learning_rate": rate,
+        }
+        self.journal.tell(diverged=self.diverged)
+        if self.settings.on_divergence == "warn":
+            self.reporter.note(
+                f"step {verdict.step}: the run diverges: {verdict.reason}; {self._lower()}. {self._left(verdict)}"
+                "It goes on; train.on_divergence: stop would end it, retry go back by itself"
+            )
+            return False
+        return True
+
+    def _lower(self) -> str:
+        rate = self.settings.learning_rate * self.rate_factor
+        return f"lower train.learning_rate (now {rate:.1e}), for example to a third: {rate * RETRY_FACTOR:.1e}"
+
+    def _left(self, verdict: Divergence) -> str:
+        """What there is from before, for people (rank 0, which alone speaks)."""
+        better = bool(self.best) and self.best["loss"] < verdict.baseline
+        said = f"best/ holds the adapter of step {self.best['step']}. " if better else ""
+        found = [step for path in checkpoints(self.folder.checkpoints) if (step := step_of(path)) <= verdict.good]
+        return said + (f"The checkpoint of step {found[0]} is the last good one. " if found else "")
+
+    def last_words(self, ended: Astray) -> str:
+        """What the run ends with."""
+        tried = f", as it did with {len(self.retries)} lower learning rates before" if self.retries else ""
+        return (
+            f"the run diverged in step {ended.verdict.step}{tried}, and ended after step {ended.step}: "
+            f"{ended.verdict.reason}; {self._lower()}, and start again with --overwrite or another output_dir. "
+            f"{self._left(ended.verdict)}adapter/ holds what it had come to"
+        )
+
+    def go_back(self, ended: Astray, records: Records | None) -> tuple[int, bool]:
+        """Go back to where the run was good, with a lower learning rate; returns the step to continue after, and
+        whether its evaluation is due. Every rank calls this together."""
+        self.saver.wait()
+        found = self.ranks.on_main(lambda: self._last_good(ended.verdict.good))
+        facts: dict[str, Any] = {}
+        if found is not None:
+            load_tensors(found, self.step.tensors())
+            facts = read_facts(found)
+        else:
+            self._begin_again()
+        start, due = int(facts.get("step", 0)), bool(facts.get("evaluation_due"))
+        if self.guard is not None:
+            self.guard.restart()
+        self._take_up(facts)
+        rate = self.settings.learning_rate * self.rate_factor * RETRY_FACTOR
+        self.retries = [*self.retries, {"at_step": ended.verdict.step, "from_step": start, "learning_rate": rate}]
+        place = f"the checkpoint of step {start}" if start else "the start"
+        self.reporter.note(
+            f"step {ended.verdict.step}: the run diverges: {ended.verdict.reason}; going back to {place} with "
+            f"train.learning_rate {rate:.1e} (retry {len(self.retries)} of {MOST_RETRIES})"
+        )
+        self.journal.tell(**self._happened())
+        if records is not None:
+            records.go_back(start, self._trackers(start), evaluation_due=due)
+        self.save_state(start, evaluation_due=due)  # with the learning rate that an interrupted run is to go on with
+        self.keep_trained(start)
+        return start, due
+
+    def _last_good(self, step: int) -> Path | None:
+        """The newest whole checkpoint up to ``step``; those behind it are removed (rank 0)."""
+        root = self.folder.checkpoints
+        with writing(root):
+            for path in checkpoints(root):
+                if step_of(path) > step:
+                    path.rename(root / f"{DELETED}{path.name}")
+            if root.is_dir():
+                clean(root)
+        return latest_complete(root)[0]
+
+    def _begin_again(self) -> None:
+        with torch.no_grad():
+            for name, tensor in self.step.tensors().items():
+                own = _local(tensor)
+                if _moment(name):
+                    own.zero_()
+                else:
+                    own.copy_(self._start[name])
 
     def keep_trained(self, number: int) -> None:
         """Write the adapter as it stands after step ``number``, before anything else is done that may fail."""
@@ -288,7 +492,7 @@ class Artifacts:
         """Around the run: an error that ends it says where the adapter is that was written before."""
         try:
             yield
-        except Preempted:
+        except (Preempted, Diverged):
             raise
         except Exception as error:
             if self.kept is not None:
@@ -339,27 +543,47 @@ class Artifacts:
         evaluation: dict[str, Any] = {}
         if self.ranks.is_main:
             for record in read_records(self.folder.path):
-                result |= {key: value for key, value in record.items() if key == "loss" or key.startswith("eval_")}
+                shown = [key for key in record if key == "loss" or key.startswith(("eval_", "frozen_"))]
+                result |= {key: record[key] for key in shown}
                 measured = {key[5:]: value for key, value in record.items() if key.startswith("eval_")}
                 evaluation = {**measured, "step": record["step"]} if measured else evaluation
+        if self.diverged:
+            result["diverged_at"] = self.diverged["step"]
+        if is_worse(result):
+            result["worse_than_frozen"] = True
         self.keep_adapter("adapter", evaluation)
         self.kept = result["steps"]
         return result
 
-    def finish(self, result: dict[str, Any], reporter: Reporter) -> dict[str, Any]:
+    def finish(self, result: dict[str, Any], reporter: Reporter, status: str) -> None:
         """Write the result and the report, after the last checkpoint."""
         self.saver.wait()
         if self.ranks.is_main:
             self.journal.content["result"] = result
-            self.journal.end("finished", step=result["steps"])
+            self.journal.end(status, step=result["steps"])
             note = leave_report(self.folder.path)
             if note is not None:
                 reporter.note(note)
         self.ranks.barrier()
-        return result
 
     def _origin(self) -> dict[str, str]:
         return {"backbone_fingerprint": self.prepared.fingerprint, "train_data_digest": self.data_digest}
+
+
+def is_worse(result: dict[str, Any]) -> bool:
+    """Whether a result says that the held-out loss is above that of the backbone alone, or is none."""
+    alone, tuned = result.get("frozen_loss"), result.get("eval_loss", 0.0)
+    return alone is not None and (tuned is None or tuned > alone)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this rank has of it."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _moment(name: str) -> bool:
+    """Whether a tensor of `PromptStep.tensors` is the optimizer's, which begins with zeros."""
+    return name.startswith("optimizer.")
 
 
 def fit_batch(run: RunConfig, world_size: int, rows_per_step: int | None, reporter: Reporter) -> TrainConfig:

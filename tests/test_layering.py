@@ -63,7 +63,7 @@ LAYERS: dict[str, list[str]] = {
     "ptd.data*": ["types", "files", "values", "config"],
     "ptd.tasks*": ["types", "values", "config", "data", "readouts"],
     "ptd.backbone*": ["types", "config"],
-    "ptd.checkpoint*": ["types", "files", "exit_codes", "config"],
+    "ptd.checkpoint*": ["types", "errors", "files", "exit_codes", "config"],
     "ptd.inject*": ["types"],
     "ptd.trackers*": [],
     "ptd.engine*": STAGES,

@@ -147,6 +147,12 @@ def test_trains_its_own_parameters_and_comes_back(
     assert (result["steps"], len(losses)) == (steps, steps)
     assert all(map(math.isfinite, (*losses, result["eval_loss"])))
 
+    # What the backbone alone comes to was measured where it can be asked: it has no head and no virtual tokens to read.
+    alone = [record for record in records if "frozen_loss" in record]
+    asked = method not in ("hard_prompt", "p_tuning-marks") and not list(loop.step.readout.parameters())
+    assert [record["step"] for record in alone] == [0] * asked
+    assert all(math.isfinite(record["frozen_train_loss"]) for record in alone)
+
     # All that is trained has changed, nothing else has.
     trained = {name for name, parameter in loop.step.trained.named_parameters() if parameter.requires_grad}
     after = copy_of(loop.step.trained)

@@ -15,8 +15,8 @@ from ptd.exit_codes import FATAL
 from ptd.types import UserError
 
 Attempt = dict[str, Any]
-ORDERLY = ("finished", "preempted", "interrupted")
-"""Ends that are nobody's failure."""
+ORDERLY = ("finished", "preempted", "interrupted", "diverged")
+"""Ends that are no failure of the program or the machine."""
 
 
 class RepeatedFailure(UserError):

@@ -10,7 +10,7 @@ from typing import Any
 from ptd.checkpoint.attempts import begun, ended
 from ptd.checkpoint.files import claim, make_folders, write_atomically, writing
 from ptd.checkpoint.run_folder import RunFolder
-from ptd.types import Preempted, UserError
+from ptd.errors import Diverged, Preempted, UserError
 
 
 class Journal:
@@ -47,6 +47,12 @@ class Journal:
         self.content |= facts
         self._write("running")
 
+    def tell(self, **facts: Any) -> None:
+        """Record what has happened meanwhile; all ranks may call this."""
+        if self.is_main:
+            self.content |= facts
+            self._write("running")
+
     def end(self, status: str, **facts: Any) -> None:
         """Record how the attempt ended; all ranks may call this."""
         if self.is_main:
@@ -58,7 +64,7 @@ class Journal:
         """Around the attempt: records how it broke off."""
         try:
             yield
-        except Preempted:
+        except (Preempted, Diverged):
             raise
         except (UserError, KeyboardInterrupt) as stop:
             if not self._trains:

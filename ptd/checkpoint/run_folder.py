@@ -42,6 +42,8 @@ FREE_TO_CHANGE = {
         "report_to",
         "run_name",
         "samples",
+        "on_divergence",
+        "early_stopping_patience",
         "per_device_eval_batch_size",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
@@ -154,6 +156,8 @@ def open_run(config: RunConfig, *, overwrite: bool, retry: bool = False) -> RunF
         raise UserError(
             f"output_dir: the run in {folder} is finished; choose another output_dir, or --overwrite to redo it"
         )
+    if status == "diverged":
+        check_goes_on(config, previous)
     checkpoint, skipped = latest_complete(folder / "checkpoints")
     if skipped and checkpoint is None:
         raise UserError(
@@ -168,6 +172,23 @@ def open_run(config: RunConfig, *, overwrite: bool, retry: bool = False) -> RunF
     attempts = settled(attempts, found.step, forgive=retry)
     check_attempts(attempts, found.step, config.train.max_restarts, folder)
     return replace(found, attempts=tuple(attempts))
+
+
+def check_goes_on(config: RunConfig, previous: dict[str, Any]) -> None:
+    """Raise `UserError` where the run that ``previous`` (run.json) tells of diverged, and would again.
+
+    Only another ``train.on_divergence`` makes a difference: one that does not end it, or that retries for the first
+    time.
+    """
+    now, then = config.train.on_divergence, previous["config"]["train"].get("on_divergence")
+    if now == "warn" or (now == "retry" and then == "stop"):
+        return
+    facts = previous.get("diverged") or {}
+    raise UserError(
+        f"output_dir: the run in {config.output_dir} diverged in step {facts.get('step')} with train.learning_rate "
+        f"{facts.get('learning_rate')}, and would again; lower it and choose another output_dir, or --overwrite to "
+        "replace the run; train.on_divergence=warn continues it all the same"
+    )
 
 
 def clear(folder: RunFolder) -> None:

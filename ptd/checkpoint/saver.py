@@ -59,6 +59,7 @@ class _Write:
     part: Future[Files]
     whole: Future[Files] | None = None
     told: bool = False
+    hold: int | None = None
 
     @property
     def work(self) -> list[Future[Files]]:
@@ -82,10 +83,10 @@ class Saver:
         self._write: _Write | None = None
         self._name, self._numbers = "", count()
 
-    def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any], *, hold: int | None = None) -> None:
         """Copy ``tensors``, all that is trained (the same names and shapes each time), and begin to write them.
 
-        Waits for the write before this one.
+        Waits for the write before this one. ``hold``: beside the newest ``keep``, the newest one up to that step stays.
         """
         self.wait()
         planner = DefaultSavePlanner()
@@ -95,7 +96,7 @@ class Saver:
             self._name = self.ranks.gather(secrets.token_hex(8))[0]
         copies = {item.index: _copy(planner.resolve_data(item)) for item in self._plan.items}
         part = self._threads.submit(_write_part, self._temporary(step), self._plan, copies)
-        self._write = _Write(step, facts, f"{self._name}/{next(self._numbers)}", part)
+        self._write = _Write(step, facts, f"{self._name}/{next(self._numbers)}", part, hold=hold)
 
     def poll(self) -> None:
         """Move the write in flight on, without waiting for it or for another rank."""
@@ -183,7 +184,8 @@ class Saver:
         write_atomically(self.root / LATEST, final.name + "\n")
         # One of a later step was passed over as damaged; if it counted among the kept, it would push out whole ones.
         mine = [path for path in checkpoints(self.root) if step_of(path) <= write.step]
-        for old in set(checkpoints(self.root)) - set(mine[: self.keep]):
+        held = [path for path in mine if write.hold is not None and step_of(path) <= write.hold]
+        for old in set(checkpoints(self.root)) - set(mine[: self.keep]) - set(held[:1]):
             self._set_aside(old)
         for doomed in self.root.glob(f"{DELETED}*"):
             shutil.rmtree(doomed)

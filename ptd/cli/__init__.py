@@ -16,7 +16,7 @@ import typer
 
 from ptd.cli import launch, look, start, train, use
 from ptd.cli.common import is_main
-from ptd.errors import Preempted, RankError, UserError
+from ptd.errors import Diverged, Preempted, RankError, UserError
 from ptd.exit_codes import INTERRUPTED
 
 app = typer.Typer(
@@ -65,6 +65,14 @@ def _main(
     pass
 
 
+def _leave(code: int) -> None:
+    """End at once: Python's shutdown takes each rank another while, and the first that is gone makes a launcher kill
+    the others, whose code would then be that of a kill."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def main() -> None:
     """Entry point of the ``ptd`` command."""
     try:
@@ -72,14 +80,12 @@ def main() -> None:
     except UserError as error:
         if is_main() or isinstance(error, RankError):
             print(f"ptd: error: {error}", file=sys.stderr)
+        if isinstance(error, Diverged) and os.environ.get("WORLD_SIZE", "1") != "1":
+            _leave(error.exit_code)
         sys.exit(error.exit_code)
     except Preempted as stopped:
         if is_main():
             print(f"ptd: {stopped}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # At once: Python's shutdown takes each rank another while, and the first that is gone makes a launcher kill
-        # the others, whose code would then be that of a kill.
-        os._exit(stopped.exit_code)
+        _leave(stopped.exit_code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

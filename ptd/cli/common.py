@@ -92,13 +92,14 @@ def reporter_unless(quiet: bool) -> Reporter | None:
     return make_reporter() if is_main() and not quiet else None
 
 
-def done(quiet: bool, written: Mapping[Path, str], then: Sequence[str]) -> None:
-    """The end of a command, on stderr: what was written where, and what to type next."""
+def done(quiet: bool, written: Mapping[Path, str], then: Sequence[str], *, found: Sequence[str] = ()) -> None:
+    """The end of a command, on stderr: what it ``found``, what was written where, and what to type next."""
     if quiet or not is_main():
         return
     sys.stdout.flush()
     width = max((len(str(path)) for path in written), default=0)
-    blocks = {"written": [f"{path!s:<{width}}  {what}" for path, what in written.items()], "next": list(then)}
+    files = [f"{path!s:<{width}}  {what}" for path, what in written.items()]
+    blocks = {"result": list(found), "written": files, "next": list(then)}
     for title, lines in blocks.items():
         for number, line in enumerate(lines):
             print(f"{title + ':' if number == 0 else '':<9}{line}".rstrip(), file=sys.stderr)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shlex
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,7 +21,7 @@ from ptd.cli.common import (
     print_json,
     reporter_unless,
 )
-from ptd.errors import Preempted
+from ptd.errors import Diverged, Preempted
 
 if TYPE_CHECKING:
     from ptd.config import RunConfig
@@ -52,12 +53,37 @@ def train(
         result = run_training(
             config, overwrite=overwrite, retry=retry, reporter=reporter_unless(quiet), request=request
         )
-    except Preempted:
+    except (Preempted, Diverged):
         request.ignore_more()
         raise
     if is_main():
         print_json({"output_dir": str(config.output_dir), **result})
-        done(quiet, left_by(config.output_dir), _uses(config))
+        then = _instead(config, result) if result.get("worse_than_frozen") else _uses(config)
+        done(quiet, left_by(config.output_dir), then, found=_found(result))
+
+
+def _found(result: dict[str, Any]) -> list[str]:
+    """What came of it, beside what the backbone alone comes to."""
+    alone, tuned = result.get("frozen_loss"), result.get("eval_loss")
+    said = []
+    if alone is not None:
+        shown = "not finite" if tuned is None or not math.isfinite(tuned) else f"{tuned:.4f}"
+        worse = ", worse than the backbone alone" if result.get("worse_than_frozen") else ""
+        said.append(f"held-out loss: backbone alone {alone:.4f} → tuned {shown}{worse}")
+    if "diverged_at" in result:
+        said.append(f"diverged in step {result['diverged_at']:,}: train.learning_rate is too high")
+    if "stopped_early" in result:
+        said.append(f"ended after step {result['stopped_early']:,}, by train.early_stopping_patience")
+    return said
+
+
+def _instead(config: RunConfig, result: dict[str, Any]) -> list[str]:
+    """What to do where the backbone is better off without what was trained."""
+    out, rate = shlex.quote(str(config.output_dir)), f"train.learning_rate (now {config.train.learning_rate:.1e})"
+    lower = f"lower {rate}, for example to a third"
+    if "diverged_at" not in result:
+        lower += " if the loss rose; more steps, or a higher rate, if it was still falling"
+    return [f"ptd report {out}", lower]
 
 
 def _uses(config: RunConfig) -> list[str]:

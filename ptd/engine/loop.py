@@ -17,12 +17,14 @@ from transformers import get_scheduler
 from ptd.config import TrainConfig
 from ptd.data import Batches, prefetch
 from ptd.engine.evaluation import HeldOut, evaluate
+from ptd.engine.guard import Divergence, Guard
 from ptd.engine.meter import summary
 from ptd.engine.phases import OTHER, OWN, PHASES
 from ptd.engine.preemption import StopRequest
 from ptd.engine.prompt_step import PendingResult, PromptStep, StepResult
 from ptd.engine.ranks import Ranks
 from ptd.engine.setup import Prepared
+from ptd.transfer import together
 from ptd.types import Batch, Reporter, UserError
 
 MAX_SKIPPED = 10
@@ -30,7 +32,11 @@ MAX_SKIPPED = 10
 
 BEHIND = 1
 """Steps by which reading results from a GPU is behind asking for them: while the host reads, the GPU has a whole step
-to do. One is enough; a signal to stop, and a run to be ended for its skipped steps, wait as long."""
+to do. One is enough; a signal to stop, a run to be ended for its skipped steps, and a divergence wait as long."""
+
+FIRST_ROWS, FEWEST_ROWS, FIRST_SHARE = 32, 16, 20
+"""What a run begins from is measured on the rows of its first steps: on `FIRST_ROWS` rows, within one in `FIRST_SHARE`
+of its steps; on `FEWEST_ROWS` at least. A forward pass takes a third of a step: mostly below 2 % of a run."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,21 @@ class Stopped:
 
     step: int
     evaluation_due: bool
+
+
+@dataclass(frozen=True)
+class Enough:
+    """A run that is over after ``step``, because its evaluations do not get better any more; its state is saved."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Astray:
+    """A run that diverged and is not to go on as it is; ``step`` is the last one that was taken."""
+
+    step: int
+    verdict: Divergence
 
 
 @dataclass
@@ -51,6 +72,9 @@ class Loop:
     begins now, at each micro-batch at least.
     ``behind``: results of steps are read so many steps later, unless a record, an evaluation or a checkpoint is due;
     None: `BEHIND` on a GPU.
+    ``enough`` is asked after each evaluation whether the run is to end there.
+    ``guard`` sees the loss of each step when it is read; ``on_divergence`` gets its verdict, and says whether the run
+    is to end with it. ``rate_factor``: what the schedule's learning rates are multiplied with.
     """
 
     config: TrainConfig
@@ -68,23 +92,34 @@ class Loop:
     request: StopRequest = field(default_factory=StopRequest)
     heartbeat: Callable[[str], None] = lambda doing: None
     behind: int | None = None
+    enough: Callable[[], bool] = lambda: False
+    guard: Guard | None = None
+    on_divergence: Callable[[Divergence], bool] = lambda verdict: False
+    rate_factor: float = 1.0
     _skipped_in_a_row: int = field(default=0, init=False, repr=False)
 
-    def run(self, start: int, stop: int, *, evaluation_due: bool = False) -> Stopped | None:
+    def run(self, start: int, stop: int, *, evaluation_due: bool = False) -> Stopped | Enough | Astray | None:
         """Optimizer steps ``start`` … ``stop − 1``; a step's number in records counts from 1. None: only evaluate.
 
         ``evaluation_due``: first evaluate what step ``start`` left. When any rank's ``request`` asks to stop, all
-        ranks do after the same step, and are told which; its state is then to be saved.
+        ranks do after the same step, and are told which; its state is then to be saved. The result says what ended the
+        run before its last step, on all ranks the same; None: nothing did.
         """
         if stop == 0:
             self.evaluate(0)
             return None
-        rate = learning_rates(self.config, stop)
+        schedule, factor = learning_rates(self.config, stop), self.rate_factor
+
+        def rate(index: int) -> float:
+            return factor * schedule(index)
+
         window, unread = Window(), deque[tuple[int, PendingResult]]()
         self._skipped_in_a_row = 0
         self.reporter.start("train", stop, start)
         if evaluation_due:
             self.evaluate(start)
+            if start < stop and self.enough():
+                return self._enough(start)
         self.prepared.forget_passes()
         clock = self.step.clock
         began = time.perf_counter()
@@ -101,10 +136,16 @@ class Loop:
                 number == stop or bool(every and number % every == 0)
                 for every in (self.config.logging_steps, self.config.eval_steps, self.config.save_steps)
             )
-            stops = False
-            for result in self._results(unread, everything=logs or evaluates or saves):
+            stops, verdict = False, None
+            for step, result in self._results(unread, everything=logs or evaluates or saves):
                 window.add(result)
                 stops |= result.stop
+                judged = None if self.guard is None else self.guard.see(step, result.loss)
+                verdict = verdict or judged
+            astray = verdict is not None and self.on_divergence(verdict)
+            if astray:
+                for _, result in self._results(unread, everything=True):
+                    window.add(result)
             window.pass_by(time.perf_counter() - began, self.step.meter.take())
             if number == stop or (evaluates and self.held_out is not None):
                 self.on_trained(number)
@@ -115,20 +156,35 @@ class Loop:
                 line = f"loss {result.loss:.4f}  lr {rate(index):.2e}  {record['tokens_per_second']:.0f} tokens/s"
                 window = Window()
             self.reporter.advance("train", number, line)
+            if astray and verdict is not None:
+                self.reporter.finish("train")
+                return Astray(number, verdict)
             if stops:  # at once: an evaluation may take longer than there is time
                 self.reporter.finish("train")
                 return Stopped(number, evaluates and self.held_out is not None)
             if evaluates:
                 self.evaluate(number)
+                if self.held_out is not None and number < stop and self.enough():
+                    return self._enough(number)
             if saves:
-                self.heartbeat(f"saving after step {number}")
-                self.on_save(number)
+                self._save(number)
             began = time.perf_counter()
             clock.begin("data")
         self.reporter.finish("train")
         return None
 
-    def _results(self, unread: deque[tuple[int, PendingResult]], *, everything: bool) -> Iterator[StepResult]:
+    def _save(self, number: int) -> None:
+        self.heartbeat(f"saving after step {number}")
+        self.on_save(number)
+
+    def _enough(self, number: int) -> Enough:
+        self.reporter.finish("train")
+        self._save(number)
+        return Enough(number)
+
+    def _results(
+        self, unread: deque[tuple[int, PendingResult]], *, everything: bool
+    ) -> Iterator[tuple[int, StepResult]]:
         """What the steps left that are far enough behind, or ``everything``; all of it once a rank asks to stop."""
         on_gpu = self.ranks.device.type == "cuda"
         behind = self.behind if self.behind is not None else BEHIND if on_gpu else 0
@@ -137,7 +193,7 @@ class Loop:
             result = pending.read()
             everything |= result.stop
             self._skipped_in_a_row = self._count_skipped(number, self._skipped_in_a_row, result)
-            yield result
+            yield number, result
 
     def take_step(self, index: int, micro_batches: list[Batch]) -> PendingResult:
         """One optimizer step; returns when a GPU has been asked for it. Its clock goes on in the last phase."""
@@ -162,6 +218,51 @@ class Loop:
             tokens += batch.tokens
             supervised += batch.supervised_tokens
         return self.step.finish(loss, weight, tokens, supervised, stop=self.request.wanted)
+
+    def measure_start(self, stop: int, *, alone: bool) -> None:
+        """Measure what a run of ``stop`` steps begins from, before step 1: the backbone ``alone``, without a prompt, or
+        where that cannot be asked, prompt and head as they are initialised. Every rank calls this together.
+
+        The ``guard`` gets the losses of the rows of the first steps. Of the backbone alone one record of step 0 has
+        their mean, as ``frozen_train_loss``, and what an evaluation of the held-out rows says, under ``frozen_``.
+        """
+        self.prepared.attachment.set(None if alone else self.step.state())
+        losses = self._measure_alone(stop) if alone else self._first_losses(stop)
+        self.step.meter.take()  # what this gathers is no step's
+        if self.guard is not None:
+            self.guard.begin(losses, alone=alone)
+
+    def _measure_alone(self, stop: int) -> list[float]:
+        found: dict[str, Any] = {}
+        said = "the backbone alone: "
+        if self.held_out is not None:
+            metrics = evaluate(self.held_out, self.prepared, self.step.readout, self.ranks, self.reporter)
+            found = {f"frozen_{key}": value for key, value in metrics.items()}
+            shown = [f"{key} {value:.4f}" for key, value in metrics.items() if isinstance(value, float)]
+            said += f"held-out {'  '.join(shown)}  "
+        losses = self._first_losses(stop)
+        found["frozen_train_loss"] = math.fsum(losses) / len(losses)
+        self.reporter.note(f"{said}training loss {found['frozen_train_loss']:.4f}")
+        self.on_record({"step": 0, **found})
+        return losses
+
+    @torch.no_grad()
+    def _first_losses(self, stop: int) -> list[float]:
+        """Of the model as it stands, on the rows of step 1, step 2, …; each the mean over all ranks."""
+        sums: list[Tensor] = []
+        rows = 0
+        while len(sums) < stop and rows < (FIRST_ROWS if len(sums) < stop // FIRST_SHARE else FEWEST_ROWS):
+            loss = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+            weight: Tensor | float = 0.0
+            rows += len(self.batches.rows(len(sums)))
+            for batch in self.batches.step(len(sums)):
+                self.heartbeat("measuring the first rows")
+                reading = self.step.readout(self.prepared.run, batch)
+                loss += reading.loss
+                weight += reading.weight.double() if isinstance(reading.weight, Tensor) else reading.weight
+            sums.append(together([loss, weight], loss.device))
+        totals = self.ranks.all_reduce(torch.stack(sums))
+        return [loss / weight for loss, weight in totals.tolist()]
 
     def evaluate(self, number: int) -> None:
         """Loss and metrics of what is trained, as it stands now, on the held-out rows."""
@@ -252,9 +353,14 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def warmup_steps(config: TrainConfig, total_steps: int) -> int:
+    """Steps in which the learning rate rises."""
+    return config.warmup_steps if config.warmup_steps is not None else math.ceil(config.warmup_ratio * total_steps)
+
+
 def learning_rates(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
     """Learning rate by step index; transformers' schedules as a plain function, so that resuming needs no state."""
-    warmup = config.warmup_steps if config.warmup_steps is not None else math.ceil(config.warmup_ratio * total_steps)
+    warmup = warmup_steps(config, total_steps)
     probe = torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=config.learning_rate)  # polynomial looks at it
     try:
         schedule = get_scheduler(

@@ -17,7 +17,8 @@ METRICS = "metrics.jsonl"
 
 
 class Records:
-    """Writer of the records of a run, on rank 0. Training records carry ``loss``, evaluations ``eval_loss``.
+    """Writer of the records of a run, on rank 0. Training records carry ``loss``, evaluations ``eval_loss``; what was
+    measured of the backbone alone, before step 1, is one record of step 0 with keys that begin with ``frozen_``.
 
     After a resume at ``after_step`` the records behind it are dropped: they will be written again; if the step's own
     ``evaluation_due``, that one too. As a context manager it closes ``trackers`` when the run ends or breaks off.
@@ -28,7 +29,20 @@ class Records:
     ) -> None:
         self._trackers = trackers
         self.path = folder / METRICS
-        kept = [record for record in read_records(folder) if record["step"] <= after_step]
+        self._keep(after_step, evaluation_due)
+
+    def go_back(self, after_step: int, trackers: Sequence[Tracker], *, evaluation_due: bool = False) -> None:
+        """Drop the records behind ``after_step``, where training goes on otherwise; ``trackers`` get what comes.
+
+        The trackers so far are closed. Raises `UserError` where that cannot be written.
+        """
+        self.close("failed")
+        self._trackers = trackers
+        with writing(self.path):
+            self._keep(after_step, evaluation_due)
+
+    def _keep(self, after_step: int, evaluation_due: bool) -> None:
+        kept = [record for record in read_records(self.path.parent) if record["step"] <= after_step]
         if evaluation_due:
             kept = [record for record in kept if record["step"] < after_step or "eval_loss" not in record]
         write_atomically(self.path, "".join(_line(record) for record in kept))

@@ -14,17 +14,21 @@ from ptd.engine.samples import read_samples
 from ptd.types import UserError
 
 Record = dict[str, Any]
+ALONE, TRAIN_ALONE = "frozen_", "frozen_train_loss"
+"""What the names of figures of the backbone alone begin with, and the one that is not of held-out rows."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """``facts`` is run.json, ``steps`` and ``evaluations`` are the two kinds of records, oldest first."""
+    """``facts`` is run.json, ``steps`` and ``evaluations`` are the two kinds of records, oldest first; ``alone`` is
+    what was measured of the backbone alone, under the names of an evaluation."""
 
     name: str
     facts: dict[str, Any] = field(default_factory=dict)
     steps: list[Record] = field(default_factory=list)
     evaluations: list[Record] = field(default_factory=list)
     samples: list[Record] = field(default_factory=list)
+    alone: Record = field(default_factory=dict)
 
     def section(self, name: str) -> dict[str, Any]:
         """A mapping of run.json, or an empty one."""
@@ -73,6 +77,12 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         [record for record in placed if "loss" in record],
         [record for record in placed if "eval_loss" in record],
         read_samples(folder),
+        {
+            f"eval_{key.removeprefix(ALONE)}": value
+            for record in placed
+            for key, value in record.items()
+            if key.startswith(ALONE) and key != TRAIN_ALONE
+        },
     )
 
 

@@ -50,6 +50,7 @@ def _described(run: Run, colour: int) -> dict[str, Any]:
         "name": run.name,
         "colour": colour % len(LIGHT.palette),
         "glyph": GLYPHS[colour % len(GLYPHS)],
+        "alarms": tables.alarms(run),
         "slowest": tables.slowest(run),
         "attempts": tables.attempts(run),
         "long": len(run.steps) >= MEAN_FROM,

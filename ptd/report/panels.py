@@ -13,6 +13,7 @@ from ptd.engine.phases import OTHER
 from ptd.report.data import Record, Run, is_number
 
 STEP = "optimizer step"
+ALONE = "backbone alone"
 NOT_DRAWN = ("eval_loss", "eval_supervised_tokens", "eval_rows")
 """Of an evaluation: has a panel of its own, or is no measure."""
 PERCENT = {"accuracy", "macro_f1", "mcc", "precision", "recall", "f1", "exact_match"}
@@ -34,7 +35,8 @@ TALL = 3.0
 
 @dataclass(frozen=True)
 class Curve:
-    """``y`` over ``x``; NaN is a gap. ``colour``: place in the palette; ``dashed``, ``dots``: how it is drawn."""
+    """``y`` over ``x``; NaN is a gap. ``colour``: place in the palette (−1: none of its colours); ``dashed``, ``dots``:
+    how it is drawn. One without a ``label`` is in no legend."""
 
     label: str
     x: np.ndarray
@@ -46,7 +48,8 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves over one pair of axes. ``name`` fits a file name; ``marks`` are steps; ``note`` is said below.
+    """Curves over one pair of axes. ``name`` fits a file name; ``marks`` are steps, ``alarms`` are steps with a word;
+    ``note`` is said below.
 
     ``layers``: the curves lie on each other, cut off at ``top``; with ``bars`` their places are not steps but these.
     """
@@ -58,6 +61,7 @@ class Panel:
     from_zero: bool = False
     logarithmic: bool = False
     marks: tuple[int, ...] = ()
+    alarms: tuple[tuple[int, str], ...] = ()
     note: str = ""
     layers: bool = False
     bars: tuple[str, ...] = ()
@@ -104,7 +108,7 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
         unit = f"{short} ({'%' if metric in PERCENT else 'no unit'})"
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", key)
         kind = _Kind(name, f"Held-out {metric}", unit, (metric, key), from_zero=False)
-        found.append(_panel(kind, runs, [run.evaluations for run in runs], dots=True))
+        found.append(_with_alone(_panel(kind, runs, [run.evaluations for run in runs], dots=True), runs, key))
     found.append(_split(runs))
     return [panel for panel in found if panel.curves]
 
@@ -185,17 +189,40 @@ def _loss(runs: Sequence[Run]) -> list[Panel]:
     if len(runs) > 1:
         return [
             _axes("loss", "Training loss", unit, training),
-            _axes("eval_loss", "Held-out loss", unit, held_out),
+            _with_alone(_axes("eval_loss", "Held-out loss", unit, held_out), runs, "eval_loss"),
         ]
     both = [
         Curve(label, curve.x, curve.y, curve.colour, dots=curve.dots)
         for label, curve in zip(("training", "held-out rows"), [*training, *held_out], strict=True)
     ]
-    panel = _axes("loss", "Loss", unit, both)
+    panel = _with_alone(_axes("loss", "Loss", unit, [curve for curve in both if len(curve.x)]), runs, "eval_loss")
     starts = [attempt.get("from_step") for attempt in runs[0].attempts[1:]]
     marks = tuple(sorted({start for start in starts if isinstance(start, int) and start > 0}))
     note = "Vertical lines: where an interrupted run was continued." if marks else ""
-    return [replace(panel, marks=marks, note=note)]
+    step = runs[0].section("diverged").get("step")
+    alarms = ((step, "diverged"),) if isinstance(step, int) else ()
+    return [replace(panel, marks=marks, alarms=alarms, note=note)]
+
+
+def _with_alone(panel: Panel, runs: Sequence[Run], key: str) -> Panel:
+    """With a dashed line where the backbone alone is, in the colour of the held-out rows, or of the run."""
+    levels = {number: run.alone[key] for number, run in enumerate(runs) if is_number(run.alone.get(key))}
+    if not levels or not panel.curves:
+        return panel
+    last = max([*(curve.x[-1] for curve in panel.curves), 1.0])
+
+    def line(level: float, colour: int, label: str) -> Curve:
+        return Curve(label, np.array([0.0, last]), np.full(2, level, dtype=float), colour, dashed=True)
+
+    if len(runs) == 1:
+        lines = [line(levels[0], 1 if panel.name == "loss" else 0, ALONE)]
+    elif len(set(levels.values())) == 1:
+        lines = [line(next(iter(levels.values())), -1, ALONE)]
+    else:
+        lines = [line(level, number, "") for number, level in levels.items()]
+    note = f"{panel.note} Dashed: the {ALONE}.".strip() if len(runs) > 1 else panel.note
+    found = _axes(panel.name, panel.title, panel.unit, [*panel.curves, *lines], from_zero=panel.from_zero)
+    return replace(found, note=note)
 
 
 def _panel(kind: _Kind, runs: Sequence[Run], records: Sequence[Sequence[Record]], dots: bool = False) -> Panel:

@@ -23,6 +23,8 @@ SIZE = (4.0, 2.55)
 """Inches: a page shows one at about this size on a phone, and larger elsewhere."""
 COLUMNS, FEWEST_COLUMNS = 600, 60
 """Of a panel with one curve, and of each of very many: what is drawn of longer series (`thin`)."""
+SHORT_LEGEND = 36
+"""Letters of the labels of a legend that fits above a plot, beside their marks."""
 MEAN_FROM, MEAN_SHARE = 100, 50
 """From so many records on a curve is drawn pale under its running mean over this part of them."""
 
@@ -34,11 +36,17 @@ def draw(panel: Panel, theme: Theme, *, legend: bool) -> Figure:
     figure = Figure(figsize=SIZE, facecolor="none" if theme is SENTINEL else theme.paper)
     axes = figure.add_axes((0.17, 0.19, 0.8, 0.7 if legend else 0.76), facecolor="none")
     columns = max(FEWEST_COLUMNS, COLUMNS // len(panel.curves))
-    marked = len({each.colour for each in panel.curves}) > 2
+    marked = len({each.colour for each in panel.curves if not each.dashed}) > 2
     lines = [_add(axes, curve, theme, columns, marked=marked) for curve in panel.curves]
     for mark in panel.marks:
         axes.axvline(mark, color=theme.ink, alpha=0.35, linewidth=0.8, linestyle=(0, (2, 2)))
     _set_axes(axes, panel, theme)
+    left, right = axes.get_xlim()
+    for mark, word in panel.alarms:
+        axes.axvline(mark, color=theme.ink, linewidth=0.9)
+        side = "left" if mark - left < 0.1 * (right - left) else "right"
+        look: dict[str, Any] = {"fontsize": 8, "color": theme.ink, "rotation": 90, "va": "top", "ha": side}
+        axes.text(mark, 0.98, f"{word} ", transform=axes.get_xaxis_transform(), parse_math=False, **look)
     if legend:
         _legend(axes, lines, panel, theme)
     return figure
@@ -47,7 +55,7 @@ def draw(panel: Panel, theme: Theme, *, legend: bool) -> Figure:
 def _add(axes: Axes, curve: Curve, theme: Theme, columns: int, *, marked: bool) -> Line2D:
     x, y = thin(curve.x, curve.y, columns)
     number = curve.colour % len(theme.palette)
-    options: dict[str, Any] = {"color": theme.palette[number], "linewidth": 1.3}
+    options: dict[str, Any] = {"color": theme.palette[number] if curve.colour >= 0 else theme.soft, "linewidth": 1.3}
     if curve.dashed:
         options["linestyle"] = (0, (4, 2))
     if len(curve.x) >= MEAN_FROM and not curve.dots:
@@ -57,7 +65,7 @@ def _add(axes: Axes, curve: Curve, theme: Theme, columns: int, *, marked: bool) 
         options |= {"marker": MARKERS[number], "markersize": 3.6}
     elif len(x) == 1:
         options |= {"marker": MARKERS[number], "markersize": 4}
-    elif marked:  # a few along the line, not at the same places for all
+    elif marked and not curve.dashed:  # a few along the line, not at the same places for all
         options |= {"marker": MARKERS[number], "markersize": 3.6, "markevery": (0.04 * (1 + number), 0.25)}
     return axes.plot(x, y, **options)[0]
 
@@ -101,12 +109,13 @@ def _set_axes(axes: Axes, panel: Panel, theme: Theme) -> None:
 
 def _legend(axes: Axes, lines: Sequence[Line2D], panel: Panel, theme: Theme) -> None:
     # A label that begins with an underscore is none to matplotlib.
-    labels = [f" {curve.label}"[curve.label[:1] != "_" :][:40] for curve in panel.curves]
+    named = [(line, curve.label) for line, curve in zip(lines, panel.curves, strict=True) if curve.label]
+    labels = [f" {label}"[label[:1] != "_" :][:40] for _, label in named]
     place: dict[str, Any] = {"loc": "best"}
-    if len(labels) <= 2:  # above
-        place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "ncols": 2, "borderaxespad": 0.2}
+    if len(labels) <= 2 or sum(map(len, labels)) <= SHORT_LEGEND:  # above
+        place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "ncols": len(labels), "borderaxespad": 0.2}
     look = {"frameon": False, "fontsize": 8, "labelcolor": theme.ink, "handlelength": 1.8, "columnspacing": 1.2}
-    legend = axes.legend(lines, labels, **look, **place)
+    legend = axes.legend([line for line, _ in named], labels, **look, **place)
     for text in legend.get_texts():
         text.set_parse_math(False)
 

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from ptd.engine.records import flat
-from ptd.report.data import Run, is_number, numbers
-from ptd.report.panels import LAYERS, mean_split, metrics
+from ptd.report.data import ALONE, Run, is_number, numbers
+from ptd.report.panels import LAYERS, NOT_DRAWN, mean_split, metrics
 
 NOT_COMPARED = ("output_dir",)
 """Settings in which two runs always differ."""
@@ -35,6 +35,9 @@ def plain(run: Run) -> dict[str, Any]:
         "seconds": result_seconds if is_number(result_seconds) else None,
         "loss": run.last("loss"),
         **{key: run.last(key, run.evaluations) for key in ["eval_loss", *metrics([run])]},
+        **_alone(run),
+        "diverged": run.facts.get("diverged"),
+        "retries": run.facts.get("retries"),
         "best": result.get("best"),
         "trained_parameters": run.facts.get("trained_parameters"),
         "tokens_per_second": _median(run, "tokens_per_second"),
@@ -49,6 +52,12 @@ def plain(run: Run) -> dict[str, Any]:
         "device": run.facts.get("device"),
         "started": run.facts.get("started"),
     }
+
+
+def _alone(run: Run) -> dict[str, Any]:
+    """What was measured of the backbone alone, by the names in run.json."""
+    measures = [key for key in run.alone if key not in NOT_DRAWN or key == "eval_loss"]
+    return {key.replace("eval_", ALONE, 1): run.alone[key] for key in measures}
 
 
 def _median(run: Run, key: str) -> float | None:
@@ -110,6 +119,7 @@ _ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("seconds", "time (last start)", _time),
     ("loss", "training loss, last (nats)", _decimals),
     ("eval_loss", "held-out loss, last (nats)", _decimals),
+    ("frozen_loss", "held-out loss, backbone alone (nats)", _decimals),
     ("trained_parameters", "trained parameters", _number),
     ("tokens_per_second", "useful tokens/s, median", _number),
     ("step_seconds", "time of a step, median", _time),
@@ -133,11 +143,38 @@ def overview(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
             for metric in metrics(runs):
                 label = f"held-out {metric.removeprefix('eval_')}, last"
                 rows.append((label, [_shown(each.get(metric), _number) for each in figures]))
+                name = metric.replace("eval_", ALONE, 1)
+                label = f"held-out {metric.removeprefix('eval_')}, backbone alone"
+                rows.append((label, [_shown(each.get(name), _number) for each in figures]))
             rows.append(("best evaluation", [_best(each["best"]) for each in figures]))
         if key == "step_seconds" and len(runs) > 1:
             splits = [each["phase_seconds"] for each in figures]
             rows += [(f"of a step: {name}", [_share(split, name) for split in splits]) for name in LAYERS]
     return [(label, cells) for label, cells in rows if any(cells)]
+
+
+def alarms(run: Run) -> list[str]:
+    """What is wrong with a run, a sentence each; mostly nothing."""
+    found = []
+    diverged, retries = run.section("diverged"), run.facts.get("retries")
+    for retry in retries if isinstance(retries, list) else []:
+        if isinstance(retry, dict) and is_number(retry.get("learning_rate")):
+            found.append(
+                f"It diverged in step {_cell(retry.get('at_step'))}, and was continued from step "
+                f"{_cell(retry.get('from_step'))} with learning rate {retry['learning_rate']:.3g}."
+            )
+    if diverged:
+        rate = diverged.get("learning_rate")
+        shown = f"{rate:.3g}" if is_number(rate) else "unknown"
+        found.append(
+            f"It diverged in step {_cell(diverged.get('step'))}, with learning rate {shown}: {diverged.get('reason')}."
+        )
+    alone, tuned = run.alone.get("eval_loss"), run.last("eval_loss", run.evaluations)
+    if alone is not None and is_number(alone) and tuned is not None and tuned > alone:
+        found.append(
+            f"Its held-out loss, {_decimals(tuned)}, is worse than that of the backbone alone, {_decimals(alone)}."
+        )
+    return found
 
 
 def _shown(value: Any, form: Callable[[Any], str]) -> str:

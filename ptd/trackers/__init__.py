@@ -26,21 +26,27 @@ PATIENCE: dict[Status, float] = {"finished": 60.0, "preempted": 5.0, "failed": 5
 
 @dataclass(frozen=True)
 class Tracked:
-    """A run as its trackers know it. Each start that continues it after ``after_step`` has the same ``id``."""
+    """A run as its trackers know it. Each start that continues it after ``after_step`` has the same ``id``.
+
+    What follows a divergence, with another learning rate, is another run to them: ``again`` is the number of it.
+    """
 
     folder: Path
     name: str
     id: str
     config: dict[str, Any]
     after_step: int = 0
+    again: int = 0
 
     @classmethod
-    def of(cls, folder: Path, started: str, name: str | None, config: dict[str, Any], after_step: int) -> Tracked:
+    def of(
+        cls, folder: Path, started: str, name: str | None, config: dict[str, Any], after_step: int, again: int = 0
+    ) -> Tracked:
         """``started``: when the first start of the run began."""
         place = folder.resolve()
-        return cls(
-            folder, name or place.name, sha256(f"{place} {started}".encode()).hexdigest()[:16], config, after_step
-        )
+        words = f"{place} {started}" + (f" {again}" if again else "")
+        called = (name or place.name) + (f" (retry {again})" if again else "")
+        return cls(folder, called, sha256(words.encode()).hexdigest()[:16], config, after_step, again)
 
 
 class Tracker(Protocol):

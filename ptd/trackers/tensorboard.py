@@ -43,7 +43,7 @@ class TensorBoard:
         own = f"{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{next(_count)}"
         self._writer = RecordWriter(_Whole(folder / f"events.out.tfevents.{own}", "w"))
         self._add(Event(file_version="brain.Event:2"))
-        if run.after_step:  # what an earlier start wrote from here on is not shown: it will be written again
+        if run.after_step or run.again:  # what was written from here on is not shown: it will be written again
             self._add(Event(step=run.after_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ptd.checkpoint import Saver, latest_complete, load_tensors, saver
 from ptd.checkpoint.files import write_json
-from ptd.checkpoint.run_state import clean, read_facts, tensors_of
+from ptd.checkpoint.run_state import checkpoints, clean, read_facts, step_of, tensors_of
 from ptd.engine.ranks import Ranks
 from ptd.types import UserError
 
@@ -105,6 +105,18 @@ def test_the_newest_are_kept(root: Path) -> None:
         writer.save(step, tensors_of(module, optimizer), {})
     writer.close()  # alone, nothing that was begun is lost
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step-000004", "step-000005"]
+
+
+def test_one_that_is_held_stays_beside_the_newest(root: Path) -> None:
+    module, optimizer = make()
+    writer = Saver(root, ALONE, keep=2)
+    for step in range(1, 8):
+        writer.save(step, tensors_of(module, optimizer), {}, hold=min(step, 3))
+    writer.close()
+    assert [step_of(path) for path in checkpoints(root)] == [7, 6, 3]
+    writer.save(8, tensors_of(module, optimizer), {}, hold=6)
+    writer.close()
+    assert [step_of(path) for path in checkpoints(root)] == [8, 7, 6]
 
 
 def test_a_failed_write_leaves_the_last_whole_one_and_says_what_to_do(

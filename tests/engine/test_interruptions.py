@@ -16,7 +16,9 @@ import pytest
 import yaml
 
 from ptd.engine.records import read_records
-from ptd.exit_codes import DONE, FATAL, REQUEUE
+from ptd.exit_codes import DIVERGED, DONE, FATAL, REQUEUE, USAGE
+from ptd.quickstart import BACKBONE
+from ptd.quickstart.task import write_task
 
 STEPS = 12
 HANG = 5 / 60
@@ -47,11 +49,22 @@ Results = dict[str, dict[str, Any]]
 class Folders:
     def __init__(self, root: Path) -> None:
         self.root, self.whole, self.cut, self.failing = root, root / "whole", root / "cut", root / "failing"
+        self.diverging = root / "diverging"
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     return Folders(tmp_path_factory.mktemp("interruptions"))
+
+
+def diverging(root: Path) -> list[str]:
+    """What makes of the run one that diverges whatever its learning rate: the shipped backbone, which can get worse."""
+    train, held_out = write_task(root)
+    return [
+        *(f"backbone.path={BACKBONE}", "backbone.dtype=float32", f"data.train={train}", f"data.eval={held_out}"),
+        *("data.max_length=128", "train.learning_rate=300", "train.warmup_steps=0", "train.on_divergence=retry"),
+        *("train.save_steps=null", "train.eval_steps=null"),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +88,8 @@ def results(folders: Folders, backbone_dir: Path, rows_file: Path) -> Results:
         "killed again": attempt(folders.failing, dying),
         "refused": attempt(folders.failing, None),
         "retried": attempt(folders.failing, None, "--retry"),
+        "diverging": attempt(folders.diverging, None, *diverging(folders.root)),
+        "diverged": attempt(folders.diverging, None, *diverging(folders.root)),
     }
     plan, found = folders.root / "attempts.json", folders.root / "results.json"
     plan.write_text(json.dumps(list(attempts.values())))
@@ -185,6 +200,21 @@ def test_a_step_that_fails_twice_is_not_tried_again(results: Results, folders: F
     assert "continuing from step-000004\n" in results["retried"]["stderr"][0]
     last = results["retried"]["run"]["attempts"]
     assert [attempt.get("forgiven", False) for attempt in last] == [True, True, True, False]
+
+
+def test_all_ranks_go_back_and_end_together_when_they_diverge(results: Results, folders: Folders) -> None:
+    ended, refused = results["diverging"], results["diverged"]
+    assert ended["codes"] == [DIVERGED, DIVERGED], ended["stderr"]
+    assert ended["killed"] == []
+    assert ended["run"]["status"] == ended["run"]["attempts"][-1]["how"] == "diverged"
+    assert [retry["from_step"] for retry in ended["run"]["retries"]] == [0, 0, 0]
+    assert ended["stderr"][0].splitlines()[-1].startswith("ptd: error: the run diverged in step ")
+    assert "ptd: error" not in ended["stderr"][1]
+    assert refused["codes"] == [USAGE, USAGE]
+    assert "and would again; lower it" in refused["stderr"][0]
+    assert refused["run"] == ended["run"]
+    losses = series(folders.diverging, "loss")
+    assert list(losses) == list(range(1, len(losses) + 1))
 
 
 def test_records_name_the_slowest_rank(results: Results, folders: Folders) -> None:

@@ -52,6 +52,13 @@ RECORD_FIELDS = {
     "skipped_steps": int,
 }
 EVAL_FIELDS = {"step": int, "eval_loss": float, "eval_perplexity": float, "eval_supervised_tokens": int}
+ALONE_FIELDS = {
+    "step": int,
+    "frozen_loss": float,
+    "frozen_perplexity": float,
+    "frozen_supervised_tokens": int,
+    "frozen_train_loss": float,
+}
 
 Start = Callable[..., list[str]]
 
@@ -124,10 +131,13 @@ def test_metrics_are_complete(finished: Path) -> None:
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     trained = [record for record in records if "loss" in record]
     evaluated = [record for record in records if "eval_loss" in record]
-    assert len(trained) + len(evaluated) == len(records)
+    assert len(trained) + len(evaluated) == len(records) - 1
+    alone = records[0]
+    assert alone["step"] == 0
+    assert alone["frozen_perplexity"] == pytest.approx(math.exp(alone["frozen_loss"]))
     assert [record["step"] for record in trained] == list(range(1, STEPS + 1))
     assert [record["step"] for record in evaluated] == [5, 10, 15, 20]
-    for rows, fields in ((trained, RECORD_FIELDS), (evaluated, EVAL_FIELDS)):
+    for rows, fields in (([alone], ALONE_FIELDS), (trained, RECORD_FIELDS), (evaluated, EVAL_FIELDS)):
         for record in rows:
             assert {key: type(value) for key, value in record.items()} == fields
     for record in trained:
@@ -185,6 +195,11 @@ def test_run_json_is_complete(finished: Path, backbone_dir: Path) -> None:
     assert result["loss"] == series(finished, "loss")[-1]
     assert result["eval_loss"] == series(finished, "eval_loss")[-1]
     assert result["eval_perplexity"] == series(finished, "eval_perplexity")[-1]
+    alone = read_records(finished)[0]
+    assert {key: result[key] for key in result if key.startswith("frozen_")} == {
+        key: value for key, value in alone.items() if key != "step"
+    }
+    assert "worse_than_frozen" not in result
     losses = series(finished, "eval_loss")
     assert result["best"]["loss"] == min(losses)
     assert result["best"]["step"] == 5 * (1 + losses.index(min(losses)))
@@ -201,7 +216,7 @@ def test_tensorboard_file_is_readable(finished: Path) -> None:
 
     events = EventAccumulator(str(finished / "tensorboard"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == (RECORD_FIELDS.keys() | EVAL_FIELDS.keys()) - {
+    assert set(events.Tags()["scalars"]) == (RECORD_FIELDS.keys() | EVAL_FIELDS.keys() | ALONE_FIELDS.keys()) - {
         "step",
         "network",
         "phase_seconds",
@@ -210,6 +225,7 @@ def test_tensorboard_file_is_readable(finished: Path) -> None:
     assert [event.step for event in losses] == list(range(1, STEPS + 1))
     assert [event.value for event in losses] == pytest.approx(series(finished, "loss"), rel=1e-6)  # stored in fp32
     assert [event.step for event in events.Scalars("eval_loss")] == [5, 10, 15, 20]
+    assert [event.step for event in events.Scalars("frozen_loss")] == [0]
 
 
 def test_loss_curve_is_a_picture(finished: Path) -> None:

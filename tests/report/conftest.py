@@ -47,7 +47,8 @@ def write_run() -> WriteRun:
     """``write_run(folder, steps=40, ranks=4, train={…}, label="<b>")`` writes what a run of these settings leaves.
 
     One step in the middle has a loss of `SPIKE`, one has none. ``label`` turns up wherever a person's words may.
-    ``labels``: so many rows were labelled, not continued; without ``splits``: as an older version wrote it.
+    ``labels``: so many rows were labelled, not continued; without ``splits``: as an older version wrote it. ``alone``:
+    the loss of the backbone alone; ``facts``: what else run.json has.
     """
 
     def write(
@@ -60,9 +61,14 @@ def write_run() -> WriteRun:
         label: str = "a plain word",
         labels: int = 0,
         splits: bool = True,
+        alone: float | None = None,
+        **facts: Any,
     ) -> Path:
         folder.mkdir(parents=True)
         noise, lines = random.Random(steps), []
+        if alone is not None:
+            figures = {"frozen_loss": alone, "frozen_accuracy": 12.5, "frozen_rows": 400, "frozen_train_loss": alone}
+            lines.append({"step": 0, **figures})
         for number in range(1, steps + 1):
             lines.append(record(number, steps, noise, ranks))
             if not splits:
@@ -113,6 +119,7 @@ def write_run() -> WriteRun:
             "started": starts[0]["started"],
             "trained_parameters": 5_240_000,
             "result": {"steps": steps, "seconds": 4000.0, "best": {"loss": 0.4, "step": steps}},
+            **facts,
         }
         for name, rows in (("metrics.jsonl", lines), ("samples.jsonl", samples)):
             (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -165,6 +165,60 @@ def test_labels_are_shown_with_the_surest_mistakes_first(write_run: Any, tmp_pat
         assert shown == [f"{score:.2f}" for score in scores]
 
 
+DIVERGED = {"step": 12, "loss": 9.0, "frozen_loss": 2.6, "reason": "it rose <far> above", "learning_rate": 1.0}
+
+
+def test_the_backbone_alone_and_a_divergence(write_run: Any, tmp_path: Path) -> None:
+    folder = write_run(
+        tmp_path / "run",
+        status="diverged",
+        alone=0.25,
+        diverged=DIVERGED,
+        retries=[{"at_step": 9, "from_step": 4, "learning_rate": 1.0}],
+    )
+    figures = report([folder])["runs"][0]
+    page = check_page(folder / "report.html")
+    for words in (
+        "It diverged in step 9, and was continued from step 4 with learning rate 1.",
+        "It diverged in step 12, with learning rate 1: it rose <far> above.",
+        "is worse than that of the backbone alone, 0.2500.",
+        "held-out loss, backbone alone (nats) 0.2500",
+        "held-out accuracy, backbone alone 12.5",
+        "status diverged",
+    ):
+        assert words in page.text, words
+    assert (figures["frozen_loss"], figures["frozen_accuracy"], figures["diverged"]) == (0.25, 12.5, DIVERGED)
+    assert "frozen_rows" not in figures
+    found = {panel.name: panel for panel in panels([read_run(folder)])}
+    loss = found["loss"]
+    assert [curve.label for curve in loss.curves] == ["training", "held-out rows", "backbone alone"]
+    assert loss.curves[-1].dashed
+    assert (loss.curves[-1].x.tolist(), loss.curves[-1].y.tolist()) == ([0, 40], [0.25, 0.25])
+    assert loss.alarms == ((12, "diverged"),)
+    assert [text.get_text().strip() for text in draw(loss, LIGHT, legend=True).axes[0].texts] == ["diverged"]
+    assert found["eval_accuracy"].curves[-1].y.tolist() == [12.5, 12.5]
+
+
+def test_the_backbone_alone_of_several_runs(write_run: Any, tmp_path: Path) -> None:
+    """One line where they share it, as the same backbone on the same rows does; else one for each."""
+    first, same, other = (
+        write_run(tmp_path / name, alone=alone) for name, alone in (("a", 3.0), ("b", 3.0), ("c", 2.0))
+    )
+    none = write_run(tmp_path / "d")
+
+    def lines(*folders: Path) -> list[tuple[str, int, float]]:
+        found = next(panel for panel in panels(read_runs(folders)) if panel.name == "eval_loss")
+        assert ("Dashed: the backbone alone." in found.note) == any(curve.dashed for curve in found.curves)
+        return [(curve.label, curve.colour, curve.y[0]) for curve in found.curves if curve.dashed]
+
+    assert lines(first, same, none) == [("backbone alone", -1, 3.0)]
+    assert lines(first, none, other) == [("", 0, 3.0), ("", 2, 2.0)]
+    assert lines(none, write_run(tmp_path / "e")) == []
+    report([first, same, other, none], tmp_path / "all.html", pngs=tmp_path / "png")
+    page = check_page(tmp_path / "all.html")
+    assert "held-out loss, backbone alone (nats) 3.0000 3.0000 2.0000" in page.text
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_hostile_strings_are_only_words(write_run: Any, tmp_path: Path, number: int) -> None:
     folders = [write_run(tmp_path / f"<i>run{place}&", label=HOSTILE) for place in range(number)]
@@ -213,6 +267,8 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
         '{"config": [], "attempts": 3, "versions": null, "result": "x", "command": "ptd"}',
         '{"config": {"method": 3, "train": null}, "attempts": [null, 4], "result": {"best": 3, "seconds": "long"}}',
         '{"status": 4, "started": 5, "world_size": "many", "trained_parameters": "x", "attempts": [{"step": "y"}]}',
+        '{"diverged": {"step": "soon", "learning_rate": []}, "retries": [3, {"at_step": 2}, {"learning_rate": "x"}]}',
+        '{"diverged": 5, "retries": {"at_step": 2}}',
     ],
 )
 def test_what_has_another_form_is_left_out(tmp_path: Path, facts: str) -> None:
@@ -220,6 +276,7 @@ def test_what_has_another_form_is_left_out(tmp_path: Path, facts: str) -> None:
     lines = ['{"step": 1, "loss": 2.5}', "3", "null", '{"loss": 1}', '{"step": "x", "loss": 1}', '{"step": 2, "lo']
     lines.insert(1, '{"step": 2, "loss": "NaN", "lr": true, "network_bytes": "all", "slowest_rank": 0}')
     lines += [
+        '{"step": 0, "frozen_loss": "low", "frozen_accuracy": null, "frozen_train_loss": true}',
         '{"step": 3, "phase_seconds": [1]}',
         '{"step": 4, "loss": 2, "phase_seconds": {"data": 1, "forward": "x"}}',
     ]
