@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -30,8 +31,8 @@ class Attached(Protocol):
     model: PreTrainedModel
     shape: BackboneShape
 
-    def keys_and_values(self, run: Callable[[], Any]) -> list[tuple[Tensor, Tensor]]:
-        """What each attention layer attends to in a forward pass without a prompt."""
+    def bare(self) -> AbstractContextManager[list[tuple[Tensor, Tensor]]]:
+        """For passes by the model alone; the list is what each attention layer attends to in them."""
         ...
 
 
@@ -105,7 +106,8 @@ class TextConditioner:
         more: dict[str, Any] = {"use_cache": False} if "use_cache" in self._accepts else {}
         if self._sides == 2:
             more["decoder_input_ids"] = tokens[-1]
-        seen = self.attached.keys_and_values(lambda: self._run(tokens[0], **more))
+        with self.attached.bare() as seen:
+            self._run(tokens[0], **more)
         return torch.cat([states.flatten(1).float().cpu() for layer in seen for states in layer], dim=1)
 
     @torch.no_grad()
@@ -127,7 +129,8 @@ class TextConditioner:
                 lambda module, args, output, seen=seen: seen.append(output[:, 0].float().cpu())
             )
             try:
-                self._run(tokens, **({"decoder_input_ids": tokens} if self._sides == 2 else {}))
+                with self.attached.bare():
+                    self._run(tokens, **({"decoder_input_ids": tokens} if self._sides == 2 else {}))
             finally:
                 hook.remove()
             rows.append(seen[0])
@@ -139,7 +142,8 @@ class TextConditioner:
         read = self.rows(min(MEASURED, self.attached.shape.context or MEASURED))
         tokens = [torch.tensor([ids], device=self.device) for ids in read]
         body = self.model.base_model  # the whole model, if that puts out hidden states
-        hidden: Tensor = body(tokens[0], **({"decoder_input_ids": tokens[-1]} if self._sides == 2 else {}))[0]
+        with self.attached.bare():
+            hidden: Tensor = body(tokens[0], **({"decoder_input_ids": tokens[-1]} if self._sides == 2 else {}))[0]
         return float(hidden.float().square().mean().sqrt())
 
     def _collected(self, count: int, part: Callable[[list[int]], list[int]]) -> list[list[int]]:

@@ -246,7 +246,8 @@ def test_adapters(finished: Path) -> None:
         "step-000020",
     ]
     state = load_file(finished / "checkpoints" / "step-000020" / "shard-00001-model-00001-of-00001.safetensors")
-    assert state["encoder.embedding"].equal(prompt)
+    units = state["encoder.units.origin"], state["encoder.units.unit"], state["encoder.embedding"]
+    assert torch.addcmul(*units).equal(prompt)
     assert state["optimizer.step.encoder.embedding"] == STEPS
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache, partial
 from types import SimpleNamespace
 
@@ -33,7 +34,7 @@ def backbone(name):
 
 def bare(model, vocab_size=VOCAB):
     """What the conditioner needs of an attachment to read embeddings."""
-    return SimpleNamespace(model=model, shape=BackboneShape("any", 32, vocab_size, 64, ()))
+    return SimpleNamespace(model=model, shape=BackboneShape("any", 32, vocab_size, 64, ()), bare=nullcontext)
 
 
 def embedded(model, ids):
