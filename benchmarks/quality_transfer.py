@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quality import QUICK, described, digest_of, run_job
+from quality import QUICK, described, digest_of, run_job, typed
 from quality_cells import STEPS, Cell, Job, run_config
 from quality_tasks import material, write_material
 from rows import Rows, add_arguments
@@ -246,6 +246,8 @@ def main() -> None:
         twin(*args.twin)
         return
     conditions = conditions_of(args.condition)
+    args.data = args.data.resolve()
+    args.output = None if args.output is None else args.output.resolve()
     steps = QUICK["steps"] if args.quick else STEPS
     settings = {
         "steps": steps,
@@ -255,8 +257,9 @@ def main() -> None:
         "data": digest_of(args.data),
     }
     rows = Rows(
-        args.output, NAMES, program="quality_transfer", sources=SOURCES, settings=settings, replace=args.replace,
-        minutes=args.minutes,
+        args.output, NAMES, program="quality_transfer", sources=SOURCES, settings=settings,
+        about={"command": typed([args.data, args.output, *(Path(each.backbone) for each in conditions)])},
+        replace=args.replace, minutes=args.minutes,
     )  # fmt: skip
     defaults = {}
     with rows.work_folder() as folder:

@@ -193,7 +193,12 @@ def test_cells_are_measured_once_and_the_missing_ones_by_the_next_start(
     given = ("--quick", "--threads", 1, "--model", BACKBONE, "--data", data, "--output", output)
     said = command("quality", *given, "--only", "ptd prefix e2e")
     assert "ptd prefix e2e default, seed 0: learning_rate 0.01" in said
-    (found,) = json.loads(output.read_text())["records"]
+    written = json.loads(output.read_text())
+    (found,) = written["records"]
+    assert str(tmp_path.parent) not in json.dumps(written)
+    assert written["evidence"]["command"].startswith(
+        "python benchmarks/quality.py --quick --threads 1 --model backbone "
+    )
     said = command("quality", *given, "--only", "prefix e2e")
     assert "ptd prefix e2e default, seed" not in said
     ours, theirs = json.loads(output.read_text())["records"]
@@ -328,6 +333,12 @@ def test_cells_are_chosen_by_their_words(load: Any) -> None:
     words = {cell.words for cell in load("quality").default_cells(3)}
     assert {"ptd prefix e2e default", "peft lora r16 sst2 default", "ptd head sst2-encoder default"} <= words
     assert len(words) == len(list(load("quality").default_cells(1)))
+    counts: dict[str, int] = {}
+    for cell in load("quality").default_cells(None):
+        counts[cell.words] = counts.get(cell.words, 0) + 1
+    assert set(counts) == words
+    assert (counts["ptd prefix e2e default"], counts["ptd prefix sst2 default"]) == (3, 1)
+    assert (counts["ptd frozen e2e default"], counts["peft lora r8 e2e default"]) == (1, 1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -391,5 +402,6 @@ def test_a_transfer_run_is_resumed_and_drawn(command: Any, tmp_path: Path, data:
         found = json.loads(output.read_text())["records"]
         assert [each["learning_rate"] for each in found] == [0.0, 1e-2]
         assert all(math.isfinite(each["loss"]) for each in found)
+    assert str(BACKBONE) not in output.read_text()
     assert "| own | 0.01 (the edge) |" in output.with_suffix(".md").read_text(encoding="utf-8")
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
