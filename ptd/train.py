@@ -421,7 +421,7 @@ class Artifacts:
         """What there is from before, for people (rank 0, which alone speaks)."""
         better = bool(self.best) and self.best["loss"] < verdict.baseline
         said = f"best/ holds the adapter of step {self.best['step']}. " if better else ""
-        found = [step for path in checkpoints(self.folder.checkpoints) if (step := step_of(path)) <= verdict.good]
+        found = [step for path in checkpoints(self.folder.checkpoints) if 0 < (step := step_of(path)) <= verdict.good]
         return said + (f"The checkpoint of step {found[0]} is the last good one. " if found else "")
 
     def last_words(self, ended: Astray) -> str:
@@ -549,6 +549,8 @@ class Artifacts:
                 evaluation = {**measured, "step": record["step"]} if measured else evaluation
         if self.diverged:
             result["diverged_at"] = self.diverged["step"]
+        if self.retries:
+            result["learning_rate"] = self.retries[-1]["learning_rate"]
         if is_worse(result):
             result["worse_than_frozen"] = True
         self.keep_adapter("adapter", evaluation)

@@ -183,10 +183,10 @@ def check_goes_on(config: RunConfig, previous: dict[str, Any]) -> None:
     now, then = config.train.on_divergence, previous["config"]["train"].get("on_divergence")
     if now == "warn" or (now == "retry" and then == "stop"):
         return
-    facts = previous.get("diverged") or {}
+    facts = previous["diverged"]
     raise UserError(
-        f"output_dir: the run in {config.output_dir} diverged in step {facts.get('step')} with train.learning_rate "
-        f"{facts.get('learning_rate')}, and would again; lower it and choose another output_dir, or --overwrite to "
+        f"output_dir: the run in {config.output_dir} diverged in step {facts['step']} with train.learning_rate "
+        f"{facts['learning_rate']:.3g}, and would again; lower it and choose another output_dir, or --overwrite to "
         "replace the run; train.on_divergence=warn continues it all the same"
     )
 

@@ -79,11 +79,11 @@ def _found(result: dict[str, Any]) -> list[str]:
 
 def _instead(config: RunConfig, result: dict[str, Any]) -> list[str]:
     """What to do where the backbone is better off without what was trained."""
-    out, rate = shlex.quote(str(config.output_dir)), f"train.learning_rate (now {config.train.learning_rate:.1e})"
-    lower = f"lower {rate}, for example to a third"
+    rate = result.get("learning_rate", config.train.learning_rate)  # after a retry another one than was given
+    lower = f"lower train.learning_rate (now {rate:.1e}), for example to a third"
     if "diverged_at" not in result:
-        lower += " if the loss rose; more steps, or a higher rate, if it was still falling"
-    return [f"ptd report {out}", lower]
+        lower += ", if the loss rose; take more steps, or a higher rate, if it was still falling"
+    return [f"ptd report {shlex.quote(str(config.output_dir))}", lower]
 
 
 def _uses(config: RunConfig) -> list[str]:

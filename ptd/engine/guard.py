@@ -18,9 +18,9 @@ diverged when
    the spread), and it does not fall: what it is above is not below 0.9 × what the window before was above;
 2. *it has given back what it gained*: the level of a window is above the lowest one so far by more than half of what
    that one had gained below the baseline, 0.25 nats and 6 standard errors;
-3. *it is far off*: 5 losses in a row are above the alarm, the largest of 1.5 × the reference, the reference + 1 nat and
-   the reference + 3 × the spread, and the last of them is not below 0.9 × the first. This needs neither two windows nor
-   the end of the warm-up.
+3. *it is far off*: 5 losses in a row are above the alarm, and the last of them is not below 0.9 × the first. The alarm
+   is above the reference by half of it, but by 1 nat at least and 1.5 at most, or by 3 × the spread where that is more.
+   This needs neither two windows nor the end of the warm-up.
 
 However much the losses scatter, the room that 1 and 2 give them for it ends at the alarm. So losses that stand still
 or fall are left alone even where those of a step scatter by 0.4 nats (8 rows of text: about 0.15), and a learning rate
@@ -54,8 +54,8 @@ FALLING = 0.9
 """What falls is below this share of what was before."""
 GIVEN_BACK, GIVEN_BACK_NATS, GIVEN_BACK_ERRORS = 0.5, 0.25, 6.0
 """How much above the best window is too much: share of its gain, nats, standard errors."""
-FAR, FAR_NATS, FAR_SPREADS, IN_A_ROW = 1.5, 1.0, 3.0, 5
-"""The alarm: times the reference, nats above it, spreads above it; and how many losses in a row have to be above."""
+FAR, FAR_LEAST, FAR_MOST, FAR_SPREADS, IN_A_ROW = 0.5, 1.0, 1.5, 3.0, 5
+"""How far the alarm is above the reference: share of it, within these nats; spreads; and how many losses in a row."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,8 @@ class Guard:
     @property
     def _alarm(self) -> float:
         assert self._reference is not None
-        return max(FAR * self._reference, self._reference + max(FAR_NATS, FAR_SPREADS * self._spread))
+        share = min(max(FAR * self._reference, FAR_LEAST), FAR_MOST)
+        return self._reference + max(share, FAR_SPREADS * self._spread)
 
     def _far_off(self, step: int) -> Divergence | None:
         assert self._reference is not None
