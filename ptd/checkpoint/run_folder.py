@@ -138,6 +138,7 @@ def open_run(config: RunConfig, *, overwrite: bool, retry: bool = False) -> RunF
             raise ValueError("not readable")
         same = identity(previous["config"]) == identity(config.to_dict())
         status = previous["status"]
+        diverged = dict(previous["diverged"]) if status == "diverged" else {}
         attempts = [dict(attempt) for attempt in previous.get("attempts", [])]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -156,8 +157,8 @@ def open_run(config: RunConfig, *, overwrite: bool, retry: bool = False) -> RunF
         raise UserError(
             f"output_dir: the run in {folder} is finished; choose another output_dir, or --overwrite to redo it"
         )
-    if status == "diverged":
-        check_goes_on(config, previous)
+    if diverged:
+        _check_goes_on(config, previous["config"]["train"].get("on_divergence"), diverged)
     checkpoint, skipped = latest_complete(folder / "checkpoints")
     if skipped and checkpoint is None:
         raise UserError(
@@ -174,20 +175,20 @@ def open_run(config: RunConfig, *, overwrite: bool, retry: bool = False) -> RunF
     return replace(found, attempts=tuple(attempts))
 
 
-def check_goes_on(config: RunConfig, previous: dict[str, Any]) -> None:
-    """Raise `UserError` where the run that ``previous`` (run.json) tells of diverged, and would again.
+def _check_goes_on(config: RunConfig, then: str | None, diverged: dict[str, Any]) -> None:
+    """Raise `UserError` where a run that ``diverged`` would again.
 
-    Only another ``train.on_divergence`` makes a difference: one that does not end it, or that retries for the first
-    time.
+    Only another ``train.on_divergence`` than it had ``then`` makes a difference: one that does not end it, or that
+    retries for the first time.
     """
-    now, then = config.train.on_divergence, previous["config"]["train"].get("on_divergence")
-    if now == "warn" or (now == "retry" and then == "stop"):
+    if config.train.on_divergence == "warn" or (config.train.on_divergence, then) == ("retry", "stop"):
         return
-    facts = previous["diverged"]
+    rate = diverged.get("learning_rate")
+    shown = f"{rate:.3g}" if isinstance(rate, float) else rate
     raise UserError(
-        f"output_dir: the run in {config.output_dir} diverged in step {facts['step']} with train.learning_rate "
-        f"{facts['learning_rate']:.3g}, and would again; lower it and choose another output_dir, or --overwrite to "
-        "replace the run; train.on_divergence=warn continues it all the same"
+        f"output_dir: the run in {config.output_dir} diverged in step {diverged.get('step')} with train.learning_rate "
+        f"{shown}, and would again; lower it and choose another output_dir, or --overwrite to replace the run; "
+        "train.on_divergence=warn continues it all the same"
     )
 
 
