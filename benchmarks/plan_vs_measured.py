@@ -137,7 +137,7 @@ def take_steps(run: dict[str, Any], ranks: Any, steps: int, before_last: Any = l
         # On a CPU weights that need no conversion stay in the mapped file, all of whose pages count as resident.
         for parameter in prepared.model.parameters():
             parameter.data = parameter.data.clone()
-    trained = build_trained(config, prepared, task, None, ranks.device)
+    trained = build_trained(config, prepared, task, None)
     trained = Trained(ranks.distribute(trained.encoder), trained.readout.to(ranks.device))
     step = build_step(config, trained, ranks, prepared.model.dtype)
     batch = sample_batch(config, task, trained.readout, rows_of(config), packed=prepared.attachment.packable)

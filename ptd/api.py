@@ -34,6 +34,20 @@ class TunedModel:
         """The trained module; None on a loaded adapter, which is fixed."""
         return getattr(self.model, SUBMODULE, None)
 
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """What an optimizer of yours is to be given, as ``torch.optim.AdamW(tuned.parameter_groups(2e-2))``.
+
+        Every parameter of the prompt has the learning rate that makes its output move alike at every width; of a prompt
+        that is trained directly, without a network, all have the one that is given.
+        """
+        encoder = self.encoder
+        if encoder is None:
+            raise UserError("there is nothing to train: this model carries a loaded adapter, which is fixed")
+        groups: dict[float, list[Any]] = {}
+        for name, parameter in encoder.named_parameters():
+            groups.setdefault(encoder.rates().get(name, 1.0), []).append(parameter)
+        return [{"params": found, "lr": learning_rate * scale} for scale, found in groups.items()]
+
     def save(self, folder: str | Path) -> None:
         """Write the prompt as it stands as an adapter folder that ptd and, where it has the like, PEFT load."""
         encoder = self.encoder
@@ -89,7 +103,7 @@ def attach(
     model = _transformers_model(model)
     attachment = Attachment(model, backend=attention)
     try:
-        conditioner = TextConditioner(model, tokenizer, model.device)
+        conditioner = TextConditioner(attachment, tokenizer, seed=seed)
         encoder = method(name).build(config, attachment.shape, conditioner, seed=seed)
         if isinstance(encoder.layout, EmptyLayout):
             raise UserError(f"method {name!r} puts no prompt on a model; use it through ptd train")

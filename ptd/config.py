@@ -341,10 +341,16 @@ class TrainConfig(Section):
     )
     gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches of one rank in a step")
     learning_rate: float = Field(
-        1e-2, gt=0, description="peak; 5e-3 is a good start with `prefix_projection`, more without"
+        5e-2,
+        gt=0,
+        description="peak, in units of the backbone's own keys, values or embeddings: the default is meant for every "
+        "backbone, method, length and width ([the learning rate](methods.md#the-learning-rate))",
     )
     head_learning_rate: float | None = Field(
-        None, gt=0, description="peak for a trained head, under the same schedule; default: `learning_rate`"
+        None,
+        gt=0,
+        description="peak for a trained head, in units of the hidden states, under the same schedule; default: "
+        "`learning_rate`",
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
         Field("linear", description="how the learning rate falls after the warm-up")

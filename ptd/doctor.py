@@ -237,10 +237,9 @@ def trained_numbers(config: RunConfig) -> tuple[int, int]:
     tokenizer = load_tokenizer(config.backbone)
     with _without_data():
         model = blank_model(config.backbone, task.output)
-        shape = Attachment(model).shape
-        encoder = chosen.build(
-            settings, shape, TextConditioner(model, tokenizer, model.device), facts_of(config, task), seed=0
-        )
+        attachment = Attachment(model)
+        shape = attachment.shape
+        encoder = chosen.build(settings, shape, TextConditioner(attachment, tokenizer), facts_of(config, task), seed=0)
         readout = task.readout(tokenizer, shape.hidden_size, chosen.head(settings))
         heads = sum(parameter.numel() for parameter in readout.parameters())
         trained = heads + sum(parameter.numel() for parameter in encoder.parameters() if parameter.requires_grad)

@@ -162,7 +162,7 @@ def trace_run(
         model = blank_model(config.backbone, task.output, check=check_supported)
         attachment = Attachment(model, backend=config.backbone.attention)
         prepared = Prepared(model, attachment, Forward(attachment, ranks.device), "")
-        trained = build_trained(config, prepared, task, tokenizer, ranks.device)
+        trained = build_trained(config, prepared, task, tokenizer)
         split_encoder(trained.encoder, local_ranks)
         step = build_step(config, trained, ranks, model.dtype)
         packed = config.data.packing and attachment.packable

@@ -27,7 +27,7 @@ from ptd.backbone import (
 from ptd.checkpoint import Adapter, Saver, backbone_reference, save_adapter
 from ptd.checkpoint.files import writing
 from ptd.checkpoint.journal import Journal
-from ptd.checkpoint.run_folder import RunFolder, clear, open_run
+from ptd.checkpoint.run_folder import RunFolder, as_begun, clear, open_run
 from ptd.checkpoint.run_state import (
     DELETED,
     checkpoints,
@@ -95,6 +95,8 @@ def train(
     check_batch_size(config, ranks.world_size)
     reporter = reporter if reporter is not None and ranks.is_main else Reporter()
     try:
+        if not overwrite:
+            config = as_begun(config)
         check_run(config, ranks)
         folder = ranks.on_main(lambda: open_run(config, overwrite=overwrite, retry=retry))
         for note in folder.notes:
@@ -118,7 +120,8 @@ def _train(
     began, folder = time.time(), journal.folder
     settings = fit_batch(config, ranks.world_size, folder.facts().get("rows_per_step"), reporter)
     material = read_material(config, ranks, reporter)
-    prepared, step, batches = build_engine(config, zero3, ranks, settings, material)
+    units = folder.checkpoint is None or bool(folder.facts().get("units"))
+    prepared, step, batches = build_engine(config, zero3, ranks, settings, material, units=units)
     total = settings.max_steps or batches.total_steps(settings.num_train_epochs)
     if not material.trains:
         reporter.note(f"method {config.method_name} trains nothing: the backbone is evaluated as it is")
@@ -222,6 +225,7 @@ def _journal(config: RunConfig, folder: RunFolder, ranks: Ranks) -> Journal:
         "config": config.to_dict(),
         "command": sys.argv,
         "versions": versions(),
+        "units": True,
         "world_size": ranks.world_size,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
@@ -341,8 +345,15 @@ class Artifacts:
         """
         rows = self.settings.per_device_train_batch_size * self.settings.gradient_accumulation_steps
         also = {"evaluation_due": True} if evaluation_due else {}
-        facts = {"rows_per_step": rows * self.ranks.world_size, "best": self.best, **also, **self._origin()}
-        facts |= {"waited": self.waited, **self._happened()}
+        facts = {
+            "rows_per_step": rows * self.ranks.world_size,
+            "best": self.best,
+            "units": self.step.trained.units,
+            "waited": self.waited,
+            **also,
+            **self._happened(),
+            **self._origin(),
+        }
         if self.guard is not None:
             facts["guard"] = self.guard.state()
         retries = self.guard is not None and self.settings.on_divergence == "retry"
@@ -703,18 +714,28 @@ class Engine(NamedTuple):
 
 
 def build_engine(
-    config: RunConfig, zero3: dict[str, Any] | None, ranks: Ranks, settings: TrainConfig, material: Material
+    config: RunConfig,
+    zero3: dict[str, Any] | None,
+    ranks: Ranks,
+    settings: TrainConfig,
+    material: Material,
+    *,
+    units: bool = True,
 ) -> Engine:
-    """Load the backbone and put around it what the run trains. Every rank calls this together; raises `UserError`."""
+    """Load the backbone and put around it what the run trains. Every rank calls this together; raises `UserError`.
+
+    ``units``: train the prompt in the backbone's own sizes (`ptd.types.Units`), not as the numbers that it reads.
+    """
     prepared = prepare(config.backbone, ranks, zero3, output=material.task.output)
     prepared.attachment.inputs.placeholder = material.tokenizer.pad_token_id or 0
     held_out = material.held_out.examples if material.held_out is not None else material.examples
     for what, examples in (("data.train", material.examples), ("data.eval", held_out)):  # its config may have said less
         size = embeddings_of(prepared.model)
         check_ids(examples, material.tokenizer, size, what, writes=material.task.generates)
-    if config.backbone.compile:
+    built = build_trained(config, prepared, material.task, material.tokenizer, material.examples, units=units)
+    if config.backbone.compile:  # after what looks into the layers
         compile_layers(prepared.model)
-    trained = _build(config, prepared, material.task, material.tokenizer, ranks)
+    trained = Trained(ranks.distribute(built.encoder), built.readout.to(ranks.device), built.readout_rates)
     step = build_step(config, trained, ranks, prepared.model.dtype)
     batches = _batches(config.data, settings, material.examples, material.tokenizer, prepared, ranks)
     return Engine(prepared, step, batches)
@@ -725,17 +746,25 @@ def facts_of(config: RunConfig, task: Task) -> TaskFacts:
     return TaskFacts(config.task.kind, task.labels, task.cloze, task.output == "body", task.virtual_tokens)
 
 
-def _build(config: RunConfig, prepared: Prepared, task: Task, tokenizer: Any, ranks: Ranks) -> Trained:
-    """Prompt encoder and readout, initialised alike on all ranks and put where they belong."""
-    trained = build_trained(config, prepared, task, tokenizer, ranks.device)
-    return Trained(ranks.distribute(trained.encoder), trained.readout.to(ranks.device))
+def build_trained(
+    config: RunConfig,
+    prepared: Prepared,
+    task: Task,
+    tokenizer: Any,
+    examples: Examples | None = None,
+    *,
+    units: bool = True,
+) -> Trained:
+    """Prompt encoder and readout, initialised alike on all ranks and still on the CPU.
 
-
-def build_trained(config: RunConfig, prepared: Prepared, task: Task, tokenizer: Any, device: torch.device) -> Trained:
-    """Prompt encoder and readout, initialised and still on the CPU; ``device``: the backbone's."""
+    ``examples``: the rows to start from; ``units`` as for `build_engine`.
+    """
     settings, chosen = config.method_config(), method(config.method_name)
-    conditioner = TextConditioner(prepared.model, tokenizer, device)
+    conditioner = TextConditioner(prepared.attachment, tokenizer, examples, config.train.seed)
     encoder = chosen.build(settings, prepared.shape, conditioner, facts_of(config, task), seed=config.train.seed)
+    if not units:
+        encoder.units = None
+    input_size = conditioner.hidden_size() if units and task.output == "body" else None
     with torch.no_grad():
         prepared.attachment.set(encoder.state(encoder()))
     check_context(prepared.shape.context, prepared.attachment.extra_positions, config.data.max_length)
@@ -743,7 +772,7 @@ def build_trained(config: RunConfig, prepared: Prepared, task: Task, tokenizer: 
         torch.manual_seed(config.train.seed)
         readout = task.readout(tokenizer, prepared.shape.hidden_size, chosen.head(settings))
     check_words(readout.token_ids(), tokenizer, embeddings_of(prepared.model))
-    return Trained(encoder, readout)
+    return Trained(encoder, readout, {} if input_size is None else readout.rates(input_size))
 
 
 def build_step(config: RunConfig, trained: Trained, ranks: Ranks, dtype: torch.dtype) -> PromptStep:

@@ -185,23 +185,110 @@ class EmptyLayout:
         return NoPrompt()
 
 
+class Units(nn.Module):
+    """The backbone's own sizes, in which a prompt is trained: ``flat = origin + unit · z``, where ``z`` is trained.
+
+    AdamW moves every number by up to the learning rate per step, whatever the number's size. So a learning rate means
+    the same for every backbone only if it moves ``z`` ``[P, W]``: ``unit`` ``[W]`` is the root mean square that the
+    backbone's own keys, values or embeddings have there, ``origin`` ``[P, W]`` the prompt at ``z = 0``. Both are fixed.
+    """
+
+    def __init__(self, origin: Tensor, unit: Tensor) -> None:
+        super().__init__()
+        self.origin: Tensor
+        self.unit: Tensor
+        self.register_buffer("origin", origin)
+        self.register_buffer("unit", unit)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.addcmul(self.origin, self.unit, z)
+
+
 class PromptEncoder(nn.Module):
     """The trained module: no input, one flat output. A method's encoder derives from this interface.
 
-    ``forward() -> Tensor`` gives the flat prompt: the only tensor whose gradient is reduced over ranks.
+    ``forward() -> Tensor`` gives the flat prompt: the only tensor whose gradient is reduced over ranks. A subclass
+    defines `network`, whose output is the flat prompt in ``units``; None: it is the flat prompt itself, which is what
+    runs trained before there were units.
     """
 
     layout: PrefixLayout | SoftLayout | EmptyLayout
     peft_type: str | None = None
     """PEFT's name of an adapter with this encoder's output; None: PEFT has no such thing."""
+    units: Units | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.units = None
+
+    def network(self) -> Tensor:
+        """The trained network's output, of the flat prompt's shape."""
+        raise NotImplementedError
+
+    def forward(self) -> Tensor:
+        """The flat prompt."""
+        z = self.network()
+        return z if self.units is None else self.units(z)
 
     def state(self, flat: Tensor) -> PromptState:
         """``layout.state(flat)``."""
         return self.layout.state(flat)
 
+    def last(self) -> nn.Linear | None:
+        """The network's last layer; None: the network is its parameter ``embedding`` alone."""
+        return None
+
+    @torch.no_grad()
+    def zero(self) -> None:
+        """Make the network's output zero, by its last layer alone."""
+        last = self.last()
+        for parameter in [self.embedding] if last is None else last.parameters():
+            parameter.zero_()  # type: ignore[operator]
+
+    @torch.no_grad()
+    def without_units(self) -> dict[str, Tensor]:
+        """The parameters, by name, with which the network alone puts out the same flat prompt.
+
+        Raises `ValueError` where a network with layers cannot: its ``units`` start from something.
+        """
+        found: dict[str, Tensor] = {k: v for k, v in self.state_dict().items() if not k.startswith("units.")}
+        last = self.last()
+        if self.units is None:
+            return found
+        if last is None:
+            return {**found, "embedding": self()}
+        if self.units.origin.any():
+            raise ValueError("the network adds to an origin")
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        weight, bias, unit = last.weight, last.bias, self.units.unit
+        return found | {names[id(weight)]: weight * unit[:, None], names[id(bias)]: bias * unit}
+
+    def rates(self) -> Mapping[str, float]:
+        """Parameter name -> factor of the learning rate, where it is not 1: what makes the rate independent of widths.
+
+        Only in ``units``; without them every parameter has the rate itself.
+        """
+        return {} if self.units is None else self.width_rates()
+
+    def width_rates(self) -> Mapping[str, float]:
+        """`rates` of a network in units; see `matrix_rates`."""
+        return {}
+
     def tensor_parallel_plan(self) -> Mapping[str, Any]:
         """Module name -> `torch.distributed.tensor.parallel` style for the wide layers; empty: all replicated."""
         return {}
+
+
+def matrix_rates(network: nn.Module, rows: int) -> dict[str, float]:
+    """Factors of the learning rate for a network's weight matrices ``[out, in]``: √rows / in. All else has 1.
+
+    Under AdamW every weight moves by up to the rate. A sum over ``in`` inputs then moves by rate · in, so the rate is
+    divided by ``in`` (Yang et al. 2022, Tensor Programs V, Table 8, https://arxiv.org/abs/2203.03466). The ``rows``
+    that a prompt's network computes, one for each virtual token, share its weights while their features are
+    independent: what moves one row is 1/√rows of a move, the rest is the other rows'.
+    """
+    shares = rows**0.5
+    return {name: shares / weight.shape[1] for name, weight in network.named_parameters() if weight.ndim == 2}
 
 
 @dataclass(frozen=True)

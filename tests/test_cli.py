@@ -232,7 +232,7 @@ def test_the_authors_settings_are_an_option(ptd: Any, trained: Path, tmp_path: P
 
     author = save_backbone(tmp_path / "author")
     file = author / "generation_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "suppress_tokens": list(range(5, 200))}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "suppress_tokens": list(range(5, 250))}))
     data = trained.parent / "rows.jsonl"
     common = ("--adapter", trained, "--backbone", author, "--max-new-tokens", 2)
     neutral = ptd("generate", *common, "hello")

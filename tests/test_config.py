@@ -117,7 +117,7 @@ def test_to_dict_is_plain_and_reads_back(tmp_path: Path) -> None:
         assert again.to_dict() == plain
         assert again.method_config() == config.method_config()
         assert yaml.safe_load(yaml.safe_dump(plain)) == plain
-    assert plain["method"]["init"] == "random", "defaults of the method are filled in"
+    assert plain["method"]["init"] == "rows", "defaults of the method are filled in"
 
 
 def test_a_path_of_the_method_is_plain_too(tmp_path: Path) -> None:

@@ -163,10 +163,11 @@ def test_what_is_trained_is_counted_without_weights(tmp_path: Path, family: str,
     built = doctor._with_labels(config)
     model = load_model(config.backbone, built.output, device=torch.device("cpu"))
     tokenizer = load_tokenizer(config.backbone)
-    shape = Attachment(model).shape
+    attachment = Attachment(model)
+    shape = attachment.shape
     facts = TaskFacts(config.task.kind, built.labels, built.cloze, built.output == "body", built.virtual_tokens)
     chosen, settings = registered(config.method_name), config.method_config()
-    encoder = chosen.build(settings, shape, TextConditioner(model, tokenizer, model.device), facts, seed=0)
+    encoder = chosen.build(settings, shape, TextConditioner(attachment, tokenizer), facts, seed=0)
     readout = built.readout(tokenizer, shape.hidden_size, chosen.head(settings))
     head = sum(parameter.numel() for parameter in readout.parameters())
     own = sum(parameter.numel() for parameter in encoder.parameters() if parameter.requires_grad)

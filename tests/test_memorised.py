@@ -140,7 +140,7 @@ def test_a_summariser_writes_as_briefly_as_it_was_taught(tmp_path: Path, family:
     settings = {**SUMMARISER, "forced_bos_token_id": 10, "forced_eos_token_id": tokenizer.eos_token_id}
     path = backbone(tmp_path / "b", tokenizer, settings, family, **changes)
     rows = [{"prompt": "anna lives", "completion": "in york."}, {"prompt": "the town", "completion": "12 12 12 12"}]
-    slow = {"learning_rate": 0.1, "max_steps": 200} if family == "t5" else {}
+    slow = {"learning_rate": 0.1, "max_steps": 200 if family == "t5" else 300}
     out = learn(tmp_path, path, rows, task={"kind": "seq2seq_lm"}, train=slow)
     assert exact_match(out, rows) == 100
     assert exact_match(out, rows, generation_config="model") == 0

@@ -71,7 +71,7 @@ def allocated_in_a_step(config: RunConfig) -> int:
     ranks = Ranks(0, 1, 1, CPU)
     task = make_task(config.task, config.data, "decoder")
     prepared = prepare(config.backbone, ranks, output=task.output)
-    trained = build_trained(config, prepared, task, None, CPU)
+    trained = build_trained(config, prepared, task, None)
     step = build_step(config, Trained(trained.encoder, trained.readout), ranks, prepared.model.dtype)
     batch = sample_batch(config, task, trained.readout, rows_of(config), packed=prepared.attachment.packable)
 

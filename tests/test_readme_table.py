@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,30 @@ def llama_2_7b() -> BackboneShape:
     return BackboneShape("llama", config.hidden_size, config.vocab_size, None, (layer,) * config.num_hidden_layers)
 
 
+class Sizes:
+    """In place of a backbone: everything that an initialiser asks for, without storage."""
+
+    def __init__(self, shape: BackboneShape) -> None:
+        self.shape = shape
+
+    def rows(self, count: int) -> list[list[int]]:
+        return [[0] * count]
+
+    chunks = rows
+
+    def frequent(self, count: int) -> list[int]:
+        return [0] * count
+
+    def token_ids(self, text: str, *, special: bool = False) -> list[int]:
+        return [0] * len(text)
+
+    def keys_and_values(self, sides: Sequence[Sequence[int]]) -> torch.Tensor:
+        return torch.zeros(len(sides[0]), sum(layer.numel for layer in self.shape.layers))
+
+    def embeddings(self, ids: Sequence[int]) -> torch.Tensor:
+        return torch.zeros(len(ids), self.shape.input_size)
+
+
 def built(section: dict[str, Any], task_section: dict[str, Any]) -> Trained:
     """Everything that is trained, without storage."""
     shape = llama_2_7b()
@@ -53,7 +78,7 @@ def built(section: dict[str, Any], task_section: dict[str, Any]) -> Trained:
     config = chosen.config(**{key: value for key, value in section.items() if key != "name"})
     task = make_task(TaskConfig(**task_section), DataConfig(), "decoder")
     with torch.device("meta"):
-        encoder = chosen.build(config, shape, None, TaskFacts(), seed=0)  # type: ignore[arg-type]
+        encoder = chosen.build(config, shape, Sizes(shape), TaskFacts(), seed=0)
         tokenizer: Any = None
         # The readout of a cloze has no parameters, but asks the tokenizer for its words.
         readout = Readout() if task.cloze else task.readout(tokenizer, shape.hidden_size, chosen.head(config))

@@ -1,61 +1,114 @@
-"""What the backbone makes of real text, where initialisers start from: its cached keys and values, its embeddings."""
+"""What the backbone makes of real text, where initialisers start from: keys and values at every layer, embeddings."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ptd.backbone.load import embeddings_of
-from ptd.types import UserError
+from ptd.types import BackboneShape, Examples, UserError
 
-CHUNK = 64
+AT_ONCE = 64
 """Tokens embedded in one forward pass: the pass also computes logits, of which none are needed."""
+MEASURED = 512
+"""Tokens of text from which the size of hidden states is measured, as far as the backbone's context goes."""
+CHUNK = 16
+"""Tokens of a chunk that is drawn from the rows."""
+FREQUENT = 5000
+"""Of how many of the most frequent tokens others are drawn; vocabularies are roughly sorted by frequency."""
+
+
+class Attached(Protocol):
+    """What is needed of `ptd.inject.Attachment`."""
+
+    model: PreTrainedModel
+    shape: BackboneShape
+
+    def bare(self) -> AbstractContextManager[list[tuple[Tensor, Tensor]]]:
+        """For passes by the model alone; the list is what each attention layer attends to in them."""
+        ...
 
 
 class TextConditioner:
-    """Runs the plain backbone (no prompt set) over a text and returns its cache or its input embeddings.
+    """Runs the plain backbone (no prompt set) over text and returns what its layers make of it.
 
-    It calls the whole model, whose parameters may be partitioned: under ZeRO-3 every rank has to call `text_kv` and
-    `embeddings` together, with the same arguments.
+    It calls the whole model, whose parameters may be partitioned: under ZeRO-3 every rank has to call
+    `keys_and_values` and `embeddings` together, with the same arguments.
+
+    Args:
+        attached: the backbone, with ptd's attention in place.
+        tokenizer: None: no text can be read.
+        rows: the training rows, to draw text from; None: `rows` and `chunks` give frequent tokens instead.
+        seed: of what is drawn.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, device: torch.device) -> None:
-        self.model, self.tokenizer, self.device = model, tokenizer, device
-        self._accepts = inspect.signature(model.forward).parameters.keys()
+    def __init__(self, attached: Attached, tokenizer: Any, rows: Examples | None = None, seed: int = 0) -> None:
+        self.attached, self.model, self.tokenizer = attached, attached.model, tokenizer
+        self._examples = rows
+        self._random = random.Random(seed)
+        self._drawn = self._sides_of_rows()
+        self._accepts = inspect.signature(self.model.forward).parameters.keys()
+        self._sides = 2 if "decoder_input_ids" in self._accepts else 1
 
-    @torch.no_grad()
-    def text_kv(self, text: str, num_virtual_tokens: int) -> Tensor:
-        """Flat fp32 ``[P, sum over layers of H*(Dk+Dv)]`` on the CPU; keys stand as cached, rotated at 0…P−1.
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
 
-        For decoders. Raises `UserError` if the text has fewer than P tokens.
+    def rows(self, count: int) -> list[list[int]]:
+        """``count`` tokens of training rows, drawn without replacement and concatenated; the last row ends them.
+
+        A list for each stack: of an encoder-decoder the encoder's and the decoder's tokens of the same rows.
         """
-        ids = self._known(self._needed_tokenizer()(text)["input_ids"])
-        if len(ids) < num_virtual_tokens:
-            raise UserError(
-                f"method.init_text: the text has {len(ids)} tokens, fewer than method.num_virtual_tokens="
-                f"{num_virtual_tokens}; give a longer text or set num_virtual_tokens to at most {len(ids)}"
-            )
-        tokens = torch.tensor([ids[:num_virtual_tokens]], device=self.device)
-        cache = DynamicCache()  # without a config: no layer drops what lies outside its window
-        self._run(tokens, past_key_values=cache, use_cache=True)
-        blocks = [
-            states[0].transpose(0, 1).reshape(num_virtual_tokens, -1)
-            for layer in cache.layers
-            for states in (layer.keys, layer.values)
-        ]
-        return torch.cat(blocks, dim=1).float().cpu()
+        return self._collected(count, lambda tokens: tokens)
 
-    def token_ids(self, text: str) -> list[int]:
-        """The text's token ids, without special tokens.
+    def chunks(self, count: int) -> list[list[int]]:
+        """As `rows`, but of pieces of `CHUNK` tokens, each from a random place of a row."""
+
+        def piece(tokens: list[int]) -> list[int]:
+            begin = self._random.randrange(max(1, len(tokens) - CHUNK + 1))
+            return tokens[begin : begin + CHUNK]
+
+        return self._collected(count, piece)
+
+    def frequent(self, count: int) -> list[int]:
+        """Ids of frequent tokens, all different as long as there are enough."""
+        vocabulary = range(min(FREQUENT, self.attached.shape.vocab_size))
+        ids: list[int] = []
+        while len(ids) < count:
+            ids += self._random.sample(vocabulary, min(count - len(ids), len(vocabulary)))
+        return ids
+
+    def token_ids(self, text: str, *, special: bool = False) -> list[int]:
+        """The text's token ids, without ``special`` tokens or with those that the tokenizer adds.
 
         Raises `UserError` without a tokenizer, and for a token that the backbone has no embedding for.
         """
-        return self._known(self._needed_tokenizer()(text, add_special_tokens=False)["input_ids"])
+        if self.tokenizer is None:
+            raise UserError("method.init: a start from words needs the backbone's tokenizer; pass tokenizer=… as well")
+        return self._known(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    @torch.no_grad()
+    def keys_and_values(self, sides: Sequence[Sequence[int]]) -> Tensor:
+        """Flat fp32 ``[S, sum over layers of H·(Dk + Dv)]`` on the CPU: what attention sees of each of S tokens.
+
+        Keys are rotated at positions 0…S−1, as a decoder caches them. ``sides``: a list of S token ids for each stack;
+        an encoder-decoder reads the first one twice where there is no second.
+        """
+        tokens = [torch.tensor([list(ids)], device=self.device) for ids in sides]
+        more: dict[str, Any] = {"use_cache": False} if "use_cache" in self._accepts else {}
+        if self._sides == 2:
+            more["decoder_input_ids"] = tokens[-1]
+        with self.attached.bare() as seen:
+            self._run(tokens[0], **more)
+        return torch.cat([states.flatten(1).float().cpu() for layer in seen for states in layer], dim=1)
 
     @torch.no_grad()
     def embeddings(self, ids: Sequence[int]) -> Tensor:
@@ -67,24 +120,61 @@ class TextConditioner:
         encoder = self.model.get_encoder()
         body = encoder if isinstance(encoder, PreTrainedModel) else self.model
         rows: list[Tensor] = []
-        for start in range(0, len(ids), CHUNK):
+        for start in range(0, len(ids), AT_ONCE):
             # A sequence each, so that positions do not matter and no context is too short.
-            tokens = torch.tensor(ids[start : start + CHUNK], device=self.device)[:, None]
+            tokens = torch.tensor(list(ids[start : start + AT_ONCE]), device=self.device)[:, None]
             seen: list[Tensor] = []
             # A sharded embedding can be read only while a forward pass has gathered it.
             hook = body.get_input_embeddings().register_forward_hook(
                 lambda module, args, output, seen=seen: seen.append(output[:, 0].float().cpu())
             )
             try:
-                self._run(tokens, **({"decoder_input_ids": tokens} if "decoder_input_ids" in self._accepts else {}))
+                with self.attached.bare():
+                    self._run(tokens, **({"decoder_input_ids": tokens} if self._sides == 2 else {}))
             finally:
                 hook.remove()
             rows.append(seen[0])
         return torch.cat(rows)
 
-    def _run(self, tokens: Tensor, **options: Any) -> None:
+    @torch.no_grad()
+    def hidden_size(self) -> float:
+        """Root mean square of the last hidden states of a text."""
+        read = self.rows(min(MEASURED, self.attached.shape.context or MEASURED))
+        tokens = [torch.tensor([ids], device=self.device) for ids in read]
+        body = self.model.base_model  # the whole model, if that puts out hidden states
+        with self.attached.bare():
+            hidden: Tensor = body(tokens[0], **({"decoder_input_ids": tokens[-1]} if self._sides == 2 else {}))[0]
+        return float(hidden.float().square().mean().sqrt())
+
+    def _collected(self, count: int, part: Callable[[list[int]], list[int]]) -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in range(self._sides)]
+        while not all(len(tokens) >= count for tokens in found):
+            found = [part(more) + tokens for more, tokens in zip(next(self._drawn), found, strict=True)]
+        return [self._known(tokens[len(tokens) - count :]) for tokens in found]
+
+    def _sides_of_rows(self) -> Iterator[list[list[int]]]:
+        """The tokens of rows in random order, again and again; a list for each stack."""
+        examples = self._examples
+        if examples is None or not len(examples):
+            while True:
+                yield [self.frequent(AT_ONCE)] * self._sides
+        parts = [side for side in (examples.source, examples) if side is not None]
+        empty = 0
+        while True:
+            order = list(range(len(examples)))
+            self._random.shuffle(order)
+            for row in order:
+                sides = [[token for token in part[row][0].tolist() if token >= 0] for part in parts]
+                if all(sides):
+                    yield sides
+                    continue
+                empty += 1
+                if empty > len(examples):  # nothing but virtual tokens
+                    yield [self.frequent(AT_ONCE)] * self._sides
+
+    def _run(self, tokens: Tensor, **options: Any) -> Any:
         shorter = {"logits_to_keep": 1} if "logits_to_keep" in self._accepts else {}
-        self.model(input_ids=tokens, **options, **shorter)
+        return self.model(input_ids=tokens, **options, **shorter)
 
     def _known(self, ids: Sequence[int]) -> list[int]:
         rows = embeddings_of(self.model)
@@ -96,8 +186,3 @@ class TextConditioner:
                 "(model.resize_token_embeddings(len(tokenizer))) and save model and tokenizer"
             )
         return list(ids)
-
-    def _needed_tokenizer(self) -> Any:
-        if self.tokenizer is None:
-            raise UserError("method.init: a start from words needs the backbone's tokenizer; pass tokenizer=… as well")
-        return self.tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from ptd.engine.loop import Loop
 from ptd.engine.meter import metered_deepspeed, summary
 from ptd.engine.preflight import check_same_config
 from ptd.engine.ranks import Ranks
+from ptd.methods import method
 from ptd.train import PEFT_TASKS, build_engine, read_material
 from ptd.types import Batch, PromptState, Reporter, UserError
 
@@ -37,6 +39,8 @@ class PtdSide:
                 "process that holds all of it; leave out --against, or sharding and deepspeed"
             )
         self.ranks = Ranks.start(needs_group=zero3 is not None)
+        if compared:  # PEFT has no other start, and the time of a step does not depend on it
+            config = started_at_random(config)
         self._open = ExitStack()
         self._open.callback(self.ranks.stop)
         try:
@@ -100,7 +104,7 @@ class PtdSide:
         return Material(
             self.material.examples,
             self.material.tokenizer.pad_token_id or 0,
-            {name: tensor.cpu().numpy() for name, tensor in encoder.state_dict().items()},
+            {name: tensor.cpu().numpy() for name, tensor in encoder.without_units().items()},
             str(encoder.peft_type),
             peft_format.write_config(layout, len(flat), encoder.peft_type),
             self._attention(state),
@@ -216,3 +220,10 @@ class PtdSide:
             self.step.optimizer.zero_grad(set_to_none=True)
         self.formula = Formula(linear, self._attention(self._state), config.gradient_checkpointing)
         return None
+
+
+def started_at_random(config: RunConfig) -> RunConfig:
+    """The run with a prompt that starts at random, which the networks of PEFT can be given."""
+    settings = method(config.method_name).sizes(config.method_config())
+    section = {"name": config.method_name, **{field.name: getattr(settings, field.name) for field in fields(settings)}}
+    return config.model_copy(update={"method": section})

@@ -52,6 +52,11 @@ FREE_TO_CHANGE = {
 """Keys that may differ when a run is continued: they do not change what is learned (batch sizes count as a product)."""
 
 
+FORMER_TRAIN = {"learning_rate": 1e-2, "warmup_ratio": 0.0}
+FORMER_INIT = {"prefix": "random", "prompt": "vocabulary", "p_tuning": "random", "p_tuning_v2": "random"}
+"""Defaults of runs that began before prompts were trained in the backbone's units: run.json says ``units`` since."""
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """An output folder that this run may use; ``checkpoint`` is where it continues from (None: from the start).
@@ -85,6 +90,37 @@ class RunFolder:
             write_json(self.path / "run.json", content)
 
 
+def as_begun(config: RunConfig) -> RunConfig:
+    """The run with the defaults that it began with, where it is to be continued and began before they were changed.
+
+    What the run file says stays as it is.
+    """
+    previous = _previous(config.output_dir)
+    if previous is None or previous.get("units") or not any(config.output_dir.glob("checkpoints/step-*")):
+        return config
+    before, method, train = previous["config"], dict(config.method), {}
+    former = FORMER_INIT.get(config.method_name)
+    if former is not None and before["method"].get("init", former) == former:
+        method.setdefault("init", former)
+    for key, value in FORMER_TRAIN.items():
+        if key not in config.train.model_fields_set and before["train"].get(key) == value:
+            train[key] = value
+    return config.model_copy(update={"method": method, "train": config.train.model_copy(update=train)})
+
+
+def _previous(folder: Path) -> dict[str, Any] | None:
+    """run.json of the run in this folder; None where there is none that can be read."""
+    try:
+        found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        before = found["config"]
+        if not found.get("units") and before["method"]["name"] in FORMER_INIT:  # before all methods had these keys
+            start = {"init": FORMER_INIT[before["method"]["name"]], "init_text": None, "init_text_file": None}
+            before["method"] = {**start, **before["method"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return dict(found)
+
+
 def open_run(config: RunConfig, *, overwrite: bool, retry: bool = False) -> RunFolder:
     """Decide between a fresh start, continuing, and refusal (`UserError`); nothing is written.
 
@@ -97,7 +133,9 @@ def open_run(config: RunConfig, *, overwrite: bool, retry: bool = False) -> RunF
     if overwrite or not held:
         return RunFolder(folder, None, replaces=bool(held))
     try:
-        previous = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        previous = _previous(folder)
+        if previous is None:
+            raise ValueError("not readable")
         same = identity(previous["config"]) == identity(config.to_dict())
         status = previous["status"]
         diverged = dict(previous["diverged"]) if status == "diverged" else {}

@@ -227,7 +227,11 @@ class Loop:
         their mean, as ``frozen_train_loss``, and what an evaluation of the held-out rows says, under ``frozen_``.
         """
         self.prepared.attachment.set(None if alone else self.step.state())
-        losses = self._measure_alone(stop) if alone else self._first_losses(stop)
+        if alone:
+            with self.prepared.attachment.any_backend():  # one that was asked for may need a prefix
+                losses = self._measure_alone(stop)
+        else:
+            losses = self._first_losses(stop)
         self.step.meter.take()  # what this gathers is no step's
         if self.guard is not None:
             self.guard.begin(losses, alone=alone)

@@ -110,7 +110,8 @@ def bytes_to_write(trained: int, adapter: int, save_total_limit: int) -> int:
 
     ``trained``: numbers that are trained; ``adapter``: numbers that an adapter keeps.
     """
-    return FLOAT * (COPIES * trained * (save_total_limit + 1) + ADAPTERS * adapter)
+    checkpoint = COPIES * trained + adapter  # and what the prompt started from
+    return FLOAT * (checkpoint * (save_total_limit + 1) + ADAPTERS * adapter)
 
 
 def check_space(folder: Path, needed: int) -> str:

@@ -11,6 +11,7 @@ in one flat buffer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -63,9 +64,18 @@ class PendingResult:
 class Trained(nn.Module):
     """All that is trained: the prompt encoder and the readout's parameters, if it has any."""
 
-    def __init__(self, encoder: PromptEncoder, readout: Readout) -> None:
+    def __init__(
+        self, encoder: PromptEncoder, readout: Readout, readout_rates: Mapping[str, float] | None = None
+    ) -> None:
+        """``readout_rates``: factors of the learning rate by name of the readout's parameters; missing: 1."""
         super().__init__()
         self.encoder, self.readout = encoder, readout
+        self.readout_rates = dict(readout_rates or {})
+
+    @property
+    def units(self) -> bool:
+        """Whether it is trained in the backbone's own sizes, with rates that do not depend on widths."""
+        return self.encoder.units is not None or bool(self.readout_rates)
 
     def count(self) -> int:
         """Trained numbers."""
@@ -227,16 +237,24 @@ def build_optimizer(
     epsilon: float,
     weight_decay: float,
 ) -> torch.optim.AdamW:
-    """AdamW; split and whole parameters in groups of their own (foreach kernels cannot mix them), and the readout's.
+    """AdamW. Parameters with the same factor of the learning rate form a group (`PromptEncoder.rates`).
 
-    A group's ``scale`` is what the schedule's learning rate is multiplied with.
+    Split and whole parameters are in groups of their own, because foreach kernels cannot mix them. A group's ``scale``
+    is what the schedule's learning rate is multiplied with.
     """
-    prompt = [parameter for parameter in trained.encoder.parameters() if parameter.requires_grad]
-    groups = [([p for p in prompt if isinstance(p, DTensor) is split], learning_rate) for split in (True, False)]
-    groups.append((list(trained.readout.parameters()), head_learning_rate or learning_rate))
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    parts: list[tuple[nn.Module, Mapping[str, float], float]] = [
+        (trained.encoder, trained.encoder.rates(), 1.0),
+        (trained.readout, trained.readout_rates, (head_learning_rate or learning_rate) / learning_rate),
+    ]
+    for module, rates, share in parts:
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                group = isinstance(parameter, DTensor), share * rates.get(name, 1.0)
+                groups.setdefault(group, []).append(parameter)
     # Where nothing is trained one empty group stays: an optimizer insists on having one.
-    used = [group for group in groups if group[0]] or groups[:1]
-    given = [{"params": parameters, "lr": rate, "scale": rate / learning_rate} for parameters, rate in used]
+    used = groups or {(False, 1.0): []}
+    given = [{"params": found, "lr": learning_rate * scale, "scale": scale} for (_, scale), found in used.items()]
     on_gpu = any(parameter.device.type == "cuda" for parameter in trained.parameters())
     fused = {"fused": True} if on_gpu else {"foreach": True}
     return torch.optim.AdamW(given, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay, **fused)

@@ -18,6 +18,7 @@ from ptd.inject.attention import (
     give_slot,
     has_slot,
     padded_forward,
+    states_of_layers,
     take_slot,
 )
 from ptd.inject.explain import check_backend
@@ -222,6 +223,29 @@ class Attachment:
         finally:
             padded_forward.reset(padded)
             self.stacks[0].trusted = False
+
+    @contextmanager
+    def any_backend(self) -> Iterator[None]:
+        """With the backend that suits each pass: the one that a run asks for may take packed batches only."""
+        chosen = [slot.backend for slot in self.slots]
+        for slot in self.slots:
+            slot.backend = "auto"
+        try:
+            yield
+        finally:
+            for slot, backend in zip(self.slots, chosen, strict=True):
+                slot.backend = backend
+
+    @contextmanager
+    def bare(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """For passes over a sequence of text by the model alone, by any backend; takes the prompt off.
+
+        The list is what each attention layer attends to: ``[S, H, Dk]`` and ``[S, H, Dv]`` in the order of
+        ``shape.layers``, with S the tokens that the layer's keys come from; of several passes one after the other.
+        """
+        self.set(None)
+        with self.any_backend(), states_of_layers() as seen:
+            yield seen
 
     def generation_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         """What ``model.generate`` has to be given for prompts ``[B, S]``, padded on the left.

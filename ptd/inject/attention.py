@@ -7,7 +7,8 @@ prefix without any model code being patched. A layer's prefix lies in its attent
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -95,6 +96,22 @@ probed: ContextVar[Probe | None] = ContextVar("ptd_probed", default=None)
 
 watched: ContextVar[Callable[..., Tensor] | None] = ContextVar("ptd_watched", default=None)
 """What stands between a layer and `prefix_attention`, if anything: called with the layer's slot and its arguments."""
+
+
+@contextmanager
+def states_of_layers() -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """The list that every layer adds its keys ``[S, H, Dk]`` and values ``[S, H, Dv]`` to, of the first sequence."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def see(slot: LayerSlot, query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        seen.append((key[0].transpose(0, 1), value[0].transpose(0, 1)))
+        return prefix_attention(query, key, value, *arguments, **options)
+
+    token = watched.set(see)
+    try:
+        yield seen
+    finally:
+        watched.reset(token)
 
 
 def give_slot(call: Call, backend: str, *, cross: bool) -> LayerSlot:

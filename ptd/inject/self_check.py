@@ -142,7 +142,7 @@ class SelfCheck:
 
     def run(self) -> Verdict:
         """Raises `UserError` for a model that computes something else even in a padded batch."""
-        with self._quietly(), self._any_backend(), _shorter(self.spared):
+        with self._quietly(), self.attachment.any_backend(), _shorter(self.spared):
             packed = self._packing_obstacle()
             self.attachment.verdict = Verdict(packed)  # which decides how batches run
             if self.blank:
@@ -342,18 +342,6 @@ class SelfCheck:
             return None
         how = f"short rows {what}{', in a packed batch,' * packed}"
         return f"{how} come out {error:.1%} apart from what {type(self.model).__name__} makes of them alone"
-
-    @contextmanager
-    def _any_backend(self) -> Iterator[None]:
-        """With the backend that suits each pass: the one that a run asks for may take packed batches only."""
-        chosen = [slot.backend for slot in self.attachment.slots]
-        for slot in self.attachment.slots:
-            slot.backend = "auto"
-        try:
-            yield
-        finally:
-            for slot, backend in zip(self.attachment.slots, chosen, strict=True):
-                slot.backend = backend
 
     @contextmanager
     def _quietly(self) -> Iterator[None]:

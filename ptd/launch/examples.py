@@ -21,7 +21,8 @@ EIGHT_GPUS = Job(
     python="/path/to/.venv/bin/python",
 )
 SWEEP = tuple(
-    (f"train.learning_rate={rate}", f"output_dir=out/{index}") for index, rate in enumerate(("1e-3", "5e-3", "2e-2"))
+    (f"train.learning_rate={rate}", f"output_dir=out/{index}")
+    for index, rate in enumerate(("1.5e-2", "5e-2", "1.5e-1"))
 )
 EXAMPLES = {
     "single_node.sbatch": EIGHT_GPUS,

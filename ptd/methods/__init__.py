@@ -16,17 +16,26 @@ from ptd.types import BackboneShape, EmptyLayout, HeadSettings, PromptEncoder, U
 
 
 class Conditioner(Protocol):
-    """What an initialiser may ask of the backbone: what it makes of real text."""
+    """What an initialiser may ask of the backbone: what it makes of real text (`ptd.backbone.TextConditioner`)."""
 
-    def text_kv(self, text: str, num_virtual_tokens: int) -> Tensor:
-        """Flat ``[P, sum of layer numel]`` fp32 cache of the first P tokens, rotated at positions 0…P−1.
-
-        Raises `UserError` if the text has fewer than P tokens.
-        """
+    def rows(self, count: int) -> list[list[int]]:
+        """``count`` tokens of training rows, drawn at random; whole rows end them. A list for each of the stacks."""
         ...
 
-    def token_ids(self, text: str) -> list[int]:
-        """The text's token ids, without special tokens."""
+    def chunks(self, count: int) -> list[list[int]]:
+        """As `rows`, of short pieces from random places in them."""
+        ...
+
+    def frequent(self, count: int) -> list[int]:
+        """Ids of frequent tokens, drawn at random."""
+        ...
+
+    def token_ids(self, text: str, *, special: bool = False) -> list[int]:
+        """The text's token ids, without ``special`` tokens or with those that the tokenizer adds."""
+        ...
+
+    def keys_and_values(self, sides: Sequence[Sequence[int]]) -> Tensor:
+        """Flat ``[S, sum of layer numel]`` fp32: what attention sees of S tokens of each stack, at positions 0…S−1."""
         ...
 
     def embeddings(self, ids: Sequence[int]) -> Tensor:
@@ -60,7 +69,7 @@ class NoPromptEncoder(PromptEncoder):
         self.empty: Tensor
         self.register_buffer("empty", torch.empty(0, 0), persistent=False)
 
-    def forward(self) -> Tensor:
+    def network(self) -> Tensor:
         return self.empty
 
 

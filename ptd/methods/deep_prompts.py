@@ -4,6 +4,9 @@ Direct: the flat prompt ``[P, W]`` is the parameter. Re-parameterised (Li & Lian
 https://aclanthology.org/2021.acl-long.353): ``prompt = W₂ · tanh(W₁ · E + b₁) + b₂`` with ``E`` ``[P, embedding]``,
 ``W₁`` ``[hidden, embedding]``, ``W₂`` ``[W, hidden]``. ``W`` = Σ over layers of kv_heads · (key size + value size);
 columns are layer-major, keys before values, then kv head, then head dimension (PEFT's ``prompt_embeddings`` layout).
+
+Both forms are trained in units of the keys and values that the backbone itself computes for text (`ptd.types.Units`):
+``K = K₀ + s_K · z`` and ``V = V₀ + 3 · s_V · z``, with ``s`` the root mean square of a layer's keys, or values.
 """
 
 from __future__ import annotations
@@ -16,7 +19,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
-from ptd.types import LayerShape, PrefixLayout, PromptEncoder
+from ptd.methods import Conditioner
+from ptd.types import BackboneShape, LayerShape, PrefixLayout, PromptEncoder, Units, UserError, matrix_rates
+
+MEASURED = 512
+"""Tokens of text from which the sizes of keys and values are measured, as far as the backbone's context goes."""
+VALUES = 3.0
+"""How many times the root mean square of a layer's values the unit of its values is. A value adds to the layer's output
+by the attention it gets, which is a small share. Measured: on the quickstart's backbone the loss behind 250 steps is a
+third lower than with 1, on SmolLM2 the same (benchmarks/README.md)."""
 
 
 class PrefixEncoder(PromptEncoder):
@@ -27,7 +38,6 @@ class PrefixEncoder(PromptEncoder):
         num_virtual_tokens: P.
         embedding_size: width of E; None for the direct form.
         encoder_hidden_size: width of the tanh layer; None for the direct form.
-        freeze_first_token: keep the first virtual token as initialised (an attention sink; Eyuboglu et al. 2025).
     """
 
     layout: PrefixLayout
@@ -38,7 +48,6 @@ class PrefixEncoder(PromptEncoder):
         num_virtual_tokens: int,
         embedding_size: int | None = None,
         encoder_hidden_size: int | None = None,
-        freeze_first_token: bool = False,
     ) -> None:
         super().__init__()
         self.layout = PrefixLayout(layers)
@@ -55,14 +64,28 @@ class PrefixEncoder(PromptEncoder):
         )
         self.first_token: Tensor | None
         self.register_buffer("first_token", None)
-        if freeze_first_token:
-            with torch.no_grad():
-                self.first_token = self()[:1].clone()
+
+    def network(self) -> Tensor:
+        return self.embedding if self.transform is None else self.transform(self.embedding)
 
     def forward(self) -> Tensor:
         """The flat prompt ``[P, W]``."""
-        flat = self.embedding if self.transform is None else self.transform(self.embedding)
+        flat = super().forward()
         return flat if self.first_token is None else torch.cat([self.first_token, flat[1:]])
+
+    def last(self) -> nn.Linear | None:
+        layer = None if self.transform is None else self.transform[-1]
+        assert layer is None or isinstance(layer, nn.Linear)
+        return layer
+
+    @torch.no_grad()
+    def freeze_first_token(self) -> None:
+        """Keep the first virtual token as it is (an attention sink; Eyuboglu et al. 2025)."""
+        self.first_token = self()[:1].clone()
+
+    def width_rates(self) -> Mapping[str, float]:
+        transform = {} if self.transform is None else matrix_rates(self.transform, len(self.embedding))
+        return {f"transform.{name}": rate for name, rate in transform.items()}
 
     def tensor_parallel_plan(self) -> Mapping[str, Any]:
         """Split the hidden layer over ranks: W₁ by rows, W₂ by columns.
@@ -77,27 +100,6 @@ class PrefixEncoder(PromptEncoder):
             "transform.0": ColwiseParallel(use_local_output=False),
             "transform.2": RowwiseParallel(output_layouts=Replicate()),
         }
-
-    @torch.no_grad()
-    def fit(self, target: Tensor) -> float:
-        """Make the output equal ``target`` ``[P, W]`` by the last layer alone; returns the relative RMS error left.
-
-        Exact (up to rounding) whenever ``encoder_hidden_size >= P - 1``: the minimum-norm least-squares solution of
-        ``(tanh(W₁E + b₁) − mean) W₂ᵀ = target − mean`` (means over virtual tokens; ``b₂`` joins them), solved in fp64.
-        """
-        if self.first_token is not None:
-            self.first_token.copy_(target[:1])
-        if self.transform is None:
-            self.embedding.copy_(target)
-            return 0.0
-        hidden = self.transform[:-1](self.embedding).double()
-        last = self.transform[-1]
-        assert isinstance(last, nn.Linear)
-        hidden_mean, target_mean = hidden.mean(0), target.double().mean(0)
-        solution = torch.linalg.lstsq(hidden - hidden_mean, target.double() - target_mean, driver="gelsd").solution
-        last.weight.copy_(solution.T)
-        last.bias.copy_(target_mean - hidden_mean @ solution)
-        return float((self() - target).norm() / target.norm())
 
 
 class SeparatePrefixEncoder(PromptEncoder):
@@ -120,8 +122,7 @@ class SeparatePrefixEncoder(PromptEncoder):
             }
         )
 
-    def forward(self) -> Tensor:
-        """The flat prompt ``[P, W]``."""
+    def network(self) -> Tensor:
         layers = self.layout.layers
         blocks = {
             kind: iter(part().split([layer.numel for layer in layers if layer.kind == kind], dim=1))
@@ -129,21 +130,28 @@ class SeparatePrefixEncoder(PromptEncoder):
         }
         return torch.cat([next(blocks[layer.kind]) for layer in layers], dim=1)
 
+    def zero(self) -> None:
+        """As `PromptEncoder.zero`, of each kind."""
+        for _, part in self._encoders():
+            part.zero()
+
+    @torch.no_grad()
+    def freeze_first_token(self) -> None:
+        """Keep the first virtual token as it is; every kind keeps its part of it, in units."""
+        for _, part in self._encoders():
+            part.freeze_first_token()
+
+    def width_rates(self) -> Mapping[str, float]:
+        return {
+            f"parts.{kind}.{name}": rate for kind, part in self._encoders() for name, rate in part.width_rates().items()
+        }
+
     def tensor_parallel_plan(self) -> Mapping[str, Any]:
         return {
             f"parts.{kind}.{name}": style
             for kind, part in self._encoders()
             for name, style in part.tensor_parallel_plan().items()
         }
-
-    def fit(self, target: Tensor) -> float:
-        """As `PrefixEncoder.fit`, each kind by itself."""
-        layers = self.layout.layers
-        blocks = target.split([layer.numel for layer in layers], dim=1)
-        for kind, part in self._encoders():
-            part.fit(torch.cat([block for block, layer in zip(blocks, layers, strict=True) if layer.kind == kind], 1))
-        with torch.no_grad():
-            return float((self() - target).norm() / target.norm())
 
     def _encoders(self) -> Sequence[tuple[str, PrefixEncoder]]:
         return [(kind, part) for kind, part in self.parts.items() if isinstance(part, PrefixEncoder)]
@@ -154,21 +162,71 @@ def prefix_encoder(
     num_virtual_tokens: int,
     embedding_size: int | None = None,
     encoder_hidden_size: int | None = None,
-    freeze_first_token: bool = False,
 ) -> PrefixEncoder | SeparatePrefixEncoder:
-    """The encoder of a prefix for ``layers``; arguments as for `PrefixEncoder`.
+    """The encoder of a prefix for ``layers``, without units; arguments as for `PrefixEncoder`.
 
     Only where an MLP would be shared by layers of several kinds is there anything to separate.
     """
     separate = encoder_hidden_size is not None and len({layer.kind for layer in layers}) > 1
     build = SeparatePrefixEncoder if separate else PrefixEncoder
-    return build(
-        layers,
-        num_virtual_tokens,
-        embedding_size=embedding_size,
-        encoder_hidden_size=encoder_hidden_size,
-        freeze_first_token=freeze_first_token,
-    )
+    return build(layers, num_virtual_tokens, embedding_size=embedding_size, encoder_hidden_size=encoder_hidden_size)
+
+
+def started(
+    encoder: PrefixEncoder | SeparatePrefixEncoder,
+    init: str,
+    shape: BackboneShape,
+    conditioner: Conditioner,
+    text: str | None = None,
+) -> PrefixEncoder | SeparatePrefixEncoder:
+    """Put the encoder in units of the backbone's own keys and values, and at its start.
+
+    ``init``: ``rows``, ``chunks`` or ``text``: the keys and values that the backbone has for P tokens of such text;
+    ``zero``; ``random``: what the network puts out as torch initialises it, in units. Raises `UserError` for a ``text``
+    of fewer than P tokens.
+    """
+    tokens = encoder.network().shape[0]
+    if init == "text":
+        assert text is not None
+        start = [_first(conditioner.token_ids(text, special=True), tokens)]
+    else:
+        start = conditioner.chunks(tokens) if init == "chunks" else conditioner.rows(tokens)
+    # What stands behind the start does not change what a decoder makes of it.
+    behind = conditioner.rows(max(0, min(MEASURED, shape.context or MEASURED) - tokens))
+    read = [(first + rest)[: shape.context] for first, rest in zip(start * len(behind), behind, strict=False)]
+    states = conditioner.keys_and_values(read)
+    origin = states[torch.arange(tokens) % len(states)]  # a prompt longer than the context is refused later
+    if init in ("random", "zero"):
+        origin = torch.zeros_like(origin)
+    sizes, steps = sizes_of(states, encoder.layout)
+    encoder.units = Units(origin.clone(), sizes * steps)
+    if init != "random":
+        encoder.zero()
+    elif isinstance(encoder, PrefixEncoder) and encoder.transform is None:
+        with torch.no_grad():
+            encoder.embedding.div_(steps)
+    return encoder
+
+
+def sizes_of(states: Tensor, layout: PrefixLayout) -> tuple[Tensor, Tensor]:
+    """Root mean square of each layer's keys and of its values in ``states`` ``[S, W]``, at their columns: ``[W]``.
+
+    Also ``[W]``: how many of these a unit is, 1 for a key and `VALUES` for a value.
+    """
+    seen = layout.state(states)
+    parts = [part for pair in zip(seen.keys, seen.values, strict=True) for part in pair]
+    sizes = [part.square().mean().sqrt().expand(part[0].numel()) for part in parts]
+    steps = [torch.full((part[0].numel(),), (1.0, VALUES)[index % 2]) for index, part in enumerate(parts)]
+    return torch.cat(sizes).clamp(min=torch.finfo(torch.float32).tiny), torch.cat(steps)
+
+
+def _first(ids: list[int], count: int) -> list[int]:
+    if len(ids) < count:
+        raise UserError(
+            f"method.init_text: the text has {len(ids)} tokens, fewer than method.num_virtual_tokens={count}; give a "
+            f"longer text or set num_virtual_tokens to at most {len(ids)}"
+        )
+    return ids[:count]
 
 
 def _peft_type(layers: tuple[LayerShape, ...]) -> str | None:

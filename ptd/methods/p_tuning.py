@@ -11,7 +11,8 @@ PEFT calls P_TUNING; module for module the network is PEFT's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 
 from ptd.methods import Conditioner, TaskFacts, register
 from ptd.methods.settings import VIRTUAL_TOKENS, check_positive, key
-from ptd.types import BackboneShape, PromptEncoder, SoftLayout, UserError
+from ptd.methods.soft_prompts import embeddings_of_rows, units_of
+from ptd.types import BackboneShape, PromptEncoder, SoftLayout, UserError, matrix_rates
 
 
 @dataclass
@@ -39,6 +41,11 @@ class PTuningConfig:
         "input embeddings",
     )
     encoder_num_layers: int = key(2, "layers of the LSTM; the MLP alone always has two hidden layers")
+    init: Literal["rows", "random"] = key(
+        "rows",
+        "the start: embeddings of the tokens of training `rows`, to which the network adds; `random`: what the network "
+        "puts out as torch initialises it, in units of the backbone's embeddings",
+    )
 
     def __post_init__(self) -> None:
         check_positive(self, "num_virtual_tokens", "encoder_hidden_size", "encoder_num_layers")
@@ -80,12 +87,27 @@ class PTuningEncoder(PromptEncoder):
         else:
             widths = [hidden_size, encoder_hidden_size, encoder_hidden_size, hidden_size]
         linear = [nn.Linear(width, following) for width, following in pairwise(widths)]
-        self.mlp_head = nn.Sequential(*(module for layer in linear for module in (layer, nn.ReLU())))[:-1]
+        modules = [module for layer in linear for module in (layer, nn.ReLU())]
+        self.mlp_head = nn.Sequential(*modules[:-1])
 
-    def forward(self) -> Tensor:
+    def network(self) -> Tensor:
         hidden = self.embedding if self.lstm_head is None else self.lstm_head(self.embedding)[0]
-        flat: Tensor = self.mlp_head(hidden)
-        return flat
+        z: Tensor = self.mlp_head(hidden)
+        return z
+
+    def last(self) -> nn.Linear:
+        layer = self.mlp_head[-1]
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    def width_rates(self) -> Mapping[str, float]:
+        parts = {"lstm_head": self.lstm_head, "mlp_head": self.mlp_head}
+        return {
+            f"{name}.{parameter}": rate
+            for name, part in parts.items()
+            if part is not None
+            for parameter, rate in matrix_rates(part, len(self.embedding)).items()
+        }
 
 
 def check(config: PTuningConfig, facts: TaskFacts) -> None:
@@ -110,14 +132,27 @@ def check(config: PTuningConfig, facts: TaskFacts) -> None:
         )
 
 
-@register("p_tuning", config=PTuningConfig, check=check, example={"num_virtual_tokens": 20})
+def _from_nothing(config: PTuningConfig) -> PTuningConfig:
+    return replace(config, init="random")
+
+
+@register("p_tuning", config=PTuningConfig, check=check, sizes=_from_nothing, example={"num_virtual_tokens": 20})
 def build(config: PTuningConfig, shape: BackboneShape, conditioner: Conditioner, facts: TaskFacts) -> PTuningEncoder:
     """Build the encoder for a backbone of ``shape``; raises `UserError` as `check` does."""
     check(config, facts)
-    return PTuningEncoder(
-        facts.virtual_tokens or config.num_virtual_tokens or 0,
+    tokens = facts.virtual_tokens or config.num_virtual_tokens or 0
+    encoder = PTuningEncoder(
+        tokens,
         shape.input_size,
         config.encoder_hidden_size or shape.input_size,
         lstm_layers=config.encoder_num_layers if config.encoder_reparameterization_type == "lstm" else 0,
         in_front=not facts.virtual_tokens,
     )
+    rows = embeddings_of_rows(tokens, conditioner)
+    origin = rows[:tokens]
+    if config.init == "rows":
+        encoder.zero()
+    else:
+        origin = torch.zeros_like(origin)
+    encoder.units = units_of(rows, origin)
+    return encoder

@@ -8,18 +8,26 @@ extractive question answering. `ptd.methods.deep_prompts` holds the maths of the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from ptd.methods import Conditioner, TaskFacts, register
-from ptd.methods.deep_prompts import PrefixEncoder, SeparatePrefixEncoder, prefix_encoder
+from ptd.methods.deep_prompts import PrefixEncoder, SeparatePrefixEncoder, prefix_encoder, started
 from ptd.methods.settings import (
+    DEEP_START,
+    INIT_TEXT,
+    INIT_TEXT_FILE,
     POOLING,
     PROJECTION,
     TANH_WIDTH,
     VIRTUAL_TOKENS,
     check_positive,
+    check_start_text,
+    check_text,
+    from_nothing,
     key,
     need_trained_head,
+    read_text,
 )
 from ptd.types import BackboneShape, HeadSettings, UserError
 
@@ -32,9 +40,13 @@ class PTuningV2Config:
     prefix_projection: bool = key(False, PROJECTION)
     encoder_hidden_size: int | None = key(None, TANH_WIDTH)
     pooling: Literal["auto", "cls", "mean", "last"] = key("auto", POOLING)
+    init: Literal["rows", "chunks", "text", "random", "zero"] = key("rows", DEEP_START)
+    init_text: str | None = key(None, INIT_TEXT)
+    init_text_file: Path | None = key(None, INIT_TEXT_FILE)
 
     def __post_init__(self) -> None:
         check_positive(self, "num_virtual_tokens", "encoder_hidden_size")
+        check_text(self)
         if self.encoder_hidden_size is not None and not self.prefix_projection:
             raise UserError(
                 "method.encoder_hidden_size: has no effect without method.prefix_projection: true; remove one"
@@ -49,17 +61,20 @@ def head(config: PTuningV2Config) -> HeadSettings:
 def check(config: PTuningV2Config, facts: TaskFacts) -> None:
     """The task has to have a trained head."""
     need_trained_head("p_tuning_v2", config.pooling, facts, for_words="prefix", for_text="prefix")
+    check_start_text(config)
 
 
-@register("p_tuning_v2", config=PTuningV2Config, head=head, check=check)
+@register("p_tuning_v2", config=PTuningV2Config, head=head, check=check, sizes=from_nothing)
 def build(
     config: PTuningV2Config, shape: BackboneShape, conditioner: Conditioner, facts: TaskFacts
 ) -> PrefixEncoder | SeparatePrefixEncoder:
-    """Build the encoder for a backbone of ``shape``."""
+    """Build and initialise the encoder for a backbone of ``shape``; raises `UserError` as `started` does."""
     projection = config.prefix_projection
-    return prefix_encoder(
+    encoder = prefix_encoder(
         shape.layers,
         config.num_virtual_tokens,
         embedding_size=shape.hidden_size if projection else None,
         encoder_hidden_size=(config.encoder_hidden_size or shape.hidden_size) if projection else None,
     )
+    text = read_text(config) if config.init == "text" else None
+    return started(encoder, config.init, shape, conditioner, text)

@@ -6,16 +6,14 @@ On an encoder-decoder the encoder's self-attention, the decoder's and its cross-
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from ptd.methods import Conditioner, TaskFacts, register
-from ptd.methods.deep_prompts import PrefixEncoder, SeparatePrefixEncoder, prefix_encoder
+from ptd.methods.deep_prompts import PrefixEncoder, SeparatePrefixEncoder, prefix_encoder, started
 from ptd.methods.settings import (
+    DEEP_START,
     INIT_TEXT,
     INIT_TEXT_FILE,
     PROJECTION,
@@ -43,10 +41,7 @@ class PrefixConfig:
         "width of the MLP's input, with `prefix_projection`; PEFT's is kv heads × head size; default: the "
         "backbone's hidden size",
     )
-    init: Literal["random", "zero", "text"] = key(
-        "random",
-        "`random` (N(0, 1)), `zero`, or `text`: exactly as a decoder that is conditioned on a text (at least P tokens)",
-    )
+    init: Literal["rows", "chunks", "text", "random", "zero"] = key("rows", DEEP_START)
     init_text: str | None = key(None, INIT_TEXT)
     init_text_file: Path | None = key(None, INIT_TEXT_FILE)
     freeze_first_token: bool = key(False, "keep the first virtual token as it was initialised")
@@ -64,41 +59,16 @@ class PrefixConfig:
 def build(
     config: PrefixConfig, shape: BackboneShape, conditioner: Conditioner, facts: TaskFacts
 ) -> PrefixEncoder | SeparatePrefixEncoder:
-    """Build and initialise the encoder for a backbone of ``shape``."""
+    """Build and initialise the encoder for a backbone of ``shape``; raises `UserError` as `started` does."""
     projection = config.prefix_projection
     encoder = prefix_encoder(
         shape.layers,
         config.num_virtual_tokens,
         embedding_size=(config.embedding_size or shape.hidden_size) if projection else None,
         encoder_hidden_size=(config.encoder_hidden_size or shape.hidden_size) if projection else None,
-        freeze_first_token=config.freeze_first_token,
     )
-    if config.init == "zero":
-        encoder.fit(torch.zeros_like(encoder()))
-    elif config.init == "text":
-        _start_from_text(encoder, config, shape, conditioner)
+    text = read_text(config) if config.init == "text" else None
+    started(encoder, config.init, shape, conditioner, text)
+    if config.freeze_first_token:
+        encoder.freeze_first_token()
     return encoder
-
-
-def _start_from_text(
-    encoder: PrefixEncoder | SeparatePrefixEncoder, config: PrefixConfig, shape: BackboneShape, conditioner: Conditioner
-) -> None:
-    if any(layer.kind != "decoder" for layer in shape.layers):
-        raise UserError(
-            "method.init: text starts from the keys and values that a decoder caches for the text, and this backbone "
-            "has an encoder, which caches none; use random or zero, or method.name: prompt with init: text"
-        )
-    target = conditioner.text_kv(read_text(config), config.num_virtual_tokens)
-    if target.shape[1] != encoder.layout.width:
-        raise UserError(
-            "method.init: text is not possible with this backbone: it caches something else than the keys and "
-            "values its attention reads (multi-head latent attention does); use random or zero"
-        )
-    left = encoder.fit(target)
-    if left > 1e-4:
-        warnings.warn(
-            f"method.encoder_hidden_size={config.encoder_hidden_size or shape.hidden_size} is too small to "
-            f"reproduce the text's {config.num_virtual_tokens} keys and values: {left:.1%} relative error is left; "
-            f"use at least {config.num_virtual_tokens}",
-            stacklevel=2,
-        )

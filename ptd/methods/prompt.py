@@ -26,26 +26,20 @@ from ptd.methods.settings import (
     key,
     read_text,
 )
-from ptd.types import BackboneShape, PromptEncoder, SoftLayout, UserError
-
-FREQUENT = 5000
-"""Of how many of the most frequent tokens a start is drawn (§3.2); vocabularies are about sorted by frequency."""
+from ptd.methods.soft_prompts import embeddings_of_rows, units_of
+from ptd.types import BackboneShape, PromptEncoder, SoftLayout, Units, UserError
 
 
 @dataclass
 class PromptConfig:
-    """Keys of ``method:`` for ``name: prompt``.
-
-    ``init``: ``random`` is uniform in [-0.5, 0.5]; ``vocabulary`` takes the embeddings of frequent tokens; ``labels``
-    those of the task's label names, the rest as ``vocabulary``; ``text`` those of a text, repeated or cut to length.
-    """
+    """Keys of ``method:`` for ``name: prompt``."""
 
     num_virtual_tokens: int = key(16, VIRTUAL_TOKENS)
-    init: Literal["random", "vocabulary", "labels", "text"] = key(
-        "vocabulary",
-        "the start: embeddings of tokens drawn from the first 5000 of the `vocabulary`; `labels`: the mean embedding "
-        "of each label's name, then vocabulary; `text`: the tokens of a text, repeated or cut; `random`: uniform in "
-        "[−0.5, 0.5]",
+    init: Literal["rows", "vocabulary", "labels", "text", "random"] = key(
+        "rows",
+        "the start: embeddings of the tokens of training `rows`; of tokens drawn from the first 5000 of the "
+        "`vocabulary`; `labels`: the mean embedding of each label's name, then vocabulary; `text`: the tokens of a "
+        "text, repeated or cut; `random`: normal, of the size of the backbone's embeddings",
     )
     init_text: str | None = key(None, INIT_TEXT)
     init_text_file: Path | None = key(None, INIT_TEXT_FILE)
@@ -56,16 +50,17 @@ class PromptConfig:
 
 
 class SoftPromptEncoder(PromptEncoder):
-    """The flat prompt is the parameter ``[P, hidden]``."""
+    """The flat prompt ``[P, hidden]`` is the parameter, in units of the embeddings' root mean square."""
 
     peft_type = "PROMPT_TUNING"
 
-    def __init__(self, embedding: Tensor) -> None:
+    def __init__(self, units: Units) -> None:
         super().__init__()
-        self.layout = SoftLayout(embedding.shape[1])
-        self.embedding = nn.Parameter(embedding)
+        self.layout = SoftLayout(units.origin.shape[1])
+        self.embedding = nn.Parameter(torch.zeros_like(units.origin))
+        self.units = units
 
-    def forward(self) -> Tensor:
+    def network(self) -> Tensor:
         return self.embedding
 
 
@@ -90,24 +85,21 @@ def build(config: PromptConfig, shape: BackboneShape, conditioner: Conditioner, 
     """Build and initialise the encoder for a backbone of ``shape``; raises `UserError` as `check` does."""
     check(config, facts)
     tokens = config.num_virtual_tokens
-    if config.init == "random":
-        return SoftPromptEncoder(torch.rand(tokens, shape.input_size) - 0.5)
-    if config.init == "vocabulary":
-        start = conditioner.embeddings(_sample(tokens, shape.vocab_size))
+    rows = embeddings_of_rows(tokens, conditioner)
+    if config.init == "rows":
+        origin = rows[:tokens]
+    elif config.init == "random":
+        origin = torch.zeros_like(rows[:tokens])
+    elif config.init == "vocabulary":
+        origin = conditioner.embeddings(conditioner.frequent(tokens))
     elif config.init == "labels":
-        start = _labels(tokens, facts.labels, shape.vocab_size, conditioner)
+        origin = _labels(tokens, facts.labels, conditioner)
     else:
-        start = conditioner.embeddings(_cycle(tokens, conditioner.token_ids(read_text(config))))
-    return SoftPromptEncoder(start)
-
-
-def _sample(count: int, vocab_size: int) -> list[int]:
-    """Ids of frequent tokens, all different as long as there are enough."""
-    frequent = min(FREQUENT, vocab_size)
-    ids: list[int] = []
-    while len(ids) < count:
-        ids += torch.randperm(frequent)[: count - len(ids)].tolist()
-    return ids
+        origin = conditioner.embeddings(_cycle(tokens, conditioner.token_ids(read_text(config))))
+    encoder = SoftPromptEncoder(units_of(rows, origin))
+    if config.init == "random":
+        nn.init.normal_(encoder.embedding)
+    return encoder
 
 
 def _cycle(count: int, ids: Sequence[int]) -> list[int]:
@@ -116,12 +108,12 @@ def _cycle(count: int, ids: Sequence[int]) -> list[int]:
     return [ids[index % len(ids)] for index in range(count)]
 
 
-def _labels(count: int, labels: Sequence[str], vocab_size: int, conditioner: Conditioner) -> Tensor:
+def _labels(count: int, labels: Sequence[str], conditioner: Conditioner) -> Tensor:
     """A row a label, the mean over the tokens of its name; then sampled vocabulary, ``[count, hidden]``."""
     names = [conditioner.token_ids(label) for label in labels]
     for label, name in zip(labels, names, strict=True):
         if not name:
             raise UserError(f"method.init: labels: the label {label!r} has no tokens; set method.init: vocabulary")
-    pieces = [*names, *([index] for index in _sample(count - len(labels), vocab_size))]
+    pieces = [*names, *([index] for index in conditioner.frequent(count - len(labels)))]
     rows = conditioner.embeddings([index for piece in pieces for index in piece])
     return torch.stack([block.mean(0) for block in rows.split([len(piece) for piece in pieces])])

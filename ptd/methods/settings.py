@@ -19,8 +19,13 @@ def key(default: Any, description: str) -> Any:
 
 
 PROJECTION = (
-    "re-parameterise by an MLP: embedding → tanh layer → keys and values. Steadier; only needed while training. An "
+    "re-parameterise by an MLP: embedding → tanh layer → keys and values. Only needed while training. An "
     "encoder–decoder has one each for encoder, decoder and cross-attention"
+)
+DEEP_START = (
+    "the start: the keys and values that the backbone has for P tokens of text: of training `rows`, of `chunks` from "
+    "random places in them, or of a `text` (at least P tokens; a decoder starts exactly as if conditioned on it); or "
+    "`random` (normal, of the size of the backbone's own keys and values), or `zero`"
 )
 INIT_TEXT = "that text, with `init: text`"
 INIT_TEXT_FILE = "or the file that holds it"
@@ -70,6 +75,11 @@ def read_text(config: TextSettings) -> str:
 def check_start(config: TextSettings, facts: TaskFacts) -> None:
     """The check of methods whose virtual tokens have their own place and may start from a text: it can be read."""
     refuse_marks(config, facts)
+    check_start_text(config)
+
+
+def check_start_text(config: TextSettings) -> None:
+    """Raise `UserError` where ``init: text`` has a file that cannot be read."""
     if config.init == "text":
         read_text(config)
 

@@ -8,7 +8,7 @@ model, which it computes without holding logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,13 @@ class Readout(nn.Module):
     def token_ids(self) -> list[int]:
         """Tokens of the vocabulary whose scores it reads by their ids; of a label that is a token, the rows say so."""
         return []
+
+    def rates(self, input_size: float) -> Mapping[str, float]:
+        """Parameter name -> factor of the learning rate (missing: 1) that makes it independent of widths and sizes.
+
+        ``input_size``: root mean square of the hidden states that a trained head reads.
+        """
+        return {}
 
     def read(self, run: Run, batch: Batch, scores: bool) -> Reading:
         """Run the batch, which has at least one row, once."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -13,13 +13,18 @@ from torch.nn.functional import log_softmax
 
 from ptd.readouts import Reading, Readout, Run
 from ptd.transfer import to_device
-from ptd.types import Batch
+from ptd.types import Batch, matrix_rates
 
 Pooling = Literal["cls", "last", "mean"]
+ROWS = 1024
+"""Rows of data whose features a trained head is taken to tell apart, for its learning rate: measured on two backbones,
+its best rate is then that of a prompt (benchmarks/README.md)."""
 
 
 class Head(nn.Module):
     """Linear layers with tanh between them: ``hidden_size -> *hidden_sizes -> outputs``. None hidden: linear.
+
+    The last layer starts at zero: all outputs start alike, whatever the size of the hidden states.
 
     ``forward``: ``[..., hidden_size]`` of any dtype -> fp32 ``[..., outputs]``; the parameters are fp32 whatever the
     backbone's dtype.
@@ -33,13 +38,29 @@ class Head(nn.Module):
         for layer in layers[1:]:
             modules += [nn.Tanh(), layer]
         self.layers = nn.Sequential(*modules)
+        for parameter in layers[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def rates(self, input_size: float) -> dict[str, float]:
+        """Factors of the learning rate by parameter name: `matrix_rates`, for inputs of this root mean square."""
+        rates = matrix_rates(self, ROWS)
+        return {name: rate / input_size if name == "layers.0.weight" else rate for name, rate in rates.items()}
 
     def forward(self, hidden: Tensor) -> Tensor:
         scores: Tensor = self.layers(hidden.float())
         return scores
 
 
-class PooledClassifier(Readout):
+class HeadReadout(Readout):
+    """A readout with a trained `Head`, its attribute ``head``."""
+
+    head: Head
+
+    def rates(self, input_size: float) -> Mapping[str, float]:
+        return {f"head.{name}": rate for name, rate in self.head.rates(input_size).items()}
+
+
+class PooledClassifier(HeadReadout):
     """A head on one vector a sequence: its first position (``cls``), its ``last`` one or the ``mean`` of all.
 
     A row's label stands at the first position of each of its sequences. Several sequences a row are an ensemble, see

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from ptd.readouts import Reading, Readout, Run
-from ptd.readouts.heads import Head
+from ptd.readouts import Reading, Run
+from ptd.readouts.heads import Head, HeadReadout
 from ptd.readouts.tags import positions_by_row
 from ptd.transfer import to_device
 from ptd.types import Batch
@@ -16,7 +16,7 @@ CANDIDATE, START, END = 0, 1, 2
 """Labels of the positions that an answer may start and end at; one that does both has ``START | END``."""
 
 
-class Spans(Readout):
+class Spans(HeadReadout):
     """(CE of the start + CE of the end) / 2 a row, each over the row's candidates (BERT, Devlin et al. 2019, §4.2).
 
     Every row has exactly one start and one end among its candidates. Scores of a row: logits ``[candidates, 2]``.

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, nll_loss
 
-from ptd.readouts import Reading, Readout, Run
-from ptd.readouts.heads import Head
+from ptd.readouts import Reading, Run
+from ptd.readouts.heads import Head, HeadReadout
 from ptd.transfer import to_device
 from ptd.types import IGNORE_INDEX, Batch
 
@@ -25,7 +25,7 @@ def positions_by_row(batch: Batch) -> tuple[Tensor, Tensor]:
     return positions, torch.bincount(owner, minlength=len(batch.rows))
 
 
-class Tags(Readout):
+class Tags(HeadReadout):
     """Cross-entropy of ``labels`` classes at the labelled positions; nothing else leaves the backbone.
 
     ``class_weights`` (one a label) weigh both the sum of the losses and what it is divided by, as in torch's

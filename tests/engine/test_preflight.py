@@ -61,7 +61,7 @@ def test_output_where_nothing_can_be_written() -> None:
 
 
 def test_space_for_checkpoints(tmp_path: Path) -> None:
-    assert bytes_to_write(1000, 10, 2) == 4 * (3 * 1000 * 3 + 3 * 10)
+    assert bytes_to_write(1000, 10, 2) == 4 * ((3 * 1000 + 10) * 3 + 3 * 10)
     free = shutil.disk_usage(tmp_path).free
     assert "needed" in check_space(tmp_path / "out", 1000)
     with pytest.raises(UserError, match=r"output_dir: .* free, but .* need .*; give a folder on another disk"):

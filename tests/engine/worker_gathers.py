@@ -24,7 +24,7 @@ config, zero3 = apply_deepspeed(parse_config(json.loads(Path(sys.argv[1]).read_t
 ranks = Ranks.start(needs_group=True)
 task = make_task(config.task, config.data, architecture_of(config.backbone))
 prepared = prepare(config.backbone, ranks, zero3, output=task.output)
-trained = build_trained(config, prepared, task, None, ranks.device)
+trained = build_trained(config, prepared, task, None)
 batch = sample_batch(config, task, LanguageModel(), rows_of(config), packed=True)
 parameters = list(prepared.model.parameters())
 meter = NetworkMeter(ranks)

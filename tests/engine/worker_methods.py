@@ -112,7 +112,7 @@ class Reference:
 
     def __init__(self, config: RunConfig, task: Task, readout: torch.nn.Module) -> None:
         self.prepared = prepare(config.backbone, ALONE, output=task.output)
-        conditioner = TextConditioner(self.prepared.model, None, ALONE.device)
+        conditioner = TextConditioner(self.prepared.attachment, None)
         facts = TaskFacts(config.task.kind, task.labels, task.cloze, task.output == "body", task.virtual_tokens)
         encoder = method(config.method_name).build(
             config.method_config(), self.prepared.shape, conditioner, facts, seed=config.train.seed
@@ -141,6 +141,8 @@ def compare(measured: Measured) -> dict[str, Any]:
     """Every step and the evaluation against the reference."""
     loop, config = measured.loop, measured.config
     reference = Reference(config, loop.held_out.task, loop.step.readout)
+    if loop.step.encoder.units is not None:  # which are measured on the rows
+        reference.trained.encoder.units.load_state_dict(loop.step.encoder.units.state_dict())
     examples: Examples = loop.batches.examples
     errors: dict[str, float] = {}
     loss_errors, mean_of_means = [], []

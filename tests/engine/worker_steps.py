@@ -172,9 +172,13 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
 def make_encoder(prepared: Prepared, kind: str, *, hidden: int = 16) -> PrefixEncoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
-        sizes = {"direct": {}, "frozen_first": {"freeze_first_token": True}}
-        wide = {"embedding_size": EMBEDDING, "encoder_hidden_size": hidden}
-        return PrefixEncoder(prepared.shape.layers, P, **sizes.get(kind, wide))
+        wide = (
+            {} if kind in ("direct", "frozen_first") else {"embedding_size": EMBEDDING, "encoder_hidden_size": hidden}
+        )
+        encoder = PrefixEncoder(prepared.shape.layers, P, **wide)
+        if kind == "frozen_first":
+            encoder.freeze_first_token()
+        return encoder
 
 
 def make_step(encoder: PrefixEncoder, ranks: Ranks, loss_scale: LossScale | None = None) -> PromptStep:

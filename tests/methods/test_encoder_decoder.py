@@ -25,7 +25,7 @@ def loss(model):
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
 def test_gradients_reach_every_virtual_token_of_every_layer(family, form):
     model = tiny_model(family)
-    tuned = ptd.attach(model, "prefix", num_virtual_tokens=P, **FORMS[form])
+    tuned = ptd.attach(model, "prefix", num_virtual_tokens=P, init="random", **FORMS[form])
     layers = tuned.attachment.shape.layers
     assert [layer.kind for layer in layers] == ["encoder"] * 2 + ["decoder", "cross"] * 2
     outputs = []

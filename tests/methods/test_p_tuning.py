@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import DrawnConditioner
 from peft import PromptEncoder as PeftPromptEncoder
 from peft import PromptEncoderConfig
 
 from ptd.config import parse_method
 from ptd.methods import TaskFacts, method
+from ptd.methods.soft_prompts import embeddings_of_rows
 from ptd.types import BackboneShape, LayerShape, SoftLayout, UserError
 
 HIDDEN, P = 12, 5
@@ -19,19 +21,15 @@ NETWORKS = {
 }
 
 
-class NoConditioner:
-    """The start is random."""
-
-
 def build(seed=0, marks=P, **settings):
     config = parse_method({"name": "p_tuning", **settings})
     facts = TaskFacts("classification", virtual_tokens=marks)
-    return method("p_tuning").build(config, SHAPE, NoConditioner(), facts, seed=seed)
+    return method("p_tuning").build(config, SHAPE, DrawnConditioner(SHAPE), facts, seed=seed)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_equal_weights_give_pefts_embeddings_and_gradients(network):
-    ours = build(**NETWORKS[network])
+    ours = build(init="random", **NETWORKS[network])
     settings = {**NETWORKS[network], "encoder_reparameterization_type": network.upper()}
     theirs = PeftPromptEncoder(
         PromptEncoderConfig(
@@ -44,8 +42,9 @@ def test_equal_weights_give_pefts_embeddings_and_gradients(network):
         )
     )
     names = {name: name.removesuffix(".weight") if name == "embedding.weight" else name for name in theirs.state_dict()}
-    ours.load_state_dict({names[name]: weight for name, weight in theirs.state_dict().items()})
-    got, want = ours(), theirs(torch.arange(P)[None])[0]
+    weights = {names[name]: weight for name, weight in theirs.state_dict().items()}
+    assert ours.load_state_dict(weights, strict=False).missing_keys == ["units.origin", "units.unit"]
+    got, want = ours.network(), theirs(torch.arange(P)[None])[0]
     assert torch.allclose(got, want, atol=1e-6)
     assert got.std() > 0.01
     for output in (got, want):
@@ -65,6 +64,30 @@ def test_marks_and_front():
     assert at_marks.peft_type == in_front.peft_type == "P_TUNING"
 
 
+@pytest.mark.parametrize("network", NETWORKS)
+def test_it_starts_at_the_rows_embeddings_and_moves_in_their_units(network):
+    encoder = build(**NETWORKS[network])
+    rows = embeddings_of_rows(P, DrawnConditioner(SHAPE))
+    assert torch.equal(encoder(), rows[:P])
+    assert torch.allclose(encoder.units.unit, rows.square().mean().sqrt().expand(HIDDEN))
+    encoder().sum().backward()
+    moved = {
+        name for name, parameter in encoder.named_parameters() if parameter.grad is not None and parameter.grad.any()
+    }
+    assert any(name.startswith("mlp_head") for name in moved)
+
+
+def test_weight_matrices_have_a_rate_that_falls_with_their_inputs():
+    encoder = build(encoder_reparameterization_type="lstm", encoder_hidden_size=7)
+    rates = encoder.rates()
+    assert rates["lstm_head.weight_ih_l0"] == P**0.5 / HIDDEN
+    assert rates["lstm_head.weight_hh_l0"] == P**0.5 / 7
+    assert rates["lstm_head.weight_ih_l1"] == rates["mlp_head.0.weight"] == P**0.5 / 14
+    assert all(weight.ndim == 1 or name in rates for name, weight in encoder.named_parameters() if name != "embedding")
+    encoder.units = None
+    assert not encoder.rates()
+
+
 def test_sizes_default_to_the_backbones_and_two_layers():
     encoder = build()
     assert (encoder.lstm_head.hidden_size, encoder.lstm_head.num_layers) == (HIDDEN, 2)
@@ -74,7 +97,7 @@ def test_sizes_default_to_the_backbones_and_two_layers():
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_a_seed_fixes_the_encoder(network):
-    first, again, other = (build(seed=seed, **NETWORKS[network]) for seed in (7, 7, 8))
+    first, again, other = (build(seed=seed, init="random", **NETWORKS[network]) for seed in (7, 7, 8))
     assert torch.equal(first(), again())
     assert not torch.equal(first(), other())
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache, partial
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from families import BOS, VOCAB, tiny_config, tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import T5EncoderModel
 
-from ptd.backbone.conditioning import CHUNK, TextConditioner
+from ptd.backbone.conditioning import AT_ONCE, FREQUENT, TextConditioner
 from ptd.config import parse_method
 from ptd.methods import TaskFacts, method
-from ptd.types import BackboneShape, SoftLayout, UserError
+from ptd.types import BackboneShape, DataReport, Examples, SoftLayout, UserError
 
-P, CPU = 6, torch.device("cpu")
+P = 6
 BACKBONES = {
     name: partial(tiny_model, name)
     for name in ("llama", "gpt2", "gemma3_text", "bert", "modernbert", "distilbert", "t5", "bart", "mbart")
@@ -27,6 +30,11 @@ SCALED = {"gemma3_text", "mbart"}
 @cache
 def backbone(name):
     return BACKBONES[name]().eval()
+
+
+def bare(model, vocab_size=VOCAB):
+    """What the conditioner needs of an attachment to read embeddings."""
+    return SimpleNamespace(model=model, shape=BackboneShape("any", 32, vocab_size, 64, ()), bare=nullcontext)
 
 
 def embedded(model, ids):
@@ -42,7 +50,7 @@ def build(model, seed=0, tokenizer=True, labels=(), tokens=P, **settings):
     config = parse_method({"name": "prompt", "num_virtual_tokens": tokens, **settings})
     width = model.get_input_embeddings().embedding_dim
     shape = BackboneShape("any", 32, VOCAB, 64, (), width)
-    conditioner = TextConditioner(model, tiny_tokenizer() if tokenizer else None, CPU)
+    conditioner = TextConditioner(bare(model), tiny_tokenizer() if tokenizer else None, seed=seed)
     facts = TaskFacts("classification", labels, trained_head=True)
     return method("prompt").build(config, shape, conditioner, facts, seed=seed)
 
@@ -66,7 +74,7 @@ def test_a_text_is_cut_or_repeated_to_length():
 
 
 def test_a_prompt_may_be_longer_than_the_context():
-    model, tokens = tiny_model("bert", max_position_embeddings=8), 2 * CHUNK + 3
+    model, tokens = tiny_model("bert", max_position_embeddings=8), 2 * AT_ONCE + 3
     encoder = build(model, init="text", init_text="abc", tokens=tokens)
     assert tokens > model.config.max_position_embeddings
     assert torch.equal(encoder(), embedded(model, (bytes_of("abc") * tokens)[:tokens]))
@@ -81,16 +89,50 @@ def test_the_text_may_come_from_a_file_and_holds_no_special_tokens(tmp_path):
     with_bos = tiny_tokenizer()
     with_bos.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     assert with_bos("a")["input_ids"] == [BOS, *bytes_of("a")]
-    assert TextConditioner(model, with_bos, CPU).token_ids("a") == bytes_of("a")
+    assert TextConditioner(bare(model), with_bos).token_ids("a") == bytes_of("a")
 
 
-def test_random_is_uniform_between_minus_and_plus_a_half():
-    rows = build(backbone("llama"), tokenizer=False, init="random", tokens=400)()
-    assert rows.abs().max() <= 0.5
-    assert rows.min() < -0.49
-    assert rows.max() > 0.49
-    assert abs(rows.mean()) < 0.01
-    assert abs(rows.std() - 12**-0.5) < 0.01
+def test_random_is_normal_and_of_the_size_of_embeddings():
+    model = backbone("gemma3_text")
+    rows = build(model, tokenizer=False, init="random", tokens=400)()
+    size = embedded(model, list(range(VOCAB))).square().mean().sqrt()
+    assert abs(rows.mean()) < 0.02 * size
+    assert abs(rows.std() / size - 1) < 0.1
+
+
+def test_rows_are_the_tokens_of_training_rows_in_a_drawn_order():
+    model = backbone("llama")
+    texts = [[10, 11, 12], [20, 21], [30, -1, 31]]  # a virtual token among them is no text
+    offsets = np.cumsum([0, *map(len, texts)])
+    tokens = np.concatenate(texts).astype(np.int32)
+    rows = Examples(tokens, tokens, offsets, DataReport(3, 8, 8))
+    config = parse_method({"name": "prompt", "num_virtual_tokens": 7})
+    starts = set()
+    for seed in range(20):
+        conditioner = TextConditioner(bare(model), None, rows, seed)
+        shape = BackboneShape("any", 32, VOCAB, 64, (), 32)
+        flat = method("prompt").build(config, shape, conditioner, seed=seed)().detach()
+        table = embedded(model, list(range(VOCAB)))
+        starts.add(tuple(int((table == row).all(1).nonzero()) for row in flat)[::-1])
+    pieces = {12: [12, 11, 10], 21: [21, 20], 31: [31, 30]}  # from the end, where rows are whole
+    for start in starts:
+        left = list(start)
+        seen = []
+        while left:
+            piece = pieces[left[0]]
+            assert left[: len(piece)] == piece
+            seen.append(left[0])
+            left = left[len(piece) :]
+        assert sorted(seen) == [12, 21, 31]  # none twice before all have had their turn
+    assert len(starts) > 3
+
+
+def test_the_size_of_embeddings_is_measured_as_the_layer_puts_them_out():
+    encoder = build(backbone("gemma3_text"), init="vocabulary", tokenizer=False)
+    size = embedded(backbone("gemma3_text"), list(range(VOCAB))).square().mean().sqrt()
+    assert torch.allclose(encoder.units.unit, size.expand(32), rtol=0.2)  # of a sample
+    table = backbone("gemma3_text").get_input_embeddings().weight.square().mean().sqrt()
+    assert size > 2 * table
 
 
 def test_vocabulary_rows_are_different_tokens():
@@ -103,15 +145,9 @@ def test_vocabulary_rows_are_different_tokens():
 
 
 def test_vocabulary_is_drawn_from_the_frequent_tokens():
-    class Ids:
-        def embeddings(self, ids):
-            return torch.tensor(ids, dtype=torch.float32)[:, None]
-
-    shape = BackboneShape("any", 1, 100_000, 64, ())
-    config = parse_method({"name": "prompt", "num_virtual_tokens": 6000, "init": "vocabulary"})
-    drawn = method("prompt").build(config, shape, Ids(), seed=0)()[:, 0].long().tolist()
-    assert sorted(drawn[:5000]) == list(range(5000))  # no id twice before all have had their turn
-    assert max(drawn[5000:]) < 5000
+    drawn = TextConditioner(bare(backbone("llama"), vocab_size=100_000), None).frequent(6000)
+    assert sorted(drawn[:FREQUENT]) == list(range(FREQUENT))  # no id twice before all have had their turn
+    assert max(drawn[FREQUENT:]) < FREQUENT
 
 
 def test_labels_are_means_over_their_names_and_the_rest_is_vocabulary():
@@ -126,7 +162,7 @@ def test_labels_are_means_over_their_names_and_the_rest_is_vocabulary():
     assert torch.equal(only, rows[:2])
 
 
-@pytest.mark.parametrize("init", ["random", "vocabulary", "labels"])
+@pytest.mark.parametrize("init", ["rows", "random", "vocabulary", "labels"])
 def test_a_seed_fixes_the_start(init):
     before = torch.get_rng_state()
     first, again, other = (build(backbone("t5"), seed, init=init, labels=("a", "b")) for seed in (7, 7, 8))
@@ -138,17 +174,17 @@ def test_a_seed_fixes_the_start(init):
 def test_the_prompt_is_the_parameter_and_stands_in_front():
     encoder = build(backbone("llama"))
     assert encoder.layout == SoftLayout(32, in_front=True)
-    assert encoder() is encoder.embedding
-    assert encoder.state(encoder()).embeddings is encoder.embedding
+    assert encoder.network() is encoder.embedding
     assert encoder.embedding.requires_grad
     assert encoder.peft_type == "PROMPT_TUNING"
     encoder().sum().backward()
-    assert torch.equal(encoder.embedding.grad, torch.ones(P, 32))
+    assert torch.allclose(encoder.embedding.grad, encoder.units.unit.expand(P, 32))
+    assert not encoder.rates()
 
 
 def test_embeddings_are_fp32_whatever_the_backbone_is():
     model = tiny_model("llama").to(torch.bfloat16)
-    rows = TextConditioner(model, None, CPU).embeddings([5, 9])
+    rows = TextConditioner(bare(model), None).embeddings([5, 9])
     assert rows.dtype == torch.float32
     assert torch.equal(rows, embedded(model, [5, 9]).float())
 
@@ -156,7 +192,7 @@ def test_embeddings_are_fp32_whatever_the_backbone_is():
 def test_a_failing_forward_pass_leaves_no_hook():
     model = tiny_model("llama")
     with pytest.raises(IndexError):
-        TextConditioner(model, None, CPU).embeddings([VOCAB])
+        TextConditioner(bare(model), None).embeddings([VOCAB])
     assert not model.get_input_embeddings()._forward_hooks
 
 
@@ -189,7 +225,7 @@ def test_the_width_is_that_of_the_input_embeddings(init):
         ({"num_virtual_tokens": 0}, r"method\.num_virtual_tokens: got 0"),
         ({"init": "zero"}, r"method\.init: got 'zero'"),
         ({"init": "text"}, r"exactly one of method\.init_text and method\.init_text_file"),
-        ({"init_text": "a"}, r"method\.init_text: is given, but method\.init is 'vocabulary'"),
+        ({"init_text": "a"}, r"method\.init_text: is given, but method\.init is 'rows'"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import DrawnConditioner
 
 from ptd.config import parse_method
 from ptd.methods import NoPromptEncoder, TaskFacts, method, methods
@@ -19,16 +20,12 @@ SHAPE = BackboneShape("any", 8, 50, 64, (LayerShape(2, 4, 4),) * 3)
 TWO_SIDED = BackboneShape("any", 8, 50, 64, (LayerShape(2, 4, 4, "encoder"), LayerShape(2, 4, 4, "cross")))
 
 
-class NoConditioner:
-    """None of these tests starts from the backbone."""
-
-
 def check(name, facts, **settings):
     method(name).check(parse_method({"name": name, **settings}), facts)
 
 
 def build(name, shape=SHAPE, facts=HEAD, **settings):
-    return method(name).build(parse_method({"name": name, **settings}), shape, NoConditioner(), facts, seed=0)
+    return method(name).build(parse_method({"name": name, **settings}), shape, DrawnConditioner(shape), facts, seed=0)
 
 
 def test_the_registry_lists_this_folder():
@@ -115,7 +112,7 @@ def test_p_tuning_v2_has_prompts_at_every_layer():
     direct, projected = build("p_tuning_v2"), build("p_tuning_v2", prefix_projection=True, encoder_hidden_size=5)
     assert direct.layout == projected.layout
     assert direct.layout.layers == SHAPE.layers
-    assert torch.equal(direct(), direct.embedding)
+    assert torch.equal(direct.network(), direct.embedding)
     assert projected().shape == direct().shape
     assert isinstance(projected, PrefixEncoder)
     assert projected.transform[0].weight.shape == (5, SHAPE.hidden_size)

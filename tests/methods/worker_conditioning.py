@@ -15,6 +15,7 @@ from ptd.backbone import TextConditioner
 from ptd.config import BackboneConfig
 from ptd.engine.ranks import Ranks
 from ptd.engine.setup import prepare
+from ptd.inject import Attachment
 
 ZERO3 = {
     "train_micro_batch_size_per_gpu": 1,
@@ -32,14 +33,17 @@ def main(families_file: str, folder: str) -> None:
     ranks = Ranks.start(needs_group=True)
     for family, output in OUTPUTS.items():
         config = BackboneConfig(path=str(Path(folder) / family))
-        sharded = prepare(config, ranks, ZERO3, output=output).model
+        prepared = prepare(config, ranks, ZERO3, output=output)
+        sharded = prepared.model
         assert not any(parameter.numel() for parameter in sharded.parameters())
         whole = families.tiny_model(family)
-        got, want = (TextConditioner(model, families.tiny_tokenizer(), ranks.device) for model in (sharded, whole))
+        attached = prepared.attachment, Attachment(whole)
+        got, want = (TextConditioner(each, families.tiny_tokenizer()) for each in attached)
         ids = list(range(5, 5 + 70))
         assert torch.equal(got.embeddings(ids), whole.get_input_embeddings()(torch.tensor(ids)))
-        if output == "causal_lm":
-            assert torch.equal(got.text_kv("a text", 4), want.text_kv("a text", 4))
+        assert torch.equal(*(each.keys_and_values(each.rows(40)) for each in (got, want)))
+        if output == "body":
+            assert got.hidden_size() == want.hidden_size() > 0
 
 
 if __name__ == "__main__":

@@ -45,13 +45,36 @@ def test_a_head_is_linear_or_has_tanh_layers():
     hidden = torch.randn(5, 4)
     linear = Head(4, 3)
     (layer,) = linear.layers
+    assert not linear(hidden).any()  # all outputs start alike
+    torch.nn.init.normal_(layer.weight)
     torch.testing.assert_close(linear(hidden), hidden @ layer.weight.T + layer.bias)
     deep = Head(4, 3, (6, 2))
     first, _, second, _, last = deep.layers
+    assert not deep(hidden).any()
+    torch.nn.init.normal_(last.weight)
     torch.testing.assert_close(deep(hidden), last(second(first(hidden).tanh()).tanh()))
     assert [tuple(layer.weight.shape) for layer in (first, second, last)] == [(6, 4), (2, 6), (3, 2)]
     assert deep(hidden.bfloat16()).dtype == torch.float32
     assert {parameter.dtype for parameter in deep.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("factor", [0.1, 1.0, 10.0])
+def test_a_head_learns_alike_whatever_the_size_of_what_it_reads(factor):
+    """Hidden states ``factor`` times as large are told apart after the same steps of AdamW, by the same scores."""
+    hidden = torch.randn(64, 48, generator=torch.Generator().manual_seed(0)) * factor
+    targets = (hidden[:, 0] > 0).long()
+    torch.manual_seed(0)
+    head = Head(48, 2)
+    rates = head.rates(float(hidden.square().mean().sqrt()))
+    assert rates.keys() == {"layers.0.weight"}
+    groups = [{"params": [p], "lr": 0.05 * rates.get(name, 1.0)} for name, p in head.named_parameters()]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    for _ in range(20):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(head(hidden), targets).backward()
+        optimizer.step()
+    loss = float(torch.nn.functional.cross_entropy(head(hidden), targets).detach())
+    assert loss == pytest.approx(0.07489, abs=1e-4)
 
 
 @pytest.mark.parametrize("packed", [False, True])

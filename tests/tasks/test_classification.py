@@ -265,6 +265,7 @@ def test_a_trained_head_reads_the_pooled_hidden_states(architecture, family, poo
     torch.manual_seed(0)
     readout = task.readout(tokenizer, 32, HeadSettings(pooling=pooling, hidden_sizes=(7,)))
     assert [tuple(parameter.shape) for parameter in readout.parameters()] == [(7, 32), (7,), (2, 7), (2,)]
+    torch.nn.init.normal_(readout.head.layers[-1].weight)  # which starts at zero
     rows = [{**row, "pair": "a the"} for row in PLAIN]
     examples = tokenized(task, tokenizer, rows)
     logits = []

@@ -168,6 +168,7 @@ def test_gradients_are_finite_and_reach_every_candidate():
     torch.manual_seed(0)
     hidden = torch.randn(batch.input_ids.numel(), 8, requires_grad=True)
     readout = make().readout(support.bert(), 8, HeadSettings())
+    torch.nn.init.normal_(readout.head.layers[-1].weight)  # which starts at zero
     readout(lambda batch, positions: hidden[positions], batch).loss.backward()
     reached = hidden.grad.abs().sum(dim=1) > 0
     assert torch.isfinite(hidden.grad).all()
