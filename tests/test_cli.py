@@ -102,7 +102,7 @@ def test_a_tracker_that_fails_does_not_stop_a_run(
     assert outcome.err.count("wandb gets no more records (it is not installed: pip install 'ptd[wandb]')") == 1
     assert "Traceback" not in outcome.err
     records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [0, 2, 2], "the backbone alone, training, an evaluation"
+    assert [record["step"] for record in records] == [0, 1, 2, 2], "the backbone alone, training, an evaluation"
     assert not (tmp_path / "out" / "tensorboard").exists()
 
 

@@ -29,8 +29,8 @@ def write_and_die(self: Records, record: dict[str, Any]) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def save_and_wait(self: Saver, step: int, tensors: dict[str, Any], facts: dict[str, Any]) -> None:
-    save(self, step, tensors, facts)
+def save_and_wait(self: Saver, *given: Any, **named: Any) -> None:
+    save(self, *given, **named)
     self.wait()
 
 
