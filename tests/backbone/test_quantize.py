@@ -109,7 +109,7 @@ def test_a_quantised_backbone_is_recognised(folders, family, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_trained_in_few_bits_and_used_in_many(folders, kind, check_carried_over):
     backbone = {"path": str(folders["llama"]), "dtype": "float32", "quantization": kind}
-    check_carried_over(backbone, near={"int8": 0.1, "nf4": 0.25}[kind])
+    check_carried_over(backbone, near={"int8": 0.1, "nf4": 0.35}[kind])
 
 
 def test_what_does_not_go_together_is_refused(folders, tmp_path):
