@@ -30,6 +30,7 @@ import hashlib
 import importlib.util
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -196,7 +197,11 @@ SHOWN = ("learning_rate", "loss", "bleu", "slots", "accuracy", "seconds", "token
 
 
 def run_job(job: Job, threads: int) -> dict[str, Any]:
-    """The cell in a process of its own; raises RuntimeError with the last line that it says of a failure."""
+    """The cell in a process of its own.
+
+    Raises RuntimeError with the last line that it says of a failure, or the signal that killed it; SystemExit where it
+    was asked to end (SIGTERM, SIGINT), which says nothing about the cell.
+    """
     given, found = Path(job.folder) / "job.json", Path(job.folder) / "result.json"
     job.write(given)
     began = start(
@@ -206,6 +211,10 @@ def run_job(job: Job, threads: int) -> dict[str, Any]:
         stderr=subprocess.PIPE,
     )
     _, errors = began.communicate()
+    if -began.returncode in (signal.SIGTERM, signal.SIGINT):
+        raise SystemExit("a cell was asked to end; the same command measures it again")
+    if began.returncode < 0:
+        raise RuntimeError(f"the cell's process was killed by {signal.Signals(-began.returncode).name}")
     if began.returncode:
         said = errors.strip().splitlines()[-1:] or ["nothing"]
         raise RuntimeError(f"the cell's process ended with {began.returncode} and said {said[0]}")

@@ -25,6 +25,7 @@ ranks = Ranks.start(needs_group=True)
 task = make_task(config.task, config.data, architecture_of(config.backbone))
 prepared = prepare(config.backbone, ranks, zero3, output=task.output)
 trained = build_trained(config, prepared, task, None)
+prepared.forget_passes()  # those that looked for a start
 batch = sample_batch(config, task, LanguageModel(), rows_of(config), packed=True)
 parameters = list(prepared.model.parameters())
 meter = NetworkMeter(ranks)
