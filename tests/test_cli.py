@@ -50,13 +50,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory, backbone_dir: Path) -> Pat
 
 
 def test_train_leaves_what_the_readme_says(ptd: Any, tmp_path: Path, backbone_dir: Path) -> None:
-    outcome = ptd("train", write_run(tmp_path, backbone_dir), "train.max_steps=2")
+    outcome = ptd("train", write_run(tmp_path, backbone_dir), "train.max_steps=2", "train.learning_rate=0.5")
     assert outcome.code == 0, outcome.err
     result = json.loads(outcome.out)
     assert result["steps"] == 2
     assert result["eval_loss"] > 0
     assert "train 2/2" in outcome.err
     out = tmp_path / "out"
+    alone, tuned = (f"{result[name]:.4f}" for name in ("frozen_loss", "eval_loss"))
+    assert f"result:  held-out loss: backbone alone {alone} → tuned {tuned}\nwritten: " in outcome.err
     written, then = outcome.err.split("written: ")[1].split("next: ")
     for line in written.splitlines():
         assert Path(line.split()[0]).exists()

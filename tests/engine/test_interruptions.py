@@ -62,9 +62,9 @@ def diverging(root: Path) -> list[str]:
     train, held_out = write_task(root)
     return [
         *(f"backbone.path={BACKBONE}", "backbone.dtype=float32", f"data.train={train}", f"data.eval={held_out}"),
-        *("data.max_length=128", "train.learning_rate=1000", "train.lr_scheduler_type=constant", "train.eval_steps=null"),
-        *("train.save_steps=null", "train.on_divergence=retry", "method.num_virtual_tokens=32"),
-        *("method.encoder_hidden_size=256", r'data.prompt_template="{prompt}\n"'),
+        *("data.max_length=128", r'data.prompt_template="{prompt}\n"', "method.num_virtual_tokens=32"),
+        *("method.encoder_hidden_size=256", "train.learning_rate=3.0e4", "train.lr_scheduler_type=constant"),
+        *("train.eval_steps=null", "train.save_steps=null", "train.on_divergence=retry"),
     ]
 
 
