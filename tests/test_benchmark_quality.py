@@ -16,6 +16,7 @@ import torch
 from families import save_backbone, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ptd.config import TrainConfig
 from ptd.quickstart import BACKBONE
 
 pytestmark = [
@@ -192,7 +193,7 @@ def test_cells_are_measured_once_and_the_missing_ones_by_the_next_start(
     output = tmp_path / "quality.json"
     given = ("--quick", "--threads", 1, "--model", BACKBONE, "--data", data, "--output", output)
     said = command("quality", *given, "--only", "ptd prefix e2e")
-    assert "ptd prefix e2e default, seed 0: learning_rate 0.01" in said
+    assert f"ptd prefix e2e default, seed 0: learning_rate {TrainConfig().learning_rate:g}" in said
     written = json.loads(output.read_text())
     (found,) = written["records"]
     assert str(tmp_path.parent) not in json.dumps(written)
