@@ -401,8 +401,10 @@ def test_a_transfer_run_is_resumed_and_drawn(command: Any, tmp_path: Path, data:
         said = command("quality_transfer", *words)
         assert ("seed 0: loss" in said) == (start == 0)
         found = json.loads(output.read_text())["records"]
-        assert [each["learning_rate"] for each in found] == [0.0, 1e-2]
+        assert [each["learning_rate"] for each in found] == [0.0, TrainConfig().learning_rate]
         assert all(math.isfinite(each["loss"]) for each in found)
     assert str(BACKBONE) not in output.read_text()
-    assert "| own | 0.01 (the edge) |" in output.with_suffix(".md").read_text(encoding="utf-8")
+    assert f"| own | {TrainConfig().learning_rate:g} (the edge) |" in output.with_suffix(".md").read_text(
+        encoding="utf-8"
+    )
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

@@ -125,7 +125,7 @@ def test_chats_whose_turns_end_with_a_token_of_their_own_behind_a_space(tmp_path
 def test_code_by_a_sentencepiece_tokenizer(tmp_path: Path, scheme: str) -> None:
     rows = [{"prompt": "def f(", "completion": "x): 1"}, {"prompt": "def g(", "completion": " y): 22"}]
     path = backbone(tmp_path / "b", zoo.sentencepiece(scheme), {})
-    out = learn(tmp_path, path, rows)
+    out = learn(tmp_path, path, rows, train={"learning_rate": 0.1, "max_steps": 200})
     assert exact_match(out, rows) == 100
     assert generate(["def f(", "def g("], adapter=str(out)) == ["x): 1", " y): 22"]
 
