@@ -23,7 +23,7 @@ from ptd.inject.head import Head
 from ptd.methods.prefix import PrefixEncoder
 from ptd.methods.prompt import SoftPromptEncoder
 from ptd.train import build_engine, read_material
-from ptd.types import Reporter
+from ptd.types import Reporter, Units
 from tests.gpu_paper.device import strictly, watched
 
 GPU = torch.device("cuda", 0)
@@ -244,7 +244,7 @@ def test_a_generated_token_waits_no_more_often_than_without_a_prompt(backbone_di
         if with_prompt:
             attachment = Attachment(model)
             shape = attachment.shape
-            soft = SoftPromptEncoder(torch.ones(3, shape.hidden_size))
+            soft = SoftPromptEncoder(Units(torch.ones(3, shape.hidden_size), torch.ones(shape.hidden_size)))
             encoder = (PrefixEncoder(shape.layers, 3) if method == "prefix" else soft).to(GPU)
             with torch.no_grad():
                 attachment.set(encoder.state(encoder()))
