@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from methods_cells import BATCH_ROWS, STEPS, Cell, P
+from rows import write_csv
 
 from ptd.bench.machine import evidence
 
@@ -114,7 +114,7 @@ def report(
     if output is None:
         return
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_csv(output.with_suffix(".csv"), rows)
+    write_csv(output.with_suffix(".csv"), rows, digits=4)
     draw(output.with_suffix(".png"), rows)
     rates = [
         {
@@ -132,18 +132,6 @@ def report(
     record = {**found, **origin, "settings": settings, "learning_rates": rates, "rows": rows}
     output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"\nwritten: {', '.join(output.with_suffix(end).name for end in ('.csv', '.png', '.json'))}")
-
-
-def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """All rows with all columns, numbers rounded to 4 digits behind the point."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        for row in rows:
-            writer.writerow(
-                {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
-            )
 
 
 def _spread(row: Mapping[str, Any], metric: str, digits: int = 1) -> str:

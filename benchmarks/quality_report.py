@@ -8,7 +8,6 @@ guessing gives).
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 from quality_cells import UNTRAINED, labels_by_head
 from quality_tasks import TASKS
-from rows import read
+from rows import read, write_csv
 
 Record = dict[str, Any]
 Line = dict[str, Any]
@@ -232,25 +231,13 @@ def markdown(records: Sequence[Record], found_by: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write_csv(file: Path, lines: Sequence[Line]) -> None:
-    """All lines with all columns."""
-    names = list(dict.fromkeys(name for line in lines for name in line))
-    with file.open("w", encoding="utf-8", newline="") as out:
-        writer = csv.DictWriter(out, names)
-        writer.writeheader()
-        for line in lines:
-            writer.writerow(
-                {key: round(value, 6) if isinstance(value, float) else value for key, value in line.items()}
-            )
-
-
 def report(output: Path, *, plots: bool = False) -> None:
     """Write OUTPUT.md, OUTPUT.csv and, with ``plots``, a figure a task beside OUTPUT; prints the page."""
     records, found_by = read(output)
     page, lines = markdown(records, found_by), lines_of(records)
     print(page)
     output.with_suffix(".md").write_text(page, encoding="utf-8")
-    write_csv(output.with_suffix(".csv"), lines)
+    write_csv(output.with_suffix(".csv"), lines, digits=6)
     if plots:
         for task in TASKS:
             draw(output.with_name(f"{output.stem}_{task}.png"), task, records, lines)

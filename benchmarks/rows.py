@@ -11,6 +11,7 @@ that whoever started a writer that died can say which row it died of (`blame`).
 from __future__ import annotations
 
 import argparse
+import csv
 import ctypes
 import fcntl
 import gc
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,18 @@ def write(file: Path, records: Iterable[dict[str, Any]], found_by: dict[str, Any
     part = file.with_suffix(".part")
     part.write_text(f'{{"evidence": {json.dumps(found_by)},\n"records": [\n{lines}\n]}}\n', encoding="utf-8")
     part.replace(file)
+
+
+def write_csv(file: Path, lines: Sequence[Mapping[str, Any]], *, digits: int) -> None:
+    """All lines with all columns, numbers rounded to so many digits behind the point."""
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    with file.open("w", encoding="utf-8", newline="") as out:
+        writer = csv.DictWriter(out, names)
+        writer.writeheader()
+        for line in lines:
+            writer.writerow(
+                {k: round(value, digits) if isinstance(value, float) else value for k, value in line.items()}
+            )
 
 
 def digest(sources: Iterable[str]) -> str:

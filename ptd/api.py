@@ -44,8 +44,9 @@ class TunedModel:
         if encoder is None:
             raise UserError("there is nothing to train: this model carries a loaded adapter, which is fixed")
         groups: dict[float, list[Any]] = {}
+        rates = encoder.rates()
         for name, parameter in encoder.named_parameters():
-            groups.setdefault(encoder.rates().get(name, 1.0), []).append(parameter)
+            groups.setdefault(rates.get(name, 1.0), []).append(parameter)
         return [{"params": found, "lr": learning_rate * scale} for scale, found in groups.items()]
 
     def save(self, folder: str | Path) -> None:

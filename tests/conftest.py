@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-SHARED = ("families", "browser", "attention_cases", "matrix")
+SHARED = ("families", "browser", "attention_cases", "matrix", "reporting")
 for name in SHARED:  # by file: on sys.path this folder would shadow ptd_kernels
     if name in sys.modules:
         continue

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from reporting import Notes, Stopped
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,7 +25,7 @@ from ptd.quickstart import BACKBONE
 from ptd.quickstart.task import write_task
 from ptd.report import report
 from ptd.train import MOST_RETRIES, train
-from ptd.types import Reporter, UserError
+from ptd.types import UserError
 
 MLP = {"name": "prefix", "num_virtual_tokens": 32, "prefix_projection": True, "encoder_hidden_size": 256}
 DIRECT = {"name": "prefix", "num_virtual_tokens": 8}
@@ -37,23 +38,6 @@ TRAIN = {
     "report_to": [],
 }
 HELD_OUT = 16
-
-
-class Notes(Reporter):
-    def __init__(self, stop: int | None = None) -> None:
-        self.lines: list[str] = []
-        self.stop = stop
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
-
-    def advance(self, task: str, done: int, line: str | None = None) -> None:
-        if task == "train" and done == self.stop:
-            raise Stopped
-
-
-class Stopped(Exception):
-    """The run is torn down here."""
 
 
 @pytest.fixture(scope="module")

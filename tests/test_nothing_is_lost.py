@@ -14,6 +14,7 @@ import datasets
 import pytest
 import torch
 from families import tiny_model, tiny_tokenizer
+from reporting import Notes
 from safetensors.torch import load_file
 
 from ptd import doctor
@@ -22,7 +23,7 @@ from ptd.config import parse_config
 from ptd.engine import preflight
 from ptd.methods import Method, methods
 from ptd.train import train
-from ptd.types import Reporter, UserError
+from ptd.types import UserError
 
 STEPS = 4
 ROWS = [{"prompt": f"{number} is ", "completion": "ab" * (1 + number % 3)} for number in range(8)]
@@ -250,14 +251,6 @@ def test_a_resized_embedding_has_them(run: Any, tmp_path: Path) -> None:
 
 
 # ---- what fails behind the training
-
-
-class Notes(Reporter):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
 
 
 def fail(error: Exception) -> Callable[..., Any]:

@@ -57,11 +57,6 @@ class TextConditioner:
         self._accepts = inspect.signature(self.model.forward).parameters.keys()
         self._sides = 2 if "decoder_input_ids" in self._accepts else 1
 
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self.model.device
-        return device
-
     def rows(self, count: int) -> list[list[int]]:
         """``count`` tokens of training rows, drawn without replacement and concatenated; the last row ends them.
 
@@ -102,12 +97,8 @@ class TextConditioner:
         Keys are rotated at positions 0…S−1, as a decoder caches them. ``sides``: a list of S token ids for each stack;
         an encoder-decoder reads the first one twice where there is no second.
         """
-        tokens = [torch.tensor([list(ids)], device=self.device) for ids in sides]
-        more: dict[str, Any] = {"use_cache": False} if "use_cache" in self._accepts else {}
-        if self._sides == 2:
-            more["decoder_input_ids"] = tokens[-1]
         with self.attached.bare() as seen:
-            self._run(tokens[0], **more)
+            self._run([[ids] for ids in sides], **({"use_cache": False} if "use_cache" in self._accepts else {}))
         return torch.cat([states.flatten(1).float().cpu() for layer in seen for states in layer], dim=1)
 
     @torch.no_grad()
@@ -122,7 +113,7 @@ class TextConditioner:
         rows: list[Tensor] = []
         for start in range(0, len(ids), AT_ONCE):
             # A sequence each, so that positions do not matter and no context is too short.
-            tokens = torch.tensor(list(ids[start : start + AT_ONCE]), device=self.device)[:, None]
+            sequences = [[index] for index in ids[start : start + AT_ONCE]]
             seen: list[Tensor] = []
             # A sharded embedding can be read only while a forward pass has gathered it.
             hook = body.get_input_embeddings().register_forward_hook(
@@ -130,7 +121,7 @@ class TextConditioner:
             )
             try:
                 with self.attached.bare():
-                    self._run(tokens, **({"decoder_input_ids": tokens} if self._sides == 2 else {}))
+                    self._run([sequences])
             finally:
                 hook.remove()
             rows.append(seen[0])
@@ -140,10 +131,8 @@ class TextConditioner:
     def hidden_size(self) -> float:
         """Root mean square of the last hidden states of a text."""
         read = self.rows(min(MEASURED, self.attached.shape.context or MEASURED))
-        tokens = [torch.tensor([ids], device=self.device) for ids in read]
-        body = self.model.base_model  # the whole model, if that puts out hidden states
-        with self.attached.bare():
-            hidden: Tensor = body(tokens[0], **({"decoder_input_ids": tokens[-1]} if self._sides == 2 else {}))[0]
+        with self.attached.bare():  # of the whole model, if that puts out hidden states
+            hidden: Tensor = self.model.base_model(**self._inputs([[ids] for ids in read]))[0]
         return float(hidden.float().square().mean().sqrt())
 
     def _collected(self, count: int, part: Callable[[list[int]], list[int]]) -> list[list[int]]:
@@ -172,9 +161,14 @@ class TextConditioner:
                 if empty > len(examples):  # nothing but virtual tokens
                     yield [self.frequent(AT_ONCE)] * self._sides
 
-    def _run(self, tokens: Tensor, **options: Any) -> Any:
+    def _inputs(self, sides: Sequence[Sequence[Sequence[int]]]) -> dict[str, Tensor]:
+        """``sides``: sequences of equal length for each stack; the decoder of two reads those of the last one given."""
+        tokens = [torch.tensor([list(ids) for ids in each], device=self.model.device) for each in sides]
+        return {"input_ids": tokens[0]} | ({"decoder_input_ids": tokens[-1]} if self._sides == 2 else {})
+
+    def _run(self, sides: Sequence[Sequence[Sequence[int]]], **options: Any) -> None:
         shorter = {"logits_to_keep": 1} if "logits_to_keep" in self._accepts else {}
-        return self.model(input_ids=tokens, **options, **shorter)
+        self.model(**self._inputs(sides), **options, **shorter)
 
     def _known(self, ids: Sequence[int]) -> list[int]:
         rows = embeddings_of(self.model)

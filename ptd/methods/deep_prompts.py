@@ -20,6 +20,7 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from ptd.methods import Conditioner
+from ptd.methods.settings import TextSettings, read_text
 from ptd.types import BackboneShape, LayerShape, PrefixLayout, PromptEncoder, Units, UserError, matrix_rates
 
 MEASURED = 512
@@ -174,21 +175,19 @@ def prefix_encoder(
 
 def started(
     encoder: PrefixEncoder | SeparatePrefixEncoder,
-    init: str,
+    config: TextSettings,
     shape: BackboneShape,
     conditioner: Conditioner,
-    text: str | None = None,
 ) -> PrefixEncoder | SeparatePrefixEncoder:
     """Put the encoder in units of the backbone's own keys and values, and at its start.
 
-    ``init``: ``rows``, ``chunks`` or ``text``: the keys and values that the backbone has for P tokens of such text;
-    ``zero``; ``random``: what the network puts out as torch initialises it, in units. Raises `UserError` for a ``text``
-    of fewer than P tokens.
+    ``config.init``: ``rows``, ``chunks`` or ``text``: the keys and values that the backbone has for P tokens of such
+    text; ``zero``; ``random``: what the network puts out as torch initialises it, in units. Raises `UserError` for a
+    ``text`` of fewer than P tokens.
     """
-    tokens = encoder.network().shape[0]
+    init, tokens = config.init, encoder.network().shape[0]
     if init == "text":
-        assert text is not None
-        start = [_first(conditioner.token_ids(text, special=True), tokens)]
+        start = [_first(conditioner.token_ids(read_text(config), special=True), tokens)]
     else:
         start = conditioner.chunks(tokens) if init == "chunks" else conditioner.rows(tokens)
     # What stands behind the start does not change what a decoder makes of it.

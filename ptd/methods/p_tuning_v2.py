@@ -27,7 +27,6 @@ from ptd.methods.settings import (
     from_nothing,
     key,
     need_trained_head,
-    read_text,
 )
 from ptd.types import BackboneShape, HeadSettings, UserError
 
@@ -76,5 +75,4 @@ def build(
         embedding_size=shape.hidden_size if projection else None,
         encoder_hidden_size=(config.encoder_hidden_size or shape.hidden_size) if projection else None,
     )
-    text = read_text(config) if config.init == "text" else None
-    return started(encoder, config.init, shape, conditioner, text)
+    return started(encoder, config, shape, conditioner)

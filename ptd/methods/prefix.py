@@ -24,7 +24,6 @@ from ptd.methods.settings import (
     check_text,
     from_nothing,
     key,
-    read_text,
 )
 from ptd.types import BackboneShape, UserError
 
@@ -67,8 +66,7 @@ def build(
         embedding_size=(config.embedding_size or shape.hidden_size) if projection else None,
         encoder_hidden_size=(config.encoder_hidden_size or shape.hidden_size) if projection else None,
     )
-    text = read_text(config) if config.init == "text" else None
-    started(encoder, config.init, shape, conditioner, text)
+    started(encoder, config, shape, conditioner)
     if config.freeze_first_token:
         encoder.freeze_first_token()
     return encoder

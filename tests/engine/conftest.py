@@ -9,29 +9,10 @@ from typing import Any
 
 import datasets
 import pytest
+from reporting import Notes, Stopped
 
 from ptd.config import parse_config
 from ptd.train import train
-from ptd.types import Reporter
-
-
-class Stopped(Exception):
-    """The run is torn down here."""
-
-
-class Notes(Reporter):
-    """Keeps what is said; stops the run before the record of step ``stop`` is followed by anything."""
-
-    def __init__(self, stop: int | None) -> None:
-        self.lines: list[str] = []
-        self.stop = stop
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
-
-    def advance(self, task: str, done: int, line: str | None = None) -> None:
-        if task == "train" and done == self.stop:
-            raise Stopped
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import ENCODER_DECODERS, ENCODERS, save_backbone
 from families import FAMILIES as DECODERS
+from reporting import Notes
 
 from ptd.backbone import load_model
 from ptd.config import BackboneConfig, parse_config
@@ -52,14 +53,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 FAMILIES = {"an encoder": "bert", "text from text": "t5"}
 EVALUATED = ("packed", "padded", "classification", "mean of words", "cloze", "tags", "spans", *FAMILIES)
-
-
-class Notes(Reporter):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
 
 
 class Run:
