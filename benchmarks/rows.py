@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if Path(ptd.__file__).resolve().parents[1] != ROOT:
     raise SystemExit(f"ptd is imported from {Path(ptd.__file__).parents[1]}, not from {ROOT}: set PYTHONPATH=.:kernels")
 SOURCES = ("ptd", "kernels", "launch", "ds_configs", "benchmarks/rows.py")
-"""What every figure depends on, beside the program that measures it."""
+"""What a figure of ptd depends on, beside the program that measures it."""
 IDENTITY = ("code", "hardware", "versions", "settings")
 TIME_OVER, BROKEN = 75, 70
 """Exit codes: rows are left, start again; the GPU cannot be used any more in this process, start again."""
@@ -106,6 +106,7 @@ class Rows:
         *,
         program: str,
         sources: tuple[str, ...] = (),
+        common: tuple[str, ...] = SOURCES,
         packages: tuple[str, ...] = (),
         device: torch.device | None = None,
         settings: dict[str, Any] | None = None,
@@ -113,15 +114,15 @@ class Rows:
         replace: bool = False,
         minutes: float | None = None,
     ) -> None:
-        """``file`` None: nothing is kept. ``program``, ``sources``: what the rows depend on beside `SOURCES`;
-        ``packages``: names of more whose versions matter; ``device``: what it is measured on, None: a GPU if there is
-        one; ``about``: what a reader wants to know of all rows.
+        """``file`` None: nothing is kept. ``program``, ``sources``, ``common``: what the rows depend on; ``packages``: names of more whose versions
+        matter; ``device``: what it is measured on, None: a GPU if there is one; ``about``: what a reader wants to know
+        of all rows.
 
         Raises SystemExit where another process writes the file, or it has rows that are not this program's, here.
         """
         self.file, self.names = file, names
         self._until = None if minutes is None else time.monotonic() + 60 * minutes
-        code = digest((*SOURCES, f"benchmarks/{program}.py", *sources))
+        code = digest((*common, f"benchmarks/{program}.py", *sources))
         found_by = {**evidence(*packages), "hardware": hardware(device)}
         found_by["versions"] |= {"cuda": torch.version.cuda} if torch.version.cuda else {}
         found_by["versions"].pop("ptd", None)  # of what is installed, if it is; the digest says more
