@@ -9,8 +9,8 @@
 DATA holds e2e_dev.csv (columns mr, ref), sst2_train.tsv and sst2_dev.tsv (sentence, tab, 0 or 1). A row is a cell
 (side, method, task, rate, seed), measured in a process of its own (`quality_cells`) and written as soon as it is found
 (`rows`); the same command, with the same model, encoder and data, goes on where the last one ended. ``--only`` takes
-the cells that have each of these texts in "side method task rate". Tasks: `quality_tasks`. All sides: 80 steps of the same 8
-rows, AdamW, linear decay behind 5 % warm-up, 30 virtual tokens.
+the cells that have each of these texts in "side method task rate". Tasks: `quality_tasks`. All sides: 80 steps of the
+same 8 rows, AdamW, linear decay behind 5 % warm-up, 30 virtual tokens.
 
 ptd's rows stand in OUTPUT.json, PEFT's in OUTPUT_peft.json, for those stay true when ptd changes. So the two sides may
 be measured at the same time, each on a core of its own:
@@ -189,7 +189,7 @@ class Runner:
             self.opened[side] = Rows(
                 None if args.output is None else place_of(args.output, side), NAMES, program=f"quality_{side}",
                 sources=("benchmarks/quality_cells.py", "benchmarks/quality_tasks.py"), common=COMMON[side],
-                packages=("peft", "sacrebleu"), settings=self.settings,
+                packages=("peft", "sacrebleu"), settings=self.settings, identity=("code", "versions", "settings"),
                 about={"command": typed([args.model, args.encoder, args.data, args.output])}, replace=args.replace,
                 minutes=args.minutes,
             )  # fmt: skip

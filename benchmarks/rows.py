@@ -3,9 +3,10 @@
 A file has its evidence (command, commit, hardware, versions, settings, digest of the code) and a record a line; each
 record names what it is of, and has an ``outcome``: measured, failed or skipped, the latter two with their ``reason``.
 Rows of other code, another machine, other versions or settings are never mixed with new ones: they are refused, or with
-``--replace`` measured anew. A failed row is finished; a skipped one (a package is missing, say) is looked at again by
-every start. Beside the file lies, while it is written, FILE.begun: the lock of its writer, and the row it is at, so
-that whoever started a writer that died can say which row it died of (`blame`).
+``--replace`` measured anew; a program whose figures are hardly times may keep the machine of each row instead. A failed
+row is finished; a skipped one (a package is missing, say) is looked at again by every start. Beside the file lies,
+while it is written, FILE.begun: the lock of its writer, and the row it is at, so that whoever started a writer that
+died can say which row it died of (`blame`).
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ class Rows:
         program: str,
         sources: tuple[str, ...] = (),
         common: tuple[str, ...] = SOURCES,
+        identity: tuple[str, ...] = IDENTITY,
         packages: tuple[str, ...] = (),
         device: torch.device | None = None,
         settings: dict[str, Any] | None = None,
@@ -114,13 +116,15 @@ class Rows:
         replace: bool = False,
         minutes: float | None = None,
     ) -> None:
-        """``file`` None: nothing is kept. ``program``, ``sources``, ``common``: what the rows depend on; ``packages``: names of more whose versions
-        matter; ``device``: what it is measured on, None: a GPU if there is one; ``about``: what a reader wants to know
-        of all rows.
+        """``file`` None: nothing is kept. ``program``, ``sources``, ``common``: what the rows depend on; ``packages``:
+        names of more whose versions matter; ``device``: what it is measured on, None: a GPU if there is one;
+        ``about``: what a reader wants to know of all rows; ``identity``: what has to be the same of all rows. Without
+        "hardware" a row has its own.
 
         Raises SystemExit where another process writes the file, or it has rows that are not this program's, here.
         """
         self.file, self.names = file, names
+        self._of_a_row = () if "hardware" in identity else ("hardware",)
         self._until = None if minutes is None else time.monotonic() + 60 * minutes
         code = digest((*common, f"benchmarks/{program}.py", *sources))
         found_by = {**evidence(*packages), "hardware": hardware(device)}
@@ -134,7 +138,7 @@ class Rows:
         file.parent.mkdir(parents=True, exist_ok=True)
         self._begun = _lock(file)
         self.records, before = read(file)
-        other = [name for name in IDENTITY if before and before.get(name) != self.evidence[name]]
+        other = [name for name in identity if before and before.get(name) != self.evidence[name]]
         if other and self.records and not replace:
             self.close()
             told = "; ".join(f"{name} {_short(before.get(name))}, now {_short(self.evidence[name])}" for name in other)
@@ -170,7 +174,8 @@ class Rows:
             names = {field: record[field] for field in self.names}
             self.records = [each for each in self.records if any(each[field] != names[field] for field in names)]
             rest = {key: value for key, value in record.items() if key not in names}
-            self.records.append({**names, "outcome": "measured", **rest})
+            own = {field: self.evidence[field] for field in self._of_a_row}
+            self.records.append({**names, "outcome": "measured", **own, **rest})
         if self._begun is not None:
             self._write()
             _put(self._begun, None)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -14,7 +17,7 @@ from ptd.checkpoint import Adapter, backbone_reference, load_adapter, save_adapt
 from ptd.config import parse_method
 from ptd.inject import Attachment
 from ptd.methods import method
-from ptd.types import EmptyLayout, PromptEncoder, UserError
+from ptd.types import DataReport, EmptyLayout, Examples, PromptEncoder, UserError
 
 SUBMODULE = "prompt_encoder"
 
@@ -81,6 +84,7 @@ def attach(
     name: str = "prefix",
     *,
     tokenizer: Any = None,
+    texts: Sequence[str] = (),
     seed: int = 0,
     attention: str = "auto",
     **settings: Any,
@@ -90,21 +94,23 @@ def attach(
     A model with LoRA layers of PEFT keeps them, frozen like the rest; the result is then about the model inside.
 
     Args:
-        tokenizer: needed to initialise from text only.
+        tokenizer: the model's, for a start from text.
+        texts: rows of your data, each as the model is to read it (prompt and completion). The method's default,
+            ``init="rows"``, starts from a sample of them; without any it starts from frequent tokens.
         seed: of the prompt's initial values.
         attention: backend of `ptd_kernels.prefix_attention`.
         settings: the method's own keys, as in the ``method`` section of RUN.yaml (``num_virtual_tokens=16`` …).
 
     Raises:
         UserError: unknown method or setting, a method without a prompt, or a model family a prompt cannot be injected
-            into.
+            into; ``texts`` without a tokenizer, or without a token.
     """
     section = {"name": name, **settings}
     config = parse_method(section)
     model = _transformers_model(model)
     attachment = Attachment(model, backend=attention)
     try:
-        conditioner = TextConditioner(attachment, tokenizer, seed=seed)
+        conditioner = TextConditioner(attachment, tokenizer, _rows_of(texts, tokenizer, model), seed=seed)
         encoder = method(name).build(config, attachment.shape, conditioner, seed=seed)
         if isinstance(encoder.layout, EmptyLayout):
             raise UserError(f"method {name!r} puts no prompt on a model; use it through ptd train")
@@ -121,6 +127,22 @@ def attach(
     model.add_module(SUBMODULE, encoder.to(model.device))
     attachment.encoder = encoder
     return TunedModel(model, attachment, section)
+
+
+def _rows_of(texts: Sequence[str], tokenizer: Any, model: PreTrainedModel) -> Examples | None:
+    """The texts as rows to start from, for both stacks of an encoder-decoder; None: there are none."""
+    if not texts:
+        return None
+    if isinstance(texts, str):
+        raise UserError("texts: got one text; give a list of texts, rows of your data")
+    if tokenizer is None:
+        raise UserError("texts: a start from texts needs the backbone's tokenizer; pass tokenizer=… as well")
+    ids = [found for text in texts if (found := tokenizer(text)["input_ids"])]
+    if not ids:
+        raise UserError("texts: none of them has a token")
+    tokens, offsets = np.concatenate(ids).astype(np.int32), np.cumsum([0, *map(len, ids)])
+    rows = Examples.of_text(tokens, np.ones(len(tokens), dtype=bool), offsets, DataReport(len(ids), len(tokens), 0))
+    return replace(rows, source=rows) if model.config.is_encoder_decoder else rows
 
 
 def load(model: PreTrainedModel, adapter: str | Path, *, attention: str = "auto") -> TunedModel:

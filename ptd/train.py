@@ -123,6 +123,12 @@ def _train(
     units = folder.checkpoint is None or bool(folder.facts().get("units"))
     prepared, step, batches = build_engine(config, zero3, ranks, settings, material, units=units)
     total = settings.max_steps or batches.total_steps(settings.num_train_epochs)
+    warmup = warmup_steps(settings, total)
+    if material.trains and warmup >= total:
+        reporter.note(
+            f"the warm-up takes {warmup} steps and the run has {total}, so the learning rate never comes to "
+            f"{settings.learning_rate:g}; set fewer train.warmup_steps, or train.warmup_ratio"
+        )
     if not material.trains:
         reporter.note(f"method {config.method_name} trains nothing: the backbone is evaluated as it is")
         total = 0
@@ -134,7 +140,7 @@ def _train(
     artifacts.learned_from = material.examples.report if material.trains else None
     artifacts.reporter = reporter
     if material.trains:
-        artifacts.guard = Guard(total, warmup_steps(settings, total))
+        artifacts.guard = Guard(total, warmup)
     start = artifacts.resume()
     records = artifacts.begin(start, reporter)
     stacks = folder.path / "logs" / f"rank-{ranks.rank}.stacks"

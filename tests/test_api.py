@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import ENCODER_DECODERS, FAMILIES, VOCAB, save_backbone, tiny_model
+from families import ENCODER_DECODERS, FAMILIES, VOCAB, save_backbone, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import ptd
@@ -243,6 +243,33 @@ def test_wrong_settings_leave_the_model_alone(name, settings, message):
 def test_an_unknown_attention_backend_is_refused():
     with pytest.raises((UserError, ValueError), match="nonsense"):
         logits(ptd.attach(tiny_model(), "prefix", attention="nonsense").model)
+
+
+@pytest.mark.parametrize("family", ["llama", *ENCODER_DECODERS[:1]])
+def test_texts_are_what_a_prompt_starts_from(family):
+    """Of P tokens or more the last P of the last text drawn: a decoder starts conditioned on that text."""
+    tokenizer = tiny_tokenizer()
+    texts = ["the film was good and the inn was dull", "the inn is in the city centre and the film is there"]
+    model = tiny_model(family)
+    tuned = ptd.attach(model, "prompt", num_virtual_tokens=P, tokenizer=tokenizer, texts=texts)
+    embeddings = model.get_input_embeddings().weight
+    ends = [tokenizer(text)["input_ids"][-P:] for text in texts]
+    assert any(torch.equal(tuned.encoder(), embeddings[ids]) for ids in ends)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"texts": ["the film"]}, "needs the backbone's tokenizer"),
+        ({"texts": "the film", "tokenizer": tiny_tokenizer()}, "got one text"),
+        ({"texts": [""], "tokenizer": tiny_tokenizer()}, "none of them has a token"),
+    ],
+)
+def test_texts_that_cannot_be_read_are_refused(given, message):
+    model = tiny_model("llama")
+    with pytest.raises(UserError, match=message):
+        ptd.attach(model, "prompt", num_virtual_tokens=P, **given)
+    ptd.attach(model, "prompt", num_virtual_tokens=P)
 
 
 def test_one_prompt_at_a_time(tmp_path):

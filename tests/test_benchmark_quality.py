@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import importlib
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -202,11 +204,48 @@ def test_cells_are_measured_once_and_the_missing_ones_by_the_next_start(
     )
     said = command("quality", *given, "--only", "prefix e2e")
     assert "ptd prefix e2e default, seed" not in said
-    ours, theirs = json.loads(output.read_text())["records"]
-    assert ours == found
+    assert json.loads(output.read_text())["records"] == [found]
+    theirs_at = tmp_path / "quality_peft.json"
+    written_by_peft = json.loads(theirs_at.read_text())
+    (theirs,) = written_by_peft["records"]
     assert (theirs["side"], theirs["method"], theirs["outcome"]) == ("peft", "prefix", "measured")
     assert theirs["learning_rate"] == 1e-3
-    assert "| PEFT | prefix | 0.001 (default) |" in output.with_suffix(".md").read_text()
+    page = output.with_suffix(".md").read_text()
+    assert "| ptd | prefix | 0.05 (default) |" in page
+    assert "| PEFT | prefix | 0.001 (default) |" in page
+    assert "do not compare" not in page
+    written["evidence"]["settings"]["steps"] = 4
+    output.write_text(json.dumps(written))
+    command("quality", "--report", "--output", output)
+    assert "**The sides do not compare**: they differ in steps." in output.with_suffix(".md").read_text()
+
+
+def test_rows_of_peft_outlive_a_change_of_ptd(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What its figures depend on is in the digest of its file: the rows and their tokens, not the rest of ptd."""
+    quality, rows = load("quality"), load("rows")
+    root = tmp_path / "clone"
+    for part in ("ptd", "kernels", "launch", "ds_configs", "benchmarks"):
+        shutil.copytree(rows.ROOT / part, root / part, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    monkeypatch.setattr(rows, "ROOT", root)
+    args = argparse.Namespace(output=tmp_path / "q.json", model=None, encoder=None, data=None, replace=False)
+    args.minutes = None
+
+    def begin(side: str) -> None:
+        runner = quality.Runner(tmp_path, {}, args)
+        try:
+            runner.rows(side).add({"side": side, "method": "m", "task": "e2e", "rate": "default", "seed": 0})
+        finally:
+            runner.close()
+
+    for side in ("ptd", "peft"):
+        begin(side)
+    (root / "ptd" / "methods" / "prefix.py").write_text("changed", encoding="utf-8")
+    begin("peft")
+    with pytest.raises(SystemExit, match="were measured with code"):
+        begin("ptd")
+    (root / "ptd" / "data" / "batches.py").write_text("changed", encoding="utf-8")
+    with pytest.raises(SystemExit, match="were measured with code"):
+        begin("peft")
 
 
 def test_what_a_cell_needs_and_is_missing_is_said_and_looked_at_again(command: Any, tmp_path: Path, data: Path) -> None:

@@ -280,7 +280,7 @@ def test_a_run_that_is_interrupted_behind_a_retry_goes_on_as_it_would_have(
 
 def test_a_run_that_diverges_whatever_the_rate_ends(raw: Raw, tmp_path: Path) -> None:
     notes = Notes()
-    settings = raw(tmp_path / "run", learning_rate=3e4, on_divergence="retry")
+    settings = raw(tmp_path / "run", learning_rate=3e4, on_divergence="retry", logging_steps=50)
     with pytest.raises(UserError, match=r"the run diverged in step \d+, as it did with 3 lower") as error:
         train(parse_config(settings), reporter=notes)
     assert error.value.exit_code == DIVERGED
@@ -289,6 +289,8 @@ def test_a_run_that_diverges_whatever_the_rate_ends(raw: Raw, tmp_path: Path) ->
     assert [retry["from_step"] for retry in run["retries"]] == [0] * MOST_RETRIES
     assert [retry["learning_rate"] for retry in run["retries"]] == pytest.approx([1e4, 1e4 / 3, 1e4 / 9])
     assert run["diverged"]["learning_rate"] == pytest.approx(1e4 / 9)
+    (last,) = series(tmp_path / "run", "lr")
+    assert last >= run["diverged"]["step"], "the last step has a record"
     assert sum("going back to the start" in line for line in notes.lines) == MOST_RETRIES
     assert series(tmp_path / "run", "frozen_train_loss").keys() == {0}
     with pytest.raises(UserError, match="and would again"):

@@ -146,6 +146,15 @@ def test_rows_of_something_else_are_refused_or_measured_anew(tmp_path: Path, mon
     assert list(contents(file)) == [2]
 
 
+def test_rows_that_are_no_times_may_be_of_several_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, machine in enumerate(("one", "two")):
+        monkeypatch.setattr(rows, "hardware", lambda device, machine=machine: machine)
+        each = opened(tmp_path / "f.json", identity=("code", "versions", "settings"))
+        each.add({"n": number})
+        each.close()
+    assert [record["hardware"] for record in rows.read(tmp_path / "f.json")[0]] == ["one", "two"]
+
+
 def test_two_processes_never_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = opened(tmp_path / "f.json")
     clock = iter(range(0, 100, 4))

@@ -146,6 +146,7 @@ class Loop:
             if astray:
                 for _, result in self._results(unread, everything=True):
                     window.add(result)
+                logs = True  # a run that ends here has its last step on record
             window.pass_by(time.perf_counter() - began, self.step.meter.take())
             if number == stop or (evaluates and self.held_out is not None):
                 self.on_trained(number)
