@@ -175,7 +175,7 @@ def test_an_adapter_serves_another_dtype_of_the_same_checkpoint(tmp_path):
     assert (tmp_path / "exact" / "adapter_config.json").read_text().count(str(backbone)) == 1
     loaded = ptd.load(half, tmp_path / "exact")
     difference = logits(half).float() - logits(exact)
-    assert difference.norm() / logits(exact).norm() < 0.02  # bfloat16 keeps 8 bits
+    assert difference.norm() / logits(exact).norm() < 0.03  # bfloat16 keeps 8 bits
     loaded.remove()
 
     tuned_half = ptd.attach(half, "prefix", num_virtual_tokens=P)
@@ -185,7 +185,7 @@ def test_an_adapter_serves_another_dtype_of_the_same_checkpoint(tmp_path):
     tuned.remove()
     ptd.load(exact, tmp_path / "half")
     difference = logits(half).float() - logits(exact)
-    assert difference.norm() / logits(exact).norm() < 0.02
+    assert difference.norm() / logits(exact).norm() < 0.03
 
 
 def test_removing_restores_the_model():

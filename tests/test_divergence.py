@@ -211,8 +211,8 @@ def test_the_end_of_a_run_that_is_worse_than_the_backbone_alone(ptd: Any, run_fi
 
 
 WARMED_UP = {
-    # The learning rate rises by a sixth a step: with it the run learns for eight steps, and has given it back in 20.
-    "learning_rate": 10.0,
+    # The learning rate rises by a third a step: with it the run learns for eight steps, and has given it back in 20.
+    "learning_rate": 20.0,
     "lr_scheduler_type": "linear",
     "warmup_steps": 60,
     "max_steps": 24,
@@ -232,22 +232,22 @@ def test_a_run_goes_back_to_where_it_was_good_with_a_lower_rate(retried: tuple[P
     folder, notes = retried
     run = run_json(folder)
     assert run["status"] == "finished"
-    assert run["retries"] == [{"at_step": 20, "from_step": 8, "learning_rate": pytest.approx(10 / 3)}]
+    assert run["retries"] == [{"at_step": 20, "from_step": 8, "learning_rate": pytest.approx(20 / 3)}]
     assert "diverged" not in run
     said = "step 20: the run diverges: the training loss of steps 11 to 20, "
     told = [line for line in notes if line.startswith(said)]
     assert len(told) == 1
-    assert told[0].endswith("going back to the checkpoint of step 8 with train.learning_rate 3.3e+00 (retry 1 of 3)")
+    assert told[0].endswith("going back to the checkpoint of step 8 with train.learning_rate 6.7e+00 (retry 1 of 3)")
     records = read_records(folder)
     assert [record["step"] for record in records if "loss" in record] == list(range(1, 25)), "each step once"
-    rates = {step: 10.0 * (step - 1) / 60 / (1 if step <= 8 else 3) for step in range(1, 25)}
+    rates = {step: 20.0 * (step - 1) / 60 / (1 if step <= 8 else 3) for step in range(1, 25)}
     assert series(folder, "lr") == pytest.approx(rates)
     assert run["result"]["eval_loss"] < run["result"]["frozen_loss"]
     kept = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
     assert kept[-2:] == ["step-000020", "step-000024"]
     facts = json.loads((folder / "checkpoints" / "step-000024" / "state.json").read_text())
     assert facts["retries"] == run["retries"]
-    assert "continued from step 8 with learning rate 3.33." in (folder / "report.html").read_text()
+    assert "continued from step 8 with learning rate 6.67" in (folder / "report.html").read_text()
 
 
 def test_a_run_that_is_interrupted_behind_a_retry_goes_on_as_it_would_have(

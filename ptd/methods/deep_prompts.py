@@ -6,7 +6,7 @@ https://aclanthology.org/2021.acl-long.353): ``prompt = W₂ · tanh(W₁ · E +
 columns are layer-major, keys before values, then kv head, then head dimension (PEFT's ``prompt_embeddings`` layout).
 
 Both forms are trained in units of the keys and values that the backbone itself computes for text (`ptd.types.Units`):
-``K = K₀ + s_K · z`` and ``V = V₀ + 3 · s_V · z``, with ``s`` the root mean square of a layer's keys, or values.
+``K = K₀ + s_K/2 · z`` and ``V = V₀ + 2 · s_V · z``, with ``s`` the root mean square of a layer's keys, or values.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from ptd.types import BackboneShape, LayerShape, PrefixLayout, PromptEncoder, Un
 
 MEASURED = 512
 """Tokens of text from which the sizes of keys and values are measured, as far as the backbone's context goes."""
-VALUES = 3.0
-"""How many times the root mean square of a layer's values the unit of its values is. A value adds to the layer's output
-by the attention it gets, which is a small share. Measured: on the quickstart's backbone the loss behind 250 steps is a
-third lower than with 1, on SmolLM2 the same (benchmarks/README.md)."""
+KEYS, VALUES = 0.5, 2.0
+"""How many times the root mean square of a layer's keys, and of its values, their unit is. A key moves the attention of
+every head that reads it; a value adds to the layer's output by the attention it gets, which is a small share. Measured
+on two backbones: benchmarks/README.md, "One learning rate"."""
 
 
 class PrefixEncoder(PromptEncoder):
@@ -210,12 +210,12 @@ def started(
 def sizes_of(states: Tensor, layout: PrefixLayout) -> tuple[Tensor, Tensor]:
     """Root mean square of each layer's keys and of its values in ``states`` ``[S, W]``, at their columns: ``[W]``.
 
-    Also ``[W]``: how many of these a unit is, 1 for a key and `VALUES` for a value.
+    Also ``[W]``: how many of these a unit is, `KEYS` for a key and `VALUES` for a value.
     """
     seen = layout.state(states)
     parts = [part for pair in zip(seen.keys, seen.values, strict=True) for part in pair]
     sizes = [part.square().mean().sqrt().expand(part[0].numel()) for part in parts]
-    steps = [torch.full((part[0].numel(),), (1.0, VALUES)[index % 2]) for index, part in enumerate(parts)]
+    steps = [torch.full((part[0].numel(),), (KEYS, VALUES)[index % 2]) for index, part in enumerate(parts)]
     return torch.cat(sizes).clamp(min=torch.finfo(torch.float32).tiny), torch.cat(steps)
 
 

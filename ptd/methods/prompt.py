@@ -26,7 +26,7 @@ from ptd.methods.settings import (
     key,
     read_text,
 )
-from ptd.methods.soft_prompts import embeddings_of_rows, units_of
+from ptd.methods.soft_prompts import EMBEDDINGS, embeddings_of_rows, units_of
 from ptd.types import BackboneShape, PromptEncoder, SoftLayout, Units, UserError
 
 
@@ -50,7 +50,7 @@ class PromptConfig:
 
 
 class SoftPromptEncoder(PromptEncoder):
-    """The flat prompt ``[P, hidden]`` is the parameter, in units of the embeddings' root mean square."""
+    """The flat prompt ``[P, hidden]`` is the parameter, in units of the backbone's embeddings."""
 
     peft_type = "PROMPT_TUNING"
 
@@ -98,7 +98,7 @@ def build(config: PromptConfig, shape: BackboneShape, conditioner: Conditioner, 
         origin = conditioner.embeddings(_cycle(tokens, conditioner.token_ids(read_text(config))))
     encoder = SoftPromptEncoder(units_of(rows, origin))
     if config.init == "random":
-        nn.init.normal_(encoder.embedding)
+        nn.init.normal_(encoder.embedding, std=1 / EMBEDDINGS)
     return encoder
 
 

@@ -85,6 +85,7 @@ def names(page: str) -> dict[str, Any]:
     given: dict[str, Any] = {"path": str(BACKBONE), "torch": torch}
     if page == "README.md":
         given["batches"] = list(itertools.islice(_batches(), 2))
+        given["texts"] = ["the meal was cheap and the room was dear", "the room was cheap"]
     if page.endswith("prefix_attention/README.md"):
         heads, size, tokens, lengths = 2, 8, 12, (3, 4, 5)
         own = {name: torch.randn(1, heads, tokens, size) for name in ("q", "k", "v")}

@@ -10,7 +10,7 @@ from peft import PromptEncoderConfig
 
 from ptd.config import parse_method
 from ptd.methods import TaskFacts, method
-from ptd.methods.soft_prompts import embeddings_of_rows
+from ptd.methods.soft_prompts import EMBEDDINGS, embeddings_of_rows
 from ptd.types import BackboneShape, LayerShape, SoftLayout, UserError
 
 HIDDEN, P = 12, 5
@@ -69,7 +69,7 @@ def test_it_starts_at_the_rows_embeddings_and_moves_in_their_units(network):
     encoder = build(**NETWORKS[network])
     rows = embeddings_of_rows(P, DrawnConditioner(SHAPE))
     assert torch.equal(encoder(), rows[:P])
-    assert torch.allclose(encoder.units.unit, rows.square().mean().sqrt().expand(HIDDEN))
+    assert torch.allclose(encoder.units.unit, EMBEDDINGS * rows.square().mean().sqrt().expand(HIDDEN))
     encoder().sum().backward()
     moved = {
         name for name, parameter in encoder.named_parameters() if parameter.grad is not None and parameter.grad.any()

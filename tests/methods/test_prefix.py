@@ -11,7 +11,7 @@ from peft import PrefixTuningConfig, get_peft_model
 
 from ptd.config import parse_method
 from ptd.methods import method
-from ptd.methods.deep_prompts import VALUES, PrefixEncoder, SeparatePrefixEncoder
+from ptd.methods.deep_prompts import KEYS, VALUES, PrefixEncoder, SeparatePrefixEncoder
 from ptd.methods.settings import read_text
 from ptd.types import BackboneShape, LayerShape, PrefixLayout, UserError
 
@@ -146,13 +146,13 @@ def test_units_are_the_sizes_of_each_layers_keys_and_of_its_values(shape):
     measured = encoder.layout.state(same.keys_and_values([read]))
     units = encoder.layout.state(encoder.units.unit[None])
     for got, want in zip(units.keys, measured.keys, strict=True):
-        assert torch.allclose(got, want.square().mean().sqrt().expand_as(got))
+        assert torch.allclose(got, KEYS * want.square().mean().sqrt().expand_as(got))
     for got, want in zip(units.values, measured.values, strict=True):
         assert torch.allclose(got, VALUES * want.square().mean().sqrt().expand_as(got))
     random = build(shape=shape, init="random", num_virtual_tokens=60)
     assert not random.units.origin.any()
     drawn = encoder.layout.state(random().detach() / random.units.unit)
-    assert all(abs(key.std() - 1) < 0.2 for key in drawn.keys)
+    assert all(abs(KEYS * key.std() - 1) < 0.2 for key in drawn.keys)
     assert all(abs(VALUES * value.std() - 1) < 0.2 for value in drawn.values)
 
 

@@ -16,6 +16,7 @@ from transformers import T5EncoderModel
 from ptd.backbone.conditioning import AT_ONCE, FREQUENT, TextConditioner
 from ptd.config import parse_method
 from ptd.methods import TaskFacts, method
+from ptd.methods.soft_prompts import EMBEDDINGS
 from ptd.types import BackboneShape, DataReport, Examples, SoftLayout, UserError
 
 P = 6
@@ -130,7 +131,7 @@ def test_rows_are_the_tokens_of_training_rows_in_a_drawn_order():
 def test_the_size_of_embeddings_is_measured_as_the_layer_puts_them_out():
     encoder = build(backbone("gemma3_text"), init="vocabulary", tokenizer=False)
     size = embedded(backbone("gemma3_text"), list(range(VOCAB))).square().mean().sqrt()
-    assert torch.allclose(encoder.units.unit, size.expand(32), rtol=0.2)  # of a sample
+    assert torch.allclose(encoder.units.unit, EMBEDDINGS * size.expand(32), rtol=0.2)  # of a sample
     table = backbone("gemma3_text").get_input_embeddings().weight.square().mean().sqrt()
     assert size > 2 * table
 
