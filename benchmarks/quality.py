@@ -10,7 +10,7 @@ DATA holds e2e_dev.csv (columns mr, ref), sst2_train.tsv and sst2_dev.tsv (sente
 (side, method, task, rate, seed), measured in a process of its own (`quality_cells`) and written as soon as it is found
 (`rows`); the same command, with the same model, encoder and data, goes on where the last one ended. ``--only`` takes
 the cells that have each of these texts in "side method task rate". Tasks: `quality_tasks`. All sides: 80 steps of the
-same 8 rows, AdamW, linear decay behind 5 % warm-up, 30 virtual tokens.
+same 8 rows, AdamW, linear decay behind 5 % warm-up, 30 virtual tokens, or as many as stand behind the method.
 
 ptd's rows stand in OUTPUT.json, PEFT's in OUTPUT_peft.json, for those stay true when ptd changes. So the two sides may
 be measured at the same time, each on a core of its own:
@@ -60,7 +60,7 @@ SEEDS, ONCE = 3, ("prompt+text", "lora r8", "lora r64")
 """Training runs of a method, but of SST-2 on the causal model and of these methods, which have one unless ``--seeds``
 says otherwise."""
 METHODS: dict[str, dict[str, tuple[str, ...]]] = {
-    "e2e": {"ptd": ("frozen", *PROMPTS), "peft": (*PROMPTS, "prompt+text", *LORA)},
+    "e2e": {"ptd": ("frozen", *PROMPTS, "prefix 128", "prefix 256"), "peft": (*PROMPTS, "prompt+text", *LORA)},
     "sst2": {
         "ptd": ("hard_prompt", *PROMPTS, "head", "p_tuning_v2"),
         "peft": (*PROMPTS, "prompt+text", *LORA),

@@ -31,11 +31,13 @@ RECIPES = (
 
 
 def method_section(method: str) -> dict[str, Any]:
-    """ptd's ``method`` section: the method's defaults but for the size of the prompt."""
+    """ptd's ``method`` section: the method's defaults but for the size of the prompt, which a number behind the
+    method's name says."""
     if method in UNTRAINED or method == "head":
         return {"name": "hard_prompt" if method in UNTRAINED else "head"}
     name, _, mlp = method.partition("+")
-    section: dict[str, Any] = {"name": name, "num_virtual_tokens": P}
+    name, _, tokens = name.partition(" ")
+    section: dict[str, Any] = {"name": name, "num_virtual_tokens": int(tokens or P)}
     return section | ({"prefix_projection": True, "encoder_hidden_size": HIDDEN} if mlp == "mlp" else {})
 
 
