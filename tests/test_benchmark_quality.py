@@ -322,6 +322,23 @@ def test_an_empty_file_is_reported(load: Any, tmp_path: Path) -> None:
     assert "0 rows" in output.with_suffix(".md").read_text(encoding="utf-8")
 
 
+def test_costs_of_several_machines_are_not_averaged(load: Any) -> None:
+    """A line has the costs of one machine, the one with most of its rows, and says which where there are several."""
+    report = load("quality_report")
+    rows = [
+        record("ptd", "prefix", seed=seed, loss=1.5, seconds=seconds, hardware=machine)
+        for seed, (seconds, machine) in enumerate([(10.0, "slow"), (12.0, "slow"), (1.0, "fast")])
+    ]
+    rows.append(record("peft", "prefix", loss=1.6, seconds=2.0, hardware="fast"))
+    lines = {line["side"]: line for line in report.lines_of(rows)}
+    assert lines["ptd"]["seconds"] == 11.0
+    assert (lines["ptd"]["machine"], lines["peft"]["machine"]) == ("a", "b")
+    assert "Times on a: slow; b: fast." in report.markdown(rows, {})
+    alone = report.markdown(rows[:2], {})
+    assert "Times on slow." in alone
+    assert "machine" not in report.lines_of(rows[:2])[0]
+
+
 def test_a_rate_is_chosen_by_development_rows_of_three(load: Any) -> None:
     chosen = load("quality_report").chosen_rate
     rates = {"grid low": 1e-3, "grid middle": 3e-3, "grid high": 9e-3}

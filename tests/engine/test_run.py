@@ -177,6 +177,20 @@ def test_windows_of_several_steps(start: Start, finished: Path, tmp_path: Path) 
         assert windows[-1][key] == every[19][key] + every[20][key]
 
 
+def test_a_warm_up_as_long_as_the_run_is_said(start: Start, tmp_path: Path) -> None:
+    said = "never comes to 0.01"
+    notes = start(tmp_path / "as-long", {"train.warmup_steps": 3, "train.max_steps": 3})
+    assert [note for note in notes if said in note] == [
+        "the warm-up takes 3 steps and the run has 3, so the learning rate never comes to 0.01; set fewer "
+        "train.warmup_steps, or train.warmup_ratio"
+    ]
+    assert not [
+        note
+        for note in start(tmp_path / "shorter", {"train.warmup_steps": 2, "train.max_steps": 3})
+        if said in note
+    ]
+
+
 def test_run_json_is_complete(finished: Path, backbone_dir: Path) -> None:
     run = json.loads((finished / "run.json").read_text())
     assert run.keys() >= {"command", "device", "started", "versions", "backbone_fingerprint"}
