@@ -12,7 +12,7 @@
 #             the attention kernels' tests; gpu-2 the attention benchmark; gpu-3 a 7B backbone in every placement;
 #             gpu-4 the levers, fp8, Liger, the plan. Typed again, a stage goes on where it stopped (GPU='--replace': anew
 #             where the code or the machine is another). make gpu: the four in order
-# Each of the others makes .venv and installs what it needs first. PYTHON=… chooses the interpreter (3.10 or newer).
+# Each of the others makes .venv and installs what it needs first. PYTHON=… chooses the interpreter (3.11 or newer).
 
 PYTHON ?= python3
 WORKERS ?= 2

@@ -1,7 +1,7 @@
-"""What the check at attach costs, against what loading a backbone takes: ``python benchmarks/attach_cost.py MODEL``.
+"""Measure the self-check at attach against the loading of a backbone: ``python benchmarks/attach_cost.py MODEL``.
 
-A fresh process each time: from its start (imports included) until a run could begin, and of that the seconds in
-`ptd.inject.self_check`. Prints one JSON object per process and a summary with medians.
+Each measurement is a fresh process. It reports the seconds from its start (imports included) until a run could begin,
+and how many of them pass in `ptd.inject.self_check`. Prints one JSON object per process, and their medians.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 
 def measure(model: str, dtype: str) -> dict[str, float]:
-    """Seconds of this process until the backbone is ready: ``loading``, and of it ``check`` and ``attach``."""
+    """Return the seconds until this process has its backbone (``loading``), and its parts ``check`` and ``attach``."""
     from ptd.config import backbone_config
     from ptd.engine.ranks import Ranks
     from ptd.engine.setup import prepare

@@ -1,19 +1,19 @@
-"""Prefix attention: milliseconds, TFLOP/s and bytes of every backend, against what people use instead.
+"""Measure milliseconds, TFLOP/s and bytes of every prefix-attention backend, against the usual alternatives.
 
     python benchmarks/bench_prefix_attention.py --output benchmarks/results/gpu/prefix_attention.json   # a GPU
     python benchmarks/bench_prefix_attention.py --grid quick --output quick.json                   # seconds, on a CPU
     python benchmarks/bench_prefix_attention.py --grid cpu --dtype bfloat16 --output …      # short prefixes on a CPU
 
-Rivals: (i) the prefix expanded over the batch and concatenated to the keys, then SDPA, as PEFT runs it (packed
-sequences: as a padded batch); (ii) the same keys under FlexAttention, compiled (of a pack the prefix need not be
-expanded; GPU only, on some cells, since each costs a compilation); (iii) no prefix: a bound from below.
+Rivals: (i) the prefix expanded over the batch and concatenated to the keys, then SDPA, as PEFT does (packed sequences
+become a padded batch); (ii) the same keys with compiled FlexAttention (a pack needs no expanded prefix; GPU only, and
+only on some cells, because each needs a compilation); (iii) no prefix: a lower bound.
 
-All run in one process, in turns; a time is the median over `--repeats`. TFLOP/s count the pairs of query and key that
-the rule lets see each other, 4 · D · heads each forward and 2.5 times that backward, so a rival's work on padding
-counts as time, not as work. `kept` are the bytes that wait for the backward pass beside the inputs, `peak` (GPU) what
-forward and backward had allocated at most. Before it is timed, each output is compared with (i). A rival that refuses a
-cell, runs out of memory or fails has that for its row, and the others go on. OUTPUT has a cell's rows as soon as it is
-measured (rows.py); beside it lie the same as .csv and a plot.
+All rivals run in one process and take turns; a time is the median over `--repeats`. TFLOP/s count the pairs of a query
+and a visible key: 4 · D · heads per pair in forward, 2.5 times that in backward. A rival's work on padding therefore
+counts as time but not as work. `kept` is the number of bytes saved for backward, without the inputs; `peak` (GPU) is
+the highest allocation during forward and backward. Each output is compared with (i) before it is timed. If a rival
+refuses a cell, runs out of memory or fails, its row records that, and the other rivals continue. A cell's rows are
+written to OUTPUT as soon as the cell is measured (rows.py); the same rows as .csv and a plot are written next to it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LEAVES = ("q", "k", "v", "prefix_k", "prefix_v")
 
 @dataclass(frozen=True)
 class Cell:
-    """One problem. `lengths`: packed; S is then their sum and B 1. `T` own keys, S if None."""
+    """One problem. With `lengths` it is packed: S is their sum and B is 1. `T` is the number of own keys, None: S."""
 
     name: str
     B: int
@@ -64,7 +64,7 @@ class Cell:
         return self.S if self.T is None else self.T
 
     def pairs(self) -> tuple[int, int]:
-        """Pairs of a query and an own key that it sees, and of a query and a prefix key, over batch or pack."""
+        """Return the number of visible (query, own key) pairs and of (query, prefix key) pairs in the batch or pack."""
         own = 0
         for length in self.lengths or (self.S,) * self.B:
             keys = self.keys if self.lengths is None else length
@@ -78,7 +78,7 @@ class Cell:
 
 
 def _mixed(number: int, mean: int) -> tuple[int, ...]:
-    """Lengths from a quarter of the mean to nearly twice it."""
+    """Return `number` lengths from a quarter of the mean to nearly twice the mean."""
     return tuple(mean // 4 + (3 * mean // 2) * i // max(1, number - 1) for i in range(number))
 
 
@@ -106,12 +106,12 @@ CPU = [
     for name, lengths in (("even", _EVEN), ("skewed", _SKEWED))
     for P in (8, 30, 64, 128, 256)
 ]
-"""Eight sequences as E2E has them, and as instructions are: where does `joined` pay? Its own limit is lifted here."""
+"""Eight sequences with the lengths of E2E or of instructions, to find where `joined` pays; `main` lifts its limit."""
 GRIDS = {"full": FULL, "quick": QUICK, "cpu": CPU}
 
 
 def tensors(cell: Cell, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """q, k, v and the prefix, laid out as Hugging Face has them."""
+    """Return q, k, v, prefix_k and prefix_v in the memory layout of Hugging Face models."""
     torch.manual_seed(0)
     shapes = [
         (cell.B, cell.S, cell.Hq, cell.D), (cell.B, cell.keys, cell.Hkv, cell.D), (cell.B, cell.keys, cell.Hkv, cell.D),
@@ -122,7 +122,7 @@ def tensors(cell: Cell, device: torch.device, dtype: torch.dtype) -> list[Tensor
 
 
 def rivals(cell: Cell, device: torch.device) -> dict[str, Callable[..., Tensor]]:
-    """Functions of q, k, v, prefix_k, prefix_v that all return ``[B, Hq, S, D]``."""
+    """Return functions of q, k, v, prefix_k, prefix_v by name; all return ``[B, Hq, S, D]``."""
     cu_seqlens = None
     if cell.lengths is not None:
         cu_seqlens = torch.tensor([0, *cell.lengths], device=device).cumsum(0).int()
@@ -141,7 +141,7 @@ def rivals(cell: Cell, device: torch.device) -> dict[str, Callable[..., Tensor]]
 
 
 def attend(*x: Tensor, backend: str, **options: Any) -> Tensor:
-    """`prefix_attention`; a problem that the backend refuses is skipped."""
+    """Call `prefix_attention`. Raises `Skip` for a problem that the backend refuses."""
     try:
         return prefix_attention(*x, backend=backend, **options)
     except ValueError as refusal:
@@ -156,13 +156,13 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     if rows == keys:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    # The mask that SDPA hands to flash attention as a flag; a dense one would cost it that kernel.
+    # SDPA passes this mask to flash attention as a flag; a dense mask would rule that kernel out.
     bias = causal_lower_right(rows, keys)
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
 
 
 def concat_sdpa(cell: Cell, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
-    """(i). A pack becomes a batch padded on the right, whose padding no real query sees under the causal rule."""
+    """Compute rival (i). A pack becomes a batch padded on the right; the causal rule hides the padding."""
     if cell.lengths is not None:
         q, k, v = (_pad(x, cell.lengths) for x in (q, k, v))
     k = torch.cat([prefix_k.expand(len(k), -1, -1, -1), k], dim=2)
@@ -179,14 +179,14 @@ def _pad(x_1HNX: Tensor, lengths: tuple[int, ...]) -> Tensor:
 
 
 def without_prefix(cell: Cell, options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(iii)."""
+    """Compute rival (iii)."""
     if cell.lengths is not None or cell.keys != cell.S:
         return prefix_attention(q, k, v, None, None, backend="merge", **options)
     return _sdpa(q, k, v, cell.causal)
 
 
 def flex(cell: Cell, cu_seqlens: Tensor | None, device: torch.device) -> Callable[..., Tensor]:
-    """(ii)."""
+    """Return rival (ii)."""
     P, offset = cell.P, cell.keys - cell.S
     sequence_S = torch.zeros(cell.S, dtype=torch.int64, device=device)
     if cu_seqlens is not None:
@@ -211,7 +211,7 @@ def flex(cell: Cell, cu_seqlens: Tensor | None, device: torch.device) -> Callabl
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Milliseconds, and what `run` returned."""
+    """Return the milliseconds of ``run()``, and its result."""
     if device.type != "cuda":
         began = time.perf_counter()
         result = run()
@@ -225,7 +225,7 @@ def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
 
 
 def kept_bytes(run: Callable[[], Tensor], inputs: list[Tensor]) -> int:
-    """Of the storages saved for backward, without those of the inputs."""
+    """Return the bytes of the storages saved for backward, without those of the inputs."""
     storages: dict[int, int] = {}
 
     def note(x: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ def kept_bytes(run: Callable[[], Tensor], inputs: list[Tensor]) -> int:
 def try_out(
     run: Callable[..., Tensor], needed: list[Tensor], x: list[Tensor], dout: Tensor | None, expected: Tensor | None
 ) -> dict[str, Any]:
-    """Warms up, compiles and tunes; how far the output is off, and the memory it takes. ``dout`` None: no backward."""
+    """Warm up, compile and tune; return the error of the output and the memory needed. ``dout`` None: no backward."""
 
     def both() -> Tensor:
         out = run(*x)
@@ -268,7 +268,7 @@ def try_out(
 
 
 def measure(cell: Cell, device: torch.device, dtype: torch.dtype, repeats: int, rows: Rows) -> None:
-    """Add a row for each rival that has none yet; one that fails is not in the others' way."""
+    """Add a row for each rival that has none yet; a rival that fails does not stop the others."""
     named = {who: run for who, run in rivals(cell, device).items() if not rows.has(name=cell.name, who=who)}
     if not named:
         return
@@ -279,7 +279,7 @@ def measure(cell: Cell, device: torch.device, dtype: torch.dtype, repeats: int, 
         dout = torch.randn(cell.B, cell.S, cell.Hq, cell.D, device=device, dtype=dtype).transpose(1, 2)
     try:
         expected = concat_sdpa(cell, *x).detach()
-    except torch.OutOfMemoryError:  # then nothing is compared; its own row says so, too
+    except torch.OutOfMemoryError:  # outputs are then not compared; the row of (i) records the failure
         expected = None
     tried: dict[str, dict[str, Any]] = {}
     for who, run in named.items():
@@ -320,7 +320,7 @@ def measure(cell: Cell, device: torch.device, dtype: torch.dtype, repeats: int, 
 
 
 def by_direction(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A flat row for each measured rival and direction."""
+    """Return a flat row for each measured rival and direction."""
     flat = []
     for record in records:
         shared = {key: value for key, value in record.items() if not isinstance(value, dict) and key != "outcome"}
@@ -333,7 +333,7 @@ def by_direction(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Time relative to (i), a group of bars a cell, a panel a direction."""
+    """Plot the time relative to (i): one group of bars per cell, one panel per direction."""
     from matplotlib.figure import Figure
 
     who = [name for name in dict.fromkeys(row["who"] for row in rows) if name != CONCAT]
@@ -359,7 +359,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def show(records: list[dict[str, Any]], output: Path) -> None:
-    """The rows as .csv and .png beside their file."""
+    """Write the rows as .csv and .png next to their file."""
     rows = by_direction(records)
     if not rows:
         return
@@ -370,11 +370,11 @@ def show(records: list[dict[str, Any]], output: Path) -> None:
     try:
         plot(rows, output.with_suffix(".png"))
     except ImportError as error:
-        print(f"no plot: {error}")
+        print(f"no plot was drawn: {error}")
 
 
 def main() -> None:
-    """Measure what the grid has left."""
+    """Measure the cells of the grid that have no rows yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", choices=GRIDS, default="full", help="quick: four tiny cells; cpu: short prefixes")
     parser.add_argument("--threads", type=int, help="on a CPU; default: torch's")

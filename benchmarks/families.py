@@ -1,14 +1,18 @@
-"""Every text family that transformers can build, at a tiny size: ptd's values beside those of plain transformers.
+"""Compare ptd with plain transformers on every text family that transformers can build, at a tiny size.
 
     python benchmarks/families.py --output F [--only llama,stablelm] [--kinds body]
 
-For each model type and kind of output (causal_lm, seq2seq_lm, masked_lm, or the body that a trained head reads) every
-method runs in every layout (packed, padded, generated): none (of a body: head), prefix, prompt (virtual tokens in
-front), marks (virtual tokens among the others). A cell is *right* where outputs, loss and gradient are within 1e-4 (of
-the right values' root mean square) of plain transformers on each row alone, no earlier output moves with a row's last
-token, and greedy decoding of a batch goes by the logits of the argmax loop without a cache; *refused* where ptd says
-why it cannot; else *wrong* or *crashed*. The command goes on where it was stopped; ``--only`` measures those types
-again, ``--again`` all. Beside the result it writes a table (.md).
+For each model type and kind of output (causal_lm, seq2seq_lm, masked_lm, or the body that a trained head reads), every
+method runs in every layout (packed, padded, generated). The methods are none (for a body: head), prefix, prompt
+(virtual tokens before the others) and marks (virtual tokens among the others). A cell is *right* if
+
+- outputs, loss and gradient are within 1e-4 (in units of the right values' root mean square) of those of plain
+  transformers on each row by itself,
+- a change of a row's last token changes no earlier output, and
+- greedy decoding of a batch has the logits of an argmax loop without a cache.
+
+A cell is *refused* if ptd says why it cannot run it; otherwise it is *wrong* or *crashed*. The same command continues
+where it was stopped; ``--only`` measures the named types again, ``--again`` all types. Writes OUTPUT and a table (.md).
 """
 
 from __future__ import annotations
@@ -32,11 +36,11 @@ START = 180.0
 
 
 def work() -> None:
-    """Read ``{"type", "kind"}`` a line, write the records of each as a line."""
+    """Read one ``{"type", "kind"}`` per line, and write the records of each as one line."""
     sys.path.insert(0, str(HERE))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a family prints is no answer
+    os.dup2(2, 1)  # output that a family prints is not an answer
     import torch
     import transformers
 
@@ -62,13 +66,13 @@ def work() -> None:
 
 
 class Worker:
-    """A process that measures; started anew when it crashes or takes too long."""
+    """A process that measures; it is started again after it crashes or exceeds its time limit."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
 
     def measure(self, model_type: str, kind: str) -> list[dict[str, Any]]:
-        """The records of a model type; where the process dies or hangs, one that says so."""
+        """Return the records of a model type; if the process dies or hangs, one record that says so."""
         asked = {"type": model_type, "kind": kind}
         if self.process is None:
             self.process = subprocess.Popen(
@@ -85,7 +89,7 @@ class Worker:
             return found
         dead = self.process.poll()
         self.stop()
-        reason = f"no answer in {LIMIT:.0f} s" if dead is None else f"the process ended with {dead}"
+        reason = f"no answer in {LIMIT:.0f} s" if dead is None else f"the process exited with {dead}"
         return [{**asked, "method": "*", "layout": "*", "outcome": "crashed", "reason": reason}]
 
     def stop(self) -> None:
@@ -104,9 +108,9 @@ class Worker:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "families.json")
-    parser.add_argument("--only", default="", help="model types, by commas: these alone, and again")
-    parser.add_argument("--again", action="store_true", help="measure everything, whatever the file has already")
-    parser.add_argument("--kinds", default="", help="kinds of output, by commas")
+    parser.add_argument("--only", default="", help="model types, separated by commas: measure only these, and again")
+    parser.add_argument("--again", action="store_true", help="measure everything, even what the file already has")
+    parser.add_argument("--kinds", default="", help="kinds of output, separated by commas")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -124,7 +128,10 @@ def main() -> None:
     records, before = ([], {}) if arguments.again else read(arguments.output)
     earlier = {*before.get("earlier_commits", ()), before.get("commit")} - {None, found_by["commit"]}
     if earlier and not only:
-        raise SystemExit(f"{arguments.output} was measured at {', '.join(sorted(earlier))}; give --again, or --only")
+        raise SystemExit(
+            f"{arguments.output} was measured at commit {', '.join(sorted(earlier))}; give --again to measure "
+            "everything again, or --only to measure some types"
+        )
     found_by["earlier_commits"] = sorted(earlier)
     known = {(each["type"], each["kind"]) for each in records}
     wanted = [pair for pair in model_types(kinds) if pair[0] in only or (not only and pair not in known)]

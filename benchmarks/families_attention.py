@@ -1,6 +1,6 @@
-"""Attention with a prefix as its textbook formula, under a name of its own in transformers' interface.
+"""Attention with a prefix by the textbook formula, registered under its own name in transformers' AttentionInterface.
 
-It is called wherever a family calls its attention, with the mask that "eager" attention gets.
+A family calls it wherever it calls its attention, with the mask that "eager" attention gets.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NAME = "plain_with_prefix"
 
 @dataclass
 class Pass:
-    """One forward pass: the prefix of each layer in the order of their calls, and what the calls were like."""
+    """One forward pass: the prefix of each layer in the order of the calls, and the shapes and modules of the calls."""
 
     prefix: list[tuple[Tensor, Tensor]] | None = None
     shapes: list[tuple[int, int, int]] = field(default_factory=list)
@@ -42,7 +42,7 @@ def attend(
     s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(q·[Kp; K]ᵀ·scale + [0; mask]) [Vp; V], with the layer's prefix Kp, Vp, which nothing masks."""
+    """Return softmax(q·[Kp; K]ᵀ·scale + [0; mask]) [Vp; V], where the layer's prefix Kp, Vp is never masked."""
     now = running.get()
     number = len(now.shapes)
     now.shapes.append((key.shape[1], key.shape[3], value.shape[3]))

@@ -1,4 +1,4 @@
-"""What the sweep runs: a few rows, a prefix and a soft prompt, and a loss, the same for every family and both sides."""
+"""The inputs of the sweep, the same for every family and both sides: a few rows, a prefix, a soft prompt and a loss."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from torch.nn.functional import cross_entropy
 from ptd.types import virtual_id
 
 LENGTHS = (5, 11, 3)
-"""Tokens of the rows: one is longer than the windows, none as long as another."""
+"""Tokens per row: all lengths differ, and one row is longer than the windows."""
 SOURCES = (7, 4, 10)
-"""Tokens of what the encoder of an encoder-decoder reads."""
+"""Tokens per row that the encoder of an encoder-decoder reads."""
 P = 3
 NEW_TOKENS = 6
 
 
 @dataclass(frozen=True)
 class Rows:
-    """``ids``: what the model (the decoder) reads; ``sources``: what an encoder beside it reads."""
+    """``ids``: the tokens that the model (or the decoder) reads; ``sources``: those that the encoder reads, if any."""
 
     ids: list[Tensor]
     sources: list[Tensor] | None = None
 
     def marked(self) -> Rows:
-        """The same rows with P virtual tokens behind the first one, of an encoder-decoder in what its encoder reads."""
+        """Return the same rows with P virtual tokens after the first token (of an encoder-decoder: in the sources)."""
         marks = torch.tensor([virtual_id(number) for number in range(P)])
         read = self.ids if self.sources is None else self.sources
         marked = [torch.cat([row[:1], marks, row[1:]]) for row in read]
         return Rows(marked) if self.sources is None else Rows(self.ids, marked)
 
     def changed_last(self) -> Rows:
-        """The same rows, the last token of each another one."""
+        """Return the same rows, each with another last token."""
         span = LAST_WORD - FIRST_WORD
         changed = [row.clone() for row in self.ids]
         for row in changed:
@@ -45,7 +45,7 @@ class Rows:
 
 
 def draw_rows(with_sources: bool, decoder_start: int | None) -> Rows:
-    """The rows; a decoder behind an encoder starts from ``decoder_start``."""
+    """Return the rows; the decoder of an encoder-decoder starts from ``decoder_start``."""
     generator = torch.Generator().manual_seed(11)
 
     def draw(count: int) -> Tensor:
@@ -60,12 +60,12 @@ def draw_rows(with_sources: bool, decoder_start: int | None) -> Rows:
 
 
 def draw_soft(width: int) -> Tensor:
-    """Embeddings of virtual tokens ``[P, width]``."""
+    """Return embeddings of virtual tokens ``[P, width]``."""
     return 0.3 * torch.randn(P, width, generator=torch.Generator().manual_seed(12))
 
 
 def draw_prefix(shapes: list[tuple[int, int, int]]) -> list[tuple[Tensor, Tensor]]:
-    """Keys ``[P, H, Dk]`` and values ``[P, H, Dv]`` for attention layers of (H, Dk, Dv)."""
+    """Return keys ``[P, H, Dk]`` and values ``[P, H, Dv]`` for attention layers of shapes (H, Dk, Dv)."""
     generator = torch.Generator().manual_seed(13)
     return [
         (torch.randn(P, heads, key, generator=generator), torch.randn(P, heads, value, generator=generator))
@@ -74,7 +74,7 @@ def draw_prefix(shapes: list[tuple[int, int, int]]) -> list[tuple[Tensor, Tensor
 
 
 def loss_of(row: int, output: Tensor, language_model: bool) -> Tensor:
-    """Of the outputs ``[S, width]`` of a row, without its first one: what the gradients are taken of."""
+    """Return the loss of the outputs ``[S, width]`` of a row without its first output; gradients are taken of it."""
     read = output[1:]
     if language_model:
         return cross_entropy(read.float(), targets(row, len(read)), reduction="sum")
@@ -83,21 +83,21 @@ def loss_of(row: int, output: Tensor, language_model: bool) -> Tensor:
 
 
 def targets(row: int, count: int) -> Tensor:
-    """The tokens that a row's outputs are to predict: ``[count]``."""
+    """Return the tokens that a row's outputs should predict: ``[count]``."""
     generator = torch.Generator().manual_seed(200 + row)
     return torch.randint(FIRST_WORD, LAST_WORD, (count,), generator=generator)
 
 
 @dataclass(frozen=True)
 class Written:
-    """The tokens of a continuation, and the logits ``[tokens, vocabulary]`` that each was chosen by."""
+    """The tokens of a continuation, and the logits ``[tokens, vocabulary]`` from which they were chosen."""
 
     tokens: list[int]
     logits: Tensor
 
 
 def alone(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """What people give to ``generate``."""
+    """Return the usual arguments of ``generate``."""
     return {"input_ids": ids, "attention_mask": mask}
 
 
@@ -108,8 +108,11 @@ def generated(
     eos: int | None,
     inputs: Callable[[Tensor, Tensor], dict[str, Tensor]] = alone,
 ) -> list[Written]:
-    """What ``generate`` writes for these rows in one batch: prompts padded on the left, those of an encoder on the
-    right, as ptd pads them; greedy, never ``eos`` or the padding. ``inputs``: what it is given of ids and mask."""
+    """Return what ``generate`` writes for these rows in one batch, greedily and never ``eos`` or the padding token.
+
+    Prompts are padded on the left, the inputs of an encoder on the right, as ptd pads them. ``inputs`` returns the
+    arguments of ``generate`` for ids and mask.
+    """
     encoder = rows.sources is not None
     read = [(rows.ids if rows.sources is None else rows.sources)[row] for row in order]
     width = max(map(len, read))
@@ -127,7 +130,7 @@ def generated(
             do_sample=False,
             num_beams=1,
             pad_token_id=PAD,
-            suppress_tokens=[PAD],  # some decoders take one that they wrote for padding
+            suppress_tokens=[PAD],  # some decoders treat a padding token that they wrote as padding
             output_logits=True,
             return_dict_in_generate=True,
             **({} if eos is None else {"eos_token_id": eos}),
@@ -137,7 +140,7 @@ def generated(
 
 
 def misses(got: list[Written], right: list[Written], close: float) -> str:
-    """Where the logits differ by more than ``close``, as far as the tokens before are the same; empty: nowhere."""
+    """Return where the logits differ by more than ``close`` while the earlier tokens agree; empty if nowhere."""
     wrong = []
     for row, (found, want) in enumerate(zip(got, right, strict=True)):
         same = next(
@@ -152,7 +155,7 @@ def misses(got: list[Written], right: list[Written], close: float) -> str:
 
 
 def distance(got: Tensor, want: Tensor) -> float:
-    """The largest difference, in units of the root mean square of what is right."""
+    """Return the largest difference, in units of the root mean square of ``want``."""
     if got.shape != want.shape:
         return float("inf")
     if not bool(got.isfinite().all()):

@@ -1,7 +1,7 @@
-"""Tiny random models of every text family that transformers has: 2 layers or a few more, 32 wide, 320 tokens.
+"""Tiny random models of every text family in transformers: 2 layers or a few more, 32 wide, 320 tokens.
 
-A family's config is its own with the sizes of `SIZES` wherever it has a field of that name (its sub-configs too), and
-with one layer of each kind that it has at full size. What that does not fit is written by hand in families_special.py.
+A family keeps its own config; every field that is named in `SIZES` gets that size (also in sub-configs). The model has
+one layer of each kind that the family has at full size. families_special.py lists the exceptions by hand.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers.models.auto import modeling_auto
 
 VOCAB, PAD, BOS, EOS = 320, 1, 0, 2
 FIRST_WORD, LAST_WORD = 5, 260
-"""Ids that texts are drawn from; those above stand for images, sound and the like."""
+"""The range of ids from which texts are drawn; higher ids represent images, sound and the like."""
 WINDOW, LAYERS, WIDTH, HEADS, KV_HEADS, HEAD = 8, 2, 32, 4, 2, 8
 
 _CLASSES = {
@@ -100,7 +100,7 @@ SIZES |= {
 
 
 def model_types(kinds: Iterable[str] = KINDS) -> list[tuple[str, str]]:
-    """Every (model type, kind of output) that transformers' auto classes name."""
+    """Return every (model type, kind of output) that transformers' auto classes name."""
     names = {
         kind: {*_CLASSES[kind][1], *(name for name in VARIANTS if base(name) in _CLASSES[kind][1])} for kind in kinds
     }
@@ -108,12 +108,12 @@ def model_types(kinds: Iterable[str] = KINDS) -> list[tuple[str, str]]:
 
 
 def base(name: str) -> str:
-    """The model type of ``llama/yarn``, which is a llama with other settings."""
+    """Return the model type of a variant: of ``llama/yarn``, a llama with other settings, it is ``llama``."""
     return name.split("/")[0]
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:
-    """The family's config at a tiny size."""
+    """Return the family's config at a tiny size."""
     config_class = CONFIG_MAPPING[base(model_type)]
     settings = _settings(config_class, base(model_type), VARIANTS.get(model_type, {}))
     config = config_class(**settings)
@@ -121,19 +121,19 @@ def tiny_config(model_type: str) -> PretrainedConfig:
         tower_class = CONFIG_MAPPING[tower["model_type"]]
         vars(config)[name] = tower_class(**_settings(tower_class, tower["model_type"], tower))
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
-        config.decoder_start_token_id = EOS  # checkpoints bring one, where the family's config has no such field
+        config.decoder_start_token_id = EOS  # checkpoints set it where the family's config has no such field
     _give_special_ids(config, VOCAB - 1)
     return config
 
 
 def tiny_model(model_type: str, kind: str, seed: int = 0) -> PreTrainedModel:
-    """A random model in eval mode, fp32, with weights large enough that a token that sees another one shows."""
+    """Return a random fp32 model in eval mode; its weights are large enough that one token visibly affects another."""
     config = tiny_config(model_type)
     if kind == "causal_lm" and not config.is_encoder_decoder and getattr(config, "is_decoder", None) is False:
         config.is_decoder = True
     options = _pooling(model_type) if kind == "body" else {}
     names = _CLASSES[kind][1][base(model_type)]
-    config.architectures = [names if isinstance(names, str) else names[0]]  # which one, where there are several
+    config.architectures = [names if isinstance(names, str) else names[0]]  # choose one if there are several
     torch.manual_seed(seed)
     model: PreTrainedModel = _CLASSES[kind][0].from_config(config, dtype=torch.float32, **options)
     redraw(model)
@@ -141,14 +141,14 @@ def tiny_model(model_type: str, kind: str, seed: int = 0) -> PreTrainedModel:
 
 
 def part(model: PreTrainedModel, kind: str) -> PreTrainedModel:
-    """What of a model is run: for a trained head on an encoder-decoder its encoder."""
+    """Return the part of a model that is run: the encoder, for a trained head on an encoder-decoder; else the model."""
     encoder: PreTrainedModel = model.get_encoder() if kind == "body" and model.config.is_encoder_decoder else model
     return encoder
 
 
 @torch.no_grad()
 def redraw(model: torch.nn.Module) -> None:
-    """Weights of standard deviation 0.2, norms near 1, small biases, whatever a family's own start is."""
+    """Draw weights of standard deviation 0.2, norms near 1 and small biases, whatever the family's initialisation."""
     for name, parameter in model.named_parameters():
         noise = torch.randn_like(parameter, dtype=torch.float32)
         if parameter.ndim > 1:
@@ -160,7 +160,7 @@ def redraw(model: torch.nn.Module) -> None:
 
 
 def _pooling(model_type: str) -> dict[str, Any]:
-    """ptd leaves out the pooler that some bodies bring."""
+    """Return the option that omits the pooler of bodies that have one, as ptd does."""
     model_class = MODEL_MAPPING[CONFIG_MAPPING[base(model_type)]]
     model_class = model_class[0] if isinstance(model_class, tuple) else model_class
     takes = inspect.signature(model_class.__init__).parameters
@@ -170,7 +170,7 @@ def _pooling(model_type: str) -> dict[str, Any]:
 def _settings(
     config_class: type[PretrainedConfig], model_type: str, changes: Mapping[str, Any] = MappingProxyType({})
 ) -> dict[str, Any]:
-    """Arguments for the config class: tiny sizes, one layer of each kind, the sub-configs likewise."""
+    """Return arguments for the config class: tiny sizes and one layer of each kind, also in sub-configs."""
     special: Mapping[str, Any] = {**SPECIAL.get(model_type, {}), **changes}
     known = {field.name: field.default for field in fields(config_class)}
     settings: dict[str, Any] = {
@@ -178,7 +178,7 @@ def _settings(
         for name, value in SIZES.items()
         if name in known and (name.endswith("_token_id") or not isinstance(known[name], list | tuple))
     }
-    for name in ("sliding_window", "attention_chunk_size"):  # a family without one by default keeps being without
+    for name in ("sliding_window", "attention_chunk_size"):  # a family without a window by default gets none
         if name in known and known[name] is None:
             settings.pop(name, None)
     if "kv_lora_rank" in known and "num_key_value_heads" in known:  # latent attention has no groups
@@ -199,7 +199,7 @@ def _settings(
 def _layers(
     config_class: type[PretrainedConfig], known: dict[str, Any], settings: dict[str, Any], special: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """One layer of each kind that the family has at full size, two at least."""
+    """Return settings for one layer of each kind that the family has at full size, at least two layers."""
     names = [name for name in ("layer_types", "mlp_layer_types", "layers_block_type") if name in known]
     names = [name for name in names if name not in special]
     if not names or "num_hidden_layers" in special:
@@ -222,7 +222,7 @@ def _layers(
 
 
 def _give_special_ids(config: PretrainedConfig, last: int) -> int:
-    """Ids of images, sound and the like lie in the vocabulary, above those of words."""
+    """Move the ids of images, sound and the like into the vocabulary, above those of words; return the next free id."""
     for name, value in list(vars(config).items()):
         if isinstance(value, PretrainedConfig):
             last = _give_special_ids(value, last)

@@ -1,4 +1,4 @@
-"""One family in one kind of output: every method in every layout, ptd's values beside those of `families_plain`."""
+"""Compare ptd with `families_plain` on one family and kind of output: every method in every layout."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ptd.inject import check_supported
 from ptd.types import UserError
 
 INSTALLED = sysconfig.get_path("purelib") + "/"
-"""Where packages lie on this machine, which is no part of what is found."""
+"""The folder of the installed packages, which is removed from reasons."""
 CLOSE = 1e-4
-"""Largest difference that counts as right, in units of the right values' root mean square (fp32)."""
+"""The largest difference that counts as right, in units of the right values' root mean square (fp32)."""
 
 
 def record(method: str, layout: str, outcome: str, reason: str = "", **figures: Any) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def record(method: str, layout: str, outcome: str, reason: str = "", **figures: 
 
 
 def measure(model_type: str, kind: str) -> list[dict[str, Any]]:
-    """The records of all methods and layouts; one alone (``*``) where the model cannot be built or attached to."""
+    """Return the records of all methods and layouts; one record (``*``) if the model cannot be compared."""
     try:
         if kind == "body" and (reason := _no_text(model_type)):
             return [record("*", "*", "no text", reason)]
@@ -41,7 +41,7 @@ def measure(model_type: str, kind: str) -> list[dict[str, Any]]:
     config = model.config
     two = kind == "seq2seq_lm" and config.is_encoder_decoder
     if kind == "masked_lm" and config.is_encoder_decoder:
-        return [record("*", "*", "no task", "an encoder-decoder: it runs as seq2seq_lm")]
+        return [record("*", "*", "no task", "an encoder-decoder, which runs as seq2seq_lm")]
     try:
         check_supported(type(model), config)
     except UserError as error:
@@ -61,7 +61,10 @@ def measure(model_type: str, kind: str) -> list[dict[str, Any]]:
 
 
 def _without_plain(model: Any, rows: Rows, kind: str, why: str) -> list[dict[str, Any]]:
-    """A model that transformers alone does not run on a text, such as one that needs an image: it is to be refused."""
+    """Return the records of a model that transformers itself cannot run on a text (it needs an image, say).
+
+    ptd has to refuse such a model.
+    """
     where = "attach"
     try:
         attached = Attached(model, kind != "body")
@@ -75,7 +78,7 @@ def _without_plain(model: Any, rows: Rows, kind: str, why: str) -> list[dict[str
 
 
 def cells(kind: str, encoder_decoder: bool) -> list[tuple[str, str]]:
-    """Methods and layouts of a kind of output."""
+    """Return the (method, layout) pairs of a kind of output."""
     layouts = ["padded"] if encoder_decoder else ["packed", "padded"]
     layouts += ["generated"] if kind in ("causal_lm", "seq2seq_lm") else []
     return [
@@ -86,7 +89,7 @@ def cells(kind: str, encoder_decoder: bool) -> list[tuple[str, str]]:
 
 
 class Comparison:
-    """ptd beside plain transformers on one model."""
+    """The comparison of ptd with plain transformers on one model."""
 
     def __init__(self, model: Any, plain: Plain, rows: Rows, kind: str) -> None:
         self.model, self.plain, self.rows, self.kind = model, plain, rows, kind
@@ -113,7 +116,7 @@ class Comparison:
         return found
 
     def _right(self, method: str, attached: Attached) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The prompt, and what comes of it: the outputs of each row, the loss, its gradient and the tokens written."""
+        """Return the prompt and the right values: outputs of each row, loss, gradient of the loss, tokens written."""
         plain = self.plain
         prompt: dict[str, Any] = {}
         rows = self.rows.marked() if method == "marks" else self.rows

@@ -1,8 +1,9 @@
-"""The right values, by transformers alone: every row by itself, nothing padded, packed or cached, never through ptd.
+"""The right values, computed by transformers without ptd: each row by itself, without padding, packing or a cache.
 
-A soft prompt goes in front of the embeddings (``inputs_embeds``). A prefix goes in front of the keys and values that
-the model hands to `families_attention.attend`. That this is the family's own attention is checked: without a prefix it
-has to give what "eager" gives, and how far it is from a cache filled with the prefix is recorded.
+A soft prompt is concatenated before the embeddings (``inputs_embeds``). A prefix is concatenated before the keys and
+values that the model passes to `families_attention.attend`. Two checks show that this function is the family's own
+attention: without a prefix it must equal "eager" attention; with one, its distance from a cache filled with the prefix
+is recorded.
 """
 
 from __future__ import annotations
@@ -24,30 +25,29 @@ from ptd.types import virtual_id
 
 SAME = 1e-5
 SHOWS = 1e-2
-"""What a change has to move, in units of the root mean square, for a fault of that kind to be seen."""
+"""The least effect that a change must have, in units of the root mean square, for the test to notice such a fault."""
 
 
 class NoReference(Exception):
-    """The right value cannot be computed from transformers alone."""
+    """The right value cannot be computed with transformers alone."""
 
 
 def _overlaid(embedded: Tensor, soft: Tensor, marked: Tensor) -> Tensor:
-    """``embedded`` ``[1, S, hidden]`` with the virtual tokens' embeddings where the ids ``marked`` ``[S]`` stand for
-    them."""
-    if embedded.shape[1] != len(marked) or not len(soft):  # the decoder's, or none to put
+    """Return ``embedded`` ``[1, S, hidden]`` with the embeddings ``soft`` where ``marked`` ``[S]`` has virtual ids."""
+    if embedded.shape[1] != len(marked) or not len(soft):  # the decoder's embeddings, or no virtual tokens
         return embedded
     number = (virtual_id(0) - marked).clamp(min=0)
     return torch.where((marked < 0)[:, None], soft[number], embedded)
 
 
 def _shift(side: nn.Module, count: int) -> Any:
-    """Positions behind the prefix for one side of an encoder-decoder; a hook to be removed."""
+    """Shift one side of an encoder-decoder to the positions after the prefix; return the hook, to be removed later."""
     positions = {"position_ids": P + torch.arange(count)[None]}
     return side.register_forward_pre_hook(lambda module, args, given: (args, {**given, **positions}), with_kwargs=True)
 
 
 class Plain:
-    """A copy of the model that computes right values."""
+    """A copy of the model that computes the right values."""
 
     def __init__(self, model: PreTrainedModel, rows: Rows) -> None:
         self.model = copy.deepcopy(model)
@@ -68,9 +68,9 @@ class Plain:
 
     def run(self, row: int, *, rows: Rows | None = None, ids: Tensor | None = None, soft: Tensor | None = None,
             prefix: list[tuple[Tensor, Tensor]] | None = None, by_cache: bool = False) -> Tensor:  # fmt: skip
-        """The outputs at the row's own tokens (or of ``ids`` in their place), ``[S, width]``.
+        """Return the outputs at the row's own tokens (or at ``ids`` in their place), ``[S, width]``.
 
-        ``soft`` stands in front of the row, or where the row has marks for it.
+        ``soft`` is placed before the row, or at the row's marks if it has any.
         """
         rows = rows or self.rows
         ids = rows.ids[row] if ids is None else ids
@@ -123,13 +123,13 @@ class Plain:
         return self.model.get_input_embeddings()(ids)
 
     def _stand_in(self) -> int:
-        """The id beside a virtual token's embedding, for families that look up more than one embedding: the one that
-        they put beside an image's."""
+        """Return the id to pass with a virtual token's embedding, for families that look up several embeddings per
+        token: the id that they use with an image's embedding."""
         return PAD if "gemma4" in self.model.config.model_type else 0
 
     @torch.no_grad()
     def greedy(self, row: int, rows: Rows, eos: int | None, **prompt: Any) -> Written:
-        """Argmax without a cache, never ``eos`` or the padding."""
+        """Decode by argmax without a cache, and never choose ``eos`` or the padding token."""
         ids = rows.ids[row] if rows.sources is None else rows.ids[row][:1]
         chosen: list[int] = []
         logits: list[Tensor] = []
@@ -144,7 +144,7 @@ class Plain:
         return Written(chosen, torch.stack(logits))
 
     def generated(self, eos: int | None) -> list[Written]:
-        """What transformers alone writes for the first two rows in one batch."""
+        """Return what transformers alone writes for the first two rows in one batch."""
         self._switch("eager")
         try:
             return generated(self.model, self.rows, [0, 1], eos)
@@ -189,10 +189,10 @@ class Plain:
 
     @torch.no_grad()
     def _takes_embeddings(self) -> bool:
-        """Whether a row's embeddings in place of its ids give the same."""
+        """Return whether a row's embeddings in place of its ids give the same outputs."""
         try:
             own = self.embed(self.rows.ids[0])
-            self._by_embeddings(0.5 * own)  # of no token: gemma4 looks for the ids that embeddings belong to
+            self._by_embeddings(0.5 * own)  # embeddings of no token: gemma4 looks up the id of each embedding
             return distance(self._by_embeddings(own[:0]), self.without[0]) < SAME
         except Exception:
             return False
@@ -203,7 +203,7 @@ class Plain:
 
     @torch.no_grad()
     def _first_position(self) -> int | None:
-        """What the family's own positions start from; None: it takes none."""
+        """Return the first of the family's own positions; None if it takes no positions."""
         if self.rows.sources is not None:
             return None
         ids = self.rows.ids[0]
@@ -250,7 +250,7 @@ class Plain:
         return {"past_key_values": cache, "use_cache": True}
 
     def prefix_by_cache(self, prefix: list[tuple[Tensor, Tensor]], window: int | None) -> float | None:
-        """How far `attend` with a prefix is from a cache filled with it; None where there is no such thing."""
+        """Return how far `attend` with a prefix is from a cache filled with it; None if that cache cannot be used."""
         row = min(range(len(self.rows.ids)), key=lambda number: len(self.rows.ids[number]))
         if not self.causal or self.rows.sources is not None:
             return None

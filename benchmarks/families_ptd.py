@@ -1,4 +1,4 @@
-"""ptd's side, as a run has it: an attachment, batches of several rows, the forward pass that training runs."""
+"""ptd's side of the sweep, as in a run: an attachment, batches of several rows, and training's forward pass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAKE = {"packed": packed_batch, "padded": padded_batch}
 
 
 class Attached:
-    """A model with an attachment on it, and the rows that it runs."""
+    """A model with an attachment, which runs rows."""
 
     def __init__(self, model: PreTrainedModel, language_model: bool) -> None:
         self.model, self.language_model = model, language_model
@@ -30,7 +30,7 @@ class Attached:
         self.run = Forward(self.attachment, CPU)
 
     def give(self, prompt: dict[str, Any], *, in_front: bool = True) -> None:
-        """``prefix``: keys and values of each layer; ``soft``: embeddings in front, or where the rows have marks."""
+        """Set the prompt: ``prefix`` (keys and values per layer) or ``soft`` (embeddings, before rows or at marks)."""
         if "prefix" in prompt:
             keys, values = zip(*prompt["prefix"], strict=True)
             self.attachment.set(PrefixKV(tuple(keys), tuple(values)))
@@ -40,7 +40,7 @@ class Attached:
             self.attachment.set(None)
 
     def outputs(self, rows: Rows, layout: str) -> list[Tensor]:
-        """Of each row what stands at its own tokens, ``[S, width]``."""
+        """Return the outputs at each row's own tokens, ``[S, width]``."""
         self._check(rows)
         batch = make_batch(rows, layout)
         with torch.no_grad():
@@ -48,19 +48,19 @@ class Attached:
         return [whole[start : start + length] for start, length in zip(batch.starts, batch.lengths, strict=True)]
 
     def generated(self, rows: Rows, order: list[int], eos: int | None) -> list[Written]:
-        """As `ptd.generate.decode` does it: where padding on the left is wrong, rows of one length together."""
+        """Generate as `ptd.generate.decode` does: only rows of one length together if padding on the left is wrong."""
         self._check(rows, NEW_TOKENS)
         batches = [order] if self.attachment.verdict.left is None else [[row] for row in order]
         inputs = self.attachment.generation_inputs
         return [written for batch in batches for written in generated(self.model, rows, batch, eos, inputs)]
 
     def _check(self, rows: Rows, more: int = 0) -> None:
-        """Rows and prompt have to fit the context, as a run checks before it begins."""
+        """Check that rows and prompt fit into the context, as a run does before it begins."""
         longest = max(map(len, rows.ids)) + more
         check_context(self.attachment.shape.context, self.attachment.extra_positions, longest)
 
     def loss(self, rows: Rows, layout: str) -> Tensor:
-        """`loss_of` all rows, by the way that training takes."""
+        """Return the sum of `loss_of` over all rows, computed as training computes it."""
         batch = make_batch(rows, layout)
         places = [
             start + torch.arange(1, int(length)) for start, length in zip(batch.starts, batch.lengths, strict=True)
@@ -76,7 +76,7 @@ class Attached:
 def make_batch(rows: Rows, layout: str) -> Batch:
     source = None if rows.sources is None else _examples(rows.sources, None)
     ids = [row.clone() for row in rows.ids]
-    if source is not None:  # what `ptd.tasks.seq2seq_lm` writes for the token that the decoder starts from
+    if source is not None:  # the placeholder that `ptd.tasks.seq2seq_lm` writes for the decoder's start token
         for row in ids:
             row[0] = PAD
     options = {} if layout == "packed" else {"pad_token_id": PAD}

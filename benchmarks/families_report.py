@@ -1,4 +1,4 @@
-"""The sweep's result as a file with a record a line, and as a table."""
+"""The sweep's result as a file with one record per line, and as a table."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ KINDS = {"causal_lm": "decoders", "seq2seq_lm": "encoder-decoders", "masked_lm":
 
 
 SAME = "the same"
-"""The reason of a cell that has that of the cell before."""
+"""The reason of a cell whose reason equals that of the cell before it."""
 
 
 def read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The records of a result and what they were found with; none where there is no file."""
+    """Return the records of a result and their evidence; both empty if the file does not exist."""
     records, evidence = rows.read(path)
     for before, each in pairwise(records):
         if each.get("reason") == SAME:
@@ -30,7 +30,7 @@ def read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def write(path: Path, records: list[dict[str, Any]], evidence: dict[str, Any]) -> None:
-    """The result with a record a line, and its table beside it."""
+    """Write the result with one record per line, and its table next to it."""
     records = [_short(each) for each in sorted(records, key=lambda each: (each["kind"], each["type"]))]
     short = records[:1]
     for before, each in pairwise(records):
@@ -41,7 +41,7 @@ def write(path: Path, records: list[dict[str, Any]], evidence: dict[str, Any]) -
 
 
 def _short(record: dict[str, Any]) -> dict[str, Any]:
-    """With two figures, without what did not come out, and of a refusal without what is to be done instead."""
+    """Return a record with two significant digits, without empty values, and without the advice in a refusal."""
     found = {
         name: float(f"{value:.2g}") if isinstance(value, float) and math.isfinite(value) else value
         for name, value in record.items()
@@ -53,7 +53,7 @@ def _short(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Counts of each outcome by kind, method and layout; then the names, with the reasons of all but the right ones."""
+    """Return the counts of each outcome by kind, method and layout, then the names, with the reasons if not right."""
     cells: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
     for each in records:
         if each["method"] != "*":
@@ -76,8 +76,8 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def _grouped(records: list[dict[str, Any]], outcome: str) -> list[str]:
-    """A line a reason: whose it is, and in which cells where it is not all of a kind."""
-    cells: dict[tuple[str, str], list[str]] = defaultdict(list)  # of a type and kind
+    """Return one line per reason, then the types that have it, with their cells unless it is all cells of the kind."""
+    cells: dict[tuple[str, str], list[str]] = defaultdict(list)  # of each type and kind
     for each in records:
         cells[each["type"], each["kind"]].append(f"{each['method']} {each['layout']}")
     groups: dict[str, dict[tuple[str, str], list[str]]] = defaultdict(lambda: defaultdict(list))
@@ -97,7 +97,7 @@ def _grouped(records: list[dict[str, Any]], outcome: str) -> list[str]:
 
 
 def _general(reason: str, outcome: str) -> str:
-    """The reason without the names of classes and without figures, so that families have it in common."""
+    """Return the reason without class names and figures, so that families share it."""
     if outcome == "wrong":  # the JSON file has the figures
         return re.sub(r"(differ|differs|by) [\d.e+-]+(, [\d.e+-]+)*", r"\1 …", reason)
     if outcome != "refused":

@@ -1,6 +1,7 @@
-"""What the tiny size of some families needs beside `families_configs.SIZES`: by model type, sub-configs' too.
+"""Settings that some families need at the tiny size in addition to `families_configs.SIZES`, by model type.
 
-Layers are of every kind that a family's checkpoints have; where its default config has one kind only, they are named.
+Sub-configs are included. A model has layers of every kind in the family's checkpoints; this file names them if the
+default config has only one kind.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ CODEC: Settings = {"num_filters": 2, "depths": [1] * 7}
 
 
 def mrope(*sections: int) -> Settings:
-    """Rotary embedding over time, height and width: so many of a head's frequencies each."""
+    """Return settings for a rotary embedding over time, height and width with these numbers of a head's frequencies."""
     return {"rope_parameters": {**THETA, "mrope_section": list(sections)}}
 
 
@@ -44,7 +45,7 @@ DECODERS: dict[str, Settings] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gptj": {"rotary_dim": 4},
     "llama4_text": {"no_rope_layers": [1, 0]},
-    "modernbert-decoder": {"local_attention": 16},  # a window of 8: half of it on each side, of which one is used
+    "modernbert-decoder": {"local_attention": 16},  # a window of 8: the setting counts both sides, and only one is used
     "smollm3": {"no_rope_layers": [1, 0]},
     "unlimited_ocr_text": {"num_key_value_heads": 4},
 }
@@ -140,7 +141,7 @@ TOWER: Settings = {
     "model_args": {"embed_dim": 32},
 }  # fmt: skip
 TOWERS = {name: {"vision_config": TOWER} for name in ("fast_vlm", "gemma3n", "perception_lm")}
-"""Image encoders in place of those of timm, which is not installed; a text does not reach them."""
+"""Image encoders in place of timm's, which is not installed; a text never reaches them."""
 
 VARIANTS: dict[str, Settings] = {
     "albert/groups": {"num_hidden_groups": 2},
@@ -181,4 +182,4 @@ VARIANTS: dict[str, Settings] = {
     "qwen2_moe/whole": {"use_sliding_window": False},
     "t5/v1_1": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }  # fmt: skip
-"""Families with settings that their checkpoints have and their default config lacks."""
+"""Families with settings that their checkpoints have but their default config lacks."""

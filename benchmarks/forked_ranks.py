@@ -1,8 +1,8 @@
-"""Ranks forked from a process that has torch loaded: what a launcher does, without its ten seconds a start.
+"""Fork ranks from a process that has loaded torch: like a launcher, without its ten seconds per start.
 
-Each rank is a process of its own with the environment a launcher gives it, its own process group and files. When one
-fails the others get a moment to end by themselves (they may be writing the same error), then SIGTERM, then SIGKILL.
-The process that forks must not have used autograd or started threads of its own.
+Each rank is a separate process with the environment that a launcher sets, its own process group and its own files. When
+a rank fails, the others get a moment to exit by themselves (they may be writing the same error), then SIGTERM, then
+SIGKILL. The process that forks must not have used autograd or started threads.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass
 class Job:
-    """Ranks that run: rank r's process is ``pids[r]``; what it wrote is in ``logs / "r.log"``."""
+    """Running ranks: the process of rank r is ``pids[r]``; its output is in ``logs / "r.log"``."""
 
     pids: list[int]
     logs: Path
     codes: dict[int, int] = field(default_factory=dict)
-    """Exit codes by rank of those that ended; −9 for SIGKILL."""
+    """Exit codes of the ranks that have exited, by rank; −9 for SIGKILL."""
 
     def poll(self) -> bool:
-        """Whether all ranks have ended."""
+        """Return whether all ranks have exited."""
         for rank, pid in enumerate(self.pids):
             if rank not in self.codes:
                 done, status = os.waitpid(pid, os.WNOHANG)
@@ -41,9 +41,10 @@ class Job:
         return len(self.codes) == len(self.pids)
 
     def wait(self, timeout: float = 300.0, grace: float = 5.0) -> list[int]:
-        """Exit codes by rank; after ``timeout`` seconds, or once a rank failed, the others are ended.
+        """Wait for all ranks and return their exit codes by rank.
 
-        They have ``grace`` seconds to end by themselves, and as many again after SIGTERM.
+        After ``timeout`` seconds, or once a rank has failed, the others are stopped: they have ``grace`` seconds to
+        exit by themselves, and as many again after SIGTERM, before SIGKILL.
         """
         deadline = time.monotonic() + timeout
         while not self.poll() and time.monotonic() < deadline and not any(self.codes.values()):
@@ -57,7 +58,7 @@ class Job:
         return [self.codes[rank] for rank in range(len(self.pids))]
 
     def kill(self, number: int, rank: int | None = None) -> None:
-        """Send a signal to one rank or all that still run."""
+        """Send a signal to one rank, or to all ranks that still run."""
         for place, pid in enumerate(self.pids):
             if place not in self.codes and rank in (None, place):
                 os.kill(pid, number)
@@ -80,10 +81,10 @@ def start(ranks: int, work: Callable[[int], None], logs: Path) -> Job:
 
 
 def _run(rank: int, ranks: int, port: str, work: Callable[[int], None], logs: Path) -> None:
-    """The forked process; never returns."""
+    """Run ``work(rank)`` in the forked process; never returns."""
     code = 1
     try:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives who started it
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives its parent process
         output = os.open(logs / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)

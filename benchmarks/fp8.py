@@ -1,14 +1,15 @@
-"""fp8 weights against bfloat16: the prompt's gradient, what a run ends with and, on a GPU, how fast the products are.
+"""Compare fp8 weights with bfloat16: the prompt's gradient, a run's final loss and, on a GPU, the products' speed.
 
     python benchmarks/fp8.py [--steps 250] [--seeds 0 1 2] [--tokens 8192] [--output benchmarks/results/fp8.json]
-    python benchmarks/fp8.py --quick                                      # two steps: does the script work?
+    python benchmarks/fp8.py --quick                                      # two steps, to test the script
 
-The quickstart's recipe on its backbone, in one process: a run of each seed with the weights in bfloat16 and one with
-fp8, and of the first seed's prompts, after one step and at the end, the gradient over 32 training rows, beside those of
-fp8 with E5M2 gradients, int8, nf4 and float32. On a GPU also forward and dgrad of the linear layers of Llama-3-8B:
-bfloat16, fp8, fp8 under torch.compile (which fuses the rounding), and what fp8's time is made of. Without a GPU fp8
-numbers are multiplied in float32, which rounds as a GPU does and says nothing about speed. OUTPUT has a row for each
-layer's speed, each run's loss and each form's gradient (rows.py).
+The quickstart's recipe runs on its backbone, in one process: for each seed, one run with bfloat16 weights and one with
+fp8 weights. For the first seed's prompts after one step and at the end, the gradient over 32 training rows in bfloat16
+is compared with that in fp8, fp8 with E5M2 gradients, int8, nf4 and float32. On a GPU, it also times forward and dgrad
+of Llama-3-8B's linear layers in bfloat16, fp8, and fp8 under torch.compile (which fuses the rounding), and the parts of
+fp8's time.
+Without a GPU, fp8 numbers are multiplied in float32, which rounds as a GPU does but says nothing about speed. OUTPUT
+has a row for each layer's speed, each run's loss and each form's gradient (rows.py).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ FORMS: dict[str, tuple[str, str]] = {
     "float32": ("float32", "none"),
 }
 LAYER = {"q, o": (4096, 4096, 2), "k, v": (4096, 1024, 2), "gate, up": (4096, 14336, 2), "down": (14336, 4096, 1)}
-"""Of Llama-3-8B: in, out, how many a layer has."""
+"""The linear layers of Llama-3-8B: input width, output width, number per decoder layer."""
 
 
 def run(data: tuple[Path, Path], output: Path, *, seed: int, steps: int, quantization: str) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def run(data: tuple[Path, Path], output: Path, *, seed: int, steps: int, quantiz
 
 
 def prompt_gradient(adapter: Path, rows_file: Path, dtype: str, quantization: str) -> Tensor:
-    """Of the loss over the first rows, at the adapter's prompt; flat, fp64."""
+    """Return the gradient of the loss over the first `ROWS` rows at the adapter's prompt; flat, fp64."""
     ranks = Ranks.start()
     settings = {"backbone": {"dtype": dtype, "quantization": quantization}}
     tuned = load_tuned(str(adapter), None, ranks, settings=settings)
@@ -84,7 +85,7 @@ def prompt_gradient(adapter: Path, rows_file: Path, dtype: str, quantization: st
 
 
 def adapter_of(folder: Path, data: tuple[Path, Path], seed: int, steps: int, name: str) -> tuple[Path, float]:
-    """The run with these weights, of an earlier start if it was finished there; and its held-out loss."""
+    """Return the output folder and the held-out loss of the run with these weights; reuse one that has finished."""
     output = folder / f"{name}-{seed}-{steps}"
     if not (output / "finished.json").exists():
         shutil.rmtree(output, ignore_errors=True)
@@ -94,7 +95,7 @@ def adapter_of(folder: Path, data: tuple[Path, Path], seed: int, steps: int, nam
 
 
 def losses(rows: Rows, folder: Path, data: tuple[Path, Path], seeds: list[int], steps: int) -> None:
-    """What each seed's run ends with, in bfloat16 and with fp8."""
+    """Add a row with the final held-out loss of each seed's run, in bfloat16 and with fp8."""
     for seed in seeds:
         for name in ("bfloat16", "fp8"):
             which = {"what": "held-out loss", "of": f"{name}, seed {seed}"}
@@ -104,7 +105,8 @@ def losses(rows: Rows, folder: Path, data: tuple[Path, Path], seeds: list[int], 
 
 
 def gradients(rows: Rows, folder: Path, data: tuple[Path, Path], seed: int, counts: tuple[int, ...]) -> None:
-    """Of the prompts after so many steps, in every form, against bfloat16's: the cosine and the ratio of lengths."""
+    """Add rows for the gradient at the prompts after ``counts`` steps, in every form: its cosine with that of bfloat16,
+    and the ratio of their lengths."""
     for steps in counts:
         want = None
         for name, form in FORMS.items():
@@ -127,7 +129,7 @@ def gradients(rows: Rows, folder: Path, data: tuple[Path, Path], seed: int, coun
 
 
 def summary(rows: Rows, seeds: list[int]) -> dict[str, Any]:
-    """Times faster than bfloat16 in a layer, and how fp8's held-out losses differ; of what is measured."""
+    """Return the speed-up over bfloat16 in a layer, and how fp8's held-out losses differ, from the measured rows."""
     found = {(row["what"], row["of"]): row for row in rows.records if row["outcome"] == "measured"}
     summed: dict[str, Any] = {}
     if all(("speed", name) in found for name in LAYER):
@@ -155,7 +157,7 @@ def forward_and_dgrad(layer: Callable[[Tensor], Tensor], x: Tensor, gradient: Te
 
 
 def layer_speed(name: str, tokens: int) -> dict[str, float]:
-    """Milliseconds of one of Llama-3-8B's linear layers, and of the parts of its fp8 product."""
+    """Return the milliseconds of one of Llama-3-8B's linear layers, and of the parts of its fp8 product."""
     width, out, _ = LAYER[name]
     plain = nn.Linear(width, out, bias=False, dtype=torch.bfloat16, device="cuda").requires_grad_(False)
     own = fp8.Fp8Linear(plain.weight, None)
@@ -188,7 +190,7 @@ def speed(rows: Rows, tokens: int) -> None:
         if not rows.has(what="speed", of=name):
             with rows.row(what="speed", of=name) as row:
                 if not torch.cuda.is_available():
-                    raise Skip("a CPU rounds as a GPU does, and says nothing about speed")
+                    raise Skip("speed needs a GPU: a CPU rounds as a GPU does, but says nothing about speed")
                 row |= layer_speed(name, tokens)
 
 
@@ -197,7 +199,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--quick", action="store_true", help="two steps of one seed: does the script work?")
+    parser.add_argument("--quick", action="store_true", help="two steps of one seed, to test the script")
     add_arguments(parser)
     arguments = parser.parse_args()
     if arguments.quick:

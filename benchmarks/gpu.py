@@ -1,17 +1,17 @@
-"""What has to be run on an NVIDIA GPU, in four stages of some eight minutes; `make gpu-1` to `make gpu-4`.
+"""Run everything that needs an NVIDIA GPU, in four stages of about eight minutes; `make gpu-1` to `make gpu-4`.
 
     PYTHONPATH=.:kernels python benchmarks/gpu.py --stage 1 [--minutes 8] [--results FOLDER] [--replace]
     PYTHONPATH=.:kernels python benchmarks/gpu.py --stage 1 2 3 4 --quick --results FOLDER     # a rehearsal, on a CPU
 
-1: a resume, no step that waits for the GPU, the kernels' tests, whole runs; 2: the attention benchmark; 3: a 7B in
-every placement; 4: the levers, fp8, Liger's tests, the plan against measurement. A plain clone will do, nothing is
-installed or fetched; what a package is missing for is skipped, and says so.
+1: a resume, the check that no step waits for the GPU, the kernels' tests, whole runs; 2: the attention benchmark; 3: a
+7B model in every placement; 4: the levers, fp8, Liger's tests, the plan compared with measurements. A plain clone is
+enough: nothing is installed or fetched. A part whose package is missing is skipped, with a message.
 
-Each part is a process of its own that writes each row as it is found, into FOLDER/PART.json (rows.py). A stage that was
-stopped in any way goes on where it was: finished rows are kept and not measured again. Where a row takes its process
-with it (a crash, or no end within the time), that is its result, and the part goes on with the next one.
-FOLDER/stages.json sums it up. Exit code 0: all is measured, or skipped; 1: something failed; 75: the time is over,
-start it again.
+Each part is a separate process that writes each row to FOLDER/PART.json as soon as it is found (rows.py). A stage that
+was stopped, for whatever reason, continues where it was: finished rows are not measured again. If a row ends its
+process (a crash, or no result within the time), the row is recorded as failed, and the part continues with the next
+row. FOLDER/stages.json is the summary. Exit code 0: everything is measured or skipped; 1: something failed; 75: the
+time is over, run the command again.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from rows import BROKEN, ROOT, TIME_OVER, Rows, begun, blame, read, start
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 GRACE = 60.0
-"""Seconds that a row may go on behind the end of the time."""
+"""Seconds that a row may continue after the end of the time."""
 PTD = ("transformers", "datasets", "pydantic", "yaml", "typer", "rich", "safetensors")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A program of this folder, and what it is given: always, on a GPU, and in a rehearsal."""
+    """A program of this folder, and its arguments and environment on a GPU and in a rehearsal."""
 
     name: str
     program: str
@@ -87,12 +87,12 @@ STAGES: dict[int, tuple[Part, ...]] = {
 
 
 def run(part: Part, args: argparse.Namespace, end: float) -> tuple[str, str]:
-    """Start the part's process until all of its rows are finished or the time is over: how it ended, and why so."""
+    """Start the part's process until all its rows are finished or the time is over; return the outcome and reason."""
     missing = [name for name in part.needs if importlib.util.find_spec(name) is None]
     if missing:
         return "skipped", f"not installed: {', '.join(missing)}"
     output = args.results / f"{part.name}.json"
-    shown = output.relative_to(ROOT) if output.is_relative_to(ROOT) else output  # kept with the rows, in the command
+    shown = output.relative_to(ROOT) if output.is_relative_to(ROOT) else output  # recorded in the rows' command
     given = [*(part.quick if args.quick else part.full), *(["--replace"] if args.replace else [])]
     environment = part.rehearsed if args.quick else part.environment
     while (left := end - time.monotonic()) > 0:
@@ -111,7 +111,7 @@ def run(part: Part, args: argparse.Namespace, end: float) -> tuple[str, str]:
             seconds = 0.0 if at is None else time.time() - at["since"]
             if seconds < 0.8 * 60 * args.minutes:
                 return "unfinished", "the time is over"
-            blame(output, f"no end within {seconds:.0f} s")
+            blame(output, f"no result within {seconds:.0f} s")
             return "unfinished", "the time is over"
         code = process.returncode
         if code == 0:
@@ -119,7 +119,7 @@ def run(part: Part, args: argparse.Namespace, end: float) -> tuple[str, str]:
         if code == TIME_OVER:
             return "unfinished", "the time is over"
         if code != BROKEN:
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
             why = f"its process {how}: " + " | ".join(line.strip() for line in list(said)[-6:])
             if blame(output, why) is None:
                 return "failed", why
@@ -135,7 +135,7 @@ def tell(process: subprocess.Popen[str], said: deque[str]) -> None:
 
 
 def wait(process: subprocess.Popen[str], end: float) -> bool:
-    """Whether it ended by itself; at the end of the time it is killed."""
+    """Return whether the process exited by itself; kill it at the end of the time."""
     try:
         process.wait(max(1.0, end - time.monotonic()))
     except subprocess.TimeoutExpired:
@@ -148,15 +148,17 @@ def wait(process: subprocess.Popen[str], end: float) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, nargs="+", choices=STAGES, required=True)
-    parser.add_argument("--minutes", type=float, help="for each stage; default 8, in a rehearsal 60")
-    parser.add_argument("--results", type=Path, help=f"default: {RESULTS.relative_to(ROOT)}")
-    parser.add_argument("--replace", action="store_true", help="measure anew what is of other code or another machine")
+    parser.add_argument("--minutes", type=float, help="time per stage; default 8, with --quick 60")
+    parser.add_argument("--results", type=Path, help=f"output folder; default: {RESULTS.relative_to(ROOT)}")
+    parser.add_argument("--replace", action="store_true", help="replace rows of other code or another machine")
     parser.add_argument("--quick", action="store_true", help="a rehearsal: every part at a tiny size, on any machine")
     args = parser.parse_args()
     if args.quick and (args.results is None or args.results.resolve().is_relative_to(RESULTS.parent)):
-        raise SystemExit("--quick measures nothing worth keeping: name a --results outside of benchmarks/results")
+        raise SystemExit(
+            "--quick measures nothing worth keeping: give a --results folder outside of benchmarks/results"
+        )
     if not args.quick and not torch.cuda.is_available():
-        raise SystemExit("there is no GPU here; --quick --results FOLDER rehearses the stages without one")
+        raise SystemExit("this machine has no GPU; give --quick --results FOLDER to rehearse the stages without one")
     args.results = (args.results or RESULTS).resolve()
     args.minutes = args.minutes or (60.0 if args.quick else 8.0)
     stages = Rows(
@@ -180,7 +182,7 @@ def main() -> None:
         print(f"{record['stage']} {record['part']:18} {record['outcome']:10} {record['seconds']:6.0f} s  {told}")
     outcomes = {record["outcome"] for record in records}
     if "unfinished" in outcomes:
-        print("the same command continues what is unfinished")
+        print("run the same command again to continue the unfinished parts")
         raise SystemExit(TIME_OVER)
     raise SystemExit("failed" in outcomes or any(record["rows"].get("failed") for record in records))
 
@@ -188,7 +190,7 @@ def main() -> None:
 def summary(
     stages: Rows, number: int, part: Part, results: Path, outcome: str, reason: str, seconds: float
 ) -> dict[str, Any]:
-    """The row of a part: how it ended, what its rows are, and the time of all its starts."""
+    """Return the row of a part: its outcome, the outcomes of its rows, and the time of all its starts."""
     before = next((record["seconds"] for record in stages.records if record["part"] == part.name), 0.0)
     counts = Counter(record["outcome"] for record in read(results / f"{part.name}.json")[0])
     row = {"part": part.name, "stage": number, "outcome": outcome, "rows": dict(counts)}

@@ -1,11 +1,11 @@
-"""A run that is stopped and started again, against the same run left alone: what a resume on a GPU has to get right.
+"""Compare a run that is stopped and resumed with the same run without a stop, to check a resume on a GPU.
 
     python benchmarks/gpu_resume.py [--output benchmarks/results/gpu/resume.json] [--quick]
 
-The quickstart's backbone and task through ``ptd train``, in processes of their own, once in each form: SIGTERM after a
-few steps, then the same command again. A row has how far the losses behind the stop and the adapter are from those of
-the run left alone; a GPU may add in another order, so that they need not be the same bits, and ``bit_identical`` says
-whether they are. What is lost of the optimizer's state shows in the first steps behind the stop.
+``ptd train`` runs the quickstart's backbone and task in a separate process, once in each form: SIGTERM after a few
+steps, then the same command again. A row records how far the losses after the stop and the adapter are from those of
+the run without a stop. A GPU may add in another order, so the bits need not be equal; ``bit_identical`` says whether
+they are. A loss of optimizer state would show in the first steps after the stop.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FORMS: dict[str, list[str]] = {
 }
 STOPPED_AFTER = 5
 FIRST, REST = 1e-3, 2e-2
-"""How far a loss may be off relatively: of the first three steps behind the stop, and of the first twenty."""
+"""The largest relative error of a loss in the first three steps after the stop, and in the first twenty."""
 
 
 def command(folder: Path, name: str, changes: list[str], steps: int) -> list[str]:
@@ -51,7 +51,7 @@ def command(folder: Path, name: str, changes: list[str], steps: int) -> list[str
 
 
 def losses(output: Path) -> dict[int, float]:
-    """By step; of a step that two starts have logged, the later."""
+    """Return the losses by step; if two starts have logged a step, the later record counts."""
     file = output / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("}")]
@@ -62,11 +62,11 @@ def finish(words: list[str]) -> None:
     done = start(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     said, _ = done.communicate()
     if done.returncode:
-        raise RuntimeError(f"ptd train ended with {done.returncode}: " + "\n".join(said.strip().splitlines()[-8:]))
+        raise RuntimeError(f"ptd train exited with {done.returncode}: " + "\n".join(said.strip().splitlines()[-8:]))
 
 
 def stop(words: list[str], output: Path, steps: int) -> int:
-    """Start it, end it by SIGTERM after `STOPPED_AFTER` steps; the step it got to."""
+    """Start the run, stop it with SIGTERM after `STOPPED_AFTER` steps, and return the last step it finished."""
     with (output.parent / "log").open("w+", encoding="utf-8") as log:
         process = start(words, stdout=log, stderr=subprocess.STDOUT)
         while process.poll() is None and len(losses(output)) < STOPPED_AFTER:
@@ -75,7 +75,7 @@ def stop(words: list[str], output: Path, steps: int) -> int:
         code = process.wait()
         log.seek(0)
         if code != REQUEUE:
-            raise RuntimeError(f"ptd train ended with {code}, not {REQUEUE}: {log.read()[-2000:]}")
+            raise RuntimeError(f"ptd train exited with {code}, not {REQUEUE}: {log.read()[-2000:]}")
     reached = max(losses(output))
     assert reached < steps
     return reached
@@ -90,7 +90,7 @@ def measure(folder: Path, changes: list[str], steps: int) -> dict[str, Any]:
     finish(again)
     want, got = (losses(folder / name) for name in ("whole", "stopped"))
     if got.keys() != want.keys():
-        raise AssertionError(f"steps without a record, or too many: {sorted(got.keys() ^ want.keys())}")
+        raise AssertionError(f"only one of the two runs has records of the steps {sorted(got.keys() ^ want.keys())}")
     off = {step: abs(got[step] - want[step]) / abs(want[step]) for step in want}
     behind = [off[step] for step in sorted(off) if step > reached]
     plain, own = (load_file(folder / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "stopped"))
@@ -99,17 +99,17 @@ def measure(folder: Path, changes: list[str], steps: int) -> dict[str, Any]:
         "adapter_off": max(float((own[key] - plain[key]).norm() / plain[key].norm()) for key in plain),
         "bit_identical": all(torch.equal(own[key], plain[key]) for key in plain) and not any(off.values()),
     }  # fmt: skip
-    if not (found["first_losses_off"] <= FIRST and found["losses_off"] <= REST):  # nan is neither
-        raise AssertionError(f"the resumed run is another: {found}")
+    if not (found["first_losses_off"] <= FIRST and found["losses_off"] <= REST):  # nan satisfies neither
+        raise AssertionError(f"the resumed run differs from the run without a stop: {found}")
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one form")
+    parser.add_argument("--quick", action="store_true", help="measure one form only")
     add_arguments(parser)
     args = parser.parse_args()
-    steps = 300 if torch.cuda.is_available() else 40  # so many that it is stopped long before the last
+    steps = 300 if torch.cuda.is_available() else 40  # enough for the stop to come long before the last step
     forms = dict(list(FORMS.items())[:1]) if args.quick else FORMS
     rows = Rows(
         args.output, ("form",), program="gpu_resume", settings={"steps": steps}, replace=args.replace,

@@ -1,10 +1,10 @@
-"""Run tests with pytest, and keep how each test function ends as soon as it has ended: a plugin and its command.
+"""Run tests with pytest, and record the outcome of each test function as soon as it is known: a plugin and its command.
 
     python benchmarks/gpu_tests.py --output benchmarks/results/gpu/kernels.json tests/ptd_kernels [-- PYTEST'S OPTIONS]
 
-A row a function: how many of its cases passed, failed and were skipped, with the ids and the ends of the failures. A
-second start runs the functions that have no row yet (rows.py). A failure that leaves the GPU unusable ends the process
-after its row; `make gpu-1` starts it again, and it goes on with the next function.
+Each function has one row: how many of its cases passed, failed and were skipped, with the ids of the failures and the
+last characters of their text. A second start runs the functions that have no row yet (rows.py). After a failure that
+leaves the GPU unusable, the process writes the row and exits; `make gpu-1` starts it again with the next function.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 
 import pytest
 
-for name in filter(None, os.environ.get("PYTEST_PLUGINS", "").split(",")):  # the emulated GPU comes before torch
+for name in filter(None, os.environ.get("PYTEST_PLUGINS", "").split(",")):  # import the emulated GPU before torch
     importlib.import_module(name)
 
 from rows import BROKEN, ROOT, TIME_OVER, Rows, Skip, add_arguments, gpu_is_broken  # noqa: E402
 
 REASON = 600
-"""Characters kept of the end of a failure."""
+"""Characters recorded from the end of a failure's text."""
 OPTIONS = (
     "-p",
     "no:cacheprovider",
@@ -37,7 +37,7 @@ OPTIONS = (
 
 
 class Plugin:
-    """What pytest calls."""
+    """The pytest plugin that records rows."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
@@ -49,14 +49,14 @@ class Plugin:
         return name
 
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
-        """Leave out the functions that have a row, and keep the cases of each other one together."""
+        """Deselect the functions that have a row, and group the cases of each remaining function."""
         names = dict.fromkeys(self.name(item) for item in items)
         left = {name: number for number, name in enumerate(names) if not self.rows.has(test=name)}
         config.hook.pytest_deselected(items=[item for item in items if self.name(item) not in left])
         items[:] = sorted((item for item in items if self.name(item) in left), key=lambda item: left[self.name(item)])
 
     def pytest_collectreport(self, report: Any) -> None:
-        """A file that cannot be imported fails; for want of a package of others it is skipped."""
+        """Record a file that cannot be imported as failed; as skipped if a third-party package is missing."""
         if report.failed and not self.rows.has(test=report.nodeid):
             text = str(report.longrepr)
             missing = text.rpartition("ModuleNotFoundError: ")[2].partition("\n")[0]
@@ -83,7 +83,7 @@ class Plugin:
             case = report.nodeid.partition("[")[2].removesuffix("]") or report.when
             self.found["failures"][case] = str(report.longrepr)[-REASON:]
             if gpu_is_broken():
-                self.keep("; behind it the GPU is unusable, and its other cases were not run")
+                self.keep("; after the last one the GPU is unusable, so the remaining cases were not run")
                 self.rows.close()
                 os._exit(BROKEN)
 
@@ -91,7 +91,7 @@ class Plugin:
         self.keep()
 
     def keep(self, more: str = "") -> None:
-        """The row of the function that has ended."""
+        """Add the row of the function that has finished."""
         if not self.found:
             return
         test, counts, failures = self.found["test"], self.found["counts"], self.found["failures"]

@@ -1,16 +1,16 @@
-"""What each lever of ptd's step is worth: alone, and taken away from all of them, on the same batches in one process.
+"""Measure each lever of ptd's step, alone and as the only one missing, on the same batches in one process.
 
     python benchmarks/levers.py [--lengths e2e instructions] [--dtype float32] [--steps 12] [--rows 8] [--threads 1]
         [--output F]
-    python benchmarks/levers.py --quick                   # a tiny backbone, two steps: does the script work?
+    python benchmarks/levers.py --quick                   # a tiny backbone and two steps, to test the script
 
 The backbone is that of throughput.py: a Llama of 8 layers, hidden 512, 8 query and 4 key/value heads, vocabulary
-32,000, random weights. P = 30 virtual tokens are trained directly, 8 rows a step, packed. Rows are as long as E2E's
-or as instruction data has them, 45 % of the tokens supervised: all as in throughput.py. Settings take
-turns on every batch; with one thread it is CPU time that counts, which other work on the machine disturbs less. The
-losses of a lever are compared with those of the plain step: all of them do the same work. On a GPU the layers are four
-of Llama-3-8B's shape, time is wall time, and Liger's kernels are a lever too. OUTPUT has a row for each setting, of one
-kind of lengths at a time (rows.py); a setting that fails has that for its row, and the others go on.
+32,000, random weights. P = 30 virtual tokens are trained directly, with 8 packed rows per step. Rows have the lengths
+of E2E or of instruction data, and 45 % of the tokens are supervised, as in throughput.py. The settings take turns on
+every batch. With one thread, times are CPU time, which other work on the machine disturbs less. The losses with a lever
+are compared with those of the plain step, to check that both do the same work. On a GPU there are four layers of
+Llama-3-8B's shape, times are wall time, and Liger's kernels are an additional lever. OUTPUT has a row for each setting,
+for one kind of lengths after the other (rows.py). If a setting fails, its row records that, and the others continue.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 LLAMA_3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 LEVERS = {
     "tail": "the last layer's MLP and output projection at supervised positions only",
-    "loss": "cross-entropy and its gradient in the logits' own memory, in blocks",
+    "loss": "cross-entropy and its gradient in the memory of the logits, in blocks",
     "compile": "torch.compile of each layer (backbone.compile)",
 }
 if not ON_GPU:
-    LEVERS["joined"] = "attention with the prefix in front of each sequence's keys (backbone.attention), not merged"
+    LEVERS["joined"] = "attention with the prefix copied before each sequence's keys (backbone.attention), not merged"
 else:
     LEVERS["liger"] = "Liger's kernels for RMSNorm, RoPE and SwiGLU (backbone.liger), instead of compile"
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -66,7 +66,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     **({"all, liger for compile": tuple(name for name in LEVERS if name != "compile")} if "liger" in LEVERS else {}),
 }
 WARM_UP = 3
-"""Steps: the first compiles, the others warm caches and allocators."""
+"""Warm-up steps: the first compiles, the others warm caches and allocators."""
 
 
 def llama(dtype: torch.dtype, quick: bool) -> PreTrainedModel:
@@ -92,7 +92,7 @@ def examples_of(kind: str, rows: int) -> Examples:
 
 
 class Step:
-    """ptd's engine on one process, with some of the levers."""
+    """ptd's engine in one process, with some of the levers."""
 
     def __init__(
         self, examples: Examples, rows: int, dtype: torch.dtype, levers: tuple[str, ...], quick: bool = False
@@ -124,7 +124,7 @@ class Step:
 
 
 def measure(args: argparse.Namespace, kind: str, dtype: torch.dtype, clock: Any, rows: Rows) -> None:
-    """Add a row for each setting that has none yet, beside the plain step, with which all are compared."""
+    """Add a row for each setting that has none yet, measured in turns with the plain step, the reference of all."""
     named = {name: levers for name, levers in SETTINGS.items() if not rows.has(lengths=kind, levers=name)}
     if importlib.util.find_spec("liger_kernel") is None:
         for name in [name for name, levers in named.items() if "liger" in levers]:
@@ -152,7 +152,7 @@ def measure(args: argparse.Namespace, kind: str, dtype: torch.dtype, clock: Any,
                 runs.pop(name, None)
                 rows.failed(error, lengths=kind, levers=name)
                 if name == "none":
-                    raise SystemExit(f"{kind}: nothing can be compared without the plain step") from None
+                    raise SystemExit(f"{kind}: the plain step failed, so nothing can be compared with it") from None
     plain, batches = seconds["none"], runs["none"].batches
     tokens = [int(examples.lengths[batches.rows(number)].sum()) for number in range(total)]
     cells = []
@@ -178,7 +178,7 @@ def measure(args: argparse.Namespace, kind: str, dtype: torch.dtype, clock: Any,
 
 def table(cells: list[dict[str, Any]]) -> str:
     lines = [
-        "| lengths | levers | tokens/s | against none | first step, s | loss differs by |",
+        "| lengths | levers | tokens/s | × none (quartiles) | first step, s | loss differs by |",
         "|---|---|---|---|---|---|",
     ]
     for cell in cells:
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="a tiny backbone, two steps: does the script work?")
+    parser.add_argument("--quick", action="store_true", help="a tiny backbone and two steps, to test the script")
     add_arguments(parser)
     arguments = parser.parse_args()
     arguments.warm_up = WARM_UP

@@ -1,16 +1,16 @@
-"""Peak host memory and seconds of loading a backbone in shards: ptd against transformers under DeepSpeed's zero.Init.
+"""Measure peak host memory and seconds of loading a sharded backbone: ptd against transformers under zero.Init.
 
     python benchmarks/loading_memory.py [--ranks 4] [--output benchmarks/results/loading_memory.json]
     python benchmarks/loading_memory.py --whole [--ranks 2] [--output benchmarks/results/loading_whole.json]
 
-A random Llama of 0.94 B parameters in bfloat16 (1.9 GB in files of 600 MB) is written to a temporary folder and loaded
-by every rank, sharded over all of them; each way in processes of its own. Memory is the process's own (anonymous and
-shared pages) above what it was before loading; the pages of mapped files are the page cache's, and the kernel takes
-them back when it needs them: they are given beside it.
+A random Llama of 0.94 B parameters in bfloat16 (1.9 GB in files of 600 MB) is written to a temporary folder. All ranks
+load it, sharded over all of them: with ptd, and with transformers under DeepSpeed's zero.Init, in separate processes.
+Memory is the increase of the process's own memory (anonymous and shared pages) during loading. The pages of mapped
+files belong to the page cache, from which the kernel reclaims them when needed; they are reported separately.
 
-With ``--whole`` every rank loads all of a backbone (four layers of a 7B, 2.1 GB) onto its device, in the checkpoint's
-dtype and in others. ``meta`` stands for the device: a weight is read and its dtype changed on the host, as on the way
-to a GPU, and is gone from there then.
+With ``--whole``, every rank loads a whole backbone (four layers of a 7B, 2.1 GB) onto its device, in the checkpoint's
+dtype and in others. ``meta`` represents the device: a weight is read and converted on the host, as on the way to a GPU,
+and is then freed on the host.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from ptd.engine.sharding import Shards
 
 WAYS = ("ptd", "transformers")
 WHOLE = ("auto", "float16", "float32")
-"""What ``--whole`` loads the checkpoint in: its own dtype, and others."""
+"""The dtypes in which ``--whole`` loads the checkpoint: its own dtype, and others."""
 ALLOWED = 300e6
-"""Bytes a rank may take beside its shard and the largest weight."""
+"""Bytes that a rank may use in addition to its shard and the largest weight."""
 
 
 def save_backbone(folder: str, *, large_layers: bool) -> None:
@@ -62,7 +62,7 @@ def save_backbone(folder: str, *, large_layers: bool) -> None:
 
 
 def memory() -> tuple[int, int]:
-    """The process's own bytes, and those of mapped files."""
+    """Return the process's own bytes, and those of mapped files."""
     found = {"RssAnon": 0, "RssShmem": 0, "RssFile": 0}
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")
@@ -73,7 +73,7 @@ def memory() -> tuple[int, int]:
 
 @contextmanager
 def peaks() -> Iterator[list[int]]:
-    """Peaks of `memory` above its start, sampled every two milliseconds."""
+    """Yield the peaks of `memory` above its value at the start, sampled every two milliseconds."""
     start, found, done = memory(), [0, 0], threading.Event()
 
     def watch() -> None:
@@ -90,7 +90,7 @@ def peaks() -> Iterator[list[int]]:
 
 
 def load(way: str, folder: str) -> None:
-    """One rank: load, and on rank 0 print what the ranks took."""
+    """Load the sharded backbone on this rank; rank 0 prints the highest figures of all ranks."""
     torch.set_num_threads(1)
     ranks = Ranks.start(needs_group=True)
     zero3 = {
@@ -98,7 +98,7 @@ def load(way: str, folder: str) -> None:
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": True},
     }
-    shards = Shards(zero3, None)  # also imports and sets up DeepSpeed, which is not what is measured
+    shards = Shards(zero3, None)  # also imports and sets up DeepSpeed, which is not part of the measurement
     began = time.perf_counter()
     with peaks() as peak:
         if way == "ptd":
@@ -129,7 +129,7 @@ def load(way: str, folder: str) -> None:
 
 
 def load_whole(dtype: str, folder: str) -> None:
-    """One rank: load all of it onto a device, and on rank 0 print what the ranks took."""
+    """Load the whole backbone onto a device on this rank; rank 0 prints the highest figures of all ranks."""
     torch.set_num_threads(1)
     read = core_model_loading._materialize_copy
 
@@ -172,7 +172,7 @@ def launch(way: str, folder: str, ranks: int) -> dict[str, Any]:
 
 
 def bound(ours: dict[str, Any]) -> dict[str, Any]:
-    """What a rank may take that loads in shards, and whether it does."""
+    """Return the bytes that a rank may use to load its shard, and whether the measured peak is within that bound."""
     allowed = int(ours["shard_bytes"] + ours["largest_weight_bytes"] + ALLOWED)
     return {"bound_bytes": allowed, "within_bound": ours["peak_bytes"] <= allowed}
 
@@ -181,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--whole", action="store_true", help="onto a device, instead of in shards")
+    parser.add_argument("--whole", action="store_true", help="load the whole backbone onto a device, instead of shards")
     parser.add_argument("--way", choices=(*WAYS, *WHOLE), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,12 +1,12 @@
-"""A backbone tuned in every placement that one GPU allows: tokens a second, peak memory, and what the plan had said.
+"""Tune a backbone in every placement that one GPU allows: tokens per second, peak memory, and the plan's prediction.
 
     python benchmarks/placements.py [--steps 20] [--output benchmarks/results/gpu/placements.json]  # Llama-2-7B's shape
     python benchmarks/placements.py --quick                                                         # a tiny one, a CPU
 
-Random weights of that shape are written to a temporary folder (13.5 GB, kept until all is measured) with the
+Random weights of that shape are written to a temporary folder (13.5 GB, kept until everything is measured), with the
 quickstart's tokenizer and rows that fill ``data.max_length``. Each placement is a run of launch/recipes/7b.yaml in a
-process of its own, started as a user would, through ``ptd train``; the figures are those of its metrics.jsonl and
-run.json. Tokens a second: the median step, without the first three. OUTPUT has a row a placement (rows.py).
+separate process, started through ``ptd train`` as a user would; the figures come from its metrics.jsonl and run.json.
+Tokens per second is the median over the steps without the first three. OUTPUT has one row per placement (rows.py).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ WARM_UP = 3
 
 
 def save_backbone(folder: Path, shape: dict[str, int]) -> None:
-    """Unless an earlier start has written all of it."""
+    """Write the backbone to ``folder``, unless an earlier start has written all of it."""
     if (folder / "complete").exists():
         return
     torch.manual_seed(0)
@@ -69,12 +69,12 @@ def save_rows(file: Path, rows: int, words: int) -> None:
 
 
 def run(command: list[str]) -> str:
-    """What ``ptd`` writes to standard output. Raises RuntimeError with the end of what it says of a failure."""
+    """Run ``ptd`` and return its standard output. Raises `RuntimeError` with its last lines of errors if it fails."""
     began = start(["-m", "ptd.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, errors = began.communicate()
     if began.returncode:
         said = "\n".join((errors or out).strip().splitlines()[-8:])
-        raise RuntimeError(f"ptd {command[0]} ended with {began.returncode}: {said}")
+        raise RuntimeError(f"ptd {command[0]} exited with {began.returncode}: {said}")
     return out
 
 
@@ -83,7 +83,7 @@ def measure(name: str, changes: list[str], common: list[str], folder: Path, on_g
     if package is not None and importlib.util.find_spec(package) is None:
         raise Skip(f"{package} is not installed")
     output = folder / name.replace(" ", "-").replace(",", "")
-    shutil.rmtree(output, ignore_errors=True)  # of a start that was stopped
+    shutil.rmtree(output, ignore_errors=True)  # remains of a start that was stopped
     recipe = str(ROOT / "launch" / "recipes" / "7b.yaml")
     run(["train", recipe, *common, *changes, f"output_dir={output}"])
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -102,7 +102,7 @@ def measure(name: str, changes: list[str], common: list[str], folder: Path, on_g
         return {**measured, "plan_failed": str(error)}
     own = next(each for each in json.loads(planned)["placements"] if each["own"])
     measured["planned_peak_bytes"] = own["peak_bytes"]
-    if on_gpu:  # on a CPU the peak is that of the process, with Python and all libraries in it
+    if on_gpu:  # on a CPU the peak is that of the whole process, including Python and all libraries
         measured["planned_over_measured"] = round(own["peak_bytes"] / result["peak_memory_bytes"], 3)
     return measured
 
@@ -111,12 +111,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--only", nargs="+", choices=PLACEMENTS, default=list(PLACEMENTS))
-    parser.add_argument("--quick", action="store_true", help="a tiny shape, few steps: does the script work?")
+    parser.add_argument("--quick", action="store_true", help="a tiny shape and few steps, to test the script")
     add_arguments(parser)
     args = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not args.quick:
-        raise SystemExit("Llama-2-7B's shape needs a GPU; --quick tries the script with a tiny one")
+        raise SystemExit("Llama-2-7B's shape needs a GPU; give --quick to test the script with a tiny shape")
     steps, length = (5, 64) if args.quick else (args.steps, 512)
     shape = "tiny" if args.quick else "Llama-2-7B"
     rows = Rows(

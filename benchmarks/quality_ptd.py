@@ -1,4 +1,4 @@
-"""The ptd side of ``benchmarks/quality.py``: a run as the command line starts it, with the method's own defaults."""
+"""The ptd side of ``benchmarks/quality.py``: the same run that the command line starts, with the method's defaults."""
 
 from __future__ import annotations
 
@@ -27,12 +27,11 @@ RECIPES = (
     "classification_head.yaml",
     "token_classification.yaml",
 )
-"""Where ptd's learning rate of a method is written; a method of none of them has the default of the configuration."""
+"""The recipes that set the learning rates of methods. A method without a recipe has the configuration's default."""
 
 
 def method_section(method: str) -> dict[str, Any]:
-    """ptd's ``method`` section: the method's defaults but for the size of the prompt, which a number behind the
-    method's name says."""
+    """Return ptd's ``method`` section: the method's defaults, with P virtual tokens or the number after its name."""
     if method in UNTRAINED or method == "head":
         return {"name": "hard_prompt" if method in UNTRAINED else "head"}
     name, _, mlp = method.partition("+")
@@ -42,8 +41,8 @@ def method_section(method: str) -> dict[str, Any]:
 
 
 def ptd_rates(method: str) -> dict[str, float]:
-    """ptd's learning rates of a method, as keys of ``train``: those of the recipe that has this method, if one does,
-    else the configuration's default (without a key, if that is no number)."""
+    """Return ptd's learning rates of a method, as keys of ``train``: those of the first recipe with this method, or
+    else the configuration's default. A rate that is None has no key."""
     from ptd.config import TrainConfig, load_config
 
     section = method_section(method)
@@ -59,7 +58,7 @@ def ptd_rates(method: str) -> dict[str, float]:
 
 
 def run_ptd(job: Job) -> dict[str, Any]:
-    """The cell through ``ptd.train``, ``ptd.evaluate`` and ``ptd.generate``, as the command line runs them."""
+    """Run the cell through ``ptd.train``, ``ptd.evaluate`` and ``ptd.generate``, as the command line does."""
     from ptd.engine.records import read_records
     from ptd.evaluate import evaluate
     from ptd.generate import generate
@@ -96,7 +95,7 @@ def run_ptd(job: Job) -> dict[str, Any]:
 
 
 def train_section(job: Job) -> dict[str, Any]:
-    """ptd's ``train`` section of the cell, without its learning rate."""
+    """Return ptd's ``train`` section for the cell, without the learning rate."""
     return {
         "max_steps": job.steps,
         "per_device_train_batch_size": BATCH_ROWS,
@@ -111,7 +110,7 @@ def train_section(job: Job) -> dict[str, Any]:
 
 
 def run_config(job: Job, out: Path) -> Any:
-    """The run of a ptd cell that is trained, or of a hard prompt, which is evaluated."""
+    """Return the run configuration of a ptd cell: a training run, or for a hard prompt an evaluation."""
     from ptd.config import load_config
 
     cell, sections, data = job.cell, sections_of(job), Path(job.data)
@@ -128,12 +127,12 @@ def run_config(job: Job, out: Path) -> Any:
         "output_dir": str(out),
     }
     file = Path(job.folder) / "run.yaml"
-    file.write_text(json.dumps(run), encoding="utf-8")  # which is YAML, too
+    file.write_text(json.dumps(run), encoding="utf-8")  # JSON is valid YAML
     return load_config(file, list(job.overrides))
 
 
 def costs(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Seconds, useful tokens a second, peak memory and peak learning rate of a run, from the records of its steps."""
+    """Return a run's seconds, useful tokens/s, peak memory, peak learning rate and last loss, from its step records."""
     steps = [record for record in records if "step_seconds" in record]
     seconds = sum(record["step_seconds"] for record in steps)
     return {

@@ -1,11 +1,11 @@
-"""What ``benchmarks/quality.py`` makes of the rows of both sides: OUTPUT.md, OUTPUT.csv and figures.
+"""The report of ``benchmarks/quality.py`` on the rows of both sides: OUTPUT.md, OUTPUT.csv and figures.
 
 Any row may be missing.
 
-A line is a method of a side on a task, once with its default rate and once with the rate that the development rows
-chose of three; scores are means over seeds with the least and the most, costs are means over those on one machine. A
-row *diverged* if its held-out loss is worse than that of the backbone alone (of a trained head, which that does not
-have: than ln 2, what guessing gives).
+Each method of a side has on each task one line for its default rate and one for the rate that the development rows
+chose out of three. Scores are means over seeds, with the lowest and the highest; costs are means over the seeds on one
+machine. A row *diverged* if its held-out loss is higher than that of the frozen backbone, or, for a trained head, which
+the frozen backbone lacks, higher than ln 2, the loss of guessing.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ SIDES = {"ptd": "ptd", "peft": "PEFT"}
 
 
 def place_of(output: Path, side: str) -> Path:
-    """The file of a side's rows."""
+    """Return the file of a side's rows."""
     return output if side == "ptd" else output.with_name(f"{output.stem}_{side}.json")
 
 
 def read_sides(output: Path) -> tuple[list[Record], dict[str, dict[str, Any]]]:
-    """The records of both sides, and of each side that has a file its evidence."""
+    """Return the records of both sides, and side -> evidence for the sides that have a file."""
     found = {side: read(place_of(output, side)) for side in SIDES}
     records = [record for of_side, _ in found.values() for record in of_side]
     return records, {side: found_by for side, (_, found_by) in found.items() if found_by}
 
 
 def of(records: Iterable[Record], **wanted: Any) -> list[Record]:
-    """The measured rows that have these values."""
+    """Return the measured rows that have these values."""
     return [
         record
         for record in records
@@ -64,11 +64,11 @@ def of(records: Iterable[Record], **wanted: Any) -> list[Record]:
 
 
 def chosen_rate(records: Sequence[Record], side: str, method: str, task: str) -> Line | None:
-    """The best of the three rates of a grid by the development rows of seed 0: ``rate``, ``learning_rate`` and
-    ``at_edge``, whether a rate beyond the grid might be better still. None unless all three have been tried.
+    """Return the best of a grid's three rates on the development rows of seed 0; None until all three have been tried.
 
-    Of E2E the lowest loss is the best, of the others the highest accuracy and among equal ones the lowest loss; a rate
-    that failed is the worst. The default belongs to the grid where its rate is one of the grid's.
+    The result has ``rate``, ``learning_rate`` and ``at_edge``: whether a rate outside the grid might be even better. On
+    E2E the best rate has the lowest loss; on the other tasks it has the highest accuracy, and among equals the lowest
+    loss. A rate that failed is the worst. The default's row counts as one of the three if its rate fits the grid.
     """
     same = [
         record
@@ -90,7 +90,7 @@ def chosen_rate(records: Sequence[Record], side: str, method: str, task: str) ->
 
 
 def _is_step(ratio: float) -> bool:
-    """Whether two rates are 1, 3 or 9 times each other, as those of one grid are."""
+    """Return whether two rates can be different rates of one grid: one is 3 or 9 times the other."""
     steps = abs(math.log(ratio, 3))
     return abs(steps - round(steps)) < 0.02 and 1 <= round(steps) < GRID_SIZE
 
@@ -101,7 +101,7 @@ def _development(record: Record) -> tuple[float, float]:
 
 
 def reference_loss(records: Sequence[Record], method: str, task: str) -> float | None:
-    """What a held-out loss is compared with: the backbone's alone, or ln 2 for a trained head; None: not measured."""
+    """Return the loss above which a row diverged: ln 2 for a trained head, or the frozen backbone's (None: unknown)."""
     if labels_by_head(method, task):
         return math.log(2)
     alone = [record for name in UNTRAINED for record in of(records, method=name, task=task)]
@@ -109,11 +109,11 @@ def reference_loss(records: Sequence[Record], method: str, task: str) -> float |
 
 
 def lines_of(records: Sequence[Record]) -> list[Line]:
-    """A line for each task, side, method and kind of rate (``default``, ``best of grid``), in that order.
+    """Return one line per task, side, method and kind of rate (``default``, ``best of grid``), in that order.
 
-    A measured line has ``seeds``, for each of `MEAN_OF` it knows the mean, ``NAME_min`` and ``NAME_max``, what its
-    first row says of size and rate, ``frozen_loss`` and ``diverged`` (how many of its rows are worse than that; None:
-    unknown). Of a line without a measured row ``reason`` says why.
+    A measured line has ``seeds``; the mean, ``NAME_min`` and ``NAME_max`` of each name in `MEAN_OF` that its rows have;
+    the sizes and the rate of its first row; ``frozen_loss``; and ``diverged``, how many of its rows have a higher loss
+    than that (None: unknown). A line without a measured row has a ``reason`` instead.
     """
     keys = dict.fromkeys((record["task"], record["side"], record["method"]) for record in records)
     ordered = sorted(keys, key=lambda key: (TASKS.index(key[0]), key[2] not in UNTRAINED))
@@ -134,7 +134,7 @@ def lines_of(records: Sequence[Record]) -> list[Line]:
 
 
 def machines_of(lines: Iterable[Line]) -> dict[str, str]:
-    """The machines of the lines' costs, in their order, each with the letter that stands for it in a table."""
+    """Return machine -> its letter in the tables, for the machines on which the lines' costs were measured."""
     found = dict.fromkeys(line["hardware"] for line in lines if line.get("hardware"))
     return dict(zip(found, ascii_lowercase, strict=False))
 
@@ -164,7 +164,7 @@ def _line(records: Sequence[Record], same: Line, rate: str, kind: str) -> Line:
 
 
 def spread(line: Line, name: str) -> str:
-    """The mean, and of more than one seed the least and the most."""
+    """Return the mean, and for more than one seed also the lowest and the highest value."""
     if name not in line:
         return ""
     digits = DIGITS[name]
@@ -173,30 +173,30 @@ def spread(line: Line, name: str) -> str:
 
 
 def size_of(count: int | None) -> str:
-    """A number of bytes as people read it."""
+    """Return a number of bytes in kB or MB."""
     if not count:
         return "–"
     return f"{count / 1e6:,.2f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
 
 
 def notes_on(line: Line) -> str:
-    """What a reader has to know of the line beside its numbers."""
+    """Return the notes on a line that a reader needs in addition to its numbers."""
     told = []
     if line["diverged"]:
-        told.append(f"{line['diverged']} of {line['seeds']} worse than the backbone alone")
+        told.append(f"{line['diverged']} of {line['seeds']} worse than without training")
     if line.get("at_edge"):
-        told.append("at the grid's edge")
+        told.append("at the edge of the grid")
     if line.get("machine"):
-        told.append(f"on {line['machine']}")
+        told.append(f"timed on {line['machine']}")
     if line["failed"]:
         told.append(f"{line['failed']} failed")
     return "; ".join(told)
 
 
 def table(task: str, lines: Sequence[Line]) -> str:
-    """The task's lines as a Markdown table."""
+    """Return the task's lines as a Markdown table."""
     heads = ["side", "method", "rate", *(SHOWN[name] for name in SCORES[task])]
-    heads += ["parameters", "adapter", "s", "useful tokens/s", "peak", "seeds", ""]
+    heads += ["trained parameters", "adapter", "training, s", "useful tokens/s", "peak memory", "seeds", "notes"]
     body = []
     for line in lines:
         name = [SIDES[line["side"]], line["method"]]
@@ -215,8 +215,8 @@ def table(task: str, lines: Sequence[Line]) -> str:
 
 
 def leaderboard(lines: Sequence[Line]) -> list[Line]:
-    """The causal model on E2E, best first: ``side``, ``method``, ``kind``, ``learning_rate``, ``loss`` with its least
-    and most, ``seconds`` of training to it, ``trained_parameters`` and ``seeds``."""
+    """Return the lines of the causal model on E2E, best first: ``side``, ``method``, ``kind``, ``learning_rate``,
+    ``loss`` with its lowest and highest value, ``seconds`` of training, ``trained_parameters`` and ``seeds``."""
     wanted = ("side", "method", "kind", "learning_rate", "loss", "loss_min", "loss_max", "seconds")
     wanted += ("trained_parameters", "seeds")
     found = [line for line in lines if line["task"] == "e2e" and line["seeds"] and line["method"] not in UNTRAINED]
@@ -225,7 +225,10 @@ def leaderboard(lines: Sequence[Line]) -> list[Line]:
 
 
 def _leaderboard_table(lines: Sequence[Line]) -> str:
-    rows = [["", "side", "method", "rate", "held-out loss, nats", "s to it", "parameters", "seeds"], ["---"] * 8]
+    rows = [
+        ["place", "side", "method", "rate", "held-out loss, nats", "training, s", "parameters", "seeds"],
+        ["---"] * 8,
+    ]
     for place, line in enumerate(leaderboard(lines), 1):
         rate = f"{line['learning_rate']:.2g} ({line['kind']})"
         costs = [f"{line['seconds']:.0f}", f"{line['trained_parameters']:,}", str(line["seeds"])]
@@ -234,7 +237,7 @@ def _leaderboard_table(lines: Sequence[Line]) -> str:
 
 
 def markdown(records: Sequence[Record], found_by: dict[str, dict[str, Any]]) -> str:
-    """Everything as a page; ``found_by``: the evidence of each side. Says so where two sides had other settings."""
+    """Return the whole page, with a warning if the sides' settings differ; ``found_by``: side -> evidence."""
     lines = lines_of(records)
     counts = {outcome: sum(record["outcome"] == outcome for record in records) for outcome in ("failed", "skipped")}
     settings: dict[str, Any] = {}
@@ -244,7 +247,7 @@ def markdown(records: Sequence[Record], found_by: dict[str, dict[str, Any]]) -> 
         known = each.get("settings", {})
         other = [name for name, value in known.items() if settings.get(name, value) != value]
         if other:
-            parts.append(f"**The sides do not compare**: they differ in {', '.join(other)}.")
+            parts.append(f"**The sides are not comparable**: they differ in {', '.join(other)}.")
         settings = {**known, **settings}
     if settings:
         parts.append(", ".join(f"{name}: {value}" for name, value in settings.items()) + ".")
@@ -252,7 +255,8 @@ def markdown(records: Sequence[Record], found_by: dict[str, dict[str, Any]]) -> 
     named = [f"{letter}: {machine}" for machine, letter in machines.items()]
     parts += [f"Times on {'; '.join(named if len(machines) > 1 else machines)}."] if machines else []
     parts += [
-        f"{len(records)} rows: {counts['failed']} failed, {counts['skipped']} skipped. Mean over seeds (least…most).",
+        f"{len(records)} rows: {counts['failed']} failed, {counts['skipped']} skipped. "
+        "Scores are means over seeds (lowest…highest).",
     ]
     for task in TASKS:
         of_task = [line for line in lines if line["task"] == task]
@@ -261,10 +265,12 @@ def markdown(records: Sequence[Record], found_by: dict[str, dict[str, Any]]) -> 
         parts += [f"## {TITLES[task]}", table(task, of_task)]
         people = of(records, task=task, method="frozen")
         if people and "slots_of_references" in people[0]:
-            parts.append(f"People's own texts for these mrs: slots {people[0]['slots_of_references']:.1f} %.")
+            parts.append(
+                f"Human references for these meaning representations: slots {people[0]['slots_of_references']:.1f} %."
+            )
         counts_of_tokens = {each["supervised_tokens"] for each in of(records, task=task) if "supervised_tokens" in each}
         if len(counts_of_tokens) > 1:
-            parts.append(f"**Losses do not compare**: they are of {sorted(counts_of_tokens)} tokens.")
+            parts.append(f"**The losses are not comparable**: they are over {sorted(counts_of_tokens)} tokens.")
     if leaderboard(lines):
         steps, rows = settings.get("steps"), settings.get("rows of a step")
         parts += [f"## E2E after {steps} steps of {rows} rows", _leaderboard_table(lines)]
@@ -272,7 +278,7 @@ def markdown(records: Sequence[Record], found_by: dict[str, dict[str, Any]]) -> 
 
 
 def report(output: Path, *, plots: bool = False) -> None:
-    """Write OUTPUT.md, OUTPUT.csv and, with ``plots``, a figure a task beside OUTPUT; prints the page."""
+    """Write OUTPUT.md, OUTPUT.csv and, with ``plots``, one figure per task next to OUTPUT; print the page."""
     records, found_by = read_sides(output)
     page, lines = markdown(records, found_by), lines_of(records)
     print(page)
@@ -289,7 +295,7 @@ LABELS_AT: dict[str, dict[str, Any]] = {
     "PEFT": {"xytext": (6, -3), "ha": "left"},
     "LoRA": {"xytext": (0, -13), "ha": "center"},
 }
-"""Where a point's name stands: those of two sides are often at one place."""
+"""Where a point's label is placed: points of two sides often coincide."""
 
 
 def _series(line: Line) -> str:
@@ -297,7 +303,7 @@ def _series(line: Line) -> str:
 
 
 def draw(file: Path, task: str, records: Sequence[Record], lines: Sequence[Line]) -> None:
-    """Loss (E2E) or accuracy against trained parameters, a panel for each kind of rate; nothing without rows."""
+    """Draw loss (E2E) or accuracy over trained parameters, one panel per kind of rate; without rows, draw nothing."""
     measured = [line for line in lines if line["task"] == task and line["seeds"]]
     trained = [line for line in measured if line["method"] not in UNTRAINED and line["trained_parameters"]]
     if not trained:
@@ -322,7 +328,7 @@ def draw(file: Path, task: str, records: Sequence[Record], lines: Sequence[Line]
         if alone:
             axes.axhline(alone[0], color="black", linestyle="--", linewidth=1)
             where = {"xy": (0.01, alone[0]), "xycoords": ("axes fraction", "data")}
-            axes.annotate("backbone alone", **where, xytext=(0, 3), textcoords="offset points", fontsize=8)
+            axes.annotate("frozen backbone", **where, xytext=(0, 3), textcoords="offset points", fontsize=8)
         axes.set_xscale("log")
         axes.margins(x=0.16)
         title = "default rates" if kind == "default" else "best of three rates"
@@ -330,7 +336,7 @@ def draw(file: Path, task: str, records: Sequence[Record], lines: Sequence[Line]
         axes.grid(alpha=0.3)
     _limit(panels[0], trained, score, alone)
     panels[0][0].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{TITLES[task]} (mean, least and most over seeds)", fontsize=10)
+    figure.suptitle(f"{TITLES[task]} (mean, lowest and highest over seeds)", fontsize=10)
     figure.tight_layout()
     figure.savefig(file)
     pyplot.close(figure)
@@ -355,7 +361,7 @@ def _draw_series(axes: Any, points: Sequence[Line], score: str, series: str, col
 
 
 def _limit(panels: Sequence[Any], trained: Sequence[Line], score: str, alone: Sequence[float]) -> None:
-    """Of a loss, leave out what lies far above the backbone alone, and say how many points that are."""
+    """Cut the loss axis far above the frozen backbone's loss, and name the points above the cut."""
     if score != "loss" or not alone:
         return
     top = 1.15 * alone[0]
@@ -368,5 +374,5 @@ def _limit(panels: Sequence[Any], trained: Sequence[Line], score: str, alone: Se
         names = [f"{SIDES[line['side']]} {line['method']} {line[score]:.2f}" for line in beyond if line["kind"] == kind]
         if names:
             axes.text(
-                0.99, 0.99, "above: " + ", ".join(names), transform=axes.transAxes, ha="right", va="top", fontsize=7
+                0.99, 0.99, "not shown: " + ", ".join(names), transform=axes.transAxes, ha="right", va="top", fontsize=7
             )

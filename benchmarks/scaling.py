@@ -1,15 +1,16 @@
-"""Weak scaling: 1, 2 and 4 ranks on this machine's cores, a cost model fitted to them, and what it says of 64 nodes.
+"""Measure weak scaling on 1, 2 and 4 ranks of this machine, fit a cost model, and predict up to 64 nodes.
 
     python benchmarks/scaling.py [--rounds 3] [--output benchmarks/results/scaling.json]
 
-Measured: a Llama of random weights (8 layers, hidden 512, fp32) prefix-tuned by `ptd.train`, each rank with one thread
-on a core of its own (four ranks share two cores), the backbone whole on every rank or sharded over all, with few and
-many virtual tokens and rows; medians over rounds, in turns. The model (scaling_model.py) is fitted to all; each case is
-also predicted from the others alone, which says how far to trust it.
+Measured: `ptd.train` prefix-tunes a Llama with random weights (8 layers, hidden 512, fp32). Each rank has one thread,
+pinned to a core (four ranks share two cores). The backbone is whole on every rank or sharded over all ranks, with few
+and many virtual tokens and rows. Figures are medians over rounds, in which the cases take turns. The model
+(scaling_model.py) is fitted to all cases; each case is also predicted from the others alone, which shows how far the
+model can be trusted.
 
-Predicted: tokens a second of Llama-2-7B's and 70B's shape on 1 to 64 nodes of 8 GPUs, relative to one node, for
-ptd with the backbone sharded inside each node, and for data-parallel PEFT with ZeRO-3 over all ranks, with their bytes
-from ptd's plan. The constants of such a cluster are assumptions (`ASSUMED`), for no GPU has been measured: the model
+Predicted: tokens per second of Llama-2-7B's and 70B's shape on 1 to 64 nodes of 8 GPUs, relative to one node, for ptd
+with the backbone sharded inside each node, and for data-parallel PEFT with ZeRO-3 over all ranks. The bytes come from
+ptd's plan. The constants of such a cluster are assumptions (`ASSUMED`), because no GPU has been measured: the model
 carries over, the constants of this machine do not.
 """
 
@@ -35,7 +36,7 @@ from forked_ranks import start
 from scaling_model import Cluster, Link, Measurement, Traffic, Work, fit, left_out, predicted, step_seconds
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import ptd.engine.sharding  # before the forks, as all that takes long to import
+import ptd.engine.sharding  # slow imports come before the forks
 import ptd.train
 from ptd.bench.machine import evidence
 from ptd.config import parse_config
@@ -54,7 +55,7 @@ CASES: dict[str, tuple[str, int, int]] = {
     "sharded, 20 virtual tokens, 2 rows": ("world", 20, 2),
     "sharded, 20 virtual tokens, 8 rows": ("world", 20, 8),
 }
-"""backbone.sharding, virtual tokens, rows a rank and step."""
+"""backbone.sharding, virtual tokens, rows per rank and step."""
 WARM_UP, STEPS = 4, 8
 LENGTH = 128
 
@@ -62,8 +63,9 @@ ASSUMED = {
     "400 Gbit/s a GPU": Cluster(4e14, 0.02, Link(3e-6, 1.5e11), Link(1e-5, 4e11)),
     "200 Gbit/s a node": Cluster(4e14, 0.02, Link(3e-6, 1.5e11), Link(1e-5, 2.5e10)),
 }
-"""4e14 FLOP/s a GPU (NeMo publishes 402 TFLOP/s of an H100 for LoRA of an 8B in bf16), 20 ms a step for all else;
-inside a node (NVLink) 150 GB/s and 3 us, between nodes eight adapters of 400 Gbit/s or one of 200 Gbit/s, and 10 us."""
+"""4e14 FLOP/s per GPU (NeMo publishes 402 TFLOP/s for LoRA of an 8B model in bf16 on an H100), and 20 ms per step for
+everything else; inside a node (NVLink) 150 GB/s and 3 us; between nodes eight adapters of 400 Gbit/s or one of
+200 Gbit/s, and 10 us."""
 SHAPES = {
     "Llama-2-7B": (4096, 11008, 32, 32, 32),
     "Llama-2-70B": (8192, 28672, 80, 64, 8),
@@ -72,11 +74,11 @@ SHAPES = {
 NODES = (1, 2, 4, 8, 16, 32, 64)
 GPUS = 8
 BATCHES = {2048: (1, 2048), 16384: (4, 4096)}
-"""Tokens a GPU and step: rows, and tokens in a row."""
+"""By tokens per GPU and step: the rows, and the tokens per row."""
 
 
 def prepare(work: Path) -> None:
-    """Backbone and rows."""
+    """Write backbone and rows to ``work``."""
     tokenizer = AutoTokenizer.from_pretrained(BACKBONE)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -112,7 +114,7 @@ def run_of(work: Path, case: str, output: Path) -> dict[str, Any]:
 
 
 def rank(work: Path, case: str, output: Path, number: int) -> None:
-    """One rank, on its core."""
+    """Run one rank, pinned to its core."""
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[number % len(cores)]})
     torch.set_num_threads(1)
@@ -120,7 +122,7 @@ def rank(work: Path, case: str, output: Path, number: int) -> None:
 
 
 def measure(work: Path, case: str, ranks: int, place: int) -> dict[str, float]:
-    """Means of the steps behind the warm-up: seconds, tokens of all ranks, bytes sent by all ranks."""
+    """Return means over the steps after the warm-up: seconds, tokens of all ranks, bytes sent by all ranks."""
     output = work / f"{ranks}-{place}-{list(CASES).index(case)}"
     job = start(ranks, lambda number: rank(work, case, output, number), output.with_suffix(".logs"))
     if any(job.wait(timeout=300)):
@@ -134,7 +136,7 @@ def measure(work: Path, case: str, ranks: int, place: int) -> dict[str, float]:
 
 
 def measured_work(work: Path, case: str, ranks: int, found: dict[str, float]) -> Work:
-    """What a rank did: FLOPs of the plan's trace by the tokens that ran, bytes as they were counted."""
+    """Return the work of a rank: FLOPs from the plan's trace, scaled to the measured tokens, and the counted bytes."""
     config = parse_config(run_of(work, case, work / "unused"))
     trace = trace_run(config, capability=None, local_ranks=ranks, supervised=0.31)
     flops = trace.flops / trace.tokens * found["tokens"] / ranks
@@ -145,7 +147,7 @@ def measured_work(work: Path, case: str, ranks: int, found: dict[str, float]) ->
 
 
 def measure_all(rounds: int) -> list[dict[str, Any]]:
-    """Every case on every number of ranks: median seconds of the rounds, which take turns."""
+    """Measure every case on every number of ranks, in turns, and return the medians over the rounds."""
     seen: dict[tuple[str, int], list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -155,7 +157,7 @@ def measure_all(rounds: int) -> list[dict[str, Any]]:
                 for ranks in RANKS:
                     found = measure(work, case, ranks, place)
                     seen.setdefault((case, ranks), []).append(found)
-                    print(f"{case}, {ranks} ranks: {found['seconds']:.3f} s a step", file=sys.stderr)
+                    print(f"{case}, {ranks} ranks: {found['seconds']:.3f} s per step", file=sys.stderr)
         results = []
         for (case, ranks), each in seen.items():
             middle = {key: statistics.median(one[key] for one in each) for key in each[0]}
@@ -164,7 +166,7 @@ def measure_all(rounds: int) -> list[dict[str, Any]]:
 
 
 def predictions(shape: str, tokens: int) -> list[dict[str, Any]]:
-    """Steps of so many tokens a GPU, for every cluster, number of nodes and system."""
+    """Predict steps of ``tokens`` tokens per GPU, for every cluster, number of nodes and system."""
     rows, sequence = BATCHES[tokens]
     hidden, intermediate, layers, heads, kv_heads = SHAPES[shape]
     with tempfile.TemporaryDirectory() as folder:
@@ -185,7 +187,7 @@ def predictions(shape: str, tokens: int) -> list[dict[str, Any]]:
         for nodes in NODES:
             machine = Machine(GPUS, nodes, 80 << 30)
             for system in ("ptd", "PEFT"):
-                # PEFT's weights are gathered over all ranks, those that are trained with them.
+                # PEFT gathers its weights over all ranks, including the trained weights.
                 placement = Placement(sharding="node", group_size=GPUS)
                 if system == "PEFT":
                     placement = Placement(sharding="world", group_size=GPUS * nodes)
@@ -216,7 +218,7 @@ def predictions(shape: str, tokens: int) -> list[dict[str, Any]]:
 
 
 def plot(rows: list[dict[str, Any]], output: Path) -> None:
-    """A panel a shape, batch and network: efficiency over nodes, from no overlap to all that is possible."""
+    """Plot one panel per shape, batch and network: efficiency over nodes, from no overlap to the full overlap."""
     panels = [(shape, tokens) for shape in SHAPES for tokens in BATCHES]
     figure, axes = plt.subplots(len(ASSUMED), len(panels), figsize=(4.2 * len(panels), 3.4 * len(ASSUMED)), sharey=True)
     for line, network in enumerate(ASSUMED):
@@ -236,7 +238,7 @@ def plot(rows: list[dict[str, Any]], output: Path) -> None:
                 axis.fill_between(NODES, series[0.0], series[1.0], color=colour, alpha=0.25)
                 axis.plot(NODES, series[1.0], color=colour, marker="o", markersize=3, label=label)
                 axis.plot(NODES, series[0.0], color=colour, linestyle=":")
-            axis.set_title(f"{shape}, {tokens:,} tokens a GPU,\n{network}", fontsize=9)
+            axis.set_title(f"{shape}, {tokens:,} tokens per GPU,\n{network}", fontsize=9)
             axis.set_xscale("log", base=2)
             axis.set_xticks(NODES, [str(count) for count in NODES])
             axis.set_ylim(0, 105)
@@ -244,10 +246,11 @@ def plot(rows: list[dict[str, Any]], output: Path) -> None:
             if line == len(ASSUMED) - 1:
                 axis.set_xlabel("nodes of 8 GPUs")
             if column == 0:
-                axis.set_ylabel("tokens/s a GPU, % of one node")
+                axis.set_ylabel("tokens/s per GPU, % of one node")
     axes[0][0].legend(fontsize=8, loc="lower left")
     figure.suptitle(
-        "Predicted, not measured: solid with gathers hidden behind computation, dotted with none", fontsize=10
+        "Predicted, not measured: solid lines with gathers overlapped by computation, dotted without overlap",
+        fontsize=10,
     )
     figure.tight_layout()
     figure.savefig(output, dpi=110)
@@ -255,7 +258,7 @@ def plot(rows: list[dict[str, Any]], output: Path) -> None:
 
 
 def table(results: list[dict[str, Any]], errors: list[float], cluster: Cluster) -> None:
-    print("| case | ranks | s a step | tokens/s | against one rank | model | from the others alone |")
+    print("| case | ranks | s per step | tokens/s | × one rank | model's error | error if predicted from the others |")
     print("|---|---|---|---|---|---|---|")
     rates = {(row["case"], row["ranks"]): row["tokens"] / row["seconds"] for row in results}
     for row, error in zip(results, errors, strict=True):
@@ -267,15 +270,15 @@ def table(results: list[dict[str, Any]], errors: list[float], cluster: Cluster) 
             f"{error:+.0%} |"
         )
     print(
-        f"\none rank: {cluster.flops_per_second / 1e9:.1f} GFLOP/s and {cluster.fixed * 1e3:.1f} ms a step; "
-        f"{cluster.inside.latency * 1e6:.0f} us a hop, {cluster.inside.bytes_per_second / 1e6:.0f} MB/s"
+        f"\none rank: {cluster.flops_per_second / 1e9:.1f} GFLOP/s and {cluster.fixed * 1e3:.1f} ms per step; "
+        f"{cluster.inside.latency * 1e6:.0f} us per hop, {cluster.inside.bytes_per_second / 1e6:.0f} MB/s"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="JSON file; the plot lies beside it")
+    parser.add_argument("--output", type=Path, help="JSON file; the plot is written next to it")
     args = parser.parse_args()
     results = measure_all(args.rounds)
     cores = len(os.sched_getaffinity(0))
@@ -287,7 +290,8 @@ def main() -> None:
     table(results, errors, cluster)
     future = [row for shape in SHAPES for tokens in BATCHES for row in predictions(shape, tokens)]
     print(
-        "\n| shape | tokens a GPU | network | nodes | ptd, % of one node | PEFT with ZeRO-3, % | ptd : PEFT, tokens/s |"
+        "\n| shape | tokens per GPU | network | nodes | ptd, % of one node | PEFT with ZeRO-3, % | "
+        "ptd : PEFT, tokens/s |"
     )
     print("|---|---|---|---|---|---|---|")
     for first in future:

@@ -1,10 +1,10 @@
-"""Seconds of an optimizer step on many ranks: compute, what travels inside a node, what travels between nodes.
+"""A model of the seconds of an optimizer step on many ranks: compute, traffic inside a node, traffic between nodes.
 
-One rank does ``flops`` a step at a rate, and ``fixed`` seconds of other work. Collectives cost a latency each and their
-bytes a bandwidth, inside nodes and between them. A collective of n ranks has ceil(log2 n) latencies, as in trees. What
-gathers weights may run beside the computation (``overlap`` of 1: as far as there is computation to hide behind; 0: not
-at all); what is summed at the end of a step cannot. Bytes are those of `ptd.engine.placement`, which the tests compare
-with the collectives that run.
+Each rank computes ``flops`` per step at a fixed rate, and needs ``fixed`` seconds for other work. A collective costs a
+latency, and its bytes divided by a bandwidth, inside nodes and between them. A collective of n ranks has ceil(log2 n)
+latencies, as in a tree. Gathers of weights may overlap with the computation (``overlap`` 1: as far as the computation
+is long enough; 0: not at all); the sums at the end of a step cannot. The bytes come from `ptd.engine.placement`, which
+the tests compare with real collectives.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scipy.optimize import nnls
 
 @dataclass(frozen=True)
 class Link:
-    """``latency`` in seconds a hop, ``bytes_per_second`` that a rank (inside a node) or a node (between) sends."""
+    """``latency`` in seconds per hop; ``bytes_per_second`` sent by a rank (inside a node) or by a node (between)."""
 
     latency: float
     bytes_per_second: float
@@ -34,7 +34,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a step runs on; ``fixed``: seconds a step that do not depend on tokens."""
+    """The machines that run a step; ``fixed``: seconds per step that do not depend on the number of tokens."""
 
     flops_per_second: float
     fixed: float
@@ -44,7 +44,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Of one step: collectives, bytes a rank sends inside its node, and bytes a node sends to others."""
+    """The traffic of one step: collectives, bytes a rank sends inside its node, and bytes a node sends to others."""
 
     messages: float = 0.0
     inside: float = 0.0
@@ -53,7 +53,8 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Work:
-    """One optimizer step of a rank: ``weights`` is what gathers frozen weights, ``training`` what sums gradients."""
+    """One optimizer step of a rank: ``weights`` is the traffic that gathers frozen weights, ``training`` the traffic
+    that sums gradients."""
 
     flops: float
     weights: Traffic = Traffic()
@@ -61,7 +62,7 @@ class Work:
 
 
 def step_seconds(work: Work, cluster: Cluster, *, ranks_per_node: int, nodes: int, overlap: float = 0.0) -> float:
-    """Seconds of one step on ``nodes`` of ``ranks_per_node``; each rank does ``work``."""
+    """Return the seconds of one step on ``nodes`` nodes of ``ranks_per_node`` ranks, each of which does ``work``."""
 
     def travel(traffic: Traffic) -> float:
         inside = cluster.inside.seconds(traffic.messages, traffic.inside, ranks_per_node)
@@ -75,7 +76,7 @@ def step_seconds(work: Work, cluster: Cluster, *, ranks_per_node: int, nodes: in
 
 @dataclass(frozen=True)
 class Measurement:
-    """``seconds`` of a step in which ``ranks`` shared ``cores``, each doing ``work``."""
+    """``seconds`` of a step in which ``ranks`` ranks shared ``cores`` cores; each rank did ``work``."""
 
     name: str
     work: Work
@@ -85,11 +86,11 @@ class Measurement:
 
     @property
     def share(self) -> float:
-        """How many ranks a core carries: all work of theirs is done one after the other, the copies of gloo too."""
+        """The number of ranks per core, at least 1: a core does their work, including gloo's copies, sequentially."""
         return max(1.0, self.ranks / self.cores)
 
     def terms(self) -> np.ndarray:
-        """Coefficients of fixed, 1 / FLOP/s, latency and 1 / bandwidth (inside a node)."""
+        """Return the coefficients of fixed, 1 / FLOP/s, latency and 1 / bandwidth (inside a node)."""
         both = [self.work.weights, self.work.training]
         hops = math.ceil(math.log2(self.ranks)) if self.ranks > 1 else 0
         return self.share * np.array(
@@ -98,7 +99,7 @@ class Measurement:
 
 
 def fit(measurements: Sequence[Measurement]) -> Cluster:
-    """The machine that explains them best: least squares of relative errors, no term negative."""
+    """Return the cluster that explains the measurements best: least squares of relative errors, no negative term."""
     rows = np.array([each.terms() / each.seconds for each in measurements])
     scale = rows.max(axis=0)
     scale[scale == 0] = 1.0
@@ -109,7 +110,7 @@ def fit(measurements: Sequence[Measurement]) -> Cluster:
 
 
 def predicted(each: Measurement, cluster: Cluster) -> float:
-    """Seconds of a measurement by the model."""
+    """Return the seconds that the model predicts for a measurement."""
     shared = replace(
         cluster,
         flops_per_second=cluster.flops_per_second / each.share,
@@ -120,7 +121,7 @@ def predicted(each: Measurement, cluster: Cluster) -> float:
 
 
 def left_out(measurements: Sequence[Measurement]) -> list[float]:
-    """Relative error of each, predicted from the others alone."""
+    """Return the relative error of each measurement's prediction from the other measurements alone."""
     errors = []
     for index, each in enumerate(measurements):
         cluster = fit([other for place, other in enumerate(measurements) if place != index])

@@ -1,15 +1,15 @@
-"""A run on two ranks that is killed again and again, against the same run left alone.
+"""Compare a run on two ranks that is killed again and again with the same run without kills.
 
     python benchmarks/soak.py [--kills 200] [--steps-per-kill 12] [--seed 0] [--output benchmarks/results/soak.json]
 
-A tiny Llama of random weights, prefix-tuned by an MLP that is split over two gloo ranks; a checkpoint every 3 steps, an
-evaluation every 25. SIGKILL hits a random rank at a random time: one in eight while the ranks start, the others some
-random seconds after the first step, so that the kills spread over the whole run, saves and evaluations included. The
-same command then continues it. In the end every record and the adapter have to be those of the run left alone, bit for
-bit; and no kill may leave a checkpoint that a later start has to pass over.
+A tiny Llama with random weights is prefix-tuned through an MLP that is split over two gloo ranks, with a checkpoint
+every 3 steps and an evaluation every 25. SIGKILL hits a random rank at a random time: one kill in eight comes while the
+ranks start, the others a random time after the first step, so that the kills spread over the whole run, including saves
+and evaluations. The same command then continues the run. At the end, every record and the adapter must equal those of
+the run without kills, bit for bit, and no kill may leave a checkpoint that a later start has to pass over.
 
-All ranks are forked from this process (forked_ranks.py): real processes, whose start costs no imports. Exit code 1 if
-anything differs.
+All ranks are forked from this process (forked_ranks.py): they are real processes, but their start needs no imports. The
+exit code is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ RANKS, SAVE_STEPS, EVAL_STEPS = 2, 3, 25
 IN_START = 1 / 8
 TIMING = {"tokens_per_second", "step_seconds", "phase_seconds", "peak_memory_bytes"}
 TIMING |= {"slowest_rank", "slowest_rank_seconds", "mean_rank_seconds"}
-"""Fields of a record that no two runs share."""
+"""Fields of a record that differ between any two runs."""
 
 
 def prepare(folder: Path, steps: int) -> Path:
-    """Backbone, rows and run file; returns the run file."""
+    """Write backbone, rows and run file, and return the path of the run file."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "ptd" / "quickstart" / "backbone")
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -88,7 +88,7 @@ def begin(run_file: Path, output: Path, logs: Path) -> Job:
     """Start ``ptd train`` on all ranks."""
 
     def work(rank: int) -> None:
-        # So often is a run only killed here: it would wait for a person.
+        # Without --retry, a run that was killed this often would wait for a person.
         sys.argv = ["ptd", "train", "--retry", str(run_file), f"output_dir={output}"]
         ptd_main()
 
@@ -96,7 +96,7 @@ def begin(run_file: Path, output: Path, logs: Path) -> Job:
 
 
 def steps_done(job: Job) -> int:
-    """The last step this start has done; 0 before the first."""
+    """Return the last step that this start has finished; 0 before the first."""
     return max(map(int, re.findall(r"^train (\d+)/", job.log(0), re.MULTILINE)), default=0)
 
 
@@ -106,7 +106,7 @@ def sleep_until(job: Job, deadline: float) -> None:
 
 
 def one_kill(job: Job, draw: random.Random, start_seconds: float, reach_seconds: float) -> dict[str, Any] | None:
-    """Kill one rank of ``job`` at a random time; None if that rank had ended by then."""
+    """Kill one rank of ``job`` at a random time, and return what was hit; None if that rank had exited by then."""
     began = time.monotonic()
     in_start = draw.random() < IN_START
     delay, victim = draw.random(), draw.randrange(RANKS)
@@ -131,7 +131,7 @@ def is_finished(output: Path) -> bool:
 
 
 def left_alone(run_file: Path, folder: Path) -> tuple[float, float]:
-    """The run without kills; returns seconds until its first step, and a step."""
+    """Run without kills; return the seconds until the first step, and the seconds per step."""
     began = time.monotonic()
     job = begin(run_file, folder / "whole", folder / "logs" / "whole")
     while not steps_done(job) and not job.poll():
@@ -139,15 +139,15 @@ def left_alone(run_file: Path, folder: Path) -> tuple[float, float]:
     first = time.monotonic() - began
     codes = job.wait(timeout=3600)
     if any(codes):
-        raise RuntimeError(f"the run left alone failed with {codes}:\n{job.log(0)[-4000:]}")
+        raise RuntimeError(f"the run without kills failed with exit codes {codes}:\n{job.log(0)[-4000:]}")
     seconds = [record["step_seconds"] for record in read_records(folder / "whole") if "loss" in record]
     return first, max(statistics.median(seconds), (time.monotonic() - began - first) / len(seconds))
 
 
 def soak(run_file: Path, folder: Path, kills: int, steps: int, seed: int) -> dict[str, Any]:
-    """Kill and continue until the run is finished; what was seen on the way."""
+    """Kill and continue the run until it is finished; return statistics of the kills."""
     first, step_seconds = left_alone(run_file, folder)
-    print(f"left alone: first step after {first:.1f} s, {1000 * step_seconds:.0f} ms a step", flush=True)
+    print(f"without kills: first step after {first:.1f} s, {1000 * step_seconds:.0f} ms per step", flush=True)
     draw, killed, reached = random.Random(seed), [], 0
     seen: collections.Counter[str] = collections.Counter()
     checkpoints = folder / "soaked" / "checkpoints"
@@ -156,7 +156,7 @@ def soak(run_file: Path, folder: Path, kills: int, steps: int, seed: int) -> dic
         job = begin(run_file, folder / "soaked", folder / "logs" / f"{len(killed):04d}")
         hit = None
         if len(killed) < kills:
-            # On average a fifth less than what would be even, so that the run does not end before the last kill.
+            # The mean delay is a fifth below an even spread, so that the last kill comes before the run finishes.
             reach = min(1.6 / (kills - len(killed)), 0.6) * (steps - reached) * step_seconds
             hit = one_kill(job, draw, first, reach)
         codes = job.wait(timeout=3600)
@@ -168,7 +168,7 @@ def soak(run_file: Path, folder: Path, kills: int, steps: int, seed: int) -> dic
             seen["with a checkpoint half written"] += any(checkpoints.glob(".writing-*"))
             print(f"kill {len(killed)}/{kills}: rank {hit['rank']} at step {hit['step'] or 'start'}", flush=True)
         elif not finished:
-            raise RuntimeError(f"a start that nobody killed ended with {codes}:\n{job.log(0)[-4000:]}")
+            raise RuntimeError(f"a start without a kill failed with exit codes {codes}:\n{job.log(0)[-4000:]}")
         seen["checkpoints passed over"] += job.log(0).count("passed over")
     return {
         "kills": len(killed),
@@ -181,16 +181,16 @@ def soak(run_file: Path, folder: Path, kills: int, steps: int, seed: int) -> dic
 
 
 def differences(whole: Path, soaked: Path) -> list[str]:
-    """In what the two runs differ; timing aside."""
+    """Return the differences between the two runs, apart from timing."""
     sides = [read_records(folder) for folder in (whole, soaked)]
     found = [
-        f"step {one['step']}, {key}: {one.get(key)} left alone, {other.get(key)} killed"
+        f"step {one['step']}, {key}: {one.get(key)} without kills, {other.get(key)} with kills"
         for one, other in zip(*sides, strict=False)
         for key in sorted((one.keys() | other.keys()) - TIMING)
         if one.get(key) != other.get(key)
     ]
     if len(sides[0]) != len(sides[1]):
-        found.append(f"{len(sides[0])} records left alone, {len(sides[1])} killed")
+        found.append(f"{len(sides[0])} records without kills, {len(sides[1])} with kills")
     for name in ("adapter", "best"):
         file = Path(name) / "adapter_model.safetensors"
         if (whole / file).read_bytes() != (soaked / file).read_bytes():
@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--steps-per-kill", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", action="store_true", help="keep the folder with runs and logs, and print its name")
+    parser.add_argument("--keep", action="store_true", help="keep the folder with runs and logs, and print its path")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "soak.json")
     arguments = parser.parse_args()
     steps = arguments.steps_per_kill * arguments.kills
@@ -221,7 +221,7 @@ def main() -> None:
         else:
             shutil.rmtree(folder, ignore_errors=True)
     if result["kills"] < arguments.kills:
-        found.append(f"the run ended after {result['kills']} kills")
+        found.append(f"the run finished after only {result['kills']} kills")
     if result["kills_seen"].get("checkpoints passed over"):
         found.append("a checkpoint was damaged by a kill")
     result = {**result, "differences": len(found), "first_differences": found[:20], **evidence()}

@@ -1,13 +1,14 @@
-"""Training throughput against PEFT on a small Llama, cell by cell, with curves: ``ptd bench`` on data made here.
+"""Measure training throughput against PEFT on a small Llama, in cells and curves: ``ptd bench`` on generated data.
 
     python benchmarks/throughput.py [--repeats 25] [--only NAME ...] [--output benchmarks/results/throughput]
 
-A Llama of 8 layers, hidden 512, 8 query and 4 key/value heads, vocabulary 32,000 and random weights; prefix-tuning, 8
-rows a step, 45 % of the tokens supervised. ``e2e``: rows as long as those of the E2E data set; ``instructions``: skewed
-(log-normal, mean 180 tokens, σ 0.9, at most 1,024). PEFT runs as its users run it (random batches) and in its best
-working setting (rows of like length together); docs/benchmarking.md says how all is measured. The curves show the cost
-over virtual tokens, rows, sequence length and layers, against PEFT at its best. ``compiled``: with `backbone.compile`,
-against PEFT as run, at its best, and with its layers compiled in the same way.
+The backbone is a Llama of 8 layers, hidden 512, 8 query and 4 key/value heads, vocabulary 32,000 and random weights. It
+is prefix-tuned with 8 rows per step and 45 % of the tokens supervised. ``e2e``: rows have the lengths of the E2E data
+set; ``instructions``: skewed lengths (log-normal, mean 180 tokens, σ 0.9, at most 1,024). PEFT runs as its users run it
+(random batches), and in its best working setting (rows of similar length together); docs/benchmarking.md describes the
+measurement. The curves show the cost over virtual tokens, rows, sequence length and layers, against PEFT at its best.
+``compiled`` cells use `backbone.compile`, against PEFT as run, at its best, and with its layers compiled in the same
+way.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ SPECIALS = ("<pad>", "</s>", "<unk>")
 
 
 def e2e(random: np.random.Generator, rows: int) -> np.ndarray:
-    """Tokens of rows as in E2E's development set under a 32k byte-level BPE (4,672 rows, measured).
+    """Draw the tokens per row as in E2E's development set under a 32k byte-level BPE (4,672 rows, measured).
 
     Prompts 50.7 ± 12.7 tokens, completions 29.4 ± 8.9, correlation 0.67.
     """
@@ -45,13 +46,13 @@ def e2e(random: np.random.Generator, rows: int) -> np.ndarray:
 
 
 def instructions(random: np.random.Generator, rows: int) -> np.ndarray:
-    """Skewed lengths, as of instruction data: log-normal with mean 180 and σ 0.9, 8 to 1,024 tokens."""
+    """Draw skewed lengths, as in instruction data: log-normal with mean 180 and σ 0.9, 8 to 1,024 tokens."""
     drawn = random.lognormal(np.log(180) - 0.9**2 / 2, 0.9, rows)
     return np.clip(drawn.round(), 8, 1024).astype(int)
 
 
 def all_of(length: int) -> Callable[[np.random.Generator, int], np.ndarray]:
-    """Rows of one length."""
+    """Return a function like `e2e` for rows of one length."""
     return lambda random, rows: np.full(rows, length)
 
 
@@ -60,7 +61,7 @@ LENGTHS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {"e2e": e
 
 @dataclass(frozen=True)
 class Cell:
-    """One comparison. ``data``: a name of `LENGTHS`, or the tokens of every row."""
+    """One comparison. ``data``: a name in `LENGTHS`, or the number of tokens of every row."""
 
     data: str = "e2e"
     virtual_tokens: int = 30
@@ -73,7 +74,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Curve:
-    """A cell with one of its fields changed."""
+    """A cell whose field ``changed`` takes several values."""
 
     changed: str
     label: str
@@ -95,19 +96,19 @@ CELLS = {
 }
 CURVES = {
     "virtual tokens": Curve("virtual_tokens", "virtual tokens", (8, 32, 128, 512, 2048)),
-    "rows": Curve("rows", "rows of a step", (1, 2, 4, 8, 16, 32)),
-    "length": Curve("data", "tokens of a row", (32, 64, 128, 256, 512, 1024)),
+    "rows": Curve("rows", "rows per step", (1, 2, 4, 8, 16, 32)),
+    "length": Curve("data", "tokens per row", (32, 64, 128, 256, 512, 1024)),
     "layers": Curve("layers", "layers", (2, 4, 8, 16)),
 }
 
 
 def words(vocabulary: int) -> list[str]:
-    """The tokenizer's words: as many tokens as there are words in a text."""
+    """Return the tokenizer's words; each word of a text is one token."""
     return [*SPECIALS, *(f"w{index}" for index in range(vocabulary - len(SPECIALS)))]
 
 
 def write_backbone(folder: Path, model: dict[str, Any]) -> None:
-    """A Llama with random weights in fp32, and a tokenizer with a token a word."""
+    """Write a Llama with random fp32 weights, and a tokenizer with one token per word."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -127,7 +128,7 @@ def write_backbone(folder: Path, model: dict[str, Any]) -> None:
 
 
 def write_rows(file: Path, lengths: np.ndarray, vocabulary: int, random: np.random.Generator) -> None:
-    """Rows of these many tokens, EOS included, `SUPERVISED` of which are the completion's and carry loss."""
+    """Write rows of these lengths in tokens, including EOS; the share `SUPERVISED` of them is the completion."""
     known = words(vocabulary)[len(SPECIALS) :]
     with file.open("w", encoding="utf-8") as out:
         for length in lengths.tolist():
@@ -139,7 +140,7 @@ def write_rows(file: Path, lengths: np.ndarray, vocabulary: int, random: np.rand
 
 
 class Folders:
-    """Backbones and rows that the cells share, made when they are needed."""
+    """Backbones and rows that the cells share, written on first use."""
 
     def __init__(self, folder: Path, model: dict[str, Any]) -> None:
         self.folder, self.model = folder, model
@@ -158,7 +159,7 @@ class Folders:
         return file
 
     def config(self, cell: Cell) -> dict[str, Any]:
-        """The run file of a cell, as a mapping."""
+        """Return the run file of a cell as a mapping."""
         return {
             "backbone": {"path": str(self.backbone(cell.layers)), "dtype": cell.dtype, "compile": cell.compiled},
             "method": {"name": "prefix", "num_virtual_tokens": cell.virtual_tokens},
@@ -168,7 +169,7 @@ class Folders:
 
 
 def measured(folders: Folders, cell: Cell, repeats: int, warmup: int) -> dict[str, Any]:
-    """The report of `ptd.bench.bench`, without what is the same in all cells."""
+    """Return the report of `ptd.bench.bench`, without the fields that are the same in all cells."""
     from ptd.bench import bench
     from ptd.config import parse_config
 
@@ -179,7 +180,7 @@ def measured(folders: Folders, cell: Cell, repeats: int, warmup: int) -> dict[st
 
 
 def rows_of_table(cells: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """A Markdown table of the cells."""
+    """Yield the lines of a Markdown table of the cells."""
     yield "| rows | PEFT | PEFT, useful tokens/s | ptd | ptd / PEFT (quartiles) | peak memory, PEFT → ptd |"
     yield "|---|---|---|---|---|---|"
     for name, report in cells.items():
@@ -196,11 +197,13 @@ def rows_of_table(cells: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=25, help="timed steps of each side in a cell")
-    parser.add_argument("--curve-repeats", type=int, default=9, help="the same at a point of a curve")
+    parser.add_argument("--repeats", type=int, default=25, help="timed steps of each side per cell")
+    parser.add_argument("--curve-repeats", type=int, default=9, help="timed steps of each side per point of a curve")
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--only", nargs="*", help="names of cells and curves: " + "; ".join([*CELLS, *CURVES]))
-    parser.add_argument("--quick", action="store_true", help="a tiny model and few points: says that it works")
+    parser.add_argument(
+        "--only", nargs="*", help="names of the cells and curves to measure: " + "; ".join([*CELLS, *CURVES])
+    )
+    parser.add_argument("--quick", action="store_true", help="a tiny model and few points, to test the script")
     parser.add_argument("--output", type=Path, help="folder for throughput.json and the curves")
     arguments = parser.parse_args()
     from ptd.bench.machine import evidence

@@ -1,13 +1,14 @@
-"""What `two_nodes.sh` runs on its hosts: prefix-tuning with ptd or PEFT on two ranks each, over a link of limited rate.
+"""The program that `two_nodes.sh` runs on its hosts: prefix-tuning with ptd or PEFT, two ranks each, on a slow link.
 
-A Llama of random weights (63 M parameters in bf16: 8 layers, hidden 768, vocabulary of the quickstart's tokenizer), 20
-virtual tokens trained directly, the quickstart's rows, 4 a rank and step. ZeRO-3 gathers a layer ahead and keeps no
-weight from forward to backward, as it must where the backbone does not fit. ptd runs `ptd.train` as its users do; PEFT
-with ZeRO-3 as its users do: `HfDeepSpeedConfig`, `get_peft_model`, an AdamW that DeepSpeed owns, padded batches.
+The backbone is a Llama with random weights (63 M parameters in bf16: 8 layers, hidden 768, vocabulary of the
+quickstart's tokenizer). 20 virtual tokens are trained directly on the quickstart's rows, 4 per rank and step. ZeRO-3
+gathers one layer ahead and keeps no weight from forward to backward, as it must if the backbone does not fit. ptd
+runs through `ptd.train`; PEFT with ZeRO-3 runs with `HfDeepSpeedConfig`, `get_peft_model`, an AdamW that DeepSpeed owns
+and padded batches. Each runs as its users run it.
 
-For each rate of the link: ``STEPS`` optimizer steps, their mean time on rank 0, and the bytes (both directions) that
-the interface's counters grew by, headers of Ethernet, IP and TCP and acknowledgements among them. The steps before them
-warm up; DeepSpeed compares the layers' order over all ranks there.
+For each rate of the link, the program measures ``STEPS`` optimizer steps: their mean time on rank 0, and the increase
+of the interface's byte counters (both directions), including acknowledgements and the headers of Ethernet, IP and TCP.
+The steps before them are the warm-up, in which DeepSpeed compares the layers' order over all ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 STEPS = 4
-"""Steps to warm up, and steps measured at each rate."""
+"""Warm-up steps, and measured steps at each rate."""
 ROWS, P, MAX_LENGTH = 4, 20, 128
 ZERO3 = {
     "stage": 3,
@@ -35,19 +36,19 @@ TOKENIZER = Path(__file__).parents[1] / "ptd" / "quickstart" / "backbone"
 
 
 class Link:
-    """The link between the hosts, seen from the first: its rate can be set, its bytes read."""
+    """The link between the hosts, seen from the first host: sets its rate, reads its bytes."""
 
     def __init__(self, device: str, hosts: list[str]) -> None:
         self.device, self.hosts = device, hosts
 
     def limit(self, rate: str) -> None:
-        """Both directions; ``rate`` in tc's words."""
+        """Limit both directions to ``rate``, written as for tc."""
         for host in self.hosts:
             limit = ["tbf", "rate", rate, "burst", "256kb", "latency", "50ms"]
             subprocess.run(["tc", "-n", host, "qdisc", "replace", "dev", self.device, "root", *limit], check=True)
 
     def bytes(self) -> int:
-        """Sent and received so far, with all headers."""
+        """Return the bytes sent and received so far, including all headers."""
         show = ["ip", "-s", "-j", "link", "show", "dev", self.device]
         (link,) = json.loads(subprocess.run(show, capture_output=True, check=True).stdout)
         return int(link["stats64"]["rx"]["bytes"] + link["stats64"]["tx"]["bytes"])
@@ -65,7 +66,7 @@ class Phases:
         return STEPS * (1 + len(self.rates))
 
     def after(self, step: int) -> None:
-        """``step`` counts from 1."""
+        """Note that ``step`` (counted from 1) is finished."""
         phase, within = divmod(step, STEPS)
         if within:
             return
@@ -78,7 +79,7 @@ class Phases:
 
 
 def prepare(work: Path) -> None:
-    """Backbone and rows into ``work``."""
+    """Write backbone and rows to ``work``."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -143,7 +144,7 @@ def run_peft(work: Path, phases: Phases) -> list[dict[str, Any]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.integrations import HfDeepSpeedConfig
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # for inference; it takes a compiler and a minute
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # for inference; needs a compiler and a minute
     settings = {
         "zero_optimization": ZERO3,
         "bf16": {"enabled": True},
@@ -153,7 +154,7 @@ def run_peft(work: Path, phases: Phases) -> list[dict[str, Any]]:
         "steps_per_print": 10**9,
     }
     deepspeed.init_distributed("gloo")
-    kept = HfDeepSpeedConfig(settings)  # transformers looks at it as long as it lives
+    kept = HfDeepSpeedConfig(settings)  # transformers uses it for as long as the object exists
     model = AutoModelForCausalLM.from_pretrained(work / "backbone", dtype=torch.bfloat16)
     model = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -178,7 +179,7 @@ def run_peft(work: Path, phases: Phases) -> list[dict[str, Any]]:
 
 
 def peft_batch(rows: list[dict[str, str]], tokenizer: Any) -> dict[str, Any]:
-    """Padded on the right, labels of −100 on prompt and padding."""
+    """Return a batch padded on the right, with labels −100 on prompt and padding."""
     import torch
 
     pairs = [
@@ -211,7 +212,7 @@ def run(system: str, work: Path, link: Link, rates: list[str]) -> None:
 
 
 def report(work: Path, output: Path, systems: list[str]) -> None:
-    """All results with where they come from; a table on standard output."""
+    """Write all results with their evidence, and print a table."""
     from ptd.bench.machine import evidence
 
     results = [row for system in systems for row in json.loads((work / f"{system}.json").read_text(encoding="utf-8"))]
@@ -219,7 +220,7 @@ def report(work: Path, output: Path, systems: list[str]) -> None:
     found["hardware"] += ", 2 namespaces × 2 ranks × 1 thread, gloo"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({**found, "steps": STEPS, "results": results}, indent=2) + "\n", encoding="utf-8")
-    print("| system | link | seconds a step | MB a step on the wire | in metrics.jsonl (wire against it) |")
+    print("| system | link | s per step | MB per step on the wire | MB per step in metrics.jsonl (wire against it) |")
     print("|---|---|---|---|---|")
     for row in results:
         counted = row.get("network_bytes_between_nodes")

@@ -1,4 +1,4 @@
-"""Sphinx's settings of this documentation: ``make docs`` builds it into docs/_build/html."""
+"""Configure Sphinx for this documentation. ``make docs`` builds it into docs/_build/html."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 myst_dmath_double_inline = True
 
-# `Name` in our docstrings is a Python object, ours or not, or a term: linked where there is a target, else set as code.
+# `Name` in a docstring is a Python object (of ptd or another library) or a term. Sphinx links it if it has a target,
+# and otherwise sets it as code.
 default_role = "py:obj"
 nitpicky = True
 nitpick_ignore_regex = [
@@ -35,7 +36,7 @@ nitpick_ignore_regex = [
     (
         r"py:(class|data|exc|meth|func|attr)",
         r"(?!ptd\.|ptd_kernels\.).*",
-    ),  # other libraries': no inventory
+    ),  # of other libraries, for which no inventory is loaded
 ]
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "signature"

@@ -1,7 +1,7 @@
-"""Rewrites the tables of configuration.md from what the configuration says of its own keys.
+"""Rewrite the tables of configuration.md from the descriptions of the configuration's own keys.
 
-``python docs/configuration.py`` (``make docs`` runs it). A table stands between ``<!-- keys: SECTION -->`` and
-``<!-- end -->``; everything else on the page is written by hand.
+Run ``python docs/configuration.py`` (``make docs`` runs it). A table is between ``<!-- keys: SECTION -->`` and
+``<!-- end -->``; the rest of the page is written by hand.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ DEFAULT = re.compile(r"; default: (.+)$")
 
 
 def rewritten(page: str) -> str:
-    """The page with its tables as they should be. Raises `KeyError` or `UserError` for a section that is none."""
+    """Return ``page`` with current tables. Raise `KeyError` or `UserError` for a section that does not exist."""
     return TABLE.sub(lambda found: f"{found[1]}{table(found[2])}{found[3]}", page)
 
 
 def table(section: str) -> str:
-    """Of a section (``backbone``), of a method's part of it (``method prefix``), or of keys without one (``-``)."""
+    """Return the table of a section (``backbone``), a method (``method prefix``) or the top-level keys (``-``)."""
     lines = ["| key | default | meaning |", "|---|---|---|"]
     for key, required, default, said in _keys(section):
         named = DEFAULT.search(said) if default is None else None
@@ -39,7 +39,7 @@ def table(section: str) -> str:
 
 
 def _keys(section: str) -> Iterator[tuple[str, bool, Any, str]]:
-    """Key, whether it is required, its default, and what is said of it."""
+    """Yield each key, whether it is required, its default, and its description."""
     if section.startswith("method "):
         config = method(section.removeprefix("method ")).config
         hints, defaults = get_type_hints(config), config()

@@ -13,7 +13,7 @@ __all__ = ["TunedModel", "UserError", "attach", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    # The API brings transformers along; the command line answers --help and --version without it.
+    # Importing the API imports transformers, which ptd --help and ptd --version do not need.
     if name in ("TunedModel", "attach", "load"):
         from ptd import api
 

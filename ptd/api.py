@@ -1,4 +1,4 @@
-"""The stages as a small Python API: attach a prompt to a model you loaded, train it your way, save, load, generate."""
+"""A small Python API: attach a prompt to a model that you loaded, train it in your own loop, save it and load it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ SUBMODULE = "prompt_encoder"
 
 
 class TunedModel:
-    """A prompt on a Hugging Face model, made by `attach` or `load`.
+    """A Hugging Face model with a prompt, made by `attach` or `load`.
 
-    The model itself is used as before (``model(...)``, ``model.generate(...)``, HF ``Trainer``); its own parameters
-    are frozen, and `encoder`, registered as its submodule ``prompt_encoder``, holds the only trainable ones.
+    Use the model as before (``model(...)``, ``model.generate(...)``, HF ``Trainer``). Its own parameters are frozen.
+    The only trainable parameters belong to `encoder`, which is the model's submodule ``prompt_encoder``.
     """
 
     def __init__(self, model: PreTrainedModel, attachment: Attachment, method: dict[str, Any]) -> None:
@@ -34,18 +34,19 @@ class TunedModel:
 
     @property
     def encoder(self) -> PromptEncoder | None:
-        """The trained module; None on a loaded adapter, which is fixed."""
+        """The trainable prompt encoder; None for a loaded adapter, which cannot be trained."""
         return getattr(self.model, SUBMODULE, None)
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """What an optimizer of yours is to be given, as ``torch.optim.AdamW(tuned.parameter_groups(2e-2))``.
+        """Return the parameter groups for your optimizer, as in ``torch.optim.AdamW(tuned.parameter_groups(2e-2))``.
 
-        Every parameter of the prompt has the learning rate that makes its output move alike at every width; of a prompt
-        that is trained directly, without a network, all have the one that is given.
+        Each group scales ``learning_rate`` so that the prompt changes equally fast at every width of its network. A
+        prompt that is trained directly, without a network, uses ``learning_rate`` itself. Raises `UserError` for a
+        loaded adapter.
         """
         encoder = self.encoder
         if encoder is None:
-            raise UserError("there is nothing to train: this model carries a loaded adapter, which is fixed")
+            raise UserError("this model has a loaded adapter, which cannot be trained; use attach(…) to train a prompt")
         groups: dict[float, list[Any]] = {}
         rates = encoder.rates()
         for name, parameter in encoder.named_parameters():
@@ -53,10 +54,14 @@ class TunedModel:
         return [{"params": found, "lr": learning_rate * scale} for scale, found in groups.items()]
 
     def save(self, folder: str | Path) -> None:
-        """Write the prompt as it stands as an adapter folder that ptd and, where it has the like, PEFT load."""
+        """Write the prompt's current values as an adapter folder.
+
+        ptd can load the folder, and so can PEFT if it has an equivalent of the method. Raises `UserError` for a loaded
+        adapter.
+        """
         encoder = self.encoder
         if encoder is None:
-            raise UserError("there is nothing to save: this model carries a loaded adapter, which is saved already")
+            raise UserError("this model has a loaded adapter, which is already saved; copy the adapter's folder")
         with torch.no_grad():
             flat = encoder()
         adapter = Adapter(
@@ -70,7 +75,7 @@ class TunedModel:
         save_adapter(folder, adapter)
 
     def remove(self) -> None:
-        """Take the prompt off; the model is as it was (but for its parameters, which stay frozen)."""
+        """Remove the prompt. The model then computes the same as before `attach`; its parameters stay frozen."""
         self.attachment.remove()
         if self.encoder is not None:
             delattr(self.model, SUBMODULE)
@@ -89,21 +94,22 @@ def attach(
     attention: str = "auto",
     **settings: Any,
 ) -> TunedModel:
-    """Freeze ``model`` and put a trainable prompt of method ``name`` on it, in place.
+    """Freeze ``model`` and attach a trainable prompt of method ``name`` to it, in place.
 
-    A model with LoRA layers of PEFT keeps them, frozen like the rest; the result is then about the model inside.
+    PEFT's LoRA layers stay in the model, frozen like its other weights. The result's ``model`` is then the transformers
+    model inside the PEFT model.
 
     Args:
-        tokenizer: the model's, for a start from text.
-        texts: rows of your data, each as the model is to read it (prompt and completion). The method's default,
-            ``init="rows"``, starts from a sample of them; without any it starts from frequent tokens.
-        seed: of the prompt's initial values.
+        tokenizer: the model's tokenizer, needed to initialise the prompt from text.
+        texts: rows of your data, each written as the model reads it (prompt and completion). The method's default,
+            ``init="rows"``, initialises the prompt from a sample of them; without ``texts`` it uses frequent tokens.
+        seed: seed of the prompt's initial values.
         attention: backend of `ptd_kernels.prefix_attention`.
         settings: the method's own keys, as in the ``method`` section of RUN.yaml (``num_virtual_tokens=16`` …).
 
     Raises:
-        UserError: unknown method or setting, a method without a prompt, or a model family a prompt cannot be injected
-            into; ``texts`` without a tokenizer, or without a token.
+        UserError: the method or a setting is unknown; the method has no prompt; ptd cannot inject a prompt into this
+            model family; ``texts`` is given without ``tokenizer``, or none of the texts has a token.
     """
     section = {"name": name, **settings}
     config = parse_method(section)
@@ -113,14 +119,14 @@ def attach(
         conditioner = TextConditioner(attachment, tokenizer, _rows_of(texts, tokenizer, model), seed=seed)
         encoder = method(name).build(config, attachment.shape, conditioner, seed=seed)
         if isinstance(encoder.layout, EmptyLayout):
-            raise UserError(f"method {name!r} puts no prompt on a model; use it through ptd train")
+            raise UserError(f"method {name!r} has no prompt to attach to a model; use it with ptd train")
     except BaseException:
         attachment.remove()
         raise
     if type(model).__name__.endswith(("Classification", "QuestionAnswering", "MultipleChoice")):
         warnings.warn(
-            f"{type(model).__name__} has a head of its own, which is frozen as it is and not saved with the prompt; "
-            "to train a head use ptd train with task.kind: classification, token_classification or question_answering",
+            f"the head of {type(model).__name__} is frozen and is not saved with the prompt; to train a head, use "
+            "ptd train with task.kind: classification, token_classification or question_answering",
             stacklevel=2,
         )
     model.requires_grad_(False)
@@ -130,32 +136,32 @@ def attach(
 
 
 def _rows_of(texts: Sequence[str], tokenizer: Any, model: PreTrainedModel) -> Examples | None:
-    """The texts as rows to start from, for both stacks of an encoder-decoder; None: there are none."""
+    """Return the texts as tokenised rows, for an encoder-decoder on both sides; None if there are no texts."""
     if not texts:
         return None
     if isinstance(texts, str):
-        raise UserError("texts: got one text; give a list of texts, rows of your data")
+        raise UserError("texts: got a single string; give a list of strings, one per row of your data")
     if tokenizer is None:
-        raise UserError("texts: a start from texts needs the backbone's tokenizer; pass tokenizer=… as well")
+        raise UserError("texts: ptd needs the model's tokenizer to read the texts; pass tokenizer=… as well")
     ids = [found for text in texts if (found := tokenizer(text)["input_ids"])]
     if not ids:
-        raise UserError("texts: none of them has a token")
+        raise UserError("texts: none of the texts has a token; give texts that are not empty")
     tokens, offsets = np.concatenate(ids).astype(np.int32), np.cumsum([0, *map(len, ids)])
     rows = Examples.of_text(tokens, np.ones(len(tokens), dtype=bool), offsets, DataReport(len(ids), len(tokens), 0))
     return replace(rows, source=rows) if model.config.is_encoder_decoder else rows
 
 
 def load(model: PreTrainedModel, adapter: str | Path, *, attention: str = "auto") -> TunedModel:
-    """Put a saved adapter's prompt (ptd's or PEFT's) on ``model``, in place, for evaluation and generation.
+    """Attach the prompt of a saved adapter (ptd's or PEFT's) to ``model``, in place, for evaluation and generation.
 
-    Raises `UserError` if the folder holds no prompt or was made for another backbone.
+    Raises `UserError` if the adapter has no prompt or was made for another backbone.
     """
     found = load_adapter(adapter)
     model = _transformers_model(model)
     attachment = Attachment(model, backend=attention)
     try:
         if isinstance(found.layout, EmptyLayout):
-            raise UserError(f"the adapter {adapter} holds no prompt but a trained head; use it through ptd predict")
+            raise UserError(f"the adapter {adapter} has a trained head and no prompt; use it with ptd predict")
         found.check_fits(attachment.shape, fingerprint(model), path=model.name_or_path)
     except BaseException:
         attachment.remove()
@@ -165,22 +171,22 @@ def load(model: PreTrainedModel, adapter: str | Path, *, attention: str = "auto"
 
 
 def _transformers_model(model: Any) -> PreTrainedModel:
-    """The model itself, or the one that PEFT has put its layers into (LoRA and the like), with these.
+    """Return ``model``, or the transformers model inside a PEFT model, including PEFT's layers (LoRA and similar).
 
-    Raises `UserError` for anything else that wraps a model.
+    Raises `UserError` for any other wrapper, and for a PEFT model with a PEFT prompt.
     """
     if isinstance(model, PreTrainedModel):
         return model
     inner = model.get_base_model() if hasattr(model, "get_base_model") else None  # a PeftModel
     if not isinstance(inner, PreTrainedModel):
         raise UserError(
-            f"a prompt is attached to a transformers model, not to a {type(model).__name__}; attach before wrapping "
-            "the model (DistributedDataParallel, torch.compile, FSDP), or pass the model inside"
+            f"a prompt can be attached to a transformers model, not to a {type(model).__name__}; attach it before you "
+            "wrap the model (DistributedDataParallel, torch.compile, FSDP), or pass the model inside the wrapper"
         )
     if any(config.is_prompt_learning for config in model.peft_config.values()):
         raise UserError(
-            "this PEFT model carries a prompt of PEFT's own, which ptd would leave out; export it to ptd (ptd import "
-            "FOLDER NEW_FOLDER), or pass model.get_base_model() to go without it"
+            "this PEFT model already has a PEFT prompt, which ptd would ignore; convert its adapter for ptd (ptd "
+            "import FOLDER NEW_FOLDER), or pass model.get_base_model() to use the model without that prompt"
         )
     return inner
 

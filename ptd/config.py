@@ -1,7 +1,7 @@
-"""RUN.yaml and ``key=value`` overrides -> `RunConfig`: typed, validated, nothing unknown.
+"""Read RUN.yaml and ``key=value`` overrides into a `RunConfig`, with types validated and unknown keys refused.
 
-Every refusal names the key's path, what was given, why it cannot work and the nearest valid key.
-Key names are Hugging Face's. Relative paths are relative to the current directory.
+Every error names the key's path, the value given, why it cannot work and the nearest valid key.
+The keys have Hugging Face's names. Relative paths are relative to the current directory.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from ptd.shipped import find_recipe
 from ptd.values import name_of
 
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
-"""What PyYAML raises: the last two for a date like 2026-99-99 and for absurd nesting."""
+"""What PyYAML raises: `ValueError` for a date such as 2026-99-99, `RecursionError` for extremely deep nesting."""
 
 
 class Section(BaseModel):
-    """A section of RUN.yaml: unknown keys are refused, and so are true and false where a number belongs."""
+    """A section of RUN.yaml. It refuses unknown keys, and true or false in place of a number."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False)
 
@@ -47,7 +47,7 @@ class Section(BaseModel):
 
 
 def _home(value: Any) -> Any:
-    """``~`` in a setting that is a path, or may be one."""
+    """Resolve ``~`` in a setting that is a path, or may be one."""
     try:
         return local(value) if isinstance(value, str) else as_path(value) if isinstance(value, Path) else value
     except UserError as error:
@@ -58,61 +58,64 @@ class BackboneConfig(Section):
     """The frozen language model."""
 
     path: str = Field(
-        description="folder that `save_pretrained` wrote, or a hub id: a decoder, an encoder or an encoder–decoder"
+        description="folder written by `save_pretrained`, or a hub id: a decoder, an encoder or an encoder–decoder"
     )
     revision: str | None = Field(None, description="revision on the hub")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="`auto` (as stored), `float32`, `bfloat16`, `float16`. float16 trains with a loss scale, which "
-        "finds its own size; bfloat16 needs none",
+        description="`auto` (as stored), `float32`, `bfloat16`, `float16`. Training in float16 uses a dynamic loss "
+        "scale; bfloat16 needs none",
     )
     quantization: Literal["none", "int8", "nf4", "fp8"] = Field(
         "none",
-        description="`none`, `int8` (LLM.int8) or `nf4` (4-bit, doubly quantised): frozen weights in few bits, "
-        "through bitsandbytes (`pip install 'ptd[quant]'`). A checkpoint that is quantised already loads "
-        "as it is. `nf4` can be sharded, `int8` cannot. `fp8`: products in 8-bit floating point, an experiment",
+        description="`none`, `int8` (LLM.int8) or `nf4` (4-bit, doubly quantised): bitsandbytes quantises the frozen "
+        "weights (`pip install 'ptd[quant]'`). A checkpoint that is already quantised loads unchanged. `nf4` can be "
+        "sharded, `int8` cannot. `fp8` (experimental): matrix products in 8-bit floating point",
     )
     int8_threshold: float = Field(
-        0.0, ge=0, description="LLM.int8's outlier threshold: the paper's is 6; 0 keeps no outliers apart and is faster"
+        0.0,
+        ge=0,
+        description="LLM.int8's outlier threshold. The paper uses 6; 0 separates no outliers and is faster",
     )
     sharding: Literal["none", "world", "node"] = Field(
         "none",
-        description="`none`: all weights on every rank; `world`: one copy over all ranks (ZeRO-3); `node`: one copy "
-        "over the ranks of each node, so that no weights travel between nodes",
+        description="`none`: every rank holds all weights; `world`: one copy is sharded over all ranks (ZeRO-3); "
+        "`node`: one copy is sharded over the ranks of each node, so that no weights are sent between nodes",
     )
     sharding_group_size: int | None = Field(
-        None, ge=1, description="ranks that share one copy, with `sharding: node`; default: the ranks of a node"
+        None, ge=1, description="ranks that share one copy, with `sharding: node`; default: all ranks of a node"
     )
     offload: Literal["none", "cpu", "nvme"] = Field(
         "none",
-        description="where the shards live while they are not used: `none` (the GPU), `cpu` (host memory) or `nvme` "
-        "(`offload_folder`); needs sharding (one GPU will do)",
+        description="where the shards are stored while they are not in use: `none` (the GPU), `cpu` (host memory) or "
+        "`nvme` (`offload_folder`); requires sharding, which also works with one GPU",
     )
     offload_folder: str | None = Field(None, description="folder on a local NVMe disk, for `offload: nvme`")
     gradient_checkpointing: bool = Field(
-        False, description="recompute layers in the backward pass: less memory, slower"
+        False, description="recompute the layers' activations in the backward pass: uses less memory and is slower"
     )
     compile: bool = Field(
         False,
-        description="torch.compile each layer: a first step of a minute, then on a CPU a fifth faster in bf16 and "
-        "3 to 7 % in fp32 (not measured on a GPU); needs a C++ compiler and whole weights, not `int8` or `nf4`",
+        description="compile each layer with torch.compile. The first step takes a minute; on a CPU the later steps "
+        "are a fifth faster in bf16 and 3 to 7 % faster in fp32 (not measured on a GPU). Requires a C++ compiler and "
+        "weights that are not sharded and not `int8` or `nf4`",
     )
     liger: bool = Field(
         False,
-        description="RMSNorm, RoPE and SwiGLU of llama, mistral, qwen2, qwen3, phi3, gemma2 and gemma3_text in Liger's "
-        "kernels (`pip install 'ptd[gpu]'`): needs a GPU, where it is not measured yet; not with `compile`, which "
-        "fuses the same",
+        description="use Liger's kernels for RMSNorm, RoPE and SwiGLU of llama, mistral, qwen2, qwen3, phi3, gemma2 "
+        "and gemma3_text (`pip install 'ptd[gpu]'`). Requires a GPU, on which it is not measured yet; cannot be "
+        "combined with `compile`, which fuses the same operations",
     )
     attention: str = Field(
         "auto",
         description="backend of `ptd_kernels.prefix_attention`: `auto`, `merge`, `joined` (on CPUs), `triton` (not "
         "measured on a GPU yet), `reference`, or `merge` with a library of your choice: `merge-cudnn`, "
-        "`merge-flash-attn-2`, `merge-flash-attn-4` (never run yet)",
+        "`merge-flash-attn-2`, `merge-flash-attn-4` (not run yet)",
     )
     allow_pickle: bool = Field(
         False,
-        description="also read weights from `.bin` files, which are pickles (unpickled as tensors only); otherwise "
-        "safetensors alone",
+        description="also read weights from `.bin` files, which are pickles (only tensors are unpickled); by default, "
+        "ptd reads only safetensors",
     )
     trust_remote_code: bool = Field(False, description="run model code that comes with the checkpoint")
 
@@ -126,37 +129,39 @@ class BackboneConfig(Section):
             raise ValueError("sharding_group_size: has no effect without sharding: node; remove it")
         if self.offload != "none" and self.sharding == "none":
             raise ValueError(
-                f"offload: {self.offload} is for shards of the weights; set sharding: node or world (one GPU will do)"
+                f"offload: {self.offload} stores shards of the weights, but sharding: none makes no shards; set "
+                "sharding: node or world (one GPU is enough)"
             )
         if (self.offload_folder is not None) != (self.offload == "nvme"):
             raise ValueError(
-                "offload_folder: offload: nvme needs a folder on the NVMe disk, and nothing else takes one"
+                "offload_folder: has to name a folder on the NVMe disk with offload: nvme, and has no effect with any "
+                "other offload; set both keys, or neither"
             )
         if self.quantization == "int8" and self.sharding != "none":
             raise ValueError(
-                "quantization: int8 weights are not sharded (bitsandbytes keeps all of them on every rank); use "
-                "quantization: nf4, which is, or quantization: none, or sharding: none"
+                "quantization: int8 weights cannot be sharded (bitsandbytes keeps all of them on every rank); use "
+                "quantization: nf4 (which can be sharded), quantization: none, or sharding: none"
             )
         if self.quantization == "fp8" and self.sharding != "none":
             raise ValueError(
-                "quantization: fp8 weights are not sharded (ZeRO-3 would gather them without their scales); use "
-                "quantization: nf4, which is, or quantization: none, or sharding: none"
+                "quantization: fp8 weights cannot be sharded (ZeRO-3 would gather them without their scales); use "
+                "quantization: nf4 (which can be sharded), quantization: none, or sharding: none"
             )
         if self.compile and (self.sharding != "none" or self.quantization in ("int8", "nf4")):
             raise ValueError(
-                "compile: only whole weights that bitsandbytes has not quantised are compiled; set compile: false, or "
-                "sharding: none and quantization: none or fp8"
+                "compile: works only with weights that are neither sharded nor quantised by bitsandbytes; set "
+                "compile: false, or sharding: none and quantization: none or fp8"
             )
         if self.compile and self.liger:
             raise ValueError("liger: torch.compile fuses the same operations; set compile: false or liger: false")
         if self.quantization == "nf4" and self.offload == "nvme":
-            raise ValueError("offload: nvme takes weights of one dtype only, which nf4 does not have; use offload: cpu")
+            raise ValueError("offload: nvme stores weights of one dtype only, but nf4 has several; use offload: cpu")
         return self
 
 
 TaskKind = Literal["causal_lm", "seq2seq_lm", "classification", "token_classification", "question_answering"]
 WRITING: tuple[TaskKind, ...] = ("causal_lm", "seq2seq_lm")
-"""Kinds of tasks whose answer is text."""
+"""The kinds of task that generate text."""
 LABELLING: tuple[TaskKind, ...] = ("classification", "token_classification")
 KEYS_OF_KINDS: dict[str, dict[str, tuple[TaskKind, ...]]] = {
     "task": {
@@ -170,22 +175,22 @@ KEYS_OF_KINDS: dict[str, dict[str, tuple[TaskKind, ...]]] = {
     },
     "data": {"format": WRITING, "prompt_template": WRITING, "max_target_length": ("seq2seq_lm",)},
 }
-"""Section -> key -> the kinds of tasks that have a use for it; all other keys are for every kind."""
+"""Section -> key -> the kinds of task that use the key. Keys that are not listed apply to every kind."""
 
 
 class TaskConfig(Section):
-    """What is learned."""
+    """What the model learns."""
 
-    kind: TaskKind = Field("causal_lm", description="what the rows hold and what is made of them")
+    kind: TaskKind = Field("causal_lm", description="what the rows contain and what the model predicts")
     labels: list[str] | None = Field(
         None,
         description="label names in the order of the scores (`classification`, `token_classification`); default: "
-        "those of the verbalizer, or of the training rows, sorted",
+        "the labels of the verbalizer, or the sorted labels of the training rows",
     )
     patterns: list[str] | None = Field(
         None,
-        description="`classification`: layouts of the sequence: text with `{column}` fields, `{mask}` where a label's"
-        " word belongs and `{v:n}` for n virtual tokens; several are an ensemble",
+        description="`classification`: layouts of the sequence: text with `{column}` fields, `{mask}` in place of a "
+        "label's word and `{v:n}` for n virtual tokens; several patterns form an ensemble",
     )
     verbalizer: dict[str, list[str]] | None = Field(
         None,
@@ -194,21 +199,23 @@ class TaskConfig(Section):
     )
     class_weights: Literal["balanced"] | dict[str, float] | None = Field(
         None,
-        description="weight of each label in the loss: `{label: number}` (others 1), or `balanced`: n / (k · count) "
-        "(`classification`, `token_classification`)",
+        description="weight of each label in the loss: `{label: number}` (1 for other labels), or `balanced`: "
+        "n / (k · count) for k labels with n occurrences in total (`classification`, `token_classification`)",
     )
     system: str | None = Field(
         None,
-        description="`causal_lm` on `messages`: the system message before what is typed to `ptd generate`; default: "
-        "that of the training rows if all have the same; an empty one: none",
+        description="`causal_lm` with `format: messages`: the system message before each prompt of `ptd generate`; "
+        "an empty string: none; default: the system message of the training rows if all have the same",
     )
-    doc_stride: int = Field(64, ge=1, description="`question_answering`: tokens that windows of a long context share")
-    max_answer_length: int = Field(30, ge=1, description="`question_answering`: tokens of the longest answer")
+    doc_stride: int = Field(
+        64, ge=1, description="`question_answering`: tokens by which the windows of a long context overlap"
+    )
+    max_answer_length: int = Field(30, ge=1, description="`question_answering`: maximum number of tokens in an answer")
 
     @field_validator("labels", mode="before")
     @classmethod
     def _names(cls, value: Any) -> Any:
-        """Labels are often numbers in the data."""
+        """Turn the labels into strings: in the data they are often numbers."""
         return [_label(item) for item in value] if isinstance(value, list) else value
 
     @field_validator("verbalizer", "class_weights", mode="before")
@@ -236,15 +243,15 @@ class TaskConfig(Section):
 
 
 def _label(value: Any) -> str:
-    """What a label of the run file is called, as those of the rows are."""
+    """Return the name of a label in the run file, by the rule for labels in rows (`name_of`); raises `ValueError`."""
     name = name_of(value)
     if name is None:
-        raise ValueError(f"{value!r} is no name of a label; give text or a number")
+        raise ValueError(f"{value!r} is not a label name; give text or a number")
     return name
 
 
 def fields_of(kind: str, format: str) -> list[str]:
-    """The fields that rows of a task have, to which ``data.columns`` may assign other column names."""
+    """Return the fields that the rows of a task have. ``data.columns`` may map each field to another column name."""
     if kind in ("causal_lm", "seq2seq_lm"):
         return {"prompt_completion": ["prompt", "completion"], "messages": ["messages"], "text": ["text"]}[format]
     return {
@@ -255,20 +262,22 @@ def fields_of(kind: str, format: str) -> list[str]:
 
 
 class DataConfig(Section):
-    """Where the rows come from and how they become tokens."""
+    """Where the rows come from and how they are tokenised."""
 
     train: str | None = Field(
         None,
-        description="`.jsonl`, `.json`, `.csv`, `.parquet`, a folder that `save_to_disk` wrote, or a hub name (`NAME`"
-        " or `NAME:CONFIG`); default: none (only `hard_prompt` does without)",
+        description="training rows: a `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder written by "
+        "`save_to_disk`, or a hub name (`NAME` or `NAME:CONFIG`); default: none, which only `hard_prompt` allows",
     )
-    eval: str | None = Field(None, description="rows for evaluation while training, from the same kinds of sources")
-    train_split: str = Field("train", description="split of a folder or hub name")
-    eval_split: str = Field("validation", description="split of a folder or hub name")
+    eval: str | None = Field(
+        None, description="rows for evaluation during training, from the same kinds of source as `train`"
+    )
+    train_split: str = Field("train", description="split to read if `train` is a folder or a hub name")
+    eval_split: str = Field("validation", description="split to read if `eval` is a folder or a hub name")
     format: Literal["prompt_completion", "messages", "text"] = Field(
         "prompt_completion",
-        description="`prompt_completion`, `messages` (chat, the tokenizer's template, loss on the assistant's turns) "
-        "or `text` (loss on all but the first token). The last two: `causal_lm` only",
+        description="`prompt_completion`, `messages` (chat in the tokenizer's template, with loss on the assistant's "
+        "turns) or `text` (with loss on all tokens but the first). `messages` and `text`: `causal_lm` only",
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
@@ -277,25 +286,29 @@ class DataConfig(Section):
     )
     prompt_template: str | None = Field(
         None,
-        description='makes the prompt from columns: `"Question: {question}\\nAnswer: "`; `{v:n}` places virtual tokens'
-        " of `p_tuning`. `ptd generate` fills one with a single field",
+        description='builds the prompt from columns: `"Question: {question}\\nAnswer: "`; `{v:n}` places n virtual '
+        "tokens of `p_tuning`. If the template has a single field, `ptd generate` fills it with the given prompt",
     )
     max_length: int = Field(
         512,
         ge=2,
-        description="tokens of a sequence; of the encoder's in an encoder–decoder; of a window in "
-        "`question_answering`. Longer prompts are cut on the left ([what is cut where](tasks.md))",
+        description="maximum number of tokens in a sequence (`question_answering`: in a window; encoder–decoders: in "
+        "the encoder's sequence). Longer prompts are truncated on the left ([what is truncated where](tasks.md))",
     )
     max_target_length: int | None = Field(
-        None, ge=2, description="`seq2seq_lm`: tokens of a completion; default: `max_length`"
+        None, ge=2, description="`seq2seq_lm`: maximum number of tokens in a completion; default: `max_length`"
     )
     packing: bool = Field(
         True,
-        description="sequences one behind the other without padding; they do not see each other. The rows of a step "
-        "are the same either way. Encoder–decoders and modernbert run padded batches all the same",
+        description="concatenate the sequences of a micro-batch instead of padding them; they do not attend to each "
+        "other. A step has the same rows with and without packing. Encoder–decoders and modernbert always use padded "
+        "batches",
     )
     max_tokens: int | None = Field(
-        None, ge=2, description="with packing: rows of a step by token budget of a micro-batch instead of by number"
+        None,
+        ge=2,
+        description="with packing: token budget of a micro-batch, which decides how many rows a step has in place of "
+        "`per_device_train_batch_size`",
     )
 
     _paths = field_validator("train", "eval")(_home)
@@ -303,7 +316,7 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
         if self.max_tokens is not None and not self.packing:
-            raise ValueError("max_tokens is the budget of a packed micro-batch; set packing: true or remove it")
+            raise ValueError("max_tokens is the token budget of a packed micro-batch; set packing: true, or remove it")
         if self.max_tokens is not None and self.max_tokens < self.max_length:
             raise ValueError(
                 f"max_tokens ({self.max_tokens}) has to hold one sequence of max_length ({self.max_length}) tokens"
@@ -313,7 +326,7 @@ class DataConfig(Section):
         return self
 
     def check_task(self, kind: TaskKind) -> None:
-        """Refuse settings (`ValueError`) that a task of this kind has no use for."""
+        """Raise `ValueError` for a setting that has no effect with, or does not work for, a task of this kind."""
         for name, kinds in KEYS_OF_KINDS["data"].items():
             if getattr(self, name) != type(self).model_fields[name].default and kind not in kinds:
                 raise ValueError(f"data.{name}: has no effect with task.kind {kind}; remove it")
@@ -327,111 +340,115 @@ class DataConfig(Section):
         named = list(self.columns.values())
         twice = next((column for column in named if named.count(column) > 1), None)
         if twice is not None:
-            raise ValueError(f"data.columns: {twice!r} is given for two fields; each has a column of its own")
+            raise ValueError(f"data.columns: {twice!r} is given for two fields; give each field its own column")
 
 
 class TrainConfig(Section):
-    """The optimisation."""
+    """Optimisation, evaluation, checkpoints and trackers."""
 
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; takes precedence over `num_train_epochs`")
     num_train_epochs: float = Field(3.0, gt=0, description="passes over the training rows")
-    per_device_train_batch_size: int = Field(8, ge=1, description="rows of one micro-batch of one rank")
+    per_device_train_batch_size: int = Field(8, ge=1, description="rows per micro-batch of each rank")
     per_device_eval_batch_size: int | None = Field(
-        None, ge=1, description="the same for evaluation; default: the training value"
+        None, ge=1, description="rows per evaluation batch of each rank; default: `per_device_train_batch_size`"
     )
-    gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches of one rank in a step")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches of each rank per optimizer step")
     learning_rate: float = Field(
         5e-2,
         gt=0,
-        description="peak, in units of the backbone's own keys, values or embeddings: the default is meant for every "
-        "backbone, method, length and width ([the learning rate](methods.md#the-learning-rate))",
+        description="peak learning rate, in units of the backbone's own keys, values or embeddings. The default is "
+        "meant for every backbone, method, prompt length and width ([the learning rate](methods.md#the-learning-rate))",
     )
     head_learning_rate: float | None = Field(
         None,
         gt=0,
-        description="peak for a trained head, in units of the hidden states, under the same schedule; default: "
-        "`learning_rate`",
+        description="peak learning rate of a trained head, in units of the hidden states, with the same schedule; "
+        "default: `learning_rate`",
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
-        Field("linear", description="how the learning rate falls after the warm-up")
+        Field("linear", description="schedule of the learning rate after the warm-up")
     )
-    warmup_ratio: float = Field(0.0, ge=0, le=1, description="share of all steps")
-    warmup_steps: int | None = Field(None, ge=0, description="takes precedence over `warmup_ratio`")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's")
-    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's")
-    max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
+    warmup_ratio: float = Field(0.0, ge=0, le=1, description="length of the warm-up as a share of all steps")
+    warmup_steps: int | None = Field(
+        None, ge=0, description="length of the warm-up in steps; takes precedence over `warmup_ratio`"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's β₁")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's β₂")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's ε")
+    max_grad_norm: float = Field(1.0, ge=0, description="norm to which gradients are clipped; 0: no clipping")
     initial_scale_power: int = Field(
         16,
         ge=0,
         le=64,
-        description="float16: the loss scale starts at 2 to this power; it is halved, and the step skipped, when a "
-        "gradient overflows",
+        description="float16: the loss scale starts at 2 to this power. When a gradient overflows, the scale is halved "
+        "and the step is skipped",
     )
     loss_scale_window: int = Field(
         2000, ge=1, description="float16: steps without an overflow after which the loss scale is doubled"
     )
-    seed: int = Field(0, ge=0, description="of what is trained at its start and of the order of rows")
+    seed: int = Field(0, ge=0, description="seed of the initial values and of the order of the rows")
     logging_steps: int = Field(10, ge=1, description="steps between two records")
     eval_steps: int | None = Field(
         None,
         ge=1,
-        description="steps between two evaluations; the best adapter is kept in `best/`; default: only at the end",
+        description="steps between two evaluations; `best/` holds the best adapter; default: only at the end",
     )
     save_steps: int | None = Field(
         None,
         ge=1,
-        description="steps between two resumable checkpoints; written beside the training, from a copy in memory, "
-        "whole or not at all; default: only at the end",
+        description="steps between two resumable checkpoints, which are written atomically from a copy in memory while "
+        "training continues; default: only at the end",
     )
-    save_total_limit: int = Field(2, ge=1, description="checkpoints to keep")
+    save_total_limit: int = Field(2, ge=1, description="number of checkpoints to keep")
     max_restarts: int = Field(
         3,
         ge=0,
-        description="starts of a run after failures; stops that were asked for do not count "
+        description="how often a run may start again after failures; requested stops do not count "
         "([interruptions](interruptions.md))",
     )
     hang_timeout_minutes: float = Field(
         20.0,
         ge=0,
-        description="a rank that makes no progress for so long ends itself, its stacks in `output_dir/logs/`; 0: never",
+        description="time without progress after which a rank writes its stacks to `output_dir/logs/` and exits; "
+        "0: never",
     )
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
         ["tensorboard"],
-        description="trackers that get the records too: `tensorboard`, `wandb`, `mlflow`, or `[]`; one that fails "
-        "never stops the run ([reports](reports.md#trackers))",
+        description="trackers that also receive the records: `tensorboard`, `wandb`, `mlflow`, or `[]`; a tracker that "
+        "fails never stops the run ([reports](reports.md#trackers))",
     )
     run_name: str | None = Field(
-        None, min_length=1, description="what the trackers call the run; default: the name of `output_dir`"
+        None, min_length=1, description="name of the run in the trackers; default: the name of `output_dir`"
     )
     samples: int = Field(
         0,
         ge=0,
-        description="held-out rows whose greedy continuation, or label or answer, is kept, from before and after the "
+        description="number of held-out rows whose greedy continuation, label or answer is stored before and after "
         "training ([reports](reports.md#samples))",
     )
     metric_for_best_model: str = Field(
         "loss",
-        description="what `best/` is kept by: `loss`, `perplexity` (the lower the better), or a metric of the task "
-        "(the higher the better); `eval_` in front of it means nothing",
+        description="metric that selects the adapter in `best/`: `loss`, `perplexity` (lower is better), or a metric "
+        "of the task (higher is better); a prefix `eval_` is ignored",
     )
     early_stopping_patience: int | None = Field(
         None,
         ge=1,
-        description="evaluations in a row without a better `metric_for_best_model` after which the run ends; needs "
-        "`eval_steps`; default: none, all steps are taken",
+        description="consecutive evaluations without a better `metric_for_best_model` after which the run ends; "
+        "requires `eval_steps`; default: none, the run takes all steps",
     )
     on_divergence: Literal["warn", "stop", "retry"] = Field(
         "warn",
-        description="when the training loss rises and stays above that of the backbone alone: `warn` says so and goes "
-        "on, `stop` ends the run, `retry` goes back to the last good checkpoint, or to the start, with a third of the "
-        "learning rate, three times at most ([divergence](interruptions.md#divergence))",
+        description="what to do when the training loss rises and stays above the loss of the backbone without a "
+        "prompt: `warn` prints a warning and continues, `stop` ends the run, `retry` returns to the last good "
+        "checkpoint, or to the start, with a third of the learning rate, at most three times "
+        "([divergence](interruptions.md#divergence))",
     )
 
     @property
     def best_metric(self) -> str:
-        """``metric_for_best_model`` as a task calls it; Hugging Face's Trainer, too, takes it with ``eval_`` or not."""
+        """``metric_for_best_model`` without the prefix ``eval_``, which is optional in Hugging Face's Trainer too."""
         return self.metric_for_best_model.removeprefix("eval_")
 
     @property
@@ -446,11 +463,11 @@ NEEDS_EVAL = (
     ("train", "per_device_eval_batch_size"),
     ("data", "eval_split"),
 )
-"""Keys that are about ``data.eval``."""
+"""Keys that have no effect without ``data.eval``."""
 
 
 def without_evaluation(config: RunConfig) -> RunConfig:
-    """The run without rows to evaluate on, and without what is said of them."""
+    """Return the run without ``data.eval``, with the keys that depend on it at their defaults."""
     changes: dict[str, dict[str, Any]] = {"data": {"eval": None}, "train": {"samples": 0}}
     for section, key in NEEDS_EVAL:
         changes[section][key] = type(getattr(config, section)).model_fields[key].default
@@ -459,7 +476,7 @@ def without_evaluation(config: RunConfig) -> RunConfig:
 
 
 class RunConfig(Section):
-    """A whole run. ``method`` holds the method's name and ``method_config`` its validated dataclass."""
+    """A whole run. ``method`` is the section as given; `method_config` returns it as the method's dataclass."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
@@ -469,16 +486,18 @@ class RunConfig(Section):
     data: DataConfig
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
     deepspeed: str | dict[str, Any] | None = Field(
-        None, description="DeepSpeed JSON: path, or the mapping itself ([what is honoured](../ds_configs/README.md))"
+        None,
+        description="DeepSpeed configuration: path of a JSON file, or the mapping itself "
+        "([what is honoured](../ds_configs/README.md))",
     )
-    output_dir: Path = Field(Path("out"), description="where everything goes")
+    output_dir: Path = Field(Path("out"), description="folder for everything that the run writes")
 
     _paths = field_validator("deepspeed", "output_dir")(_home)
 
     @field_validator("task", "train", mode="before")
     @classmethod
     def _all_defaults(cls, value: Any) -> Any:
-        """YAML reads a section whose keys are all commented out as nothing."""
+        """Replace null by an empty section: YAML reads a section whose keys are all commented out as null."""
         return {} if value is None else value
 
     @property
@@ -504,8 +523,8 @@ class RunConfig(Section):
     def _samples_of_rows(self) -> RunConfig:
         if self.train.samples and (self.data.eval is None or self.data.format == "text"):
             raise ValueError(
-                "train.samples: shows what becomes of rows of data.eval, so it needs that, and where text is written a "
-                "data.format with prompts to continue; remove it"
+                "train.samples: needs rows of data.eval and, for tasks that generate text, a data.format with prompts; "
+                "set them, or remove it"
             )
         return self
 
@@ -526,11 +545,11 @@ class RunConfig(Section):
         return self
 
     def method_config(self) -> Any:
-        """The method's own dataclass, built from the ``method`` section."""
+        """Build the method's dataclass from the ``method`` section."""
         return parse_method(self.method)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values (for run.json): the method section with its defaults filled in."""
+        """Return plain values for run.json, with the defaults of the method section filled in."""
         plain = self.model_dump(mode="json")
         settings = dataclasses.asdict(self.method_config())
         plain["method"] = {
@@ -543,7 +562,7 @@ class RunConfig(Section):
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read RUN.yaml (or the shipped recipe of that name), apply ``a.b=value`` overrides (values are YAML) and validate.
 
-    Raises `UserError` with one line for each thing that is wrong.
+    Raises `UserError` with one line per mistake.
     """
     text = read_text(find_recipe(path), "cannot read the run file")
     try:
@@ -560,11 +579,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
 
 LARGEST, DEEPEST = 100_000, 50
-"""Values of a run file, and how deep they may lie in each other: far more than any run has."""
+"""Maximum number of values in a run file, and of levels of nesting: far more than any run needs."""
 
 
 def _check_size(raw: Any, source: str) -> None:
-    """Refuse (`UserError`) what would take for ever to read: YAML's aliases can say a lot in a line, and themselves."""
+    """Raise `UserError` for a file too large to validate: YAML aliases can repeat values, and include themselves."""
     rest, seen = [(raw, 0)], 0
     while rest:
         value, depth = rest.pop()
@@ -573,8 +592,8 @@ def _check_size(raw: Any, source: str) -> None:
         seen += 1
         if seen + len(rest) > LARGEST or depth > DEEPEST:
             raise UserError(
-                f"{source}: has more than {LARGEST:,} values, or values more than {DEEPEST} levels deep, counting what "
-                "aliases repeat; no run needs that: write it plainly"
+                f"{source}: has more than {LARGEST:,} values, or values more than {DEEPEST} levels deep, including the "
+                "values that aliases repeat; no run needs so many, so write the file without nested aliases"
             )
 
 
@@ -590,8 +609,8 @@ def parse_config(raw: dict[str, Any], *, source: str = "the configuration") -> R
 
 
 def parse_method(section: dict[str, Any]) -> Any:
-    """``{name: …, **settings}`` -> the method's config dataclass; raises `UserError`."""
-    from ptd.methods import method  # brings torch, which the names of the keys do without
+    """Build the method's config dataclass from ``{name: …, **settings}``; raises `UserError`."""
+    from ptd.methods import method  # imports torch, which the other sections do not need
 
     if not isinstance(section.get("name"), str):
         raise UserError("method.name: is missing; give the tuning method's name, e.g. method: {name: prefix}")
@@ -614,23 +633,23 @@ def parse_method(section: dict[str, Any]) -> Any:
 
 
 NOT_SETTABLE = {
-    "backbone.path": "the backbone is given as --backbone",
-    "backbone.revision": "the revision is the one the adapter was trained on; for another give a folder as --backbone",
-    "backbone.gradient_checkpointing": "nothing is trained here; remove it",
-    "backbone.compile": "nothing is trained here; remove it",
-    "data.train": "nothing is trained here; remove it",
-    "data.train_split": "nothing is trained here; remove it",
-    "data.max_tokens": "batches are of --batch-size rows here; remove it",
-    "data.eval": "the rows are given as --data",
+    "backbone.path": "cannot be set here; give the backbone as --backbone",
+    "backbone.revision": "is the revision that the adapter was trained on; for another, give a folder as --backbone",
+    "backbone.gradient_checkpointing": "has no effect because this command does not train; remove it",
+    "backbone.compile": "has no effect because this command does not train; remove it",
+    "data.train": "has no effect because this command does not train; remove it",
+    "data.train_split": "has no effect because this command does not train; remove it",
+    "data.max_tokens": "has no effect because batches have --batch-size rows here; remove it",
+    "data.eval": "cannot be set here; give the rows as --data",
 }
-"""Keys of the sections of `parse_settings` that it refuses, and why."""
+"""Keys that `parse_settings` refuses, with the reason."""
 
 
 def parse_settings(pairs: list[str]) -> dict[str, dict[str, Any]]:
-    """``SECTION.KEY=VALUE`` pairs (values are YAML) of the sections backbone and data, for verbs that do not train.
+    """Parse ``SECTION.KEY=VALUE`` pairs of the sections backbone and data, for verbs that do not train.
 
-    Raises `UserError` for other keys, naming the nearest; the values are checked by `backbone_config` and
-    `data_config`.
+    The values are YAML; `backbone_config` and `data_config` check them. Raises `UserError` for any other key and names
+    the nearest valid one.
     """
     sections: dict[str, type[Section]] = {"backbone": BackboneConfig, "data": DataConfig}
     names = {key: section for section, model in sections.items() for key in model.model_fields}
@@ -638,7 +657,7 @@ def parse_settings(pairs: list[str]) -> dict[str, dict[str, Any]]:
     settings: dict[str, dict[str, Any]] = {}
     for pair in pairs:
         given, sign, _ = pair.partition("=")
-        key = ".".join(given.split(".")[:2])  # what follows is inside of the value, as in data.columns.text
+        key = ".".join(given.split(".")[:2])  # further parts are inside the value, as in data.columns.text
         if not sign or not given:
             raise UserError(f"--set {pair}: write it as SECTION.KEY=VALUE, e.g. backbone.dtype=bfloat16")
         if key in NOT_SETTABLE:
@@ -682,7 +701,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     node = raw
     *parents, last = key.split(".")
     for index, name in enumerate(parents):
-        if node.get(name) is None:  # also a section whose keys are all commented out
+        if node.get(name) is None:  # missing, or a section whose keys are all commented out
             node[name] = {}
         child = node[name]
         if not isinstance(child, dict):
@@ -695,13 +714,13 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _refuse_truth(value: Any, annotation: str) -> None:
-    """Python counts True as 1, and so would a field that takes numbers."""
+    """Raise `ValueError` for a boolean in a field that takes numbers, where Python would read True as 1."""
     if isinstance(value, bool) and "bool" not in annotation and ("int" in annotation or "float" in annotation):
         raise ValueError(f"got {value}; a number is needed")
 
 
 def _repair_scientific(value: Any) -> Any:
-    """YAML 1.1 reads ``1e-2`` (no dot) as a string; people mean the number."""
+    """Turn strings such as ``1e-2`` into numbers: YAML 1.1 reads a number without a dot as a string."""
     if isinstance(value, dict):
         return {key: _repair_scientific(item) for key, item in value.items()}
     return float(value) if isinstance(value, str) and _SCIENTIFIC.fullmatch(value) else value
@@ -711,10 +730,10 @@ _SCIENTIFIC = re.compile(r"[+-]?[0-9]+e[+-]?[0-9]+", re.IGNORECASE)
 
 
 def _shown(value: Any) -> str:
-    """A value in a message: the beginning of it, whatever it is."""
+    """Return the ``repr`` of a value for a message, cut to 200 characters."""
     try:
         text = repr(value)
-    except ValueError:  # a number of more than 4300 digits
+    except ValueError:  # Python converts no integer of more than 4300 digits to text
         text = f"{type(value).__name__} with a very long number"
     return text if len(text) <= 200 else f"{text[:199]}…"
 
@@ -722,7 +741,7 @@ def _shown(value: Any) -> str:
 def _explain(error: ValidationError, model: type[BaseModel] | None, prefix: str = "") -> list[str]:
     lines = []
     for item in error.errors():
-        # What follows deepspeed are pydantic's labels of the types it may have, not keys.
+        # After "deepspeed" the location holds pydantic's labels of the possible types, not keys.
         path = list(item["loc"][:1] if item["loc"][:1] == ("deepspeed",) else item["loc"])
         dotted = ".".join([prefix, *map(str, path)] if prefix else map(str, path))
         if item["type"] == "extra_forbidden":

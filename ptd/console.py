@@ -1,4 +1,4 @@
-"""How progress looks (bars in a terminal, plain lines anywhere else; stderr), and the tables of a plan (stdout)."""
+"""Show progress on stderr (bars in a terminal, otherwise plain lines), and print the verbs' tables on stdout."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ LABELS = {
 
 
 def make_reporter() -> Reporter:
-    """Bars if stderr is a terminal, else lines."""
+    """Return a reporter of bars if stderr is a terminal, otherwise of lines."""
     return BarReporter() if sys.stderr.isatty() else LineReporter()
 
 
 class LineReporter(Reporter):
-    """One line whenever there is something to say."""
+    """Prints notes and progress as plain lines."""
 
     def __init__(self) -> None:
         self._totals: dict[str, int] = {}
@@ -53,7 +53,7 @@ class LineReporter(Reporter):
 
 
 class BarReporter(Reporter):
-    """A bar a task, with the lines above it."""
+    """Shows one bar per task, and prints lines above the bars."""
 
     def __init__(self) -> None:
         self._progress = Progress(
@@ -88,7 +88,7 @@ class BarReporter(Reporter):
 
 
 def _console() -> Console:
-    """Stdout: as wide as the terminal; for a file or a pipe wide enough for tables, and rich leaves out the colours."""
+    """Return a console on stdout, as wide as the terminal; 120 columns for a file or pipe, where rich omits colours."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
@@ -96,14 +96,14 @@ COLOURS = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 
 
 def print_checks(checks: Sequence[Any], attention: dict[str, Any]) -> None:
-    """A table of checks (``name``, ``status``, ``found``, ``advice``), and one of what attention would run on."""
+    """Print a table of checks (``name``, ``status``, ``found``, ``advice``), and tables of the attention backends."""
     console = _console()
     table = Table("check", "", "found", box=None, pad_edge=False, show_header=False)
     for check in checks:
         found = Text(check.found + (f"\n{check.advice}" if check.advice else ""))
         table.add_row(check.name, Text(check.status, COLOURS[check.status]), found)
     console.print(table)
-    console.print(f"\nattention with a prefix, {attention['dtype']}, heads of {attention['head_dim']}:")
+    console.print(f"\nattention with a prefix, {attention['dtype']}, head size {attention['head_dim']}:")
     for batch, backends in attention["backends"].items():
         table = Table("backend", "reason", box=None, pad_edge=False, show_header=False)
         for backend, reason in backends.items():
@@ -113,29 +113,29 @@ def print_checks(checks: Sequence[Any], attention: dict[str, Any]) -> None:
 
 
 def print_plan(found: dict[str, Any]) -> None:
-    """The tables of ``ptd plan`` on stdout, from `ptd.plan.Plan.to_dict`."""
+    """Print the tables of ``ptd plan``, from `ptd.plan.Plan.to_dict`."""
     console = _console()
     placements = found["placements"]
     shown = [each for each in placements if each["own"] or each["name"] == found["best"]]
     head = (
         f"{found['backbone_parameters'] / 1e9:.2f} B frozen and {found['trained_parameters']:,} trained parameters; "
-        f"{found['nodes']} × {found['ranks_per_node']} ranks, {_size(found['memory_bytes_per_rank'])} each, of which a "
-        f"step may fill {_size(found['usable_bytes_per_rank'])}; micro-batch of {found['micro_batch_rows']} rows, "
-        f"{found['micro_batch_tokens']:,} tokens; {found['flops_per_token'] / 1e9:.3g} GFLOP a token"
+        f"{found['nodes']} × {found['ranks_per_node']} ranks with {_size(found['memory_bytes_per_rank'])} each, of "
+        f"which a step may use {_size(found['usable_bytes_per_rank'])}; micro-batch of {found['micro_batch_rows']} "
+        f"rows, {found['micro_batch_tokens']:,} tokens; {found['flops_per_token'] / 1e9:.3g} GFLOP per token"
     )
     console.print(head, soft_wrap=True)
-    items = Table(title="Memory of one rank at the fullest moment of a step", title_justify="left")
+    items = Table(title="Peak memory of one rank during a step", title_justify="left")
     items.add_column("")
     for each in shown:
         items.add_column(each["name"] + (" (this run)" if each["own"] else ""), justify="right")
     for name in shown[0]["items"]:
         items.add_row(name.replace("_", " "), *(_size(each["items"][name]) for each in shown))
-    items.add_row("together", *(_size(each["peak_bytes"]) for each in shown))
+    items.add_row("total", *(_size(each["peak_bytes"]) for each in shown))
     items.add_row("host memory", *(_size(each["host_bytes"]) for each in shown))
     console.print(items)
-    table = Table(title="Placements of the frozen weights, the cheapest a token first", title_justify="left")
-    for column in ("placement", "a rank", "fits", "largest micro-batch", "sent by a rank in its node a step",
-                   "sent by a node a step", "relative cost a token"):  # fmt: skip
+    table = Table(title="Placements of the frozen weights, lowest cost per token first", title_justify="left")
+    for column in ("placement", "peak per rank", "fits", "largest micro-batch", "sent in the node per rank and step",
+                   "sent between nodes per node and step", "relative cost per token"):  # fmt: skip
         table.add_column(column, justify="left" if column == "placement" else "right")
     cheapest = placements[0]["estimated_seconds_per_token"]
     for each in placements:
@@ -170,13 +170,13 @@ _BENCH_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def print_bench(found: dict[str, Any], heading: str | None = None) -> None:
-    """The tables of ``ptd bench`` on stdout, from what `ptd.bench.bench` returns."""
+    """Print the tables of ``ptd bench``, from the result of `ptd.bench.bench`."""
     console = Console(highlight=False)
     machine = found["machine"]
     sides = [(lane, figures) for lane in found["lanes"] for figures in lane["sides"].values()]
-    rate = f"{machine['flops_per_second'] / 1e12:.3g} TFLOP/s in a product of {machine['size']} × {machine['size']}"
+    rate = f"{machine['flops_per_second'] / 1e12:.3g} TFLOP/s in a matmul of {machine['size']} × {machine['size']}"
     threads = "" if machine["threads"] is None else f", {machine['threads']} threads"
-    what = f"{found['hardware']}{threads}, {found['dtype']}: {rate}; {found['repeats']} steps of each side, in turns"
+    what = f"{found['hardware']}{threads}, {found['dtype']}: {rate}; {found['repeats']} steps per side, alternating"
     console.print(Text(what if heading is None else f"{heading}: {what}"), soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("", *(figures["title"] for _, figures in sides)):
@@ -190,20 +190,20 @@ def print_bench(found: dict[str, Any], heading: str | None = None) -> None:
         table.add_row("ptd / PEFT, median of pairs", *shown)
         table.add_row("  quartiles", *spread)
     for phase in sides[0][1]["phase_seconds"]:
-        table.add_row(f"ms a step: {phase}", *(f"{1000 * each['phase_seconds'][phase]:.1f}" for _, each in sides))
-    table.add_row("  together", *(f"{1000 * figures['step_seconds']:.1f}" for _, figures in sides))
+        table.add_row(f"ms per step: {phase}", *(f"{1000 * each['phase_seconds'][phase]:.1f}" for _, each in sides))
+    table.add_row("  total", *(f"{1000 * figures['step_seconds']:.1f}" for _, figures in sides))
     console.print(table)
     sent, between = found["network"]["network_bytes"], found["network"]["network_bytes_between_nodes"]
     if sent:
-        console.print(f"network, all ranks, a step: {_size(sent)}, of which between nodes {_size(between)}")
+        console.print(f"network traffic of all ranks per step: {_size(sent)}, of which between nodes: {_size(between)}")
 
 
 MOST_ROWS = 40
-"""Rows of a table that a terminal is given."""
+"""Maximum number of rows that are printed of a table."""
 
 
 def print_inspection(head: str, notes: Sequence[str], sections: Sequence[Any]) -> None:
-    """What ``ptd inspect`` found: ``sections`` with ``title``, ``text``, ``columns`` and ``rows``."""
+    """Print the result of ``ptd inspect``. Each section has ``title``, ``text``, ``columns`` and ``rows``."""
     console = _console()
     console.print(Text(head), soft_wrap=True)
     for section in sections:
@@ -216,7 +216,7 @@ def print_inspection(head: str, notes: Sequence[str], sections: Sequence[Any]) -
             table.add_row(*map(Text, row))
         console.print(table)
         if len(section.rows) > MOST_ROWS:
-            console.print(f"… and {len(section.rows) - MOST_ROWS} more, in inspect.json")
+            console.print(f"… and {len(section.rows) - MOST_ROWS} more rows in inspect.json")
     for note in notes:
         console.print(Text(f"\nnote: {note}"), soft_wrap=True)
 

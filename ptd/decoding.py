@@ -1,8 +1,8 @@
-"""How the next token is chosen: what the user asks for, and nothing that a checkpoint brings along unasked.
+"""Build the decoding settings of a call, independently of the defaults that a checkpoint carries.
 
-transformers fills every field that a call leaves unset from the model's ``generation_config``. Here every field has a
-value of its own, and the model's config is put away while it generates (`put_away`), so that what its author set is
-followed only where the user says so.
+transformers fills every field that a call leaves unset from the model's ``generation_config``. Therefore ptd sets every
+field, and hides the model's config during generation (`put_away`). The settings of the model's author apply only if the
+user asks for them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ NEUTRAL: dict[str, Any] = {
     "constraints": None,
     "force_words_ids": None,
 }
-"""What changes a text, without effect. ``generation_config: model`` takes the model's values for these alone."""
+"""Fields that change the text, at values without effect. For these only, ``generation_config: model`` takes the model's
+values."""
 
 OURS: dict[str, Any] = {
     "max_length": None,
@@ -88,20 +89,20 @@ OURS: dict[str, Any] = {
     "max_matching_ngram_size": None,
     "speculation_type": None,
 }
-"""What decides how a call runs and what it returns: always as ptd needs it."""
+"""Fields that decide how a call runs and what it returns. They always have the values that ptd needs."""
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _BEAMS = ("early_stopping", "length_penalty")
 _TOP_K_UNSET = 50
-"""What transformers takes for an unset ``top_k``; it warns of any other where nothing is sampled."""
+"""The value that transformers reads as an unset ``top_k``; without sampling, it warns of any other value."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to choose the next token: greedy by default; ``temperature`` samples, ``num_beams`` searches.
+    """How to choose the next token: greedily by default, by sampling (``temperature``) or beam search (``num_beams``).
 
-    A field that is None is neutral (greedy, all tokens, one beam), or with ``generation_config="model"`` as the model's
-    author set it, along with the author's penalties, bans and lengths.
+    A field that is None has no effect (greedy, all tokens, one beam). With ``generation_config="model"`` it has the
+    value that the model's author set, and the author's penalties, banned tokens and length limits apply as well.
     """
 
     max_new_tokens: int = 128
@@ -115,8 +116,11 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The ids that generation needs: those that end a text, one to fill up with, and for an encoder-decoder what the
-    decoder starts from and what it has to write first (None: anything)."""
+    """The token ids that generation needs.
+
+    ``ends``: the ids that end a text. ``pad``: the id for padding. Of an encoder-decoder, ``start``: the id from which
+    the decoder starts; ``first``: the id that it has to generate first (None: any).
+    """
 
     ends: tuple[int, ...]
     pad: int
@@ -126,7 +130,7 @@ class Tokens:
 
 
 def generation_config(decoding: Decoding, own: GenerationConfig, tokens: Tokens, max_new_tokens: int) -> Any:
-    """The config of one call, with a value for every field; ``own`` is the model's.
+    """Return the config of one call, with a value for every field; ``own`` is the model's config.
 
     Raises `UserError` for settings that have no effect.
     """
@@ -141,8 +145,8 @@ def generation_config(decoding: Decoding, own: GenerationConfig, tokens: Tokens,
         for name in ("top_p", "top_k"):
             if asked[name] not in (None, NEUTRAL[name]):
                 raise UserError(
-                    f"--{name.replace('_', '-')}: has an effect only where tokens are sampled; give --temperature "
-                    "above 0, or leave it out"
+                    f"--{name.replace('_', '-')}: has no effect without sampling; give --temperature above 0, or "
+                    "remove it"
                 )
         fields |= {name: NEUTRAL[name] for name in _SAMPLING} | {"top_k": _TOP_K_UNSET}
     if fields["num_beams"] == 1:
@@ -158,7 +162,7 @@ def generation_config(decoding: Decoding, own: GenerationConfig, tokens: Tokens,
 
 
 def set_by_author(own: GenerationConfig) -> dict[str, Any]:
-    """What the model's ``generation_config`` sets that changes a text, and how."""
+    """Return the fields of the model's ``generation_config`` that change the text, with their values."""
     found = {name: getattr(own, name, None) for name in NEUTRAL}
     changed = {name: value for name, value in found.items() if value is not None and value != NEUTRAL[name]}
     if not changed.get("do_sample"):
@@ -169,18 +173,18 @@ def set_by_author(own: GenerationConfig) -> dict[str, Any]:
 
 
 def note_on_author(decoding: Decoding, own: GenerationConfig) -> str | None:
-    """What is made of the model's settings; None: it has none that change a text."""
+    """Return a note on whether the model's settings apply; None if none of them changes the text."""
     listed = ", ".join(f"{name} {_shown(value)}" for name, value in set_by_author(own).items())
     if not listed:
         return None
     if decoding.generation_config == "model":
         return f"decoding follows the model's generation_config: {listed}"
-    return f"the model's generation_config is not followed ({listed}); --generation-config model does"
+    return f"the model's generation_config is not followed ({listed}); give --generation-config model to follow it"
 
 
 @contextmanager
 def put_away(model: PreTrainedModel) -> Iterator[None]:
-    """While it lasts the model has no settings of its own that a call could take over."""
+    """Give the model an empty ``generation_config`` inside the ``with`` block, so that a call inherits no setting."""
     own = model.generation_config
     model.generation_config = GenerationConfig()
     try:

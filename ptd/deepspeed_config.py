@@ -1,8 +1,8 @@
-"""A DeepSpeed JSON -> what it means for ptd: values of `RunConfig`, and the ZeRO-3 configuration of the backbone.
+"""Translate a DeepSpeed JSON into values of `RunConfig` and the ZeRO-3 configuration of the backbone.
 
-DeepSpeed shards the frozen backbone and owns no optimizer here, so a JSON written for full fine-tuning says more than
-can be honoured. Nothing of it is dropped silently: a key is honoured, ignored with a warning, or refused.
-``"auto"`` means: as RUN.yaml says. Keys named ``comment`` or starting with ``_`` are comments.
+In ptd, DeepSpeed shards the frozen backbone and owns no optimizer, so ptd cannot honour every key of a JSON for full
+fine-tuning. It drops no key silently: it honours the key, ignores it with a warning, or refuses it.
+``"auto"`` stands for the value in RUN.yaml. Keys named ``comment`` or starting with ``_`` are comments.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from ptd.shipped import DS_CONFIGS
 from ptd.types import UserError
 
 AUTO = "auto"
-NVME_BUFFER = 300_000_000  # numbers; a shard has to fit, and DeepSpeed's own 100 million are too few for an embedding
-NEVER = 2**31 - 1  # steps between two progress lines of DeepSpeed; ptd logs by itself
+NVME_BUFFER = 300_000_000  # numbers; a shard has to fit, and DeepSpeed's default, 100 million, is below an embedding
+NEVER = 2**31 - 1  # steps between two progress lines of DeepSpeed; ptd writes its own
 
 
 def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# The fields of DeepSpeed's own DeepSpeedZeroConfig, by the type of their value (a test holds them against it).
+# The fields of DeepSpeedZeroConfig by the type of their value (a test compares them with DeepSpeed's class).
 ZERO_FLAGS = _names(
     "allgather_partitions allgather_sequential compute_grad_norm contiguous_gradients cpu_offload cpu_offload_param "
     "cpu_offload_use_pin_memory elastic_checkpoint enable_sanity_checks gather_16bit_weights_on_model_save "
@@ -64,7 +64,7 @@ HONOURED = _names(
     "zero_optimization aio gradient_clipping bf16 bfloat16 fp16 train_batch_size train_micro_batch_size_per_gpu "
     "gradient_accumulation_steps optimizer scheduler"
 )
-# Reporting, or treatment of gradients and optimizer state that the backbone does not have.
+# Keys for reporting, or for gradients and optimizer state, which the backbone does not have.
 IGNORED = _names(
     "activation_checkpointing check_overflow checkpoint comet comms_logger communication_data_type csv_monitor "
     "dataloader_drop_last datastates disable_allgather disable_python_gc dump_state flops_profiler "
@@ -80,17 +80,17 @@ ZERO_IGNORED = {
     "elastic_checkpoint": "ptd writes its own checkpoints",
 }
 FP16_IGNORED = {
-    "auto_cast": "the backbone's inputs are token numbers",
-    "hysteresis": "the loss scale falls with every overflow",
-    "consecutive_hysteresis": "the loss scale falls with every overflow",
-    "min_loss_scale": "the loss scale falls to 1 if it has to",
+    "auto_cast": "the backbone's inputs are token ids",
+    "hysteresis": "ptd lowers the loss scale at every overflow",
+    "consecutive_hysteresis": "ptd lowers the loss scale at every overflow",
+    "min_loss_scale": "ptd may lower the loss scale to 1",
     "fp16_master_weights_and_grads": "the frozen backbone has no weight gradients",
 }
-_GONE = "DeepSpeed itself has removed it; remove it here too"
+_GONE = "DeepSpeed has removed this feature; remove the key"
 REFUSED = {
     "amp": f"{_GONE} and set backbone.dtype",
-    "autotuning": "DeepSpeed's tuner measures runs with a DeepSpeed optimizer; remove it",
-    "compile": "DeepCompile rewrites the graph of a model with a DeepSpeed optimizer; remove it",
+    "autotuning": "DeepSpeed's tuner needs a run with a DeepSpeed optimizer; remove it",
+    "compile": "DeepCompile needs a model with a DeepSpeed optimizer; remove it",
     "compression_training": _GONE,
     "curriculum_learning": _GONE,
     "data_efficiency": "ptd reads and orders the data itself; remove it",
@@ -100,7 +100,7 @@ REFUSED = {
     "expert_parallel": "ptd does not distribute experts; remove it (ZeRO-3 shards them like other weights)",
     "gradient_allreduce_op": "ptd divides by the number of supervised tokens of all ranks; remove it",
     "graph_harvesting": _GONE,
-    "hybrid_engine": "it is for RLHF with a DeepSpeed optimizer; remove it",
+    "hybrid_engine": "it serves RLHF with a DeepSpeed optimizer; remove it",
     "nebula": _GONE,
     "pipeline": "ptd has no pipeline parallelism; remove it and use zero_optimization.stage 3",
     "progressive_layer_drop": _GONE,
@@ -109,7 +109,7 @@ REFUSED = {
     "sparse_attention": _GONE,
     "sparse_gradients": _GONE,
     "tensor_parallel": "ptd shards the backbone by ZeRO-3 only; remove it and use zero_optimization.stage 3",
-    "torch_autocast": "it would change the backbone's numbers behind backbone.dtype; remove it and set backbone.dtype",
+    "torch_autocast": "it would compute in another dtype than backbone.dtype; remove it and set backbone.dtype",
     "weight_quantization": "it is for DeepSpeed's inference engine; remove it",
 }
 ZERO_REFUSED = {
@@ -120,7 +120,7 @@ ZERO_REFUSED = {
     "zero_quantized_weights": "it would run the backbone with weights rounded to int8 at every gather; remove it",
     "zeropp_loco_param": _GONE,
 }
-# Values that change nothing (besides false, null, 0, {} and "auto"), so that they need no word.
+# Values without effect (as well as false, null, 0, {} and "auto"), which need no warning.
 NEUTRAL: dict[str, Any] = {
     "compute_grad_norm": True,
     "gradient_allreduce_op": "mean",
@@ -138,13 +138,13 @@ SCHEDULERS = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "Wa
 def apply_deepspeed(
     config: RunConfig, *, source: str | dict[str, Any] | None = None
 ) -> tuple[RunConfig, dict[str, Any] | None]:
-    """Read ``config.deepspeed`` (or ``source``) into the run.
+    """Apply ``config.deepspeed`` (or ``source``) to the run.
 
-    Returns the `RunConfig` with the JSON's values applied, and the ZeRO-3 configuration to shard the backbone with;
-    None when nothing is to be sharded (``backbone.sharding: none``).
+    Returns the `RunConfig` with the JSON's values, and the ZeRO-3 configuration of the backbone, which is None if the
+    backbone is not sharded (``backbone.sharding: none``).
 
     Raises:
-        UserError: the JSON cannot be read, contradicts RUN.yaml, or asks for what ptd cannot do.
+        UserError: the JSON cannot be read, contradicts RUN.yaml, or requires what ptd cannot do.
     """
     source = config.deepspeed if source is None else source
     document = _Document.read({} if source is None else source)
@@ -167,10 +167,10 @@ def zero3_config(
     zero: dict[str, Any] | None = None,
     aio: dict[str, Any] | None = None,
 ) -> dict[str, Any] | None:
-    """DeepSpeed's configuration of a sharded backbone: placement only, no optimizer, schedule, logging or casts.
+    """Return DeepSpeed's configuration of a sharded backbone: placement only, no optimizer, schedule, logging or casts.
 
-    None with ``backbone.sharding: none``. ``micro_batch``: rows of a micro-batch, which DeepSpeed insists on knowing.
-    ``zero``, ``aio``: the sections of a JSON, checked already: how ZeRO-3 gathers, how NVMe offload reads.
+    None with ``backbone.sharding: none``. ``micro_batch``: rows per micro-batch, which DeepSpeed requires. ``zero`` and
+    ``aio``: the checked sections of a JSON, on how ZeRO-3 gathers and how NVMe offload reads.
     """
     if backbone.sharding == "none":
         return None
@@ -184,7 +184,7 @@ def zero3_config(
     zero3 = {
         "zero_optimization": section,
         "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": 1,  # ptd accumulates at the prompt
+        "gradient_accumulation_steps": 1,  # ptd accumulates the prompt's gradient itself
         "steps_per_print": NEVER,
         "wall_clock_breakdown": False,
     }
@@ -192,7 +192,7 @@ def zero3_config(
 
 
 def check_batch_size(config: RunConfig, world_size: int, *, source: str | dict[str, Any] | None = None) -> None:
-    """Refuse a JSON whose ``train_batch_size`` is not micro-batch x accumulation x ``world_size`` of ``config``."""
+    """Raise `UserError` if a JSON's ``train_batch_size`` is not micro-batch x accumulation x ``world_size``."""
     source = config.deepspeed if source is None else source
     document = _Document.read(source) if source is not None else None
     wanted = document.values.get("train_batch_size", AUTO) if document is not None else AUTO
@@ -211,7 +211,7 @@ def check_batch_size(config: RunConfig, world_size: int, *, source: str | dict[s
 
 
 class _Document:
-    """The JSON, its name for messages, and what of it is ignored."""
+    """The values of the JSON, its name for messages, and the keys that are ignored."""
 
     def __init__(self, name: str, values: Any) -> None:
         self.name = name
@@ -231,7 +231,7 @@ class _Document:
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}. "
-                'Comments have to be keys, e.g. "_comment": "…"'
+                'Write comments as keys, e.g. "_comment": "…"'
             ) from error
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not valid JSON: {error}") from error
@@ -240,7 +240,7 @@ class _Document:
         raise UserError(f"{self.name}: {path}: {reason}")
 
     def section(self, key: str, known: Iterable[str] | None = None) -> dict[str, Any]:
-        """The mapping at the dotted ``key`` without its "auto" values; empty if there is none."""
+        """Return the mapping at the dotted ``key`` without its "auto" values; an empty mapping if there is none."""
         value: Any = self.values
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
@@ -253,7 +253,7 @@ class _Document:
         return {name: item for name, item in value.items() if item != AUTO}
 
     def known(self, section: dict[str, Any], known: Iterable[str], prefix: str = "") -> None:
-        """Refuse keys of ``section`` that are not among ``known``, naming the nearest."""
+        """Refuse keys of ``section`` that are not among ``known``, and name the nearest known key."""
         known = sorted(known)
         for key in section:
             if key not in known:
@@ -280,7 +280,7 @@ class _Document:
 
 
 class _Merge:
-    """RUN.yaml's values with the JSON's added, one by one."""
+    """RUN.yaml's values, to which the JSON's values are added one by one."""
 
     def __init__(self, config: RunConfig, document: _Document) -> None:
         self.config, self.document = config, document
@@ -290,16 +290,16 @@ class _Merge:
     def set(
         self, json_key: str, value: Any, key: str, *, written: Any = None, beside: dict[str, Any] | None = None
     ) -> None:
-        """Give the RUN.yaml key ``key`` (``section.name``) the JSON's ``value``; "auto" and null leave it alone.
+        """Set the RUN.yaml key ``key`` (``section.name``) to the JSON's ``value``; "auto" and null change nothing.
 
-        ``written``: how the JSON says the value, if not in RUN.yaml's words. ``beside``: keys that are valid only
-        together with it, and their values.
+        ``written``: the value as the JSON writes it, if it differs from ``value``. ``beside``: further keys that are
+        valid only together with ``key``, and their values. Refuses a value that contradicts RUN.yaml or another key.
         """
         if value is None or value == AUTO:
             return
         shown = json.dumps(value if written is None else written, default=repr)
-        if isinstance(value, bool):  # a number to Python and to pydantic
-            self.document.refuse(json_key, f"has to be what {key} takes, got {shown}")
+        if isinstance(value, bool):  # Python and pydantic accept it as a number
+            self.document.refuse(json_key, f"has to be a valid value of {key}, got {shown}")
         values = {key: value, **(beside or {})}
         raw = self.config.model_dump(exclude_unset=True)
         for path, item in values.items():
@@ -318,14 +318,14 @@ class _Merge:
         self.config = merged
 
     def in_run_file(self, key: str) -> bool:
-        """Whether RUN.yaml itself gives ``key`` a value other than "auto" and null."""
+        """Return whether RUN.yaml itself gives ``key`` a value other than "auto" and null."""
         section, name = key.split(".")
         values = getattr(self.original, section)
         return name in values.model_fields_set and getattr(values, name) not in (None, AUTO)
 
 
 def value_at(config: RunConfig, path: str) -> Any:
-    """The value of the key ``section.name``."""
+    """Return the value of the key ``section.name``."""
     section, name = path.split(".")
     return getattr(getattr(config, section), name)
 
@@ -350,12 +350,12 @@ def _take_dtype(run: _Merge) -> None:
     elif half is False and run.config.backbone.dtype == "float16":
         run.document.refuse(
             "fp16.enabled",
-            "is false, but RUN.yaml sets backbone.dtype to 'float16'; say true or 'auto'",
+            "is false, but RUN.yaml sets backbone.dtype to 'float16'; set it to true or 'auto'",
         )
     for name in ("bf16", "bfloat16"):  # the second is DeepSpeed's older spelling
         enabled = _flag(run.document, name, BF16_KEYS)
         if half and enabled:
-            run.document.refuse(f"{name}.enabled", "is true, and so is fp16.enabled; the backbone has one dtype")
+            run.document.refuse(f"{name}.enabled", "is true, as is fp16.enabled; the backbone has one dtype; set one")
         if enabled is None or (not enabled and run.config.backbone.dtype == "float16"):
             continue
         run.set(f"{name}.enabled", "bfloat16" if enabled else "float32", "backbone.dtype", written=enabled)
@@ -368,8 +368,8 @@ def _take_loss_scale(run: _Merge) -> None:
     if not _is_off("loss_scale", section.get("loss_scale")):
         document.refuse(
             "fp16.loss_scale",
-            f"{section['loss_scale']!r} is not supported: the scale falls when gradients overflow and rises again; "
-            "give 0, and where it starts as fp16.initial_scale_power",
+            f"{section['loss_scale']!r} is not supported: ptd's loss scale is dynamic; give 0, and set its initial "
+            "value with fp16.initial_scale_power",
         )
     for key in ("initial_scale_power", "loss_scale_window"):
         run.set(f"fp16.{key}", section.get(key), f"train.{key}")
@@ -390,14 +390,14 @@ def _take_optimizer(run: _Merge) -> None:
     section = document.section("optimizer", ("type", "params", "legacy_fusion"))
     name = section.get("type", "AdamW")
     if not isinstance(name, str) or name.lower() not in ADAMW:
-        document.refuse("optimizer.type", f"{name!r} is not supported: the prompt encoder is trained by AdamW; use it")
+        document.refuse("optimizer.type", f"{name!r} is not supported: AdamW trains the prompt encoder; use AdamW")
     params = document.section("optimizer.params", ADAM_KEYS)
     wanted = {"adam_w_mode": True, "bias_correction": True, "amsgrad": False}
     for key, value in wanted.items():
         if params.get(key, value) is not value:
             document.refuse(
                 f"optimizer.params.{key}",
-                f"{params[key]!r} is not supported: AdamW runs with {json.dumps(value)}; remove it",
+                f"{params[key]!r} is not supported: ptd's AdamW uses {json.dumps(value)}; remove it",
             )
     if not _is_off("max_grad_norm", params.get("max_grad_norm")):
         document.refuse("optimizer.params.max_grad_norm", "DeepSpeed does not clip by it either; use gradient_clipping")
@@ -432,36 +432,36 @@ def _take_scheduler(run: _Merge) -> None:
 
 
 def _scheduler_params(document: _Document, name: str) -> dict[str, Any]:
-    """The parameters of the scheduler, with those refused that ptd's schedule of that name cannot follow."""
+    """Return the parameters of the scheduler; refuse those that ptd's schedule of that name cannot follow."""
     cosine = name == "WarmupCosineLR"
     known = {"warmup_num_steps", "warmup_type", "last_batch_iteration"}
     known |= {"warmup_min_ratio", "cos_min_ratio"} if cosine else {"warmup_min_lr", "warmup_max_lr"}
     known |= set() if name == "WarmupLR" else {"total_num_steps"}
     params = document.section("scheduler.params", known)
-    # DeepSpeed's own default of cos_min_ratio is 1e-4 of the learning rate: as good as the 0 where ptd's cosine ends.
+    # DeepSpeed's default of cos_min_ratio, 1e-4 of the learning rate, is practically the 0 at which ptd's cosine ends.
     highest = {"warmup_min_lr": 0, "warmup_min_ratio": 0, "cos_min_ratio": 1e-4, "last_batch_iteration": -1}
     for key, limit in highest.items():
         value = params.get(key, limit)
         if not isinstance(value, int | float) or not value <= limit:
             document.refuse(
-                f"scheduler.params.{key}", f"{value!r} is not supported: the schedule has {limit}; remove it"
+                f"scheduler.params.{key}", f"{value!r} is not supported: ptd's schedule uses {limit}; remove it"
             )
     kind = params.get("warmup_type")
     if kind not in (None, "linear"):
         document.refuse(
-            "scheduler.params.warmup_type", f"{kind!r} is not supported: the warm-up is linear; say 'linear'"
+            "scheduler.params.warmup_type", f"{kind!r} is not supported: ptd's warm-up is linear; set it to 'linear'"
         )
     if kind is None and params.get("warmup_num_steps"):
         warnings.warn(
-            f"{document.name}: scheduler.params.warmup_type is not given: the warm-up is linear here, "
-            "where DeepSpeed's default is logarithmic; say 'linear'",
+            f"{document.name}: scheduler.params.warmup_type is not given: ptd's warm-up is linear, but "
+            "DeepSpeed's default is logarithmic; set it to 'linear'",
             stacklevel=4,
         )
     return params
 
 
 def _forbid_shadowed(run: _Merge, json_name: str, params: dict[str, Any], shadowed: str, key: str) -> None:
-    """Refuse a JSON value for ``key`` where RUN.yaml sets ``shadowed``, over which ``key`` would take precedence."""
+    """Refuse a JSON value for ``key`` if RUN.yaml sets ``shadowed``, over which ``key`` would take precedence."""
     if params.get(json_name) is None or not run.in_run_file(shadowed) or run.in_run_file(key):
         return
     section, name = shadowed.split(".")
@@ -473,9 +473,9 @@ def _forbid_shadowed(run: _Merge, json_name: str, params: dict[str, Any], shadow
 
 
 def _take_zero(run: _Merge) -> dict[str, Any]:
-    """The checked ``zero_optimization`` section to hand on, without what RUN.yaml's keys say now."""
+    """Return the checked ``zero_optimization`` section for DeepSpeed, without the values moved to RUN.yaml's keys."""
     document = run.document
-    if document.values.get("zero_optimization") is False:  # DeepSpeed's old way to write stage 0
+    if document.values.get("zero_optimization") is False:  # DeepSpeed's old spelling of stage 0
         document.values["zero_optimization"] = {"stage": 0}
     document.refuse_active(document.section("zero_optimization"), ZERO_REFUSED, prefix="zero_optimization.")
     section = document.section("zero_optimization", ZERO_KEYS | ZERO_REFUSED.keys())
@@ -491,7 +491,7 @@ def _take_zero(run: _Merge) -> dict[str, Any]:
         if key in section and not _is_off(key, section[key]):
             document.ignored.append(f"zero_optimization.{key} ({reason})")
     unused = {"stage", "zero_hpz_partition_size", *ZERO_REFUSED, *ZERO_IGNORED}
-    # int(): DeepSpeed takes 5e8 for a size, but json gives a float.
+    # int(): DeepSpeed accepts 5e8 as a size, but json reads it as a float.
     return {
         key: int(value) if key in ZERO_SIZES else value
         for key, value in section.items()
@@ -500,15 +500,15 @@ def _take_zero(run: _Merge) -> dict[str, Any]:
 
 
 def _take_sharding(run: _Merge, stage: int, group_size: Any) -> None:
-    """Stage 3 over all ranks, or (DeepSpeed's hpZ) with a whole copy in each group of ranks.
+    """Apply stage 3: one copy over all ranks or, with DeepSpeed's hpZ, one whole copy in each group of ranks.
 
-    hpZ's other copy, over all ranks, is for updates, which a frozen backbone never gets.
+    hpZ keeps a second copy over all ranks for updates, which a frozen backbone never gets.
     """
     sharding, size = run.config.backbone.sharding, group_size if isinstance(group_size, int | float) else None
     if stage == 3 and (group_size == AUTO or (size is not None and size > 1)):
         run.set("zero_optimization.zero_hpz_partition_size", "node", "backbone.sharding", written=group_size)
         run.set("zero_optimization.zero_hpz_partition_size", size, "backbone.sharding_group_size")
-    elif not (stage == 3 and sharding == "node"):  # RUN.yaml may say more than the JSON's stage does
+    elif not (stage == 3 and sharding == "node"):  # sharding: node in RUN.yaml is stage 3 too
         run.set("zero_optimization.stage", {3: "world", 0: "none"}[stage], "backbone.sharding", written=stage)
 
 
@@ -540,7 +540,7 @@ def _check_zero_value(document: _Document, path: str, key: str, value: Any) -> N
 
 
 def _take_offload(run: _Merge) -> dict[str, Any]:
-    """The checked section without device and path, which RUN.yaml's keys say now."""
+    """Return the checked section without the device and the path, which are moved to RUN.yaml's keys."""
     path, document = "zero_optimization.offload_param", run.document
     section = document.section(path, OFFLOAD_PARAM_KEYS)
     device = section.pop("device", None)
@@ -562,13 +562,13 @@ def _take_offload(run: _Merge) -> dict[str, Any]:
 
 
 def _find(source: str) -> Path:
-    """The file of that path, or else the shipped one of that name."""
+    """Return the file at that path or, if there is none, the shipped file of that name."""
     path = as_path(source)
     try:
         for candidate in (path, DS_CONFIGS / path.name):
             if candidate.is_file():
                 return candidate
-    except (OSError, ValueError) as error:  # a name too long, or with a null character
+    except (OSError, ValueError) as error:  # the name is too long or has a null character
         raise UserError(f"deepspeed: {source!r} is not a path: {error}") from error
     shipped = ", ".join(sorted(file.name for file in DS_CONFIGS.glob("*.json"))) or "none"
     raise UserError(f"deepspeed: there is no file {source!r}; give a DeepSpeed JSON, or one that ptd ships: {shipped}")
@@ -579,7 +579,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_off(key: str, value: Any) -> bool:
-    """Whether the value leaves the feature off, so that nothing is lost by not having it."""
+    """Return whether the value leaves the feature off, so that ptd need not support it."""
     if isinstance(value, dict):
         return not value or value.get("enabled") is False or value.get("device") == "none"
     return value is None or value is False or value in (0, AUTO) or value == NEUTRAL.get(key, AUTO)

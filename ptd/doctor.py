@@ -1,4 +1,4 @@
-"""``ptd doctor``: what this machine has, how attention with a prefix would run on it, and whether a run could start."""
+"""``ptd doctor``: report what this machine has, which attention backends it uses, and whether a run could start."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from ptd.types import DTYPES, Reporter, UserError
 from ptd.versions import versions
 
 MUCH = 200_000_000
-"""Bytes of rows that are too many to be read here."""
+"""Size of the rows, in bytes, above which ``ptd doctor`` does not read them."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table: what was found, and if that is no good, what to do."""
+    """One line of the table: what was found and, in case of a problem, what to do."""
 
     name: str
     status: Literal["ok", "warning", "failed"]
@@ -49,12 +49,12 @@ class Check:
 
 
 def examine(*, dtype: str = "auto", head_dim: int = 128) -> dict[str, Any]:
-    """Versions, devices, and for each kind of batch which attention backend would be taken and why.
+    """Return the versions, the devices, and for each kind of batch which attention backend would run and why.
 
-    ``dtype`` ``auto``: bfloat16 on a GPU, else float32. Raises `UserError` for another name.
+    ``dtype`` ``auto``: bfloat16 on a GPU, otherwise float32. Raises `UserError` for an unknown name.
     """
     if dtype not in ("auto", *DTYPES):
-        raise UserError(f"--dtype: there is no {dtype!r}; known: auto, {', '.join(DTYPES)}")
+        raise UserError(f"--dtype: there is no dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
     on_gpu = torch.cuda.is_available()
     name = ("bfloat16" if on_gpu else "float32") if dtype == "auto" else dtype
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -75,14 +75,14 @@ def _gpu(index: int) -> str:
 
 
 def check_machine() -> Iterator[Check]:
-    """What holds for any run on this machine."""
+    """Yield the checks of this machine that concern every run."""
     yield _packages()
     yield _gpus()
     yield _checked("collectives", sum_here)
 
 
 def check_run(run: Path, overrides: list[str]) -> Iterator[Check]:
-    """What holds for this run on this machine. What cannot be looked at, because of what failed before, is left out."""
+    """Yield the checks of this run on this machine, without those that an earlier failure makes impossible."""
     config: RunConfig | None = None
 
     def read() -> str:
@@ -115,10 +115,10 @@ def check_run(run: Path, overrides: list[str]) -> Iterator[Check]:
 
 
 def _trackers(config: RunConfig) -> Iterator[Check]:
-    """A run goes on without a tracker; better to know of that before it."""
+    """Yield a warning for each tracker that is not installed, because the run would continue without it."""
     for name in config.train.report_to:
         if importlib.util.find_spec(name) is None:
-            found = f"train.report_to: {name} is not installed; the run would go on without it"
+            found = f"train.report_to: {name} is not installed; the run would continue without it"
             yield Check("trackers", "warning", found, f"pip install 'ptd[{name}]'")
 
 
@@ -134,7 +134,7 @@ def _packages() -> Check:
     try:
         wanted = [Requirement(line) for line in importlib.metadata.requires("ptd") or []]
     except importlib.metadata.PackageNotFoundError:
-        return Check("packages", "warning", "ptd runs from a folder, not installed", "pip install -e . checks them")
+        return Check("packages", "warning", "not checked: ptd is not installed", "run pip install -e . to check them")
     wrong = []
     for requirement in wanted:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
@@ -147,7 +147,7 @@ def _packages() -> Check:
         if not requirement.specifier.contains(found, prereleases=True):
             wrong.append(f"{requirement} is {found}")
     if wrong:
-        return Check("packages", "failed", ", ".join(wrong), "pip install them as they are asked for")
+        return Check("packages", "failed", ", ".join(wrong), "install the required versions with pip")
     return Check("packages", "ok", ", ".join(f"{name} {version}" for name, version in versions().items()))
 
 
@@ -157,25 +157,25 @@ def _gpus() -> Check:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if built_in and not seen and visible != "":
         cause = (
-            f"torch {torch.__version__} is built without CUDA" if torch.version.cuda is None else "the driver's side"
+            f"torch {torch.__version__} is built without CUDA" if torch.version.cuda is None else "probably the driver"
         )
         advice = f"{cause}; compare nvidia-smi with python -c 'import torch; torch.cuda.init()'"
-        return Check("GPUs", "failed", f"this machine has {built_in}, torch sees none", advice)
+        return Check("GPUs", "failed", f"this machine has {built_in}, but torch finds none", advice)
     if not seen:
         return Check(
-            "GPUs", "warning", "none; runs use the CPU" + (" (CUDA_VISIBLE_DEVICES hides them)" * bool(built_in))
+            "GPUs", "warning", "none; runs use the CPU" + (" (CUDA_VISIBLE_DEVICES hides the GPUs)" * bool(built_in))
         )
     return Check("GPUs", "ok", "; ".join(_gpu(index) for index in range(seen)))
 
 
 def _trust(config: RunConfig) -> Iterator[Check]:
     risks = {
-        "trust_remote_code": "code that comes with the checkpoint runs as you",
-        "allow_pickle": "weights in .bin files are unpickled, as tensors only",
+        "trust_remote_code": "code that comes with the checkpoint runs with your permissions",
+        "allow_pickle": "weights in .bin files are unpickled, though only as tensors",
     }
     for key, what in risks.items():
         if getattr(config.backbone, key):
-            yield Check("trust", "warning", f"backbone.{key}: {what}", "remove it unless you trust who made them")
+            yield Check("trust", "warning", f"backbone.{key}: {what}", "remove it unless you trust the authors")
 
 
 def _folder(config: RunConfig) -> str:
@@ -195,24 +195,24 @@ def _backbone(config: RunConfig) -> str:
 
 
 def _added_tokens(config: RunConfig) -> Iterator[Check]:
-    """Tokens that only the tokenizer knows: a run refuses rows that have one."""
+    """Yield a warning if the tokenizer has tokens without an embedding, because a run refuses rows that have one."""
     tokenizer, rows = load_tokenizer(config.backbone), vocabulary_of(text_config_of(config.backbone))
     beyond = {} if rows is None else {name: token for name, token in tokenizer.get_vocab().items() if token >= rows}
     if beyond:
-        found = f"{some(sorted(beyond, key=beyond.__getitem__), 5)} are beyond the {rows} rows of the embedding"
-        advice = "rows that have one are refused; resize the embedding (model.resize_token_embeddings) to use them"
+        found = f"the tokens {some(sorted(beyond, key=beyond.__getitem__), 5)} are beyond the {rows} embedding rows"
+        advice = "a run refuses rows with them; to use them, resize the embedding (model.resize_token_embeddings)"
         yield Check("tokenizer", "warning", found, advice)
 
 
 def _rows(config: RunConfig) -> str:
-    """Read the rows as a run would, if they are here and not so many that it takes long."""
+    """Read the rows as a run would, if they are local files of at most `MUCH` bytes."""
     given = [source for source in (config.data.train, config.data.eval) if source is not None]
     if not all(as_path(source).exists() for source in given):
-        return "not looked at: they are on the hub"
+        return "not checked: the rows are on the hub"
     if sum(map(_bytes, given)) > MUCH:
-        return f"not looked at: more than {size(MUCH)}, which a run reads when it starts"
+        return f"not checked: the rows have more than {size(MUCH)}; the run reads them when it starts"
     material = read_material(config, Ranks(0, 1, 1, torch.device("cpu")), Reporter())
-    held_out = "" if material.held_out is None else f"; to evaluate on: {material.held_out.examples.report}"
+    held_out = "" if material.held_out is None else f"; for evaluation: {material.held_out.examples.report}"
     return f"{material.examples.report}{held_out}"
 
 
@@ -227,9 +227,9 @@ def _space(config: RunConfig) -> str:
 
 
 def trained_numbers(config: RunConfig) -> tuple[int, int]:
-    """How many numbers the run trains, and how many of them and of the prompt its adapter keeps; nothing is loaded.
+    """Return how many numbers the run trains, and how many its adapter stores (head and prompt); load no weights.
 
-    A head whose labels the run learns from its data counts for two labels. Raises `UserError`.
+    If the run learns the labels from its data, the head is counted with two labels. Raises `UserError`.
     """
     task = _with_labels(config)
     chosen = method(config.method_name)

@@ -1,4 +1,4 @@
-"""What ends a command on purpose. Apart from `ptd.types`, so that it can be said without torch."""
+"""Exceptions that end a command deliberately. Unlike `ptd.types`, this module does not import torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class UserError(Exception):
 
 
 class Preempted(Exception):
-    """The run was asked to stop and did, with everything kept: the same command goes on from there.
+    """The run stopped on request and saved its state: the same command continues it.
 
     The command line prints it without a traceback and exits with ``exit_code``.
     """
@@ -24,13 +24,13 @@ class Preempted(Exception):
 
 
 class RankError(UserError):
-    """A `UserError` that the other ranks may not know of: each rank that raises it prints it."""
+    """A `UserError` that may occur on some ranks only, so every rank that raises it prints it."""
 
 
 class Diverged(UserError):
-    """The training diverged and ``train.on_divergence`` ends such a run: its settings have to change.
+    """The training diverged and ``train.on_divergence`` ended the run: its settings have to change.
 
-    What was trained until then, its report and its records are in the output folder.
+    The output folder holds the adapter as trained so far, the report and the records.
     """
 
     exit_code = DIVERGED

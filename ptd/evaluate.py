@@ -1,4 +1,4 @@
-"""``ptd eval``: loss and the task's metrics of an adapter on data; with generation BLEU, ROUGE-L and exact match."""
+"""``ptd eval``: measure an adapter's loss and task metrics; with generation also BLEU, ROUGE-L and exact match."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate on ``data`` (as ``data.eval``); with ``decoding`` also generate and compare with the references.
 
-    Backbone and rows are treated as in the adapter's training, changed by ``settings`` (of the sections ``backbone``
-    and ``data``). Without ``adapter`` the plain ``backbone`` is evaluated. Under a launcher the ranks share the rows
-    and all return the same. Raises `UserError`.
+    The backbone and the rows are treated as in the adapter's training, except for the keys in ``settings`` (sections
+    ``backbone`` and ``data``). Without ``adapter``, the ``backbone`` is evaluated without a prompt. Under a launcher,
+    the ranks share the rows and all return the same result. Raises `UserError`.
     """
     ranks, reporter = start_ranks(settings), reporter or Reporter()
     try:
@@ -50,9 +50,9 @@ def evaluate(
 
 
 def check_writes(task: Task) -> WritingTask:
-    """The task, if its prompts can be continued; raises `UserError`."""
+    """Return the task if its rows have prompts to continue; otherwise raise `UserError`."""
     if not task.generates:
-        raise UserError("--generate: the adapter was trained to label, not to write; leave it out")
+        raise UserError("--generate: the adapter was trained to label rows, not to generate text; remove --generate")
     if task.data.format == "text":
         raise UserError(
             "--generate: data.format: text has no prompts to generate from; use prompt_completion or messages"
@@ -63,7 +63,7 @@ def check_writes(task: Task) -> WritingTask:
 def held_out_metrics(
     tuned: Tuned, rows: Any, ranks: Ranks, *, batch_size: int, reporter: Reporter, what: str = "--data"
 ) -> dict[str, Any]:
-    """Loss and metrics of ``rows``, over all ranks."""
+    """Return the loss and metrics of ``rows``, computed over all ranks."""
     held_out = tuned.held_out(rows, batch_size, what=what)
     reporter.note(f"--data: {held_out.examples.report}")
     return evaluate_held_out(held_out, tuned.prepared, tuned.readout, ranks, reporter)
@@ -79,7 +79,7 @@ def continue_rows(
     reporter: Reporter,
     what: str = "--data",
 ) -> tuple[list[str], list[str]]:
-    """What the model generates for the prompt of each row (on rank 0; elsewhere nothing), and the row's reference."""
+    """Return the text generated for each row's prompt (rank 0; an empty list elsewhere), and each row's reference."""
     task = check_writes(tuned.task)
     room = tuned.room(decoding.max_new_tokens)
     longest = task.data.max_length if room is None else max(1, min(task.data.max_length, room))
@@ -87,15 +87,15 @@ def continue_rows(
     filled = sum(len(prompt) == longest for prompt in prompts)
     if longest < task.data.max_length and filled:
         reporter.note(
-            f"--generate: {filled:,} prompts fill the {longest:,} tokens that --max-new-tokens leaves of the "
-            "backbone's context; longer ones lost their beginning"
+            f"--generate: {filled:,} prompts fill the {longest:,} tokens that --max-new-tokens leaves in the "
+            "backbone's context; longer prompts were truncated on the left"
         )
     lengths = [len(ids) for ids in tuned.tokenizer(references, add_special_tokens=False, verbose=False)["input_ids"]]
     long = sum(length > decoding.max_new_tokens for length in lengths)
     if long:
         reporter.note(
             f"--max-new-tokens: {long:,} of {len(references):,} references are longer than {decoding.max_new_tokens:,} "
-            f"tokens (the longest has {max(lengths):,}), which no generated text can reach"
+            f"tokens (the longest has {max(lengths):,}), so no generated text can match them"
         )
     for note in decoding_notes(tuned, decoding):
         reporter.note(note)
@@ -103,9 +103,10 @@ def continue_rows(
 
 
 def text_metrics(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Corpus BLEU (sacrebleu, 0–100), mean ROUGE-L F1 (0–100) and exact match after stripping (0–100).
+    """Return corpus BLEU (sacrebleu, 0–100), mean ROUGE-L F1 (0–100) and exact match after stripping (0–100).
 
-    ROUGE-L is that of rouge_score on English; of other scripts it compares words, of those without spaces characters.
+    On English, ROUGE-L equals that of rouge_score. In other scripts it compares words; in scripts without spaces it
+    compares characters.
     """
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
@@ -122,14 +123,14 @@ def text_metrics(outputs: Sequence[str], references: Sequence[str]) -> dict[str,
 
 
 class _Words:
-    """Tokens for ROUGE: rouge_score's own know the letters a to z and no others."""
+    """A tokenizer for ROUGE; the one of rouge_score knows no letters but a to z."""
 
     def tokenize(self, text: str) -> list[str]:
-        """Words in lower case; each character of scripts without spaces and each symbol (emoji) is one."""
+        """Split into lower-case words. Each character of a script without spaces and each symbol (emoji) is a word."""
         return _WORD.findall(text.lower())
 
 
 _ALONE = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-"""Thai, Lao, Burmese, Khmer, kana and Han."""
+"""The scripts without spaces: Thai, Lao, Burmese, Khmer, kana and Han."""
 _SYMBOLS = "\u2600-\u27bf\U0001f000-\U0001faff"
 _WORD = re.compile(f"[{_ALONE}{_SYMBOLS}]|[^\\W_{_ALONE}]+")

@@ -17,13 +17,13 @@ from ptd.files import as_path, check_writable
 from ptd.types import Output, PrefixLayout, UserError
 
 OUTPUTS: dict[str | None, Output] = {"SEQ_2_SEQ_LM": "seq2seq_lm", "FEATURE_EXTRACTION": "body"}
-"""What a backbone ends in under PEFT's task types; all others: a causal language model."""
+"""PEFT's task type -> the backbone's output. Every other task type means a causal language model."""
 
 
 def export_adapter(source: str | Path, target: str | Path, *, base_model: str | None = None) -> str | None:
-    """Write the adapter of ``source`` as a plain PEFT folder ``target``; returns what had to stay behind, if anything.
+    """Write the adapter in ``source`` as a PEFT folder ``target``; return a note on what was not exported, or None.
 
-    ``base_model`` replaces the backbone's path in it (a hub id, say).
+    ``base_model`` (for example a hub id) replaces the backbone's path in the folder.
 
     Raises `UserError` for an adapter that PEFT cannot hold, and for a target that cannot be written.
     """
@@ -36,28 +36,28 @@ def export_adapter(source: str | Path, target: str | Path, *, base_model: str | 
     if not adapter.head:
         return None
     return (
-        f"only the prompt was exported: the trained head stays in {source}, because PEFT keeps heads as layers of "
-        "transformers' own classes"
+        f"only the prompt was exported: the trained head stays in {source}, because PEFT stores heads as layers of "
+        "transformers' model classes"
     )
 
 
 def import_adapter(source: str | Path, target: str | Path, *, backbone: str | None = None) -> None:
-    """Write a PEFT adapter as a ptd one: checked against its backbone and bound to it by fingerprint.
+    """Convert a PEFT adapter to a ptd adapter: check it against its backbone and add the backbone's fingerprint.
 
-    Raises `UserError` for an adapter that is no prompt or does not fit the backbone, and for a target that cannot be
+    Raises `UserError` for an adapter that is not a prompt or does not fit the backbone, and for a target that cannot be
     written.
     """
     target = _new(target)
     adapter = load_adapter(source)
     path = backbone or adapter.backbone
     if not path:
-        raise UserError("no backbone is known: the adapter names none; give --backbone")
+        raise UserError("the backbone is unknown: the adapter does not name it; give --backbone")
     if backbone is not None:
         adapter = replace(adapter, revision=None)
     config = BackboneConfig(path=path, revision=adapter.revision)
     prepared = prepare(config, Ranks.start(), output=OUTPUTS.get(adapter.task_type, "causal_lm"))
     adapter.check_fits(prepared.shape, prepared.fingerprint, path=path)
-    # PEFT does not say whether a prefix's layers are a decoder's or an encoder's; the backbone does.
+    # PEFT does not record whether a prefix's layers belong to a decoder or an encoder; the backbone tells.
     layout = PrefixLayout(prepared.shape.layers) if isinstance(adapter.layout, PrefixLayout) else adapter.layout
     facts = {**adapter.facts, "fingerprint": prepared.fingerprint}
     with _writing(target):
@@ -65,10 +65,10 @@ def import_adapter(source: str | Path, target: str | Path, *, backbone: str | No
 
 
 def _new(target: str | Path) -> Path:
-    """The folder's path, if it is new (or empty) and can be made; raises `UserError`."""
+    """Return the folder's path if it is new (or empty) and can be created; otherwise raise `UserError`."""
     folder = as_path(target)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists already; give a new folder")
+        raise UserError(f"{folder} already exists; give a new folder")
     check_writable(folder, "the new folder")
     return folder
 

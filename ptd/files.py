@@ -1,7 +1,7 @@
-"""What people name on a disk: paths, texts to read, places to write to. One way each, for all of ptd.
+"""Resolve, read and write the paths and text files that users name. All of ptd uses these functions.
 
-A text is UTF-8; a byte order mark in front is no part of it. Lines end in ``\\n``, ``\\r\\n`` or ``\\r`` and in nothing
-else: U+2028, form feeds and the like stand inside texts.
+A text file is UTF-8; a leading byte order mark is not part of the text. Only ``\\n``, ``\\r\\n`` and ``\\r`` end a
+line: U+2028, form feeds and similar characters belong to the text.
 """
 
 from __future__ import annotations
@@ -23,40 +23,40 @@ OTHER_ENCODINGS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-"""Marks in front of a file; those of UTF-32 begin as those of UTF-16 do."""
+"""Byte order mark -> encoding. UTF-32 comes first, because one of its marks begins with one of UTF-16."""
 LOOKED_AT = 4096
-"""Bytes of a file's beginning in which a null byte gives away that it is no UTF-8 text."""
+"""Number of bytes at the start of a file in which a null byte shows that the file is not UTF-8 text."""
 
 
 def as_path(given: str | Path) -> Path:
-    """The path that a person means: ``~`` and ``~user`` are home folders; the rest starts in the current folder.
+    """Return the path with ``~`` and ``~user`` resolved; other relative paths start in the current folder.
 
-    Raises `UserError` for a home folder that is not known.
+    Raises `UserError` for an unknown home folder.
     """
     try:
         return Path(given).expanduser()
     except RuntimeError as error:
-        raise UserError(f"{given}: there is no such home folder; write the path out") from error
+        raise UserError(f"{given}: there is no such home folder; write the full path") from error
 
 
 def local(given: str) -> str:
-    """``given`` with ``~`` resolved where it has one: for settings that are a path or a name on the hub."""
+    """Return ``given`` with a leading ``~`` resolved, for settings that are a path or a hub name."""
     return str(as_path(given)) if given.startswith("~") else given
 
 
 @contextmanager
 def open_text(path: str | Path, saying: str, *, newline: str | None = None) -> Iterator[TextIO]:
-    """The file's text; ``newline=""`` leaves line ends as they are, otherwise all of them read as ``\\n``.
+    """Open the file for reading text; ``newline=""`` preserves line ends, otherwise all of them read as ``\\n``.
 
-    Raises `UserError`, which begins with ``saying`` ("--file: cannot read") and the path, if the file cannot be read or
-    is no UTF-8, also while the caller reads.
+    Raises `UserError` if the file cannot be read or is not UTF-8, also later, while the caller reads. The message
+    begins with ``saying`` ("--file: cannot read") and the path.
     """
     place = as_path(path)
     if "\0" in str(place):
-        raise UserError(f"{saying} {str(place)!r}: it has a null character, which no path has")
+        raise UserError(f"{saying} {str(place)!r}: the path contains a null character")
     try:
         with place.open("rb") as file:
-            _check_beginning(file.peek(LOOKED_AT), f"{saying} {place}")  # opened once: it may be a pipe
+            _check_beginning(file.peek(LOOKED_AT), f"{saying} {place}")  # a pipe cannot be opened a second time
             yield io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
     except OSError as error:
         raise UserError(f"{saying} {place}: {error.strerror or error}") from error
@@ -65,13 +65,13 @@ def open_text(path: str | Path, saying: str, *, newline: str | None = None) -> I
 
 
 def read_text(path: str | Path, saying: str) -> str:
-    """All of a file's text, every line end as ``\\n``; raises as `open_text` does."""
+    """Return a file's whole text, with every line end as ``\\n``; raises as `open_text` does."""
     with open_text(path, saying) as file:
         return file.read()
 
 
 def decode(content: bytes, saying: str) -> str:
-    """Bytes that come from elsewhere than a file, read as a file's; raises `UserError`."""
+    """Decode bytes from another source by the rules for files; raises `UserError`."""
     _check_beginning(content[:LOOKED_AT], saying)
     try:
         text = content.decode("utf-8-sig")
@@ -81,13 +81,13 @@ def decode(content: bytes, saying: str) -> str:
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a text, without their ends."""
+    """Return the lines of a text, without their line ends."""
     lines = re.split(r"\r\n|\n|\r", text)
     return lines[:-1] if lines[-1] == "" else lines
 
 
 def check_writable(folder: str | Path, key: str) -> Path:
-    """Raise `UserError` unless files can be made in ``folder``, or above it if it is yet to be made; returns where."""
+    """Return ``folder`` or its nearest existing ancestor; raise `UserError` if no file can be created there."""
     place = existing(folder)
     if not place.is_dir():
         raise UserError(f"{key}: {place} is a file; give a folder")
@@ -97,13 +97,13 @@ def check_writable(folder: str | Path, key: str) -> Path:
     except OSError as error:
         raise UserError(
             f"{key}: cannot write to {place} ({error.strerror}); give a folder that you may write to, on a "
-            "disk with space that is not mounted read-only"
+            "disk that has free space and is not mounted read-only"
         ) from error
     return place
 
 
 def check_target(file: str | Path, key: str) -> Path:
-    """Raise `UserError` unless ``file`` can be written, in a folder that may be yet to be made; returns its path."""
+    """Raise `UserError` unless ``file`` can be written, in a folder that may not exist yet; return its path."""
     place = as_path(file)
     if place.is_dir():
         raise UserError(f"{key}: {place} is a folder; give a file")
@@ -117,11 +117,11 @@ def check_target(file: str | Path, key: str) -> Path:
 
 
 def write_text(file: str | Path, text: str, key: str) -> None:
-    """Write a file whole or not at all, in a folder that is made if need be; raises `UserError` that names ``key``."""
+    """Write a file atomically, and create its folder if necessary; raises a `UserError` that names ``key``."""
     place = as_path(file)
     temporary = place.with_name(f".{place.name}.tmp")
     try:
-        if place.exists() and not place.is_file():  # a pipe or a device, which nothing may be renamed to
+        if place.exists() and not place.is_file():  # a pipe or a device, which a rename would replace
             place.write_text(text, encoding="utf-8")
             return
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -132,14 +132,14 @@ def write_text(file: str | Path, text: str, key: str) -> None:
 
 
 def existing(folder: str | Path) -> Path:
-    """The folder, or what there is of it as long as it is yet to be made."""
+    """Return the nearest existing ancestor of the folder, or the folder itself if it exists; raises `UserError`."""
     place = as_path(folder).absolute()
     if "\0" in str(place):
-        raise UserError(f"{str(place)!r:.200} cannot be a folder: it has a null character")
+        raise UserError(f"{str(place)!r:.200} cannot be a folder: it contains a null character")
     try:
         while not place.exists() and place != place.parent:
             place = place.parent
-    except OSError as error:  # a name too long, for one
+    except OSError as error:  # for example a name that is too long
         raise UserError(f"{str(folder)[:200]} cannot be a folder: {error.strerror}") from error
     return place
 

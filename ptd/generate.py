@@ -1,4 +1,4 @@
-"""``ptd generate``: text from a frozen backbone with a tuned prompt, through Hugging Face ``generate``."""
+"""``ptd generate``: generate text from a frozen backbone with a tuned prompt, through Hugging Face ``generate``."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ from ptd.types import Architecture, HeadSettings, Reporter, UserError
 from ptd.values import is_blank
 
 Settings = Mapping[str, dict[str, Any]]
-"""Changes to the run's sections ``backbone`` and ``data``, by section and key."""
+"""Section (``backbone`` or ``data``) -> key -> value: changes to those sections of the adapter's run."""
 
 AS_TRAINED = ("dtype", "quantization", "int8_threshold")
-"""Keys of the run's backbone section that hold for its adapter too; where the weights are placed is no part of it."""
+"""Keys of the run's backbone section that also apply to its adapter. The placement of the weights does not."""
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """A backbone with an adapter on it (or none), its tokenizer, and the task with its readout.
+    """A backbone with an adapter (or without one), its tokenizer, and the task with its readout.
 
-    ``taught``: the tokens that ended the texts it was trained on, as far as they are known.
+    ``taught``: the tokens that ended the adapter's training texts, as far as they are known.
     """
 
     prepared: Prepared
@@ -63,33 +63,33 @@ class Tuned:
     taught: tuple[int, ...] = ()
 
     def held_out(self, rows: Any, batch_size: int, *, what: str, labelled: bool = True) -> HeldOut:
-        """``rows`` (called ``what`` in messages) as tokens that this backbone has; raises `UserError`."""
+        """Tokenise ``rows`` (``what`` in messages); raises `UserError`, also for tokens that the backbone lacks."""
         task, tokenizer = self.task, self.tokenizer
         examples = task.tokenize(rows, tokenizer, what=what, labelled=labelled)
         check_ids(examples, tokenizer, embeddings_of(self.prepared.model), what, writes=task.generates)
         return HeldOut(task, examples, rows, batch_size, task.data.packing, tokenizer.pad_token_id)
 
     def room(self, used: int) -> int | None:
-        """Tokens that can be generated after ``used`` others beside the prompt; None: no known limit."""
+        """Return how many tokens fit the context after the prompt and ``used`` other tokens; None: no known limit."""
         context = self.prepared.shape.context
-        if context is None or self.task.output == "seq2seq_lm":  # what the encoder reads takes none of the decoder's
+        if context is None or self.task.output == "seq2seq_lm":  # the encoder's input takes no room in the decoder
             return context
         return context - self.prepared.attachment.extra_positions - used
 
 
 def start_ranks(settings: Settings | None) -> Ranks:
-    """Join the processes of a launcher; a single one joins a group only to shard its backbone."""
+    """Join the processes of a launcher. A single process joins a process group only to shard its backbone."""
     return Ranks.start(needs_group=(settings or {}).get("backbone", {}).get("sharding", "none") != "none")
 
 
 def backbone_of(adapter: Adapter | None, path: str | None, changes: dict[str, Any] | None = None) -> BackboneConfig:
-    """The adapter's backbone (or the one at ``path``) as it was in training, whole on every rank, with ``changes``.
+    """Return the config of the adapter's backbone (or of ``path``) as in training, but not sharded, with ``changes``.
 
-    Raises `UserError` if nothing names a backbone, or the changes are not valid.
+    Raises `UserError` if neither names a backbone, or a change is not valid.
     """
     named = path or (adapter.backbone if adapter is not None else "")
     if not named:
-        raise UserError("no backbone is known: the adapter names none; give --backbone")
+        raise UserError("the backbone is unknown: the adapter does not name it; give --backbone")
     trained = adapter.facts.get("backbone_config", {}) if adapter is not None else {}
     section = {**{key: trained[key] for key in AS_TRAINED if key in trained}, **(changes or {})}
     if section.get("quantization") != "int8" and "int8_threshold" not in (changes or {}):
@@ -100,7 +100,7 @@ def backbone_of(adapter: Adapter | None, path: str | None, changes: dict[str, An
 
 @dataclass(frozen=True)
 class Found:
-    """What is known of an adapter and its backbone before any weight of that is read."""
+    """An adapter and its backbone before the backbone's weights are loaded."""
 
     adapter: Adapter | None
     config: BackboneConfig
@@ -109,7 +109,7 @@ class Found:
     tokenizer: Any
 
     def load(self, ranks: Ranks) -> Tuned:
-        """Load the backbone and put the adapter on it. Every rank calls this together; raises `UserError`."""
+        """Load the backbone and attach the adapter. All ranks call this together. Raises `UserError`."""
         prepared = prepare(self.config, ranks, zero3_config(self.config), output=self.task.output)
         prepared.attachment.inputs.placeholder = self.tokenizer.pad_token_id or 0
         readout = self.task.readout(self.tokenizer, prepared.shape.hidden_size, self.head)
@@ -123,16 +123,17 @@ class Found:
 
 
 def find_tuned(adapter: str | None, backbone: str | None, *, settings: Settings | None = None) -> Found:
-    """Read the adapter, and of its backbone (or ``backbone``) what is not its weights.
+    """Read the adapter, and everything of its backbone (or of ``backbone``) except the weights.
 
-    Backbone and data are treated as in training, changed by ``settings``; the task is the one the adapter was trained
-    for, without an adapter, or with one that PEFT wrote, the text task of the backbone's architecture. Raises
-    `UserError` if nothing names a backbone, the adapter was made for another one, or a setting is not valid.
+    The backbone and the data are treated as in training, except for the keys in ``settings``. The task is the one that
+    the adapter was trained for. Without an adapter, or with one that PEFT wrote, it is the text task of the backbone's
+    architecture. Raises `UserError` if nothing names a backbone, the adapter was made for another backbone, or a
+    setting is not valid.
     """
     settings = settings or {}
     unknown = sorted(set(settings) - {"backbone", "data"})
     if unknown:
-        raise UserError(f"settings: there is no section {unknown[0]!r} to change; there are backbone and data")
+        raise UserError(f"settings: the section {unknown[0]!r} cannot be changed here; only backbone and data can")
     found = load_adapter(adapter) if adapter is not None else None
     config = backbone_of(found, backbone, settings.get("backbone"))
     architecture = architecture_of(config)
@@ -148,21 +149,21 @@ def find_tuned(adapter: str | None, backbone: str | None, *, settings: Settings 
 
 
 def load_tuned(adapter: str | None, backbone: str | None, ranks: Ranks, *, settings: Settings | None = None) -> Tuned:
-    """`find_tuned`, and the backbone loaded with the adapter on it. Every rank calls this together."""
+    """Call `find_tuned`, then load the backbone and attach the adapter. All ranks call this together."""
     return find_tuned(adapter, backbone, settings=settings).load(ranks)
 
 
 def _taught(adapter: Adapter | None) -> tuple[int, ...]:
-    """The tokens that ended the adapter's training texts; nothing where it does not say."""
+    """Return the tokens that ended the adapter's training texts; none if the adapter does not record them."""
     training = adapter.facts.get("training") if adapter is not None else None
     ends = training.get("ends") if isinstance(training, dict) else None
     return tuple(end for end in ends if isinstance(end, int)) if isinstance(ends, list) else ()
 
 
 def sections_of(adapter: Adapter | None, changes: dict[str, Any]) -> tuple[TaskConfig | None, DataConfig, HeadSettings]:
-    """What the adapter records of its run: the task (None: nothing), the data section with ``changes``, and the head.
+    """Return the task that the adapter records (or None), its data section with ``changes``, and its head settings.
 
-    Raises `UserError` for what is not valid, whoever wrote it.
+    Raises `UserError` if a recorded value or a change is not valid.
     """
     facts = adapter.facts if adapter is not None else {}
     task, trained = facts.get("task"), facts.get("method")
@@ -175,7 +176,7 @@ def sections_of(adapter: Adapter | None, changes: dict[str, Any]) -> tuple[TaskC
 
 def _text_task(architecture: Architecture, path: str) -> TaskKind:
     if architecture == "encoder":
-        raise UserError(f"the backbone {path} is an encoder, which has no task of its own; give --adapter")
+        raise UserError(f"the backbone {path} is an encoder, which has no task without an adapter; give --adapter")
     return "causal_lm" if architecture == "decoder" else "seq2seq_lm"
 
 
@@ -183,7 +184,7 @@ def _load_head(readout: Readout, adapter: Adapter) -> None:
     wanted = {name: tuple(parameter.shape) for name, parameter in readout.named_parameters()}
     given = {name: tuple(tensor.shape) for name, tensor in adapter.head.items()}
     if wanted != given:
-        raise UserError(f"--adapter: its head holds {given}, but its task and method describe {wanted}")
+        raise UserError(f"--adapter: its head has the tensors {given}, but its task and method require {wanted}")
     readout.load_state_dict(dict(adapter.head), strict=False)
 
 
@@ -196,20 +197,21 @@ def decode(
     batch_size: int,
     reporter: Reporter,
 ) -> list[str]:
-    """Continue each prompt (token ids, on all ranks the same); returns the new text only, in the order given.
+    """Continue each prompt (token ids, the same on all ranks); return only the new texts, in the order of the prompts.
 
-    Prompts of similar length run together, padded on the left (those of an encoder on the right). The ranks share the
-    batches, which are the same on any number of them and have random numbers of their own, so the texts do not depend
-    on it; rank 0 returns them, the others nothing. Raises `UserError` for a prompt that leaves no room.
+    Prompts of similar length form a batch, padded on the left (for an encoder on the right). The ranks share the
+    batches. The batches and their random seeds do not depend on the number of ranks, so neither do the texts. Rank 0
+    returns the texts, the other ranks an empty list. Raises `UserError` for a prompt without tokens, and for one that
+    leaves no room for new tokens.
     """
     if any(len(prompt) == 0 for prompt in prompts):
-        raise UserError("a prompt has no tokens; give at least one")
+        raise UserError("a prompt has no tokens; give at least one token")
     rooms = [tuned.room(len(prompt)) for prompt in prompts]
     limits = [decoding.max_new_tokens if room is None else min(room, decoding.max_new_tokens) for room in rooms]
     if min(limits, default=1) < 1:
         longest = max(len(prompt) for prompt in prompts)
         raise UserError(
-            f"a prompt of {longest} tokens leaves no room in the backbone's context for an answer; shorten it"
+            f"a prompt of {longest} tokens leaves no room in the backbone's context for an answer; shorten the prompt"
         )
     together = tuned.prepared.sharded and ranks.world_size > 1
     one_length = tuned.prepared.attachment.verdict.left is not None
@@ -225,7 +227,7 @@ def decode(
             new_tokens = limits[batches[number][0]]
             texts = _continue(tuned, chosen, decoding, tokens, new_tokens, synced=together)
             found |= zip(batches[number], texts, strict=True)
-        elif together:  # done after one token, it goes on for the others, who need this rank's shards
+        elif together:  # this rank has no batch left, but the others need its shards in every forward pass
             _continue(tuned, [prompts[batches[-1][-1]]], Decoding(), tokens, 1, synced=True)
         reporter.advance("generate", sum(map(len, batches[: begin + ranks.world_size])))
     reporter.finish("generate")
@@ -233,8 +235,11 @@ def decode(
 
 
 def batches_of(lengths: Sequence[int], limits: Sequence[int], batch_size: int, *, one_length: bool) -> list[list[int]]:
-    """Which prompts run together, longest first: those of one limit of new tokens, so that no long prompt shortens the
-    answer to another; with ``one_length`` those of one length."""
+    """Return the indices of the prompts in each batch, longest prompts first.
+
+    The prompts of a batch have the same limit of new tokens, so that no long prompt shortens the answer to another.
+    With ``one_length`` they also have the same length.
+    """
     batches: list[list[int]] = []
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     for _, alike in groupby(order, key=lambda index: (limits[index], lengths[index] if one_length else 0)):
@@ -253,7 +258,7 @@ def _continue(
     *,
     synced: bool,
 ) -> list[str]:
-    """The new text of one batch. ``synced``: with as many forward passes as the rank that needs most."""
+    """Return the new texts of one batch. ``synced``: run as many forward passes as the rank that needs the most."""
     model, of_encoder = tuned.prepared.model, tuned.task.output == "seq2seq_lm"
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), tokens.pad, device=model.device)
@@ -271,7 +276,7 @@ def _continue(
     except ValueError as error:
         if not (decoding.generation_config == "model" and set_by_author(model.generation_config)):
             raise
-        raise UserError(f"--generation-config: transformers refuses what the model's config sets: {error}") from error
+        raise UserError(f"--generation-config: transformers rejects the model's own settings: {error}") from error
     reader, texts = Reader(tuned.tokenizer), []
     for prompt, row in zip(prompts, output[:, 1 if of_encoder else width :].tolist(), strict=True):
         size = next((place for place, token in enumerate(row) if token in tokens.ends), len(row))
@@ -284,7 +289,7 @@ def _continue(
 
 
 def tokens_of(tuned: Tuned) -> tuple[Tokens, str | None]:
-    """The ids that generation needs, and a note on what the model's config says of them and is not followed."""
+    """Return the ids that generation needs, and a note on ids of the model's config that are not followed (or None)."""
     tokenizer, model, size = tuned.tokenizer, tuned.prepared.model, tuned.prepared.shape.vocab_size
     own = model.generation_config
     taught = {*tuned.taught, *(tuned.task.ends(tokenizer) if tuned.task.generates else ())}
@@ -299,7 +304,7 @@ def tokens_of(tuned: Tuned) -> tuple[Tokens, str | None]:
 
 
 def decoding_notes(tuned: Tuned, decoding: Decoding) -> list[str]:
-    """What a person should know of how texts are generated."""
+    """Return notes for the user on how texts are generated."""
     found = [tokens_of(tuned)[1], note_on_author(decoding, tuned.prepared.model.generation_config)]
     return [note for note in found if note is not None]
 
@@ -315,18 +320,18 @@ def generate(
     batch_size: int = 16,
     reporter: Reporter | None = None,
 ) -> list[str]:
-    """Continue each of ``prompts``; returns the new text only.
+    """Continue each of ``prompts``; return only the new texts.
 
-    A prompt is put where training had its like: into the adapter's prompt template, or after training on ``messages``
-    into the tokenizer's chat template, as a user message. ``raw``: it is sent as it is. Under a launcher the prompts
-    are rank 0's, the ranks share them and rank 0 returns the texts; the others return nothing. Raises `UserError`.
+    A prompt is formatted as in training: it fills the adapter's prompt template or, after training on ``messages``, is
+    a user message in the tokenizer's chat template. ``raw``: the prompt is used unchanged. Under a launcher, the ranks
+    share the prompts of rank 0. Rank 0 returns the texts, the other ranks an empty list. Raises `UserError`.
     """
     ranks, reporter = start_ranks(settings), reporter or Reporter()
     try:
         found = find_tuned(adapter, backbone, settings=settings)
         task = found.task
         if not task.generates:
-            raise UserError("the adapter was trained to label, not to write; use ptd predict")
+            raise UserError("the adapter was trained to label rows, not to generate text; use ptd predict")
         tuned = found.load(ranks)
         ids = ranks.on_main(lambda: task.prompts(prompts, tuned.tokenizer, raw=raw))
         check_prompts(ids, tuned.tokenizer, embeddings_of(tuned.prepared.model), "the prompts")
@@ -339,20 +344,20 @@ def generate(
 
 
 def read_prompts(source: str | Path | BinaryIO, named: str = "--file") -> list[str]:
-    """One prompt a line of a text file, or of a stream of bytes that messages call ``named``.
+    """Read one prompt per line from a text file, or from a stream of bytes that messages call ``named``.
 
-    Raises `UserError` if it cannot be read or has none.
+    Raises `UserError` if the source cannot be read or has no prompts.
     """
     if isinstance(source, str | Path):
         if Path(source).suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
             raise UserError(
-                f"{named}: {source} is a file of rows, and each line would be taken for a prompt; write the prompts "
-                "alone into a .txt file, or use ptd eval --generate --data for rows"
+                f"{named}: {source} is a file of rows, but each line would be read as a prompt; write only the prompts "
+                "into a .txt file, one per line, or use ptd eval --generate --data for rows"
             )
         text, place = read_text(source, f"{named}: cannot read"), f"{named}: {source}"
     else:
         text, place = decode_text(source.read(), f"cannot read {named}"), named
     prompts = [line for line in lines_of(text) if not is_blank(line)]
     if not prompts:
-        raise UserError(f"{place} has no prompts; write one a line")
+        raise UserError(f"{place} has no prompts; write one per line")
     return prompts

@@ -1,4 +1,4 @@
-"""``ptd init``: a commented RUN.yaml for a method and a task, made of what the config models say of their keys."""
+"""``ptd init``: write a commented RUN.yaml for a method and a task, from the descriptions of the configuration keys."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ptd.tasks import make_task
 from ptd.types import Architecture, UserError
 
 FILL_IN = "FILL IN"
-"""Marks what the file cannot know."""
+"""Marks the values that the user has to give."""
 MODEL, TRAIN, EVAL = "./MODEL", "train.jsonl", "eval.jsonl"
 WIDTH, COLUMN = 118, 38
 SECTIONS: dict[str, type[Section]] = {
@@ -42,10 +42,10 @@ SECTIONS: dict[str, type[Section]] = {
     "train": TrainConfig,
 }
 ARCHITECTURES: dict[TaskKind, Architecture] = {"causal_lm": "decoder", "seq2seq_lm": "encoder-decoder"}
-"""What a task is usually solved with; for the others an encoder."""
+"""The usual architecture of the backbone for a task; for tasks that are not listed, an encoder."""
 BY_WORDS = {"patterns": ["{text} It was {mask}."], "verbalizer": {"positive": ["great"], "negative": ["terrible"]}}
 STARTS: dict[TaskKind, list[dict[str, Any]]] = {"classification": [{}, BY_WORDS]}
-"""What a task sets beside its kind: the first that the method accepts is taken."""
+"""The keys that a task may set in addition to its kind. `draft` takes the first entry that the method accepts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +59,12 @@ class Draft:
 
 
 def kinds() -> dict[TaskKind, str]:
-    """Every kind of task, and what its file says it is."""
+    """Return every kind of task with the summary of its module."""
     return {kind: _opening(importlib.import_module(f"ptd.tasks.{kind}").__doc__ or "") for kind in get_args(TaskKind)}
 
 
 def suitable(kind: TaskKind) -> dict[str, str]:
-    """The methods that suit a kind of task, and what their files say they are."""
+    """Return the methods that suit a kind of task, with the summaries of their modules."""
     found = {}
     for name, known in sorted(methods().items()):
         try:
@@ -76,12 +76,12 @@ def suitable(kind: TaskKind) -> dict[str, str]:
 
 
 def usual_method(kind: TaskKind) -> str:
-    """The method of the first shipped recipe for the task."""
+    """Return the method of the first shipped recipe for the task."""
     return load_config(sorted(RECIPES.glob(f"{kind}*.yaml"))[0]).method_name
 
 
 def kind_of(name: str) -> TaskKind:
-    """The kind of task of that name; raises `UserError`."""
+    """Return ``name`` as a kind of task; raises `UserError` if it is not one."""
     for kind in get_args(TaskKind):
         if kind == name:
             return cast(TaskKind, kind)
@@ -89,9 +89,9 @@ def kind_of(name: str) -> TaskKind:
 
 
 def draft(name: str, kind: TaskKind, backbone: str | None = None) -> Draft:
-    """What ``method.name`` and ``task.kind`` together need; raises `UserError` if the two do not suit each other.
+    """Return the sections that ``method.name`` and ``task.kind`` need; raises `UserError` if they do not fit together.
 
-    ``backbone``: a folder; without one its architecture is taken to be the usual one for the task.
+    ``backbone``: the folder with the architecture; without a folder, the task's usual architecture is assumed.
     """
     chosen = method(name)
     architecture = ARCHITECTURES.get(kind, "encoder")
@@ -115,10 +115,10 @@ def draft(name: str, kind: TaskKind, backbone: str | None = None) -> Draft:
 
 
 def render(found: Draft, name: Path, *, backbone: str | None = None, data: str | None = None) -> str:
-    """The text of the run file: what is set, and every other key with its default, commented out.
+    """Return the text of the run file: the keys that are set, and every other key with its default, commented out.
 
-    ``name``: the file's, for the commands it opens with. ``data``: the rows to train on (or, if the method trains
-    nothing, to evaluate on).
+    ``name``: path of the file, for the commands in its first lines. ``data``: the rows to train on (or, if the method
+    trains nothing, to evaluate on).
     """
     rows = "train" if found.trains else "eval"
     source = data or (TRAIN if found.trains else EVAL)
@@ -132,13 +132,13 @@ def render(found: Draft, name: Path, *, backbone: str | None = None, data: str |
     missing |= set() if backbone else {"backbone.path"}
     missing |= set() if data else {f"data.{rows}"}
     fields = ", ".join(fields_of(found.kind, "prompt_completion"))
-    notes = {"data.columns": f"here the fields are {fields}"}
+    notes = {"data.columns": f"the fields here are {fields}"}
     lines = [
         f"# {found.method.about}",
         f"# task.kind {found.kind}: {kinds()[found.kind]}",
         f"#   ptd doctor {name}",
         f"#   ptd train {name}",
-        f"# What is marked {FILL_IN} is yours to say. Lines that are commented out show the defaults.",
+        f"# Replace the values marked {FILL_IN}. Lines that are commented out show the defaults.",
         *_section("backbone", SECTIONS["backbone"], values["backbone"], missing, notes, found.kind),
         *_method(found),
     ]
@@ -185,20 +185,20 @@ def _said(field: Any) -> str:
 
 
 def with_choices(said: str, annotation: Any) -> str:
-    """``said`` of a key (Markdown), with the values that it may have before it unless it names them all."""
+    """Return a key's description ``said`` (Markdown), preceded by the key's choices unless ``said`` names them all."""
     choices = get_args(annotation) if get_origin(annotation) is Literal else ()
     unsaid = [choice for choice in choices if not re.search(rf"\b{choice}\b", said)]
     return f"{', '.join(f'`{choice}`' for choice in choices)}; {said}" if unsaid else said
 
 
 def in_plain_words(said: str) -> str:
-    """Markdown as a comment: without marks of code, and without links (those in brackets go as a whole)."""
+    """Return Markdown as plain text, without backticks. A link becomes its text; a link in parentheses is dropped."""
     without = re.sub(r" \(\[[^\]]*\]\([^)]*\)\)", "", said)
     return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", without).replace("`", "")
 
 
 def _line(key: str, value: Any, given: bool, said: str, *, indent: str = "  ") -> list[str]:
-    """The key, commented out unless ``given``, and beside it what is said of it."""
+    """Return the lines of a key with its description as a comment; the key is commented out unless ``given``."""
     shown = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000, sort_keys=False)
     text = f"{indent}{'' if given else '# '}{key}: {shown.removesuffix('...' + chr(10)).strip()}"
     comments = textwrap.wrap(in_plain_words(said), WIDTH - COLUMN, break_on_hyphens=False)
@@ -212,6 +212,6 @@ def _plain(value: Any) -> Any:
 
 
 def _opening(text: str) -> str:
-    """The first sentence of a module's docstring, without the name that it opens with."""
+    """Return the first sentence of a module's docstring, without the name at its beginning."""
     line = text.partition("\n")[0].partition(". ")[0]
     return re.sub(r"^``[^`]*``: ", "", line).replace("`", "").rstrip(".")

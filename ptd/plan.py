@@ -1,4 +1,4 @@
-"""``ptd plan``: what a run needs and where it fits, from its configuration alone. No weights and no data are read."""
+"""``ptd plan``: estimate a run's memory and cost in each placement from its configuration, without weights or data."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from ptd.train import build_step, build_trained, facts_of
 from ptd.types import Reporter, UserError
 
 GPU: Capability = (9, 0)
-"""The GPU that is planned for chooses its attention kernels as one of this compute capability (Hopper) does."""
+"""The compute capability (Hopper) for which a planned GPU chooses its attention kernels."""
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The run's own placement, all that were looked at (the cheapest a token first), and the one to take."""
+    """Estimates of the run's own placement, of all placements (lowest cost per token first), and of the best one."""
 
     own: Estimate
     estimates: list[Estimate]
@@ -50,7 +50,7 @@ class Plan:
     parameters: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; bytes and FLOPs as whole numbers."""
+        """Return plain values, with bytes and FLOPs as whole numbers."""
         return {
             "placement": self.own.placement.name,
             "best": None if self.best is None else self.best.placement.name,
@@ -101,10 +101,10 @@ def plan(
     alternatives: bool = True,
     reporter: Reporter | None = None,
 ) -> Plan:
-    """Trace one step of ``config`` and place its weights on ``nodes`` of ``gpus`` ranks each.
+    """Trace one step of ``config`` and estimate placements of its weights on ``nodes`` nodes of ``gpus`` ranks each.
 
-    ``memory``: of each GPU (a rank on a CPU), such as ``80GiB``; ``supervised``: share of a text's tokens with loss;
-    without ``alternatives`` only the run's own placement is looked at. Raises `UserError`.
+    ``memory``: memory of each GPU (on CPUs, of each rank), such as ``80GiB``. ``supervised``: share of a text's tokens
+    that carry loss. Without ``alternatives``, only the run's own placement is estimated. Raises `UserError`.
     """
     reporter = reporter or Reporter()
     config, zero3 = apply_deepspeed(config)
@@ -133,7 +133,7 @@ def plan(
     )
     best, reason = recommend(estimates, config)
     trace = traces[own.quantization]
-    # What bitsandbytes packs into bytes is counted where it is not packed.
+    # bitsandbytes packs several weights into one byte, so the parameters are counted in the trace without quantisation.
     whole = traces.get("none") or trace
     parameters = sum(weight.numel for weight in whole.weights)
     assumed = _assumptions(config, machine, limits, supervised)
@@ -143,14 +143,14 @@ def plan(
 def trace_run(
     config: RunConfig, quantization: str = "none", *, capability: Capability, local_ranks: int, supervised: float = 1.0
 ) -> Trace:
-    """One step of one micro-batch of the run, with the backbone in these bits. Raises `UserError`."""
+    """Trace one step of one micro-batch of the run, with the backbone in this ``quantization``. Raises `UserError`."""
     changed = {"quantization": quantization}
     if config.backbone.attention not in ("auto", "merge", "reference"):
         changed["attention"] = "merge"
     config = config.model_copy(update={"backbone": config.backbone.model_copy(update=changed)})
     config = config.model_copy(update={"task": _with_labels(config)})
     task: Task = make_task(config.task, config.data, architecture_of(config.backbone))
-    no_rows: Any = None  # labels are given, so fitting looks at none
+    no_rows: Any = None  # the labels are given, so fitting reads no rows
     task = task.fit(no_rows, "the plan")
     chosen, facts = method(config.method_name), facts_of(config, task)
     chosen.check(config.method_config(), facts)
@@ -158,7 +158,7 @@ def trace_run(
     ranks = Ranks(0, 1, 1, torch.device("cpu"))
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with warnings.catch_warnings(), without_data(capability) as seen:
-        warnings.simplefilter("ignore")  # of initialisers that look at what they have made
+        warnings.simplefilter("ignore")  # from initialisers that read the values that they have set
         model = blank_model(config.backbone, task.output, check=check_supported)
         attachment = Attachment(model, backend=config.backbone.attention)
         prepared = Prepared(model, attachment, Forward(attachment, ranks.device), "")
@@ -173,7 +173,7 @@ def trace_run(
 
 
 def _with_labels(config: RunConfig) -> Any:
-    """The task with label names, which a run may learn from its data: two, where none are given."""
+    """Return the task with label names. A run may learn them from its data; where none are given, assume two."""
     task = config.task
     if task.kind not in ("classification", "token_classification"):
         return task
@@ -183,7 +183,7 @@ def _with_labels(config: RunConfig) -> Any:
 
 
 def _tokenizer(config: RunConfig, *, needed: bool) -> Any:
-    """The backbone's, if there is one or it is ``needed``: a folder with nothing but a config will do for most runs."""
+    """Return the backbone's tokenizer, or None if it is missing and not ``needed``: most runs need only the config."""
     try:
         return load_tokenizer(config.backbone)
     except UserError:
@@ -198,14 +198,14 @@ def _own_placement(config: RunConfig, machine: Machine) -> Placement:
     size = {"none": 1, "world": machine.world_size, "node": backbone.sharding_group_size or machine.ranks_per_node}
     if machine.world_size % size[sharding]:
         raise UserError(
-            f"backbone.sharding_group_size: {size[sharding]} ranks do not divide the {machine.world_size} of "
-            f"--gpus {machine.ranks_per_node} --nodes {machine.nodes}; choose a divisor"
+            f"backbone.sharding_group_size: groups of {size[sharding]} ranks do not divide the {machine.world_size} "
+            f"ranks of --gpus {machine.ranks_per_node} --nodes {machine.nodes}; choose a divisor"
         )
     return Placement(backbone.quantization, sharding, offload, size[sharding])
 
 
 def _candidates(own: Placement, machine: Machine) -> list[Placement]:
-    """All worth looking at on this machine."""
+    """Return the placements worth estimating on this machine."""
     found = [Placement()]
     local, world = machine.ranks_per_node, machine.world_size
     if importlib.util.find_spec("bitsandbytes") is not None:
@@ -224,9 +224,12 @@ def _candidates(own: Placement, machine: Machine) -> list[Placement]:
 
 
 def recommend(estimates: list[Estimate], config: RunConfig) -> tuple[Estimate | None, str]:
-    """The cheapest a token that fits, and why in a sentence; else what would fit with fewer rows, or nothing."""
+    """Return the placement of lowest cost per token that fits, and the reason in one sentence.
+
+    If none fits, return the cheapest that fits with fewer rows, or None if none fits even one row.
+    """
     whole = next((each for each in estimates if each.placement == Placement()), None)
-    without = "" if whole is None else f"; whole on every rank they need {_gib(whole.peak)}"
+    without = "" if whole is None else f"; unsharded and unquantised they need {_gib(whole.peak)} per rank"
     fitting = [each for each in estimates if each.fits]
     if not fitting:
         hint = "" if config.backbone.gradient_checkpointing else "set backbone.gradient_checkpointing: true, or "
@@ -234,52 +237,52 @@ def recommend(estimates: list[Estimate], config: RunConfig) -> tuple[Estimate | 
         least = min(estimates, key=lambda each: each.peak)
         if not smaller:
             return None, (
-                f"nothing fits: {least.placement.name} needs least, {_gib(least.peak)} a rank; {hint}take more or "
-                "larger GPUs, or lower data.max_length"
+                f"no placement fits: {least.placement.name} needs the least memory, {_gib(least.peak)} per rank; "
+                f"{hint}use more or larger GPUs, or lower data.max_length"
             )
         return smaller[0], (
-            f"no placement fits {rows_of(config)} rows a micro-batch; {smaller[0].placement.name} is the cheapest that "
-            f"fits with fewer ({smaller[0].largest_rows}): {hint}lower train.per_device_train_batch_size and raise "
-            "gradient_accumulation_steps"
+            f"no placement fits {rows_of(config)} rows per micro-batch; {smaller[0].placement.name} is the cheapest "
+            f"that fits fewer rows ({smaller[0].largest_rows}); {hint}lower train.per_device_train_batch_size and "
+            "raise train.gradient_accumulation_steps"
         )
     best = fitting[0]
     placement = best.placement
     sent = best.sent_for_weights
     if placement.offload != "none":
-        why = "no copy of the weights fits the GPUs, so they live in host memory and come over when they are used"
+        why = "the weights do not fit on the GPUs, so they are in host memory and are copied to the GPUs for each use"
     elif placement.sharding == "world" and sent["between"]:
-        why = f"only one copy over all nodes fits; gathering it, a node sends {_gib(sent['between'])} a step"
+        why = f"the weights fit sharded over all nodes; to gather them, a node sends {_gib(sent['between'])} per step"
     elif placement.group_size > 1:
-        why = f"one copy over {placement.group_size} ranks fits, and no weights leave the node{without}"
+        why = f"the weights fit sharded over {placement.group_size} ranks, and none are sent between nodes{without}"
     elif placement.quantization != "none":
-        why = f"the weights fit on every rank in this form, so only the prompt travels{without}"
+        why = f"the quantised weights fit on every rank, so only the prompt's gradient is sent{without}"
     else:
-        why = "the weights fit whole on every rank, so only the prompt travels and nothing is gathered or unpacked"
-    return best, f"{placement.name}: of what fits the cheapest a token; {why}"
+        why = "all weights fit on every rank, so only the prompt's gradient is sent and nothing is gathered or unpacked"
+    return best, f"{placement.name} has the lowest cost per token of the placements that fit; {why}"
 
 
 def _assumptions(config: RunConfig, machine: Machine, limits: Limits, supervised: float) -> list[str]:
     found = [
         f"every row has data.max_length = {config.data.max_length} tokens, and {supervised:.0%} of a text's tokens "
         "carry loss",
-        "a token costs the FLOPs of forward and backward pass, recomputation included; a multiplication and an "
-        "addition are two, attention counts hidden pairs too",
+        "the FLOPs of a token include the forward pass, the backward pass and recomputation; a multiplication and an "
+        "addition count as two FLOPs, and attention includes masked pairs",
     ]
     if machine.is_gpu:
         found.append(
-            f"attention runs as on a GPU of compute capability {'.'.join(map(str, GPU or ()))}; of its memory "
-            f"{GPU_CONTEXT_BYTES / GIB:g} GiB is for the CUDA context and {FRAGMENTATION:.0%} of the "
-            "peak for fragmentation"
+            f"attention runs as on a GPU of compute capability {'.'.join(map(str, GPU or ()))}; "
+            f"{GPU_CONTEXT_BYTES / GIB:g} GiB of its memory is reserved for the CUDA context, and "
+            f"{FRAGMENTATION:.0%} of the peak for fragmentation"
         )
     found.append(
-        f"DeepSpeed keeps weights that are used again within {limits.max_reuse_distance:.0e} numbers whole, and those "
-        f"of up to {limits.param_persistence_threshold:.0e} numbers always"
+        f"DeepSpeed keeps gathered weights that are used again within {limits.max_reuse_distance:.0e} numbers, and "
+        f"keeps weights of up to {limits.param_persistence_threshold:.0e} numbers gathered all the time"
     )
     return found
 
 
 def parse_size(text: str, what: str) -> int:
-    """``80GiB``, ``24 GB`` or plain bytes; raises `UserError` that names ``what``."""
+    """Return the bytes of ``80GiB``, ``24 GB`` or a plain number; raises a `UserError` that names ``what``."""
     match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
     unit = match[2].upper() if match else None
     try:

@@ -1,4 +1,4 @@
-"""``ptd predict``: what a tuned backbone says about rows: a label, tags or an answer, with probabilities."""
+"""``ptd predict``: predict a label, tags or an answer for each row with a tuned backbone, with probabilities."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def predict(
     batch_size: int = 16,
     reporter: Reporter | None = None,
 ) -> list[dict[str, Any]]:
-    """The rows of ``data`` (a file, folder or hub name, as ``data.eval``), each with what the task answers added.
+    """Return the rows of ``data`` (a file, folder or hub name, as ``data.eval``), each with its prediction added.
 
-    The rows need no labels. Backbone and rows are treated as in training, changed by ``settings`` (of the sections
-    ``backbone`` and ``data``). An answer's field that a row has already, such as its own label, is added as
-    ``predicted_…``. Under a launcher the ranks share the rows and rank 0 returns them; the others return nothing.
-    Raises `UserError`, also for an adapter that writes text.
+    The rows need no labels. The backbone and the rows are treated as in training, except for the keys in ``settings``
+    (sections ``backbone`` and ``data``). If a row already has a field of the prediction, such as its own label, the
+    prediction's field is added as ``predicted_…``. Under a launcher, the ranks share the rows; rank 0 returns them and
+    the other ranks return an empty list. Raises `UserError`, also for an adapter that generates text.
     """
     ranks, reporter = start_ranks(settings), reporter or Reporter()
     try:
         found = find_tuned(adapter, backbone, settings=settings)
         task = found.task
         if task.generates:
-            raise UserError("the adapter was trained to write, not to label; use ptd generate")
+            raise UserError("the adapter was trained to generate text, not to label rows; use ptd generate")
         rows = load_rows(data, task.data.eval_split, what="--data")
         tuned = found.load(ranks)
         held_out = tuned.held_out(rows, batch_size, what=data, labelled=False)

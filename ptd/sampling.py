@@ -1,4 +1,4 @@
-"""What a run's model makes of some held-out rows, before the training and after it: text, or labels and answers."""
+"""Store the model's outputs (texts, labels or answers) for some held-out rows before and after training."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ptd.tasks import LabellingTask, WritingTask
 from ptd.types import PromptState, Reporter, Sample
 
 LONGEST, SPARE = 128, 16
-"""New tokens: so many beyond the longest reference, and never more than `LONGEST`."""
+"""Limit of new tokens: `SPARE` more than the longest reference, but at most `LONGEST`."""
 LETTERS = 400
-"""Of a row that is labelled, its label and its answer, so much is kept."""
+"""Maximum number of characters stored of a labelled row, of its label and of the model's answer."""
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Looks at the first ``train.samples`` held-out rows.
+    """Stores the model's outputs for the first ``train.samples`` held-out rows.
 
-    ``look``: the prompt as it stands after a number of steps -> the samples, on rank 0; elsewhere nothing. Every rank
-    calls it together: a sharded backbone is one of them all, so they take the same number of forward passes.
+    ``look(step, state)`` returns the samples for the prompt ``state`` after ``step`` steps (on rank 0; an empty list
+    elsewhere). All ranks call it together: with a sharded backbone they need the same number of forward passes.
     """
 
     folder: Path
@@ -44,10 +44,10 @@ class Sampler:
         reporter: Reporter,
         heartbeat: Callable[[str], None],
     ) -> Sampler | None:
-        """None where ``train.samples`` is 0. With the prompt on the backbone; every rank calls this together.
+        """Build the sampler for a backbone with its prompt attached; None if ``train.samples`` is 0.
 
-        ``heartbeat`` is told of every token that is written, which from a backbone that is offloaded takes long.
-        Raises `UserError` for rows that have no prompt.
+        All ranks call this together. The sampler calls ``heartbeat`` for every generated token, because generation
+        with an offloaded backbone is slow. Raises `UserError` for rows that have no prompt.
         """
         count, task = config.train.samples, tuned.task
         if count == 0 or held_out is None:
@@ -61,7 +61,7 @@ class Sampler:
         return cls(config.output_dir, look, ranks)
 
     def keep(self, step: int, state: PromptState) -> None:
-        """Write what comes of ``state`` under ``step``. Every rank calls this together."""
+        """Write the samples of ``state`` under ``step``. All ranks call this together."""
         samples = self.look(step, state)
 
         def write() -> None:
@@ -73,7 +73,7 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Continuations:
-    """Greedy continuations, as ``ptd generate`` would write them; before the first step those of the backbone alone."""
+    """Greedy continuations as in ``ptd generate``; before the first step, those of the backbone without a prompt."""
 
     tuned: Tuned
     prompts: list[list[int]]
@@ -111,7 +111,7 @@ class Continuations:
         expected = max(len(tokenizer(reference)["input_ids"]) for reference in self.references)
         decoding = Decoding(max_new_tokens=min(LONGEST, expected + SPARE))
         model = self.tuned.prepared.model
-        alive = model.register_forward_pre_hook(lambda *_: self.heartbeat(f"samples of step {step}"))  # each token
+        alive = model.register_forward_pre_hook(lambda *_: self.heartbeat(f"samples of step {step}"))  # per token
         given = texts_of if alone else self.prompts
         try:
             texts = decode(self.tuned, given, decoding, self.ranks, batch_size=8, reporter=self.reporter)
@@ -125,9 +125,9 @@ class Continuations:
 
 @dataclass(frozen=True)
 class Answers:
-    """What the rows are answered, as ``ptd predict`` would; before the first step with prompt and head as they begin.
+    """Predictions as in ``ptd predict``; before the first step, those of the initial prompt and head.
 
-    ``held_out``: those rows alone.
+    ``held_out``: only the sampled rows.
     """
 
     tuned: Tuned

@@ -1,4 +1,4 @@
-"""``ptd train``: tune a prompt or head of a frozen backbone, on this process or on all ranks a launcher started."""
+"""``ptd train``: tune a prompt or head of a frozen backbone, in this process or on all ranks of a launcher."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ PEFT_TASKS: dict[str, str | None] = {
     "masked_lm": "FEATURE_EXTRACTION",
     "body": "FEATURE_EXTRACTION",
 }
-"""PEFT's name for a task over a backbone with this output."""
+"""The backbone's output -> PEFT's name of the task type."""
 MOST_RETRIES, RETRY_FACTOR = 3, 1 / 3
-"""Of ``train.on_divergence: retry``: so often it goes back, each time with so much of the learning rate."""
+"""Maximum number of retries with ``train.on_divergence: retry``, and the factor of the learning rate of each retry."""
 
 
 def train(
@@ -84,11 +84,11 @@ def train(
     reporter: Reporter | None = None,
     request: StopRequest | None = None,
 ) -> dict[str, Any]:
-    """Train as ``config`` says and leave the artifacts in ``config.output_dir``; returns the result of run.json.
+    """Train as ``config`` says, write the artifacts to ``config.output_dir`` and return the result of run.json.
 
     An unfinished run of the same configuration in ``output_dir`` is continued, with ``retry`` also one that keeps
-    failing. Raises `UserError`, `Preempted` if any rank's ``request`` asked to stop, and `Diverged` if the training
-    diverged and ``train.on_divergence`` says that the run is to end.
+    failing. Raises `UserError`; `Preempted` if a stop was requested on any rank (``request``); and `Diverged` if the
+    training diverged and ``train.on_divergence`` ends such a run.
     """
     config, zero3 = apply_deepspeed(config)
     ranks = Ranks.start(needs_group=zero3 is not None)
@@ -126,11 +126,11 @@ def _train(
     warmup = warmup_steps(settings, total)
     if material.trains and warmup >= total:
         reporter.note(
-            f"the warm-up takes {warmup} steps and the run has {total}, so the learning rate never comes to "
-            f"{settings.learning_rate:g}; set fewer train.warmup_steps, or train.warmup_ratio"
+            f"the warm-up takes {warmup} steps and the run has {total}, so the learning rate never reaches "
+            f"{settings.learning_rate:g}; lower train.warmup_steps or train.warmup_ratio"
         )
     if not material.trains:
-        reporter.note(f"method {config.method_name} trains nothing: the backbone is evaluated as it is")
+        reporter.note(f"method {config.method_name} trains nothing: ptd only evaluates the backbone")
         total = 0
 
     with torch.no_grad():
@@ -171,11 +171,11 @@ def _train(
     )
     with watchdog, artifacts.telling(reporter), ExitStack() as stack:
         stack.callback(artifacts.saver.close)
-        if records is not None:  # also when the run breaks off
+        if records is not None:  # closes the records also when the run fails
             stack.enter_context(records)
         if zero3 is not None:
             stack.enter_context(metered_deepspeed(step.meter))
-        if ranks.any(request.wanted):  # asked while the backbone was loading
+        if ranks.any(request.wanted):  # requested while the backbone was loading
             artifacts.preempt(start, None)
         fresh = folder.checkpoint is None
         if fresh and material.trains:
@@ -192,8 +192,8 @@ def _train(
         if isinstance(ended, Enough):
             result["stopped_early"] = ended.step
             reporter.note(
-                f"ended after step {ended.step}: {artifacts.waited} evaluations in a row were no better than that of "
-                f"step {artifacts.best.get('step')} (train.early_stopping_patience)"
+                f"ended after step {ended.step}: {artifacts.waited} consecutive evaluations were no better than the "
+                f"evaluation after step {artifacts.best.get('step')} (train.early_stopping_patience)"
             )
         if sampler is not None and total and not isinstance(ended, Astray):
             sampler.keep(steps, step.state())
@@ -207,8 +207,11 @@ def _train(
 def take_steps(
     loop: Loop, artifacts: Artifacts, records: Records | None, start: int, total: int
 ) -> Stopped | Enough | Astray | None:
-    """The steps from ``start`` on; where the run diverges and is to be retried, those from where it was still good."""
-    if artifacts.enough and 0 < start < total:  # it was over, and had not come to say so
+    """Run the steps after ``start``. If the run diverges and may retry, run the steps after the last good one.
+
+    Return why the run ended before step ``total``, or None if it did not.
+    """
+    if artifacts.enough and 0 < start < total:  # the run had stopped early and was interrupted before it finished
         return Enough(start)
     due = artifacts.evaluation_due
     while True:
@@ -221,8 +224,8 @@ def take_steps(
 
 
 def alone_reads(task: Task) -> bool:
-    """Whether the backbone without a prompt can be asked what the task asks: it has no head that is still to be
-    trained, and its rows hold no virtual tokens."""
+    """Return whether the backbone can do the task without a prompt: the task trains no head, and no row has virtual
+    tokens."""
     return task.output != "body" and task.virtual_tokens == 0
 
 
@@ -240,7 +243,7 @@ def _journal(config: RunConfig, folder: RunFolder, ranks: Ranks) -> Journal:
 
 @dataclass
 class Artifacts:
-    """What this run leaves in its output folder, and what it finds there."""
+    """What this run writes to its output folder and reads from it."""
 
     config: RunConfig
     journal: Journal
@@ -253,17 +256,17 @@ class Artifacts:
     learned_from: DataReport | None = None
     best: dict[str, Any] = field(default_factory=dict)
     kept: int | None = None
-    """The step after which the adapter was written last."""
+    """The step after which the adapter was last written."""
     reporter: Reporter = field(default_factory=Reporter)
     guard: Guard | None = None
     waited: int = 0
-    """Evaluations in a row that were no better than the best one."""
+    """Number of consecutive evaluations that were no better than the best one."""
     diverged: dict[str, Any] = field(default_factory=dict)
     retries: list[dict[str, Any]] = field(default_factory=list)
-    """As run.json has them; empty: it did not happen."""
+    """``diverged`` and ``retries`` have the form of run.json; empty: no divergence, no retry."""
     saver: Saver = field(init=False)
     _start: dict[str, Tensor] = field(default_factory=dict, init=False)
-    """What a retry may have to begin again from: the initial values, on the CPU."""
+    """The initial values, on the CPU, for a retry that has to begin at the start."""
 
     def __post_init__(self) -> None:
         self.folder = self.journal.folder
@@ -271,9 +274,9 @@ class Artifacts:
         self.saver = Saver(self.folder.checkpoints, self.ranks, keep=self.settings.save_total_limit, records=records)
 
     def resume(self) -> int:
-        """Load the checkpoint, if there is one; returns the step to start from.
+        """Load the checkpoint, if one exists; return the step to continue after.
 
-        Raises `UserError` if backbone or training data are not those it was written with.
+        Raises `UserError` if the backbone or the training data differ from those of the checkpoint.
         """
         if self.settings.on_divergence == "retry":
             tensors = self.step.tensors()
@@ -285,7 +288,7 @@ class Artifacts:
             if facts.get(key) != value:
                 raise UserError(
                     f"output_dir: the run in {self.folder.path} was trained with another {key} ({facts.get(key)} "
-                    f"there, {value} here) under the same name; restore it, or --overwrite to start again"
+                    f"there, {value} here) under the same name; restore the old one, or give --overwrite to start again"
                 )
         load_tensors(self.folder.checkpoint, self.step.tensors())
         self.best = facts["best"]
@@ -294,15 +297,15 @@ class Artifacts:
         return int(facts["step"])
 
     def _take_up(self, facts: dict[str, Any]) -> None:
-        """What counts over the steps, as it stood at a checkpoint."""
+        """Restore what is counted over the steps from the facts of a checkpoint."""
         self.waited = facts.get("waited", 0)
         if self.guard is not None and "guard" in facts:
             self.guard.load(facts["guard"])
-            if self.guard.said and self.settings.on_divergence != "warn":  # an earlier start warned of it
+            if self.guard.said and self.settings.on_divergence != "warn":  # an earlier start only warned
                 self.guard.rearm()
 
     def begin(self, start: int, reporter: Reporter) -> Records | None:
-        """Open the folder for a run that begins at ``start``; returns the records' writer on rank 0."""
+        """Prepare the folder for a run that continues after ``start``; return the records' writer (rank 0) or None."""
         records: list[Records] = []
 
         def begin() -> None:
@@ -320,13 +323,13 @@ class Artifacts:
         return records[0] if records else None
 
     def _trackers(self, start: int) -> list[Any]:
-        """Those of ``train.report_to``, started for steps behind ``start`` (rank 0)."""
+        """Start the trackers of ``train.report_to`` for the steps after ``start`` (rank 0)."""
         began, name, again = self.journal.content["started"], self.settings.run_name, len(self.retries)
         run = Tracked.of(self.folder.path, began, name, self.config.to_dict(), start, again)
         return list(start_trackers(self.settings.report_to, run, self.reporter.note))
 
     def _happened(self) -> dict[str, Any]:
-        """What run.json and the checkpoints say of divergence."""
+        """Return what run.json and the checkpoints record about divergence."""
         said = {"diverged": self.diverged, "retries": self.retries}
         return {name: value for name, value in said.items() if value}
 
@@ -336,18 +339,21 @@ class Artifacts:
         return bool(self.folder.facts().get("evaluation_due"))
 
     def preempt(self, number: int, stopped: Stopped | None) -> NoReturn:
-        """Keep where the run ``stopped`` (None: where it had begun), and raise `Preempted`."""
+        """Save the state where the run ``stopped`` (None: it took no step, so there is no state to save).
+
+        Raises `Preempted`.
+        """
         if stopped is not None:
             self.save_state(number, evaluation_due=stopped.evaluation_due)
             self.saver.wait()
         self.journal.end("preempted", step=number)
         self.ranks.barrier()
-        raise Preempted(f"asked to stop, stopped after step {number}; the same command goes on from there")
+        raise Preempted(f"stopped after step {number}, as requested; run the same command again to continue")
 
     def save_state(self, number: int, *, evaluation_due: bool = False) -> None:
-        """Begin to keep everything to continue from after step ``number``. Every rank calls this together.
+        """Start to write a checkpoint from which to continue after step ``number``. All ranks call this together.
 
-        It is on disk when ``saver.wait()`` has returned.
+        The checkpoint is on disk when ``saver.wait()`` has returned.
         """
         rows = self.settings.per_device_train_batch_size * self.settings.gradient_accumulation_steps
         also = {"evaluation_due": True} if evaluation_due else {}
@@ -366,13 +372,13 @@ class Artifacts:
         self.saver.save(number, self.step.tensors(), facts, hold=self.guard.good if self.guard and retries else None)
 
     def move_on(self, request: StopRequest) -> None:
-        """Let the checkpoint in flight move on; where it failed, ask all ranks to stop, which then raise why."""
+        """Poll the checkpoint that is being written. If it failed, request a stop, after which all ranks raise why."""
         self.saver.poll()
         if self.saver.failed:
             request.make()
 
     def keep_best(self, number: int, metrics: dict[str, Any]) -> None:
-        """Keep the adapter as ``best`` if no evaluation so far was better by ``train.metric_for_best_model``."""
+        """Write the adapter to ``best`` if this evaluation is the best so far by ``train.metric_for_best_model``."""
         name = self.settings.best_metric
         sign = -1 if name in LOWER_IS_BETTER else 1
         self.waited += 1
@@ -383,7 +389,7 @@ class Artifacts:
 
     @property
     def enough(self) -> bool:
-        """Whether ``train.early_stopping_patience`` is at its end."""
+        """Whether ``train.early_stopping_patience`` is exhausted."""
         patience = self.settings.early_stopping_patience
         return patience is not None and self.waited >= patience
 
@@ -391,7 +397,7 @@ class Artifacts:
 
     @property
     def rate_factor(self) -> float:
-        """What all retries so far have made of the learning rate."""
+        """The factor of the learning rate after all retries so far."""
         return RETRY_FACTOR ** len(self.retries)
 
     @property
@@ -399,8 +405,8 @@ class Artifacts:
         return self.settings.on_divergence == "retry" and len(self.retries) < MOST_RETRIES
 
     def has_diverged(self, verdict: Divergence) -> bool:
-        """Say so, and write it down; returns whether the run is to end here. Every rank calls this together."""
-        if self.may_retry:  # it is said where it goes back
+        """Report and record the divergence; return whether the loop has to stop. All ranks call this together."""
+        if self.may_retry:  # `go_back` reports it
             return True
         rate = self.settings.learning_rate * self.rate_factor
         self.diverged = {
@@ -414,7 +420,7 @@ class Artifacts:
         if self.settings.on_divergence == "warn":
             self.reporter.note(
                 f"step {verdict.step}: the run diverges: {verdict.reason}; {self._lower()}. {self._left(verdict)}"
-                "It goes on; train.on_divergence: stop would end it, retry go back by itself"
+                "The run continues; train.on_divergence: stop ends such a run, and retry makes it go back by itself"
             )
             return False
         return True
@@ -424,24 +430,26 @@ class Artifacts:
         return f"lower train.learning_rate (now {rate:.1e}), for example to a third: {rate * RETRY_FACTOR:.1e}"
 
     def _left(self, verdict: Divergence) -> str:
-        """What there is from before, for people (rank 0, which alone speaks)."""
+        """Return a note on the adapter and checkpoint from before the divergence (only rank 0 prints it)."""
         better = bool(self.best) and self.best["loss"] < verdict.baseline
         said = f"best/ holds the adapter of step {self.best['step']}. " if better else ""
         found = [step for path in checkpoints(self.folder.checkpoints) if 0 < (step := step_of(path)) <= verdict.good]
         return said + (f"The checkpoint of step {found[0]} is the last good one. " if found else "")
 
     def last_words(self, ended: Astray) -> str:
-        """What the run ends with."""
-        tried = f", as it did with {len(self.retries)} lower learning rates before" if self.retries else ""
+        """Return the message with which a diverged run ends."""
+        tried = f", after {len(self.retries)} retries with lower learning rates" if self.retries else ""
         return (
             f"the run diverged in step {ended.verdict.step}{tried}, and ended after step {ended.step}: "
             f"{ended.verdict.reason}; {self._lower()}, and start again with --overwrite or another output_dir. "
-            f"{self._left(ended.verdict)}adapter/ holds what it had come to"
+            f"{self._left(ended.verdict)}adapter/ holds the adapter at the end of the run"
         )
 
     def go_back(self, ended: Astray, records: Records | None) -> tuple[int, bool]:
-        """Go back to where the run was good, with a lower learning rate; returns the step to continue after, and
-        whether its evaluation is due. Every rank calls this together."""
+        """Restore the last good state, with a lower learning rate. All ranks call this together.
+
+        Return the step to continue after, and whether the evaluation of that step is due.
+        """
         self.saver.wait()
         found = self.ranks.on_main(lambda: self._last_good(ended.verdict.good))
         facts: dict[str, Any] = {}
@@ -464,12 +472,12 @@ class Artifacts:
         self.journal.tell(**self._happened())
         if records is not None:
             records.go_back(start, self._trackers(start), evaluation_due=due)
-        self.save_state(start, evaluation_due=due)  # with the learning rate that an interrupted run is to go on with
+        self.save_state(start, evaluation_due=due)  # records the lower learning rate in case of an interruption
         self.keep_trained(start)
         return start, due
 
     def _last_good(self, step: int) -> Path | None:
-        """The newest whole checkpoint up to ``step``; those behind it are removed (rank 0)."""
+        """Return the newest complete checkpoint up to ``step``, and remove the later ones (rank 0)."""
         root = self.folder.checkpoints
         with writing(root):
             for path in checkpoints(root):
@@ -489,28 +497,28 @@ class Artifacts:
                     own.copy_(self._start[name])
 
     def keep_trained(self, number: int) -> None:
-        """Write the adapter as it stands after step ``number``, before anything else is done that may fail."""
+        """Write the adapter after step ``number``, before anything that may fail."""
         self.keep_adapter("adapter", {})
         self.kept = number
 
     @contextmanager
     def telling(self, reporter: Reporter) -> Iterator[None]:
-        """Around the run: an error that ends it says where the adapter is that was written before."""
+        """Add to an error of the ``with`` block where the last written adapter is."""
         try:
             yield
         except (Preempted, Diverged):
             raise
         except Exception as error:
             if self.kept is not None:
-                where = f"the adapter as it was after step {self.kept} is in {self.folder.path / 'adapter'}"
+                where = f"the adapter after step {self.kept} is in {self.folder.path / 'adapter'}"
                 if isinstance(error, UserError):
-                    error.args = (f"{error}. What was trained is kept: {where}",)
+                    error.args = (f"{error}. The trained parameters are saved: {where}",)
                 else:
-                    reporter.note(f"the run failed; what was trained is kept: {where}")
+                    reporter.note(f"the run failed; the trained parameters are saved: {where}")
             raise
 
     def keep_adapter(self, name: str, metrics: dict[str, Any]) -> None:
-        """Write what is trained as it stands, and how its evaluation went. Every rank calls this together."""
+        """Write the current adapter and the ``metrics`` of its evaluation to ``name``. All ranks call this together."""
         with torch.no_grad():
             flat = self.step.flat()
 
@@ -523,7 +531,7 @@ class Artifacts:
     def _adapter(self, flat: torch.Tensor, metrics: dict[str, Any]) -> Adapter:
         resolved, encoder = self.config.to_dict(), self.step.encoder
         learned = {} if self.learned_from is None else dict(vars(self.learned_from))
-        learned.pop("notes", None)  # they quote rows, and an adapter goes to other people
+        learned.pop("notes", None)  # the notes quote rows, and an adapter may be passed on to others
         return Adapter(
             flat,
             encoder.layout,
@@ -544,7 +552,7 @@ class Artifacts:
         )
 
     def keep_result(self, result: dict[str, Any]) -> dict[str, Any]:
-        """Write the adapter with what its evaluation said; returns the ``result`` with what the records say."""
+        """Write the adapter with its last evaluation; return ``result`` with the values of the records added."""
         result["best"] = self.best or None
         evaluation: dict[str, Any] = {}
         if self.ranks.is_main:
@@ -564,7 +572,7 @@ class Artifacts:
         return result
 
     def finish(self, result: dict[str, Any], reporter: Reporter, status: str) -> None:
-        """Write the result and the report, after the last checkpoint."""
+        """Wait for the last checkpoint, then write the result and the report."""
         self.saver.wait()
         if self.ranks.is_main:
             self.journal.content["result"] = result
@@ -579,42 +587,42 @@ class Artifacts:
 
 
 def is_worse(result: dict[str, Any]) -> bool:
-    """Whether a result says that the held-out loss is above that of the backbone alone, or is none."""
+    """Return whether the held-out loss of a result is null, or above that of the backbone without a prompt."""
     alone, tuned = result.get("frozen_loss"), result.get("eval_loss", 0.0)
     return alone is not None and (tuned is None or tuned > alone)
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What this rank has of it."""
+    """Return this rank's part of the tensor."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _moment(name: str) -> bool:
-    """Whether a tensor of `PromptStep.tensors` is the optimizer's, which begins with zeros."""
+    """Return whether a tensor of `PromptStep.tensors` is optimizer state, which starts at zero."""
     return name.startswith("optimizer.")
 
 
 def fit_batch(run: RunConfig, world_size: int, rows_per_step: int | None, reporter: Reporter) -> TrainConfig:
-    """Keep the rows of an optimizer step when a run continues on another number of ranks.
+    """Return settings that keep the rows per optimizer step when a run continues on another number of ranks.
 
-    Raises `UserError` if they cannot be divided over the ranks.
+    Raises `UserError` if the rows cannot be divided over the ranks.
     """
     config = run.train
     given = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size
     if rows_per_step is None or given == rows_per_step:
         return config
     rows, uneven = divmod(rows_per_step, world_size)
-    if run.data.max_tokens is not None:  # a step is then a number of micro-batches, whatever rows they hold
+    if run.data.max_tokens is not None:  # the number of micro-batches per step is then fixed, not the number of rows
         uneven = uneven or rows % config.per_device_train_batch_size
     if uneven or rows == 0:
         raise UserError(
-            f"this run was started with {rows_per_step} rows a step, which {world_size} ranks cannot share evenly; "
+            f"this run was started with {rows_per_step} rows per step, which {world_size} ranks cannot share evenly; "
             f"continue it on a number of ranks that divides {rows_per_step}"
         )
     largest = config.per_device_train_batch_size
     micro = next(size for size in range(largest, 0, -1) if rows % size == 0)
     reporter.note(
-        f"keeping {rows_per_step} rows a step on {world_size} ranks: per_device_train_batch_size={micro}, "
+        f"keeping {rows_per_step} rows per step on {world_size} ranks: per_device_train_batch_size={micro}, "
         f"gradient_accumulation_steps={rows // micro}"
     )
     return config.model_copy(
@@ -624,7 +632,7 @@ def fit_batch(run: RunConfig, world_size: int, rows_per_step: int | None, report
 
 @dataclass(frozen=True)
 class _Source:
-    """How the rows of a run are read; ``embeddings``: of the backbone, if its config says how many it has."""
+    """Reads the rows of a run. ``embeddings``: number of embeddings of the backbone, if its config gives it."""
 
     config: DataConfig
     tokenizer: Any
@@ -633,7 +641,7 @@ class _Source:
     reporter: Reporter
 
     def read(self, which: Literal["train", "eval"], task: Task, *, learn: bool = False) -> tuple[Task, Examples, Any]:
-        """The task (which may ``learn`` its labels from these rows), the rows' tokens, and on rank 0 the rows."""
+        """Return the task, the tokenised rows and, on rank 0, the rows. ``learn``: the task learns labels from them."""
         source = self.config.train if which == "train" else self.config.eval
         if source is None:
             raise UserError(f"data.{which}: is missing; name the file to read")
@@ -658,7 +666,7 @@ def check_metric(config: RunConfig, task: Task) -> None:
     given, known = config.train.best_metric, task.metric_names
     if given not in known:
         near = difflib.get_close_matches(given, known, n=1, cutoff=0.4)
-        meant = f"did you mean {near[0]}? It has" if near else "it has"
+        meant = f"did you mean {near[0]}? Known metrics:" if near else "known metrics:"
         raise UserError(
             f"train.metric_for_best_model: an evaluation of this task has no {given!r}; {meant} {', '.join(known)}"
         )
@@ -666,9 +674,9 @@ def check_metric(config: RunConfig, task: Task) -> None:
 
 @dataclass(frozen=True)
 class Material:
-    """What a run learns from, and is judged by.
+    """The task and the rows of a run, for training and for evaluation.
 
-    ``trains``: whether anything is trained; otherwise ``examples`` are those it is evaluated on.
+    ``trains``: whether the run trains anything; if not, ``examples`` are the rows for evaluation.
     """
 
     tokenizer: Any
@@ -679,10 +687,10 @@ class Material:
 
 
 def read_material(config: RunConfig, ranks: Ranks, reporter: Reporter) -> Material:
-    """Read and tokenise the run's rows. Every rank calls this together; raises `UserError`."""
+    """Read and tokenise the run's rows. All ranks call this together. Raises `UserError`."""
     check_backend(config.backbone.attention)
     text_config = text_config_of(config.backbone)
-    check_context(context_of(text_config), 0, config.data.max_length)  # with the prompt's own, once it is loaded
+    check_context(context_of(text_config), 0, config.data.max_length)  # `build_trained` checks it with the prompt
     tokenizer = load_tokenizer(config.backbone)
     task = make_task(config.task, config.data, architecture_of(config.backbone))
     chosen, facts = method(config.method_name), facts_of(config, task)
@@ -693,7 +701,7 @@ def read_material(config: RunConfig, ranks: Ranks, reporter: Reporter) -> Materi
     told = task.labels
     task, examples, rows = source.read(learned_from, task, learn=True)
     if task.labels != told:
-        reporter.note(f"task.labels: {len(task.labels)} learned from data.{learned_from}: {some(task.labels)}")
+        reporter.note(f"task.labels: {len(task.labels)} labels found in data.{learned_from}: {some(task.labels)}")
         chosen.check(config.method_config(), facts_of(config, task))
     check_metric(config, task)
     held_out = None
@@ -704,7 +712,7 @@ def read_material(config: RunConfig, ranks: Ranks, reporter: Reporter) -> Materi
             if ranks.is_main and (both := rows_in_both(examples, eval_examples)):
                 reporter.note(
                     f"data.eval: {both:,} of its {len(eval_examples):,} rows are in data.train too, so its loss and "
-                    "metrics do not say how new rows fare"
+                    "metrics do not show how well the model does on new rows"
                 )
         size = config.train.eval_batch_size
         held_out = HeldOut(task, eval_examples, rows, size, config.data.packing, tokenizer.pad_token_id)
@@ -712,7 +720,7 @@ def read_material(config: RunConfig, ranks: Ranks, reporter: Reporter) -> Materi
 
 
 class Engine(NamedTuple):
-    """What takes the steps of a run."""
+    """The backbone, the prompt step and the batches that carry out the steps of a run."""
 
     prepared: Prepared
     step: PromptStep
@@ -728,18 +736,19 @@ def build_engine(
     *,
     units: bool = True,
 ) -> Engine:
-    """Load the backbone and put around it what the run trains. Every rank calls this together; raises `UserError`.
+    """Load the backbone and build what the run trains on it. All ranks call this together. Raises `UserError`.
 
-    ``units``: train the prompt in the backbone's own sizes (`ptd.types.Units`), not as the numbers that it reads.
+    ``units``: train the prompt in units of the backbone's own values (`ptd.types.Units`), not as raw values.
     """
     prepared = prepare(config.backbone, ranks, zero3, output=material.task.output)
     prepared.attachment.inputs.placeholder = material.tokenizer.pad_token_id or 0
     held_out = material.held_out.examples if material.held_out is not None else material.examples
-    for what, examples in (("data.train", material.examples), ("data.eval", held_out)):  # its config may have said less
+    # `read_material` checked the ids only if the backbone's config gives the number of embeddings.
+    for what, examples in (("data.train", material.examples), ("data.eval", held_out)):
         size = embeddings_of(prepared.model)
         check_ids(examples, material.tokenizer, size, what, writes=material.task.generates)
     built = build_trained(config, prepared, material.task, material.tokenizer, material.examples, units=units)
-    if config.backbone.compile:  # after what looks into the layers
+    if config.backbone.compile:  # after the code that inspects the layers
         compile_layers(prepared.model)
     trained = Trained(ranks.distribute(built.encoder), built.readout.to(ranks.device), built.readout_rates)
     step = build_step(config, trained, ranks, prepared.model.dtype)
@@ -748,7 +757,7 @@ def build_engine(
 
 
 def facts_of(config: RunConfig, task: Task) -> TaskFacts:
-    """What the method may know of the task."""
+    """Return what the method may know of the task."""
     return TaskFacts(config.task.kind, task.labels, task.cloze, task.output == "body", task.virtual_tokens)
 
 
@@ -761,9 +770,9 @@ def build_trained(
     *,
     units: bool = True,
 ) -> Trained:
-    """Prompt encoder and readout, initialised alike on all ranks and still on the CPU.
+    """Build the prompt encoder and the readout on the CPU, with the same initial values on all ranks.
 
-    ``examples``: the rows to start from; ``units`` as for `build_engine`.
+    ``examples``: the rows that initialise the prompt; ``units`` as for `build_engine`.
     """
     settings, chosen = config.method_config(), method(config.method_name)
     conditioner = TextConditioner(prepared.attachment, tokenizer, examples, config.train.seed)
@@ -782,7 +791,7 @@ def build_trained(
 
 
 def build_step(config: RunConfig, trained: Trained, ranks: Ranks, dtype: torch.dtype) -> PromptStep:
-    """The optimizer and the reduction around what is trained over a backbone of this ``dtype``."""
+    """Build the step of optimizer and reduction for the trained parameters, on a backbone of this ``dtype``."""
     optimizer = build_optimizer(
         trained,
         learning_rate=config.train.learning_rate,
@@ -802,7 +811,7 @@ def _batches(
 ) -> Batches:
     if config.max_tokens is not None and not prepared.attachment.packable:
         raise UserError(
-            f"data.max_tokens: a {prepared.shape.model_type} backbone runs padded batches, which have no token budget; "
+            f"data.max_tokens: a {prepared.shape.model_type} backbone uses padded batches, which have no token budget; "
             "remove it"
         )
     return Batches(

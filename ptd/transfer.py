@@ -1,8 +1,8 @@
-"""Between the host and a GPU, in both directions, without either waiting for the other.
+"""Copy tensors between the host and a GPU, in both directions, without making either wait for the other.
 
-A GPU does what it is given in order, long after the host has asked for it. Reading a number of it, or copying to it
-from memory that may be paged out, makes the host wait until everything before it is done, and leaves the GPU without
-work while the host asks for the next thing.
+A GPU runs its work in order, long after the host has queued it. If the host reads a number from the GPU, or copies from
+pageable memory to it, the host waits until all earlier work is done. The GPU then has no work until the host queues the
+next operation.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on ``device``; to a GPU it goes from pinned memory, beside whatever runs there."""
+    """Return the tensor on ``device``. A copy to a GPU is asynchronous, from pinned memory."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()  # the tensor itself where it is pinned already; kept until the copy is done
+        tensor = tensor.pin_memory()  # no copy if it is pinned already; the memory stays allocated during the transfer
     return tensor.to(device, non_blocking=True)
 
 
 def together(numbers: Sequence[Tensor | float], device: torch.device) -> Tensor:
-    """Numbers that the host knows and numbers that ``device`` has as one tensor there, float64 ``[len(numbers)]``."""
+    """Return host numbers and scalars of ``device`` as one tensor on ``device``, float64 ``[len(numbers)]``."""
     known = [0.0 if isinstance(number, Tensor) else number for number in numbers]
     found = to_device(torch.tensor(known, dtype=torch.float64), device)
     for place, number in enumerate(numbers):
@@ -31,7 +31,7 @@ def together(numbers: Sequence[Tensor | float], device: torch.device) -> Tensor:
 
 
 class OnItsWay:
-    """Numbers that a device will have computed, of any shape and dtype, on their way to the host."""
+    """An asynchronous copy to the host of a device tensor of any shape and dtype, which may not be computed yet."""
 
     def __init__(self, numbers: Tensor) -> None:
         self._numbers = numbers.detach().to("cpu", non_blocking=True)  # from a GPU into pinned memory
@@ -40,11 +40,11 @@ class OnItsWay:
             self._arrived.record()
 
     def tensor(self) -> Tensor:
-        """The numbers on the host; waits until they are there, for nothing that was asked for later."""
+        """Return the tensor on the host. Waits for the copy, but not for work that was queued after it."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._numbers
 
     def read(self) -> list[float]:
-        """The same, flattened."""
+        """Return the numbers of `tensor`, flattened."""
         return [float(number) for number in self.tensor().flatten().tolist()]

@@ -1,6 +1,6 @@
-"""The nouns that travel between the stages of ptd (see the data flow in README.md).
+"""The types that the stages of ptd pass to each other (see the data flow in README.md).
 
-Shape legend used everywhere: P virtual tokens, L attention layers, H key/value heads, D head size, B sequences,
+Letters for shapes, used everywhere: P virtual tokens, L attention layers, H key/value heads, D head size, B sequences,
 S tokens of a sequence, N tokens of a packed row, V vocabulary.
 """
 
@@ -25,17 +25,17 @@ IGNORE_INDEX = -100
 """Label of a position that carries no loss (the value Hugging Face and torch use)."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""What the weights of a backbone may be, by the names of ``backbone.dtype``."""
+"""Name in ``backbone.dtype`` -> dtype of the backbone's weights."""
 
 
 Architecture = Literal["decoder", "encoder", "encoder-decoder"]
-"""What kind of transformer a backbone is."""
+"""The kind of transformer that a backbone is."""
 
 Output = Literal["causal_lm", "masked_lm", "seq2seq_lm", "body"]
-"""What a backbone ends in: a language model's logits, or its last hidden states."""
+"""What a backbone puts out: the logits of a language model, or its last hidden states (``body``)."""
 
 AttentionKind = Literal["decoder", "encoder", "cross"]
-"""Where an attention layer sits: in a decoder (causal), in an encoder, or from a decoder to an encoder's output."""
+"""The kind of an attention layer: self-attention in a decoder (causal) or an encoder, or cross-attention."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,15 @@ class LayerShape:
 
     @property
     def numel(self) -> int:
-        """Numbers one virtual token needs in this layer: its key and its value."""
+        """The numbers that one virtual token needs in this layer, for its key and its value."""
         return self.kv_heads * (self.key_dim + self.value_dim)
 
 
 @dataclass(frozen=True)
 class BackboneShape:
-    """All a method may know of the backbone: plain sizes, no transformers object.
+    """All that a method may know of the backbone: plain sizes, no transformers object.
 
-    ``layers`` are its attention layers in the order in which a forward pass calls them.
+    ``layers``: the attention layers in the order in which a forward pass calls them.
     """
 
     model_type: str
@@ -69,13 +69,13 @@ class BackboneShape:
 
     @property
     def input_size(self) -> int:
-        """Width of the input embeddings: the hidden size, but for families that project them (OPT-350m)."""
+        """Width of the input embeddings: the hidden size, except in families that project the embeddings (OPT-350m)."""
         return self.hidden_size if self.embedding_size is None else self.embedding_size
 
 
 @dataclass(frozen=True)
 class PrefixKV:
-    """Keys and values that every query of a layer attends to beside its own tokens.
+    """Keys and values that every query of a layer attends to in addition to the tokens of its sequence.
 
     ``keys[l]`` is ``[P, H, Dk]`` and ``values[l]`` ``[P, H, Dv]`` for layer ``l``; sizes may differ between layers.
     """
@@ -96,8 +96,8 @@ class PrefixKV:
 class SoftTokens:
     """Input embeddings ``[P, hidden]`` of virtual tokens.
 
-    ``in_front``: they stand before every sequence (of an encoder-decoder: of the encoder's). Otherwise the sequences
-    themselves hold them: token id ``virtual_id(i)`` stands for row ``i``.
+    ``in_front``: the virtual tokens precede every sequence (in an encoder-decoder, every sequence of the encoder).
+    Otherwise the sequences themselves contain them: token id ``virtual_id(i)`` stands for row ``i``.
     """
 
     embeddings: Tensor
@@ -113,7 +113,7 @@ class SoftTokens:
 
 @dataclass(frozen=True)
 class NoPrompt:
-    """Nothing is put beside the tokens."""
+    """No prompt: the backbone reads only the tokens."""
 
     num_virtual_tokens = 0
 
@@ -122,28 +122,28 @@ class NoPrompt:
 
 
 PromptState = PrefixKV | SoftTokens | NoPrompt
-"""What a prompt encoder hands to the injection. Injection dispatches on its type, the engine on nothing."""
+"""What a prompt encoder passes to the injection. The injection dispatches on the type; the engine does not."""
 
 
 def virtual_id(index: int) -> int:
-    """The token id that stands for virtual token ``index`` in a sequence: negative, so no vocabulary has it."""
+    """Return the token id of virtual token ``index`` in a sequence: a negative id, which no vocabulary contains."""
     return -1 - index
 
 
 class PromptLayout(Protocol):
-    """How a flat prompt is read: the part of an encoder that an adapter keeps."""
+    """How a flat prompt is read. An adapter stores the layout, but no other part of the encoder."""
 
     def state(self, flat: Tensor) -> PromptState:
-        """View a tensor of the flat prompt's shape as a `PromptState`.
+        """Return a tensor of the flat prompt's shape as a `PromptState`.
 
-        It copies nothing, so the views of a gradient buffer are the gradients of the views.
+        The state's tensors are views, so the views of a gradient buffer are the gradients of the views.
         """
         ...
 
 
 @dataclass(frozen=True)
 class PrefixLayout:
-    """Flat ``[P, W]``: columns layer-major, keys before values, then kv head, then head dim."""
+    """Flat ``[P, W]``: the columns are ordered by layer, then keys before values, then kv head, then head dim."""
 
     layers: tuple[LayerShape, ...]
 
@@ -153,8 +153,8 @@ class PrefixLayout:
 
     def state(self, flat: Tensor) -> PrefixKV:
         shapes = [(layer.kv_heads, dim) for layer in self.layers for dim in (layer.key_dim, layer.value_dim)]
-        # One split for all layers: its backward joins the gradients once, where a slice a layer would
-        # allocate and add a full-size gradient each.
+        # One split for all layers: its backward concatenates the gradients once, whereas one slice per layer would
+        # allocate and add one full-size gradient per layer.
         blocks = flat.split([heads * dim for heads, dim in shapes], dim=1)
         views = [block.unflatten(1, shape) for block, shape in zip(blocks, shapes, strict=True)]
         return PrefixKV(tuple(views[0::2]), tuple(views[1::2]))
@@ -177,7 +177,7 @@ class SoftLayout:
 
 @dataclass(frozen=True)
 class EmptyLayout:
-    """Flat ``[0, 0]``."""
+    """Flat ``[0, 0]``: no prompt."""
 
     width = 0
 
@@ -186,11 +186,12 @@ class EmptyLayout:
 
 
 class Units(nn.Module):
-    """The backbone's own sizes, in which a prompt is trained: ``flat = origin + unit · z``, where ``z`` is trained.
+    """The scale of the backbone's own values, in which a prompt is trained: ``flat = origin + unit · z``.
 
-    AdamW moves every number by up to the learning rate per step, whatever the number's size. So a learning rate means
-    the same for every backbone only if it moves ``z`` ``[P, W]``: ``unit`` ``[W]`` is the root mean square that the
-    backbone's own keys, values or embeddings have there, ``origin`` ``[P, W]`` the prompt at ``z = 0``. Both are fixed.
+    Only ``z`` ``[P, W]`` is trained. AdamW moves every number by up to the learning rate per step, however large the
+    number is. So a learning rate means the same for every backbone only if it applies to ``z``. ``unit`` ``[W]`` is
+    proportional to the root mean square of the backbone's own keys, values or embeddings in each column; ``origin``
+    ``[P, W]`` is the prompt at ``z = 0``. Both are fixed.
     """
 
     def __init__(self, origin: Tensor, unit: Tensor) -> None:
@@ -205,16 +206,16 @@ class Units(nn.Module):
 
 
 class PromptEncoder(nn.Module):
-    """The trained module: no input, one flat output. A method's encoder derives from this interface.
+    """The trained module, which has no input and one flat output. A method's encoder derives from this class.
 
-    ``forward() -> Tensor`` gives the flat prompt: the only tensor whose gradient is reduced over ranks. A subclass
-    defines `network`, whose output is the flat prompt in ``units``; None: it is the flat prompt itself, which is what
-    runs trained before there were units.
+    ``forward() -> Tensor`` returns the flat prompt, the only tensor whose gradient is reduced over ranks. A subclass
+    defines `network`, whose output is the flat prompt in ``units``. If ``units`` is None, the output is the flat prompt
+    itself, as in runs from before ptd had units.
     """
 
     layout: PrefixLayout | SoftLayout | EmptyLayout
     peft_type: str | None = None
-    """PEFT's name of an adapter with this encoder's output; None: PEFT has no such thing."""
+    """PEFT's name of an adapter with this encoder's output; None if PEFT has no such adapter."""
     units: Units | None
 
     def __init__(self) -> None:
@@ -222,34 +223,34 @@ class PromptEncoder(nn.Module):
         self.units = None
 
     def network(self) -> Tensor:
-        """The trained network's output, of the flat prompt's shape."""
+        """Return the trained network's output, in the shape of the flat prompt."""
         raise NotImplementedError
 
     def forward(self) -> Tensor:
-        """The flat prompt."""
+        """Return the flat prompt."""
         z = self.network()
         return z if self.units is None else self.units(z)
 
     def state(self, flat: Tensor) -> PromptState:
-        """``layout.state(flat)``."""
+        """Return ``layout.state(flat)``."""
         return self.layout.state(flat)
 
     def last(self) -> nn.Linear | None:
-        """The network's last layer; None: the network is its parameter ``embedding`` alone."""
+        """Return the network's last layer; None if the network is only its parameter ``embedding``."""
         return None
 
     @torch.no_grad()
     def zero(self) -> None:
-        """Make the network's output zero, by its last layer alone."""
+        """Make the network's output zero by changing only its last layer."""
         last = self.last()
         for parameter in [self.embedding] if last is None else last.parameters():
             parameter.zero_()  # type: ignore[operator]
 
     @torch.no_grad()
     def without_units(self) -> dict[str, Tensor]:
-        """The parameters, by name, with which the network alone puts out the same flat prompt.
+        """Return the parameters, by name, with which the network puts out the same flat prompt without ``units``.
 
-        Raises `ValueError` where a network with layers cannot: its ``units`` start from something.
+        Raises `ValueError` if a network with layers has ``units`` with a nonzero origin, which it cannot represent.
         """
         found: dict[str, Tensor] = {k: v for k, v in self.state_dict().items() if not k.startswith("units.")}
         last = self.last()
@@ -258,34 +259,34 @@ class PromptEncoder(nn.Module):
         if last is None:
             return {**found, "embedding": self()}
         if self.units.origin.any():
-            raise ValueError("the network adds to an origin")
+            raise ValueError("the network's last layer cannot represent a nonzero origin")
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         weight, bias, unit = last.weight, last.bias, self.units.unit
         return found | {names[id(weight)]: weight * unit[:, None], names[id(bias)]: bias * unit}
 
     def rates(self) -> Mapping[str, float]:
-        """Parameter name -> factor of the learning rate, where it is not 1: what makes the rate independent of widths.
+        """Return parameter name -> factor of the learning rate, where the factor is not 1.
 
-        Only in ``units``; without them every parameter has the rate itself.
+        The factors make the learning rate independent of widths. Without ``units`` every factor is 1.
         """
         return {} if self.units is None else self.width_rates()
 
     def width_rates(self) -> Mapping[str, float]:
-        """`rates` of a network in units; see `matrix_rates`."""
+        """Return the `rates` of a network in units; see `matrix_rates`."""
         return {}
 
     def tensor_parallel_plan(self) -> Mapping[str, Any]:
-        """Module name -> `torch.distributed.tensor.parallel` style for the wide layers; empty: all replicated."""
+        """Return module name -> `torch.distributed.tensor.parallel` style of the wide layers; empty: all replicated."""
         return {}
 
 
 def matrix_rates(network: nn.Module, rows: int) -> dict[str, float]:
-    """Factors of the learning rate for a network's weight matrices ``[out, in]``: √rows / in. All else has 1.
+    """Return the learning-rate factors of a network's weight matrices ``[out, in]``: √rows / in. Other factors are 1.
 
-    Under AdamW every weight moves by up to the rate. A sum over ``in`` inputs then moves by rate · in, so the rate is
-    divided by ``in`` (Yang et al. 2022, Tensor Programs V, Table 8, https://arxiv.org/abs/2203.03466). The ``rows``
-    that a prompt's network computes, one for each virtual token, share its weights while their features are
-    independent: what moves one row is 1/√rows of a move, the rest is the other rows'.
+    AdamW moves every weight by up to the learning rate. A sum over ``in`` inputs then moves by up to rate · in, so the
+    rate is divided by ``in`` (Yang et al. 2022, Tensor Programs V, Table 8, https://arxiv.org/abs/2203.03466). A
+    prompt's network computes ``rows`` rows, one per virtual token, which share the weights but have independent
+    features. Only 1/√rows of a weight's move then serves a given row, and the rest serves the other rows; hence √rows.
     """
     shares = rows**0.5
     return {name: shares / weight.shape[1] for name, weight in network.named_parameters() if weight.ndim == 2}
@@ -295,9 +296,10 @@ def matrix_rates(network: nn.Module, rows: int) -> dict[str, float]:
 class HeadSettings:
     """A trained head on the backbone's last hidden states.
 
-    ``pooling`` turns a sequence into one vector: its first token (``cls``), their ``mean`` or the ``last`` one;
-    ``auto``: last for a decoder, cls for an encoder, mean for the encoder of an encoder-decoder, which has no trained
-    first token. ``hidden_sizes``: widths of tanh layers before the output; none: linear.
+    ``pooling`` turns the hidden states of a sequence into one vector: that of the first token (``cls``), the ``mean``
+    of all tokens, or that of the ``last`` token. ``auto``: ``last`` for a decoder, ``cls`` for an encoder, ``mean`` for
+    the encoder of an encoder-decoder, which has no trained first token. ``hidden_sizes``: widths of the tanh layers
+    before the output; empty: a linear head.
     """
 
     pooling: Literal["auto", "cls", "mean", "last"] = "auto"
@@ -305,27 +307,27 @@ class HeadSettings:
 
 
 def same_backbone(one: str, other: str) -> bool:
-    """Whether two fingerprints may be of the same backbone: all parts that both have are equal.
+    """Return whether two fingerprints may belong to the same backbone: all parts that both have are equal.
 
-    The second part, of the linear layers, is missing where these are quantised.
+    The second part, for the linear layers, is missing if these are quantised.
     """
     return all(a == b for a, b in zip(one.split("-"), other.split("-"), strict=False))
 
 
 class Reporter:
-    """Where long work tells how far it is. This one is silent; the command line brings one that prints."""
+    """Receives the progress of long work. This class is silent; the command line uses one that prints."""
 
     def note(self, text: str) -> None:
-        """A line worth reading."""
+        """Report a line of text for the user."""
 
     def start(self, task: str, total: int, done: int = 0) -> None:
-        """A task of ``total`` steps begins, ``done`` of which lie behind it already."""
+        """Report that a task of ``total`` steps begins, of which ``done`` are already done."""
 
     def advance(self, task: str, done: int, line: str | None = None) -> None:
-        """``done`` steps of the task are behind; ``line`` says how it stands, when there is something to say."""
+        """Report that ``done`` steps of the task are done; ``line``: a line of text about the task, if any."""
 
     def finish(self, task: str) -> None:
-        """The task is over."""
+        """Report that the task is finished."""
 
 
 @dataclass(frozen=True)
@@ -333,13 +335,13 @@ class Batch:
     """One micro-batch of one rank.
 
     Padded: ``input_ids``, ``labels``, ``position_ids`` and ``token_type_ids`` are ``[B, S]``, padded on the right.
-    Packed: they are ``[1, N]``, sequences one behind the other; ``cu_seqlens`` (int32, ``[sequences + 1]``) holds their
-    boundaries and ``position_ids`` restart at 0 in each.
+    Packed: they are ``[1, N]``, with the sequences concatenated; ``cu_seqlens`` (int32, ``[sequences + 1]``) holds the
+    boundaries of the sequences, and ``position_ids`` restart at 0 in each sequence.
 
-    ``labels``: what is to be predicted *at* each position (of a language model: its next token), `IGNORE_INDEX` where
-    nothing is. ``lengths`` int64 ``[sequences]``; ``rows`` the rows of the data the sequences belong to, each of which
-    has ``group`` consecutive sequences (no rows: a filler, whose forward pass runs for the sake of other ranks).
-    ``source``: the encoder's side of an encoder-decoder batch, with the same rows.
+    ``labels``: what to predict *at* each position (for a language model, the next token), or `IGNORE_INDEX` for
+    nothing. ``lengths``: int64 ``[sequences]``. ``rows``: the rows of the data that the sequences belong to; each row
+    has ``group`` consecutive sequences. A batch without rows is a padding batch, whose forward pass runs only because
+    other ranks need it. ``source``: the encoder's side of an encoder-decoder batch, with the same rows.
     """
 
     input_ids: Tensor
@@ -357,25 +359,25 @@ class Batch:
 
     @property
     def starts(self) -> Tensor:
-        """Index of each sequence's first token among all positions, flattened; int64 ``[sequences]``."""
+        """Index of each sequence's first token in the flattened positions; int64 ``[sequences]``."""
         if self.cu_seqlens is not None:
             return self.cu_seqlens[:-1].long()
         return torch.arange(len(self.lengths), device=self.lengths.device) * self.input_ids.shape[1]
 
     @property
     def attention_mask(self) -> Tensor:
-        """Padded batches: bool ``[B, S]``, true where there is a token."""
+        """For padded batches: bool ``[B, S]``, true at tokens, false at padding."""
         column = torch.arange(self.input_ids.shape[1], device=self.lengths.device)
         return column < self.lengths[:, None]
 
     @property
     def has_padding(self) -> bool:
-        """Whether a padded batch has any, without looking at tensors (a filler, which counts no tokens, has)."""
+        """Whether a padded batch has padding, found without reading tensors (true for a batch without rows)."""
         own = self.tokens - (0 if self.source is None else self.source.tokens)
         return own < self.input_ids.numel()
 
     def map(self, change: Any) -> Batch:
-        """The same batch with ``change(tensor)`` in place of every tensor."""
+        """Return the batch with ``change(tensor)`` in place of every tensor."""
         tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
         source = None if self.source is None else self.source.map(change)
         return replace(self, **tensors, source=source)
@@ -388,9 +390,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Sample:
-    """A held-out row as a person reads it: its input, the text or label it should get, and what the model gave it.
+    """A held-out row in readable form: its input, the expected text or label, and the model's output.
 
-    Of a label, a tagging or an answer also ``score``, the probability of what was given, and whether it is ``right``.
+    For a label, tags or an answer, ``score`` is the probability of the model's output and ``right`` says whether the
+    output is correct.
     """
 
     prompt: str
@@ -402,9 +405,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What tokenising did to the rows, so that it can be told: counts of rows, tokens and cuts.
+    """What tokenising did to the rows, for messages: counts of rows, tokens and truncated texts.
 
-    ``notes``: whatever else there is to say, a sentence each; ``ends``: the tokens that ended the texts.
+    ``notes``: further remarks, one sentence each; ``ends``: the tokens that ended the texts.
     """
 
     rows: int
@@ -420,20 +423,20 @@ class DataReport:
         line = f"{self.rows:,} rows, {self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised"
         for name in ("prompts", "completions", "texts"):
             if count := getattr(self, f"{name}_cut"):
-                line += f"; {count:,} {name} cut to the length allowed"
+                line += f"; {count:,} {name} truncated to the maximum length"
         return "; ".join((line, *self.notes))
 
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Tokenised rows, one behind the other. A row is ``group`` consecutive sequences (nearly always one).
+    """Tokenised rows, concatenated. A row is ``group`` consecutive sequences (nearly always one).
 
-    Sequence ``i`` lies at ``offsets[i]:offsets[i + 1]`` and has at least one token. ``tokens`` int32 ``[N]`` (negative:
-    `virtual_id`); ``labels`` int32 ``[N]``: what is to be predicted at the position, `IGNORE_INDEX` if nothing (for
-    language models the next token, so the last position of a sequence has none); ``offsets`` int64 ``[sequences + 1]``;
-    ``token_types`` int8 ``[N]`` for backbones that tell two texts apart.
-    ``source``: what the encoder of an encoder-decoder reads, row for row. ``aside``: whatever turning scores back into
-    answers needs, one item a row.
+    Sequence ``i`` is ``tokens[offsets[i]:offsets[i + 1]]`` and has at least one token. ``tokens``: int32 ``[N]``
+    (negative: `virtual_id`). ``labels``: int32 ``[N]``, what to predict at each position, or `IGNORE_INDEX` for nothing
+    (for language models the next token, so the last position of a sequence has no label). ``offsets``: int64
+    ``[sequences + 1]``. ``token_types``: int8 ``[N]``, for backbones that distinguish two texts.
+    ``source``: what the encoder of an encoder-decoder reads, row for row. ``aside``: one item per row with whatever is
+    needed to turn scores back into answers.
     """
 
     tokens: np.ndarray
@@ -447,9 +450,9 @@ class Examples:
 
     @classmethod
     def of_text(cls, tokens: np.ndarray, supervised: np.ndarray, offsets: np.ndarray, report: DataReport) -> Examples:
-        """Sequences for a language model: the label of a position is the next token where that is ``supervised``.
+        """Build sequences for a language model: the label of a position is the next token, if it is ``supervised``.
 
-        ``supervised`` bool ``[N]``; the first token of a sequence is nothing's next token.
+        ``supervised``: bool ``[N]``. The first token of a sequence is never a label.
         """
         labels = np.full(len(tokens), IGNORE_INDEX, dtype=np.int32)
         labels[:-1] = np.where(supervised[1:], tokens[1:], IGNORE_INDEX)
@@ -460,13 +463,13 @@ class Examples:
         return (len(self.offsets) - 1) // self.group
 
     def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Views of the row's tokens and labels, each ``[length]``."""
+        """Return views of the row's tokens and labels, each ``[length]``."""
         row = range(len(self))[row]
         piece = slice(self.offsets[row * self.group], self.offsets[(row + 1) * self.group])
         return self.tokens[piece], self.labels[piece]
 
     def digest(self) -> str:
-        """A short identity of the content: the same rows tokenised the same way, and nothing else, give the same."""
+        """Return a short hash of the content: it is equal only for the same rows tokenised the same way."""
         content = hashlib.sha256(str(self.group).encode())
         for array in (self.tokens, self.labels, self.offsets, self.token_types):
             content.update(b"" if array is None else array.tobytes())
@@ -476,6 +479,6 @@ class Examples:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each row, of the encoder's side too, int64 ``[rows]``."""
+        """Number of tokens of each row, including the encoder's side; int64 ``[rows]``."""
         own = np.diff(self.offsets[:: self.group])
         return own if self.source is None else own + self.source.lengths

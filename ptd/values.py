@@ -1,6 +1,6 @@
-"""What a value in a row or a run file counts as: missing, blank, or the name of a label. One rule for all of ptd.
+"""Decide whether a value in a row or a run file is missing, blank or the name of a label, by one rule for all of ptd.
 
-A label's name is text without the white space around it, and a whole number is one label however it is written: 1, 1.0,
+A label's name is its text without surrounding white space. A whole number is the same label in every spelling: 1, 1.0,
 "1" and "1.0".
 """
 
@@ -11,21 +11,21 @@ import re
 from typing import Any
 
 WHOLE = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.0+)?")
-"""Text that is a whole number; codes such as 007 are none."""
+"""Matches text that is a whole number; a code such as 007 is not a number."""
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a cell holds no value: null, or the NaN that tables of numbers have in its place."""
+    """Return whether a cell has no value: null, or NaN, which tables of numbers use in place of null."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def is_blank(text: str) -> bool:
-    """Whether there is nothing to be seen: no characters, or only white space, byte order marks and the like."""
+    """Return whether a text has no visible character: only white space, byte order marks and the like, or nothing."""
     return not (text[:1].isalnum() or any(character.isprintable() and not character.isspace() for character in text))
 
 
 def name_of(value: Any) -> str | None:
-    """What a label is called; None for what is no label: missing, blank, not finite, or neither text nor a number."""
+    """Return a label's name; None for a value that is missing, blank, not finite, or neither text nor a number."""
     if isinstance(value, str):
         name = value.strip()
         if is_blank(name):

@@ -1,4 +1,4 @@
-"""Versions of what a result depends on, for run.json and bug reports."""
+"""Report the versions of the software that a result depends on, for run.json and bug reports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PACKAGES = ("ptd", "torch", "transformers", "deepspeed", "datasets", "bitsandbyt
 
 
 def versions() -> dict[str, str]:
-    """Installed versions by package; absent ones are left out."""
+    """Return the version of Python and of each installed package of `PACKAGES`, by name."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import re
-import sys
+import tomllib
 from itertools import chain
 from pathlib import Path
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # a fresh environment has nothing but pip
-    from pip._vendor import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
 REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(?P<extras>\[[^]]*\])?(?P<versions>[^;]*)")

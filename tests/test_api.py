@@ -120,7 +120,7 @@ def test_saved_and_loaded_gives_the_same_logits(form, tmp_path):
     assert torch.equal(logits(loaded.model), logits(tuned.model))
     assert loaded.encoder is None
     assert loaded.method == {"name": "prefix", "num_virtual_tokens": P, **FORMS[form]}
-    with pytest.raises(UserError, match="nothing to save"):
+    with pytest.raises(UserError, match="which is already saved"):
         loaded.save(tmp_path / "again")
 
 
@@ -227,7 +227,7 @@ def test_an_adapter_of_another_backbone_is_refused_and_the_model_left_alone(othe
         ("lora", {}, "there is no method 'lora'"),
         ("prefix", {"num_virtual_tokens": 0}, "at least 1"),
         ("prefix", {"nonsense": 1}, "unknown key"),
-        ("head", {}, "'head' puts no prompt on a model"),
+        ("head", {}, "'head' has no prompt to attach to a model"),
         ("p_tuning", {}, "num_virtual_tokens"),
     ],
 )
@@ -260,9 +260,9 @@ def test_texts_are_what_a_prompt_starts_from(family):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"texts": ["the film"]}, "needs the backbone's tokenizer"),
-        ({"texts": "the film", "tokenizer": tiny_tokenizer()}, "got one text"),
-        ({"texts": [""], "tokenizer": tiny_tokenizer()}, "none of them has a token"),
+        ({"texts": ["the film"]}, "needs the model's tokenizer"),
+        ({"texts": "the film", "tokenizer": tiny_tokenizer()}, "got a single string"),
+        ({"texts": [""], "tokenizer": tiny_tokenizer()}, "none of the texts has a token"),
     ],
 )
 def test_texts_that_cannot_be_read_are_refused(given, message):
@@ -277,7 +277,7 @@ def test_one_prompt_at_a_time(tmp_path):
     tuned.save(tmp_path)
     for again in (lambda: ptd.attach(tuned.model, "prefix"), lambda: ptd.load(tuned.model, tmp_path)):
         before = logits(tuned.model)
-        with pytest.raises(UserError, match="carries a prompt already"):
+        with pytest.raises(UserError, match="already has a prompt"):
             again()
         assert torch.equal(logits(tuned.model), before)
 
@@ -306,9 +306,9 @@ def test_wrapped_models_are_refused_with_what_to_do():
     import peft
 
     settings = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
-    with pytest.raises(UserError, match="carries a prompt of PEFT's own"):
+    with pytest.raises(UserError, match="already has a PEFT prompt"):
         ptd.attach(peft.get_peft_model(tiny_model("llama"), settings), "prefix", num_virtual_tokens=P)
-    with pytest.raises(UserError, match="attach before wrapping"):
+    with pytest.raises(UserError, match="attach it before you wrap"):
         ptd.attach(torch.nn.DataParallel(tiny_model("llama")), "prefix", num_virtual_tokens=P)
 
 
@@ -317,5 +317,5 @@ def test_a_head_that_is_frozen_and_not_saved_is_said():
 
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(tiny_model("llama").config)
-    with pytest.warns(UserWarning, match="has a head of its own, which is frozen"):
+    with pytest.warns(UserWarning, match="the head of .* is frozen and is not saved"):
         ptd.attach(model, "prompt", num_virtual_tokens=P)

@@ -244,10 +244,10 @@ def test_a_report_of_both_sides(tmp_path, backbone_dir, rows_file, capsys, monke
 @pytest.mark.parametrize(
     ("method", "sections", "said"),
     [
-        ({"name": "head"}, {"task": {"kind": "classification"}}, "task.kind classification ends in another head"),
-        ({**PREFIX, "freeze_first_token": True}, {}, "PEFT builds the prompt encoder of method prefix otherwise"),
+        ({"name": "head"}, {"task": {"kind": "classification"}}, "task.kind classification has another head"),
+        ({**PREFIX, "freeze_first_token": True}, {}, "PEFT builds the prompt encoder of method prefix differently"),
         ({**PREFIX, "prefix_projection": True}, {}, "set method.embedding_size"),
-        ({"name": "p_tuning"}, {"data": {"prompt_template": "{v:2}{prompt}{v:2}"}}, "PEFT puts them in front only"),
+        ({"name": "p_tuning"}, {"data": {"prompt_template": "{v:2}{prompt}{v:2}"}}, "PEFT puts them only before"),
         (PREFIX, {"backbone": {"gradient_checkpointing": True}}, "PEFT refuses this run"),
         (PREFIX, {"backbone": {"sharding": "world"}}, "shards its backbone"),
     ],
@@ -263,7 +263,7 @@ def test_what_peft_cannot_do_is_refused(tmp_path, backbone_dir, rows_file, metho
 
 def test_what_cannot_be_timed_is_refused(tmp_path, backbone_dir, rows_file, monkeypatch, capsys) -> None:
     config = parse_config(run_of(backbone_dir, rows_file, PREFIX))
-    with pytest.raises(UserError, match="nothing called 'nemo'"):
+    with pytest.raises(UserError, match="cannot be compared with 'nemo'"):
         bench(config, against="nemo")
     monkeypatch.setattr(sys, "argv", ["ptd", "bench", "run.yaml", "--peft", "best"])
     with pytest.raises(SystemExit):
@@ -329,7 +329,7 @@ def test_a_figure_says_where_it_is_from() -> None:
 def test_a_side_that_dies_is_reported() -> None:
     player = Player("PEFT's side")
     player._process.kill()
-    with pytest.raises(UserError, match=r"PEFT's side ended while it was asked to check \(killed"):
+    with pytest.raises(UserError, match=r"PEFT's side exited while it ran 'check' \(killed"):
         player.ask("check", ROWS)
     player.close()
 

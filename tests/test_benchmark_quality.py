@@ -213,11 +213,11 @@ def test_cells_are_measured_once_and_the_missing_ones_by_the_next_start(
     page = output.with_suffix(".md").read_text()
     assert "| ptd | prefix | 0.05 (default) |" in page
     assert "| PEFT | prefix | 0.001 (default) |" in page
-    assert "do not compare" not in page
+    assert "not comparable" not in page
     written["evidence"]["settings"]["steps"] = 4
     output.write_text(json.dumps(written))
     command("quality", "--report", "--output", output)
-    assert "**The sides do not compare**: they differ in steps." in output.with_suffix(".md").read_text()
+    assert "**The sides are not comparable**: they differ in steps." in output.with_suffix(".md").read_text()
 
 
 def test_rows_of_peft_outlive_a_change_of_ptd(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_what_a_cell_needs_and_is_missing_is_said_and_looked_at_again(command: A
         command("quality", "--quick", "--data", data, "--output", output, "--only", "head sst2 ")
         (found,) = json.loads(output.read_text())["records"]
         assert (found["outcome"], found["method"]) == ("skipped", "head")
-        assert "python benchmarks/real_llm.py FOLDER makes one; name it with --model" in found["reason"]
+        assert "run python benchmarks/real_llm.py FOLDER, then give FOLDER with --model" in found["reason"]
     (tmp_path / "empty").mkdir()
     given = ("--model", BACKBONE, "--data", tmp_path / "empty", "--output", tmp_path / "other.json")
     command("quality", "--quick", *given, "--only", "frozen")
@@ -290,16 +290,16 @@ def test_a_partial_file_is_reported_as_it_is(load: Any, tmp_path: Path) -> None:
     report.report(output, plots=True)
     page = output.with_suffix(".md").read_text(encoding="utf-8")
     assert "| ptd | prefix | 0.01 (default) | 2.033 (1.500…2.900) | 20.0 (20.0…20.0) |" in page
-    assert "1 of 3 worse than the backbone alone" in page
+    assert "1 of 3 worse than without training" in page
     assert "| ptd | prefix | 0.0033 (best of grid) | 1.400 |" in page
-    assert "at the grid's edge" in page
+    assert "at the edge of the grid" in page
     assert "| PEFT | prompt | default | failed: ValueError: no / such prompt |" in page
     assert "| ptd | head | 0.01 (default) | 51.0 | 0.800 |" in page
-    assert "1 of 1 worse than the backbone alone" in page  # ln 2 < 0.8
-    assert "People's own texts for these mrs: slots 85.0 %." in page
-    assert "Losses do not compare" not in page
+    assert "1 of 1 worse than without training" in page  # ln 2 < 0.8
+    assert "Human references for these meaning representations: slots 85.0 %." in page
+    assert "losses are not comparable" not in page
     odd = [partial()[0] | {"supervised_tokens": 10}, partial()[1] | {"supervised_tokens": 12}]
-    assert "**Losses do not compare**: they are of [10, 12] tokens." in report.markdown(odd, {})
+    assert "**The losses are not comparable**: they are over [10, 12] tokens." in report.markdown(odd, {})
     board = report.leaderboard(report.lines_of(partial()))
     assert [(line["method"], line["kind"], line["loss"]) for line in board] == [
         ("lora r8", "default", 1.3),
@@ -419,11 +419,11 @@ def test_a_twin_computes_the_same(load: Any, tmp_path: Path, dtype: str) -> None
 def test_a_twin_that_would_differ_is_refused(load: Any, tmp_path: Path) -> None:
     twin = load("quality_transfer").twin
     llama = save_backbone(tmp_path / "llama")
-    with pytest.raises(ValueError, match="no power of two"):
+    with pytest.raises(ValueError, match="is not a power of two"):
         twin(llama, tmp_path / "twin", 6)
     with pytest.raises(ValueError, match="normalises its queries or keys"):
         twin(save_backbone(tmp_path / "qwen3", "qwen3"), tmp_path / "twin")
-    with pytest.raises(ValueError, match="no attention of q_proj"):
+    with pytest.raises(ValueError, match="no attention with q_proj"):
         twin(save_backbone(tmp_path / "gpt2", "gpt2"), tmp_path / "twin")
     assert not (tmp_path / "twin").exists()
 
@@ -460,7 +460,7 @@ def test_a_transfer_run_is_resumed_and_drawn(command: Any, tmp_path: Path, data:
         assert [each["learning_rate"] for each in found] == [0.0, TrainConfig().learning_rate]
         assert all(math.isfinite(each["loss"]) for each in found)
     assert str(BACKBONE) not in output.read_text()
-    assert f"| own | {TrainConfig().learning_rate:g} (the edge) |" in output.with_suffix(".md").read_text(
+    assert f"| own | {TrainConfig().learning_rate:g} (edge of the grid) |" in output.with_suffix(".md").read_text(
         encoding="utf-8"
     )
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

@@ -58,7 +58,7 @@ def test_train_leaves_what_the_readme_says(ptd: Any, tmp_path: Path, backbone_di
     assert "train 2/2" in outcome.err
     out = tmp_path / "out"
     alone, tuned = (f"{result[name]:.4f}" for name in ("frozen_loss", "eval_loss"))
-    assert f"result:  held-out loss: backbone alone {alone} → tuned {tuned}\nwritten: " in outcome.err
+    assert f"result:  held-out loss: frozen backbone {alone} → tuned {tuned}\nwritten: " in outcome.err
     written, then = outcome.err.split("written: ")[1].split("next: ")
     for line in written.splitlines():
         assert Path(line.split()[0]).exists()
@@ -165,11 +165,11 @@ BAD_CHANGES = {
     "dtype=bfloat16": "did you mean backbone.dtype?",
     "backbone.dtyp=bfloat16": "did you mean backbone.dtype?",
     "train.learning_rate=1": "valid keys: backbone.allow_pickle",
-    "backbone.path=other": "the backbone is given as --backbone",
-    "data.eval=rows.jsonl": "the rows are given as --data",
-    "backbone.gradient_checkpointing=true": "nothing is trained here",
+    "backbone.path=other": "give the backbone as --backbone",
+    "data.eval=rows.jsonl": "give the rows as --data",
+    "backbone.gradient_checkpointing=true": "this command does not train",
     "backbone.dtype=float8": "backbone.dtype: got 'float8'",
-    "backbone.offload=cpu": "offload: cpu is for shards of the weights; set sharding",
+    "backbone.offload=cpu": "offload: cpu stores shards of the weights, but sharding: none makes no shards; set",
     "backbone.sharding_group_size=2": "sharding_group_size: has no effect without sharding: node",
     "backbone.attention=nonsense": "backbone.attention: there is no backend 'nonsense'",
     "data.max_length=1": "data.max_length: got 1",
@@ -223,7 +223,7 @@ def test_generate_sends_a_prompt_as_training_did_or_raw(ptd: Any, trained: Path,
     assert raw.out == ptd(*common, "hello").out != chat.out
     several = ptd(*common, "--set", 'data.prompt_template="{a} and {b}"', "hello")
     assert several.out == raw.out
-    assert "data.prompt_template has 2 fields, so each prompt is sent as it is" in several.err
+    assert "data.prompt_template has 2 fields, so each text is sent as a complete prompt" in several.err
     single = ("--set", 'data.prompt_template="[user]{a}[assistant]"', "hello")
     assert ptd(*common, *single).out == chat.out
     assert ptd(*common, "--raw", *single).out == raw.out
@@ -251,7 +251,7 @@ def test_the_authors_settings_are_an_option(ptd: Any, trained: Path, tmp_path: P
     assert "--generation-config: has no effect without --generate" in refused.err
     refused = ptd("generate", *common, "hello", "--top-p", 0.5)
     assert refused.code == 2
-    assert "--top-p: has an effect only where tokens are sampled; give --temperature" in refused.err
+    assert "--top-p: has no effect without sampling; give --temperature" in refused.err
 
 
 def test_references_that_no_text_can_reach_are_said(ptd: Any, trained: Path, tmp_path: Path) -> None:
@@ -406,7 +406,7 @@ def test_inspect_prints_tables_or_json(ptd: Any, trained: Path, tmp_path: Path) 
     assert outcome.code == 0, outcome.err
     assert "5 of 12 rows" in outcome.out
     assert "How many virtual tokens are needed" in outcome.out
-    assert "no vocabulary token has such" in outcome.out
+    assert "no vocabulary token can be compared" in outcome.out
     assert str(tmp_path / "seen" / "index.html") in outcome.err
     alone = ptd("inspect", trained, "--json", "--output", tmp_path / "alone")
     assert json.loads(alone.out)["data"] is None

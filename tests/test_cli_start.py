@@ -99,7 +99,7 @@ def test_it_asks_in_a_terminal(ptd: Any, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "stdin", Terminal(f"{number}\nprefx\nprefix\n"))
     outcome = ptd("init", tmp_path / "run.yaml")
     assert outcome.code == 0, outcome.err
-    assert "'prefx' is not one of them" in outcome.err
+    assert "'prefx' is not one of the options" in outcome.err
     assert "trained keys and values at every layer" in outcome.err
     assert "hard_prompt" not in outcome.err, "what does not suit the task is not offered"
     config = load_config(tmp_path / "run.yaml")

@@ -100,7 +100,7 @@ def test_samples_need_rows_to_answer_or_continue(tmp_path: Path) -> None:
         assert load(tmp_path, FULL, "train.samples=3", *overrides).train.samples == 3
     for overrides in (["data.eval=null"], [*labels, "data.eval=null"], ["data.format=text", "data.columns={}"]):
         said = refusal(tmp_path, FULL, "train.samples=3", *overrides)
-        assert "train.samples: shows what becomes of rows of data.eval" in said
+        assert "train.samples: needs rows of data.eval" in said
 
 
 def test_only_known_trackers(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_wrong_types_and_values_name_their_path(tmp_path: Path, override: str, p
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (("data.max_tokens=64", "data.packing=false"), "data: max_tokens is the budget of a packed micro-batch"),
+        (("data.max_tokens=64", "data.packing=false"), "data: max_tokens is the token budget of a packed micro-batch"),
         (("data.max_tokens=64", "data.max_length=65"), "has to hold one sequence of max_length (65)"),
         (("data.format=text", "data.prompt_template='{a}'"), "prompt_template works with format prompt_completion"),
         (("data.format=messages", "data.columns.prompt=a"), "format messages has no field 'prompt'"),

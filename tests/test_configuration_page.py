@@ -30,7 +30,7 @@ def test_every_section_has_its_table() -> None:
 def test_a_line_that_was_changed_by_hand_is_put_right() -> None:
     page = "before\n<!-- keys: train -->\n| mine |\n<!-- end -->\nafter\n"
     found = script.rewritten(page)
-    assert "| `train.warmup_ratio` | `0.0` | share of all steps |" in found
+    assert "| `train.warmup_ratio` | `0.0` | length of the warm-up as a share of all steps |" in found
     assert "mine" not in found
     assert found.startswith("before\n")
     assert found.endswith("<!-- end -->\nafter\n")

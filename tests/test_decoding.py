@@ -173,9 +173,9 @@ def test_the_authors_settings_are_followed_where_the_user_says_so(tmp_path: Path
     file.write_text(json.dumps({**json.loads(file.read_text()), "do_sample": True, "temperature": 2.0}))
     asked = Decoding(max_new_tokens=12, temperature=0, generation_config="model")
     assert generate(PROMPTS[:1], adapter=None, backbone=str(author), decoding=asked) == found
-    # What transformers has given up is refused with its reason.
+    # What transformers no longer supports is refused with its reason.
     file.write_text(json.dumps({**json.loads(file.read_text()), "penalty_alpha": 0.6, "top_k": 4, "do_sample": False}))
-    with pytest.raises(UserError, match="--generation-config: transformers refuses what the model's config sets"):
+    with pytest.raises(UserError, match="--generation-config: transformers rejects the model's own settings"):
         generate(PROMPTS[:1], adapter=None, backbone=str(author), decoding=decoding)
 
 
@@ -195,7 +195,7 @@ def test_settings_that_contradict_each_other_stop_nothing_but_those_who_ask_for_
     assert told.notes == ["decoding follows the model's generation_config: repetition_penalty 1.5"]
     file.write_text(json.dumps({**tokens, "forced_bos_token_id": 30, "suppress_tokens": [30]}))
     assert generate(PROMPTS, adapter=None, backbone=str(wrong), decoding=decoding) == expected
-    with pytest.raises(UserError, match="--generation-config: transformers refuses what the model's config sets"):
+    with pytest.raises(UserError, match="--generation-config: transformers rejects the model's own settings"):
         generate(PROMPTS, adapter=None, backbone=str(wrong), decoding=own)
 
 
@@ -212,7 +212,7 @@ def test_stop_strings_of_the_author_stop_where_the_user_says_so(tmp_path: Path) 
 
 @pytest.mark.parametrize("option", [{"top_p": 0.9}, {"top_k": 5}, {"top_p": 0.9, "temperature": 0.0}])
 def test_a_nucleus_without_samples_is_refused(option: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"--top-[pk]: has an effect only where tokens are sampled"):
+    with pytest.raises(UserError, match=r"--top-[pk]: has no effect without sampling"):
         generation_config(Decoding(**option), GenerationConfig(), Tokens((EOS,), PAD), 5)
     chosen = generation_config(Decoding(top_p=1.0, top_k=0), GenerationConfig(), Tokens((EOS,), PAD), 5)
     assert not chosen.do_sample
@@ -272,7 +272,10 @@ def test_an_ordinary_token_that_the_author_calls_an_end_is_none(tmp_path: Path) 
     file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": letter}))
     tokens, note = tokens_of(load_tuned(None, str(folder), Ranks.start()))
     assert tokens.ends == (EOS,)
-    assert note == (f"the model's generation_config ends texts at {letter} ('e'): ordinary text here, not an end")
+    assert note == (
+        f"generation does not stop at {letter} ('e'), which generation_config names: "
+        "in this tokenizer it is ordinary text"
+    )
 
 
 def test_tokens_beyond_the_vocabulary_neither_end_nor_fill(tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ LOSS_SCALING = {
 
 
 def test_how_the_loss_scale_falls_is_ignored_with_a_warning() -> None:
-    with pytest.warns(UserWarning, match=r"ignored: fp16.hysteresis \(the loss scale falls with every overflow\)$"):
+    with pytest.warns(UserWarning, match=r"ignored: fp16.hysteresis \(ptd lowers the loss scale at every overflow\)$"):
         config = applied({"fp16": {"enabled": True, **LOSS_SCALING}})
     assert (config.train.loss_scale_window, config.train.initial_scale_power) == (1000, 16)
 
@@ -393,7 +393,7 @@ def test_the_gradient_norm_of_no_gradients_needs_no_word() -> None:
 
 
 def test_logarithmic_warm_up_is_not_taken_over_in_silence() -> None:
-    with pytest.warns(UserWarning, match="the warm-up is linear"):
+    with pytest.warns(UserWarning, match="ptd's warm-up is linear"):
         applied({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 7}}})
 
 

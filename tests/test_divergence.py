@@ -113,7 +113,7 @@ def test_the_backbone_alone_is_that_of_transformers(warned: tuple[Path, list[str
     assert (alone["step"], alone["frozen_supervised_tokens"]) == (0, count)
     assert alone["frozen_loss"] == pytest.approx(total / count, rel=1e-5)
     assert alone["frozen_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
-    said = next(line for line in notes if line.startswith("the backbone alone: "))
+    said = next(line for line in notes if line.startswith("the frozen backbone, without a prompt: "))
     assert f"held-out loss {alone['frozen_loss']:.4f}" in said
     assert f"training loss {alone['frozen_train_loss']:.4f}" in said
 
@@ -148,10 +148,11 @@ def test_the_report_of_a_diverged_run(warned: tuple[Path, list[str]], tmp_path: 
     found = report([folder], tmp_path / "page.html")["runs"][0]
     page, run = (tmp_path / "page.html").read_text(), run_json(folder)
     assert (
-        f"It diverged in step {run['diverged']['step']}, with learning rate 1e+03: {run['diverged']['reason']}." in page
+        f"The run diverged in step {run['diverged']['step']}, with learning rate 1e+03: {run['diverged']['reason']}."
+        in page
     )
-    assert "is worse than that of the backbone alone" in page
-    assert "held-out loss, backbone alone (nats)" in page
+    assert "is worse than that of the frozen backbone" in page
+    assert "held-out loss, frozen backbone (nats)" in page
     assert (found["frozen_loss"], found["diverged"]) == (run["result"]["frozen_loss"], run["diverged"])
 
 
@@ -180,11 +181,11 @@ def test_a_run_that_is_to_stop_ends_with_a_code_of_its_own(ptd: Any, run_file: P
     assert (run["attempts"][-1]["how"], run["attempts"][-1]["step"]) == ("diverged", step)
     assert list(series(out, "loss")) == list(range(1, step + 1))
     assert load_file(out / "adapter" / "adapter_model.safetensors")["prompt_embeddings"].isfinite().all()
-    assert "It diverged in step" in (out / "report.html").read_text()
+    assert "The run diverged in step" in (out / "report.html").read_text()
 
     again = ptd("train", run_file, "train.on_divergence=stop", "train.save_steps=2")
     assert again.code == USAGE
-    assert f"diverged in step {step} with train.learning_rate 1e+03, and would again; lower it" in again.err
+    assert f"diverged in step {step} with train.learning_rate 1e+03, and would diverge again; lower" in again.err
     assert "--overwrite" in again.err
     assert run_json(out) == run
     all_the_same = ptd("train", run_file, "train.on_divergence=warn", "train.save_steps=2")
@@ -199,7 +200,8 @@ def test_the_end_of_a_run_that_is_worse_than_the_backbone_alone(ptd: Any, run_fi
     result = json.loads(ended.out)
     alone, tuned = f"{result['frozen_loss']:.4f}", f"{result['eval_loss']:.4f}"
     assert (
-        f"result:  held-out loss: backbone alone {alone} → tuned {tuned}, worse than the backbone alone\n" in ended.err
+        f"result:  held-out loss: frozen backbone {alone} → tuned {tuned}, worse than the frozen backbone\n"
+        in ended.err
     )
     assert f"diverged in step {result['diverged_at']}: train.learning_rate is too high\n" in ended.err
     then = ended.err.split("next:    ")[1]
@@ -281,7 +283,7 @@ def test_a_run_that_is_interrupted_behind_a_retry_goes_on_as_it_would_have(
 def test_a_run_that_diverges_whatever_the_rate_ends(raw: Raw, tmp_path: Path) -> None:
     notes = Notes()
     settings = raw(tmp_path / "run", learning_rate=3e4, on_divergence="retry", logging_steps=50)
-    with pytest.raises(UserError, match=r"the run diverged in step \d+, as it did with 3 lower") as error:
+    with pytest.raises(UserError, match=r"the run diverged in step \d+, after 3 retries with lower") as error:
         train(parse_config(settings), reporter=notes)
     assert error.value.exit_code == DIVERGED
     run = run_json(tmp_path / "run")
@@ -293,7 +295,7 @@ def test_a_run_that_diverges_whatever_the_rate_ends(raw: Raw, tmp_path: Path) ->
     assert last >= run["diverged"]["step"], "the last step has a record"
     assert sum("going back to the start" in line for line in notes.lines) == MOST_RETRIES
     assert series(tmp_path / "run", "frozen_train_loss").keys() == {0}
-    with pytest.raises(UserError, match="and would again"):
+    with pytest.raises(UserError, match="and would diverge again"):
         train(parse_config(settings))
 
 

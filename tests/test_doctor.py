@@ -134,7 +134,7 @@ def test_a_tracker_that_is_not_installed_is_pointed_out(
     )
     run = run_file(tmp_path, backbone_dir, train={"report_to": ["tensorboard", "wandb"]})
     (check,) = [check for check in check_run(run, []) if check.name == "trackers"]
-    assert check.found == "train.report_to: wandb is not installed; the run would go on without it"
+    assert check.found == "train.report_to: wandb is not installed; the run would continue without it"
     assert check.advice == "pip install 'ptd[wandb]'"
 
 

@@ -80,7 +80,7 @@ def test_a_row_that_takes_its_process_with_it_is_nobody_elses_end(tmp_path: Path
     reasons = [found[n]["reason"] for n in (1, 2, 3, 4)]
     assert reasons[0] == "ValueError: a mistake"
     assert "killed by SIGSEGV" in reasons[1]
-    assert "ended with 1" in reasons[2]
+    assert "exited with 1" in reasons[2]
     assert "not said as an error" in reasons[2]
     assert reasons[3] == "no such package"
     log = tmp_path / "program.py.log"
@@ -107,7 +107,7 @@ def test_a_row_without_an_end_is_ended(tmp_path: Path, part: gpu.Part, monkeypat
     assert gpu.run(part, args_for(tmp_path), time.monotonic() + 300) == unfinished
     assert list(contents(tmp_path / "part.json")) == [0], "it had little time, and is tried again"
     assert gpu.run(part, args_for(tmp_path, minutes=0.0), time.monotonic() + 300) == unfinished
-    assert contents(tmp_path / "part.json")[1]["reason"].startswith("no end within")
+    assert contents(tmp_path / "part.json")[1]["reason"].startswith("no result within")
 
 
 def test_what_a_package_is_missing_for_says_so(tmp_path: Path) -> None:

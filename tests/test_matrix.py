@@ -187,12 +187,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], st
     # family, method, task, data; what the message says is wrong, and what to do about it
     "hard_prompt without words": (
         *("bert", METHODS["hard_prompt"], {"kind": "classification"}, {}),
-        "hard_prompt reads labels off the language model's words, which this task .* does not do",
+        "hard_prompt reads labels off the language model's words, but this task .* does not; set",
         "with a pattern that has {mask}, .* and task.verbalizer, or choose another method",
     ),
     "hard_prompt for text": (
         *("llama", METHODS["hard_prompt"], {"kind": "causal_lm"}, {}),
-        "this task .task.kind causal_lm. does not do",
+        "this task .task.kind causal_lm. does not; set",
         "set task.kind: classification",
     ),
     "hard_prompt without a mask token": (
@@ -212,17 +212,17 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], st
     ),
     "a mask without words": (
         *("bert", METHODS["prompt"], {"kind": "classification", "patterns": ["{text} {mask}"]}, {}),
-        "no word is known",
-        "set task.verbalizer",
+        "task.verbalizer gives no words",
+        "set it, e.g. to",
     ),
     "a field behind a decoder's mask": (
         *("llama", METHODS["prompt"], {**CLOZE, "patterns": ["{mask} {text}"]}, {}),
-        "behind {mask}, which a decoder does not see",
+        "after {mask}, which a decoder does not see",
         "put {mask} at the end",
     ),
     "p_tuning_v2 with words": (
         *("roberta", METHODS["p_tuning_v2-direct"], CLOZE, {}),
-        "p_tuning_v2 trains a head .*, but the labels are read off the words at {mask}",
+        "p_tuning_v2 trains a head .*, but this task reads labels off the words at {mask}",
         "set method.name: prefix",
     ),
     "p_tuning_v2 for text": (
@@ -232,7 +232,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], st
     ),
     "head with words": (
         *("llama", METHODS["head"], CLOZE, {}),
-        "head trains a head .*, but the labels are read off the words",
+        "head trains a head .*, but this task reads labels off the words",
         "set method.name: hard_prompt",
     ),
     "head for text": (
@@ -242,12 +242,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], st
     ),
     "marks of another method, in a pattern": (
         *("bert", METHODS["prompt"], {"kind": "classification", "patterns": ["{v:2} {text}"]}, {}),
-        "virtual tokens, which method p_tuning only trains",
+        "virtual tokens, which only method p_tuning trains",
         "remove the marks or set method.name: p_tuning",
     ),
     "marks of another method, in a template": (
         *("bart", METHODS["prefix-direct"], {"kind": "seq2seq_lm"}, {"prompt_template": "{v:2} {prompt}"}),
-        "virtual tokens, which method p_tuning only trains",
+        "virtual tokens, which only method p_tuning trains",
         "remove the marks or set method.name: p_tuning",
     ),
     "p_tuning without virtual tokens, classification": (

@@ -75,7 +75,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "misspelt metric": (
         {"train": {"metric_for_best_model": "eval_perplexty"}},
-        "has no 'perplexty'; did you mean perplexity? It has loss, perplexity",
+        "has no 'perplexty'; did you mean perplexity? Known metrics: loss, perplexity",
     ),
     "no metric but a count": ({"train": {"metric_for_best_model": "supervised_tokens"}}, "has no 'supervised_tokens'"),
     "eval_steps without rows": (
@@ -214,7 +214,7 @@ def test_a_token_of_a_row_beyond_the_embedding(run: Any, with_tokens: Any, tmp_p
         train(parse_config(config))
     found = checks(tmp_path / "run.yaml", config)
     assert found["tokenizer"].status == "warning"
-    assert found["tokenizer"].found == "<tool> are beyond the 261 rows of the embedding"
+    assert found["tokenizer"].found == "the tokens <tool> are beyond the 261 embedding rows"
     assert said in found["rows"].found
     # Rows without it can be used, and prompts with it cannot.
     assert checks(tmp_path / "run.yaml", run(backbone={"path": path}))["rows"].status == "ok"
@@ -301,7 +301,7 @@ def test_what_was_trained_is_kept(
     adapter = tmp_path / "out" / "adapter"
     assert torch.equal(load_file(adapter / "adapter_model.safetensors")["prompt_embeddings"], whole[step])
     said = "\n".join(notes.lines) + str(caught.value)
-    assert f"the adapter as it was after step {step} is in {adapter}" in said
+    assert f"the adapter after step {step} is in {adapter}" in said
     # The same command ends the run, with the same result.
     train(config)
     assert torch.equal(load_file(adapter / "adapter_model.safetensors")["prompt_embeddings"], whole[STEPS])
@@ -343,7 +343,7 @@ def test_the_adapter_before_a_run_that_diverges_is_kept(
         return Reading(torch.tensor(float("nan"), requires_grad=True), float(len(batch.rows)))
 
     monkeypatch.setattr(Loop, "take_step", diverging)
-    with pytest.raises(UserError, match=rf"{MAX_SKIPPED} steps in a row.*What was trained is kept"):
+    with pytest.raises(UserError, match=rf"{MAX_SKIPPED} steps in a row.*The trained parameters are saved"):
         train(parse_config(run(train={"max_steps": 40})))
     flat = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")["prompt_embeddings"]
     assert flat.isfinite().all()

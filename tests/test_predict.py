@@ -145,7 +145,7 @@ def test_an_adapter_that_writes_is_refused(tmp_path):
     facts = {"method": {"name": "prefix"}, "task": {"kind": "causal_lm"}, "data": {}}
     save_adapter(tmp_path / "adapter", Adapter(torch.empty(0, 0), EmptyLayout(), str(tmp_path / "llama"), facts=facts))
     rows = write(tmp_path / "rows.jsonl", [{"text": "a"}])
-    with pytest.raises(UserError, match="trained to write, not to label; use ptd generate"):
+    with pytest.raises(UserError, match="trained to generate text, not to label rows; use ptd generate"):
         predict(rows, adapter=str(tmp_path / "adapter"))
 
 

@@ -82,8 +82,8 @@ def test_a_run_keeps_what_predict_says(tmp_path: Path, backbone: Path, name: str
 
     page = (out / "report.html").read_text(encoding="utf-8")
     wrong = sum(not sample["right"] for sample in after)
-    assert f"Wrong, the surest first: {wrong} of {count}" in page
-    assert f"Right, the surest first: {count - wrong} of {count}" in page
+    assert f"Wrong, most confident first: {wrong} of {count}" in page
+    assert f"Right, most confident first: {count - wrong} of {count}" in page
     assert page.count("<dt>before training</dt>") == page.count(f"<dt>after step {STEPS}</dt>") == count
     assert f"({after[0]['score']:.2f})" in page
 

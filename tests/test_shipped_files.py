@@ -1,9 +1,10 @@
-"""What is shipped to be copied or read is what ptd accepts and has: run files, keys, methods, tasks, the tree."""
+"""Files that users copy or read agree with the code: run files, keys, methods, tasks, the map of all files."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+import runpy
 from pathlib import Path
 from typing import get_args
 
@@ -68,14 +69,12 @@ def test_every_method_and_task_is_explained() -> None:
     assert [kind for kind in get_args(TaskKind) if f" {kind} " not in headings("tasks.md") + " "] == []
 
 
-def test_the_tree_names_every_file() -> None:
-    """In README.md; a folder's files stand in the folder's entry."""
-    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## The tree")[1].split("kernels/ptd_kernels/")[0]
-    entries = dict(re.findall(r"^  ([\w.]+)/? (.*(?:\n {5,}.*)*)", tree, flags=re.M))
-    for path in sorted(ROOT.glob("ptd/**/*.py")):
-        folder = path.relative_to(ROOT / "ptd").parts[0]
-        where = entries[folder] if path.parent != ROOT / "ptd" else tree
-        assert path.name == "__init__.py" or path.name in where, path
+def test_the_map_is_current() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "map.py"))
+    page = (ROOT / "docs" / "map.md").read_text(encoding="utf-8")
+    assert page == script["page"](), "run: python docs/map.py"
+    named = set(re.findall(r"`([^`]+)`", page))
+    assert {path.name for path in ROOT.glob("ptd/**/*.py")} - named == {"__init__.py"}
 
 
 def test_every_file_that_is_linked_exists() -> None:

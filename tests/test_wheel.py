@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("ptd", "kernels", "ds_configs", "launch", "pyproject.toml", "README.md")
+SOURCES = ("ptd", "kernels", "ds_configs", "launch", "pyproject.toml", "README.md", "LICENSE")
 
 
 def run(*command: str | Path, folder: Path, path: str = "") -> str:

@@ -1,6 +1,6 @@
-"""SVG figures become part of the page: so they take its colours, dark or light, and need no file beside it.
+"""Put SVG figures into the page itself, so that they take its colours, dark or light, and need no separate file.
 
-A figure draws in ``currentColor``; its own ``<style>`` is for the file alone and is left out here.
+A figure draws in ``currentColor``. Its own ``<style>`` is meant for the file alone and is removed here.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from sphinx.transforms.post_transforms import SphinxPostTransform
 
 
 class InlineSvg(SphinxPostTransform):
-    """Replace images of SVG files by their source."""
+    """Replace images that are SVG files with the source of the files."""
 
-    default_priority = 5  # before images are collected to be copied
+    default_priority = 5  # run before Sphinx collects images to copy
     formats = ("html",)
 
     def run(self, **kwargs: Any) -> None:
-        """Replace them in one document."""
+        """Replace the SVG images of one document."""
         for image in list(self.document.findall(nodes.image)):
             if not image["uri"].endswith(".svg"):
                 continue

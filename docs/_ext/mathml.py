@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers draw by themselves: no script, no network."""
+"""Render formulas as MathML, which browsers draw without a script or a network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SPACE = '<mspace width="0.17em"/>'
 
 
 def mathml(latex: str, display: str) -> str:
-    """``latex`` as a ``<math>`` element, with the thin spaces around functions that the converter omits."""
+    """Return ``latex`` as a ``<math>`` element, with the thin spaces around functions that the converter omits."""
     text = convert(latex, display=display)
     text = re.sub(rf"(</(?:mi|mn|msub|mfrac|munder|munderover)>)({FUNCTION})", rf"\1{SPACE}\2", text)
     return re.sub(rf"({FUNCTION})(?!<mo stretchy=\"false\">|<mrow>)", rf"\1{SPACE}", text)
@@ -27,14 +27,16 @@ def _visit(display: str) -> Any:
         try:
             self.body.append(mathml(node.astext(), display))
         except Exception as error:
-            raise SphinxError(f"{node.source}:{node.line}: no formula: {node.astext()!r}: {error!r}") from error
+            raise SphinxError(
+                f"{node.source}:{node.line}: cannot convert the formula {node.astext()!r}: {error!r}"
+            ) from error
         raise nodes.SkipNode
 
     return visit
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Register the renderer and choose it."""
+    """Register the renderer and select it."""
     renderers = {"inline_renderers": (_visit("inline"), None), "block_renderers": (_visit("block"), None)}
     app.add_html_math_renderer("mathml", **renderers)
     app.config.html_math_renderer = "mathml"

@@ -1,4 +1,4 @@
-"""The build fails if a page would load anything from a network; links that a reader follows are free."""
+"""Fail the build if a page would load anything from a network. Links that a reader clicks are allowed."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ def _check(app: Sphinx, error: Exception | None) -> None:
         for match in pattern.findall(path.read_text(encoding="utf-8"))
     ]
     if found and error is None:
-        raise SphinxError("these need a network: " + "; ".join(found))
+        raise SphinxError(
+            "these pages load files from a network; put copies into docs/_static instead: " + "; ".join(found)
+        )
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Check what was written."""
+    """Check the written pages at the end of the build."""
     app.connect("build-finished", _check)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,4 +1,4 @@
-"""Pages that index.md does not name are listed behind those it does, so that no page is ever missing."""
+"""List the pages that index.md does not name after those that it names, so that no page is missing from the site."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def _index(app: Sphinx, docname: str, source: list[str]) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Complete the table of contents as it is read."""
+    """Complete the table of contents when Sphinx reads index.md."""
     app.connect("source-read", _index)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,7 +1,8 @@
-"""Links of Markdown files into the repository, as they work where it is browsed, made to work in the site.
+"""Rewrite links of Markdown files so that links which work in the repository also work on the site.
 
-A page links to ``../benchmarks/README.md`` and an included README to files beside it. What the site has as a page
-becomes a link to it; any other file is offered as a copy; a folder keeps its name and loses its link.
+A page links to ``../benchmarks/README.md``, and an included README links to files in its own folder. If the site has
+the target as a page, the link leads to that page. Any other file is offered as a copy. A link to a folder becomes plain
+text.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ INCLUDE = re.compile(r"^```\{include\} (\S+)", re.MULTILINE)
 
 
 def included_pages(docs: Path) -> dict[Path, Path]:
-    """File of the repository → the page of the site that includes it."""
+    """Map each included file of the repository to the page of the site that includes it."""
     return {
         (page.parent / target).resolve(): page
         for page in docs.glob("*.md")
@@ -27,7 +28,7 @@ def included_pages(docs: Path) -> dict[Path, Path]:
 
 
 def rewrite(text: str, *, folder: Path, docs: Path, pages: dict[Path, Path]) -> str:
-    """``text`` of a file in ``folder``, its links for a page in ``docs``."""
+    """Return ``text`` of a file in ``folder`` with its links rewritten for a page in ``docs``."""
 
     def replace(match: re.Match[str]) -> str:
         image, label, target, anchor = match[1], match[2], match[3], match[4] or ""
@@ -51,7 +52,7 @@ def _included(app: Sphinx, path: Path, parent: str, content: list[str]) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Rewrite what is read."""
+    """Rewrite the links of pages and included files when Sphinx reads them."""
     app.connect("source-read", _page)
     app.connect("include-read", _included)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,4 +1,4 @@
-"""Operations for frozen language models with a trained prefix. Depends on torch alone, never on ``ptd``."""
+"""Operations for frozen language models with a trained prefix. The package depends on torch only, never on ``ptd``."""
 
 from ptd_kernels.linear_cross_entropy import linear_cross_entropy
 from ptd_kernels.prefix_attention import available_backends, explain_backend, prefix_attention

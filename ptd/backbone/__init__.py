@@ -1,4 +1,4 @@
-"""The frozen backbone: loading, its identity, and the text conditioning that initialisers ask for."""
+"""The frozen backbone: loading it, identifying it, and running text through it for initialisers."""
 
 from ptd.backbone.conditioning import TextConditioner
 from ptd.backbone.fingerprint import fingerprint, part_of

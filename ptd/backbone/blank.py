@@ -1,4 +1,4 @@
-"""A backbone from its config alone, without weights: for planning. Built inside ``FakeTensorMode``."""
+"""Build a backbone from its config alone, with placeholder weights, for planning. Runs inside ``FakeTensorMode``."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def blank_model(
     *,
     check: Check = lambda model_class, model_config: None,
 ) -> PreTrainedModel:
-    """The model that `ptd.backbone.load_model` would load, by its config: frozen, in eval mode, quantised.
+    """Return the model that `ptd.backbone.load_model` would load: frozen, in eval mode, quantised as configured.
 
-    Its tensors have no data. With ``dtype: auto`` they have the config's dtype, float32 where that names none.
-    Raises `UserError` for a config that cannot be read, and for checkpoints that other libraries have quantised.
+    Its tensors have no data. With ``dtype: auto`` they have the config's dtype, or float32 if the config names none.
+    Raises `UserError` if the config cannot be read or the checkpoint is already quantised.
     """
     built_as = Blueprint.of(config, output, check)
     if getattr(built_as.config, "quantization_config", None) is not None:
         raise UserError(
-            f"backbone.path: {config.path} is quantised already, and how its library runs it is not known here; plan "
-            "for the checkpoint it was made from, with backbone.quantization"
+            f"backbone.path: {config.path} is already quantised, and ptd plan does not know how its library runs it; "
+            "plan with the unquantised checkpoint and backbone.quantization"
         )
     dtype = dtype_of(config)
     quantized = quantization_of(config, built_as.config)
@@ -41,7 +41,7 @@ def blank_model(
             built_as.config, dtype=dtype, trust_remote_code=config.trust_remote_code, **built_as.options
         )
     if quantized is not None:
-        with unset_fake_temporarily():  # bitsandbytes' parameters are no subclass of what FakeTensorMode makes
+        with unset_fake_temporarily():  # bitsandbytes' parameter classes do not work with fake tensors
             AutoHfQuantizer.from_config(quantized).preprocess_model(model, device_map={"": "cpu"})
             _fill_caches()
         for module in list(model.modules()):
@@ -51,16 +51,16 @@ def blank_model(
 
 
 def _fill_caches() -> None:
-    """Let bitsandbytes make its code tables of real numbers: it keeps the first ones for the life of the process."""
+    """Make bitsandbytes create its code tables with real numbers: it keeps the first tables until the process ends."""
     from bitsandbytes import functional
 
-    unequal = torch.linspace(-1, 1, 64 * 64).view(64, 64)  # 0.48 crashes where the scales of all blocks are equal
+    unequal = torch.linspace(-1, 1, 64 * 64).view(64, 64)  # bitsandbytes 0.48 crashes if all blocks have the same scale
     packed, state = functional.quantize_4bit(unequal, compress_statistics=True, quant_type="nf4")
     functional.dequantize_4bit(packed, state)
 
 
 def _quantize(module: nn.Module, dtype: torch.dtype) -> None:
-    """Give a layer of bitsandbytes the tensors it has once its weight is quantised."""
+    """Give a bitsandbytes layer the tensors that it has after its weight is quantised."""
     from bitsandbytes import functional
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 

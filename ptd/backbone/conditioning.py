@@ -1,4 +1,4 @@
-"""What the backbone makes of real text, where initialisers start from: keys and values at every layer, embeddings."""
+"""Run text through the backbone for initialisers: keys and values at every layer, and embeddings."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from ptd.backbone.load import embeddings_of
 from ptd.types import BackboneShape, Examples, UserError
 
 AT_ONCE = 64
-"""Tokens embedded in one forward pass: the pass also computes logits, of which none are needed."""
+"""Tokens embedded in one forward pass. The pass also computes logits, which are not needed."""
 MEASURED = 512
-"""Tokens of text from which the size of hidden states is measured, as far as the backbone's context goes."""
+"""Tokens of text from which the size of hidden states is measured, at most the backbone's context."""
 CHUNK = 16
-"""Tokens of a chunk that is drawn from the rows."""
+"""Tokens per chunk that is drawn from the rows."""
 FREQUENT = 5000
-"""Of how many of the most frequent tokens others are drawn; vocabularies are roughly sorted by frequency."""
+"""Size of the set of most frequent tokens to draw from; vocabularies are roughly sorted by frequency."""
 
 
 class Attached(Protocol):
-    """What is needed of `ptd.inject.Attachment`."""
+    """The part of `ptd.inject.Attachment` that `TextConditioner` needs."""
 
     model: PreTrainedModel
     shape: BackboneShape
 
     def bare(self) -> AbstractContextManager[list[tuple[Tensor, Tensor]]]:
-        """For passes by the model alone; the list is what each attention layer attends to in them."""
+        """Run passes without a prompt; the list gets what each attention layer attends to in these passes."""
         ...
 
 
 class TextConditioner:
-    """Runs the plain backbone (no prompt set) over text and returns what its layers make of it.
+    """Run the backbone without a prompt over text, and return the states of its layers.
 
-    It calls the whole model, whose parameters may be partitioned: under ZeRO-3 every rank has to call
-    `keys_and_values` and `embeddings` together, with the same arguments.
+    The whole model runs, and its parameters may be partitioned: under ZeRO-3 all ranks have to call `keys_and_values`,
+    `embeddings` and `hidden_size` at the same time, with the same arguments.
 
     Args:
         attached: the backbone, with ptd's attention in place.
-        tokenizer: None: no text can be read.
-        rows: the training rows, to draw text from; None: `rows` and `chunks` give frequent tokens instead.
-        seed: of what is drawn.
+        tokenizer: the backbone's tokenizer; None: text cannot be read.
+        rows: the training rows, to draw text from; None: `rows` and `chunks` return frequent tokens instead.
+        seed: seed of the random draws.
     """
 
     def __init__(self, attached: Attached, tokenizer: Any, rows: Examples | None = None, seed: int = 0) -> None:
@@ -58,14 +58,14 @@ class TextConditioner:
         self._sides = 2 if "decoder_input_ids" in self._accepts else 1
 
     def rows(self, count: int) -> list[list[int]]:
-        """``count`` tokens of training rows, drawn without replacement and concatenated; the last row ends them.
+        """Return ``count`` tokens of training rows, drawn without replacement and concatenated; the last row is whole.
 
-        A list for each stack: of an encoder-decoder the encoder's and the decoder's tokens of the same rows.
+        There is one list per stack: for an encoder-decoder, the encoder's and the decoder's tokens of the same rows.
         """
         return self._collected(count, lambda tokens: tokens)
 
     def chunks(self, count: int) -> list[list[int]]:
-        """As `rows`, but of pieces of `CHUNK` tokens, each from a random place of a row."""
+        """Return tokens as `rows` does, but of pieces of `CHUNK` tokens, each from a random place of a row."""
 
         def piece(tokens: list[int]) -> list[int]:
             begin = self._random.randrange(max(1, len(tokens) - CHUNK + 1))
@@ -74,7 +74,7 @@ class TextConditioner:
         return self._collected(count, piece)
 
     def frequent(self, count: int) -> list[int]:
-        """Ids of frequent tokens, all different as long as there are enough."""
+        """Return ids of frequent tokens, all different as long as there are enough."""
         vocabulary = range(min(FREQUENT, self.attached.shape.vocab_size))
         ids: list[int] = []
         while len(ids) < count:
@@ -82,20 +82,20 @@ class TextConditioner:
         return ids
 
     def token_ids(self, text: str, *, special: bool = False) -> list[int]:
-        """The text's token ids, without ``special`` tokens or with those that the tokenizer adds.
+        """Return the text's token ids, without ``special`` tokens or with those that the tokenizer adds.
 
         Raises `UserError` without a tokenizer, and for a token that the backbone has no embedding for.
         """
         if self.tokenizer is None:
-            raise UserError("method.init: a start from words needs the backbone's tokenizer; pass tokenizer=… as well")
+            raise UserError("method.init: a start from text needs the backbone's tokenizer; pass tokenizer=… as well")
         return self._known(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
     @torch.no_grad()
     def keys_and_values(self, sides: Sequence[Sequence[int]]) -> Tensor:
-        """Flat fp32 ``[S, sum over layers of H·(Dk + Dv)]`` on the CPU: what attention sees of each of S tokens.
+        """Return what attention sees of each of S tokens: flat fp32 ``[S, sum over layers of H·(Dk + Dv)]`` on the CPU.
 
-        Keys are rotated at positions 0…S−1, as a decoder caches them. ``sides``: a list of S token ids for each stack;
-        an encoder-decoder reads the first one twice where there is no second.
+        Keys are rotated at positions 0…S−1, as a decoder caches them. ``sides``: one list of S token ids per stack; if
+        there is only one list, both stacks of an encoder-decoder read it.
         """
         with self.attached.bare() as seen:
             self._run([[ids] for ids in sides], **({"use_cache": False} if "use_cache" in self._accepts else {}))
@@ -103,16 +103,16 @@ class TextConditioner:
 
     @torch.no_grad()
     def embeddings(self, ids: Sequence[int]) -> Tensor:
-        """fp32 ``[len(ids), embedding size]`` on the CPU, as the embedding layer puts them out (scaled, if it scales).
+        """Return embeddings, fp32 ``[len(ids), embedding size]`` on the CPU, as the embedding layer outputs them.
 
-        Of an encoder-decoder: the encoder's.
+        They are scaled if the layer scales them. For an encoder-decoder they are the encoder's.
         """
-        # The encoder's own module, where there is one: what an encoder-decoder shares need not be called (T5's is not).
+        # Use the encoder's own module if there is one: a shared embedding may never be called (T5's is not).
         encoder = self.model.get_encoder()
         body = encoder if isinstance(encoder, PreTrainedModel) else self.model
         rows: list[Tensor] = []
         for start in range(0, len(ids), AT_ONCE):
-            # A sequence each, so that positions do not matter and no context is too short.
+            # Each token is its own sequence, so that positions do not matter and no context is too short.
             sequences = [[index] for index in ids[start : start + AT_ONCE]]
             seen: list[Tensor] = []
             # A sharded embedding can be read only while a forward pass has gathered it.
@@ -129,9 +129,9 @@ class TextConditioner:
 
     @torch.no_grad()
     def hidden_size(self) -> float:
-        """Root mean square of the last hidden states of a text."""
+        """Return the root mean square of the last hidden states of a text."""
         read = self.rows(min(MEASURED, self.attached.shape.context or MEASURED))
-        with self.attached.bare():  # of the whole model, if that puts out hidden states
+        with self.attached.bare():  # base_model is the whole model if that returns hidden states
             hidden: Tensor = self.model.base_model(**self._inputs([[ids] for ids in read]))[0]
         return float(hidden.float().square().mean().sqrt())
 
@@ -142,7 +142,7 @@ class TextConditioner:
         return [self._known(tokens[len(tokens) - count :]) for tokens in found]
 
     def _sides_of_rows(self) -> Iterator[list[list[int]]]:
-        """The tokens of rows in random order, again and again; a list for each stack."""
+        """Yield the tokens of rows in random order, without end, as one list per stack."""
         examples = self._examples
         if examples is None or not len(examples):
             while True:
@@ -155,14 +155,18 @@ class TextConditioner:
             for row in order:
                 sides = [[token for token in part[row][0].tolist() if token >= 0] for part in parts]
                 if all(sides):
+                    empty = 0
                     yield sides
                     continue
                 empty += 1
-                if empty > len(examples):  # nothing but virtual tokens
+                if empty > len(examples):  # no row has own tokens
                     yield [self.frequent(AT_ONCE)] * self._sides
 
     def _inputs(self, sides: Sequence[Sequence[Sequence[int]]]) -> dict[str, Tensor]:
-        """``sides``: sequences of equal length for each stack; the decoder of two reads those of the last one given."""
+        """Return the model's inputs. ``sides``: for each stack, sequences of equal length.
+
+        The decoder of an encoder-decoder reads the last of the given ``sides``.
+        """
         tokens = [torch.tensor([list(ids) for ids in each], device=self.model.device) for each in sides]
         return {"input_ids": tokens[0]} | ({"decoder_input_ids": tokens[-1]} if self._sides == 2 else {})
 

@@ -1,4 +1,4 @@
-"""A short identity of the backbone, so that an adapter is not used on another one unnoticed."""
+"""A short identity of the backbone, which shows when an adapter is used on a different backbone."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 SAMPLE = 8
-"""Leading numbers of each parameter that enter the fingerprint."""
+"""Number of leading values of each parameter that enter the fingerprint."""
 
 
 def fingerprint(model: PreTrainedModel, *, without: str | None = None) -> str:
-    """Two hashes of names, shapes and leading values (rounded to bfloat16) of the parameters below the head.
+    """Return two hashes of names, shapes and leading values (rounded to bfloat16) of the parameters below the head.
 
-    The first is of all parameters but those of linear layers, of which it has the names; the second is of these, and
-    missing where they are quantised: `ptd.types.same_backbone` compares what both sides have. ``without`` names a
-    submodule that is no part of the backbone; neither is BERT's pooler, which nothing here reads. So a model has the
-    same fingerprint with and without a language-model head, loaded in float32 or bfloat16, replicated or partitioned
-    (ZeRO-3: only rank 0, which holds the head of each flat partition, gets the right value; it has to be broadcast).
+    The first hash covers the model type, the names of all parameters, and the shapes and values of those outside linear
+    layers. The second hash covers the parameters of linear layers, and is missing if these are quantised;
+    `ptd.types.same_backbone` compares the hashes that both fingerprints have. ``without`` names a submodule that is not
+    part of the backbone. BERT's pooler does not count either, because ptd does not read it. A model therefore has the
+    same fingerprint with and without a language-model head, loaded in float32 or bfloat16, replicated or partitioned.
+    With ZeRO-3 only rank 0, which holds the start of each flat partition, gets the correct value and has to broadcast
+    it.
     """
     kept, linear = hashlib.sha256(model.config.model_type.encode()), hashlib.sha256()
     quantised = False
@@ -44,7 +46,7 @@ def fingerprint(model: PreTrainedModel, *, without: str | None = None) -> str:
 
 
 def part_of(parameter: Any) -> Any:
-    """What this rank has of a parameter: all of it, or its shard (flat), fetched from the disk if it lies there."""
+    """Return this rank's part of a parameter: all of it, or its flat shard, which is read from disk if necessary."""
     shard = getattr(parameter, "ds_tensor", None)
     if shard is None:
         return parameter
@@ -56,7 +58,7 @@ def part_of(parameter: Any) -> Any:
 
 
 def _parameters(model: nn.Module, without: str | None) -> Iterator[tuple[str, Tensor, bool]]:
-    """Name, parameter, and whether it is a linear layer's, in the order of the names."""
+    """Return each parameter's name, the parameter, and whether it belongs to a linear layer, sorted by name."""
     found: dict[int, tuple[str, Tensor, bool]] = {}
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -1,6 +1,6 @@
 """Liger's Triton kernels for the norms, MLPs and rotary embeddings of one frozen model (Hsu et al. 2024).
 
-The loss is not Liger's: ptd has its own for a frozen output layer (ptd_kernels/linear_cross_entropy.py).
+Liger's loss is not used: ptd has its own for a frozen output layer (ptd_kernels/linear_cross_entropy.py).
 """
 
 from __future__ import annotations
@@ -19,29 +19,31 @@ from transformers import PreTrainedModel
 from ptd.types import UserError
 
 FAMILIES = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
-"""``model_type`` of those whose logits and gradients with Liger are tested to be the same."""
+"""``model_type`` of the families for which tests show that Liger changes neither logits nor gradients."""
 _ROTARY = "apply_rotary_pos_emb"
 
 
 def check_liger(model_type: str, device: torch.device) -> None:
-    """Raises `UserError` where Liger is not installed, cannot run on ``device``, or does not know the model."""
+    """Raise `UserError` if Liger is not installed, cannot run on ``device``, or is not tested with the model family."""
     if importlib.util.find_spec("liger_kernel") is None:
         raise UserError("backbone.liger: Liger is not installed; pip install 'ptd[gpu]', or set liger: false")
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise UserError("backbone.liger: its kernels need a GPU, and the backbone is on the CPU; set liger: false")
+        raise UserError("backbone.liger: Liger's kernels need a GPU, but the backbone is on the CPU; set liger: false")
     if model_type not in FAMILIES:
         raise UserError(
-            f"backbone.liger: {model_type} is not among the architectures it is used for: {', '.join(FAMILIES)}; set "
-            "liger: false"
+            f"backbone.liger: {model_type} is not among the families that ptd runs with Liger: {', '.join(FAMILIES)}; "
+            "set liger: false"
         )
 
 
 def use_liger(model: PreTrainedModel) -> PreTrainedModel:
-    """Let RMSNorm, SwiGLU (GeGLU) and RoPE of this model run in Liger's kernels; other models stay as they are.
+    """Run RMSNorm, SwiGLU (GeGLU) and RoPE of this model in Liger's kernels; other models do not change.
 
-    Liger's own function for a model that is there already gives its modules new forward methods, and by the way
-    replaces classes in transformers' module for models to come: that is taken back. Of the rotary embedding it knows
-    the latter only: here the attention's forward gets a namespace of its own, with Liger's function in it.
+    Liger's own function for an existing model gives the model's modules new forward methods, but also replaces classes
+    in transformers' module, which would affect later models; this function restores them. For the rotary embedding
+    Liger only replaces ``apply_rotary_pos_emb`` in transformers' module. This function instead gives the forward method
+    of the model's attention its own namespace with Liger's function. Raises `UserError` if no attention module calls
+    ``apply_rotary_pos_emb``.
     """
     from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
     from liger_kernel.transformers.rope import liger_rotary_pos_emb
@@ -62,7 +64,7 @@ def use_liger(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _rotate(module: nn.Module, rotary: Callable[..., Any]) -> bool:
-    """Whether ``module`` rotates queries and keys; from now on it does so with ``rotary``."""
+    """Make ``module`` rotate queries and keys with ``rotary``; return whether it rotates them at all."""
     forward = type(module).forward
     if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names:
         return False

@@ -1,4 +1,4 @@
-"""Load a language model frozen, as its checkpoint has it or quantised."""
+"""Load a frozen language model, with the checkpoint's own weights or quantised."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Check = Callable[[type[PreTrainedModel] | None, Any], None]
 
 
 def architecture_of(config: BackboneConfig) -> Architecture:
-    """What kind of transformer the checkpoint is, from its config alone; raises `UserError`."""
+    """Return the kind of transformer, from the checkpoint's config alone; raises `UserError` if that cannot be read."""
     model_config = _model_config(config)
     if model_config.is_encoder_decoder:
         return "encoder-decoder"
@@ -55,23 +55,23 @@ def architecture_of(config: BackboneConfig) -> Architecture:
 
 
 def dtype_of(config: BackboneConfig) -> torch.dtype:
-    """What the weights are loaded in; ``auto``: what the checkpoint's config says. Raises `UserError`."""
+    """Return the dtype of the weights; ``auto``: that of the checkpoint's config, else float32. Raises `UserError`."""
     return DTYPES.get(config.dtype) or _model_config(config).dtype or torch.float32
 
 
 def text_config_of(config: BackboneConfig) -> Any:
-    """The checkpoint's own config, of its part that reads text; raises `UserError`."""
+    """Return the config of the checkpoint's text model; raises `UserError` if it cannot be read."""
     return _model_config(config).get_text_config()
 
 
 def vocabulary_of(text_config: Any) -> int | None:
-    """Rows of the embedding, by the checkpoint's config alone; None where that does not say."""
+    """Return the number of rows of the embedding, from the config alone; None if the config does not name it."""
     size = getattr(text_config, "vocab_size", None)
     return size if isinstance(size, int) else None
 
 
 def embeddings_of(model: PreTrainedModel) -> int:
-    """Rows of a model's embedding, also where they are sharded."""
+    """Return the number of rows of a model's embedding, sharded or not."""
     embedding: Any = model.get_input_embeddings()
     return int(embedding.num_embeddings)
 
@@ -87,14 +87,14 @@ def load_model(
     """Load the model of ``config.path`` in eval mode with every parameter frozen.
 
     Args:
-        output: what it ends in; ``body``: the last hidden states (of an encoder-decoder: its encoder's).
-        device: where the model goes. What is read goes straight there, a weight at a time, where all of it stays.
-        sharded: each weight is taken away and put somewhere else the moment it is read (`ptd.engine.sharding.Shards`).
-        check: called with model class and model config before any weight is read; raises what it objects to.
+        output: what the model computes; ``body``: the last hidden states (of an encoder-decoder, the encoder's).
+        device: where the model goes. Weights are read directly to it, one at a time, if all that is read stays there.
+        sharded: each weight is moved elsewhere as soon as it is read (`ptd.engine.sharding.Shards`).
+        check: called with model class and model config before any weight is read; raises if it rejects the model.
 
     Raises:
-        UserError: the folder or hub id cannot be read, its weights do not fit its config, or ``device`` cannot run
-            them as ``config`` asks.
+        UserError: the folder or hub id cannot be read, its weights do not match its config, or ``device`` cannot run
+            them as ``config`` requires.
     """
     if config.quantization == "fp8":
         check_device(device)
@@ -105,7 +105,7 @@ def load_model(
     quantized = quantization_of(config, built_as.config, sharded=sharded)
     if quantized is not None:
         options["quantization_config"] = quantized
-    # More than what stays may not fit there: the 16 bits that become 8, the decoder of which the encoder is kept.
+    # What is read may not fit the device if only a part stays: 8 of 16 bits, or the encoder without its decoder.
     stays = config.quantization != "fp8" and not (output == "body" and built_as.config.is_encoder_decoder)
     if quantized is not None or (stays and not sharded):
         options["device_map"] = {"": device}
@@ -123,8 +123,8 @@ def load_model(
             output_loading_info=True,
             **options,
         )
-        if report["missing_keys"]:  # transformers fills them with random numbers and goes on
-            raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}.")
+        if report["missing_keys"]:  # transformers fills them with random numbers and continues
+            raise ValueError(f"the checkpoint lacks the weights {', '.join(sorted(report['missing_keys'])[:3])}.")
     if contradictory is not None and model.can_generate():
         model.generation_config = contradictory
     placed = sharded or getattr(model, "is_quantized", False)
@@ -137,10 +137,10 @@ def load_model(
 
 
 def _contradictory_settings(config: BackboneConfig) -> GenerationConfig | None:
-    """The author's settings for generating, if they contradict each other; None: they do not, or there are none.
+    """Return the checkpoint's generation settings if they contradict each other; None if they do not, or are missing.
 
-    transformers refuses to load such a model, although neither training nor a generation with settings of its own
-    needs them.
+    transformers refuses to load a model with contradictory settings, although neither training nor generation with
+    explicit settings needs them.
     """
     file = cached_file(
         config.path,
@@ -165,7 +165,7 @@ def _contradictory_settings(config: BackboneConfig) -> GenerationConfig | None:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What a model is built from: transformers' class, the model's config without dropout, and the class's options."""
+    """What a model is built from: transformers' class, the class's options, and the model's config without dropout."""
 
     auto_class: Any
     config: Any
@@ -173,9 +173,9 @@ class Blueprint:
 
     @classmethod
     def of(cls, config: BackboneConfig, output: Output, check: Check) -> Blueprint:
-        """Reads the config alone; raises `UserError`, and what ``check`` objects to."""
+        """Build the blueprint from the config alone; raises `UserError`, and whatever ``check`` raises."""
         model_config = _model_config(config)
-        # A frozen body has nothing to regularise; checkpointed layers would otherwise draw dropout in training mode.
+        # A frozen body has nothing to regularise, but checkpointed layers run in training mode and would apply dropout.
         for name, value in model_config.to_dict().items():
             if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
                 setattr(model_config, name, 0.0)
@@ -185,13 +185,13 @@ class Blueprint:
         check(model_class, model_config)
         options: dict[str, Any] = {}
         if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
-            options["add_pooling_layer"] = False  # trained for another task, absent from most checkpoints, never read
+            options["add_pooling_layer"] = False  # never read: trained for another task, and in few checkpoints
         return cls(auto_class, model_config, options)
 
 
 def frozen(model: PreTrainedModel, config: BackboneConfig, output: Output) -> PreTrainedModel:
-    """The part of a model that is run, in eval mode, nothing of it trained."""
-    if getattr(model, "is_quantized", False):  # only then: it imports bitsandbytes, which takes two seconds
+    """Return the part of a model that runs, in eval mode and with frozen parameters."""
+    if getattr(model, "is_quantized", False):  # not otherwise: importing bitsandbytes takes two seconds
         keep_differentiable(model)
     if output == "body" and model.config.is_encoder_decoder:
         model = model.get_encoder()
@@ -211,10 +211,16 @@ def _model_config(config: BackboneConfig) -> Any:
 
 
 def checkpoint_layers(model: PreTrainedModel) -> None:
-    """Recompute each layer in backward although the model stays in eval mode (no dropout, no batch statistics)."""
+    """Recompute each layer in the backward pass, with the model in eval mode (no dropout, no batch statistics).
+
+    Raises `UserError` if the model does not support gradient checkpointing.
+    """
     if not model.supports_gradient_checkpointing:
-        raise UserError(f"backbone.gradient_checkpointing: {type(model).__name__} does not support it; set it to false")
-    # Under its older name where transformers has no other yet; where it has, the older one warns.
+        raise UserError(
+            f"backbone.gradient_checkpointing: {type(model).__name__} does not support gradient checkpointing; set "
+            "gradient_checkpointing: false"
+        )
+    # Some releases of transformers have only the older name; in the others the older name warns.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     for part in model.modules():
@@ -224,14 +230,14 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
 
 
 def _train_while_recording(layers: list[GradientCheckpointingLayer], stack: torch.nn.Module, _: Any) -> None:
-    # transformers checkpoints a layer in training mode (its children stay in eval), and then takes its cache away,
-    # which generation cannot do without. Some releases look at the mode before a layer's own hooks run.
+    # transformers checkpoints only layers in training mode (their children stay in eval mode), and then drops the
+    # layer's cache, which generation needs. Some releases read the mode before a layer's own hooks run.
     for layer in layers:
         layer.training = torch.is_grad_enabled()
 
 
 def load_tokenizer(config: BackboneConfig) -> Any:
-    """The tokenizer that belongs to the backbone; raises `UserError`."""
+    """Return the backbone's tokenizer; raises `UserError` if it cannot be read."""
     _explain_missing(config)
     with readable(config):
         return AutoTokenizer.from_pretrained(
@@ -250,7 +256,7 @@ def _explain_missing(config: BackboneConfig) -> None:
 
 
 class readable:
-    """Turn what transformers raises about a checkpoint into a message that names the key."""
+    """Context manager that turns any exception about a checkpoint into a `UserError` that names the key."""
 
     def __init__(self, config: BackboneConfig) -> None:
         self.path = config.path
@@ -259,12 +265,12 @@ class readable:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, UserError):  # transformers raises what it likes
+        if isinstance(error, Exception) and not isinstance(error, UserError):  # transformers raises many types
             reason = str(error).strip().split("\n")[0]
-            advice = "Give a folder that save_pretrained wrote, or the id of a model on the hub that can be reached."
+            advice = "Give a folder that save_pretrained wrote, or the id of a hub model that this machine can reach."
             if "safetensors" in reason and any(Path(self.path).expanduser().glob("*.bin")):
                 advice = (
                     "Its .bin files are pickles: convert them (save_pretrained writes safetensors), or set "
-                    "backbone.allow_pickle: true to have them unpickled as tensors."
+                    "backbone.allow_pickle: true to unpickle them as tensors only."
                 )
             raise UserError(f"backbone.path: cannot load {self.path!r}: {reason} {advice}") from error

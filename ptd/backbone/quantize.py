@@ -1,6 +1,6 @@
-"""Frozen weights in 8 or 4 bits, through bitsandbytes: they are read in that form, and gradients pass through them.
+"""Frozen weights in 8 or 4 bits, with bitsandbytes: weights are loaded in that form, and gradients flow through them.
 
-Floating point of 8 bits is another matter: fp8.py.
+8-bit floating point is in fp8.py.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ from ptd.types import DTYPES, UserError
 
 
 def quantization_of(config: BackboneConfig, model_config: Any, *, sharded: bool = False) -> BitsAndBytesConfig | None:
-    """What ``from_pretrained`` is to be told; None for weights as they are (a quantised checkpoint stays what it is).
+    """Return the quantisation settings for ``from_pretrained``; None: load the weights in the checkpoint's own form.
 
     ``int8``: LLM.int8() (Dettmers et al. 2022); ``nf4``: 4-bit NormalFloat with double quantisation (QLoRA, Dettmers et
-    al. 2023), multiplied in the backbone's dtype. Raises `UserError` without bitsandbytes, for a checkpoint that is
-    quantised already, and for one that is in a form that cannot be ``sharded``.
+    al. 2023), multiplied in the backbone's dtype. Raises `UserError` if bitsandbytes is missing, if a checkpoint that
+    is to be quantised is already quantised, and if a checkpoint in a form that cannot be ``sharded`` is to be sharded.
     """
     saved = getattr(model_config, "quantization_config", None)
     if saved is not None and sharded and not _is_4bit(saved):
         raise UserError(
             f"backbone.sharding: {config.path} is quantised in a form that cannot be sharded; set sharding: none, or "
-            "take the unquantised checkpoint with quantization: nf4"
+            "use the unquantised checkpoint with quantization: nf4"
         )
     if config.quantization == "none":
         return None
     if saved is not None:
         raise UserError(
-            f"backbone.quantization: {config.path} is quantised already and loads as it is; set quantization: none"
+            f"backbone.quantization: {config.path} is already quantised and keeps its own format; set quantization: "
+            "none"
         )
     if config.quantization == "fp8":
-        return None  # `ptd.backbone.fp8.quantise` does it, behind the loading
+        return None  # `ptd.backbone.fp8.quantise` quantises after loading
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"backbone.quantization: {config.quantization} needs bitsandbytes; pip install 'ptd[quant]'")
     if config.quantization == "int8":
@@ -58,11 +59,11 @@ def _is_4bit(saved: Any) -> bool:
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Give the 4-bit layers a forward pass through which gradients pass in every setting.
+    """Replace the forward pass of the 4-bit layers by one with correct gradients in every setting.
 
-    bitsandbytes' own (0.50.2) repacks weights on a CPU in a pass without gradients, behind which they are zero then
-    (the prompt's gradient was exactly 0, without an error); and it keeps the weight it was given until backward, which
-    under ZeRO-3 is the gathered one.
+    bitsandbytes' own forward pass (0.50.2) has two problems. On a CPU a pass without gradients repacks the weights;
+    gradients are zero from then on (the prompt's gradient was exactly 0, without an error). And it keeps the weight
+    that it used until backward, which under ZeRO-3 is the gathered weight.
     """
     if importlib.util.find_spec("bitsandbytes") is not None:
         from bitsandbytes.nn import Linear4bit
@@ -73,7 +74,7 @@ def keep_differentiable(model: nn.Module) -> None:
 
 
 def _linear4bit(layer: Any, x: Tensor) -> Tensor:
-    """bitsandbytes' ``Linear4bit.forward``: ``[…, in]`` -> ``[…, out]`` in the dtype of ``x``."""
+    """Do what bitsandbytes' ``Linear4bit.forward`` does: ``[…, in]`` -> ``[…, out]`` in the dtype of ``x``."""
     output: Tensor = _MatMul4Bit.apply(x.to(layer.compute_dtype or x.dtype), layer)
     if layer.bias is not None:
         output = output + layer.bias.to(output.dtype)
@@ -81,7 +82,7 @@ def _linear4bit(layer: Any, x: Tensor) -> Tensor:
 
 
 class _MatMul4Bit(torch.autograd.Function):
-    """``x Wᵀ`` with a frozen 4-bit W that is looked up in its layer again for backward: ``dx = dy W``."""
+    """``x Wᵀ`` with a frozen 4-bit W. Backward, ``dx = dy W``, reads W from its layer again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
@@ -101,10 +102,11 @@ class _MatMul4Bit(torch.autograd.Function):
 
 
 def _dequantised(layer: Any) -> Tensor:
-    """The layer's weight ``[out, in]`` in the dtype that it was quantised from.
+    """Return the layer's weight ``[out, in]`` in the dtype from which it was quantised.
 
-    As one long row, over which its blocks run: bitsandbytes (0.50.2) on a CPU with AVX-512 begins a new block with each
-    row of a matrix, and so gives other weights wherever ``in`` is no multiple of the block's 64.
+    The weight is dequantised as one long row, because its blocks continue across the rows of the matrix. On a CPU with
+    AVX-512, bitsandbytes (0.50.2) begins a new block with each row of a matrix, which gives wrong weights if ``in`` is
+    not a multiple of the block size, 64.
     """
     from bitsandbytes.functional import dequantize_4bit
 

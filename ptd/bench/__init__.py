@@ -1,7 +1,7 @@
-"""``ptd bench``: how fast a run trains and where its time goes, alone or against PEFT on the same rows, in turns.
+"""``ptd bench``: measure how fast a run trains and where its time goes, optionally against PEFT on the same rows.
 
-Every side is a process of its own, so that each has its own peak memory; they take turns step by step, the others
-blocked on a pipe. docs/benchmarking.md says what is measured how.
+Each side is a separate process, so that its peak memory can be measured. The sides take turns step by step while the
+others are blocked on a pipe. docs/benchmarking.md says how each figure is measured.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from ptd.config import RunConfig, without_evaluation
 from ptd.types import Reporter, UserError
 
 TOLERANCE = {"float32": (1e-5, 1e-5), "bfloat16": (5e-3, 5e-2)}
-"""Relative difference that two sides' loss and prompt gradient may have, by the backbone's dtype. bfloat16 has 8 bits:
-kernels that sum in another order differ by its rounding at every layer."""
+"""Relative difference allowed between the sides' losses and prompt gradients, by the backbone's dtype. bfloat16 has 8
+bits of precision: kernels that sum in another order differ by its rounding at every layer."""
 PAUSE = 0.005
-"""Seconds between turns: OpenMP's threads spin for a while after their last work."""
+"""Seconds between turns, because OpenMP's threads spin for a while after their last work."""
 
 
 @dataclass
 class Lane:
-    """Steps that are timed side by side: ``players`` by side, on the rows of ``schedule``."""
+    """Sides that are timed on the same rows: ``players`` by name of the side, rows of each step by ``schedule``."""
 
     name: str
     rows: str
@@ -51,21 +51,22 @@ def bench(
     warmup: int = 3,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Time the steps of a run; ``against`` ``peft``: also PEFT's in these ``settings`` (`settings_for`), in turns.
+    """Time the steps of a run and return the report that `ptd.bench.report.write` saves.
 
-    Returns the report that `ptd.bench.report.write` keeps. Under a launcher every rank calls this together, without
-    ``against``; rank 0's report counts. Raises `UserError`, also where the sides do not compute the same.
+    With ``against="peft"``, PEFT's steps are timed in turns with ptd's, in ``settings`` (default: `settings_for`).
+    Under a launcher all ranks call this together, without ``against``; rank 0's report counts. Raises `UserError` for a
+    run that cannot be timed or compared, and if the sides do not compute the same.
     """
     assert repeats >= 1
     assert warmup >= 0
     config = without_evaluation(config)
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if against not in (None, "peft"):
-        raise UserError(f"--against: there is nothing called {against!r} to compare with; known: peft")
+        raise UserError(f"--against: ptd cannot be compared with {against!r}; give peft")
     if against is not None and launched:
         raise UserError(
-            "--against peft: the comparison is of one process each, and this is one of several that a launcher "
-            "started; run it without the launcher, or leave out --against"
+            "--against peft: the comparison runs each side in one process, but this process is one of several that a "
+            "launcher started; run it without the launcher, or leave out --against"
         )
     reporter = _on_main(reporter)
     with ExitStack() as stack:
@@ -92,7 +93,7 @@ def bench(
             for lane in lanes:
                 lane.same_work = _check(lane, facts["ptd"].dtype)
         _take_turns(lanes, warmup, repeats, ptd, reporter)
-        machine = ptd.ask("matmul_rate")  # last, because what it frees may stay resident
+        machine = ptd.ask("matmul_rate")  # last, because memory that it frees may stay resident
         network = ptd.ask("network", repeats * len(lanes))
         return _report(config, lanes, facts, machine, network, against, warmup, repeats)
 
@@ -126,13 +127,13 @@ def _lane(
         if on_gpu:
             chosen = peft.ask("fit", facts["ptd"].rows)
         size = peft.ask("facts").settings["rows"] * config.train.gradient_accumulation_steps
-        schedule, rows = length_grouped(ptd.ask("lengths"), size, config.train.seed), "of like length together"
+        schedule, rows = length_grouped(ptd.ask("lengths"), size, config.train.seed), "of similar length together"
     facts[setting] = peft.ask("facts")
     return Lane(setting, rows, schedule, {"ptd": ptd, "peft": peft}, chosen=chosen)
 
 
 def _check(lane: Lane, dtype: str) -> dict[str, float]:
-    """How far the sides' loss and prompt gradient on the first rows are apart; raises `UserError` if too far."""
+    """Return how far the sides' loss and prompt gradient differ on the first rows; raise `UserError` if too far."""
     rows = lane.schedule(0)
     mine, gradient = lane.players["ptd"].ask("check", rows)
     theirs = lane.players["peft"].ask("check", rows, gradient)
@@ -140,15 +141,16 @@ def _check(lane: Lane, dtype: str) -> dict[str, float]:
     found = {"loss": abs(mine - theirs["loss"]) / abs(theirs["loss"]), "gradient": theirs["gradient"]}
     if not (found["loss"] <= allowed[0] and found["gradient"] <= allowed[1]):
         raise UserError(
-            f"--against peft: the sides do not compute the same: loss {mine:.7g} and {theirs['loss']:.7g}, prompt "
-            f"gradient {found['gradient']:.1e} apart, relatively ({dtype} may be {allowed[0]:g} and {allowed[1]:g} "
-            "apart); PEFT clips a prefix by a sliding window, and ptd does not"
+            f"--against peft: the sides do not compute the same: the loss is {mine:.7g} in ptd and "
+            f"{theirs['loss']:.7g} in PEFT, and the relative difference of the prompt gradients is "
+            f"{found['gradient']:.1e} ({dtype} allows {allowed[0]:g} for the loss, {allowed[1]:g} for the gradient). "
+            "A known cause is a sliding window, by which PEFT clips a prefix and ptd does not; leave out --against"
         )
     return {**found, "loss_tolerance": allowed[0], "gradient_tolerance": allowed[1]}
 
 
 def _take_turns(lanes: list[Lane], warmup: int, repeats: int, ptd: Player | Here, reporter: Reporter) -> None:
-    """Every lane's step on every side, one after the other; the order is turned round from step to step."""
+    """Take each step in every lane on every side in turn; the order of the sides alternates from step to step."""
     reporter.start("bench", warmup + repeats)
     for step in range(warmup + repeats):
         if step == warmup:
@@ -208,7 +210,7 @@ def _report(
 
 
 def sweep(key: str, values: Sequence[str], config_of: Callable[[str], RunConfig], **options: Any) -> dict[str, Any]:
-    """`bench` with each of ``values`` of the configuration's ``key``; ``options`` are `bench`'s."""
+    """Run `bench` with each of ``values`` of the configuration's ``key``; ``options`` are passed to `bench`."""
     reporter = _on_main(options.get("reporter"))
     points = []
     for value in values:

@@ -1,4 +1,4 @@
-"""Samples -> figures: medians, quartiles, shares, and the ratio of pairs."""
+"""Compute figures from samples: medians, quartiles, shares, and ratios of pairs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ptd.engine.phases import PHASES
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """``median`` and ``quartiles`` (the ends, where there are fewer than two values)."""
+    """Return ``median`` and ``quartiles``; of a single value, all are that value."""
     if len(values) < 2:
         return {"median": values[0], "quartiles": [values[0], values[0]]}  # type: ignore[dict-item]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -19,9 +19,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def side_figures(samples: Sequence[Sample], matmul: float | None) -> dict[str, Any]:
-    """What a side did in its timed steps. ``matmul``: FLOP/s that this machine reaches.
+    """Return the figures of one side's timed steps. ``matmul``: FLOP/s of a matrix product on this machine.
 
-    Phases and step are means, so that the former add up to the latter; rates are medians over steps.
+    Phases and step times are means, so that the phases add up to the step; token rates are medians over steps.
     """
     seconds = [sample.seconds for sample in samples]
     flops = [sample.flops for sample in samples if sample.flops is not None]
@@ -46,6 +46,6 @@ def side_figures(samples: Sequence[Sample], matmul: float | None) -> dict[str, A
 
 
 def ratios(mine: Sequence[Sample], theirs: Sequence[Sample]) -> dict[str, float]:
-    """Of useful tokens a second, pair by pair: the steps of a pair had the same rows."""
+    """Return the ratios of useful tokens per second over pairs of steps; the steps of a pair had the same rows."""
     rate: Callable[[Sample], float] = lambda sample: sample.tokens / sample.seconds  # noqa: E731
     return spread([rate(one) / rate(other) for one, other in zip(mine, theirs, strict=True)])

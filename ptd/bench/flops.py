@@ -1,12 +1,13 @@
-"""Floating-point operations of a training step by formula: what a side of a benchmark computes, padding included.
+"""Count the floating-point operations of a benchmark side's training step by formula, padding included.
 
-A multiplication and an addition are two. A linear layer of ``in × out`` weights takes ``2 · in · out`` a row forward,
-and the same again backward where the gradient passes through it to its input; only a trained head has a gradient of
-its own. So a token costs 4N FLOPs over N frozen weights, less what lies in front of the first place where the prompt
-enters. The language model's head counts for the positions that are projected. Attention takes ``2 · heads · (Dk +
-Dv)`` a pair of a query and a key forward and ``2 · heads · (3 Dk + 2 Dv)`` backward, because flash kernels compute
-the scores once more; hidden pairs count too, as in torch's ``FlopCounterMode``. Norms, softmax, rotary embeddings,
-the cross-entropy, the prompt encoder and the optimizer are not counted.
+A multiplication and an addition count as two operations. A linear layer of ``in × out`` weights takes ``2 · in · out``
+per row in the forward pass, and the same in the backward pass where the gradient passes through the layer to its input;
+only the weights of a trained head have a gradient themselves. So a token costs 4N FLOPs over N frozen weights, minus
+the backward pass of the layers before the point where the prompt enters. The language model's head counts for the
+positions that are projected. Attention takes ``2 · heads · (Dk + Dv)`` per pair of a query and a key in the forward
+pass and ``2 · heads · (3 Dk + 2 Dv)`` in the backward pass, because flash kernels compute the scores again; pairs that
+the mask hides count too, as in torch's ``FlopCounterMode``. Norms, softmax, rotary embeddings, the cross-entropy, the
+prompt encoder and the optimizer are not counted.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ POSITIONS, SOURCE, SUPERVISED, SEQUENCES = "positions", "source", "supervised", 
 
 @dataclass(frozen=True)
 class Load:
-    """What one micro-batch brings: ``rows`` that linear layers see, pairs of attention by the kind of its layer.
+    """The work of one micro-batch: ``rows`` of linear layers, and query-key pairs by kind of attention layer.
 
     ``rows``: positions of the text (of an encoder-decoder: of the target) and of the source, with padding and virtual
-    tokens; supervised tokens; sequences.
+    tokens; supervised tokens; sequences. ``own_pairs`` have keys of the tokens, ``prefix_pairs`` keys of the prefix.
     """
 
     rows: dict[str, int]
@@ -41,7 +42,7 @@ class Load:
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """``heads`` are the queries'; ``own_backward``: whether a gradient passes through the own tokens' part."""
+    """``heads``: query heads; ``own_backward``: whether a gradient passes through pairs with the tokens' own keys."""
 
     heads: int
     key_dim: int
@@ -52,14 +53,14 @@ class AttentionLayer:
 
 @dataclass
 class Formula:
-    """``linear``: FLOPs a row of each kind, forward and backward together; ``recomputed``: gradient checkpointing."""
+    """``linear``: FLOPs per row of each kind, forward and backward together; ``recomputed``: gradient checkpointing."""
 
     linear: dict[str, int]
     attention: tuple[AttentionLayer, ...]
     recomputed: bool = False
 
     def flops(self, load: Load) -> int:
-        """Of one micro-batch, forward and backward."""
+        """Return the FLOPs of one micro-batch, forward and backward."""
         total = sum(cost * load.rows[kind] for kind, cost in self.linear.items())
         for layer in self.attention:
             once = 2 * layer.heads * (layer.key_dim + layer.value_dim) * (1 + self.recomputed)
@@ -70,7 +71,7 @@ class Formula:
 
 
 def load_of(batch: Batch, state: PromptState, kinds: set[AttentionKind]) -> Load:
-    """What ptd runs for a micro-batch over a backbone whose attention layers are of these ``kinds``."""
+    """Return what ptd computes for a micro-batch over a backbone whose attention layers are of these ``kinds``."""
     prefix = state.num_virtual_tokens if isinstance(state, PrefixKV) else 0
     in_front = state.num_virtual_tokens if isinstance(state, SoftTokens) and state.in_front else 0
     reader = batch if batch.source is None else batch.source
@@ -91,7 +92,7 @@ def load_of(batch: Batch, state: PromptState, kinds: set[AttentionKind]) -> Load
 
 
 def _lengths(batch: Batch, in_front: int) -> list[int]:
-    """Positions of each sequence that are computed."""
+    """Return the number of positions that are computed for each sequence."""
     if batch.cu_seqlens is not None:
         return [length + in_front for length in batch.lengths.tolist()]
     count, width = batch.input_ids.shape
@@ -99,7 +100,10 @@ def _lengths(batch: Batch, in_front: int) -> list[int]:
 
 
 def padded_load(count: int, width: int, virtual_tokens: int, *, prefix: bool) -> Load:
-    """What PEFT runs: ``count`` rows of ``width`` positions, the head on all of them; ``prefix``: in the cache."""
+    """Return what PEFT computes for ``count`` rows of ``width`` positions, with the head on all positions.
+
+    ``prefix``: the virtual tokens are keys and values in the cache, not positions.
+    """
     extra = 0 if prefix else virtual_tokens
     positions = count * (width + extra)
     keys = width + virtual_tokens
@@ -109,12 +113,12 @@ def padded_load(count: int, width: int, virtual_tokens: int, *, prefix: bool) ->
 def attention_layers(
     shape: BackboneShape, config: Any, state: PromptState, *, checkpointed: bool
 ) -> tuple[AttentionLayer, ...]:
-    """The attention of a backbone with this transformers ``config``, as ptd runs it with this kind of prompt."""
+    """Return the attention layers of a backbone with this transformers ``config`` and this kind of prompt in ptd."""
     heads = config.get_text_config().num_attention_heads
     soft, seen, found = isinstance(state, SoftTokens), set(), []
     for index, layer in enumerate(shape.layers):
-        # What a stack's first layer makes of the bare tokens depends on nothing trained; but for checkpointing
-        # transformers has the embeddings require a gradient.
+        # The first layer of a stack sees the tokens before any prompt, so no gradient passes through their own keys;
+        # with gradient checkpointing one does, because transformers makes the embeddings require a gradient.
         bare = layer.kind != "cross" and layer.kind not in seen and not (soft and index == 0) and not checkpointed
         trained = bool(state.num_virtual_tokens) and not bare
         found.append(AttentionLayer(heads, layer.key_dim, layer.value_dim, layer.kind, trained))
@@ -123,13 +127,14 @@ def attention_layers(
 
 
 def observed(module: nn.Module, load: Load, step: Callable[[], Any], head: nn.Module | None = None) -> dict[str, int]:
-    """FLOPs a row of the linear layers in ``module``, from what they do in one ``step`` (forward and backward).
+    """Return the FLOPs per row of the linear layers in ``module``, observed in one ``step`` (forward and backward).
 
-    ``load`` is that step's; its kinds of rows have to differ in number (`distinct`). A ``head`` that the step goes past
-    (a fused cross-entropy does) counts for the supervised tokens. Raises `LookupError` for what it cannot count.
+    ``load`` is the load of that step; its kinds of rows have to differ in number (`distinct`). A ``head`` that the step
+    bypasses (as a fused cross-entropy does) counts for the supervised tokens. Raises `LookupError` for a module whose
+    FLOPs it cannot count.
     """
     if any(parameter.ndim == 3 for parameter in module.parameters()):
-        raise LookupError("it has mixtures of experts, which are no linear layers")
+        raise LookupError("it has mixtures of experts, which are not linear layers")
     kinds = {count: kind for kind, count in reversed(load.rows.items()) if count}
     seen: dict[int, int] = {}
     used: set[nn.Module] = set()
@@ -138,7 +143,7 @@ def observed(module: nn.Module, load: Load, step: Callable[[], Any], head: nn.Mo
     costs: dict[str, int] = {}
     for rows, cost in seen.items():
         if rows not in kinds:
-            raise LookupError(f"some linear layers run on {rows} rows, which is none of {load.rows}")
+            raise LookupError(f"some linear layers run on {rows} rows, which matches none of {load.rows}")
         costs[kinds[rows]] = costs.get(kinds[rows], 0) + cost
     if isinstance(head, nn.Linear) and head not in used:
         costs[SUPERVISED] = costs.get(SUPERVISED, 0) + 4 * head.in_features * head.out_features
@@ -146,7 +151,7 @@ def observed(module: nn.Module, load: Load, step: Callable[[], Any], head: nn.Mo
 
 
 def distinct(load: Load) -> bool:
-    """Whether the kinds of rows can be told apart by their numbers. Labels of whole sequences are as many as these."""
+    """Return whether all kinds of rows differ in number; sequences may equal supervised tokens (one label each)."""
     counts = [count for kind, count in load.rows.items() if count and kind != SEQUENCES]
     whole = load.rows.get(SEQUENCES, 0)
     return len(set(counts)) == len(counts) and whole not in (load.rows[POSITIONS], load.rows.get(SOURCE))
@@ -154,16 +159,16 @@ def distinct(load: Load) -> bool:
 
 @contextmanager
 def _hooked(module: nn.Module, seen: dict[int, int], used: set[nn.Module]) -> Iterator[None]:
-    """While active, ``seen[rows]`` sums FLOPs a row: forward as layers run, backward as gradients pass through them."""
+    """Sum FLOPs per row in ``seen[rows]``: forward as layers run, backward as gradients pass through them."""
 
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         given = inputs[0]
-        if not given.numel():  # a head that a fused cross-entropy went past
+        if not given.numel():  # a head that a fused cross-entropy bypasses
             return
         rows, cost = given.numel() // given.shape[-1], 2 * _size(layer)
         used.add(layer)
         seen[rows] = seen.get(rows, 0) + cost
-        passes = given.requires_grad + layer.get_parameter("weight").requires_grad  # a trained head has both
+        passes = given.requires_grad + layer.get_parameter("weight").requires_grad  # both for a trained head
         if passes and output.requires_grad:
 
             def passed(gradient: Tensor) -> None:

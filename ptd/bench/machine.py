@@ -1,4 +1,4 @@
-"""Where a figure comes from: command, commit, hardware, versions and date; and how fast this machine multiplies."""
+"""Record where a figure comes from (command, commit, hardware, versions, date), and measure the matmul rate."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ import torch
 from ptd.versions import versions
 
 CPU_SIZE, GPU_SIZE = 1536, 8192
-"""Rows and columns of the measured product: large enough for the full rate, small enough for a moment."""
+"""Rows and columns of the measured product: large enough for the full rate, small enough to take only a moment."""
 
 
 def evidence(*packages: str) -> dict[str, Any]:
-    """What every figure is kept with. ``packages``: names of more whose versions matter."""
+    """Return what is stored with every figure. ``packages``: names of additional packages whose versions matter."""
     found = versions()
     for name in packages:
         try:
@@ -39,7 +39,7 @@ def evidence(*packages: str) -> dict[str, Any]:
 
 
 def _command() -> str:
-    """As typed; a program of the clone by its path there, another without its folder."""
+    """Return the command as typed, with the program's path in the clone, or its bare name if it is elsewhere."""
     program, root = Path(sys.argv[0]).resolve(), Path(__file__).parents[2].resolve()
     inside = program.relative_to(root) if program.is_relative_to(root) else Path(program.name)
     named = ["ptd"] if program.name == "ptd" or inside == Path("ptd/cli/__main__.py") else ["python", str(inside)]
@@ -47,7 +47,7 @@ def _command() -> str:
 
 
 def commit() -> str | None:
-    """Of the clone that ptd runs from, ``+`` behind it if files differ from it; None where it is no clone."""
+    """Return the commit of the clone that ptd runs from, with ``+`` if tracked files differ; None without a clone."""
     root = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str | None:
@@ -58,15 +58,18 @@ def commit() -> str | None:
         return done.stdout.strip()
 
     top = git("rev-parse", "--show-toplevel")
-    if top is None or Path(top).resolve() != root.resolve():  # installed inside of somebody else's clone
+    if top is None or Path(top).resolve() != root.resolve():  # installed inside another project's clone
         return None
     head = git("rev-parse", "HEAD")
     return None if head is None else head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
 def hardware(device: torch.device | None = None) -> str:
-    """The GPU, or the CPU, how many of its cores this process may use, and whether they have AMX, which multiplies
-    bfloat16 several times as fast. ``device``: what ran; None: a GPU if there is one."""
+    """Return the name of the GPU, or of the CPU with the number of cores that this process may use.
+
+    The CPU's name says whether it has AMX, which multiplies bfloat16 several times as fast. ``device``: the device that
+    ran; None: a GPU if there is one.
+    """
     if torch.cuda.is_available() and (device is None or device.type == "cuda"):
         return torch.cuda.get_device_name()
     model, amx = platform.processor(), False
@@ -80,7 +83,7 @@ def hardware(device: torch.device | None = None) -> str:
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, size: int | None = None) -> dict[str, Any]:
-    """FLOP/s of a square matrix product with this process' threads: the best of twelve."""
+    """Return the FLOP/s of a square matrix product with this process's threads: the best of twelve."""
     size = size or (GPU_SIZE if device.type == "cuda" else CPU_SIZE)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = []

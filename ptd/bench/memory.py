@@ -1,4 +1,4 @@
-"""The peak memory of a step."""
+"""Measure the peak memory of a step."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 
 class PeakMemory:
-    """Peak memory of a step above what the process had when this was made: before the backbone was loaded.
+    """Peak memory of a step above what the process used when this object was created: before the backbone was loaded.
 
-    On a GPU torch's allocator. On a CPU resident memory (VmHWM), reset before each step; where the system does not
-    allow that, the peak is that of all steps so far.
+    On a GPU, memory of torch's allocator. On a CPU, resident memory (VmHWM), which is reset before each step; if the
+    system does not allow the reset, the peak is the peak of all steps so far.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -29,7 +29,7 @@ class PeakMemory:
                 Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
     def peak(self) -> int:
-        """Bytes."""
+        """Return the peak in bytes."""
         now = torch.cuda.max_memory_allocated(self._device) if self._on_gpu else _resident("VmHWM")
         return now - self._baseline
 
@@ -37,7 +37,7 @@ class PeakMemory:
 def _resident(name: str) -> int:
     try:
         text = Path("/proc/self/status").read_text(encoding="ascii", errors="ignore")
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     line = next(line for line in text.splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024

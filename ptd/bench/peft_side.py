@@ -1,8 +1,8 @@
-"""PEFT's side of a benchmark: its model of the same prompt in a plain training loop, on given rows.
+"""PEFT's side of a benchmark: train PEFT's model of the same prompt in a plain training loop, on given rows.
 
 ``as-run``: random batches padded on the right, SDPA, the backbone's dtype, AdamW. ``best``: the same with batches of
-rows of like length; on a GPU also flash-attention 2 where it is installed and the batch size that is fastest of those
-that fit, on a CPU with an allocator that keeps what it has (`ENVIRONMENT`). ``compiled``: that with compiled layers.
+rows of similar length; on a GPU also flash-attention 2 if it is installed, and the fastest batch size that fits; on a
+CPU with an allocator that keeps freed memory (`ENVIRONMENT`). ``compiled``: as ``best``, with compiled layers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ptd.types import IGNORE_INDEX, UserError
 
 
 class PeftSide:
-    """The process that trains with PEFT, from what `PtdSide.hand_over` gave."""
+    """The process that trains with PEFT, from what `PtdSide.hand_over` returned."""
 
     def __init__(self, config: RunConfig, material: Material, setting: Setting) -> None:
         if find_spec("peft") is None:
@@ -51,7 +51,7 @@ class PeftSide:
         settings.pop("peft_version", None)
         try:
             self.model = peft.get_peft_model(base, cls(**settings)).train()
-        except ValueError as error:  # prefix-tuning under gradient checkpointing, for one
+        except ValueError as error:  # e.g. prefix-tuning with gradient checkpointing
             raise UserError(f"--against peft: PEFT refuses this run: {error}") from error
         self.encoder = self.model.prompt_encoder["default"]
         _start(self.encoder, {name: torch.from_numpy(value) for name, value in material.prompt.items()}, config)
@@ -72,12 +72,12 @@ class PeftSide:
         self.formula, self.uncounted = self._count(material.attention)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: this side holds no open resources."""
 
     def facts(self) -> Facts:
         settings = {
             "setting": self.setting,
-            "batches": "padded, random" if self.setting == "as-run" else "padded, rows of like length together",
+            "batches": "padded, random" if self.setting == "as-run" else "padded, rows of similar length together",
             "rows": self.micro_rows,
             "gradient_accumulation_steps": self.config.train.gradient_accumulation_steps,
             "attention": self.attention,
@@ -89,7 +89,7 @@ class PeftSide:
         return Facts(self.device.type, dtype, torch.get_num_threads(), settings, self.uncounted)
 
     def check(self, rows: np.ndarray, gradient: np.ndarray) -> dict[str, float]:
-        """The mean loss of these rows, and how far the prompt's gradient is from ``gradient``, relatively."""
+        """Return the mean loss of these rows, and the relative difference of the prompt's gradient to ``gradient``."""
         outputs: list[Tensor] = []
 
         def keep(module: Any, inputs: Any, output: Tensor) -> None:
@@ -100,13 +100,13 @@ class PeftSide:
         loss = self._forward_backward(self._batches(rows))
         handle.remove()
         self.optimizer.zero_grad(set_to_none=True)
-        # Rows have a copy of the prompt each.
+        # Each row has its own copy of the prompt.
         own = torch.stack([output.grad.float().sum(0) for output in outputs if output.grad is not None]).sum(0).cpu()
         other = torch.from_numpy(gradient)
         return {"loss": float(loss), "gradient": float((own - other).norm() / other.norm())}
 
     def take(self, rows: np.ndarray) -> Sample:
-        """One optimizer step on these rows, measured."""
+        """Take and measure one optimizer step on these rows."""
         self.memory.reset()
         self.clock.start("data")
         batches = self._batches(rows)
@@ -116,7 +116,7 @@ class PeftSide:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.train.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        value = float(loss) if self.setting == "as-run" else None  # its users log it
+        value = float(loss) if self.setting == "as-run" else None  # timed, because users log it
         seconds, phases = self.clock.stop()
         return Sample(
             seconds,
@@ -130,9 +130,9 @@ class PeftSide:
         )
 
     def fit(self, most: int) -> dict[str, Any]:
-        """Find what is fastest: the attention, and the rows of a micro-batch of those that fit, up to ``most``.
+        """Find the fastest attention and number of rows per micro-batch, up to ``most``, that fit in memory.
 
-        The longest rows of the data have to fit. Returns what was tried, tokens/s by attention and rows.
+        The longest rows of the data have to fit. Returns the choice, and the tokens/s of what was tried.
         """
         longest = np.argsort(-self.examples.lengths, kind="stable")
         typical = longest[len(longest) // 2 :]
@@ -146,7 +146,7 @@ class PeftSide:
                 try:
                     self._forward_backward(self._batches(longest[:rows]))
                     rate = self._rate(typical[:rows])
-                except (torch.OutOfMemoryError, ValueError, RuntimeError):  # too large, or nothing for this model
+                except (torch.OutOfMemoryError, ValueError, RuntimeError):  # too large, or unsupported by this model
                     break
                 finally:
                     self.optimizer.zero_grad(set_to_none=True)
@@ -160,7 +160,7 @@ class PeftSide:
         return {"tried": tried, "attention": self.attention, "rows": self.micro_rows}
 
     def _rate(self, rows: np.ndarray) -> float:
-        """Useful tokens a second of forward and backward pass."""
+        """Return the useful tokens per second of a forward and backward pass."""
         batches = self._batches(rows)
         for repetition in range(2):
             if self.device.type == "cuda":
@@ -174,7 +174,7 @@ class PeftSide:
         raise AssertionError
 
     def _batches(self, rows: np.ndarray) -> list[dict[str, Tensor]]:
-        """Padded micro-batches as Hugging Face models take them: labels stand at their own tokens."""
+        """Return padded micro-batches as Hugging Face models take them: each label at its own token, unshifted."""
         found = []
         for begin in range(0, len(rows), self.micro_rows):
             batch = padded_batch(self.examples, rows[begin : begin + self.micro_rows], self.pad_token_id)
@@ -185,7 +185,7 @@ class PeftSide:
         return found
 
     def _forward_backward(self, batches: list[dict[str, Tensor]]) -> Tensor:
-        """Accumulate the gradient of the mean over all supervised tokens; returns that mean."""
+        """Accumulate the gradient of the mean loss over all supervised tokens; return that mean."""
         counts = [1]
         if len(batches) > 1:
             counts = [int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches]
@@ -211,29 +211,29 @@ class PeftSide:
             return None, str(error)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
-        # Keys and values of the prefix are joined with the tokens' own, which the gradient then passes through too.
+        # PEFT concatenates the prefix's keys and values with the tokens' own, so the gradient passes through both.
         joined = tuple(AttentionLayer(each.heads, each.key_dim, each.value_dim, each.kind, True) for each in layers)
         return Formula(linear, joined, self.config.backbone.gradient_checkpointing), None
 
 
 def _shared(config: RunConfig, peft_config: Any) -> dict[str, Any]:
-    """What the method's configuration and PEFT's call by the same name (``prefix_projection``, for one)."""
+    """Return the settings with the same name in the method's configuration and in PEFT's (``prefix_projection``)."""
     settings, names = config.method_config(), {field.name for field in fields(peft_config)}
     given = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name in names}
-    # PEFT writes its choices (LSTM, MLP) in capitals.
+    # PEFT names its choices (LSTM, MLP) in capitals.
     return {k: v.upper() if isinstance(v, str) else v for k, v in given.items() if v is not None}
 
 
 def _start(encoder: Any, prompt: dict[str, Any], config: RunConfig) -> None:
-    """Give PEFT's prompt encoder the values of ptd's; raises `UserError` if it is built otherwise."""
+    """Copy the values of ptd's prompt encoder to PEFT's; raise `UserError` if PEFT's parameters differ in shape."""
     mine = {"embedding.weight" if name == "embedding" else name: value for name, value in prompt.items()}
     theirs = encoder.state_dict()
     if {name: value.shape for name, value in mine.items()} != {name: value.shape for name, value in theirs.items()}:
         shown = [", ".join(f"{name} {list(value.shape)}" for name, value in each.items()) for each in (mine, theirs)]
         raise UserError(
-            f"--against peft: PEFT builds the prompt encoder of method {config.method_name} otherwise, so the two "
-            f"would not do the same work: ptd's has {shown[0]}; PEFT's {shown[1]}. With a prefix MLP set "
-            "method.embedding_size to the width PEFT's has; else compare a prompt that is trained directly"
+            f"--against peft: PEFT builds the prompt encoder of method {config.method_name} differently, so the two "
+            f"sides would not do the same work: ptd's has {shown[0]}, PEFT's has {shown[1]}. With a prefix MLP, set "
+            "method.embedding_size to the width of PEFT's; otherwise compare a prompt that is trained directly"
         )
     encoder.load_state_dict(mine)
 

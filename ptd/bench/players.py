@@ -1,4 +1,4 @@
-"""Who takes the turns: a side in this process, or in one of its own."""
+"""Call a side of a benchmark, in this process or in a separate one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ptd.types import UserError
 
 
 class Player:
-    """A side of a benchmark in a process of its own, blocked on a pipe unless it is asked for something.
+    """A side of a benchmark in a separate process, which is blocked on a pipe until a method is called.
 
-    ``title``: how messages call it. ``environment``: variables of its process beside this one's.
+    ``title``: the name of the side in messages. ``environment``: variables of its process, added to this process's.
     """
 
     def __init__(self, title: str, environment: dict[str, str] | None = None) -> None:
@@ -29,16 +29,16 @@ class Player:
         other.close()
 
     def ask(self, name: str, *arguments: Any) -> Any:
-        """The result of the side's method; raises its `UserError`, and one if the process is gone."""
+        """Return the result of the side's method ``name``; raise its `UserError`, or one if the process is gone."""
         try:
             self._pipe.send((name, arguments))
             kind, result = self._pipe.recv()
         except (EOFError, OSError) as error:
             code = self._process.wait()
-            why = "killed, as the system does when memory runs out" if code == -9 else f"exit code {code}"
+            why = "killed, probably because memory ran out" if code == -9 else f"exit code {code}"
             raise UserError(
-                f"{self.title} ended while it was asked to {name} ({why}); lower train.per_device_train_batch_size or "
-                "see what it printed"
+                f"{self.title} exited while it ran {name!r} ({why}); lower train.per_device_train_batch_size, or "
+                "read what it printed"
             ) from error
         if kind == "refused":
             raise UserError(result)
@@ -57,13 +57,13 @@ class Player:
 
 
 class Here:
-    """A side in this process, where a launcher has started one process a rank already."""
+    """A side in this process, for a launcher that has already started one process per rank."""
 
     def __init__(self, side: Any) -> None:
         self._side = side
 
     def ask(self, name: str, *arguments: Any) -> Any:
-        """The result of the side's method."""
+        """Return the result of the side's method ``name``."""
         return getattr(self._side, name)(*arguments)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""ptd's side of a benchmark: the engine of ``ptd train``, one step at a time on given rows."""
+"""ptd's side of a benchmark: run the engine of ``ptd train``, one step at a time, on given rows."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from ptd.types import Batch, PromptState, Reporter, UserError
 
 
 class PtdSide:
-    """One process of the run that ``config`` describes. Methods that take rows are called on all ranks together.
+    """One process of the run that ``config`` describes. All ranks call the methods that take rows together.
 
-    ``compared``: there is another side.
+    ``compared``: the benchmark has another side.
     """
 
     def __init__(self, config: RunConfig, compared: bool = False) -> None:
         config, zero3 = apply_deepspeed(config)
         if compared and zero3 is not None:
             raise UserError(
-                "--against peft: this run shards its backbone with DeepSpeed, and the comparison runs each side in one "
-                "process that holds all of it; leave out --against, or sharding and deepspeed"
+                "--against peft: this run shards its backbone with DeepSpeed, but the comparison runs each side in one "
+                "process that holds the whole backbone; leave out --against, or remove backbone.sharding and deepspeed"
             )
         self.ranks = Ranks.start(needs_group=zero3 is not None)
-        if compared:  # PEFT has no other start, and the time of a step does not depend on it
+        if compared:  # PEFT has no other start; the step time does not depend on it
             config = started_at_random(config)
         self._open = ExitStack()
         self._open.callback(self.ranks.stop)
@@ -97,7 +97,7 @@ class PtdSide:
         )
 
     def hand_over(self) -> Material:
-        """What PEFT's side starts from."""
+        """Return what PEFT's side starts from."""
         encoder, layout = self.step.encoder, self.step.encoder.layout
         with torch.no_grad():
             flat, state = self.step.flat(), self.step.state()
@@ -111,20 +111,20 @@ class PtdSide:
         )
 
     def lengths(self) -> np.ndarray:
-        """Tokens of each row."""
+        """Return the number of tokens of each row."""
         return self.material.examples.lengths
 
     def rows(self, step: int) -> np.ndarray:
-        """The rows that ``ptd train`` takes at this step."""
+        """Return the rows that ``ptd train`` uses in this step."""
         return np.array(self.batches.rows(step))
 
     def matmul_rate(self) -> dict[str, Any]:
-        """What this machine reaches in this run's dtype."""
+        """Measure the matmul rate of this machine in this run's dtype."""
         dtype = self.prepared.model.dtype
         return matmul_rate(dtype, self.ranks.device)
 
     def check(self, rows: np.ndarray) -> tuple[float, np.ndarray]:
-        """The mean loss of these rows at the prompt as it is, and its gradient there. Takes no step."""
+        """Return the mean loss of these rows and its gradient for the current prompt. Takes no optimizer step."""
         loss = weight = 0.0
         self.prepared.attachment.set(self.step.encode())
         for batch in self.batches.of(rows):
@@ -136,7 +136,7 @@ class PtdSide:
         return loss / weight, gradient
 
     def take(self, rows: np.ndarray) -> Sample:
-        """One optimizer step on these rows, measured."""
+        """Take and measure one optimizer step on these rows."""
         self.memory.reset()
         self.step.meter.take()
         self.step.clock.start("data")
@@ -166,18 +166,18 @@ class PtdSide:
         )
 
     def forget(self) -> None:
-        """What went over the network so far was warm-up."""
+        """Discard the bytes counted so far, which the warm-up sent."""
         self._sent.clear()
 
     def network(self, steps: int) -> dict[str, Any]:
-        """What all ranks sent, as means over ``steps``."""
+        """Return what all ranks sent, as means over ``steps`` steps."""
         return summary(self.ranks, self._sent, 0.0, steps)
 
     def _obstacle(self) -> str | None:
-        """Why PEFT cannot do the same work."""
+        """Return why PEFT cannot do the same work; None if it can."""
         task = self.config.task.kind
         if task != "causal_lm":
-            return f"task.kind {task} ends in another head than PEFT's, so the two would not do the same work"
+            return f"task.kind {task} has another head than PEFT's, so the two sides would not do the same work"
         if self.prepared.model.dtype is torch.float16:
             return "float16 needs a loss scale, which PEFT leaves to the training loop; use bfloat16 or float32"
         encoder = self.step.encoder
@@ -193,7 +193,7 @@ class PtdSide:
         return load_of(batch, self._state, {layer.kind for layer in self.prepared.shape.layers})
 
     def _count(self) -> str | None:
-        """Find the formula of this run's FLOPs from one step without a result; returns why there is none."""
+        """Derive the formula of this run's FLOPs from one step without an update; return why, if there is none."""
         self._state = self.step.state()
         rows = self.rows(0)
         if self.ranks.world_size > 1:
@@ -203,8 +203,8 @@ class PtdSide:
             batch = next((each for each in candidates if distinct(self._load(each))), None)
         if batch is None or self.ranks.any(
             not (batch.rows and distinct(self._load(batch)))
-        ):  # all ranks go on together, or none
-            return "the kinds of rows cannot be told apart in these batches"
+        ):  # all ranks continue, or none does
+            return "some kinds of rows are equal in number in these batches, so they cannot be told apart"
 
         def step() -> None:
             self.prepared.attachment.set(self.step.encode())
@@ -223,7 +223,7 @@ class PtdSide:
 
 
 def started_at_random(config: RunConfig) -> RunConfig:
-    """The run with a prompt that starts at random, which the networks of PEFT can be given."""
+    """Return the run with a prompt that starts at random, because PEFT's networks can start from such a prompt."""
     settings = method(config.method_name).sizes(config.method_config())
     section = {"name": config.method_name, **{field.name: getattr(settings, field.name) for field in fields(settings)}}
     return config.model_copy(update={"method": section})

@@ -1,4 +1,4 @@
-"""What a benchmark leaves: ``bench.json``, ``bench.png``, and a curve for each sweep."""
+"""Write the results of a benchmark: ``bench.json``, ``bench.png``, and one plot per sweep."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LINE_STYLES = {"best": "--", "compiled": ":"}
 
 
 def write(folder: Path, report: dict[str, Any], sweeps: Sequence[dict[str, Any]] = ()) -> list[Path]:
-    """Write a report and its ``sweeps`` as JSON and as plots; returns the files. Raises `UserError` if it cannot."""
+    """Write a report and its ``sweeps`` as JSON and as plots; return the files. Raises `UserError` if that fails."""
     files = [folder / "bench.json", folder / "bench.png"]
     with writing(folder):
         make_folders(folder)
@@ -29,25 +29,25 @@ def write(folder: Path, report: dict[str, Any], sweeps: Sequence[dict[str, Any]]
 
 
 def parse_sweep(given: str) -> tuple[str, list[str]]:
-    """``SECTION.KEY=V1,V2`` -> the key and its values, which have to be numbers; raises `UserError`."""
+    """Parse ``SECTION.KEY=V1,V2`` into the key and its values; raise `UserError` unless all values are numbers."""
     key, _, listed = given.partition("=")
     values = [value.strip() for value in listed.split(",") if value.strip()]
     try:
         list(map(float, values))
     except ValueError as error:
-        raise UserError(f"--sweep {given}: {error}; a curve needs numbers") from error
+        raise UserError(f"--sweep {given}: {error}; give numbers, because a curve needs them") from error
     if "." not in key or not values:
         raise UserError(f"--sweep {given}: write it as SECTION.KEY=V1,V2, e.g. method.num_virtual_tokens=8,32,128")
     return key, values
 
 
 def _sides(report: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """Lane, side and its figures, in the order of the table."""
+    """Return lane, side and figures of each side, in the order of the table."""
     return [(lane["name"], side, figures) for lane in report["lanes"] for side, figures in lane["sides"].items()]
 
 
 def plot_phases(report: dict[str, Any], path: Path) -> None:
-    """Where each side's step goes: milliseconds by phase, one bar a side."""
+    """Plot how each side's step time is divided: milliseconds by phase, one bar per side."""
     pyplot = _pyplot()
     sides = _sides(report)
     figure, axes = pyplot.subplots(figsize=(8, 0.9 + 0.55 * len(sides)), dpi=150)
@@ -62,7 +62,7 @@ def plot_phases(report: dict[str, Any], path: Path) -> None:
             end, place, f" {figures['useful_tokens_per_second']['median']:,.0f} tokens/s", va="center", fontsize=8
         )
     axes.set_yticks(places, [figures["title"] for _, _, figures in sides])
-    axes.set(xlabel="milliseconds a step", xlim=(0, 1.25 * max(left)))
+    axes.set(xlabel="milliseconds per step", xlim=(0, 1.25 * max(left)))
     axes.legend(frameon=False, ncols=6, fontsize=7, loc="lower center", bbox_to_anchor=(0.45, 1.0))
     figure.tight_layout()
     figure.savefig(path)
@@ -70,7 +70,7 @@ def plot_phases(report: dict[str, Any], path: Path) -> None:
 
 
 def plot_curve(label: str, points: Sequence[tuple[float, dict[str, Any]]], path: Path) -> None:
-    """Milliseconds a step and useful tokens/s over a setting, a line a side; ``points``: its values and reports."""
+    """Plot milliseconds per step and useful tokens/s over a setting, one line per side; ``points``: value, report."""
     pyplot = _pyplot()
     figure, (cost, rate) = pyplot.subplots(1, 2, figsize=(9, 3.6), dpi=150)
     curves: dict[tuple[str, str, str], list[tuple[float, float, float]]] = {}
@@ -83,7 +83,7 @@ def plot_curve(label: str, points: Sequence[tuple[float, dict[str, Any]]], path:
         style = {"color": LINES[side], "linestyle": LINE_STYLES.get(lane, "-"), "marker": "o", "markersize": 4}
         cost.plot(values, milliseconds, label=title, **style)
         rate.plot(values, tokens, **style)
-    cost.set(xlabel=label, ylabel="milliseconds a step", ylim=(0, None))
+    cost.set(xlabel=label, ylabel="milliseconds per step", ylim=(0, None))
     rate.set(xlabel=label, ylabel="useful tokens/s", ylim=(0, None))
     cost.legend(frameon=False, fontsize=8)
     for axes in (cost, rate):

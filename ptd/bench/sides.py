@@ -1,4 +1,4 @@
-"""What the sides of a benchmark have in common: one optimizer step as it was measured, and which rows make a step."""
+"""Define what the sides of a benchmark share: a measured optimizer step, and which rows make a step."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ptd.types import Examples
 Setting = Literal["as-run", "best", "compiled"]
 _KEPT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 ENVIRONMENT: dict[Setting, dict[str, str]] = {"as-run": {}, "best": _KEPT, "compiled": _KEPT}
-"""glibc's settings for PEFT's process where there is no GPU: freed memory is kept instead of given back."""
+"""glibc's settings for PEFT's process without a GPU: freed memory is kept instead of returned to the system."""
 
 
 def settings_for(config: RunConfig) -> tuple[Setting, ...]:
-    """PEFT's settings that a run is compared with unless others are asked for: ``compiled`` if its own layers are."""
+    """Return the default settings of PEFT for a comparison; ``compiled`` only if the run compiles its own layers."""
     return ("as-run", "best", "compiled") if config.backbone.compile else ("as-run", "best")
 
 
@@ -26,8 +26,8 @@ def settings_for(config: RunConfig) -> tuple[Setting, ...]:
 class Material:
     """What PEFT's side starts from.
 
-    ``prompt``: ptd's prompt encoder, by parameter name; ``fields``: of PEFT's configuration; ``attention``: the
-    backbone's layers.
+    ``prompt``: the parameters of ptd's prompt encoder by name; ``fields``: fields of PEFT's configuration;
+    ``attention``: the backbone's attention layers.
     """
 
     examples: Examples
@@ -40,7 +40,7 @@ class Material:
 
 @dataclass(frozen=True)
 class Sample:
-    """One optimizer step. ``tokens`` are useful ones, without padding; ``flops`` those of this process, if counted."""
+    """One optimizer step. ``tokens``: useful tokens, without padding; ``flops``: of this process; None: not counted."""
 
     seconds: float
     phases: dict[str, float]
@@ -54,9 +54,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a side says of itself before anything is timed.
+    """What a side reports about itself before anything is timed.
 
-    ``uncounted``: why its FLOPs are not; ``obstacle``: why PEFT has nothing to compare with.
+    ``uncounted``: why its FLOPs are not counted; ``obstacle``: why PEFT cannot do the same work.
     """
 
     device: str
@@ -69,13 +69,14 @@ class Facts:
 
 
 Schedule = Callable[[int], np.ndarray]
-"""Step -> its rows."""
+"""A function from a step to its rows."""
 
 
 def length_grouped(lengths: np.ndarray, rows_per_step: int, seed: int) -> Schedule:
-    """Rows sorted by their ``lengths``, cut into steps, and the steps shuffled, anew in each epoch.
+    """Return a schedule of rows sorted by ``lengths`` and cut into steps, which are shuffled again in each epoch.
 
-    The longest rows are the first step: what they need is then allocated. As many rows as make whole steps are used.
+    The step with the longest rows comes first, so that its memory is allocated from then on. The shortest rows are left
+    out if the rows do not divide into whole steps.
     """
     rows_per_step = min(rows_per_step, len(lengths))
     ascending = np.argsort(lengths, kind="stable")

@@ -1,7 +1,7 @@
-"""One side of a benchmark as a process of its own: ``python -m ptd.bench.worker FD``, told what to do over a pipe.
+"""Run one side of a benchmark in a separate process: ``python -m ptd.bench.worker FD`` answers requests on a pipe.
 
-A request is ``(name, arguments)``: first ``ptd`` or ``peft`` to build the side, then the names of its methods. The
-answer is ``("done", result)``, ``("refused", message)`` for a `UserError`, or ``("failed", traceback)``.
+A request is ``(name, arguments)``. The first name, ``ptd`` or ``peft``, builds the side; later names are its methods.
+The answer is ``("done", result)``, ``("refused", message)`` for a `UserError`, or ``("failed", traceback)``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ptd.types import UserError
 
 
 def build(name: str, arguments: tuple[Any, ...]) -> Any:
-    """The side of this name."""
+    """Build the side with this name."""
     if name == "ptd":
         from ptd.bench.ptd_side import PtdSide
 
@@ -49,14 +49,14 @@ def serve(pipe: Connection) -> None:
 
 
 def main() -> None:
-    """What a conductor starts."""
+    """Serve the process that started this one (`ptd.bench.players.Player`)."""
     from transformers.utils import logging as of_transformers
 
     of_transformers.set_verbosity_error()
     of_transformers.disable_progress_bar()
-    warnings.simplefilter("ignore")  # of one library about another; nobody here can act on them
+    warnings.simplefilter("ignore")  # libraries warn about each other; users cannot act on that
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no result
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that what libraries print is not taken for a result
     serve(Connection(int(sys.argv[1])))
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the adapter (PEFT's format, with a card) and the state to continue from."""
+"""Write and read what a run saves: the adapter (in PEFT's format, with a model card) and its checkpoints."""
 
 from ptd.checkpoint.adapter import Adapter, backbone_reference, load_adapter, save_adapter
 from ptd.checkpoint.run_state import latest_complete, load_tensors

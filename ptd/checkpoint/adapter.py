@@ -1,15 +1,15 @@
-"""The adapter folder: PEFT's format wherever PEFT can say it, plus what PEFT has no field for.
+"""Write and read adapter folders: PEFT's format where it can hold the prompt, plus files for what it has no field for.
 
 =============================  =====================================================================================
 ``adapter_model.safetensors``  ``prompt_embeddings``: the flat prompt, fp32 (see `ptd.checkpoint.peft_format`);
-                               missing where there is no prompt
-``adapter_config.json``        PEFT's description of it; missing where PEFT has no such thing
-``head.safetensors``           the parameters of a trained head; missing where there is none
-``ptd.json``                   ptd's own description and the facts of the run; missing in a plain PEFT adapter
-``README.md``                  the card: what it is and how to load it (`ptd.checkpoint.card`); never read
+                               missing without a prompt
+``adapter_config.json``        PEFT's description of the prompt; missing if PEFT's format cannot hold the prompt
+``head.safetensors``           the parameters of a trained head; missing without one
+``ptd.json``                   ptd's own description and the facts of the run; missing in a pure PEFT adapter
+``README.md``                  the model card (`ptd.checkpoint.card`), for people; ptd never reads it
 =============================  =====================================================================================
 
-Re-parameterisations (MLP, LSTM) are not needed any more and not kept.
+The networks of re-parameterisations (MLP, LSTM) are not stored: after training only their output is needed.
 """
 
 from __future__ import annotations
@@ -35,26 +35,27 @@ from ptd.types import BackboneShape, EmptyLayout, PromptState, UserError, same_b
 CONFIG, WEIGHTS, HEAD, EXTRA = "adapter_config.json", "adapter_model.safetensors", "head.safetensors", "ptd.json"
 KEY = "prompt_embeddings"
 OWN_KEYS = ("backbone", "revision", "peft_type", "task_type", "prompt", "head")
-"""Keys of ptd.json beside the facts."""
+"""Keys of ptd.json that are not in `Adapter.facts`."""
 SECTIONS = ("backbone_config", "method", "task", "data")
 """Facts that are sections of the run's configuration."""
 
 
 KINDS = ("F64", "F32", "F16", "BF16")
-"""safetensors' names of the dtypes a prompt or head may have; it is used in fp32."""
+"""Dtypes (safetensors' names) that a stored prompt or head may have; ptd converts them to fp32."""
 
 LARGEST_DESCRIPTION = 16 << 20
-"""Bytes of a JSON file beside the tensors. Patterns, label names and layers take kilobytes."""
+"""Largest JSON file that is accepted, in bytes. Patterns, label names and layers take kilobytes."""
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """A tuned prompt, a trained head, or both, independent of how they were trained.
 
-    ``flat`` is the fp32 prompt that ``layout`` reads (``[0, 0]`` for none); ``backbone`` the path or hub id it was made
-    for; ``task_type`` and ``peft_type`` are PEFT's names (None: PEFT has none); ``head`` the state dict of the
-    readout's parameters; ``facts`` what else there is to know: ``fingerprint``, and the run's sections
-    ``backbone_config``, ``method``, ``task``, ``data`` (empty for an adapter that PEFT wrote).
+    ``flat`` is the fp32 prompt, whose columns ``layout`` describes (shape ``[0, 0]`` without a prompt). ``backbone`` is
+    the path or hub id of the backbone the adapter was made for. ``task_type`` and ``peft_type`` are PEFT's names (None:
+    PEFT has none). ``head`` is the state dict of the readout's parameters. ``facts`` holds everything else that is
+    known: ``fingerprint``, and the run's sections ``backbone_config``, ``method``, ``task``, ``data`` (empty for an
+    adapter that PEFT wrote).
     """
 
     flat: Tensor
@@ -67,15 +68,15 @@ class Adapter:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def state(self) -> PromptState:
-        """The prompt as the injection takes it."""
+        """Return the prompt in the form that `ptd.inject` takes."""
         return self.layout.state(self.flat)
 
     def peft_obstacle(self) -> str | None:
-        """Why PEFT cannot hold the prompt; None if it can."""
+        """Return why PEFT's format cannot hold the prompt; None if it can."""
         return peft_format.obstacle(self.layout, self.peft_type, self.task_type)
 
     def check_fits(self, shape: BackboneShape, fingerprint: str | None, *, path: str) -> None:
-        """Refuse a backbone this adapter was not made for (`UserError`)."""
+        """Raise `UserError` if the adapter was not made for this backbone."""
         made_for = self.facts.get("fingerprint")
         wrong = misfit(self.layout, shape, kinds=made_for is not None)
         if wrong:
@@ -91,18 +92,18 @@ class Adapter:
 
 
 def backbone_reference(path: str) -> str:
-    """How an adapter names its backbone: a folder by its absolute path, so that it is found from anywhere."""
+    """Return how an adapter names its backbone: the absolute path of a folder (valid from anywhere), or the hub id."""
     return str(as_path(path).resolve()) if path and as_path(path).is_dir() else path
 
 
 def save_adapter(folder: str | Path, adapter: Adapter, *, peft_only: bool = False) -> None:
     """Write the adapter; ``peft_only`` leaves out what PEFT does not read: ptd.json and a trained head.
 
-    Raises `UserError` if ``peft_only`` and PEFT's format cannot hold the prompt.
+    Raises `UserError` if ``peft_only`` is set and PEFT's format cannot hold the prompt.
     """
     obstacle = adapter.peft_obstacle()
     if peft_only and obstacle:
-        raise UserError(f"this adapter cannot become a PEFT adapter: {obstacle}; use it with ptd as it is")
+        raise UserError(f"this adapter cannot be exported to PEFT: {obstacle}; use it with ptd instead")
     folder = as_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     prompted = not isinstance(adapter.layout, EmptyLayout)
@@ -142,15 +143,15 @@ def _subject(adapter: Adapter, obstacle: str | None, head: Mapping[str, Tensor])
 
 
 def load_adapter(path: str | Path) -> Adapter:
-    """Read an adapter folder that ptd or PEFT wrote (or a run's output folder, which holds one in ``adapter/``).
+    """Read an adapter folder that ptd or PEFT wrote, or a run's output folder, which holds one in ``adapter/``.
 
-    Raises `UserError` naming what is missing, damaged or neither a prompt nor a head.
+    Raises `UserError` if a file is missing or damaged, or if the folder holds neither a prompt nor a head.
     """
     folder = as_path(path)
     if not _holds_adapter(folder) and _holds_adapter(folder / "adapter"):
         folder = folder / "adapter"
     if not folder.is_dir():
-        raise UserError(f"--adapter: there is no folder {path}")
+        raise UserError(f"--adapter: there is no folder {path}; give an adapter folder or a run's output_dir")
     ours = (folder / EXTRA).is_file()
     found = _read_json(folder / (EXTRA if ours else CONFIG))
     try:
@@ -168,7 +169,7 @@ def load_adapter(path: str | Path) -> Adapter:
     flat = torch.empty(0, 0)
     if not isinstance(layout, EmptyLayout):
         flat = _read_tensors(folder / WEIGHTS, {KEY: (rows, layout.width)}, owner=owner)[KEY]
-    # A copy, so that the unused half of what PEFT stores for an encoder-decoder is not kept in memory.
+    # The copy frees the unused half of the rows that PEFT stores for an encoder-decoder.
     flat = flat if rows == virtual else flat[:virtual].clone()
     head = _read_tensors(folder / HEAD, shapes, owner=owner) if shapes else {}
     return Adapter(flat, layout, backbone, revision, task_type, peft_type, head, facts)
@@ -181,22 +182,22 @@ def _holds_adapter(folder: Path) -> bool:
 def _name(values: dict[str, Any], key: str) -> str | None:
     value = values.get(key)
     if not isinstance(value, str | None):
-        raise TypeError(f"{key} is {value!r:.60}")
+        raise TypeError(f"{key} is {value!r:.60}, not a string")
     return value
 
 
 def _facts(found: dict[str, Any]) -> dict[str, Any]:
-    """What the run says of itself; raises `TypeError` for a section that is none. Their content others check."""
+    """Return the facts of the run; raise `TypeError` if a section is not an object. Its users check its contents."""
     facts = {key: value for key, value in found.items() if key not in OWN_KEYS}
     for key in SECTIONS:
         if not isinstance(facts.get(key, {}), dict):
-            raise TypeError(f"{key} is no section but {facts[key]!r:.60}")
+            raise TypeError(f"{key} is {facts[key]!r:.60}, not an object")
     _name(facts, "fingerprint")
     return facts
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write beside ``path``, force to disk, then rename over it; no tensors: no file."""
+    """Write to a temporary file, force it to disk, then rename it to ``path``; without tensors, remove ``path``."""
     if not tensors:
         path.unlink(missing_ok=True)
         return
@@ -208,16 +209,19 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]], *, owner: str) -> dict[str, Tensor]:
-    """The tensors of a file, none of which is read before names, shapes and dtypes are what ``owner`` says."""
+    """Return the tensors of a file in fp32.
+
+    All names, shapes and dtypes are checked before any tensor is read. ``owner``: the file that ``expected`` is from.
+    """
     try:
-        with safe_open(path, framework="pt") as file:  # refuses a header that the file's size does not bear out
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        with safe_open(path, framework="pt") as file:  # raises if the header does not match the file's size
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is not a dict
             shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
             _check_shapes(path, shapes, expected, owner)
             for name, part in slices.items():
                 if part.get_dtype() not in KINDS:
                     raise UserError(
-                        f"--adapter: {name} in {path} is of dtype {part.get_dtype()}; it has to be one of "
+                        f"--adapter: {name} in {path} has the dtype {part.get_dtype()}; it has to be one of "
                         f"{', '.join(KINDS)}"
                     )
             tensors = {name: file.get_tensor(name).float() for name in slices}
@@ -236,23 +240,25 @@ def _check_shapes(
     others = sorted(set(found) - set(expected))
     if KEY in expected and others:
         raise UserError(
-            f"--adapter: {path} holds {', '.join(others[:5])} beside the prompt; ptd reads prompts from PEFT's files, "
-            "not trained layers of the backbone; save the adapter without modules_to_save"
+            f"--adapter: {path} holds {', '.join(others[:5])} as well as the prompt; ptd reads prompts from PEFT's "
+            "files, but not trained layers of the backbone; save the adapter without modules_to_save"
         )
     if KEY in expected and found[KEY] != expected[KEY]:
         raise UserError(
-            f"--adapter: {path} has shape {found[KEY]}, its configuration says {list(expected[KEY])}; it is damaged"
+            f"--adapter: {path} has shape {found[KEY]}, but its configuration says {list(expected[KEY])}; the adapter "
+            "is damaged"
         )
     if dict(found) != dict(expected):
         raise UserError(
-            f"--adapter: {path} holds {dict(found)}, {owner} beside it says {dict(expected)}; the head is damaged"
+            f"--adapter: {path} holds {dict(found)}, but {owner} in the same folder says {dict(expected)}; the head is "
+            "damaged"
         )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST_DESCRIPTION:
-            raise ValueError(f"it has more than {LARGEST_DESCRIPTION >> 20} MiB, which no description needs")
+            raise ValueError(f"it is larger than {LARGEST_DESCRIPTION >> 20} MiB, more than any adapter needs")
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--adapter: cannot read {path}: {error}") from error

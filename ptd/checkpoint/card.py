@@ -1,7 +1,7 @@
-"""The card of an adapter folder (README.md): what it is, how it was made and measured, and how to load it.
+"""Write the model card of an adapter (README.md): what it is, how it was trained and measured, and how to load it.
 
-Its front matter is what the Hugging Face hub reads (library, base model, tags, pipeline). No paths of the machine that
-made it: of files and folders only the names.
+The front matter holds what the Hugging Face hub reads (library, base model, tags, pipeline). The card contains no paths
+of the machine that trained the adapter, only the names of files and folders.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ PIPELINES = {
     "token_classification": "token-classification",
     "question_answering": "question-answering",
 }
-"""The hub's name for each kind of task."""
+"""The hub's pipeline tag for each kind of task."""
 CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
 WRITES = {"causal_lm", "seq2seq_lm"}
 SOMEWHERE = "PATH_OF_THE_BACKBONE"
 LONGEST = 200
-"""Characters of a value that came with an adapter."""
+"""Longest value from an adapter that the card shows, in characters."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What a card is about.
+    """What a card describes.
 
-    ``obstacle``: why PEFT cannot load the prompt (None: it can); ``head_left``: a trained head stayed where the adapter
-    was exported from; ``facts``: what the adapter records of its run, of which anything may be missing or damaged.
+    ``obstacle``: why PEFT cannot load the prompt (None: it can); ``head_left``: the export left out a trained head;
+    ``facts``: what the adapter records of its run, of which anything may be missing or damaged.
     """
 
     backbone: str
@@ -61,7 +61,7 @@ class Subject:
 
     @property
     def kind(self) -> str | None:
-        """Of the task."""
+        """The kind of the task; None if it is not recorded."""
         kind = self.section("task").get("kind")
         return kind if isinstance(kind, str) else None
 
@@ -71,12 +71,12 @@ class Subject:
 
     @property
     def hub_id(self) -> str | None:
-        """Of the backbone; None for one in a folder."""
+        """The hub id of the backbone; None for a backbone in a folder."""
         return self.backbone if HUB_ID.fullmatch(self.backbone) else None
 
     @property
     def model_class(self) -> str:
-        """transformers' class of the model that the prompt was tuned on."""
+        """The transformers class of the model that the prompt was tuned on."""
         if self.task_type in CLASSES:
             return CLASSES[self.task_type]
         return "AutoModelForMaskedLM" if "{mask" in str(self.section("task").get("patterns")) else "AutoModel"
@@ -88,7 +88,7 @@ class Subject:
 
 
 def write_card(folder: Path, text: str) -> None:
-    """Write the card, unless a person (or PEFT) wrote another one there."""
+    """Write the card, unless the folder has one that a person or PEFT wrote."""
     path = folder / NAME
     if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return
@@ -96,7 +96,7 @@ def write_card(folder: Path, text: str) -> None:
 
 
 def card(about: Subject) -> str:
-    """The card's text."""
+    """Return the text of the card."""
     title = f"{_word(about.method or about.peft_type or 'adapter')} for {_name(about.backbone) or 'a backbone'}"
     lines = [_front_matter(about), MARK, "", f"# {title}", "", _summary(about), ""]
     lines += [*_table("", _figures(about)), *_data(about), *_evaluation(about), *_method(about)]
@@ -105,7 +105,7 @@ def card(about: Subject) -> str:
 
 
 def _front_matter(about: Subject) -> str:
-    from huggingface_hub import ModelCardData  # takes a while, and only writers need it
+    from huggingface_hub import ModelCardData  # imported here: it is slow, and only writing needs it
 
     tags = ["ptd", "prompt-tuning"]
     tags += [about.method.replace("_", "-")] if about.method else []
@@ -134,11 +134,11 @@ def _figures(about: Subject) -> dict[str, Any]:
         "backbone": _name(about.backbone),
         "revision": about.revision,
         "fingerprint of the backbone": about.facts.get("fingerprint"),
-        "its weights in training": stored,
+        "backbone weights during training": stored,
         "task": about.kind,
         "virtual tokens": about.num_virtual_tokens or None,
-        "numbers in the prompt": about.prompt_numbers or None,
-        "numbers in the head": about.head_numbers or None,
+        "parameters of the prompt": about.prompt_numbers or None,
+        "parameters of the head": about.head_numbers or None,
     }
 
 
@@ -166,10 +166,10 @@ def _method(about: Subject) -> list[str]:
 
 
 def _with_ptd(about: Subject) -> list[str]:
-    lines = ["## Use with ptd", "", "`ADAPTER` is this folder."]
+    lines = ["## Use with ptd", "", "`ADAPTER` stands for the path of this folder."]
     backbone = "" if about.hub_id else f" --backbone {SOMEWHERE}"
     if about.head_left:
-        lines += ["", "The head that was trained with the prompt is not here: PEFT's format has no place for it."]
+        lines += ["", "The head that was trained with the prompt is not in this folder: PEFT's format cannot hold it."]
     elif about.writes:
         lines += _code("bash", f'ptd generate --adapter ADAPTER{backbone} "your prompt"')
         lines += _code("bash", f"ptd eval --adapter ADAPTER{backbone} --data rows.jsonl")
@@ -180,7 +180,7 @@ def _with_ptd(about: Subject) -> list[str]:
         return [*lines, *_code("python", "from ptd.predict import predict", "", answers), ""]
     if about.num_virtual_tokens:
         imports = ("import ptd", f"from transformers import {about.model_class}", "")
-        use = 'tuned = ptd.load(model, "ADAPTER")  # refuses another backbone'
+        use = 'tuned = ptd.load(model, "ADAPTER")  # raises an error for another backbone'
         lines += _code("python", *imports, about.load_model, use)
     return [*lines, ""]
 
@@ -188,10 +188,10 @@ def _with_ptd(about: Subject) -> list[str]:
 def _with_peft(about: Subject) -> list[str]:
     lines = ["## Use with PEFT", ""]
     if about.obstacle is not None:
-        return [*lines, f"PEFT cannot load it: {about.obstacle}.", ""]
+        return [*lines, f"PEFT cannot load this adapter: {about.obstacle}.", ""]
     if about.head_numbers or about.head_left:
-        lines += ["PEFT loads the prompt alone, without the trained head:"]
-    whole = "  # of an encoder-decoder: its get_encoder()" if about.model_class == "AutoModel" else ""
+        lines += ["PEFT loads only the prompt, without the trained head:"]
+    whole = "  # for an encoder-decoder: its get_encoder()" if about.model_class == "AutoModel" else ""
     imports = ("from peft import PeftModel", f"from transformers import {about.model_class}", "")
     use = 'model = PeftModel.from_pretrained(model, "ADAPTER")'
     return [*lines, *_code("python", *imports, about.load_model + whole, use), ""]
@@ -223,7 +223,7 @@ def _section(facts: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _name(path: Any) -> str | None:
-    """The last part of a path of this or another machine; a hub id, which has no more than two parts, as it is."""
+    """Return the last part of a path of any operating system; a hub id (at most two parts) is returned unchanged."""
     if not isinstance(path, str) or not path:
         return None
     if HUB_ID.fullmatch(path):
@@ -232,7 +232,7 @@ def _name(path: Any) -> str | None:
 
 
 def _word(value: Any) -> str:
-    """A value as one line of a table; what is markup in it stays text."""
+    """Return a value as one line of a table, with markup escaped."""
     text = " ".join(str(value).split())
     if isinstance(value, int | float) and not isinstance(value, bool):
         text = f"{value:,}" if isinstance(value, int) else f"{value:.6g}"

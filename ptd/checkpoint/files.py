@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees either the old or the new content, never half of one."""
+"""Write files so that a reader sees either the old or the new content, never a part of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from ptd.types import UserError
 
 PATIENCE = 10.0
-"""Seconds in which a process that was ended lets go of its folder."""
+"""Seconds to wait for a process that is ending to release its folder."""
 
 
 def sync(path: Path) -> None:
@@ -29,7 +29,7 @@ def sync(path: Path) -> None:
 
 
 def make_folders(path: Path) -> None:
-    """Create a folder and those above it that are missing, and force their names to disk."""
+    """Create a folder and its missing parents, and force their names to disk."""
     if not path.is_dir():
         make_folders(path.parent)
         path.mkdir(exist_ok=True)
@@ -38,23 +38,23 @@ def make_folders(path: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around what writes to an output folder: says what to do (`UserError`) where the file system refuses."""
+    """Raise `UserError` that says what to do if the file system refuses a write to an output folder in this context."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         place = getattr(error, "filename", None) or path
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"output_dir: cannot write {place} ({reason}); see that the folder has space and is writable, then the "
-            "same command continues from the last checkpoint"
+            f"output_dir: cannot write {place} ({reason}); make sure that the folder has free space and is writable; "
+            "the same command then continues from the last checkpoint"
         ) from error
 
 
 def claim(folder: Path) -> int | None:
-    """Lock a folder for this process until the descriptor that is returned is closed, or the process ends.
+    """Lock a folder for this process until the returned descriptor is closed or the process ends.
 
-    None where the file system knows no locks. Raises `UserError` if another process holds it and does not let go soon,
-    as one would that is about to end.
+    Returns None if the file system does not support locks. Raises `UserError` if another process still holds the lock
+    after `PATIENCE` seconds; a process that is about to end releases it by then.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     limit = time.monotonic() + PATIENCE
@@ -76,7 +76,7 @@ def claim(folder: Path) -> int | None:
 
 
 def write_atomically(path: Path, content: str) -> None:
-    """Write beside ``path``, force to disk, then rename over it."""
+    """Write to a temporary file next to ``path``, force it to disk, then rename it to ``path``."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(content, encoding="utf-8")
     sync(temporary)
@@ -90,5 +90,5 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def as_json(value: Any) -> str:
-    """The text that `write_json` writes."""
+    """Return the text that `write_json` writes."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

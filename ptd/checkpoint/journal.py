@@ -1,4 +1,4 @@
-"""run.json while a run goes: that an attempt began, before anything large is loaded, and how it ended."""
+"""Write run.json during a run: that an attempt began, before anything large is loaded, and how it ended."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from ptd.errors import Diverged, Preempted, UserError
 
 
 class Journal:
-    """What run.json says of one attempt; it is rank 0 that writes. ``facts`` hold from its beginning to its end.
+    """Writes what run.json says of one attempt; only rank 0 writes. ``facts``: entries that hold for the whole attempt.
 
-    What ends by a `UserError` or Ctrl-C before `training` leaves no trace: nothing was tried. What is killed there, or
-    fails otherwise, counts as an attempt, unless a run is there that is to be replaced: that stays as it is until then.
+    An attempt that stops with a `UserError` or Ctrl-C before `training` leaves no trace, because nothing was tried. One
+    that is killed before `training`, or fails there in another way, counts as an attempt. The exception is a folder
+    whose run is to be replaced: its run.json does not change before `training`.
     """
 
     def __init__(self, folder: RunFolder, facts: dict[str, Any], *, is_main: bool) -> None:
@@ -31,24 +32,24 @@ class Journal:
         self._claim: int | None = None
 
     def begin(self) -> None:
-        """Record that the attempt begins (rank 0). Raises `UserError` while another process trains in the folder."""
+        """Record that the attempt begins (rank 0). Raises `UserError` if another process trains in the folder."""
         with writing(self.folder.path):
             make_folders(self.folder.path)
         self._claim = claim(self.folder.path)
         if self._read() != self._before:
-            raise UserError(f"output_dir: another process has just ended in {self.folder.path}; give the command again")
+            raise UserError(f"output_dir: another process has just ended in {self.folder.path}; run the command again")
         if not self.folder.replaces:
             self._begun = True
             self._write("running")
 
     def training(self, **facts: Any) -> None:
-        """Loaded; what the folder holds from here on is this run's (rank 0). ``facts`` are known now."""
+        """Record that training begins (rank 0); from now on the folder is this run's. ``facts`` are known only now."""
         self._begun = self._trains = True
         self.content |= facts
         self._write("running")
 
     def tell(self, **facts: Any) -> None:
-        """Record what has happened meanwhile; all ranks may call this."""
+        """Record ``facts`` during the run; all ranks may call this."""
         if self.is_main:
             self.content |= facts
             self._write("running")
@@ -61,7 +62,7 @@ class Journal:
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """Around the attempt: records how it broke off."""
+        """Run the attempt in this context, and record how it fails or is interrupted."""
         try:
             yield
         except (Preempted, Diverged):
@@ -86,7 +87,7 @@ class Journal:
 
     def _failed(self, error: Exception) -> None:
         if self._begun:
-            with suppress(OSError, UserError):  # a full disk, for one, is what may have ended it
+            with suppress(OSError, UserError):  # the failure may be a full disk
                 self.end("failed", error=f"{type(error).__name__}: {error}"[:500])
 
     def _undo(self) -> None:

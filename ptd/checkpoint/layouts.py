@@ -1,4 +1,4 @@
-"""A prompt's layout in ptd's own words (the entry ``prompt`` of ptd.json), and whether it fits a backbone."""
+"""Write and read a prompt's layout (the entry ``prompt`` of ptd.json), and check that it fits a backbone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Layout = PrefixLayout | SoftLayout | EmptyLayout
 
 
 def write_layout(layout: Layout, num_virtual_tokens: int) -> dict[str, Any]:
-    """The layout as JSON; see `read_layout`."""
+    """Return the layout as JSON values; `read_layout` reads them."""
     match layout:
         case PrefixLayout():
             layers = [[layer.kv_heads, layer.key_dim, layer.value_dim, layer.kind] for layer in layout.layers]
@@ -23,7 +23,7 @@ def write_layout(layout: Layout, num_virtual_tokens: int) -> dict[str, Any]:
 
 
 def read_layout(prompt: Any) -> tuple[Layout, int]:
-    """The layout and its number of virtual tokens. Raises `KeyError`, `TypeError` or `ValueError` for a damaged one."""
+    """Return the layout and its number of virtual tokens. Raises `KeyError`, `TypeError` or `ValueError` if damaged."""
     if prompt["kind"] == "none":
         return EmptyLayout(), 0
     virtual = whole(prompt["num_virtual_tokens"])
@@ -38,18 +38,18 @@ def read_layout(prompt: Any) -> tuple[Layout, int]:
 
 
 def whole(value: Any) -> int:
-    """A size: a whole number over 0, and below 2³¹ as all sizes of a model are. Raises `TypeError` or `ValueError`."""
+    """Return a size unchanged; raise `TypeError` or `ValueError` unless it is an integer above 0 and below 2³¹."""
     if type(value) is not int:
-        raise TypeError(f"{value!r:.60} is no whole number")
+        raise TypeError(f"{value!r:.60} is not an integer")
     if not 0 < value < 2**31:
-        raise ValueError(f"{value:.6g} is no size")
+        raise ValueError(f"{value:.6g} is not a valid size")
     return value
 
 
 def misfit(layout: Layout, shape: BackboneShape, *, kinds: bool) -> tuple[str, str] | None:
-    """What the prompt needs of a backbone and what this one has, in words; None if they agree.
+    """Describe what the prompt needs of a backbone and what this backbone has; return None if they agree.
 
-    Without ``kinds`` (PEFT does not say them) a prefix fits any decoder or encoder with layers of its sizes.
+    Without ``kinds`` (PEFT does not record them), a prefix fits any decoder or encoder with layers of its sizes.
     """
     match layout:
         case PrefixLayout():

@@ -1,12 +1,12 @@
-"""PEFT's words for a prompt: what its adapter format can say, written and read.
+"""Write and read a prompt in PEFT's adapter format, and say which prompts the format cannot hold.
 
 ``adapter_model.safetensors`` holds one tensor, ``prompt_embeddings``:
 
 ===============================  =======================================================================
-PREFIX_TUNING, CARTRIDGE         ``[P, L·2·token_dim]``: columns layer-major, keys before values, then kv
+PREFIX_TUNING, CARTRIDGE         ``[P, L·2·token_dim]``: columns by layer, then keys before values, then kv
                                  head, then head dimension; ``token_dim`` = kv heads × head dimension
-PROMPT_TUNING, P_TUNING          ``[P · num_transformer_submodules, hidden]``: what a re-parameterisation
-                                 put out, never its parameters
+PROMPT_TUNING, P_TUNING          ``[P · num_transformer_submodules, hidden]``: the output of a
+                                 re-parameterisation, never its parameters
 ===============================  =======================================================================
 """
 
@@ -25,23 +25,23 @@ WITH_HEAD = {
     "TOKEN_CLS": ("AutoModelForTokenClassification", "token_classification"),
     "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question_answering"),
 }
-"""PEFT's task types that train a head of one of transformers' classes; ptd's kind of that task."""
+"""PEFT's task types that train a head: the transformers class with that head, and ptd's kind of the task."""
 MOST_LAYERS = 10_000
-"""Far more than any backbone has, and few enough to be listed."""
+"""More layers than any backbone has, and few enough to be listed in memory."""
 PEFT_FORMAT = "0.21.2"
-"""The PEFT version whose format is written and tested."""
+"""The PEFT version whose format ptd writes and tests."""
 
 
 def obstacle(layout: Layout, peft_type: str | None, task_type: str | None) -> str | None:
-    """Why PEFT's format cannot hold such a prompt; None if it can."""
+    """Return why PEFT's format cannot hold such a prompt; None if it can."""
     if isinstance(layout, EmptyLayout):
-        return "it has no prompt, and PEFT has no type for such an adapter"
+        return "it has no prompt, and PEFT has no type of adapter without one"
     if isinstance(layout, SoftLayout) and not layout.in_front:
-        return "its virtual tokens stand at marks inside the text, and PEFT puts them in front only"
+        return "its virtual tokens stand at marks inside the text, but PEFT puts them only before the text"
     if isinstance(layout, PrefixLayout) and len({layer.kind for layer in layout.layers}) > 1:
         return (
-            "it is a prefix over an encoder-decoder, to which PEFT gives no encoder and no cross-attention prefix, and "
-            "layers of the decoder share theirs"
+            "it is a prefix over an encoder-decoder: PEFT has no prefix for the encoder or for cross-attention, and "
+            "its decoder layers share one prefix"
         )
     if isinstance(layout, PrefixLayout) and not _uniform(layout):
         return "the backbone's layers differ in their key/value sizes, and PEFT's prefix format cannot hold that"
@@ -53,12 +53,12 @@ def obstacle(layout: Layout, peft_type: str | None, task_type: str | None) -> st
 
 
 def write_config(layout: Layout, num_virtual_tokens: int, peft_type: str | None) -> dict[str, Any]:
-    """The fields of ``adapter_config.json`` that describe a prompt `obstacle` has nothing against."""
+    """Return the fields of ``adapter_config.json`` that describe the prompt, for which `obstacle` must be None."""
     config: dict[str, Any] = {
         "inference_mode": True,
         "peft_version": PEFT_FORMAT,
         "num_virtual_tokens": num_virtual_tokens,
-        # 1 for encoder-decoders too: of the two sets PEFT makes by default, it uses the encoder's alone.
+        # 1 for encoder-decoders too: by default PEFT makes two sets of virtual tokens but uses only the encoder's.
         "num_transformer_submodules": 1,
     }
     if isinstance(layout, PrefixLayout):
@@ -68,7 +68,7 @@ def write_config(layout: Layout, num_virtual_tokens: int, peft_type: str | None)
         if peft_type == "PREFIX_TUNING":
             config |= {"encoder_hidden_size": width, "prefix_projection": False}
     else:
-        # PEFT takes the numbers of heads and layers, which input embeddings do not have, from the backbone.
+        # PEFT reads the numbers of heads and layers, which input embeddings do not have, from the backbone.
         config["token_dim"] = layout.width
         if peft_type == "PROMPT_TUNING":
             config["prompt_tuning_init"] = "RANDOM"
@@ -78,43 +78,43 @@ def write_config(layout: Layout, num_virtual_tokens: int, peft_type: str | None)
 
 
 def read_config(config: dict[str, Any]) -> tuple[Layout, int]:
-    """The layout that ``adapter_config.json`` describes and its number of virtual tokens.
+    """Return the layout that ``adapter_config.json`` describes, and its number of virtual tokens.
 
-    A prefix's layers are given as a decoder's: PEFT does not say what they are.
+    The layers of a prefix are returned as decoder layers, because PEFT does not record their kind.
 
-    Raises `UserError` for an adapter that is no prompt, or a prompt that PEFT itself gets wrong; `KeyError`,
-    `TypeError`, `ValueError` or `ZeroDivisionError` for a damaged configuration.
+    Raises `UserError` for an adapter that is not a prompt or a prompt that PEFT itself computes wrongly, and
+    `KeyError`, `TypeError`, `ValueError` or `ZeroDivisionError` for a damaged configuration.
     """
     kind = config.get("peft_type")
     if kind not in PREFIX_TYPES + SOFT_TYPES:
         supported = ", ".join(PREFIX_TYPES + SOFT_TYPES)
-        raise UserError(f"it is a PEFT adapter of type {kind}; supported: {supported}")
+        raise UserError(f"it is a PEFT adapter of type {kind}; ptd reads the types {supported}")
     if config.get("task_type") in WITH_HEAD:
         head, task = WITH_HEAD[config["task_type"]]
         raise UserError(
-            f"it is a PEFT adapter of task type {config['task_type']}: beside the prompt PEFT trains the head of "
-            f"transformers' {head}, which ptd's backbones do not have, and the prompt answers nothing without it; use "
-            f"the adapter with PEFT, or train anew with task.kind: {task} and method.name: p_tuning_v2"
+            f"it is a PEFT adapter of task type {config['task_type']}: PEFT trained the head of transformers' {head} "
+            "together with the prompt; ptd's backbones do not have that head, and the prompt is useless without it; "
+            f"use the adapter with PEFT, or train again with task.kind: {task} and method.name: p_tuning_v2"
         )
     virtual, width = whole(config["num_virtual_tokens"]), whole(config["token_dim"])
     if kind in SOFT_TYPES:
         return SoftLayout(width), virtual
     if config.get("task_type") == ENCODER_DECODER:
         raise UserError(
-            f"it is a {kind} adapter of an encoder-decoder, to which PEFT gives no encoder and no cross-attention "
-            "prefix, and layers of the decoder share theirs by mistake; tune a prefix with ptd instead"
+            f"it is a {kind} adapter of an encoder-decoder: PEFT has no prefix for the encoder or for cross-attention, "
+            "and its decoder layers share one prefix by mistake; tune a prefix with ptd instead"
         )
     heads, layers = whole(config["num_attention_heads"]), whole(config["num_layers"])
     if layers > MOST_LAYERS or width % heads:
-        raise ValueError(f"{layers} layers with {width} numbers for {heads} heads")
+        raise ValueError(f"num_layers {layers} and token_dim {width} do not fit num_attention_heads {heads}")
     layer = LayerShape(heads, width // heads, width // heads)
     return PrefixLayout((layer,) * layers), virtual
 
 
 def stored_rows(config: dict[str, Any]) -> int:
-    """Rows of ``prompt_embeddings``: P, or 2 P for an encoder-decoder whose second half PEFT stores and never uses.
+    """Return the rows of ``prompt_embeddings``: P, or 2 P for an encoder-decoder, whose second half PEFT never uses.
 
-    Raises as `read_config` does.
+    Raises the same errors as `read_config`.
     """
     virtual = whole(config["num_virtual_tokens"])
     if config["peft_type"] in PREFIX_TYPES:

@@ -1,6 +1,6 @@
-"""A run's output folder: whose it is, whether it can be continued, and what it holds.
+"""Open a run's output folder: check whether it holds this run, and whether the run can continue.
 
-``run.json`` records the resolved configuration, versions, world size and, in the end, the result.
+``run.json`` records the resolved configuration, versions, world size and, at the end, the result.
 """
 
 from __future__ import annotations
@@ -49,19 +49,20 @@ FREE_TO_CHANGE = {
         "gradient_accumulation_steps",
     },
 }
-"""Keys that may differ when a run is continued: they do not change what is learned (batch sizes count as a product)."""
+"""Keys that may differ when a run continues, because they do not change what is learned. Of the batch sizes the
+product counts, the rows per step."""
 
 
 FORMER_TRAIN = {"learning_rate": 1e-2, "warmup_ratio": 0.0}
 FORMER_INIT = {"prefix": "random", "prompt": "vocabulary", "p_tuning": "random", "p_tuning_v2": "random"}
-"""Defaults of runs that began before prompts were trained in the backbone's units: run.json says ``units`` since."""
+"""Defaults of runs from before prompts were trained in the backbone's units; newer runs have ``units`` in run.json."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
     """An output folder that this run may use; ``checkpoint`` is where it continues from (None: from the start).
 
-    ``attempts``: what became of earlier starts of the run. ``replaces``: another run is there, to be removed.
+    ``attempts``: earlier starts of the run. ``replaces``: the folder holds another run, which will be removed.
     """
 
     path: Path
@@ -76,24 +77,24 @@ class RunFolder:
 
     @property
     def step(self) -> int:
-        """The step it continues after."""
+        """The step after which the run continues."""
         return int(self.facts().get("step", 0))
 
     def facts(self) -> dict[str, Any]:
-        """What the checkpoint says beside its tensors; empty from the start."""
+        """Return the plain values of the checkpoint, without its tensors; empty if there is no checkpoint."""
         return read_facts(self.checkpoint) if self.checkpoint is not None else {}
 
     def write(self, content: dict[str, Any]) -> None:
-        """Replace run.json. Raises `UserError` where that cannot be written."""
+        """Replace run.json. Raises `UserError` if it cannot be written."""
         with writing(self.path):
             make_folders(self.path)
             write_json(self.path / "run.json", content)
 
 
 def as_begun(config: RunConfig) -> RunConfig:
-    """The run with the defaults that it began with, where it is to be continued and began before they were changed.
+    """Return the configuration with the former defaults if it continues a run that began before they changed.
 
-    What the run file says stays as it is.
+    Keys that the run file sets are not changed.
     """
     previous = _previous(config.output_dir)
     if previous is None or previous.get("units") or not any(config.output_dir.glob("checkpoints/step-*")):
@@ -109,11 +110,12 @@ def as_begun(config: RunConfig) -> RunConfig:
 
 
 def _previous(folder: Path) -> dict[str, Any] | None:
-    """run.json of the run in this folder; None where there is none that can be read."""
+    """Return run.json of the run in this folder; None if it does not exist or cannot be read."""
     try:
         found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         before = found["config"]
-        if not found.get("units") and before["method"]["name"] in FORMER_INIT:  # before all methods had these keys
+        # The run may be from before all methods had these keys.
+        if not found.get("units") and before["method"]["name"] in FORMER_INIT:
             start = {"init": FORMER_INIT[before["method"]["name"]], "init_text": None, "init_text_file": None}
             before["method"] = {**start, **before["method"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -122,9 +124,9 @@ def _previous(folder: Path) -> dict[str, Any] | None:
 
 
 def open_run(config: RunConfig, *, overwrite: bool, retry: bool = False) -> RunFolder:
-    """Decide between a fresh start, continuing, and refusal (`UserError`); nothing is written.
+    """Decide between a fresh start, continuing, and refusal (`UserError`), without writing anything.
 
-    ``retry``: continue also a run that keeps failing.
+    ``retry``: also continue a run that has failed repeatedly.
     """
     folder = config.output_dir
     if folder.exists() and not folder.is_dir():
@@ -143,9 +145,10 @@ def open_run(config: RunConfig, *, overwrite: bool, retry: bool = False) -> RunF
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"output_dir: {folder} holds {', '.join(held)} but no readable run.json; "
-            "choose another folder or --overwrite"
+            "choose another output_dir, or --overwrite to replace these files"
         ) from error
-    if not same and held == ["run.json"]:  # it ended while it was loading, and may have been changed to mend that
+    # The run failed while it was loading, and the new settings may be the fix.
+    if not same and held == ["run.json"]:
         return RunFolder(folder, None)
     if not same:
         changed = _differences(identity(previous["config"]), identity(config.to_dict()))
@@ -162,8 +165,8 @@ def open_run(config: RunConfig, *, overwrite: bool, retry: bool = False) -> RunF
     checkpoint, skipped = latest_complete(folder / "checkpoints")
     if skipped and checkpoint is None:
         raise UserError(
-            f"output_dir: no checkpoint in {folder} is whole ({'; '.join(skipped)}); "
-            "--overwrite starts again from nothing"
+            f"output_dir: no checkpoint in {folder} is complete ({'; '.join(skipped)}); "
+            "--overwrite starts again from the beginning"
         )
     notes = [f"passed over {reason}" for reason in skipped]
     notes.append(
@@ -176,10 +179,10 @@ def open_run(config: RunConfig, *, overwrite: bool, retry: bool = False) -> RunF
 
 
 def _check_goes_on(config: RunConfig, then: str | None, diverged: dict[str, Any]) -> None:
-    """Raise `UserError` where a run that ``diverged`` would again.
+    """Raise `UserError` if a run that ``diverged`` would diverge again.
 
-    Only another ``train.on_divergence`` than it had ``then`` makes a difference: one that does not end it, or that
-    retries for the first time.
+    Only a change of ``train.on_divergence``, which was ``then``, makes a difference: to ``warn``, which does not end
+    the run, or from ``stop`` to ``retry``.
     """
     if config.train.on_divergence == "warn" or (config.train.on_divergence, then) == ("retry", "stop"):
         return
@@ -187,13 +190,13 @@ def _check_goes_on(config: RunConfig, then: str | None, diverged: dict[str, Any]
     shown = f"{rate:.3g}" if isinstance(rate, float) else rate
     raise UserError(
         f"output_dir: the run in {config.output_dir} diverged in step {diverged.get('step')} with train.learning_rate "
-        f"{shown}, and would again; lower it and choose another output_dir, or --overwrite to replace the run; "
-        "train.on_divergence=warn continues it all the same"
+        f"{shown}, and would diverge again; lower the rate and choose another output_dir, or --overwrite to replace "
+        "the run; with train.on_divergence=warn the run continues nevertheless"
     )
 
 
 def clear(folder: RunFolder) -> None:
-    """Remove what an earlier run left, and only that (for a fresh start)."""
+    """Remove the files of an earlier run, and only those (for a fresh start)."""
     for name in OWN:
         path = folder.path / name
         if path.is_dir():
@@ -203,7 +206,7 @@ def clear(folder: RunFolder) -> None:
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a resolved configuration that makes it this run and no other."""
+    """Return the part of a resolved configuration that distinguishes this run from others."""
     sections = {key: config[key] for key in ("backbone", "method", "task", "data", "train")}
     return {
         f"{section}.{key}": value
@@ -215,4 +218,4 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    return [f"{key}: {old.get(key)!r} there, {new.get(key)!r} here" for key in keys[:3]]
+    return [f"{key}: was {old.get(key)!r}, is now {new.get(key)!r}" for key in keys[:3]]

@@ -1,8 +1,8 @@
-"""Resumable checkpoints: ``checkpoints/step-NNNNNN/``, complete or not there at all.
+"""Read resumable checkpoints, ``checkpoints/step-NNNNNN/``, each of which is complete or does not exist.
 
-Tensors go through torch.distributed.checkpoint with safetensors files (each rank writes its shards; loading reshards
-to any number of ranks). A checkpoint is written to a temporary folder, forced to disk, listed with sizes and SHA-256
-in ``manifest.json`` and only then renamed (`ptd.checkpoint.saver`); ``latest`` names the newest, for people.
+torch.distributed.checkpoint stores the tensors as safetensors files: each rank writes its shards, and loading reshards
+them to any number of ranks. A checkpoint is written to a temporary folder, forced to disk, listed with sizes and
+SHA-256 in ``manifest.json`` and only then renamed (`ptd.checkpoint.saver`). ``latest`` names the newest, for people.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from ptd.checkpoint.files import as_json
 
 MANIFEST, FACTS, LATEST = "manifest.json", "state.json", "latest"
 WRITING, DELETED = ".writing-", ".deleted-"
-"""What the names of folders begin with that are not whole yet, or not any more."""
+"""Prefixes of the names of folders that are not complete yet, or no longer complete."""
 Listing: TypeAlias = list[Any]
-"""``[size in bytes, SHA-256]`` of a file, as the manifest has it."""
+"""``[size in bytes, SHA-256]`` of a file, as in the manifest."""
 
 
 def tensors_of(trained: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything trained, by name: the module's parameters and buffers and AdamW's moments of each parameter.
+    """Return all training state by name: the module's parameters and buffers, and AdamW's moments of each parameter.
 
-    The optimizer's state is created where it does not exist yet, as its first step would create it: the same call
-    serves saving and loading in place.
+    Missing optimizer state is created the way the optimizer's first step would create it, so that the same call serves
+    saving and loading in place.
     """
     tensors = dict(trained.state_dict())
-    # Kernels that count the steps themselves read the count where the parameter is; others on the host.
+    # Fused and capturable AdamW reads the step count on the parameter's device; other variants read it on the CPU.
     counted_there = {
         parameter
         for group in optimizer.param_groups
@@ -56,25 +56,25 @@ def tensors_of(trained: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
 
 
 def _whole_if_replicated(tensor: Tensor) -> Tensor:
-    """The plain tensor behind a DTensor that every rank holds whole (the safetensors writer cannot take it itself)."""
+    """Return the plain tensor of a replicated DTensor, which the safetensors writer does not accept itself."""
     if isinstance(tensor, DTensor) and all(placement.is_replicate() for placement in tensor.placements):
         return tensor.to_local()
     return tensor
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """The finished checkpoint folders, newest first."""
+    """Return the finished checkpoint folders, newest first."""
     found = [path for path in root.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
     return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int:
-    """The step a finished checkpoint was written after."""
+    """Return the step after which a finished checkpoint was written."""
     return int(folder.name.removeprefix("step-"))
 
 
 def clean(root: Path) -> None:
-    """Remove what a killed process left half written or half deleted."""
+    """Remove files and folders that a killed process left half written or half deleted."""
     for pattern in (f"{WRITING}*", f"{DELETED}*"):
         for folder in root.glob(pattern):
             shutil.rmtree(folder)
@@ -83,7 +83,7 @@ def clean(root: Path) -> None:
 
 
 def latest_complete(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and why newer ones were passed over."""
+    """Return the newest complete checkpoint, and why newer checkpoints were passed over."""
     skipped: list[str] = []
     for folder in checkpoints(root):
         reason = _damage(folder)
@@ -94,7 +94,7 @@ def latest_complete(root: Path) -> tuple[Path | None, list[str]]:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """The plain values stored beside the tensors."""
+    """Return the plain values that are stored with the tensors."""
     return dict(json.loads((folder / FACTS).read_text(encoding="utf-8")))
 
 
@@ -108,7 +108,7 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def listed(path: Path) -> Listing:
-    """Size and SHA-256 of a file as it is now."""
+    """Return the current size and SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -117,7 +117,7 @@ def listed(path: Path) -> Listing:
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint: every byte of every file counts, the manifest's own too."""
+    """Return what is wrong with a checkpoint, None if nothing is; every byte is checked, including the manifest's."""
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
         manifest = json.loads(text)
@@ -126,12 +126,12 @@ def _damage(folder: Path) -> str | None:
         for name, listing in manifest.items():
             path = folder / name
             if [path.stat().st_size] != listing[:1]:
-                return f"{name} is cut"
+                return f"{name} is truncated"
             if listed(path) != listing:
                 return f"{name} is damaged"
         strange = {path.name for path in folder.glob("*.safetensors")} - manifest.keys()
-        if strange:  # the reader takes all there are
-            return f"{', '.join(sorted(strange))} does not belong to it"
+        if strange:  # the reader would load every safetensors file
+            return f"{', '.join(sorted(strange))} does not belong to the checkpoint"
     except (OSError, ValueError, TypeError, RecursionError) as error:
         return f"unreadable ({error})"
     return None

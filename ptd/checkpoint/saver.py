@@ -1,10 +1,10 @@
-"""Writing checkpoints beside the training, off its path.
+"""Write checkpoints in a background thread while training continues.
 
-At a step boundary every rank copies its part of the tensors to the CPU and hands the copy to a thread, which does
-nothing but file IO. At later boundaries each leaves a note for rank 0 that its part is on disk; when rank 0 has them
-all, its thread lists the parts in the manifest and renames the folder. So a checkpoint is there whole or not at all,
-neither threads nor boundaries wait for another rank, and training and saving never meet in the network library. How
-the write went all ranks learn together, before the next one begins.
+At a step boundary every rank copies its part of the tensors to the CPU and hands the copy to a thread, which does only
+file IO. At a later boundary each rank leaves a note for rank 0 that its part is on disk. When rank 0 has the notes of
+all ranks, its thread lists the parts in the manifest and renames the folder. So a checkpoint is complete or does not
+exist, neither threads nor boundaries wait for another rank, and training and saving never use the network library at
+the same time. All ranks learn together whether a write succeeded, before the next one begins.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from ptd.types import UserError
 
 Files: TypeAlias = dict[str, Listing]
 Outcome: TypeAlias = Files | str
-"""What a rank tells the others: the files it wrote, or why it could not."""
+"""What a rank reports to the others: the files it wrote, or why it could not write them."""
 
 
 class Group(Protocol):
-    """The ranks of a run, as far as a checkpoint is concerned."""
+    """The operations on the ranks of a run that saving needs."""
 
     @property
     def rank(self) -> int: ...
@@ -51,7 +51,11 @@ class Group(Protocol):
 
 @dataclass
 class _Write:
-    """The write in flight. Of this rank's thread: ``part``, its part's files, and (rank 0) ``whole``, their folder."""
+    """The write in flight.
+
+    This rank's thread writes the files of ``part`` and, on rank 0, completes the folder in ``whole``. ``told``: this
+    rank has left its ``note`` for rank 0. ``hold``: see `Saver.save`.
+    """
 
     step: int
     facts: dict[str, Any]
@@ -67,13 +71,12 @@ class _Write:
 
 
 class Saver:
-    """Writes ``root/step-NNNNNN/`` and keeps the newest ``keep``; at most one write is in flight.
+    """Writes ``root/step-NNNNNN/`` and keeps the newest ``keep`` checkpoints; at most one write is in flight.
 
-    ``records``: a file that is appended to beside the training; what it held at the boundary is on disk before the
-    checkpoint is.
+    ``records``: a file to which training appends; what it held at the boundary is on disk before the checkpoint is.
 
-    All ranks call `save` and `wait` together; each raises `UserError` on all of them if a write failed on any (disk
-    full, read-only …), which leaves the checkpoints that were whole as they are.
+    All ranks call `save` and `wait` together. Both raise `UserError` on all ranks if a write failed on any rank (disk
+    full, read-only …); a failed write does not change the complete checkpoints.
     """
 
     def __init__(self, root: Path, ranks: Group, *, keep: int, records: Path | None = None) -> None:
@@ -84,9 +87,10 @@ class Saver:
         self._name, self._numbers = "", count()
 
     def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any], *, hold: int | None = None) -> None:
-        """Copy ``tensors``, all that is trained (the same names and shapes each time), and begin to write them.
+        """Copy ``tensors``, all training state (the same names and shapes in each call), and begin to write them.
 
-        Waits for the write before this one. ``hold``: beside the newest ``keep``, the newest one up to that step stays.
+        Waits for the previous write. ``hold``: in addition to the newest ``keep`` checkpoints, keep the newest one up
+        to that step.
         """
         self.wait()
         planner = DefaultSavePlanner()
@@ -99,7 +103,7 @@ class Saver:
         self._write = _Write(step, facts, f"{self._name}/{next(self._numbers)}", part, hold=hold)
 
     def poll(self) -> None:
-        """Move the write in flight on, without waiting for it or for another rank."""
+        """Advance the write in flight, without waiting for it or for another rank."""
         write = self._write
         if write is None or not write.part.done():
             return
@@ -113,11 +117,11 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether this rank could not write, as far as it has come. All ranks hear of it from `save` and `wait`."""
+        """Whether a write has failed on this rank so far. `save` and `wait` report the failure to all ranks."""
         return self._write is not None and any(work.done() and work.exception() for work in self._write.work)
 
     def wait(self) -> None:
-        """Return when nothing is in flight."""
+        """Wait until no write is in flight. Raises `UserError` if the write failed on any rank."""
         write = self._write
         if write is None:
             return
@@ -129,13 +133,13 @@ class Saver:
             outcomes = self.ranks.gather({} if write.whole is None else _outcome(write.whole))
         self._write = None
         failed = _failed(outcomes)
-        if failed:  # and rank 0, which keeps the notes, may be gone already
+        if failed:  # the note stays: rank 0, which holds the notes, may be gone
             self._give_up(write, *failed[0])
         if write.told:
             self.ranks.withdraw(write.note)
 
     def close(self) -> None:
-        """Leave a run that failed. Other ranks may be gone, so their part of the write in flight is not waited for."""
+        """Leave a run that failed, without waiting for the other ranks' parts: these ranks may be gone."""
         if self._write is None:
             return
         wait_for(self._write.work)
@@ -143,7 +147,7 @@ class Saver:
             self.wait()
 
     def _give_up(self, write: _Write, rank: int, reason: str) -> NoReturn:
-        """Raise, on all ranks, why ``rank`` could not write."""
+        """Raise the reason why ``rank`` could not write, on all ranks."""
         if self.ranks.is_main:
             shutil.rmtree(self._temporary(write.step), ignore_errors=True)
         for work in write.work:
@@ -152,27 +156,27 @@ class Saver:
                 raise error
         whole = checkpoints(self.root)
         then = (
-            f"continues from {whole[0].name}" if whole else "starts from the beginning, for there is no checkpoint yet"
+            f"continues from {whole[0].name}" if whole else "starts from the beginning, as there is no checkpoint yet"
         )
         raise UserError(
             f"output_dir: the checkpoint of step {write.step} could not be written to {self.root} (rank {rank}: "
-            f"{reason}); see that the folder has space and is writable, then the same command {then}"
+            f"{reason}); make sure that the folder has free space and is writable; the same command then {then}"
         )
 
     def _make_plan(self, planner: DefaultSavePlanner) -> SavePlan:
-        """Who writes what: shards where they are, what all ranks hold once, spread over them."""
+        """Plan the files: each rank writes its shards; a tensor that all ranks hold is written once, by one of them."""
         plans, _ = planner.create_global_plan(self.ranks.gather(planner.create_local_plan()))
         plans = HuggingFaceStorageWriter(str(self.root), save_distributed=True).prepare_global_plan(plans)
         return planner.finish_plan(plans[self.ranks.rank])
 
     def _complete(self, write: _Write, files: Files) -> Files:
-        """List the files of all ranks, rename the folder, and delete what is not kept (rank 0; a thread)."""
+        """List the files of all ranks, rename the folder, and delete old checkpoints (on rank 0, in its thread)."""
         temporary, final = self._temporary(write.step), self.root / f"step-{write.step:06d}"
         for name, (size, _) in files.items():
             if not (temporary / name).is_file() or (temporary / name).stat().st_size != size:
-                raise OSError(f"{name} is not as its rank wrote it; the folder has to be the same on all nodes")
+                raise OSError(f"{name} is not what its rank wrote; the folder has to be the same on all nodes")
         for path in set(temporary.iterdir()) - {temporary / name for name in files}:
-            path.unlink()  # of a process that was killed
+            path.unlink()  # left by a process that was killed
         write_json(temporary / FACTS, {"step": write.step, **write.facts})
         write_json(temporary / MANIFEST, {**files, FACTS: listed(temporary / FACTS)})
         if self.records is not None:
@@ -182,7 +186,7 @@ class Saver:
         temporary.rename(final)
         sync(self.root)
         write_atomically(self.root / LATEST, final.name + "\n")
-        # One of a later step was passed over as damaged; if it counted among the kept, it would push out whole ones.
+        # Checkpoints of later steps were passed over as damaged; if they counted, complete ones would be deleted.
         mine = [path for path in checkpoints(self.root) if step_of(path) <= write.step]
         held = [path for path in mine if write.hold is not None and step_of(path) <= write.hold]
         for old in set(checkpoints(self.root)) - set(mine[: self.keep]) - set(held[:1]):
@@ -192,7 +196,7 @@ class Saver:
         return {}
 
     def _set_aside(self, folder: Path) -> None:
-        """Out of sight before it is deleted, so that none is ever seen half deleted."""
+        """Hide the folder before it is deleted, so that no half-deleted checkpoint is ever visible."""
         folder.rename(self.root / (DELETED + folder.name))
 
     def _temporary(self, step: int) -> Path:
@@ -200,7 +204,7 @@ class Saver:
 
 
 class _Copies(DefaultSavePlanner):
-    """Hands out the copies instead of the live tensors."""
+    """A planner that resolves to the copies instead of the live tensors."""
 
     def __init__(self, copies: dict[MetadataIndex, Tensor]) -> None:
         super().__init__()
@@ -215,16 +219,16 @@ def _copy(tensor: Any) -> Tensor:
 
 
 def _write_part(folder: Path, plan: SavePlan, copies: dict[MetadataIndex, Tensor]) -> Files:
-    """Write this rank's tensors and force them to disk; whichever rank is first makes the folder."""
+    """Write this rank's tensors and force them to disk; the first rank to arrive creates the folder."""
     make_folders(folder)
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    writer.per_thread_copy_ahead = 0  # the copies are on the CPU already; a stream would make a context on GPU 0
+    writer.per_thread_copy_ahead = 0  # the copies are on the CPU already; a stream would create a CUDA context on GPU 0
     results = writer.write_data(plan, _Copies(copies)).wait()
     return {name: listed(folder / name) for name in sorted({result.storage_data.relative_path for result in results})}
 
 
 def _outcome(work: Future[Files]) -> Outcome:
-    """Waits for ``work``."""
+    """Wait for ``work``; return the files it wrote, or why it failed."""
     error = work.exception()
     if error is None:
         return work.result()
@@ -232,7 +236,7 @@ def _outcome(work: Future[Files]) -> Outcome:
 
 
 def _failed(outcomes: list[Outcome]) -> list[tuple[int, str]]:
-    """The ranks that could not write, and why."""
+    """Return the ranks that could not write, and why."""
     return [(rank, outcome) for rank, outcome in enumerate(outcomes) if isinstance(outcome, str)]
 
 

@@ -1,7 +1,7 @@
-"""The command line. What its exit codes mean: `ptd.exit_codes`.
+"""The command line. `ptd.exit_codes` explains its exit codes.
 
-A command is a function in the module of its theme and a line in ``COMMANDS``. None of these modules imports torch
-before a command that needs it runs: help, completion and mistakes are answered at once.
+Each command is a function in one of this package's modules and an entry of ``COMMANDS``. The modules import torch only
+when a command that needs it runs, so that help, completion and usage errors answer immediately.
 """
 
 from __future__ import annotations
@@ -66,15 +66,17 @@ def _main(
 
 
 def _leave(code: int) -> None:
-    """End at once: Python's shutdown takes each rank another while, and the first that is gone makes a launcher kill
-    the others, whose code would then be that of a kill."""
+    """Exit without Python's shutdown, which takes a different time on every rank.
+
+    As soon as the first rank has exited, a launcher kills the others, and their exit code would be that of a kill.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def main() -> None:
-    """Entry point of the ``ptd`` command."""
+    """Run the ``ptd`` command; its entry point."""
     try:
         app(standalone_mode=True)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""``python -m ptd.cli``: how launchers and job scripts start ranks."""
+"""Run the command line as ``python -m ptd.cli``, as launchers and job scripts do to start ranks."""
 
 from ptd.cli import main
 

@@ -1,4 +1,4 @@
-"""What the commands share: options that several have, who prints, and how a command ends."""
+"""Code that the commands share: common options, output on the main rank only, and the closing lines of a command."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 def at_home(value: Path | list[Path] | None) -> Path | list[Path] | None:
-    """The callback of every option and argument that is a path: what it means, whatever shell it came through."""
+    """Expand ``~`` in a path or in each path of a list; the callback of every option and argument that is a path.
+
+    Shells leave some paths unexpanded, for example ``--output=~/out`` in bash.
+    """
     if value is None:
         return None
     return [as_path(each) for each in value] if isinstance(value, list) else as_path(value)
@@ -37,36 +40,39 @@ RunFile = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Changes to it, e.g. train.learning_rate=3e-3.",
+        help="Changes to keys of the run file, e.g. train.learning_rate=3e-3.",
         metavar="KEY=VALUE",
         autocompletion=completion.overrides,
     ),
 ]
-Overwrite = Annotated[bool, typer.Option(help="Replace a run that is in output_dir already.")]
-Retry = Annotated[bool, typer.Option("--retry", help="Continue a run also if it failed again and again.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace an existing run in output_dir.")]
+Retry = Annotated[bool, typer.Option("--retry", help="Continue a run even if it has failed repeatedly.")]
 Adapter = Annotated[
     str | None, typer.Option("--adapter", "-a", help="Adapter folder (ptd's or PEFT's), or a run's output folder.")
 ]
 Backbone = Annotated[
-    str | None, typer.Option("--backbone", "-b", help="Backbone folder or hub id; default: the one the adapter names.")
+    str | None,
+    typer.Option("--backbone", "-b", help="Backbone folder or hub id; default: the backbone that the adapter names."),
 ]
 Changes = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="SECTION.KEY=VALUE",
-        help="A key of the sections backbone or data, e.g. backbone.sharding=world or data.max_length=64; repeatable. "
-        "Default: as in training, the backbone whole on every rank.",
+        help="Set a key of the section backbone or data, e.g. backbone.sharding=world or data.max_length=64; "
+        "repeatable. Default: as in training, but with the whole backbone on every rank.",
         autocompletion=completion.settings,
     ),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Sequences that run together.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-NumBeams = Annotated[int | None, typer.Option(min=1, help="Beams. Default: 1, no beam search.", show_default=False)]
+BatchSize = Annotated[int, typer.Option(min=1, help="Sequences per batch.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum number of generated tokens.")]
+NumBeams = Annotated[
+    int | None, typer.Option(min=1, help="Number of beams. Default: 1, no beam search.", show_default=False)
+]
 
 
 class Follow(enum.Enum):
-    """Whose settings decoding follows."""
+    """The defaults that decoding uses: neutral values, or the model's generation_config."""
 
     neutral = "neutral"
     model = "model"
@@ -76,24 +82,27 @@ FromModel = Annotated[
     Follow,
     typer.Option(
         "--generation-config",
-        help="Whose penalties, bans, lengths and sampling hold where no option says otherwise: nobody's (neutral), or "
-        "those that the model's author set (model).",
+        help="Penalties, banned tokens, lengths and sampling where no option sets them: none (neutral), or those of "
+        "the model's generation_config (model).",
     ),
 ]
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="No progress and no advice: the result alone, and what goes wrong.")
+    bool, typer.Option("--quiet", "-q", help="Print only the result and errors, without progress and advice.")
 ]
 
 
 def reporter_unless(quiet: bool) -> Reporter | None:
-    """Who says how far it is: the main rank, unless it is to be quiet."""
+    """Return the reporter of progress on the main rank; None on other ranks or if ``quiet``."""
     from ptd.console import make_reporter
 
     return make_reporter() if is_main() and not quiet else None
 
 
 def done(quiet: bool, written: Mapping[Path, str], then: Sequence[str], *, found: Sequence[str] = ()) -> None:
-    """The end of a command, on stderr: what it ``found``, what was written where, and what to type next."""
+    """Print the closing lines of a command to stderr: the result ``found``, the files ``written``, the next commands.
+
+    Prints nothing if ``quiet``, or on a rank other than the main rank.
+    """
     if quiet or not is_main():
         return
     sys.stdout.flush()
@@ -106,21 +115,21 @@ def done(quiet: bool, written: Mapping[Path, str], then: Sequence[str], *, found
 
 
 def left_by(out: Path) -> dict[Path, str]:
-    """What a finished run leaves in its folder, as far as it is there."""
+    """Return the existing files and folders of a finished run, each with its description."""
     left = {
-        out / "adapter": "the adapter, after the last step",
+        out / "adapter": "the adapter after the last step",
         out / "best": "the adapter of the best evaluation",
-        out / "metrics.jsonl": "a record every train.logging_steps",
-        out / "report.html": "a page on the run: curves, speed, samples, settings",
-        out / "loss.png": "the curve",
+        out / "metrics.jsonl": "one record every train.logging_steps steps",
+        out / "report.html": "a report on the run: curves, speed, samples, settings",
+        out / "loss.png": "the loss curve",
         out / "run.json": "the configuration, the versions and the result",
     }
     return {path: what for path, what in left.items() if path.exists()}
 
 
 def hush() -> None:
-    """Keep libraries from talking over ours: their progress bars and advice on every rank."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for a package that is not needed
+    """Silence the progress bars and advice that libraries would print on every rank."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for a package that ptd does not need
     from transformers.utils import logging as of_transformers
 
     of_transformers.set_verbosity_error()
@@ -136,7 +145,7 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def valid(value: Any) -> Any:
-    """The value as JSON can have it: null for a number that is not finite."""
+    """Return ``value`` with None for each number that is not finite, because JSON has no such numbers."""
     if isinstance(value, dict):
         return {key: valid(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

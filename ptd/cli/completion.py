@@ -1,4 +1,4 @@
-"""What the shell's TAB key offers: run files, keys and their values, shipped files. Nothing here loads torch."""
+"""Shell completion of run files, keys and their values, and shipped files. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ METHODS = Path(__file__).parents[1] / "methods"
 
 
 def run_files(incomplete: str) -> list[str]:
-    """Shipped recipes, YAML files and folders: what a RUN.yaml may be."""
+    """Return candidates for ``RUN.yaml``: YAML files and folders in the folder typed so far, and shipped recipes."""
     from ptd.shipped import RECIPES
 
     there = as_path(incomplete if incomplete.endswith("/") else os.path.dirname(incomplete) or ".")
@@ -35,9 +35,9 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def overrides(ctx: typer.Context, incomplete: str) -> list[str]:
-    """``section.key=`` of a run file, and after the sign what the key may be.
+    """Return candidates for ``section.key=`` of a run file, or for the value after the equals sign.
 
-    Bash takes ``key=val`` apart at the sign: there ``val`` alone is incomplete, and is to be completed alone.
+    Bash splits ``key=val`` at the equals sign. There the incomplete word is only ``val``, so only values are returned.
     """
     before = list(ctx.params.get("overrides") or ())
     if _at_sign() and before:
@@ -51,7 +51,7 @@ def overrides(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def settings(incomplete: str) -> list[str]:
-    """The same for ``--set``, which takes keys of two sections only."""
+    """Return the same candidates for ``--set``, which accepts only keys of the sections ``backbone`` and ``data``."""
     from ptd.config import NOT_SETTABLE
 
     known = {
@@ -64,7 +64,11 @@ def settings(incomplete: str) -> list[str]:
 
 
 def _assignments(incomplete: str, values: dict[str, list[str]]) -> list[str]:
-    """Bash and zsh end a word with one completion with a space, which no value may have before it: so it gets two."""
+    """Return ``key=`` for each key that begins with ``incomplete``; for a single key, also its values.
+
+    Bash and zsh append a space if there is only one candidate, but the value has to follow without a space. A single
+    key without known values therefore gets ``…`` as a second candidate.
+    """
     found = [key for key in values if key.startswith(incomplete)]
     if len(found) != 1:
         return [f"{key}=" for key in found]
@@ -79,25 +83,25 @@ def _completes_for(*shells: str) -> bool:
 
 
 def _at_sign() -> bool:
-    """Bash hands the sign over as a word of its own, which typer then drops."""
+    """Return whether the incomplete word is the equals sign, which bash passes as a separate word and typer drops."""
     words, place = os.environ.get("COMP_WORDS", "").split("\n"), int(os.environ.get("COMP_CWORD", 0))
     return _completes_for("bash") and place < len(words) and words[place] == "="
 
 
 def shipped_names() -> list[tuple[str, str]]:
-    """What ``ptd cp`` takes."""
+    """Return the file names that ``ptd cp`` accepts, each with its description."""
     from ptd.shipped import shipped_files
 
     return [(file.name, file.about) for file in shipped_files()]
 
 
 def method_names() -> list[str]:
-    """The names of all methods."""
+    """Return the names of all methods."""
     return sorted(_methods())
 
 
 def task_kinds() -> list[str]:
-    """The kinds of tasks."""
+    """Return the kinds of tasks."""
     from ptd.config import TaskKind
 
     return list(get_args(TaskKind))
@@ -105,7 +109,7 @@ def task_kinds() -> list[str]:
 
 @cache
 def _values() -> dict[str, list[str]]:
-    """Key -> what it may be, or its default."""
+    """Return the candidates for the value of each key: its choices, or else its default."""
     from ptd.config import RunConfig, Section
 
     found: dict[str, list[str]] = {}
@@ -143,7 +147,7 @@ def _shown(values: Iterable[Any]) -> list[str]:
 
 @cache
 def _methods() -> dict[str, dict[str, list[str]]]:
-    """Name -> keys -> values, read off the source of the methods: importing it takes as long as importing torch."""
+    """Return method name → key → values, parsed from the source of the methods; importing it would import torch."""
     return {name: keys for path in sorted(METHODS.glob("*.py")) for name, keys in _registered(path)}
 
 

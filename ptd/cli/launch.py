@@ -1,4 +1,4 @@
-"""``ptd launch local|ssh|slurm``: the command line's part that starts runs on many GPUs and nodes."""
+"""``ptd launch local``, ``ssh`` and ``slurm``: the commands that start runs on several GPUs and nodes."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from ptd.cli.common import Overrides, Overwrite, Retry, RunFile, at_home
 from ptd.errors import UserError
 
 app = typer.Typer(
-    help="Start ptd train on many GPUs and nodes: here, over ssh, or by Slurm.",
+    help="Start ptd train on several GPUs and nodes: on this machine, over ssh, or through Slurm.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and stop.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the command or script instead of running it.")]
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="The ranks show no progress: the result alone, and what goes wrong.")
+    bool, typer.Option("--quiet", "-q", help="The ranks print only the result and errors, without progress.")
 ]
 LogDir = Annotated[
-    Path | None, typer.Option(help="A log for each rank in this folder, instead of the terminal.", callback=at_home)
+    Path | None, typer.Option(help="Folder for one log per rank, instead of output to the terminal.", callback=at_home)
 ]
 RanksPerNode = Annotated[
-    int | None, typer.Option(min=1, help="Processes on a node that has no GPU; with GPUs there is one for each.")
+    int | None, typer.Option(min=1, help="Processes per node without GPUs. With GPUs, each GPU gets one process.")
 ]
 
 
@@ -37,11 +37,13 @@ def local(
     run: RunFile,
     overrides: Overrides = None,
     gpus_per_node: Annotated[
-        int | None, typer.Option(min=0, help="GPUs to use; default: all that are visible. 0: run on the CPU.")
+        int | None, typer.Option(min=0, help="GPUs to use; default: all visible GPUs. 0: run on the CPU.")
     ] = None,
     ranks_per_node: RanksPerNode = None,
     log_dir: LogDir = None,
-    master_port: Annotated[int | None, typer.Option(min=1, help="Default: one that is free.")] = None,
+    master_port: Annotated[
+        int | None, typer.Option(min=1, help="Port of the rendezvous; default: a free port.")
+    ] = None,
     overwrite: Overwrite = False,
     retry: Retry = False,
     quiet: Quiet = False,
@@ -58,7 +60,10 @@ def local(
     there = torch.cuda.device_count()
     gpus = there if gpus_per_node is None else gpus_per_node
     if gpus > there:
-        raise UserError(f"--gpus-per-node: {gpus} asked for, but {there} visible here; 0 runs on the CPU")
+        raise UserError(
+            f"--gpus-per-node: {gpus} requested, but PyTorch sees {there} GPUs on this machine; give a lower number, "
+            "or 0 to run on the CPU"
+        )
     command = local_command(
         program,
         _ranks(gpus, ranks_per_node),
@@ -72,28 +77,28 @@ def local(
 @app.command()
 def ssh(
     run: RunFile,
-    hostfile: Annotated[Path, typer.Option(help="Lines of: NAME slots=GPUS.", callback=at_home)],
+    hostfile: Annotated[Path, typer.Option(help="File with one line per node: NAME slots=GPUS.", callback=at_home)],
     overrides: Overrides = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="Use the first so many; default: all.")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Default: each node's slots.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Use the hostfile's first N nodes; default: all.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs per node; default: the node's slots.")] = None,
     no_ssh: Annotated[
-        bool, typer.Option("--no-ssh", help="Start this node's ranks only; give the command on every node.")
+        bool, typer.Option("--no-ssh", help="Start only this node's ranks; run the command on every node.")
     ] = False,
     node_rank: Annotated[
-        int | None, typer.Option(min=0, help="With --no-ssh: which line of the hostfile is this node, from 0.")
+        int | None, typer.Option(min=0, help="With --no-ssh: this node's line in the hostfile, counted from 0.")
     ] = None,
     master_addr: Annotated[
         str | None,
-        typer.Option(help="Address of the first node that the others reach; default: its name in the hostfile."),
+        typer.Option(help="Address at which the nodes reach the first node; default: its name in the hostfile."),
     ] = None,
-    master_port: Annotated[int, typer.Option(min=1, help="Free on the first node.")] = 29500,
+    master_port: Annotated[int, typer.Option(min=1, help="Port of the rendezvous, free on the first node.")] = 29500,
     log_dir: LogDir = None,
     overwrite: Overwrite = False,
     retry: Retry = False,
     quiet: Quiet = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Start the run on the nodes of a hostfile, with DeepSpeed's launcher: all of them by pdsh, or one by one.
+    """Start the run on the nodes of a hostfile with DeepSpeed's launcher: all through pdsh, or one with --no-ssh.
 
     All nodes need the same paths: this Python environment, the current folder, model and data.
     """
@@ -103,34 +108,42 @@ def ssh(
     program.config()
     hosts = read_hostfile(hostfile)
     if nodes is not None and nodes > len(hosts):
-        raise UserError(f"--nodes: {nodes} asked for, but {hostfile} names {len(hosts)}")
+        raise UserError(
+            f"--nodes: {nodes} requested, but {hostfile} names {len(hosts)}; give a lower number, or add nodes to it"
+        )
     hosts = hosts[:nodes]
     small = [host for host in hosts if gpus_per_node is not None and gpus_per_node > host.slots]
     if small:
-        raise UserError(f"--gpus-per-node: {gpus_per_node} asked for, but {small[0].name} has slots={small[0].slots}")
+        raise UserError(
+            f"--gpus-per-node: {gpus_per_node} requested, but {small[0].name} has slots={small[0].slots} in the "
+            "hostfile; give a lower number, or correct the hostfile"
+        )
     cluster = Cluster(hostfile, len(hosts), gpus_per_node, master_port, log_dir)
     if not no_ssh:
         if node_rank is not None:
-            raise UserError("--node-rank: over ssh all nodes are started from here; remove it, or add --no-ssh")
+            raise UserError("--node-rank: over ssh this command starts all nodes; remove --node-rank, or add --no-ssh")
         if not dry_run and shutil.which("pdsh") is None:
-            raise UserError("pdsh is not on this machine; install it (apt-get install pdsh), or see --no-ssh")
+            raise UserError("pdsh is not installed on this machine; install it (apt-get install pdsh), or use --no-ssh")
         variables, secrets = carried(os.environ)
         if secrets:
             print(
-                f"ptd: not handed to the nodes, where everybody could read it: {', '.join(secrets)}; log in there, or "
-                "keep the secret in a file of your home folder",
+                f"ptd: not passed to the nodes, where every user could read them: {', '.join(secrets)}; log in on the "
+                "nodes, or store the secrets in a file in your home folder",
                 file=sys.stderr,
             )
         command = pdsh_command(program, cluster, variables=variables, master_addr=master_addr)
-        # DeepSpeed would hand some of them over itself, and what a shell makes of their values.
+        # DeepSpeed itself would pass some of these variables on, but the node's shell would expand their values.
         settled = {name for name in (*variables, *secrets) if not name.startswith("DS_")}
         own = {name: value for name, value in os.environ.items() if name not in settled}
         _become(command, own, dry_run)
         return
     if node_rank is None and not dry_run:
-        raise UserError(f"--no-ssh: add --node-rank, 0 to {len(hosts) - 1}; --dry-run prints the command of each node")
+        raise UserError(
+            f"--no-ssh: this node's place in the hostfile is not known; add --node-rank, 0 to {len(hosts) - 1}, or "
+            "--dry-run, which prints the command of every node"
+        )
     if node_rank is not None and node_rank >= len(hosts):
-        raise UserError(f"--node-rank: {node_rank} of {len(hosts)} nodes; they are counted from 0")
+        raise UserError(f"--node-rank: there is no node {node_rank}; the {len(hosts)} nodes are counted from 0")
     for index in range(len(hosts)) if node_rank is None else [node_rank]:
         if dry_run:
             print(f"# node {index}: {hosts[index].name}")
@@ -143,42 +156,48 @@ def ssh(
 def slurm(
     run: RunFile,
     nodes: Annotated[int, typer.Option(min=1)],
-    gpus_per_node: Annotated[int, typer.Option(min=0, help="0: nodes without GPUs.")],
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs per node; 0: nodes without GPUs.")],
     overrides: Overrides = None,
     ranks_per_node: RanksPerNode = None,
-    partition: Annotated[str | None, typer.Option(help="As sbatch's; so are the next ones.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Passed to sbatch, like the options down to --mem.")] = None,
     account: Annotated[str | None, typer.Option()] = None,
     qos: Annotated[str | None, typer.Option()] = None,
-    time: Annotated[str | None, typer.Option(help="E.g. 12:00:00.")] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit, e.g. 12:00:00.")] = None,
     job_name: Annotated[str | None, typer.Option()] = None,
-    cpus_per_task: Annotated[int | None, typer.Option(min=1, help="Cores of each rank; default: 4 for a GPU.")] = None,
-    mem: Annotated[str | None, typer.Option(help="Of a node, e.g. 200G.")] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(min=1, help="Cores per rank; default with GPUs: 4.")] = None,
+    mem: Annotated[str | None, typer.Option(help="Memory per node, e.g. 200G.")] = None,
     sbatch: Annotated[
-        list[str] | None, typer.Option(help="Any other option of sbatch: key=value, or a flag.", metavar="KEY[=VALUE]")
+        list[str] | None,
+        typer.Option(help="Any other option of sbatch: key=value, or a flag; repeatable.", metavar="KEY[=VALUE]"),
     ] = None,
     sweep: Annotated[
         list[str] | None,
         typer.Option(
-            help="Several values of a key: every combination is a run of its own in a job array.",
+            help="Several values of a key; repeatable. A job array trains one run per combination.",
             metavar="KEY=V1,V2,...",
         ),
     ] = None,
     requeue: Annotated[
-        bool, typer.Option("--requeue", help="Queue the job again when it is preempted or out of time.")
+        bool, typer.Option("--requeue", help="Requeue the job when it is preempted or reaches its time limit.")
     ] = False,
-    log_dir: Annotated[Path | None, typer.Option(help="Default: logs in output_dir.", callback=at_home)] = None,
+    log_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the logs; default: logs in output_dir.", callback=at_home)
+    ] = None,
     overwrite: Overwrite = False,
     retry: Retry = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Submit the run to Slurm; prints the job's id. --dry-run prints the sbatch script instead."""
+    """Submit the run to Slurm and print the job's id. --dry-run prints the sbatch script instead."""
     from ptd.launch import Job, Program, directives, render, submit
     from ptd.launch import sweep as combinations
 
     program = Program.of(run, overrides, overwrite=overwrite, retry=retry)
     config = program.config()
     if requeue and config.train.save_steps is None:
-        raise UserError("--requeue: a job that is queued again starts from its last checkpoint; set train.save_steps")
+        raise UserError(
+            "--requeue: a requeued job continues from its newest checkpoint, but this run writes none; set "
+            "train.save_steps"
+        )
     named = {
         "job-name": job_name,
         "partition": partition,
@@ -210,12 +229,14 @@ def slurm(
 
 def _ranks(gpus: int, ranks: int | None) -> int:
     if gpus and ranks not in (None, gpus):
-        raise UserError(f"--ranks-per-node: {ranks} ranks on {gpus} GPUs; there is one for each, so remove it")
+        raise UserError(
+            f"--ranks-per-node: {ranks} ranks on {gpus} GPUs, but each GPU takes one rank; remove the option"
+        )
     return gpus or ranks or 1
 
 
 def _become(command: list[str], environment: dict[str, str], dry_run: bool) -> None:
-    """Print the command, or go on as it: its signals, output and exit code are this process's."""
+    """Print the command if ``dry_run``; otherwise replace this process by it (same signals, output and exit code)."""
     if dry_run:
         print(shlex.join(command))
         return

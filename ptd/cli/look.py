@@ -1,4 +1,4 @@
-"""``ptd doctor``, ``plan``, ``bench`` and ``report``: what a run would be like, and what it was."""
+"""``ptd doctor``, ``plan``, ``bench`` and ``report``: check, estimate and measure a run, and report on past runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def doctor(
     run: Annotated[
         Path | None,
         typer.Argument(
-            help="A run file (YAML): also check what it asks for.",
+            help="Run file (YAML); the run is checked as well as the machine.",
             metavar="RUN.yaml",
             autocompletion=completion.run_files,
             callback=at_home,
@@ -39,14 +39,15 @@ def doctor(
     ] = None,
     overrides: Overrides = None,
     dtype: Annotated[
-        str, typer.Option(help="Of the backbone: float32, bfloat16, float16; auto: as the device has.")
+        str,
+        typer.Option(help="Dtype of the backbone: float32, bfloat16, float16; auto: bfloat16 on a GPU, else float32."),
     ] = "auto",
     head_dim: Annotated[int, typer.Option(min=1, max=256, help="Size of an attention head.")] = 128,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Whether runs can work here, and which attention backend would be used for which batches, and why.
+    """Check whether runs can work on this machine, and show which attention backend serves which batches, and why.
 
-    Exit code 1 if a check failed.
+    The exit code is 1 if a check fails.
     """
     hush()
     from ptd.doctor import check_machine, check_run, examine
@@ -66,17 +67,19 @@ def doctor(
 def plan(
     run: RunFile,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs (ranks) of one node.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs (ranks) per node.")] = 1,
     gpu_memory: Annotated[str, typer.Option(help="Memory of one GPU (of one rank with --device cpu).")] = "80GiB",
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
-    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="What the run would run on.")] = "cuda",
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="Type of device that the run would use.")] = "cuda",
     supervised: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of a text's tokens that carry loss; 1: all of them.")
+        float, typer.Option(min=0, max=1, help="Share of a text's tokens that the loss covers; 1: all of them.")
     ] = 1.0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables; sizes in bytes.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of tables; sizes in bytes.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """What a run needs and where it fits, before any weights or GPUs are there: only the backbone's config is read."""
+    """Estimate what a run needs and where it fits, without weights or GPUs: ptd reads only the backbone's config."""
     from ptd.config import load_config
 
     config = load_config(run, overrides)
@@ -98,7 +101,10 @@ def plan(
 
 
 def _starts(found: dict[str, Any], config: RunConfig, run: Path, overrides: list[str]) -> list[str]:
-    """The command that starts the run on what was planned for: as it is if it fits, else placed as is best."""
+    """Return the command that starts the run on the planned GPUs, with the best placement if its own does not fit.
+
+    Returns an empty list if no placement fits.
+    """
     placements = {each["name"]: each for each in found["placements"]}
     own, best = placements[found["placement"]], placements.get(found["best"])
     if best is None:
@@ -120,20 +126,22 @@ def _starts(found: dict[str, Any], config: RunConfig, run: Path, overrides: list
 def bench(
     run: RunFile,
     overrides: Overrides = None,
-    against: Annotated[str | None, typer.Option(help="What to take turns with: peft.")] = None,
+    against: Annotated[str | None, typer.Option(help="Library to compare with: peft.")] = None,
     peft: Annotated[
         Literal["as-run", "best", "compiled"] | None,
         typer.Option(
-            help="Only PEFT as its users run it (random batches), at its best, or at its best with layers compiled; "
-            "default: the first two, with backbone.compile all three."
+            help="Measure PEFT only as its users run it (random batches), at its best, or at its best with compiled "
+            "layers. Default: the first two; with backbone.compile all three."
         ),
     ] = None,
     sweeps: Annotated[
         list[str] | None,
-        typer.Option("--sweep", metavar="SECTION.KEY=V1,V2,...", help="Also the curve over these values; repeatable."),
+        typer.Option(
+            "--sweep", metavar="SECTION.KEY=V1,V2,...", help="Also measure the run at each of these values; repeatable."
+        ),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each side.")] = 15,
-    warmup: Annotated[int, typer.Option(min=0, help="Steps of each side before that.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps per side.")] = 15,
+    warmup: Annotated[int, typer.Option(min=0, help="Untimed steps per side before the timed ones.")] = 3,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for bench.json and the plots.", callback=at_home)
     ] = Path("bench"),
@@ -141,11 +149,11 @@ def bench(
     quiet: Quiet = False,
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
-    """How fast a run trains and where its time goes, alone or against PEFT on the same rows, step by step in turns."""
+    """Measure how fast a run trains and where its time goes, alone or alternating step by step with PEFT."""
     from ptd.config import load_config
 
     if peft is not None and against is None:
-        raise UserError(f"--peft {peft}: has no effect without --against peft; add that, or leave it out")
+        raise UserError(f"--peft {peft}: has no effect without --against peft; add --against peft, or remove --peft")
     config = load_config(run, overrides)
     if is_main():
         check_writable(output, "--output")
@@ -183,25 +191,27 @@ def bench(
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="Output folders of runs, whatever became of them.", metavar="OUT...", callback=at_home),
+        typer.Argument(help="Output folders of runs, finished or not.", metavar="OUT...", callback=at_home),
     ],
     output: Annotated[
         Path | None,
         typer.Option(
             "--output",
             "-o",
-            help="HTML file; default: report.html in the run's folder, for several here.",
+            help="HTML file to write; default: report.html in the run's folder, or here for several runs.",
             callback=at_home,
         ),
     ] = None,
     png: Annotated[
-        Path | None, typer.Option(help="Also each plot as a PNG file in this folder.", callback=at_home)
+        Path | None, typer.Option(help="Also write each plot as a PNG file into this folder.", callback=at_home)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Also print the figures as one JSON object.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object with the numbers, instead of the paths.")
+    ] = False,
 ) -> None:
-    """One page on a run, or on several beside each other: curves, speed, samples, settings.
+    """Write a report on a run, or on several next to each other: curves, speed, samples, settings.
 
-    A single file that opens without a network.
+    The report is a single HTML file that opens without a network.
     """
     from ptd.report import report as write_report
 

@@ -31,11 +31,11 @@ def quickstart(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for data, adapter and curve.", callback=at_home)
     ] = Path("quickstart"),
-    ranks: Annotated[int, typer.Option(min=1, help="Processes to train with.")] = 2,
+    ranks: Annotated[int, typer.Option(min=1, help="Number of training processes.")] = 2,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier quickstart in the folder.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """The whole story in minutes: tune the shipped tiny backbone on two ranks with ZeRO-3, before and after."""
+    """Tune the shipped tiny backbone on two ranks with ZeRO-3 in minutes, and measure it before and after."""
     hush()
     from ptd.quickstart.run import run_quickstart
 
@@ -43,7 +43,7 @@ def quickstart(
     run = shlex.quote(str(output / "run"))
     prompt = shlex.quote(found["prompt"])
     then = [f"ptd generate --adapter {run} {prompt}", "ptd init   # a run file for your own model and data"]
-    done(quiet, {output / "data": "the task", **left_by(output / "run")}, then)
+    done(quiet, {output / "data": "the task's rows", **left_by(output / "run")}, then)
 
 
 def init(
@@ -52,31 +52,33 @@ def init(
     ),
     name: Annotated[
         str | None,
-        typer.Option("--method", "-m", help="What is trained.", autocompletion=completion.method_names),
+        typer.Option("--method", "-m", help="Tuning method.", autocompletion=completion.method_names),
     ] = None,
     task: Annotated[
-        str | None, typer.Option("--task", "-t", help="What is learned.", autocompletion=completion.task_kinds)
+        str | None, typer.Option("--task", "-t", help="Kind of task.", autocompletion=completion.task_kinds)
     ] = None,
     backbone: Annotated[str | None, typer.Option("--backbone", "-b", help="Backbone folder or hub id.")] = None,
     data: Annotated[
         str | None, typer.Option("--data", "-d", help="Rows to train on: file, folder or hub name.")
     ] = None,
     yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Ask nothing: take what is usual for what is not given.")
+        bool, typer.Option("--yes", "-y", help="Ask nothing; use the usual choice for each option that is not given.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Replace a file that is there already.")] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a commented RUN.yaml for a method and a task: what it needs is set, all else is there to be uncommented.
+    """Write a commented RUN.yaml for a method and a task: required keys are set, all others are commented out.
 
-    Asks for the two if they are not given and this is a terminal.
+    Asks for the method and the task if they are not given and stdin is a terminal.
     """
     if run.exists() and not force:
         raise UserError(f"{run} exists already; give another name, or --force to replace it")
     asks = sys.stdin.isatty() and not yes
     missing = [flag for flag, value in (("--task", task), ("--method", name)) if value is None]
     if missing and not (asks or yes):
-        raise UserError(f"nobody can be asked here: give {' and '.join(missing)}, or --yes for what is usual")
+        raise UserError(
+            f"stdin is not a terminal, so ptd cannot ask: give {' and '.join(missing)}, or --yes for the usual choices"
+        )
     from ptd.init import FILL_IN, draft, kind_of, kinds, render, suitable, usual_method
 
     if task is None:
@@ -92,12 +94,12 @@ def init(
         raise UserError(f"cannot write {run}: {error.strerror}; give a file in an existing folder") from error
     shown = shlex.quote(str(run))
     count = text.count(f"# {FILL_IN}:")
-    then = [f"fill in what is marked {FILL_IN} ({count})"] if count else []
+    then = [f"fill in the keys marked {FILL_IN} ({count})"] if count else []
     done(quiet, {run: f"method {name}, task {task}"}, [*then, f"ptd doctor {shown}", f"ptd train {shown}"])
 
 
 def _choose(what: str, options: Mapping[Any, str], usual: str) -> str:
-    """Ask for one of them, by number or by name."""
+    """Ask for one of ``options``, by number or by name, until the answer is one of them."""
     names = list(options)
     for number, (option, about) in enumerate(options.items(), start=1):
         typer.echo(f"  {number}  {option:<22} {about}", err=True)
@@ -107,11 +109,11 @@ def _choose(what: str, options: Mapping[Any, str], usual: str) -> str:
             return str(given)
         if given.isdecimal() and 1 <= int(given) <= len(names):
             return str(names[int(given) - 1])
-        typer.echo(f"{given!r} is not one of them; give a number or a name", err=True)
+        typer.echo(f"{given!r} is not one of the options; give a number or a name", err=True)
 
 
-def ls(as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False) -> None:
-    """List the files that ptd ships: recipes, DeepSpeed files, job scripts. All are found by their names alone."""
+def ls(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """List the files that ptd ships: recipes, DeepSpeed files, job scripts. ptd finds each file by its name alone."""
     from ptd.shipped import KINDS, shipped_files
 
     files = shipped_files()
@@ -127,14 +129,16 @@ def ls(as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
 
 def cp(
-    name: Annotated[str, typer.Argument(help="One that ptd ls shows.", autocompletion=completion.shipped_names)],
+    name: Annotated[
+        str, typer.Argument(help="Name of a file that ptd ls lists.", autocompletion=completion.shipped_names)
+    ],
     target: Annotated[
         Path, typer.Argument(help="File or folder to copy it to.", metavar="DEST", callback=at_home)
     ] = Path("."),
-    force: Annotated[bool, typer.Option("--force", "-f", help="Replace a file that is there already.")] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Copy a shipped file, to be edited."""
+    """Copy a shipped file to edit it."""
     from ptd.shipped import copy_shipped
 
     file, where = copy_shipped(name, target, force=force)

@@ -35,13 +35,13 @@ def train(
     quiet: Quiet = False,
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
-    """Train as RUN.yaml says. The same command typed again continues a run that was interrupted.
+    """Train as RUN.yaml says. The same command given again continues an interrupted run.
 
-    On several GPUs or nodes start it by ptd launch, or by any launcher that sets RANK and WORLD_SIZE.
+    On several GPUs or nodes, start it with ptd launch or with any launcher that sets RANK and WORLD_SIZE.
     """
     from ptd.engine.preemption import StopRequest
 
-    request = StopRequest.listen()  # before the imports that take long
+    request = StopRequest.listen()  # before the slow imports, during which a signal may arrive
 
     from ptd.config import load_config
 
@@ -63,26 +63,26 @@ def train(
 
 
 def _found(result: dict[str, Any]) -> list[str]:
-    """What came of it, beside what the backbone alone comes to."""
+    """Return lines on the result: the held-out loss next to that of the frozen backbone, divergence, an early stop."""
     alone, tuned = result.get("frozen_loss"), result.get("eval_loss")
     said = []
     if alone is not None:
         shown = "not finite" if tuned is None or not math.isfinite(tuned) else f"{tuned:.4f}"
-        worse = ", worse than the backbone alone" if result.get("worse_than_frozen") else ""
-        said.append(f"held-out loss: backbone alone {alone:.4f} → tuned {shown}{worse}")
+        worse = ", worse than the frozen backbone" if result.get("worse_than_frozen") else ""
+        said.append(f"held-out loss: frozen backbone {alone:.4f} → tuned {shown}{worse}")
     if "diverged_at" in result:
         said.append(f"diverged in step {result['diverged_at']:,}: train.learning_rate is too high")
     if "stopped_early" in result:
-        said.append(f"ended after step {result['stopped_early']:,}, by train.early_stopping_patience")
+        said.append(f"stopped early after step {result['stopped_early']:,}: train.early_stopping_patience was reached")
     return said
 
 
 def _instead(config: RunConfig, result: dict[str, Any]) -> list[str]:
-    """What to do where the backbone is better off without what was trained."""
-    rate = result.get("learning_rate", config.train.learning_rate)  # after a retry another one than was given
+    """Return what to do if the tuned backbone is worse than the frozen one."""
+    rate = result.get("learning_rate", config.train.learning_rate)  # a retry lowers the rate that was given
     lower = f"lower train.learning_rate (now {rate:.1e}), for example to a third"
     if "diverged_at" not in result:
-        lower += ", if the loss rose; take more steps, or a higher rate, if it was still falling"
+        lower += ", if the loss rose; train for more steps, or at a higher rate, if the loss was still falling"
     return [f"ptd report {shlex.quote(str(config.output_dir))}", lower]
 
 

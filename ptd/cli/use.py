@@ -1,4 +1,4 @@
-"""``ptd eval``, ``generate``, ``predict``, ``inspect``, ``export`` and ``import``: what is done with an adapter."""
+"""``ptd eval``, ``generate``, ``predict``, ``inspect``, ``export`` and ``import``: the commands that use an adapter."""
 
 from __future__ import annotations
 
@@ -37,22 +37,24 @@ def evaluate(
     adapter: Adapter = None,
     backbone: Backbone = None,
     changes: Changes = None,
-    generate: Annotated[bool, typer.Option("--generate", help="Also generate: BLEU, ROUGE-L and exact match.")] = False,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Also generate texts and report BLEU, ROUGE-L and exact match.")
+    ] = False,
     max_new_tokens: MaxNewTokens = 128,
     num_beams: NumBeams = None,
     generation_config: FromModel = Follow.neutral,
     batch_size: BatchSize = 16,
     quiet: Quiet = False,
 ) -> None:
-    """Print loss and the task's metrics (perplexity for text) and, with --generate, text metrics as one JSON object.
+    """Print the loss, the task's metrics (perplexity for text) and, with --generate, text metrics as one JSON object.
 
-    Without --adapter the plain backbone is evaluated.
+    Without --adapter, the frozen backbone is evaluated without a prompt.
     """
     from ptd.config import parse_settings
 
     settings = parse_settings(changes or [])
     if not generate and generation_config is not Follow.neutral:
-        raise UserError("--generation-config: has no effect without --generate")
+        raise UserError("--generation-config: has no effect without --generate; add --generate, or remove it")
     hush()
     from ptd.decoding import Decoding
     from ptd.evaluate import evaluate as run_evaluation
@@ -72,39 +74,44 @@ def evaluate(
 
 
 def generate(
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; default: one a line from stdin.")] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; default: one per line from stdin.")] = None,
     adapter: Adapter = None,
     backbone: Backbone = None,
     file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="Text file with one prompt a line.", callback=at_home)
+        Path | None, typer.Option("--file", "-f", help="Text file with one prompt per line.", callback=at_home)
     ] = None,
     max_new_tokens: MaxNewTokens = 128,
     raw: Annotated[
         bool,
-        typer.Option("--raw", help="Send each prompt as it is, not through the prompt template or chat template."),
+        typer.Option("--raw", help="Send each prompt unchanged, without the prompt template or chat template."),
     ] = False,
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="0: greedy; above: sample. Default: 0.", show_default=False)
+        float | None,
+        typer.Option(min=0, help="Sampling temperature; 0: greedy decoding. Default: 0.", show_default=False),
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Nucleus of the sampled tokens. Default: 1, all.", show_default=False),
+        typer.Option(
+            min=0, max=1, help="Probability of the nucleus to sample from. Default: 1, all tokens.", show_default=False
+        ),
     ] = None,
     top_k: Annotated[
         int | None,
-        typer.Option(min=0, help="Sample from the k likeliest tokens. Default: 0, all.", show_default=False),
+        typer.Option(min=0, help="Sample from the k likeliest tokens. Default: 0, all tokens.", show_default=False),
     ] = None,
     num_beams: NumBeams = None,
     generation_config: FromModel = Follow.neutral,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     batch_size: BatchSize = 16,
     changes: Changes = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line: prompt and completion.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per line: prompt and completion.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Continue prompts with the tuned backbone; prints one completion a line.
+    """Continue prompts with the tuned backbone and print one completion per line.
 
-    After training on chats (data.format: messages) a prompt is a user message in the tokenizer's chat template.
+    After training on chats (data.format: messages), each prompt is a user message in the tokenizer's chat template.
     """
     from ptd.config import parse_settings
     from ptd.decoding import Decoding
@@ -137,7 +144,7 @@ def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
     if file is not None:
         return read_prompts(file)
     if sys.stdin.isatty():
-        raise UserError("no prompt: give it as an argument, with --file, or on stdin")
+        raise UserError("no prompt was given; give prompts as arguments, with --file, or on stdin")
     return read_prompts(sys.stdin.buffer, "stdin")
 
 
@@ -152,7 +159,7 @@ def predict(
     batch_size: BatchSize = 16,
     quiet: Quiet = False,
 ) -> None:
-    """Label rows: each row comes back as a JSON line with its label and probabilities, its tags, or its answer."""
+    """Label rows: print each row as a JSON line with its label and probabilities, its tags, or its answer."""
     from ptd.config import parse_settings
 
     settings = parse_settings(changes or [])
@@ -187,22 +194,22 @@ def inspect_(
     adapter: Annotated[str, typer.Argument(help="Adapter folder (ptd's or PEFT's), or a run's output folder.")],
     data: Annotated[
         str | None,
-        typer.Option("--data", "-d", help="Rows to see its effect on: file, dataset folder or hub name."),
+        typer.Option("--data", "-d", help="Rows to measure the prompt's effect on: file, dataset folder or hub name."),
     ] = None,
     backbone: Backbone = None,
     changes: Changes = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows to use at most, evenly spaced over the data.")] = 64,
+    rows: Annotated[int, typer.Option(min=1, help="Maximum number of rows, evenly spaced over the data.")] = 64,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="Folder to write; default: inspect in the adapter's folder.", callback=at_home
+            "--output", "-o", help="Folder to write; default: inspect/ in the adapter's folder.", callback=at_home
         ),
     ] = None,
     batch_size: BatchSize = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """What a prompt does: attention on it by layer and head, its norms and ranks, the loss without each of its tokens.
+    """Measure what a prompt does: attention on it per layer and head, norms, ranks, the loss without each token.
 
     Writes inspect.json, figures and index.html, which holds everything and opens without a network.
     """
@@ -229,7 +236,7 @@ def inspect_(
     if data is None and not quiet:
         print(ADDS, file=sys.stderr)
     written = {
-        folder / "index.html": "all of it, with its figures (PNG) beside it",
+        folder / "index.html": "the whole result; the same folder has its figures as PNG",
         folder / "inspect.json": "the numbers",
     }
     done(quiet, written, [])
@@ -238,7 +245,9 @@ def inspect_(
 def export_(
     source: Annotated[str, typer.Argument(help="Adapter folder or run output folder.")],
     target: Annotated[Path, typer.Argument(help="New folder to write.", callback=at_home)],
-    base_model: Annotated[str | None, typer.Option(help="Backbone to name in it, e.g. a hub id.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Backbone that the PEFT folder is to name, e.g. a hub id.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Write an adapter as a plain PEFT folder (peft.PeftModel.from_pretrained loads it)."""
@@ -250,7 +259,7 @@ def export_(
     print(target)
     then = [
         f"peft.PeftModel.from_pretrained(model, {str(target)!r})   # in Python",
-        f"ptd import {shlex.quote(str(target))} NEW_FOLDER   # the way back",
+        f"ptd import {shlex.quote(str(target))} NEW_FOLDER   # converts it back",
     ]
     done(quiet, {target: "the adapter in PEFT's format"}, then)
 
@@ -261,7 +270,7 @@ def import_(
     backbone: Backbone = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write a PEFT prompt adapter (prefix, prompt or p-tuning) as one of ptd's, checked against its backbone."""
+    """Write a PEFT prompt adapter (prefix, prompt or p-tuning) as a ptd adapter, checked against its backbone."""
     hush()
     from ptd.export import import_adapter
 

@@ -1,7 +1,7 @@
-"""Rows -> tokens -> micro-batches.
+"""Turn rows into tokens, and tokens into micro-batches.
 
-`load_rows` reads a file, folder or hub dataset; `tokenize` makes `ptd.types.Examples` of the rows; `Batches` deals them
-out to steps, ranks and micro-batches, and `prefetch` does so ahead of time.
+`load_rows` reads a file, a folder or a hub dataset. `tokenize` turns the rows into `ptd.types.Examples`. `Batches`
+assigns the examples to steps, ranks and micro-batches, and `prefetch` prepares the micro-batches in advance.
 """
 
 from ptd.data.batches import Batches

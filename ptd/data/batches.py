@@ -1,9 +1,9 @@
-"""Examples -> micro-batches: which rows make a step, which of its slots gets which rows, and their tensors.
+"""Turn examples into micro-batches: choose the rows of each step, assign them to slots, and build the tensors.
 
 A step has ``world_size x gradient_accumulation_steps`` slots; a slot is one micro-batch of one rank. The rows of a step
-depend on the seed, the epoch and the number of slots only, so a run on 8 ranks and one on 2 ranks with four times the
-accumulation see the same rows at every step. Nothing here has state: any step can be asked for at any time, which
-is all a resumed run needs.
+depend on the seed, the epoch and the number of slots only, so a run on 8 ranks and a run on 2 ranks with four times the
+accumulation use the same rows at every step. No step depends on the steps before it: any step can be requested at any
+time, so a resumed run needs only the number of its next step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ptd.types import IGNORE_INDEX, Batch, Examples, UserError
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """Step ``s`` of an epoch takes the rows ``order[starts[s]:starts[s + 1]]``."""
+    """The rows of an epoch by step: step ``s`` uses the rows ``order[starts[s]:starts[s + 1]]``."""
 
     order: np.ndarray
     starts: np.ndarray
@@ -33,14 +33,14 @@ class EpochPlan:
 
 
 class Batches:
-    """Random access to a rank's micro-batches by global step.
+    """Gives random access to a rank's micro-batches by global step.
 
-    ``packing``: the rows of a step are spread over its slots so that their token counts are balanced, and each slot is
-    one packed row; otherwise slots get up to ``per_device_batch_size`` rows of similar length, padded on the right.
-    ``max_tokens`` (with packing only): a step takes as many rows as fit its slots at that many tokens each, and
-    ``per_device_batch_size`` has no effect.
+    With ``packing``, the rows of a step are divided among its slots so that the token counts are balanced, and each
+    slot is one packed row. Without it, each slot gets up to ``per_device_batch_size`` rows of similar length, padded on
+    the right. With ``max_tokens`` (packing only), a step uses as many rows as fit its slots at ``max_tokens`` tokens
+    per slot, and ``per_device_batch_size`` has no effect.
 
-    Raises `UserError` if a row cannot fit ``max_tokens``, or ``max_tokens`` is given without packing.
+    Raises `UserError` if a row does not fit ``max_tokens``, or if ``max_tokens`` is given without packing.
     """
 
     def __init__(
@@ -64,7 +64,9 @@ class Batches:
         if max_tokens is not None:
             longest = int(examples.lengths.max())
             if not packing:
-                raise UserError("max_tokens is the budget of a packed micro-batch; set packing: true or remove it")
+                raise UserError(
+                    "max_tokens is the token budget of a packed micro-batch; set packing: true or remove it"
+                )
             if longest > max_tokens:
                 raise UserError(
                     f"max_tokens is {max_tokens}, but the longest row has {longest} tokens and a row is never split; "
@@ -83,45 +85,46 @@ class Batches:
         self.slots = world_size * gradient_accumulation_steps
         first = examples.offsets[: -1 : examples.group]
         self._labels = np.add.reduceat(examples.labels != IGNORE_INDEX, first, dtype=np.int64)
-        # The prefetch thread and the training loop may ask at the same time.
+        # The prefetch thread and the training loop may request steps at the same time.
         self._lock = threading.RLock()
         self._plans: dict[int, EpochPlan] = {}
         self._epoch_ends: list[int] = []
 
     def steps_in_epoch(self, epoch: int) -> int:
-        """Optimizer steps of the epoch; with ``max_tokens`` epochs may differ."""
+        """Return the number of optimizer steps of the epoch; with ``max_tokens`` it may differ between epochs."""
         if self.max_tokens is None:
             return -(-len(self.examples) // (self.per_device_batch_size * self.slots))
         return self._end_of_epoch(epoch) - (self._end_of_epoch(epoch - 1) if epoch else 0)
 
     def total_steps(self, num_epochs: float) -> int:
-        """Optimizer steps of ``num_epochs`` epochs, the last of which may be a part; at least one."""
+        """Return the number of optimizer steps of ``num_epochs`` epochs (which may have a fraction); at least one."""
         whole = math.floor(num_epochs)
         steps = sum(self.steps_in_epoch(epoch) for epoch in range(whole))
         if num_epochs > whole:
-            # 0.1 of 30 steps is 3, also where the product comes out a rounding error above it.
+            # 0.1 of 30 steps is 3 steps, even if a rounding error makes the product slightly larger.
             steps += math.ceil((num_epochs - whole) * self.steps_in_epoch(whole) - 1e-6)
         return max(steps, 1)
 
     def rows(self, global_step: int) -> list[int]:
-        """Rows of the step over all ranks, in the epoch's order."""
+        """Return the rows of the step over all ranks, in the epoch's order."""
         return [int(row) for row in self._rows(global_step)]
 
     def supervised_tokens(self, global_step: int) -> int:
-        """Labels of the step over all ranks: what the sum of its losses is to be divided by."""
+        """Return the number of labels of the step over all ranks, the divisor of the sum of its losses."""
         return int(self._labels[self._rows(global_step)].sum())
 
     def step(self, global_step: int) -> list[Batch]:
-        """This rank's micro-batches of the step: always ``gradient_accumulation_steps`` of them.
+        """Return this rank's micro-batches of the step: always ``gradient_accumulation_steps`` of them.
 
-        A slot without a row gets a `filler` batch, because sharded ranks have to run the same number of micro-batches.
+        A slot without rows gets a batch without labels, because all ranks of a sharded backbone have to run the same
+        number of micro-batches.
         """
         return self.of(self._rows(global_step))
 
     def of(self, rows: np.ndarray) -> list[Batch]:
-        """This rank's micro-batches of a step that takes these rows."""
+        """Return this rank's micro-batches of a step that uses ``rows``."""
         slots = self._pack(rows) if self.packing else self._chunk(rows)
-        # Slots come largest first, so ranks that run the same micro-batch side by side have nearly the same work.
+        # Slots are sorted, largest first, so all ranks have nearly the same work in each micro-batch.
         mine = slots[self.rank :: self.world_size]
         return [self._make(slot) if len(slot) else self._filler(rows) for slot in mine]
 
@@ -147,7 +150,7 @@ class Batches:
     def _plan(self, epoch: int) -> EpochPlan:
         with self._lock:
             if epoch not in self._plans:
-                # Two plans are kept: at an epoch's end the prefetch thread is already in the next one.
+                # Keep two plans: at the end of an epoch the prefetch thread is already in the next epoch.
                 self._plans = {key: self._plans[key] for key in list(self._plans)[-1:]}
                 order = self._order(epoch)
                 if self.max_tokens is None:
@@ -161,7 +164,7 @@ class Batches:
     def _order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
             return np.arange(len(self.examples))
-        # Sorted raw draws rather than Generator.permutation: numpy promises the former to stay the same over versions.
+        # Sort raw draws instead of calling Generator.permutation: NumPy guarantees only raw draws across versions.
         draws = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self.examples))
         return np.argsort(draws, kind="stable")
 
@@ -169,7 +172,7 @@ class Batches:
         lengths = self.examples.lengths[rows]
         slots, loads = balance(lengths, self.slots)
         if self.max_tokens is not None and loads.max() > self.max_tokens:
-            # Balancing may overflow a slot where first fit, by which the step was planned, does not.
+            # Balancing may exceed max_tokens in a slot, whereas first fit, which planned the step, does not.
             slots, loads = first_fit(lengths, self.slots, self.max_tokens)
         return [rows[slots[index]] for index in np.argsort(-loads, kind="stable")]
 
@@ -183,14 +186,14 @@ class Batches:
         )
 
     def _filler(self, rows: np.ndarray) -> Batch:
-        """The step's first row, nothing to learn from it."""
+        """Return a batch with the step's first row and without labels."""
         whole = self._make(rows[:1])
         nothing = torch.full_like(whole.labels, IGNORE_INDEX)
         return replace(whole, labels=nothing, rows=(), tokens=0, supervised_tokens=0)
 
 
 def packed_batch(examples: Examples, rows: np.ndarray) -> Batch:
-    """The rows' sequences one behind the other: ``[1, N]``."""
+    """Return the sequences of ``rows``, concatenated: ``[1, N]``."""
     assert examples.source is None, "an encoder-decoder runs padded batches"
     sequences = _sequences(examples, rows)
     lengths = np.diff(examples.offsets)[sequences]
@@ -211,9 +214,9 @@ def packed_batch(examples: Examples, rows: np.ndarray) -> Batch:
 
 
 def padded_batch(examples: Examples, rows: np.ndarray, pad_token_id: int = 0) -> Batch:
-    """The rows' sequences one below the other, padded on the right: ``[B, S]``.
+    """Return the sequences of ``rows``, padded on the right: ``[B, S]``.
 
-    ``position_ids`` continue through the padding; behind a causal mask no useful token sees it.
+    ``position_ids`` continue through the padding; under a causal mask no real token attends to it.
     """
     sequences = _sequences(examples, rows)
     lengths = np.diff(examples.offsets)[sequences]

@@ -1,8 +1,9 @@
-"""Conversations -> the turns of the assistant that are learned, by the tokenizer's chat template.
+"""Render conversations with the tokenizer's chat template, and find the assistant turns that are supervised.
 
-A turn is what the rendering of everything up to it has behind "everything before it, with the generation prompt", which
-is what inference sends. It ends with the token that the template writes behind an answer; what stands behind that
-token (a line break, or the end of the whole text) is not learned, because generation stops there.
+Inference sends all messages before a turn, rendered with the generation prompt. The turn is what follows this text when
+all messages up to the turn are rendered. Its supervised part ends with the token that the template writes after an
+answer; what follows that token (a line break, or the end of the whole text) is not learned, because generation stops
+there.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ Message = dict[str, Any]
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PROBE = "ptd 7 probe"
-"""An answer whose place in a rendering is certain."""
+"""An answer that is certain to be found in a rendered conversation."""
 
 
 @dataclass(frozen=True)
 class Turn:
     """One answer of the assistant.
 
-    ``before``: the text that inference sends; ``written``: what the rendering has behind it; ``answer`` and ``learned``
-    count its characters without and with ``end``, the added token that closes it (None: it closes with ordinary text,
-    all of which is learned, or with nothing).
+    ``before``: the text that inference sends; ``written``: the rendered text after it. The first ``answer`` characters
+    of ``written`` are the answer; the first ``learned`` characters also contain ``end``, the added token that closes
+    the answer (None: the turn closes with ordinary text, all of which is supervised, or with nothing).
     """
 
     before: str
@@ -45,11 +46,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class Talk:
-    """A conversation up to its last learned turn, rendered, and its learned turns, of which the last is exact.
+    """The supervised turns of a conversation; its text ends with the last of them.
 
-    ``left``: turns that were to be learned but that the template renders differently once they are history.
-    ``opening``: what the template writes between the generation prompt and an answer: the model has to write it too.
-    ``unmarked``: the template's ``{% generation %}`` leaves out part of the last turn, which is learned all the same.
+    ``left``: number of turns that are not supervised because the template renders them differently once others follow.
+    ``opening``: what the template writes between the generation prompt and an answer; the model has to write it too.
+    ``unmarked``: the template's ``{% generation %}`` omits part of the last turn, which is supervised all the same.
     """
 
     turns: tuple[Turn, ...]
@@ -59,7 +60,7 @@ class Talk:
 
 
 class Chat:
-    """A tokenizer's chat template. Raises `UserError` if it has none."""
+    """Renders conversations with a tokenizer's chat template. Raises `UserError` if the tokenizer has none."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.chat_template:
@@ -70,7 +71,7 @@ class Chat:
         self.tokenizer, self.reader = tokenizer, Reader(tokenizer)
         try:
             self.template = str(tokenizer.get_chat_template())
-        except ValueError as error:  # several, none of which is the default
+        except ValueError as error:  # several templates, none of which is the default
             raise UserError(f"data.format: messages: {error}") from error
         self._frames: dict[tuple[str, ...], tuple[str, str]] = {}
 
@@ -80,14 +81,14 @@ class Chat:
         return "strftime_now" in self.template
 
     def prompt(self, messages: Sequence[Message], place: str) -> str:
-        """What inference sends for ``messages``: their rendering with the generation prompt. Raises `UserError`."""
+        """Return what inference sends: ``messages``, rendered with the generation prompt. Raises `UserError`."""
         return str(self._render(messages, place, add_generation_prompt=True))
 
     def talk(self, messages: Any, place: str) -> Talk:
-        """The turns that are learned; ``place`` names the conversation in messages ("row 3 of train.jsonl").
+        """Return the supervised turns; ``place`` names the conversation in messages ("row 3 of train.jsonl").
 
-        All of the assistant's but one that opens the conversation and those with ``weight: 0`` or ``train: false``.
-        Raises `UserError` for a conversation that cannot be learned from, or a template that cannot be used.
+        Every assistant turn is supervised, except an opening one and those with ``weight: 0`` or ``train: false``.
+        Raises `UserError` for a conversation without anything to learn, or a template that cannot be used.
         """
         learned = _learned(messages, place)
         messages = [_plain(message) for message in messages[: learned[-1] + 1]]
@@ -96,13 +97,16 @@ class Chat:
         last = self._turn(messages, text, place)
         span = (len(last.before), len(last.before) + last.learned)
         if not last.written.strip() or (marks is not None and not _overlaps(marks, span)):
-            raise UserError(f"{place}: the chat template marks nothing as written by the assistant; nothing to learn")
+            raise UserError(
+                f"{place}: the chat template marks none of the last answer as written by the assistant, so "
+                "there is nothing to learn; correct the template or remove the row"
+            )
         turns, left = [], 0
         for index in learned[:-1]:
             earlier = messages[: index + 1]
             try:
                 turn = self._turn(earlier, str(self._render(earlier, place)), place)
-            except UserError:  # inference cannot ask for it either
+            except UserError:  # inference cannot render its prompt either
                 turn = None
             if turn is None or not text.startswith(turn.before + turn.written[: turn.learned]):
                 left += 1
@@ -112,7 +116,7 @@ class Chat:
         return Talk((*turns, last), left, opening, marks is not None and not _covers(marks, span, text))
 
     def end(self) -> str | None:
-        """The added token that closes an answer to a lone question; None: there is none, or the template refuses."""
+        """Return the added token that closes the answer to a question; None if there is none or the template fails."""
         question = [{"role": "user", "content": "a"}]
         try:
             closing = self._framed(question, "the chat template")[1]
@@ -126,18 +130,18 @@ class Chat:
             pairs = enumerate(zip(before, text, strict=False))
             same = next((place for place, (one, other) in pairs if one != other), min(len(before), len(text)))
             raise UserError(
-                f"{place}: the tokenizer's chat template renders the generation prompt in a way that the finished "
-                f"conversation does not continue (it has {before[same : same + 30]!r} where the conversation has "
-                f"{text[same : same + 30]!r}), so the model would learn from another prompt than inference sends; give "
-                "the backbone's folder a chat_template.jinja whose conversations begin with its prompts, or render "
-                "them yourself for data.format: prompt_completion"
+                f"{place}: the tokenizer's chat template renders a prompt that is not the beginning of the finished "
+                f"conversation (the prompt has {before[same : same + 30]!r} where the conversation has "
+                f"{text[same : same + 30]!r}), so the model would learn from another prompt than inference sends; put "
+                "a chat_template.jinja whose conversations begin with their prompts into the backbone's folder, or "
+                "render the conversations yourself and use data.format: prompt_completion"
             )
         written = text[len(before) :]
         closing = self._framed(messages[:-1], place)[1]
         return Turn(before, written, *self._parted(written, closing if written.endswith(closing) else ""))
 
     def _parted(self, written: str, closing: str) -> tuple[int, int, str | None]:
-        """Where the answer ends, where what is learned ends, and the token between the two."""
+        """Return where the answer ends, where the supervised part ends, and the token between the two."""
         size = len(written)
         found = self.reader.added.search(closing) if self.reader.added is not None else None
         if found is None:
@@ -146,9 +150,9 @@ class Chat:
         return start + found.start(), start + found.end(), found[0]
 
     def _framed(self, before: list[Message], place: str) -> tuple[str, str]:
-        """What the template writes between the generation prompt and an answer that comes last, and behind that.
+        """Return what the template writes between the generation prompt and a last answer, and after that answer.
 
-        It is taken to be the same for conversations of the same roles.
+        Both are assumed to be the same for all conversations with the same roles.
         """
         roles = tuple(message["role"] for message in before)
         if roles not in self._frames:
@@ -160,7 +164,7 @@ class Chat:
         return self._frames[roles]
 
     def _marks(self, messages: list[Message], place: str) -> list[tuple[int, int]] | None:
-        """Character ranges that the template itself marks as the assistant's; None: it marks none at all."""
+        """Return the character ranges that the template marks as the assistant's; None if it never marks any."""
         if not _GENERATION.search(self.template):
             return None
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -179,12 +183,12 @@ class Chat:
     def _render(self, messages: Sequence[Message], place: str, **options: Any) -> Any:
         try:
             return self.tokenizer.apply_chat_template(list(messages), **{"tokenize": False, **options})
-        except Exception as error:  # a template is a program that raises what it likes
+        except Exception as error:  # a template is a program and may raise anything
             raise _refused(place, error) from error
 
 
 def common_system(conversations: Sequence[Any]) -> str | None:
-    """The system message that all conversations open with; None: not all do, or with different ones."""
+    """Return the system message with which all conversations begin; None if they do not all begin with the same."""
     found: str | None = None
     for messages in conversations:
         first = messages[0] if isinstance(messages, list) and messages else None
@@ -198,7 +202,7 @@ def common_system(conversations: Sequence[Any]) -> str | None:
 
 
 def _learned(messages: Any, place: str) -> list[int]:
-    """Which messages are learned. Raises `UserError` for a malformed conversation, or one without such a message."""
+    """Return the indices of the supervised messages; raise `UserError` if there are none or they are malformed."""
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{place}: messages has to be a list of {{role, content}}, but is {repr(messages)[:60]}")
     for number, message in enumerate(messages, start=1):
@@ -206,8 +210,8 @@ def _learned(messages: Any, place: str) -> list[int]:
         if calls and not isinstance(message.get("content"), str):
             which = "the last message" if number == len(messages) else f"message {number}"
             raise UserError(
-                f"{place}: {which} calls a tool (tool_calls) and says nothing, and what is learned is text alone; let "
-                "the row end in the assistant's answer, or write the call into its content as text"
+                f"{place}: {which} calls a tool (tool_calls) but has no text, and only text can be learned; end the "
+                "row with the assistant's answer, or write the call as text into the message's content"
             )
         for key in ("role", "content"):
             value = message.get(key) if isinstance(message, dict) else None
@@ -217,11 +221,11 @@ def _learned(messages: Any, place: str) -> list[int]:
                 )
     if messages[-1]["role"] != "assistant":
         raise UserError(
-            f"{place}: the last message is of role {messages[-1]['role']!r}, but has to be the assistant's: "
-            "it is what is learned"
+            f"{place}: the last message has the role {messages[-1]['role']!r}, but the model learns to write the "
+            "last message; end the row with an assistant message"
         )
     if len(messages) == 1:
-        raise UserError(f"{place}: there is no message before the assistant's; put at least a user message there")
+        raise UserError(f"{place}: there is no message before the assistant's; add at least a user message")
     if is_blank(messages[-1]["content"]):
         raise UserError(f"{place} has an empty last message: there is nothing to learn; remove the row")
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index > 0]
@@ -235,17 +239,17 @@ def _learned(messages: Any, place: str) -> list[int]:
 
 
 def _counts(message: Message, place: str) -> bool:
-    """Whether a message is learned, by OpenAI's ``weight`` (0 or 1) or by ``train``."""
+    """Return whether a message is supervised, by OpenAI's ``weight`` (0 or 1) or by ``train``. Raises `UserError`."""
     weight, train = message.get("weight"), message.get("train")
     if weight not in (None, 0, 1):
-        raise UserError(f"{place} has the weight {weight!r}; it can be 0 (not learned) or 1")
+        raise UserError(f"{place} has the weight {weight!r}; set it to 0 (not learned) or 1")
     if train not in (None, True, False):
-        raise UserError(f"{place} has train: {train!r}; it can be true or false (not learned)")
+        raise UserError(f"{place} has train: {train!r}; set it to true or false (not learned)")
     return weight != 0 and train is not False
 
 
 def _plain(message: Message) -> Message:
-    """What the template sees. Columns of a data set give each message the keys of all, as None where it has none."""
+    """Return the message without ``weight``, ``train`` and the keys of value None, which a data set's columns add."""
     return {key: value for key, value in message.items() if value is not None and key not in ("weight", "train")}
 
 
@@ -254,7 +258,7 @@ def _overlaps(marks: list[tuple[int, int]], span: tuple[int, int]) -> bool:
 
 
 def _covers(marks: list[tuple[int, int]], span: tuple[int, int], text: str) -> bool:
-    """Whether everything in ``span`` but blanks is marked."""
+    """Return whether everything in ``span`` except white space is marked."""
     reached, open_text = span[0], ""
     for begin, end in sorted(marks):
         open_text += text[reached : min(begin, span[1])]

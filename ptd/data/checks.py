@@ -1,4 +1,4 @@
-"""Whether what is learned from the first rows is what inference will see, and by how much the two differ."""
+"""Check on the first rows whether training matches inference, and describe the differences."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ptd.data.prompts import Written
 
 ROWS = 64
-"""So many rows are looked at."""
+"""Number of rows that are checked."""
 
 
 def notes_on_rows(
@@ -26,11 +26,11 @@ def notes_on_rows(
     what: str,
     continues: bool,
 ) -> list[str]:
-    """What differs in the first ``rows``, a sentence each.
+    """Return a sentence for each kind of difference between training and inference in the first ``rows``.
 
-    ``asked``: the prompts that inference makes of the same rows; ``continues``: whether completions are generated and
-    compared, so that how the tokenizer writes them matters. Raises `UserError` if the tokenizer knows nothing of what
-    is to be learned.
+    ``asked``: the prompts that inference makes from the same rows. ``continues``: evaluation generates completions and
+    compares them with the rows' text, so the tokenizer has to reproduce that text. Raises `UserError` if all of the
+    text to be learned is unknown to the tokenizer.
     """
     ids, reader = [_own(row, tokenizer) for row in rows], Reader(tokenizer)
     _check_known([row.text for row in rows], ids, reader, what)
@@ -45,13 +45,13 @@ def notes_on_rows(
     notes = _told(
         other,
         len(rows),
-        "in ROWS rows inference sends another prompt than is learned from",
+        "in ROWS rows inference sends another prompt than training uses",
         lambda place: f"from token {_first_difference(rows[place].prompt, asked[place]) + 1} on",
     )
     notes += _told(
         apart,
         len(rows),
-        "in ROWS rows the tokens do not read as prompt and completion one behind the other",
+        "in ROWS rows the tokens do not decode to the prompt followed by the completion",
         lambda place: f"{rows[place].text[:30]!r} is learned as {texts[place][:30]!r}",
     )
     if not continues:
@@ -63,14 +63,14 @@ def notes_on_rows(
     notes += _told(
         stops,
         len(rows),
-        f"ROWS completions hold {tokenizer.eos_token} before their end, where generation stops",
+        f"ROWS completions contain {tokenizer.eos_token} before their end, where generation stops",
         lambda place: repr(rows[place].text[:40]),
     )
     return notes
 
 
 def notes_on_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, what: str) -> list[str]:
-    """The same for the first texts that a decoder learns to write by themselves."""
+    """Return notes on the first target texts of an encoder-decoder; raise `UserError` if all of them are unknown."""
     if not texts:
         return []
     ids: list[list[int]] = tokenizer(text_target=list(texts), add_special_tokens=False, verbose=False)["input_ids"]
@@ -95,8 +95,8 @@ def _check_known(texts: Sequence[str], ids: list[list[int]], reader: Reader, wha
 
     if unknown is not None and ids and not any(map(knows, ids)):
         raise UserError(
-            f"{what}: the tokenizer {tokenizer.name_or_path!r} knows nothing of what is to be learned in the first "
-            f"{len(ids)} rows (e.g. {texts[0][:40]!r}); take a backbone for texts of this kind"
+            f"{what}: the tokenizer {tokenizer.name_or_path!r} knows none of the text to be learned in the first "
+            f"{len(ids)} rows (e.g. {texts[0][:40]!r}); use a backbone for texts of this kind"
         )
 
 
@@ -105,26 +105,26 @@ def _lossy(wanted: Sequence[str], found: Sequence[str], reader: Reader) -> list[
     return _told(
         [place for place, (text, written) in enumerate(pairs) if text != written],
         len(pairs),
-        "the tokenizer writes ROWS completions differently, so generated text cannot match them exactly",
-        lambda place: " as ".join(repr(text[:30]) for text in pairs[place]),
+        "the tokenizer cannot reproduce ROWS completions, so generated text cannot match them exactly",
+        lambda place: " becomes ".join(repr(text[:30]) for text in pairs[place]),
     )
 
 
 def _own(row: Written, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The completion's tokens without the end that was appended to the text's own."""
+    """Return the completion's tokens without EOS, if EOS was appended to the text."""
     appended = row.completion[-1] == tokenizer.eos_token_id
     written = tokenizer.eos_token is not None and row.text.rstrip().endswith(tokenizer.eos_token)
     return row.completion[:-1] if appended and not written else row.completion
 
 
 def _learned(row: Written) -> list[int]:
-    """The completion as far as it is learned."""
+    """Return the completion up to its last supervised token."""
     mask = row.learned[len(row.prompt) :]
     return row.completion[: mask.rfind(1) + 1]
 
 
 def _reads_joined(row: Written, own: list[int], reader: Reader) -> bool:
-    """Whether prompt and completion read as what the tokenizer makes of their texts joined."""
+    """Return whether prompt and completion decode to the same text as the tokens of their joined texts."""
     before, both = encode(reader.tokenizer, [row.before, row.before + row.text])
     return reader.text(before + own) == reader.text(both)
 

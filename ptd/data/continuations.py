@@ -1,7 +1,7 @@
-"""A text that continues another -> the tokens a model has to write behind the other's, and such tokens -> their text.
+"""Tokenise a text as the continuation of another text, and decode the tokens of a continuation.
 
-What a text's tokens are depends on what stands before it. SentencePiece-like tokenizers put a space before a text that
-is tokenised alone and drop one when they decode it alone; WordPiece glues the rest of a word with ``##``.
+The tokens of a text depend on the text before it. SentencePiece-like tokenizers add a space before a text that they
+tokenise alone and drop a space when they decode it alone; WordPiece marks tokens inside a word with ``##``.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ANCHORS = ("=", "x", "\n", ":", "0", "(", "。")
-"""Texts to put before one whose own context cannot be tokenised with it: one of them hardly ever merges with it."""
+"""Texts to tokenise before a text that merges with its own context; hardly any text merges with all of them."""
 _LEFT, _RIGHT = ("a", "a ", "a:", "a\n", "1", "("), ("a", " a", "\na", "1", ")", "'s", ".")
 _TAIL = 8
-"""So many tokens before a text say how its first ones are read."""
+"""Number of tokens before a text that determine how its first tokens are decoded."""
 
 
 class Reader:
-    """How the tokens of a tokenizer, as it is now, read as text."""
+    """Decodes token ids. Reads the tokenizer's added and special tokens once, when it is created."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -31,12 +31,12 @@ class Reader:
         self._apart = frozenset(added) | set(tokenizer.all_special_ids)
         special = {str(token) for token in tokenizer.all_special_tokens}
         self.added = _any_of(special | {token.content for token in added.values()})
-        """Matches the text of any token that was added to the vocabulary and is not blank; None: there are none."""
+        """Matches the text of every added or special token that is not blank; None: there are no such tokens."""
         self.special = _any_of(special | {token.content for token in added.values() if token.special})
-        """Matches that of a special token."""
+        """Matches the text of every special token that is not blank; None: there are no such tokens."""
 
     def text(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """What token ids say (negative ones are virtual), without the clean-up of spaces that some settings ask for."""
+        """Return the text of token ids without cleaning up spaces; negative ids (virtual tokens) have no text."""
         text: str = self.tokenizer.decode(
             [token for token in ids if token >= 0],
             skip_special_tokens=skip_special_tokens,
@@ -45,9 +45,9 @@ class Reader:
         return text
 
     def behind(self, before: Sequence[int], ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text that ``ids`` add to that of the tokens ``before``.
+        """Return the text that ``ids`` add to the text of the tokens ``before``.
 
-        Tokens added to the vocabulary part texts: behind one a text is read as it would be alone.
+        Added and special tokens separate texts: a text after one of them is decoded as if it were alone.
         """
         tail: list[int] = []
         for token in reversed(before):
@@ -61,9 +61,10 @@ class Reader:
         return self.text(ids, skip_special_tokens=skip_special_tokens)
 
     def reads_as(self, before: Sequence[int], ids: Sequence[int], text: str) -> bool:
-        """Whether ``ids`` behind the tokens ``before`` are ``text``, but for what the tokenizer writes differently.
+        """Return whether ``ids`` after the tokens ``before`` decode to ``text``, as far as the tokenizer can write it.
 
-        That is: ``text``, or what it makes of ``text`` alone, with a space in front only if ``text`` has one.
+        Accepted are ``text`` and what encoding and decoding ``text`` alone gives, with white space at the start only if
+        ``text`` has it there.
         """
         found = self.behind(before, ids, skip_special_tokens=False)
         if found == text:
@@ -73,16 +74,17 @@ class Reader:
         return same and bool(found) and found[0].isspace() == text[0].isspace()
 
     def plain(self, text: str) -> str:
-        """``text`` without what the tokenizer reads as special tokens in it, as generated text is decoded."""
+        """Return ``text`` without the special tokens written in it, as generated text is decoded."""
         return self.special.sub("", text) if self.special is not None else text
 
 
 def continuations(tokenizer: PreTrainedTokenizerBase, before: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each of ``texts`` as what follows the tokens of the text ``before`` it, which is tokenised alone.
+    """Return the token ids of each text in ``texts`` as it continues the text in ``before``, which is tokenised alone.
 
-    For tokenizers whose tokens simply join (byte-level BPE) these are the tokens of the text alone. For others they are
-    what the two together have beyond the tokens of the first; where a token straddles the border, what the text has
-    behind an anchor that keeps its tokens. Where nothing reads as the text, it is tokenised alone.
+    If the tokenizer's tokens can simply be concatenated (byte-level BPE), these are the tokens of the text alone.
+    Otherwise they are the tokens that both texts together have after the tokens of the first. If one token spans the
+    border, they are the tokens of the text after an anchor (`_ANCHORS`) whose own tokens do not change. A text that no
+    attempt reproduces is tokenised alone.
     """
     reader = Reader(tokenizer)
     if joins(reader):
@@ -106,10 +108,10 @@ def continuations(tokenizer: PreTrainedTokenizerBase, before: Sequence[str], tex
 
 
 def joins(reader: Reader) -> bool:
-    """Whether the tokens of two texts, one behind the other, always read as the two texts joined."""
+    """Return whether the concatenated tokens of two texts always decode to the concatenated texts (on probe texts)."""
     pairs = [(left, right) for left in _LEFT for right in _RIGHT]
     whole = encode(reader.tokenizer, [left + right for left, right in pairs])
-    # Not those that the vocabulary cannot write, as a line break in some.
+    # Skip pairs that the vocabulary cannot represent: some vocabularies lack the line break, for example.
     known = [pair for pair, ids in zip(pairs, whole, strict=True) if reader.text(ids) == "".join(pair)]
     ids_of = dict(zip(_LEFT + _RIGHT, encode(reader.tokenizer, [*_LEFT, *_RIGHT]), strict=True))
     return bool(known) and all(reader.text(ids_of[left] + ids_of[right]) == left + right for left, right in known)

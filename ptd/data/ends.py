@@ -1,4 +1,4 @@
-"""The tokens that end a text: the tokenizer's, those the model's author names, and those that training taught."""
+"""Collect the tokens that end a text: from the tokenizer, the model's ``generation_config`` and training."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 def ends_of_text(
     tokenizer: PreTrainedTokenizerBase, named: int | Sequence[int] | None, taught: Iterable[int], vocab_size: int
 ) -> tuple[tuple[int, ...], str | None]:
-    """All ids that end a text, sorted, and a note on those that were left out (None: there is none).
+    """Return the sorted ids of the tokens that end a text, and a note on ``named`` ids that are left out (or None).
 
-    ``named``: by the model's author (``generation_config.eos_token_id``); ``taught``: by the task or a training. An id
-    that the author names but that is an ordinary piece of text in this tokenizer ends nothing: configs are often left
-    with the default of their class, and a text would break off at the first "#". Ids beyond ``vocab_size`` cannot be
-    predicted.
+    ``named``: the model's ``generation_config.eos_token_id``. ``taught``: the end tokens of the task or of a training
+    run. An id that is only in ``named`` is left out if it stands for ordinary text in this tokenizer: configurations
+    often keep the default of their class, and generation would stop at the first "#", for example. Ids of
+    ``vocab_size`` and above are left out without a note, because the model cannot predict them.
     """
     given = [named] if isinstance(named, int) else list(named or [])
     ordinary = [token for token in given if token not in taught and is_text(tokenizer, token)]
@@ -29,11 +29,13 @@ def ends_of_text(
     if not ordinary:
         return tuple(sorted(found)), None
     listed = ", ".join(f"{token} ({Reader(tokenizer).text([token])!r})" for token in ordinary)
-    return tuple(sorted(found)), f"the model's generation_config ends texts at {listed}: ordinary text here, not an end"
+    return tuple(sorted(found)), (
+        f"generation does not stop at {listed}, which generation_config names: in this tokenizer it is ordinary text"
+    )
 
 
 def is_text(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
-    """Whether ``token`` stands for ordinary text: no special or added token, and what a text can be tokenised to."""
+    """Return whether ``token`` is ordinary text: not special, not added, and found when its text is tokenised."""
     if token in tokenizer.added_tokens_decoder or token in tokenizer.all_special_ids or token >= len(tokenizer):
         return False
     text = Reader(tokenizer).text([token])

@@ -1,10 +1,10 @@
-"""The columns that a task reads, some rows at a time; what a cell may be; and how a tokenizer cuts texts.
+"""Read the columns of a task in chunks of rows, check their cells, and set how a tokenizer truncates texts.
 
-One rule for every column of every task, in `cell`:
+`cell` applies one rule to every column of every task:
 
-- A *missing* cell (null, NaN, a key that the row lacks) is refused, with its row.
-- So is a *blank* one (no text, or only white space), but where having no text says something: in a prompt, in a field
-  of a template or pattern beside others, and in the answers to a question, where it means that there is none.
+- A *missing* cell (null, NaN, a key that the row lacks) raises `UserError` with the number of its row.
+- A *blank* cell (no text, or only white space) does so as well, except where an empty text has a meaning: in a prompt,
+  in one of several fields of a template or pattern, and in the answers to a question, where it means "no answer".
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ TEXT, TEXT_OR_NUMBER = "text", "text or a number"
 class Column:
     """A column that a task reads.
 
-    ``holds``: `TEXT`; `TEXT_OR_NUMBER`, which comes as text; or what the task looks at itself, in words.
-    ``may_be_blank``: no text says something here. ``may_lack``: the data need not have the column. ``used_by``: the
-    key of the run file that names the column, if one does.
+    ``holds``: `TEXT`; `TEXT_OR_NUMBER`, which is read as text; or a description of values that the task checks itself.
+    ``may_be_blank``: an empty text has a meaning. ``may_lack``: the column is optional. ``used_by``: the key of the run
+    file that names the column, if there is one.
     """
 
     name: str
@@ -44,10 +44,10 @@ class Column:
 
 
 def field_chunks(rows: Dataset, fields: Mapping[str, Column], what: str) -> Iterator[tuple[int, dict[str, list[Any]]]]:
-    """``fields`` (field -> column) of up to 1000 rows at a time, checked, with the first row's number (from 1).
+    """Yield ``fields`` (field -> column), checked, of up to 1000 rows at a time, with the first row's number (from 1).
 
-    A chunk lacks the fields whose column the data may lack, and does. Raises `UserError` for any other column that is
-    not there, and as `cell` does.
+    A chunk omits fields whose optional column does not exist. Raises `UserError` if any other column does not exist,
+    or if `cell` refuses a value.
     """
     for field, column in fields.items():
         if not column.may_lack:
@@ -66,8 +66,11 @@ def field_chunks(rows: Dataset, fields: Mapping[str, Column], what: str) -> Iter
 
 
 def cell(value: Any, column: Column, row: int, what: str) -> Any:
-    """The value of a cell as the task reads it. Raises `UserError`, naming the ``row`` of ``what``."""
-    if isinstance(value, str) and (column.may_be_blank or not is_blank(value)):  # nearly always
+    """Return the value of a cell as the task reads it; raise `UserError` for a missing, blank or wrong value.
+
+    The error names the ``row`` of ``what``.
+    """
+    if isinstance(value, str) and (column.may_be_blank or not is_blank(value)):  # the usual case
         return value
     place = f"row {row} of {what}"
     said = f"{column.name!r}, which {column.used_by} uses," if column.used_by else repr(column.name)
@@ -79,11 +82,13 @@ def cell(value: Any, column: Column, row: int, what: str) -> Any:
         )
     if column.holds == TEXT_OR_NUMBER and isinstance(value, int | float):
         if not math.isfinite(value):
-            raise UserError(f"{place}: {said} is {value}, which is no number to write; correct or remove the row")
+            raise UserError(f"{place}: {said} is {value}, but has to be a finite number; correct or remove the row")
         return str(value)
     if column.holds in (TEXT, TEXT_OR_NUMBER) and not isinstance(value, str):
         if column.used_by:
-            raise UserError(f"{place}: {said} is {type(value).__name__}, not {column.holds}")
+            raise UserError(
+                f"{place}: {said} is {type(value).__name__}, but has to be {column.holds}; convert it or remove the row"
+            )
         raise UserError(
             f"{place}: {said} has to be {column.holds}, but is {type(value).__name__} ({repr(value)[:60]}); write it "
             "as a string"
@@ -94,18 +99,18 @@ def cell(value: Any, column: Column, row: int, what: str) -> Any:
 
 
 def blank(place: str, said: str, holds: str = "text with at least one token") -> UserError:
-    """The refusal of a cell with nothing in it; ``said``: its column, or several."""
+    """Return the error for a blank cell; ``said`` names its column, or several columns."""
     return UserError(f"{place} has an empty {said}: {said} has to be {holds}; fill it in or remove the row")
 
 
 def check_column(rows: Dataset, field: str, column: str, what: str) -> None:
-    """Raise `UserError` if there is no such column."""
+    """Raise `UserError` if the rows have no ``column`` to read the ``field`` from."""
     if column in rows.column_names:
         return
     near = next((name for name in rows.column_names if name.strip().casefold() == column.strip().casefold()), None)
     example = near or rows.column_names[0]
     example = example if example.strip() == example else repr(example)
-    meant = "" if near is None else f" (is {near!r} meant? case and spaces count)"
+    meant = "" if near is None else f" (is {near!r} meant? case and spaces matter)"
     raise UserError(
         f"{what} has no column {column!r}; it has {', '.join(rows.column_names)}{meant}. "
         f"Name the column that holds the {field}, e.g. data.columns: {{{field}: {example}}}"
@@ -114,7 +119,7 @@ def check_column(rows: Dataset, field: str, column: str, what: str) -> None:
 
 @contextmanager
 def cut_on_the_right(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Some tokenizers come with ``truncation_side: left``, which suits prompts of a decoder."""
+    """Make the tokenizer truncate on the right; some have ``truncation_side: left``, which suits decoder prompts."""
     before, tokenizer.truncation_side = tokenizer.truncation_side, "right"
     try:
         yield

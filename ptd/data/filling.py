@@ -1,4 +1,4 @@
-"""Templates filled with the values of rows -> token ids, cut to a length without losing marks or literal text."""
+"""Fill templates with the values of rows, tokenise them, and cut them without losing marks or literal text."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ def fill(
     max_length: int | None = None,
     mask_width: int = 1,
 ) -> tuple[list[list[int]], int]:
-    """One sequence for each row of ``values`` (what its fields hold, in order), and how many of them were cut.
+    """Return one sequence per row of ``values`` (the values of its fields, in order), and how many sequences were cut.
 
-    ``affixes``: the special tokens before and behind. `MASK_SLOT` stands where ``{mask}`` stands and counts as
-    ``mask_width`` tokens. Over ``max_length`` tokens the fields lose their last ones, always the longest field first
-    (Schick & Schütze 2021, PET); literal text, marks and special tokens stay. A token that holds both a field's and
-    literal characters counts as literal, spaces aside. Raises `UserError` if what has to stay is too long already.
+    ``affixes``: the special tokens before and after the text. `MASK_SLOT` takes the place of ``{mask}`` and counts as
+    ``mask_width`` tokens. In a sequence over ``max_length`` tokens, the fields lose their last tokens, always the
+    longest field first (Schick & Schütze 2021, PET); literal text, marks and special tokens stay. A token with both a
+    field's and literal characters counts as literal (spaces are ignored). Raises `UserError` if the parts that have to
+    stay are too long already.
     """
     runs = [piece for piece in template.pieces if isinstance(piece, tuple)]
     texts = [["".join(parts) for parts in _spread(runs, row)] for row in values]
@@ -45,23 +46,24 @@ def fill(
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, without special tokens."""
+    """Return the token ids of each text, without special tokens."""
     if not texts:
         return []
-    # verbose: no warning about texts longer than the model's context; they are cut, counted and reported.
+    # verbose=False: no warning about texts longer than the model's context; callers cut, count and report these.
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     ids: list[list[int]] = encoded["input_ids"]
     return ids
 
 
 def special_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before and behind a text."""
+    """Return the special tokens that the tokenizer puts before and after a text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     for begin in range(len(full) - len(bare) + 1 if bare else 0):
         if full[begin : begin + len(bare)] == bare:
             return full[:begin], full[begin + len(bare) :]
-    # The tokenizer knows no "a": what it adds cannot be told apart by position, but an end token gives itself away.
+    # The tokens of "a" are empty or change between special tokens, so they do not show where a text would be. Split
+    # the sequence before its trailing end tokens instead.
     closing = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {tokenizer.bos_token_id, None}
     end = len(full)
     while end and full[end - 1] in closing:
@@ -70,9 +72,9 @@ def special_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
 
 
 def affixed(ids: Sequence[int], head: Sequence[int], tail: Sequence[int] = ()) -> list[int]:
-    """``ids`` between the special tokens ``head`` and ``tail``, which a text that writes them itself gets only once.
+    """Return ``ids`` between the special tokens ``head`` and ``tail``, without repeating those that ``ids`` contains.
 
-    Virtual tokens may stand before or behind the text.
+    Virtual tokens may come before or after the text.
     """
     ids, head, tail = list(ids), list(head), list(tail)
     first = next((place for place, token in enumerate(ids) if token >= 0), len(ids))
@@ -85,7 +87,7 @@ def affixed(ids: Sequence[int], head: Sequence[int], tail: Sequence[int] = ()) -
 
 
 def _spread(runs: Sequence[Run], values: Sequence[str]) -> list[list[str]]:
-    """The text of each part of each run."""
+    """Return the text of each part of each run."""
     rest = iter(values)
     return [[next(rest) if isinstance(part, Field) else part.text for part in run] for run in runs]
 
@@ -104,10 +106,10 @@ def _assemble(template: Template, runs: list[list[int]], affixes: tuple[list[int
 def _cut(
     template: Template, texts: list[list[str]], tokenizer: PreTrainedTokenizerBase, room: int, max_length: int
 ) -> list[list[int]]:
-    """The runs' tokens, ``room`` of them, without the last ones of the longest fields."""
+    """Return ``room`` tokens of the runs: the longest fields lose their last tokens."""
     if not tokenizer.is_fast:
         raise UserError(
-            f"{template.key}: a row is longer than data.max_length ({max_length}), and to cut its fields takes a fast "
+            f"{template.key}: a row is longer than data.max_length ({max_length}), and cutting its fields needs a fast "
             f"tokenizer (one with tokenizer.json), which {tokenizer.name_or_path!r} is not; raise data.max_length"
         )
     runs = [piece for piece in template.pieces if isinstance(piece, tuple)]
@@ -125,7 +127,7 @@ def _cut(
     kept = _shares(sizes, room - sum(row.count(-1) for row in owners))
     if kept is None:
         raise UserError(
-            f"{template.key}: {template.source!r} takes more than data.max_length ({max_length}) tokens beside its "
+            f"{template.key}: {template.source!r} takes more than data.max_length ({max_length}) tokens without its "
             "fields; shorten it or raise data.max_length"
         )
     cut = []
@@ -144,14 +146,16 @@ def _owner(text: str, holders: list[int], begin: int, end: int) -> int:
     inked = [holders[place] for place in range(begin, end) if not text[place].isspace()]
     if inked:
         return -1 if -1 in inked else inked[-1]
-    # A token without a width of its own (the space before a word, in some byte-level tokenizers) goes with what
-    # follows.
+    # Some byte-level tokenizers give the space before a word no width (begin == end): it belongs to what follows.
     place = begin if begin < end else min(begin, len(holders) - 1)
     return holders[place] if holders else -1
 
 
 def _shares(sizes: list[int], room: int) -> list[int] | None:
-    """How many tokens each field keeps when the longest one (of equals: the last) loses one until ``room`` do."""
+    """Return how many tokens each field keeps if the longest (of equals: the last) loses some until ``room`` are left.
+
+    None if ``room`` is negative.
+    """
     if room < 0:
         return None
     level = max(sizes, default=0)

@@ -1,6 +1,6 @@
-"""Rows -> token ids and which of them are learned: the formats prompt_completion, messages and text.
+"""Tokenise rows of the formats prompt_completion, messages and text, and mark the supervised tokens.
 
-What a row's tokens are says `ptd.data.prompts`; here they are cut to length and put one behind the other.
+`ptd.data.prompts` determines the tokens of a row; this module cuts the rows to length and concatenates them.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ def tokenize(
 ) -> Examples:
     """Tokenise all rows in ``config.format``; ``what`` names the rows in messages ("row 3 of ``what`` …").
 
-    - ``prompt_completion``: the completion and EOS are supervised. A completion that ends in EOS gets no second one.
+    - ``prompt_completion``: the completion and EOS are supervised. A completion that ends in EOS gets no second EOS.
     - ``messages``: what the assistant writes is supervised (see `ptd.data.chat`).
-    - ``text``: the text and EOS, all supervised but for BOS.
+    - ``text``: the text and EOS are supervised; BOS is not.
 
     The first token of a row is never supervised, so without prompt and BOS the first completion token is not learned.
-    Over ``max_length`` tokens the prompt is cut on the left, behind the tokenizer's leading special tokens; when the
-    completion alone is too long it is cut on the right and the leading special tokens, or the prompt's last one, stay.
-    Virtual tokens are never cut.
+    In a row over ``max_length`` tokens the prompt is cut on the left, after the tokenizer's leading special tokens. If
+    the completion alone is too long, it is cut on the right and keeps before it only the leading special tokens (or,
+    without any, the last token of the prompt). Virtual tokens are never cut.
 
-    The report says in words where what is learned from the first rows is not what inference will see, and names the
-    tokens that ended the texts. Raises `UserError` naming the row that cannot be used.
+    The report describes where training on the first rows differs from what inference sends, and names the tokens that
+    end the texts. Raises `UserError`, naming the row, if a row cannot be used.
     """
     _check_room(config, tokenizer, max_length)
     tokens, supervised, offsets = array("i"), bytearray(), array("q", [0])
@@ -75,11 +75,12 @@ def tokenize(
 def prompts_and_references(
     rows: Dataset, config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, *, what: str = "data.eval"
 ) -> tuple[list[list[int]], list[str]]:
-    """For evaluation by generation: each row's prompt as token ids, as in training, and the text that should follow.
+    """Return each row's prompt as token ids, as in training, and its reference text, for evaluation by generation.
 
     Prompts over ``max_length`` tokens are cut on the left as in `tokenize`. With ``messages`` the prompt is everything
-    before the last message that is learned, rendered with the template's generation prompt, and the text is what the
-    template writes behind it, without what ends the turn. Raises `UserError`, also for ``text``.
+    before the last supervised message, rendered with the template's generation prompt, and the reference is what the
+    template writes after it, without the end of the turn. Raises `UserError` for a row that cannot be used and for
+    ``text``.
     """
     if config.format == "text":
         raise UserError("data.format: text has no prompts to generate from; use prompt_completion or messages")
@@ -88,7 +89,10 @@ def prompts_and_references(
     references: list[str] = []
     for number, row in enumerate(written(rows, config, tokenizer, what, Found()), start=1):
         if not row.prompt:
-            raise UserError(f"row {number} of {what} has a prompt without tokens; generation needs at least one")
+            raise UserError(
+                f"row {number} of {what} has a prompt without tokens, but generation needs at least one; fill in the "
+                "prompt or remove the row"
+            )
         kept = row.prompt
         if len(kept) > max_length:
             kept = [row.prompt[place] for place in _kept(row.prompt, row.leading, max_length)]
@@ -98,11 +102,11 @@ def prompts_and_references(
 
 
 def _fit(ids: list[int], mask: bytes, start: int, leading: int, max_length: int) -> tuple[list[int], bytes, bool, bool]:
-    """Cut to ``max_length``; also whether the prompt (before ``start``) and the rest were cut."""
+    """Cut a row to ``max_length`` tokens; also return whether the prompt (before ``start``) and the rest were cut."""
     if len(ids) <= max_length:
         return ids, mask, False, False
     room = max_length - (len(ids) - start)
-    # Something has to stand before the completion for its first token to be learned.
+    # The first token of the completion is supervised only if another token comes before it.
     least = _staying(ids[:start], leading)[: max_length - 1] or list(range(max(start - 1, 0), start))
     kept = _kept(ids[:start], leading, room) if room >= len(least) else least
     chosen = [*kept, *range(start, start + max_length - len(kept))]
@@ -110,23 +114,23 @@ def _fit(ids: list[int], mask: bytes, start: int, leading: int, max_length: int)
 
 
 def _kept(prompt: list[int], leading: int, room: int) -> list[int]:
-    """Places of ``room`` tokens: leading special and virtual ones, and as many of the last ones as fit beside them."""
+    """Return ``room`` positions: those of leading special and virtual tokens, and as many of the last others as fit."""
     staying = _staying(prompt, leading)[:room]
     others = sorted(set(range(len(prompt))) - set(staying))
     return sorted([*staying, *others[max(len(others) - (room - len(staying)), 0) :]])
 
 
 def _staying(prompt: list[int], leading: int) -> list[int]:
-    """What is not cut off a prompt."""
+    """Return the positions of the prompt's tokens that are never cut."""
     return [place for place, token in enumerate(prompt) if place < leading or token < 0]
 
 
 def _check_room(config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    """Virtual tokens are part of the sequence: `UserError` if they leave no room for anything else."""
+    """Raise `UserError` if virtual and special tokens, which are part of the sequence, leave no room for others."""
     marks = marks_of([config.prompt_template]) if config.prompt_template is not None else 0
     fixed = marks + len(special_affixes(tokenizer)[0])
     if marks and fixed >= max_length:
         raise UserError(
             f"data.prompt_template: {config.prompt_template!r} has {marks} virtual tokens, which with the special "
-            f"tokens fill data.max_length ({max_length}); raise it"
+            f"tokens use up data.max_length ({max_length}); raise data.max_length"
         )

@@ -1,4 +1,4 @@
-"""Which rows share a slot: plain functions of token counts."""
+"""Assign rows to slots (micro-batches), by their token counts alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import numpy as np
 
 
 def balance(lengths: np.ndarray, slots: int) -> tuple[list[list[int]], np.ndarray]:
-    """Longest first to the least loaded slot (ties: the first). Gives each slot's indices and its load ``[slots]``."""
+    """Assign lengths to slots, longest first, each to the slot with the lowest load (ties: the first slot).
+
+    Return each slot's indices and its load in tokens, int64 ``[slots]``.
+    """
     members: list[list[int]] = [[] for _ in range(slots)]
     heap = [(0, slot) for slot in range(slots)]
     sizes = lengths.tolist()
@@ -23,9 +26,9 @@ def balance(lengths: np.ndarray, slots: int) -> tuple[list[list[int]], np.ndarra
 
 
 def first_fit(lengths: np.ndarray, slots: int, max_tokens: int) -> tuple[list[list[int]], np.ndarray]:
-    """In order, each to the first slot with room. Stops at the first length that fits none.
+    """Assign lengths to slots in order, each to the first slot with room; stop at the first length that fits no slot.
 
-    Gives each slot's indices and its load ``[slots]``.
+    Return each slot's indices and its load in tokens, int64 ``[slots]``.
     """
     members: list[list[int]] = [[] for _ in range(slots)]
     loads = np.zeros(slots, dtype=np.int64)
@@ -40,7 +43,7 @@ def first_fit(lengths: np.ndarray, slots: int, max_tokens: int) -> tuple[list[li
 
 
 def first_fit_starts(lengths: np.ndarray, slots: int, max_tokens: int) -> np.ndarray:
-    """Where each step begins if it takes what `first_fit` takes: int64 ``[steps + 1]``."""
+    """Return where each step begins if steps are filled by `first_fit`: int64 ``[steps + 1]``, the last the end."""
     starts = [0]
     loads = np.zeros(slots, dtype=np.int64)
     for index, length in enumerate(lengths.tolist()):

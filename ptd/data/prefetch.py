@@ -1,4 +1,4 @@
-"""Micro-batches made ahead of time on a thread, in pinned memory where there is a GPU to copy them to."""
+"""Prepare micro-batches in advance on a thread, in pinned memory if there is a GPU to copy them to."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _Item = tuple[int, list[Batch]] | BaseException
 
 
 def prefetch(batches: Batches, start_step: int, stop_step: int, depth: int = 2) -> Iterator[tuple[int, list[Batch]]]:
-    """Yield ``(global_step, micro-batches)`` for the steps in order, up to ``depth`` of them prepared in advance.
+    """Yield ``(global_step, micro-batches)`` for the steps in order, with up to ``depth`` steps prepared in advance.
 
-    An exception of the thread is raised here, at the step it belongs to. The thread ends when the steps are exhausted
-    or the iterator is closed (as a ``for`` loop that is left does at the latest when the iterator is collected).
+    An exception in the thread is raised here, at the step in which it occurred. The thread ends when no step is left or
+    the iterator is closed (after a ``break`` from a ``for`` loop: at the latest when it is garbage-collected).
     """
     assert depth >= 1
-    # A thread starts on GPU 0: without naming the rank's own, pinning would open a context there for every rank.
+    # A thread starts on GPU 0: without set_device, pinning would create a CUDA context there for every rank.
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
     items: queue.Queue[_Item] = queue.Queue(maxsize=depth)
     closed = threading.Event()
@@ -36,7 +36,7 @@ def prefetch(batches: Batches, start_step: int, stop_step: int, depth: int = 2) 
                 items.put((step, made if device is None else [_pin(batch) for batch in made]))
                 if closed.is_set():
                     return
-        except BaseException as error:  # the consumer decides; a silent end of the thread would hang it
+        except BaseException as error:  # raised in the consumer, which would otherwise wait forever
             items.put(error)
 
     thread = threading.Thread(target=work, name="ptd-prefetch", daemon=True)
@@ -49,7 +49,7 @@ def prefetch(batches: Batches, start_step: int, stop_step: int, depth: int = 2) 
             yield item
     finally:
         closed.set()
-        # Emptied after the flag is set, the queue has room for the one item that the thread may still put.
+        # The thread may still put one item after the flag is set; the emptied queue has room for it.
         with contextlib.suppress(queue.Empty):
             while True:
                 items.get_nowait()

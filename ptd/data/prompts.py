@@ -1,8 +1,8 @@
-"""Rows -> what a backbone is asked and what it has to write, for training, evaluation and samples alike.
+"""Turn rows into prompts and completions as token ids, for training, evaluation and samples alike.
 
-(`ptd.data.typed` makes the same prompts of what a person types.) The prompt's ids are what inference sends: behind the
-special tokens that the tokenizer puts before a text (never those it appends), or as the chat template writes them. The
-completion's are those of the text as it continues that prompt (`ptd.data.continuations`), and a token that ends it.
+`ptd.data.typed` builds the same prompts from typed text. A prompt's ids are what inference sends: the special tokens
+that the tokenizer puts before a text (never those that it appends) and the text, or what the chat template writes. A
+completion's ids are those of the text as it continues the prompt (`ptd.data.continuations`), and a token that ends it.
 ``{v:n}`` marks of ``data.prompt_template`` become `ptd.types.virtual_id`s in the prompt.
 """
 
@@ -32,9 +32,9 @@ _ROWS_AT_ONCE = 1000
 class Written:
     """A row as token ids.
 
-    ``learned``: for each token of prompt and completion whether it is supervised. ``text`` is what the completion says
-    and ``before`` the text in front of it (since the last virtual token); ``reference`` is the text that generation
-    should give; ``leading`` counts the special tokens that open the prompt.
+    ``learned``: for each token of prompt and completion, whether it is supervised. ``text`` is the completion's text,
+    and ``before`` the text before it (since the last virtual token). ``reference`` is the text that generation should
+    produce. ``leading``: number of special tokens at the start of the prompt.
     """
 
     prompt: list[int]
@@ -48,7 +48,7 @@ class Written:
 
 @dataclass
 class Found:
-    """What came up while rows were read: the ids that were taught to end a text, and counts of what has to be told."""
+    """Findings from reading the rows: the ids of tokens that end a text, and what the notes have to report."""
 
     ends: set[int] = dataclasses.field(default_factory=set)
     turns_left: int = 0
@@ -59,24 +59,24 @@ class Found:
     tools: bool = False
 
     def notes(self, eos: str | None) -> list[str]:
-        """Each as a sentence; ``eos``: the tokenizer's end token."""
+        """Return one sentence per finding; ``eos``: the tokenizer's end token."""
         said = []
         if self.turns_left:
             said.append(
                 f"{self.turns_left:,} earlier turns of the assistant are not learned, because the chat template or the "
-                "tokenizer writes them differently once they are history"
+                "tokenizer writes them differently once other turns follow"
             )
         for opening in sorted(filter(str.strip, self.openings))[:3]:
-            said.append(f"the chat template begins answers with {opening!r}, which the model writes too")
+            said.append(f"the chat template begins answers with {opening!r}, which the model has to write too")
         if self.unmarked:
             said.append(
-                f"in {self.unmarked:,} rows the template's {{% generation %}} leaves out part of what the model has to "
-                "write; it is learned all the same"
+                f"in {self.unmarked:,} rows the template's {{% generation %}} omits part of what the model has to "
+                "write; the loss covers that part as well"
             )
         if self.open_ends:
-            said.append(f"the chat template closes turns with no token of its own, so {eos} is learned behind them")
+            said.append(f"the chat template ends turns without a token of its own, so {eos} is learned after them")
         if self.dated:
-            said.append("the chat template writes the date of the day, so prompts of another day differ")
+            said.append("the chat template writes the current date, so prompts differ from day to day")
         if self.tools:
             said.append("the column tools is not used: neither training nor generation describes tools to the model")
         return said
@@ -85,7 +85,7 @@ class Found:
 def written(
     rows: Dataset, config: DataConfig, tokenizer: PreTrainedTokenizerBase, what: str, found: Found
 ) -> Iterator[Written]:
-    """Each row in ``config.format``. Adds to ``found`` what is to be told; raises `UserError` naming the row."""
+    """Yield each row in ``config.format``, and add to ``found``. Raises `UserError`, naming the row."""
     if config.format == "messages":
         yield from _conversations(rows, config, tokenizer, what, found)
         return
@@ -109,7 +109,7 @@ def written(
             if completion[-1] != eos:
                 completion.append(eos)
             learned = b"\1" * len(completion)
-            if bos != eos and bos in completion:  # nothing predicts where a text begins
+            if bos != eos and bos in completion:  # the model never predicts BOS
                 begins = range(len(completion)) if config.format == "text" else range(_run_of(bos, completion))
                 learned = bytes(place not in begins or token != bos for place, token in enumerate(completion))
             mask = bytes(len(prompt)) + learned
@@ -149,9 +149,9 @@ def _conversation(
     if learned_to is None:
         if tokenizer.eos_token_id is None:
             raise UserError(
-                f"{place}: the chat template closes the assistant's turn with {last.written[-20:]!r}, which is no "
-                "token of its own, and the tokenizer has no end-of-sequence token, so the model could not learn where "
-                "an answer ends; set eos_token in its tokenizer_config.json"
+                f"{place}: the chat template closes the assistant's turn with {last.written[-20:]!r}, which is not "
+                "a token of its own, and the tokenizer has no end-of-sequence token, so the model could not learn "
+                "where an answer ends; set eos_token in tokenizer_config.json"
             )
         found.ends.add(tokenizer.eos_token_id)
         found.open_ends += 1
@@ -178,7 +178,7 @@ def _conversation(
 
 
 def _closed(ids: list[int], turn: Turn, tokenizer: PreTrainedTokenizerBase, found: Found) -> int | None:
-    """How many of a turn's ``ids`` are learned, the token that closes it included; None: no single token does."""
+    """Return how many of a turn's ``ids`` are supervised, with the token that closes it; None: no token closes it."""
     if turn.end is None:
         return None
     end = tokenizer.convert_tokens_to_ids(turn.end)
@@ -193,7 +193,7 @@ def _closed(ids: list[int], turn: Turn, tokenizer: PreTrainedTokenizerBase, foun
 def _end_in(
     ids: list[int], before: list[int], turn: Turn, tokenizer: PreTrainedTokenizerBase, found: Found
 ) -> int | None:
-    """Where an earlier turn ends in the conversation's ``ids``; None: inference would send other tokens before it."""
+    """Return where an earlier turn ends in the conversation's ``ids``; None if inference would send other tokens."""
     if ids[: len(before)] != before:
         return None
     size = _closed(ids[len(before) :], turn, tokenizer, found)
@@ -205,9 +205,9 @@ def _end_in(
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Rows of a format: ``texts`` are what is to be written (with messages: the conversations).
+    """Consecutive rows: ``texts`` are what the model has to write (with messages: the conversations).
 
-    ``prompts``: their token ids without special tokens; ``before``: the prompt's text since its last virtual token.
+    ``prompts``: token ids without special tokens; ``before``: the prompts' texts after their last virtual token.
     """
 
     texts: list[Any]
@@ -218,7 +218,7 @@ class _Chunk:
 def _chunks(
     rows: Dataset, config: DataConfig, tokenizer: PreTrainedTokenizerBase, what: str
 ) -> Iterator[tuple[int, _Chunk]]:
-    """Up to `_ROWS_AT_ONCE` rows at a time, checked, with the first row's number (from 1)."""
+    """Yield up to `_ROWS_AT_ONCE` checked rows at a time, with the first row's number (from 1)."""
     fields = fields_of("causal_lm", config.format)
     columns = {
         field: Column(
@@ -253,7 +253,7 @@ def _chunks(
 
 
 def _last_run(template: Template, values: tuple[str, ...]) -> str:
-    """What a filled template says behind its last mark."""
+    """Return the text of a filled template after its last mark."""
     run = template.pieces[-1] if template.pieces else ()
     if not isinstance(run, tuple):
         return ""
@@ -262,12 +262,12 @@ def _last_run(template: Template, values: tuple[str, ...]) -> str:
 
 
 def _leading(ids: list[int], head: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many special tokens open the row: those the tokenizer adds, or a BOS that the chat template wrote."""
+    """Return how many special tokens begin the row: those that the tokenizer adds, or the chat template's BOS."""
     if head and ids[: len(head)] == head:
         return len(head)
     return int(bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id)
 
 
 def _run_of(token: int, ids: list[int]) -> int:
-    """How often ``token`` stands at the beginning of ``ids``."""
+    """Return how many times ``token`` is repeated at the start of ``ids``."""
     return next((place for place, other in enumerate(ids) if other != token), len(ids))

@@ -1,9 +1,9 @@
-"""A file, a saved dataset folder or a hub name -> rows (`datasets.Dataset`, memory-mapped).
+"""Load rows (a memory-mapped `datasets.Dataset`) from a file, a saved dataset folder or a hub name.
 
-JSON and CSV files are read here and not by the readers of ``datasets``, because those change texts: 5.2 turns
-``"2020-01-02T10:00Z"`` into ``2020-01-02 10:00:00`` and the CSV text ``NA`` into nothing, and they refuse a key that
-first appears after 10 MB. The rows still go through the cache of ``datasets``, whose file lock lets many ranks ask for
-the same file.
+This module parses JSON and CSV files itself, because the readers of ``datasets`` change texts: version 5.2 turns
+``"2020-01-02T10:00Z"`` into ``2020-01-02 10:00:00`` and the CSV text ``NA`` into a missing value, and rejects a key
+that first appears after 10 MB. The rows still go through the cache of ``datasets``, whose file lock lets many ranks
+load the same file.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ _OTHER_SUFFIXES = {".txt", ".tsv", ".arrow", ".gz", ".bz2", ".xz", ".zst", ".zip
 
 
 def load_rows(source: str, split: str, *, what: str) -> Dataset:
-    """Rows of ``source``: a .jsonl, .json, .csv or .parquet file, a folder or a hub name (``NAME`` or ``NAME:CONFIG``).
+    """Load ``source``: a .jsonl, .json, .csv or .parquet file, a folder, or a hub name (``NAME``, ``NAME:CONFIG``).
 
-    A folder is one written by ``save_to_disk``, or any folder ``load_dataset`` understands (a downloaded hub dataset).
-    ``split`` selects from folders and hub datasets; a file is all there is. ``what`` names the setting in messages
-    (``data.train``). A key that a JSON row lacks is None. Raises `UserError`.
+    A folder is one that ``save_to_disk`` wrote, or one that ``load_dataset`` can read (a downloaded hub dataset).
+    ``split`` selects from folders and hub datasets; a file has no splits. ``what`` names the setting in messages
+    (``data.train``). A key that is missing from a JSON row becomes None. Raises `UserError` if ``source`` cannot be
+    read or has no rows.
     """
     path = as_path(source)
     with _quiet():
@@ -55,7 +56,7 @@ def load_rows(source: str, split: str, *, what: str) -> Dataset:
 
 
 def check_source(source: str, *, what: str) -> str:
-    """What ``source`` is, without reading it; raises `UserError` for a file or folder that cannot be one."""
+    """Describe ``source`` without reading it; raise `UserError` for a path that does not exist or cannot be read."""
     path = as_path(source)
     if path.is_dir():
         return f"{source} (a folder)"
@@ -67,7 +68,7 @@ def check_source(source: str, *, what: str) -> str:
 
 
 def _looks_like_a_path(source: str, path: Path) -> bool:
-    # A hub name is NAME or OWNER/NAME, and may contain dots ("gpt-3.5"), so only suffixes of files count.
+    # A hub name is NAME or OWNER/NAME and may contain dots ("gpt-3.5"), so only known file suffixes mark a path.
     return (
         path.exists()
         or source.startswith(("/", "./", "../", "~"))
@@ -81,7 +82,7 @@ def _not_a_source(source: str, path: Path, what: str) -> str:
     if path.exists():
         how = f": {_to_commas(path, _TAB)}" if path.suffix.lower() == ".tsv" else ""
         kind = path.suffix or "suffixless"
-        return f"{what}: {source} is a {kind} file; only {kinds} can be read, convert it to one{how}"
+        return f"{what}: {source} is a {kind} file, but only {kinds} can be read; convert it{how}"
     siblings = path.parent.glob("*") if path.parent.is_dir() else []
     near = sorted(sibling.name for sibling in siblings if sibling.suffix in _FILES)
     hint = f"{path.parent} has {', '.join(near[:8])}" if near else f"relative paths start at {Path.cwd()}"
@@ -89,7 +90,7 @@ def _not_a_source(source: str, path: Path, what: str) -> str:
 
 
 def _json_rows(path: Path, what: str) -> Iterator[Row]:
-    """One object a line; a .json file may also hold one array of objects. Blank lines count as nothing."""
+    """Yield one object per line; a .json file may hold a single array of objects instead. Skip blank lines."""
     with open_text(path, f"{what}: cannot read") as file:
         start = file.read(1)
         while start.isspace():
@@ -114,7 +115,7 @@ def _array(file: TextIO, path: Path, what: str) -> Any:
 
 
 _TOO_MUCH = (ValueError, RecursionError)
-"""What Python's JSON reader raises for a number of over 4300 digits, and for thousands of brackets in each other."""
+"""Exceptions of Python's JSON reader for a number of more than 4300 digits, and for thousands of nested brackets."""
 
 
 def _parse(line: str, number: int, path: Path, what: str) -> Any:
@@ -126,7 +127,7 @@ def _parse(line: str, number: int, path: Path, what: str) -> Any:
     except UnicodeEncodeError as error:
         raise UserError(
             f"{what}: {path}, line {number} has half of a character (\\u{ord(error.object[error.start]):04x} alone); "
-            "write it whole"
+            "write both halves of its surrogate pair, or the character itself"
         ) from error
     except json.JSONDecodeError as error:
         raise UserError(
@@ -138,11 +139,11 @@ def _parse(line: str, number: int, path: Path, what: str) -> Any:
 
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-"""Half of a character, as JSON may write those beyond U+FFFF."""
+"""Matches half of a surrogate pair. JSON may escape a character beyond U+FFFF as such a pair."""
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Python would keep the last of the values, another reader perhaps the first."""
+    """Build an object; raise `ValueError` for a repeated key, of which Python would keep the last value silently."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -160,13 +161,13 @@ def _objects(values: Any, place: str) -> Iterator[Row]:
 
 
 def _csv_rows(path: Path, what: str) -> Iterator[Row]:
-    """The first line names the columns; every value is text, as it stands in the file."""
+    """Yield the rows. The first line names the columns; every value stays the text that the file has."""
     csv.field_size_limit(2**31 - 1)  # the module's default refuses texts over 128 KiB
     with open_text(path, f"{what}: cannot read", newline="") as file:
         _check_separator(file.readline(), path, what)
         file.seek(0)
         try:
-            reader = csv.reader(file, strict=True)  # or a quote that nothing closes would swallow the rows behind it
+            reader = csv.reader(file, strict=True)  # else an unclosed quote would swallow the rows after it
             header = next(reader, [])
             if len(set(header)) != len(header):
                 raise UserError(
@@ -189,17 +190,17 @@ _SEPARATORS = {";": "semicolons", _TAB: "tabs", "|": "vertical bars"}
 
 
 def _check_separator(line: str, path: Path, what: str) -> None:
-    """Refuse a file whose first line is separated by something else than commas."""
+    """Raise `UserError` if the first line of the file uses another separator than commas."""
     for separator, name in _SEPARATORS.items():
         if separator in line and "," not in line:
             raise UserError(
-                f"{what}: {path} looks separated by {name}: its first line, {_short(line, 80)!r}, has no comma; "
-                f"separate the values by commas: {_to_commas(path, separator)}"
+                f"{what}: {path} appears to be separated by {name}: its first line, {_short(line, 80)!r}, has no "
+                f"comma; rewrite it with commas: {_to_commas(path, separator)}"
             )
 
 
 def _to_commas(path: Path, separator: str) -> str:
-    """The command that rewrites a table. Files of tabs mostly have no quotes but those of their texts."""
+    """Return the command that rewrites a table. Quotes in a tab-separated file usually belong to its texts."""
     options = (
         r"delimiter='\t', quoting=csv.QUOTE_NONE" if separator == _TAB else f"delimiter='{separator}', strict=True"
     )
@@ -209,7 +210,7 @@ def _to_commas(path: Path, separator: str) -> str:
 
 def _from_reader(reader: Callable[[Path, str], Iterator[Row]]) -> Callable[[Path, str], Dataset]:
     def load(path: Path, what: str) -> Dataset:
-        # A first pass finds what is wrong with the file, at its line, and the columns of all rows.
+        # A first pass raises the errors of the file with their lines, and finds the columns of all rows.
         textual: dict[str, bool] = {}
         for row in reader(path, what):
             for key, value in row.items():
@@ -232,21 +233,23 @@ def _from_reader(reader: Callable[[Path, str], Iterator[Row]]) -> Callable[[Path
 
 def _typed_rows(reader: Callable[[Path, str], Iterator[Row]], path: Path, textual: dict[str, bool]) -> Iterator[Row]:
     for row in reader(path, ""):
-        # `Json` takes a str for JSON already, so that "12" would come back as a number: encode here.
+        # `Json` treats a str as encoded JSON, so the text "12" would come back as a number: encode values here.
         yield {
             key: row.get(key) if text or row.get(key) is None else json.dumps(row[key]) for key, text in textual.items()
         }
 
 
 def _state_of(path: Path) -> list[Any]:
-    """What tells one content of a file from another: its size, its times, and the inode. Tools that copy files set the
-    time of modification back (rsync -t, tar); nothing sets that of the last change."""
+    """Return what distinguishes two states of a file: path, size, times and inode.
+
+    Tools that copy files (rsync -t, tar) reset the modification time, but no tool resets the change time (ctime).
+    """
     stat = path.stat()
     return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 def _parquet(path: Path, what: str) -> Dataset:
-    # A folder of the cache for each state of the file: the library tells files apart by path and time.
+    # Each state of the file has its own cache folder: `datasets` distinguishes files by path and time only.
     state = hashlib.sha256(json.dumps(_state_of(path)).encode()).hexdigest()[:16]
     cache = Path(datasets.config.HF_DATASETS_CACHE) / f"ptd-parquet-{state}"
     return _guarded(
@@ -263,7 +266,7 @@ def _folder(path: Path, source: str, split: str, what: str) -> Dataset:
         if tables and split.isidentifier():
             raise UserError(_no_split(source, split, ", ".join(tables), what))
         return _hub(str(path.resolve()), split, what)
-    if not any(path.rglob("*.arrow")):  # save_to_disk writes no data file without rows, and cannot load that
+    if not any(path.rglob("*.arrow")):  # without rows save_to_disk writes no data file, and loading fails
         raise UserError(_no_rows(source, what))
     loaded = _guarded(lambda: datasets.load_from_disk(str(path)), f"{what}: {source}")
     if isinstance(loaded, DatasetDict):
@@ -278,11 +281,14 @@ _SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-"""What `datasets` takes for the names of splits in the names of files."""
+"""The words in file names that `datasets` takes for the name of a split."""
 
 
 def _tables(folder: Path) -> dict[str, Path]:
-    """Split -> file, of a folder of CSV and JSONL files alone: they are read as they would be by themselves."""
+    """Return the file of each split; empty if the folder has files other than CSV and JSONL, or two for one split.
+
+    `load_rows` reads these files as if they were given one by one.
+    """
     files = [path for path in folder.iterdir() if not path.name.startswith(".")]
     if any(path.suffix.lower() not in (".csv", ".jsonl") or not path.is_file() for path in files):
         return {}
@@ -301,16 +307,16 @@ def _hub(source: str, split: str, what: str) -> Dataset:
         return load_dataset(name, config or None, split=split)
     except ConnectionError as error:
         raise UserError(
-            f"{what}: {source} is no file or folder here, and it cannot be looked up on the Hugging Face hub: "
-            f"the hub is unreachable ({error}). Download the dataset where there is a network and give its folder, or "
-            "correct the path"
+            f"{what}: {source} is not a local file or folder, and it cannot be looked up on the Hugging Face hub: "
+            f"the hub is unreachable ({error}). Download the dataset on a machine with network access and give its "
+            "folder, or correct the path"
         ) from error
     except datasets.exceptions.DatasetNotFoundError as error:
         raise UserError(
-            f"{what}: {source} is no file or folder here, nor a dataset on the Hugging Face hub that you may read; "
-            "correct the name, or log in with `hf auth login` if it is private"
+            f"{what}: {source} is neither a local file or folder nor a dataset on the Hugging Face hub that you may "
+            "read; correct the name, or log in with `hf auth login` if it is private"
         ) from error
-    except Exception as error:  # the library has no common base for what may go wrong
+    except Exception as error:  # the exceptions of `datasets` have no common base class
         text = str(error)
         if text.startswith("Unknown split"):
             raise UserError(_no_split(source, split, text.partition("one of ")[2].strip("[]."), what)) from error
@@ -319,7 +325,7 @@ def _hub(source: str, split: str, what: str) -> Dataset:
 
 
 def _no_rows(source: str | Path, what: str) -> str:
-    return f"{what}: {source} has no rows; give data with at least one"
+    return f"{what}: {source} has no rows; give data with at least one row"
 
 
 def _no_split(source: str, split: str, existing: str, what: str) -> str:
@@ -329,12 +335,12 @@ def _no_split(source: str, split: str, existing: str, what: str) -> str:
 def _guarded(load: Callable[[], Any], place: str) -> Any:
     try:
         return load()
-    except Exception as error:  # the library has no common base for what may go wrong
+    except Exception as error:  # the exceptions of `datasets` have no common base class
         raise UserError(f"{place} cannot be read: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause in a line: the library wraps it in "an error occurred"."""
+    """Return the innermost cause on one line: `datasets` wraps it in "an error occurred"."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {_short(str(error))}"
@@ -347,7 +353,7 @@ def _short(value: Any, limit: int = 300) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars where nobody watches them, and no warnings beside the error that is raised."""
+    """Hide progress bars unless stderr is a terminal, and hide warnings that would accompany a raised error."""
     hub = logging.getLogger("huggingface_hub")
     before = datasets.logging.get_verbosity(), hub.level, datasets.are_progress_bars_disabled()
     datasets.logging.set_verbosity(logging.CRITICAL)

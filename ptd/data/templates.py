@@ -1,9 +1,8 @@
-"""Templates: ``data.prompt_template`` and ``task.patterns`` -> token ids with marks for virtual tokens and masks.
+"""Parse templates: ``data.prompt_template`` and ``task.patterns``, with marks for virtual tokens and masks.
 
-A template is text with ``{column}`` fields, ``{v:n}`` for n virtual tokens and ``{mask}`` for the place of a label's
-word; ``{{`` and ``}}`` are braces. What stands between two marks is tokenised as one string, as if the tokenizer had
-met a special token there; spaces in front of a mark are dropped, because most tokenizers make them a part of the word
-behind.
+A template is text with ``{column}`` fields, ``{v:n}`` for n virtual tokens and ``{mask}`` for the position of a label's
+word; ``{{`` and ``}}`` are literal braces. The text between two marks is tokenised as one string, as if the marks were
+special tokens. Spaces before a mark are dropped, because most tokenizers make them part of the word after them.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from ptd.types import UserError
 from ptd.values import is_blank
 
 MASK_SLOT = -(2**31)
-"""Stands in filled templates where ``{mask}`` stood: no token and no `virtual_id`."""
+"""The id that replaces ``{mask}`` in filled templates: neither a token nor a `virtual_id`."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Mask:
-    """Where a label's word belongs."""
+    """The position of a label's word."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ Run = tuple[Text | Field, ...]
 
 @dataclass(frozen=True)
 class Template:
-    """A parsed template; ``key`` names in messages where it was given."""
+    """A parsed template; ``key`` is the configuration key that messages name."""
 
     source: str
     parts: tuple[Part, ...]
@@ -64,7 +63,7 @@ class Template:
 
     @cached_property
     def fields(self) -> tuple[str, ...]:
-        """The columns of the fields in the order in which they stand."""
+        """The columns of the fields, in the order of the template."""
         return tuple(part.column for part in self.parts if isinstance(part, Field))
 
     @cached_property
@@ -77,7 +76,7 @@ class Template:
 
     @cached_property
     def pieces(self) -> tuple[Run | Mask | Virtual, ...]:
-        """Marks, and the runs of text between them without the spaces that literal text has in front of a mark."""
+        """The marks and the runs of text between them, without the spaces of literal text before a mark."""
         pieces: list[Run | Mask | Virtual] = []
         run: list[Text | Field] = []
         for part in self.parts:
@@ -92,30 +91,30 @@ class Template:
 
     @cached_property
     def mask_context(self) -> tuple[str, str]:
-        """The literal text directly before ``{mask}`` and the spaces between the two."""
+        """The literal text directly before ``{mask}``, and the spaces between that text and the mask."""
         place = self.parts.index(Mask())
         before = self.parts[place - 1] if place else Text("")
         text = before.text if isinstance(before, Text) else ""
         return text.rstrip(" "), text[len(text.rstrip(" ")) :]
 
     def up_to_mask(self) -> Template:
-        """The template without what stands behind ``{mask}``."""
+        """Return the template without the parts after ``{mask}``."""
         return Template(self.source, self.parts[: self.parts.index(Mask()) + 1], self.key)
 
     def check_columns(self, columns: Sequence[str], what: str) -> None:
-        """Raise `UserError` if a field is none of ``columns``."""
+        """Raise `UserError` if a field is not one of ``columns``."""
         for name in self.fields:
             if name not in columns:
                 raise UserError(
                     f"{self.key}: {{{name}}} is not a column of {what}; it has {', '.join(columns)} "
-                    "(only plain {column} fields; write {{ for a brace)"
+                    "(only plain {column} fields are allowed; write {{ for a brace)"
                 )
 
     def values(self, columns: dict[str, list[Any]], first: int, what: str) -> list[tuple[str, ...]]:
-        """What each row has for the fields, as text: "{a} + {b} =" may have numbers.
+        """Return each row's values for the fields, as text; numbers are allowed, for example in "{a} + {b} =".
 
-        ``first`` is the number of the first row. Raises `UserError` for values that are neither text nor numbers, and
-        for rows that have no text for any field.
+        ``first``: number of the first row. Raises `UserError` for values that are neither text nor numbers, and for
+        rows in which every field is blank.
         """
         fields = [Column(name, TEXT_OR_NUMBER, may_be_blank=True, used_by=self.key) for name in self.fields]
         size = len(next(iter(columns.values())))
@@ -129,18 +128,18 @@ class Template:
 
 
 def parse_template(source: str, key: str = "data.prompt_template") -> Template:
-    """Read a template; virtual tokens are numbered in the order in which they stand. Raises `UserError`."""
+    """Parse a template; virtual tokens are numbered in the order of the template. Raises `UserError`."""
     try:
         found = list(string.Formatter().parse(source))
     except ValueError as error:
         raise UserError(
-            f"{key}: {source!r} has an unpaired brace ({error}); write {{column}}; {{{{ is a brace"
+            f"{key}: {source!r} has an unpaired brace ({error}); write a field as {{column}} and a brace as {{{{"
         ) from error
     parts: list[Part] = []
     virtual = 0
     for text, name, spec, conversion in found:
         if text:
-            # Formatter ends a piece at an escaped brace.
+            # Formatter splits literal text at an escaped brace: join the pieces.
             before = parts.pop().text if parts and isinstance(parts[-1], Text) else ""  # type: ignore[union-attr]
             parts.append(Text(before + text))
         if name is None:
@@ -156,16 +155,16 @@ def parse_template(source: str, key: str = "data.prompt_template") -> Template:
             virtual += count
         elif spec or conversion:
             written = f"{{{name}{'!' + conversion if conversion else ''}{':' + spec if spec else ''}}}"
-            raise UserError(f"{key}: {written} cannot be used: only plain {{column}} fields (write {{{{ for a brace)")
+            raise UserError(f"{key}: {written} cannot be used; write a plain {{column}} field, or a brace as {{{{")
         else:
             parts.append(Mask() if name == "mask" else Field(name))
     return Template(source, tuple(parts), key)
 
 
 def marks_of(templates: Sequence[str], key: str = "data.prompt_template") -> int:
-    """Number of virtual tokens that the ``{v:n}`` marks of a template stand for; 0 without templates.
+    """Return how many virtual tokens the ``{v:n}`` marks of each template stand for; 0 without templates.
 
-    Raises `UserError` if the templates differ in it, because all of them use the same trained tokens.
+    Raises `UserError` if the number differs between templates, because all of them use the same trained tokens.
     """
     counts = {source: parse_template(source, key).virtual_tokens for source in templates}
     if len(set(counts.values())) > 1:
@@ -178,14 +177,14 @@ def marks_of(templates: Sequence[str], key: str = "data.prompt_template") -> int
 
 
 def prompt_template(data: DataConfig, columns: Sequence[str], what: str) -> Template | None:
-    """``data.prompt_template``, checked against the data's columns; None if there is none.
+    """Return the parsed ``data.prompt_template``, checked against the data's columns; None if it is not set.
 
-    Raises `UserError` for a field that is no column, for ``{mask}``, and beside ``data.columns.prompt``.
+    Raises `UserError` for a field that is not a column, for ``{mask}``, and if ``data.columns.prompt`` is set as well.
     """
     if data.prompt_template is None:
         return None
     if "prompt" in data.columns:
-        raise UserError("data.columns.prompt: has no effect beside data.prompt_template; remove one of them")
+        raise UserError("data.columns.prompt: has no effect with data.prompt_template; remove one of them")
     template = parse_template(data.prompt_template)
     template.check_columns(columns, what)
     if template.masks:

@@ -1,4 +1,4 @@
-"""What is looked at once rows are tokens: ids that the backbone has no embedding for, rows that are in two files."""
+"""Check tokenised rows: ids for which the backbone has no embedding, and held-out rows that are training rows."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ADVICE = (
-    "it was added to the tokenizer alone: resize the embedding (model.resize_token_embeddings(len(tokenizer))) and "
-    "save model and tokenizer"
+    "the token was added to the tokenizer, but not to the model: resize the embedding "
+    "(model.resize_token_embeddings(len(tokenizer))) and save the model and the tokenizer"
 )
 
 
 def check_special(tokenizer: PreTrainedTokenizerBase, embeddings: int | None) -> None:
-    """Raise `UserError` if the padding token, which every padded batch has, is not among the ``embeddings`` rows."""
+    """Raise `UserError` if the padding token, which padded batches contain, is not among the ``embeddings`` rows."""
     pad = tokenizer.pad_token_id
     if embeddings is not None and pad is not None and pad >= embeddings:
         raise UserError(
             f"backbone.path: the tokenizer's padding token {tokenizer.pad_token!r} has the id {pad}, but the backbone's"
-            f" embedding has {embeddings} rows; {_ADVICE}, or set pad_token to a token that the backbone has in "
-            "tokenizer_config.json"
+            f" embedding has {embeddings} rows; {_ADVICE}, or set pad_token in tokenizer_config.json to a token that "
+            "the backbone has"
         )
 
 
 def check_ids(
     examples: Examples, tokenizer: PreTrainedTokenizerBase, embeddings: int | None, what: str, *, writes: bool
 ) -> None:
-    """Raise `UserError`, naming the row of ``what``, for a token id that is not among the ``embeddings`` rows.
+    """Raise `UserError` if a token id has no row in the backbone's embedding; the error names the row of ``what``.
 
-    ``embeddings``: None, if that is not known. ``writes``: the labels are token ids as well.
+    ``embeddings``: number of rows of the embedding; None: unknown, so nothing is checked. ``writes``: the labels are
+    token ids and are checked as well.
     """
     if embeddings is None:
         return
@@ -45,7 +46,7 @@ def check_ids(
 
 
 def check_words(ids: list[int], tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
-    """The same for the tokens of ``task.verbalizer``."""
+    """Raise `UserError` if a token of ``task.verbalizer`` has no row in the backbone's embedding."""
     beyond = next((token for token in ids if token >= embeddings), None)
     if beyond is not None:
         raise UserError(
@@ -55,8 +56,11 @@ def check_words(ids: list[int], tokenizer: PreTrainedTokenizerBase, embeddings: 
 
 
 def check_prompts(prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase, embeddings: int, what: str) -> None:
-    """The same for prompts to be continued, which are called "row" and their number in ``what``. They need no padding
-    token of the tokenizer's own."""
+    """Raise `UserError` if a token of a prompt has no row in the backbone's embedding.
+
+    The error calls the prompts row 1, 2, … of ``what``. The tokenizer's padding token is not checked, because
+    generation does not need it.
+    """
     offsets = np.cumsum([0, *map(len, prompts)])
     _check(np.array([token for prompt in prompts for token in prompt]), offsets, tokenizer, embeddings, what)
 
@@ -70,12 +74,12 @@ def _check(
         row = int(np.searchsorted(offsets, beyond[0], side="right"))
         raise UserError(
             f"row {row} of {what} has the token {tokenizer.convert_ids_to_tokens(token)!r} with the id {token}, but "
-            f"the backbone's embedding has {embeddings} rows; {_ADVICE}, or take the token out of the rows"
+            f"the backbone's embedding has {embeddings} rows; {_ADVICE}, or remove the token from the rows"
         )
 
 
 def rows_in_both(train: Examples, held_out: Examples) -> int:
-    """How many rows of ``held_out`` read the same as a row of ``train``."""
+    """Return how many rows of ``held_out`` have the same input tokens (see `_read`) as a row of ``train``."""
     sought: dict[bytes, int] = {}
     for row in range(len(held_out)):
         key = _read(held_out, row)
@@ -84,6 +88,6 @@ def rows_in_both(train: Examples, held_out: Examples) -> int:
 
 
 def _read(examples: Examples, row: int) -> bytes:
-    """What the backbone reads of a row; where there is an encoder, what that reads."""
+    """Return the tokens that the backbone reads for a row; for an encoder-decoder, those that the encoder reads."""
     side = examples if examples.source is None else examples.source
     return side[row][0].tobytes()

@@ -1,1 +1,1 @@
-"""The engine: ranks, sharding, the reduction at the prompt, the training loop and its records."""
+"""Run training: ranks, sharding, the reduction at the prompt, the training loop and its records."""

@@ -1,7 +1,7 @@
-"""What tensors a piece of work allocates, when, and its floating-point operations; for work on tensors without data.
+"""Record allocations over time and floating-point operations of code that runs on tensors without data.
 
-Under torch's ``FakeTensorMode`` every operation runs on shapes alone. `Allocations` watches the operations from above,
-counts the storages that are alive by what they are for, and answers what only data could answer.
+Under torch's ``FakeTensorMode`` every operation runs on shapes alone. `Allocations` is a dispatch mode around it: it
+counts the live storages by category, and supplies results that would need data.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 SMALL = 1 << 16
-"""Integer tensors made from nothing keep their data up to this many numbers: lengths, positions, sequence bounds."""
+"""Integer tensors from factory functions keep their data if they are smaller than this many numbers: lengths,
+positions, sequence boundaries."""
 _FACTORIES = {aten.arange, aten.zeros, aten.ones, aten.full, aten.empty, aten.randperm, aten.scalar_tensor}
 
 
 def _grouped_mm(a: Tensor, b: Tensor, *rest: Any, **options: Any) -> Tensor:
-    """``[T, K]`` by ``[experts, K, N]``: torch's own rule for the shape refuses all dtypes but bfloat16."""
+    """Return a tensor of the product's shape, ``[T, K]`` by ``[experts, K, N]``.
+
+    torch's own shape rule accepts bfloat16 only.
+    """
     assert a.ndim == 2
     assert b.ndim == 3
     return a.new_empty(a.shape[0], b.shape[2])
@@ -40,9 +44,10 @@ _SHAPES = {aten._grouped_mm: _grouped_mm}
 
 @dataclass(frozen=True)
 class Interval:
-    """Between two events: the bytes alive by category at the moment when most were.
+    """The time between two events, with the live bytes by category at its peak.
 
-    ``event``: what ended it (see `Allocations.mark`); ``peak``: category -> bytes; ``start``: at its beginning.
+    ``event``: what ended the interval (see `Allocations.mark`); ``peak``: category -> bytes at the peak; ``start``: the
+    same at the beginning of the interval.
     """
 
     event: Any
@@ -51,15 +56,15 @@ class Interval:
 
 
 class Allocations(TorchDispatchMode):
-    """Enter it inside ``FakeTensorMode(allow_non_fake_inputs=True)``.
+    """A dispatch mode that counts allocations; enter it inside ``FakeTensorMode(allow_non_fake_inputs=True)``.
 
-    Tensors on which data depend (integers of a batch) may be real ones: operations on real tensors alone are really
-    done. Scalars that are read off tensors without data come out as 1, truths as False.
+    Tensors whose values matter (the integers of a batch) may be real: operations on real tensors only are executed.
+    Scalars read from tensors without data are 1, booleans are False.
 
     Args:
-        granularity: bytes an allocation is rounded up to (512 in torch's CUDA allocator).
-        workspaces: operator (overload packet) -> bytes it allocates inside, from its arguments and its result.
-        flops: operator -> floating-point operations, beside those torch's ``flop_registry`` knows.
+        granularity: allocations are rounded up to multiples of these bytes (512 in torch's CUDA allocator).
+        workspaces: operator (overload packet) -> bytes it allocates internally, from its arguments and its result.
+        flops: operator -> floating-point operations, in addition to those in torch's ``flop_registry``.
     """
 
     def __init__(
@@ -83,7 +88,7 @@ class Allocations(TorchDispatchMode):
 
     @contextmanager
     def kind(self, category: str) -> Iterator[None]:
-        """What is allocated inside counts as ``category``."""
+        """Count everything allocated inside as ``category``."""
         before, self.category = self.category, category
         try:
             yield
@@ -91,21 +96,21 @@ class Allocations(TorchDispatchMode):
             self.category = before
 
     def own(self, tensors: Any, category: str) -> None:
-        """Count the storages of these tensors as ``category``, new or known."""
+        """Count the storages of these tensors as ``category``, even if they were counted before."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, FakeTensor):
                 self._forget(_key(tensor))
                 self._add(tensor, category)
 
     def mark(self, event: Any) -> None:
-        """End an interval of the timeline."""
+        """End the current interval of the timeline with ``event``."""
         self.timeline.append(Interval(event, self._peak, self._start))
         self._start = dict(self._alive)
         self._peak, self._peak_total = self._start, self._total
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:  # asked for more often than everything else
+        if func is torch.ops.prim.device.default:  # the most frequent call by far
             return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
         args, answer = self._without_data(func, args, kwargs)
         if answer is not None:
@@ -126,7 +131,7 @@ class Allocations(TorchDispatchMode):
         return out
 
     def _without_data(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, tuple[Any] | None]:
-        """The arguments, changed where that makes data unnecessary, and the answer in a tuple if there is one."""
+        """Return the arguments, changed so that no data is needed, and the result in a tuple if it is known already."""
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         packet = func.overloadpacket
         if tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
@@ -137,7 +142,7 @@ class Allocations(TorchDispatchMode):
             return args, (False if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1,)
         if packet in (aten.index, aten.index_put, aten.index_put_, aten._unsafe_index):
             indices: list[Any] = []
-            for index in args[1]:  # which positions a real mask leaves is known
+            for index in args[1]:  # a real mask has values, so the positions it selects are known
                 if isinstance(index, Tensor) and index.dtype == torch.bool and not isinstance(index, FakeTensor):
                     with unset_fake_temporarily():
                         indices += index.nonzero().unbind(1)

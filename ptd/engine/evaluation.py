@@ -1,4 +1,4 @@
-"""Loss and metrics on held-out rows over all ranks."""
+"""Compute loss and metrics on held-out rows over all ranks."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from ptd.types import Batch, Examples, Reporter
 
 T = TypeVar("T")
 BEHIND = 4
-"""Batches by which reading scores from a GPU is behind asking for them, so that it always has something to do; their
-scores wait in pinned memory."""
+"""The host reads the scores of a batch from a GPU this many batches after it queued the batch, so that the GPU always
+has work; until then the scores are in pinned memory."""
 Reads = Callable[[Run, Batch, bool], Reading]
-"""A readout, or what stands around one."""
+"""A readout, or a function that wraps a readout."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rows to evaluate on: tokenised on every rank, as they were read (``rows``) on rank 0 only."""
+    """Rows to evaluate on: ``examples`` are tokenised on every rank, ``rows`` are the raw rows on rank 0 only."""
 
     task: Task
     examples: Examples
@@ -40,7 +40,10 @@ class HeldOut:
     pad_token_id: int | None
 
     def batches(self, prepared: Prepared, ranks: Ranks) -> Batches:
-        """All rows once, in their order, dealt out to the ranks. Raises `UserError` for one beyond the context."""
+        """Return batches of all rows, each row once and in order, distributed over the ranks.
+
+        Raises `UserError` if a row is longer than the context of the backbone.
+        """
         sides = [side for side in (self.examples, self.examples.source) if side is not None]
         longest = max(int((side.offsets[1:] - side.offsets[:-1]).max()) for side in sides)
         check_context(prepared.shape.context, prepared.attachment.extra_positions, longest)
@@ -58,9 +61,9 @@ class HeldOut:
 def evaluate(
     held_out: HeldOut, prepared: Prepared, readout: Readout, ranks: Ranks, reporter: Reporter
 ) -> dict[str, Any]:
-    """Mean loss over everything predicted, and what the task measures: its metrics, or a text's perplexity.
+    """Return the mean loss over all predictions, and the metrics of the task or, for text, the perplexity.
 
-    Every rank calls this together and gets the same.
+    Every rank calls this together and gets the same result.
     """
     task = held_out.task
     loss, supervised, scores = _pass(held_out, prepared, readout, ranks, reporter, want_scores=not task.generates)
@@ -74,14 +77,14 @@ def evaluate(
 def mean_loss(
     held_out: HeldOut, prepared: Prepared, readout: Reads, ranks: Ranks, reporter: Reporter
 ) -> tuple[float, int]:
-    """Mean loss over everything predicted, and the number of supervised tokens; on all ranks the same."""
+    """Return the mean loss over all predictions and the number of supervised tokens, the same on all ranks."""
     return _pass(held_out, prepared, readout, ranks, reporter, want_scores=False)[:2]
 
 
 def scores_of(
     held_out: HeldOut, prepared: Prepared, readout: Readout, ranks: Ranks, reporter: Reporter
 ) -> list[Tensor]:
-    """The readout's scores of every row, in the rows' order (on rank 0; elsewhere nothing)."""
+    """Return the readout's scores of every row, in the order of the rows (on rank 0; an empty list elsewhere)."""
     return _pass(held_out, prepared, readout, ranks, reporter, want_scores=True)[2]
 
 
@@ -116,27 +119,27 @@ def _pass(
 
 
 def _over_all(loss: Tensor, weight: Tensor | float, supervised: int, ranks: Ranks) -> tuple[float, int]:
-    """The mean loss and the number of supervised tokens of all ranks."""
+    """Return the mean loss and the number of supervised tokens over all ranks."""
     own = together([loss, weight, supervised], loss.device)
     total, divisor, everything = ranks.all_reduce(own).tolist()
     return total / divisor, int(everything)
 
 
 class _Scores:
-    """The scores of a batch's rows, of any shapes, on their way to the host."""
+    """The scores of the rows of a batch, of any shapes, during their copy to the host."""
 
     def __init__(self, rows: tuple[int, ...], scores: list[Tensor]) -> None:
         self.rows, self.shapes = rows, [each.shape for each in scores]
         self._flat = OnItsWay(torch.cat([each.flatten() for each in scores]))
 
     def read(self) -> dict[int, Tensor]:
-        """Each row's, in memory of its own."""
+        """Return the scores by row, each copied out of the common buffer."""
         parts = self._flat.tensor().split([shape.numel() for shape in self.shapes])
         return {row: part.view(shape).clone() for row, part, shape in zip(self.rows, parts, self.shapes, strict=True)}
 
 
 def in_order(found: dict[int, T], ranks: Ranks) -> list[T]:
-    """What all ranks ``found``, in the order of its numbers (on rank 0; elsewhere nothing)."""
+    """Return the values that all ranks ``found``, sorted by row (on rank 0; an empty list elsewhere)."""
     if ranks.world_size > 1:
         parts: list[Any] = [None] * ranks.world_size
         dist.gather_object(found, parts if ranks.is_main else None, dst=0)

@@ -1,4 +1,4 @@
-"""Run a batch through the backbone, and read of what comes back only what is asked for."""
+"""Run a batch through the backbone and compute outputs only for the requested positions."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ptd.types import IGNORE_INDEX, Batch
 class Forward:
     """The ``run`` of `ptd.readouts`: a language model's logits or their cross-entropy, or a body's last hidden states.
 
-    Only the positions asked for reach what is behind the last attention, and the language model's head. With gradient
-    checkpointing the backward pass has to come before the next forward pass. ``rounds``: packed batches run in sizes
-    that come again (`ptd.engine.rounding`).
+    The layers after the last attention and the language model's head compute only the requested positions. With
+    gradient checkpointing the backward pass has to run before the next forward pass. ``rounds``: pad packed batches to
+    a few recurring sizes (`ptd.engine.rounding`).
     """
 
     def __init__(self, attachment: Attachment, device: torch.device, *, rounds: bool = False) -> None:
         self.attachment, self.device, self.rounds = attachment, device, rounds
 
     def __call__(self, batch: Batch, positions: Tensor | None = None) -> Tensor:
-        """``[len(positions), width]``; None: of all positions, flattened."""
+        """Return the output at ``positions``, ``[len(positions), width]``; None: at all positions, flattened."""
         wanted = batch.input_ids.numel() if positions is None else len(positions)
         batch, also = self.filled(batch, 0 if positions is None else wanted)
         self.attachment.keep(None if positions is None else to_device(torch.cat([positions, also]), self.device))
@@ -33,7 +33,10 @@ class Forward:
         return (output.last_hidden_state if logits is None else logits).flatten(0, 1)[:wanted]
 
     def cross_entropy(self, batch: Batch, positions: Tensor, targets: Tensor) -> Tensor:
-        """Sum over ``positions`` of the language model's cross-entropy with ``targets`` ``[len(positions)]``, fp32."""
+        """Return the cross-entropy between the language model's logits at ``positions`` and ``targets``, summed, fp32.
+
+        ``targets``: ``[len(positions)]``.
+        """
         head = self.attachment.head
         if not head.fuses:
             targets = to_device(targets, self.device)
@@ -46,5 +49,5 @@ class Forward:
         return head.take()
 
     def filled(self, batch: Batch, read: int) -> tuple[Batch, Tensor]:
-        """The batch as it runs when ``read`` of its positions are read, and the positions that are read beside them."""
+        """Return the batch, padded if ``rounds``, and the padding positions to read after its ``read`` positions."""
         return fill(batch, read) if self.rounds and batch.cu_seqlens is not None else (batch, torch.arange(0))

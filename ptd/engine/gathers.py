@@ -1,11 +1,12 @@
-"""Which weights are whole on a rank at which moment of a micro-batch when DeepSpeed shards them, and what it gathers.
+"""Simulate which weights DeepSpeed's ZeRO-3 holds gathered on a rank during a micro-batch, and what it gathers.
 
-A model of ``PartitionedParameterCoordinator`` (DeepSpeed 0.19.8, runtime/zero/partitioned_param_coordinator.py) in its
-steady state: from the third training step on it knows the order of the modules. Before a module runs its weights are
-gathered, and those of the next modules up to ``prefetch_bucket_size`` numbers; afterwards they are released unless they
-are used again within ``max_reuse_distance`` numbers, be it by the backward pass. It decides that once, by the first
-order it has seen complete (``functools.lru_cache`` on ``__params_to_release``), which `Shards.forget_passes` makes that
-of a training step. Weights of up to ``param_persistence_threshold`` numbers stay.
+This is a model of ``PartitionedParameterCoordinator`` (DeepSpeed 0.19.8,
+runtime/zero/partitioned_param_coordinator.py) in its steady state: from the third training step on it knows the order
+of the modules. Before a module runs, the coordinator gathers the weights of the module, and prefetches those of the
+next modules up to ``prefetch_bucket_size`` numbers. Afterwards it releases the weights, unless the forward or backward
+pass uses them again within ``max_reuse_distance`` numbers. It decides this once, by the first complete order of modules
+that it sees (``functools.lru_cache`` on ``__params_to_release``); `Shards.forget_passes` makes that the order of a
+training step. Weights of up to ``param_persistence_threshold`` numbers are never released.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Use(NamedTuple):
 
 @dataclass(frozen=True)
 class Weight:
-    """A frozen parameter as it is stored: ``numel`` numbers of ``itemsize`` bytes."""
+    """The storage of a frozen parameter: ``numel`` numbers of ``itemsize`` bytes."""
 
     numel: int
     itemsize: int
@@ -39,7 +40,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Limits:
-    """DeepSpeed's keys of ``zero_optimization``, without their prefix ``stage3_``, in numbers; its own defaults."""
+    """DeepSpeed's ``zero_optimization`` keys without the prefix ``stage3_``, in numbers, with DeepSpeed's defaults."""
 
     prefetch_bucket_size: int = 50_000_000
     param_persistence_threshold: int = 100_000
@@ -48,28 +49,34 @@ class Limits:
 
     @classmethod
     def read(cls, zero3: dict[str, Any] | None) -> Limits:
-        """Of a DeepSpeed configuration; ``"auto"`` and what is missing are the defaults."""
+        """Read the limits from a DeepSpeed configuration; missing keys and ``"auto"`` mean the defaults."""
         section = (zero3 or {}).get("zero_optimization", {})
         found = {name: section.get(f"stage3_{name}", section.get(name)) for name in cls.__dataclass_fields__}
         return cls(**{name: int(value) for name, value in found.items() if isinstance(value, int | float)})
 
 
 class Moment(NamedTuple):
-    """Bytes of whole weights: ``live`` from here to the next use, ``while_gathering`` for a moment before."""
+    """Bytes of gathered weights: ``live`` until the next use, ``while_gathering`` briefly before that."""
 
     live: int
     while_gathering: int
 
 
 class Gathered(NamedTuple):
-    """``moments``: one behind each use; ``nbytes``: what one micro-batch gathers, padded to whole shards."""
+    """The gathers of a micro-batch.
+
+    ``moments``: one after each use; ``nbytes``: bytes gathered per micro-batch, padded to whole shards.
+    """
 
     moments: list[Moment]
     nbytes: int
 
 
 class _Bucket:
-    """Weights that one collective gathers. More than one are copied out of its buffer, which lives until all are."""
+    """Weights that one collective gathers.
+
+    Several weights are copied out of its buffer, which is freed when all of them have been copied.
+    """
 
     def __init__(self, members: Iterable[int], weights: Sequence[Weight], group: int) -> None:
         self.members = set(members)
@@ -99,7 +106,7 @@ class _Coordinator:
         self.begin()
 
     def begin(self) -> None:
-        """The next forward pass."""
+        """Begin the next forward pass."""
         self.step = self.live_numel = 0
         self.in_flight.clear()
         self.queue = [(step, weight) for step, module in enumerate(self.order) for weight in self.modules[module]]
@@ -115,7 +122,7 @@ class _Coordinator:
 
     def _live(self) -> int:
         buffers = {id(bucket): bucket for bucket in self.in_flight.values()}.values()
-        # What is on its way has a buffer; once it has arrived it has been copied out of it as well.
+        # A gather in flight has a buffer; after arrival its weights exist as copies in addition to the buffer.
         coming = sum(0 if bucket.arrived else max(bucket.padded - bucket.buffer, 0) for bucket in buffers)
         return sum(self.weights[i].nbytes for i in self.available) + coming + sum(bucket.buffer for bucket in buffers)
 
@@ -190,13 +197,13 @@ def gathers(
     *,
     stages: bool = False,
 ) -> Gathered:
-    """Simulate a micro-batch on a rank of a group of ``group`` ranks.
+    """Simulate the gathers of a micro-batch on a rank of a group of ``group`` ranks.
 
-    ``modules``: the indices into ``weights`` that each module has of its own; ``uses``: a micro-batch's, in order.
-    ``stages``: the collective gathers into a tensor of its own first, as gloo's does (newLikeFlat in ProcessGroupGloo).
+    ``modules``: for each module the indices of its own weights; ``uses``: the uses of a micro-batch, in order.
+    ``stages``: the collective first gathers into a separate tensor, as gloo's does (newLikeFlat in ProcessGroupGloo).
     """
     coordinator = _Coordinator(weights, modules, uses, group, limits, stages)
-    for use in uses:  # the first pass leaves behind what the second begins with
+    for use in uses:  # the first micro-batch only sets the state with which the second one begins
         coordinator.use(use)
     coordinator.begin()
     coordinator.nbytes = 0

@@ -1,40 +1,41 @@
-"""Whether a training run diverges, judged by its losses alone.
+"""Detect from the losses alone whether a training run diverges.
 
-A prompt is trained to make the backbone's loss smaller than it is without a prompt. So the loss of the backbone alone,
-on the rows of the first steps, is the *baseline* that every later loss is compared with (`Guard.begin`). Where the
-backbone cannot be asked alone (a head that is trained from nothing, virtual tokens among those of the rows) the loss of
-the same rows before the first update takes its place. What a run starts from may lie far above the baseline (random
-embeddings do). The *reference* is therefore the baseline plus what the loss of step 1 is above it on the same rows: a
-run diverges when it leaves where it was, not when it comes down slowly.
+A prompt is trained to make the backbone's loss lower than it is without a prompt. So every later loss is compared with
+the *baseline*: the loss of the frozen backbone without a prompt on the rows of the first steps (`Guard.begin`). Where
+no such loss exists (a head is trained from scratch, or the rows contain the virtual tokens), the baseline is the loss
+of the same rows before the first update. A run may start far above the baseline, with random embeddings for example.
+The *reference* is therefore the baseline plus the excess of the loss of step 1 over the baseline on the same rows: a
+run diverges when its loss rises above its start, not when its loss falls slowly.
 
-Losses are put together in windows of ``w = clamp(total_steps // 20, 10, 50)`` steps, one behind the other. The *level*
-of a window is its mean or its median, whichever is smaller: a spike of a few steps moves the one, never the other. Its
-*spread* is the standard deviation of a loss about the trend (`spread_of`), or the spread of the newest window in which
-nothing was wrong, whichever is larger. Batches of few rows, whose losses scatter, are given more room by it. A run has
-diverged when
+Losses are grouped into consecutive windows of ``w = clamp(total_steps // 20, 10, 50)`` steps. The *level* of a window
+is the smaller one of its mean and its median: a spike of a few steps moves the mean, but not the median. The *spread*
+of a window is the standard deviation of a loss around the trend (`spread_of`), or the spread of the newest window
+without trouble if that is larger. It allows a larger excess to batches of few rows, whose losses scatter. A run has
+diverged if one of three rules applies:
 
-1. *it stands above the reference*: two windows are complete, the newer one began behind the warm-up, its level is above
-   the reference by more than 5 % of the baseline, 0.1 nats and 5 standard errors (of the level and of the baseline, by
-   the spread), and it does not fall: what it is above is not below 0.9 × what the window before was above;
-2. *it has given back what it gained*: the level of a window is above the lowest one so far by more than half of what
-   that one had gained below the baseline, 0.25 nats and 6 standard errors;
-3. *it is far off*: 5 losses in a row are above the alarm, and the last of them is not below 0.9 × the first. The alarm
-   is above the reference by half of it, but by 1 nat at least and 1.5 at most, or by 3 × the spread where that is more.
-   This needs neither two windows nor the end of the warm-up.
+1. *The loss stays above the reference.* Two windows are complete, the newer one began after the warm-up, and its level
+   exceeds the reference by more than the largest of 5 % of the baseline, 0.1 nats and 5 standard errors (of the
+   difference between level and baseline, from the spread). And the level does not fall: its excess is not below
+   0.9 × the excess of the window before.
+2. *The run has lost what it had gained.* The level of a window exceeds the lowest level so far by more than the largest
+   of half of the gain of that lowest level over the baseline, 0.25 nats and 6 standard errors.
+3. *The loss is far above the reference.* 5 consecutive losses are above the alarm, and the last of them is not below
+   0.9 × the first. The alarm exceeds the reference by half of the reference, but at least by 1 nat and at most by 1.5,
+   or by 3 × the spread if that is more. This rule needs neither two windows nor the end of the warm-up.
 
-However much the losses scatter, the room that 1 and 2 give them for it ends at the alarm. So losses that stand still
-or fall are left alone even where those of a step scatter by 0.4 nats (8 rows of text: about 0.15), and a learning rate
-that is a hundred times too high is found out mostly within ten steps: its losses are several nats above the baseline.
-What is only a little worse than the backbone alone is not called diverged; the end of a run compares the held-out
-losses.
+However much the losses scatter, the standard errors that rules 1 and 2 allow are capped at the alarm's excess over the
+reference. So losses that stay level or fall raise no verdict even if the losses of single steps scatter by 0.4 nats (8
+rows of text: about 0.15), and a learning rate that is a hundred times too high is mostly detected within ten steps: its
+losses are several nats above the baseline. A run that is only slightly worse than the frozen backbone without a prompt
+does not count as diverged; the comparison of held-out losses at the end of the run reports it.
 
-Losses that are not finite are left out: the loop skips such steps, and ends a run with too many of them
-(`ptd.engine.loop.MAX_SKIPPED`). A loss scale's skipped steps have an ordinary loss. A run of fewer steps than two
-windows is judged by 3 alone.
+The guard ignores losses that are not finite: the loop skips such steps, and fails after too many of them
+(`ptd.engine.loop.MAX_SKIPPED`). Steps that are skipped because of the loss scale have an ordinary loss. Only rule 3
+applies to a run with fewer steps than two windows.
 
-The guard reads what the loop has read anyway, in the order of the steps. All ranks see the same losses, bit for bit, so
-they come to the same verdict at the same step without a word. Its whole state is a few numbers (`Guard.state`), which
-a checkpoint keeps: an interrupted run is judged as one that was not.
+The guard reads the losses that the loop has read anyway, in the order of the steps. All ranks see the same losses, bit
+for bit, so they reach the same verdict at the same step without communication. The whole state of the guard is a few
+numbers (`Guard.state`). A checkpoint saves them, so an interrupted run gets the same verdict as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -47,23 +48,26 @@ from itertools import pairwise
 from typing import Any
 
 SHORTEST, LONGEST, WINDOWS = 10, 50, 20
-"""Steps of a window, at least and at most; and windows of a run whose windows are neither."""
+"""Fewest and most steps of a window; a run is divided into ``WINDOWS`` windows within these limits."""
 ABOVE, FLOOR, ERRORS = 0.05, 0.1, 5.0
-"""How far above the reference a window stands out: share of the baseline, nats, standard errors."""
+"""The excess of a window over the reference that rule 1 allows: share of the baseline, nats, standard errors."""
 FALLING = 0.9
-"""What falls is below this share of what was before."""
+"""A loss falls if it is below this share of the earlier one."""
 GIVEN_BACK, GIVEN_BACK_NATS, GIVEN_BACK_ERRORS = 0.5, 0.25, 6.0
-"""How much above the best window is too much: share of its gain, nats, standard errors."""
+"""The excess over the best window that rule 2 allows: share of its gain, nats, standard errors."""
 FAR, FAR_LEAST, FAR_MOST, FAR_SPREADS, IN_A_ROW = 0.5, 1.0, 1.5, 3.0, 5
-"""How far the alarm is above the reference: share of it, within these nats; spreads; and how many losses in a row."""
+"""The excess of the alarm over the reference: share of the reference, limits of that share in nats, spreads; and the
+number of consecutive losses above the alarm."""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """A verdict. ``step``: the last one it looked at; ``loss``: its level there; ``baseline``: what that is compared
-    with, which is the loss of the backbone ``alone`` or that before the first update; ``reason``: a clause for people.
+    """The verdict that a run diverged.
 
-    ``good``: the last step after which nothing was wrong yet; 0: only before step 1.
+    ``step``: the last step that the guard has seen; ``loss``: the level of the losses there; ``baseline``: the loss to
+    compare with (if ``alone`` that of the frozen backbone without a prompt, otherwise that before the first update);
+    ``reason``: a clause for people; ``good``: the last step after which there was no trouble yet (0: only before
+    step 1).
     """
 
     step: int
@@ -76,32 +80,32 @@ class Divergence:
 
 @dataclass
 class Guard:
-    """Judges a run of ``total_steps`` with ``warmup_steps``: give it what `begin` wants, then each step to `see`."""
+    """Detects divergence in a run of ``total_steps`` with ``warmup_steps``: call `begin`, then `see` for each step."""
 
     total_steps: int
     warmup_steps: int = 0
     _begun: list[float] = field(default_factory=list, init=False)
     """Losses of the rows of the first steps, before the first update."""
     _alone: bool = field(default=False, init=False)
-    """Whether they are those of the backbone alone."""
+    """Whether they are the losses of the frozen backbone without a prompt."""
     _baseline: float | None = field(default=None, init=False)
     _reference: float | None = field(default=None, init=False)
     _window: list[tuple[int, float]] = field(default_factory=list, init=False)
-    """Step and loss, of the window that is not complete."""
+    """Steps and losses of the incomplete window."""
     _before: float | None = field(default=None, init=False)
     """Level of the newest complete window."""
     _spread: float = field(default=0.0, init=False)
-    """Of the newest window in which nothing was wrong."""
+    """Spread of the newest window without trouble."""
     _best: tuple[float, int] | None = field(default=None, init=False)
-    """Lowest level of all windows, and the last step of that one."""
+    """Lowest level of all windows, and the last step of that window."""
     _last: list[tuple[int, float]] = field(default_factory=list, init=False)
     """The newest losses, at most `IN_A_ROW`."""
     _calm: int = field(default=0, init=False)
-    """The last step whose loss was less than half way from the reference to the alarm."""
+    """The last step whose loss was at most halfway from the reference to the alarm."""
     good: int = field(default=0, init=False)
-    """The last step with a complete window behind it in which nothing was wrong."""
+    """The last step after which a complete window has shown no trouble."""
     said: bool = field(default=False, init=False)
-    """Whether there was a verdict: there is one at most."""
+    """Whether the guard has returned a verdict; it returns one at most."""
 
     @property
     def width(self) -> int:
@@ -109,14 +113,17 @@ class Guard:
         return min(max(self.total_steps // WINDOWS, SHORTEST), LONGEST)
 
     def begin(self, losses: Sequence[float], *, alone: bool) -> None:
-        """Before step 1: the losses of the rows of step 1, step 2, … (at least those of step 1), of the backbone
-        ``alone`` or of what the run starts from. Without this, or if one is not finite, nothing is judged."""
+        """Set the losses before step 1 on the rows of step 1, step 2, … (at least of step 1).
+
+        ``alone``: they are the losses of the frozen backbone without a prompt, otherwise of the initial prompt and
+        head. Without this call, or if a loss is not finite, the guard returns no verdict.
+        """
         if all(map(math.isfinite, losses)):
             self._begun, self._alone = list(losses), alone
             self._baseline = statistics.fmean(losses)
 
     def see(self, step: int, loss: float) -> Divergence | None:
-        """Take the loss of ``step``; returns the verdict when this loss brings it. Steps come in their order."""
+        """Add the loss of ``step``; return the verdict if this loss leads to one. Call it in the order of the steps."""
         if self.said or self._baseline is None or not math.isfinite(loss):
             return None
         if self._reference is None:
@@ -129,22 +136,22 @@ class Guard:
         return verdict
 
     def rearm(self) -> None:
-        """After a verdict that nobody acted on: another one may come, of later steps."""
+        """Allow another verdict about later steps, after a verdict that was ignored."""
         self.said, self._window, self._last = False, [], []
 
     def restart(self) -> None:
-        """Forget all steps; what `begin` was told stays."""
+        """Forget all steps, but keep the losses given to `begin`."""
         fresh = Guard(self.total_steps, self.warmup_steps)
         if self._begun:
             fresh.begin(self._begun, alone=self._alone)
         self.load(fresh.state())
 
     def state(self) -> dict[str, Any]:
-        """Plain numbers from which `load` goes on."""
+        """Return plain numbers from which `load` restores this state."""
         return {name: value for name, value in asdict(self).items() if name not in ("total_steps", "warmup_steps")}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state` gave, here or through JSON."""
+        """Restore the result of `state`, also after a round trip through JSON."""
         for name, value in state.items():
             if name in ("_window", "_last"):
                 value = [tuple(pair) for pair in value]
@@ -165,7 +172,7 @@ class Guard:
             return None
         span = f"{min(losses):.4f} to {max(losses):.4f}"
         said = f"the losses of the last {IN_A_ROW} steps, {span}, are far above {self._than}"
-        # The loss of a step is that of what the steps before it left.
+        # The loss of a step measures the parameters that the steps before it left.
         return self._verdict(step, statistics.fmean(losses), said, min(self.good, max(0, self._calm - 1)))
 
     def _of_window(self) -> Divergence | None:
@@ -200,16 +207,16 @@ class Guard:
             return self._verdict(last, level, said, good)
         if given_back and best is not None:
             said = (
-                f"the training loss of {steps}, {level:.4f}, is above the {best[0]:.4f} that it had come to in step "
-                f"{best[1]:,}: more than half of what was gained over {self._than}, is lost"
+                f"the training loss of {steps}, {level:.4f}, is above the {best[0]:.4f} that it had reached in step "
+                f"{best[1]:,}: more than half of the gain over {self._than}, is lost"
             )
             return self._verdict(last, level, said, good)
         return None
 
     @property
     def _than(self) -> str:
-        """What the reference is, for people."""
-        what = "that of the backbone alone" if self._alone else "that it began with"
+        """The baseline as a phrase in messages."""
+        what = "the loss without a prompt" if self._alone else "the loss before the first update"
         return f"{what}, {self._baseline:.4f}"
 
     def _verdict(self, step: int, loss: float, reason: str, good: int) -> Divergence:
@@ -218,9 +225,9 @@ class Guard:
 
 
 def spread_of(losses: Sequence[float]) -> float:
-    """Standard deviation of a loss about its trend, by the median of the differences between neighbours.
+    """Return the standard deviation of a loss around its trend, from the median difference between neighbours.
 
-    The difference of two normal values has √2 times the standard deviation, and the median of its size is 0.6745 times
-    that. Neither a trend nor a few outliers count.
+    The difference of two normal values has √2 times their standard deviation, and the median of its absolute value is
+    0.6745 times that. A trend and a few outliers hardly change the result.
     """
     return statistics.median(abs(after - before) for before, after in pairwise(losses)) / (0.6745 * math.sqrt(2))

@@ -1,4 +1,4 @@
-"""Memory of the host that is freed stays with the process, for the next step to take."""
+"""Keep freed host memory in the process, so that the next step can reuse it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import os
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 MAPPED_FROM = 1 << 28
-"""Bytes from which an allocation is still mapped by itself."""
+"""Bytes from which glibc still maps an allocation separately."""
 OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep what is freed in its heap; whether it does now.
+    """Make glibc keep freed memory in its heap; return whether it does.
 
-    By default it maps each large block anew (from 32 MiB at the latest) and gives back the heap's free end, and every
-    training step that computes on the host has the pages of its activations filled with zeros once more. What is kept
-    is never more than what was in use at the peak. Nothing changes without glibc, or where the environment has
-    `OWN_SETTINGS`.
+    By default glibc maps each large block again (from 32 MiB at the latest) and returns the free end of the heap to the
+    system. The kernel then fills the pages of the activations with zeros in every training step on the host. The memory
+    kept never exceeds the peak in use. Nothing changes without glibc, or if the environment sets one of `OWN_SETTINGS`.
     """
     if any(name in os.environ for name in OWN_SETTINGS):
         return False

@@ -1,4 +1,4 @@
-"""The training loop over prepared parts. It knows no method, no placement and no file."""
+"""Run the training loop over prepared parts. The loop does not depend on methods, placements or files."""
 
 from __future__ import annotations
 
@@ -28,20 +28,22 @@ from ptd.transfer import together
 from ptd.types import Batch, Reporter, UserError
 
 MAX_SKIPPED = 10
-"""Steps in a row that may be skipped for a loss or gradient that is not finite, beside overflows of the loss scale."""
+"""Consecutive steps with a non-finite loss or gradient after which the run fails; overflows of the loss scale do not
+count."""
 
 BEHIND = 1
-"""Steps by which reading results from a GPU is behind asking for them: while the host reads, the GPU has a whole step
-to do. One is enough; a signal to stop, a run to be ended for its skipped steps, and a divergence wait as long."""
+"""The host reads the result of a step from a GPU this many steps after it queued the step, so that the GPU has a whole
+step of work meanwhile. One is enough. Stop signals, skipped steps and divergences also take effect that much later."""
 
 FIRST_ROWS, FEWEST_ROWS, FIRST_SHARE = 32, 16, 20
-"""What a run begins from is measured on the rows of its first steps: on `FIRST_ROWS` rows, within one in `FIRST_SHARE`
-of its steps; on `FEWEST_ROWS` at least. A forward pass takes a third of a step: mostly below 2 % of a run."""
+"""The initial loss of a run is measured on the rows of its first steps: on `FIRST_ROWS` rows if they are within the
+first 1 / `FIRST_SHARE` of the steps, and on at least `FEWEST_ROWS` rows. A forward pass takes a third of a step, so
+this mostly costs less than 2 % of a run."""
 
 
 @dataclass(frozen=True)
 class Stopped:
-    """A run that was asked to stop, after ``step``. ``evaluation_due``: this step's evaluation is still to come."""
+    """The run stopped on request after ``step``. ``evaluation_due``: the evaluation of this step has not run yet."""
 
     step: int
     evaluation_due: bool
@@ -49,14 +51,14 @@ class Stopped:
 
 @dataclass(frozen=True)
 class Enough:
-    """A run that is over after ``step``, because its evaluations do not get better any more; its state is saved."""
+    """The run ended after ``step`` because its evaluations no longer improve; its state is saved."""
 
     step: int
 
 
 @dataclass(frozen=True)
 class Astray:
-    """A run that diverged and is not to go on as it is; ``step`` is the last one that was taken."""
+    """The run diverged and must not continue unchanged; ``step`` is the last step that ran."""
 
     step: int
     verdict: Divergence
@@ -64,17 +66,17 @@ class Astray:
 
 @dataclass
 class Loop:
-    """Everything a run needs while it trains; `run` does it.
+    """Everything that a run needs during training; `run` trains.
 
-    ``on_record`` gets each record, ``on_eval`` each evaluation, ``on_save`` the steps after which to keep the state;
-    ``on_trained`` is called before each evaluation and before all else that follows the last step: what was trained is
-    kept before anything that may fail. ``on_boundary`` is called after every other step; ``heartbeat`` is told what
-    begins now, at each micro-batch at least.
-    ``behind``: results of steps are read so many steps later, unless a record, an evaluation or a checkpoint is due;
-    None: `BEHIND` on a GPU.
-    ``enough`` is asked after each evaluation whether the run is to end there.
-    ``guard`` sees the loss of each step when it is read; ``on_divergence`` gets its verdict, and says whether the run
-    is to end with it. ``rate_factor``: what the schedule's learning rates are multiplied with.
+    ``on_record`` receives each record, ``on_eval`` each evaluation, ``on_save`` each step whose state is to be saved.
+    ``on_trained`` is called before each evaluation, and after the last step before anything else: it saves the trained
+    parameters before anything that may fail. ``on_boundary`` is called after every step except the last.
+    ``heartbeat`` receives the name of the work that begins, at least once per micro-batch.
+    ``behind``: the number of steps after which the result of a step is read, unless a record, an evaluation or a
+    checkpoint is due; None: `BEHIND` on a GPU, 0 on a CPU.
+    ``enough`` is called after each evaluation and returns whether the run ends there.
+    ``guard`` receives the loss of each step when it is read; ``on_divergence`` receives the verdict of the guard and
+    returns whether the run ends. ``rate_factor`` multiplies the learning rates of the schedule.
     """
 
     config: TrainConfig
@@ -99,11 +101,12 @@ class Loop:
     _skipped_in_a_row: int = field(default=0, init=False, repr=False)
 
     def run(self, start: int, stop: int, *, evaluation_due: bool = False) -> Stopped | Enough | Astray | None:
-        """Optimizer steps ``start`` … ``stop − 1``; a step's number in records counts from 1. None: only evaluate.
+        """Run the optimizer steps with indices ``start`` … ``stop − 1``; with ``stop`` 0 only evaluate.
 
-        ``evaluation_due``: first evaluate what step ``start`` left. When any rank's ``request`` asks to stop, all
-        ranks do after the same step, and are told which; its state is then to be saved. The result says what ended the
-        run before its last step, on all ranks the same; None: nothing did.
+        Records number the steps from 1. ``evaluation_due``: first evaluate the state after step ``start``. When the
+        ``request`` of any rank asks to stop, all ranks stop after the same step; the caller then saves the state.
+        Returns what ended the run before its last step, the same on all ranks; None if the run is complete. Raises
+        `UserError` after `MAX_SKIPPED` consecutive steps with a non-finite loss or gradient.
         """
         if stop == 0:
             self.evaluate(0)
@@ -130,7 +133,7 @@ class Loop:
             unread.append((index + 1, self.take_step(index, micro_batches)))
             clock.pause()
             number = index + 1
-            if number < stop:  # behind the last step nothing is waited for before `on_trained`
+            if number < stop:  # after the last step nothing may wait before `on_trained`
                 self.on_boundary()
             logs, evaluates, saves = (
                 number == stop or bool(every and number % every == 0)
@@ -146,7 +149,7 @@ class Loop:
             if astray:
                 for _, result in self._results(unread, everything=True):
                     window.add(result)
-                logs = True  # a run that ends here has its last step on record
+                logs = True  # the run ends here, and its last step has to be on record
             window.pass_by(time.perf_counter() - began, self.step.meter.take())
             if number == stop or (evaluates and self.held_out is not None):
                 self.on_trained(number)
@@ -160,7 +163,7 @@ class Loop:
             if astray and verdict is not None:
                 self.reporter.finish("train")
                 return Astray(number, verdict)
-            if stops:  # at once: an evaluation may take longer than there is time
+            if stops:  # before the evaluation, which may take longer than the time left
                 self.reporter.finish("train")
                 return Stopped(number, evaluates and self.held_out is not None)
             if evaluates:
@@ -186,7 +189,8 @@ class Loop:
     def _results(
         self, unread: deque[tuple[int, PendingResult]], *, everything: bool
     ) -> Iterator[tuple[int, StepResult]]:
-        """What the steps left that are far enough behind, or ``everything``; all of it once a rank asks to stop."""
+        """Read and yield the results that are at least ``behind`` steps old; all of them if ``everything`` is set or
+        once a rank asks to stop."""
         on_gpu = self.ranks.device.type == "cuda"
         behind = self.behind if self.behind is not None else BEHIND if on_gpu else 0
         while len(unread) > (0 if everything else behind):
@@ -197,9 +201,9 @@ class Loop:
             yield number, result
 
     def take_step(self, index: int, micro_batches: list[Batch]) -> PendingResult:
-        """One optimizer step; returns when a GPU has been asked for it. Its clock goes on in the last phase."""
+        """Run one optimizer step; on a GPU, return once it is queued. The clock keeps running in the last phase."""
         self.heartbeat(f"step {index + 1}")
-        # Randomness is a function of seed and step: a resumed run needs no generator state, all ranks draw alike.
+        # Randomness depends on seed and step only: a resumed run needs no generator state, and all ranks draw the same.
         torch.manual_seed(self.config.seed * 1_000_003 + index)
         clock = self.step.clock
         clock.begin("encoder")
@@ -212,7 +216,8 @@ class Loop:
             clock.begin("forward")
             reading = self.step.readout(self.prepared.run, batch)
             clock.begin("backward")
-            if batch.rows or reading.loss.requires_grad:  # with nothing but a head, a filler depends on nothing trained
+            # If only a head is trained, the loss of a padding batch does not depend on any trained parameter.
+            if batch.rows or reading.loss.requires_grad:
                 self.step.loss_scale.apply(reading.loss).backward()
             loss += reading.loss.detach()
             weight += reading.weight.detach().double() if isinstance(reading.weight, Tensor) else reading.weight
@@ -221,25 +226,26 @@ class Loop:
         return self.step.finish(loss, weight, tokens, supervised, stop=self.request.wanted)
 
     def measure_start(self, stop: int, *, alone: bool) -> None:
-        """Measure what a run of ``stop`` steps begins from, before step 1: the backbone ``alone``, without a prompt, or
-        where that cannot be asked, prompt and head as they are initialised. Every rank calls this together.
+        """Measure the initial loss of a run of ``stop`` steps, before step 1. Every rank calls this together.
 
-        The ``guard`` gets the losses of the rows of the first steps. Of the backbone alone one record of step 0 has
-        their mean, as ``frozen_train_loss``, and what an evaluation of the held-out rows says, under ``frozen_``.
+        ``alone``: measure the frozen backbone without a prompt. Otherwise measure the initial prompt and head, for
+        tasks on which the backbone has no loss without them. The ``guard`` receives the losses on the rows of the first
+        steps. With ``alone`` one record of step 0 holds their mean as ``frozen_train_loss`` and the metrics of the
+        held-out rows under ``frozen_…``.
         """
         self.prepared.attachment.set(None if alone else self.step.state())
         if alone:
-            with self.prepared.attachment.any_backend():  # one that was asked for may need a prefix
+            with self.prepared.attachment.any_backend():  # the configured attention backend may need a prefix
                 losses = self._measure_alone(stop)
         else:
             losses = self._first_losses(stop)
-        self.step.meter.take()  # what this gathers is no step's
+        self.step.meter.take()  # these gathers belong to no step
         if self.guard is not None:
             self.guard.begin(losses, alone=alone)
 
     def _measure_alone(self, stop: int) -> list[float]:
         found: dict[str, Any] = {}
-        said = "the backbone alone: "
+        said = "the frozen backbone, without a prompt: "
         if self.held_out is not None:
             metrics = evaluate(self.held_out, self.prepared, self.step.readout, self.ranks, self.reporter)
             found = {f"frozen_{key}": value for key, value in metrics.items()}
@@ -253,7 +259,7 @@ class Loop:
 
     @torch.no_grad()
     def _first_losses(self, stop: int) -> list[float]:
-        """Of the model as it stands, on the rows of step 1, step 2, …; each the mean over all ranks."""
+        """Return the current model's loss on the rows of step 1, step 2, …, each the mean over all ranks."""
         sums: list[Tensor] = []
         rows = 0
         while len(sums) < stop and rows < (FIRST_ROWS if len(sums) < stop // FIRST_SHARE else FEWEST_ROWS):
@@ -270,12 +276,12 @@ class Loop:
         return [loss / weight for loss, weight in totals.tolist()]
 
     def evaluate(self, number: int) -> None:
-        """Loss and metrics of what is trained, as it stands now, on the held-out rows."""
+        """Evaluate the current prompt and head on the held-out rows, and write the record."""
         if self.held_out is None:
             return
         self.prepared.attachment.set(self.step.state())
         metrics = evaluate(self.held_out, self.prepared, self.step.readout, self.ranks, self.reporter)
-        self.step.meter.take()  # what an evaluation gathers is no step's
+        self.step.meter.take()  # the gathers of an evaluation belong to no step
         shown = {key: value for key, value in metrics.items() if isinstance(value, float)}
         line = "eval " + "  ".join(f"{key} {value:.4f}" for key, value in shown.items())
         self.reporter.advance("train", number, line) if number else self.reporter.note(line)
@@ -285,7 +291,7 @@ class Loop:
     def _count_skipped(self, number: int, so_far: int, result: StepResult) -> int:
         if not result.skipped:
             return 0
-        if result.overflow:  # the scale was too high, which is how its limit is found
+        if result.overflow:  # expected: the loss scale rises until a gradient overflows
             assert result.loss_scale is not None
             lowered = f"loss scale lowered to {result.loss_scale / 2:g}"
             self.reporter.note(f"step {number} skipped on all ranks: a gradient overflowed; {lowered}")
@@ -294,7 +300,7 @@ class Loop:
             f"step {number} skipped on all ranks: loss {result.loss}, gradient norm {result.grad_norm} (not finite)"
         )
         if so_far + 1 >= MAX_SKIPPED:
-            self.on_trained(number)  # which no skipped step has changed
+            self.on_trained(number)  # the skipped steps have not changed the parameters
             raise UserError(
                 f"{MAX_SKIPPED} steps in a row had a loss or gradient that is not finite; lower train.learning_rate "
                 "or set backbone.dtype: float32"
@@ -303,7 +309,7 @@ class Loop:
 
 
 class Window:
-    """What happened between two records."""
+    """Sums over the steps between two records."""
 
     def __init__(self) -> None:
         self.steps = self.tokens = self.supervised = self.skipped = 0
@@ -311,14 +317,14 @@ class Window:
         self.network: defaultdict[tuple[str, str, str], float] = defaultdict(float)
 
     def add(self, result: StepResult) -> None:
-        """What a step left."""
+        """Add the result of one step."""
         self.steps += 1
         self.tokens += result.tokens
         self.supervised += result.supervised_tokens
         self.skipped += result.skipped
 
     def pass_by(self, seconds: float, network: dict[tuple[str, str, str], float]) -> None:
-        """Time and bytes, of whatever step."""
+        """Add elapsed time and network bytes, whichever step they belong to."""
         self.seconds += seconds
         for key, size in network.items():
             self.network[key] += size
@@ -326,13 +332,14 @@ class Window:
     def record(
         self, number: int, learning_rate: float, last: StepResult, ranks: Ranks, phases: dict[str, float]
     ) -> dict[str, Any]:
-        """``loss``, ``lr``, ``grad_norm`` and ``loss_scale`` are the last step's.
+        """Return the record of these steps. Every rank calls this together.
 
-        Tokens are sums, seconds and bytes means a step; tokens and bytes count all ranks, which call this together,
-        seconds are this rank's. ``phases``: its seconds of each phase in all these steps.
+        ``loss``, ``lr``, ``grad_norm`` and ``loss_scale`` are those of the last step. Token counts are sums over the
+        steps; seconds and bytes are means per step. Tokens and bytes cover all ranks, seconds this rank only.
+        ``phases``: seconds of this rank in each phase, summed over the steps.
         """
         split = {name: phases.get(name, 0.0) / self.steps for name in PHASES}
-        # A GPU finishes a step's last phase while the process is in the next step, which may leave less than nothing.
+        # A GPU finishes a step's last phase while the process runs the next step, so this difference may be negative.
         split[OTHER] = max(0.0, self.seconds / self.steps - sum(split.values()))
         return {
             "step": number,
@@ -352,25 +359,32 @@ class Window:
 
 
 def peak_memory_bytes() -> int:
-    """Peak of this process: of the GPU's allocator, or of resident memory without one."""
+    """Return this process's peak memory: of the CUDA allocator, or the resident memory without a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def warmup_steps(config: TrainConfig, total_steps: int) -> int:
-    """Steps in which the learning rate rises."""
+    """Return the number of steps in which the learning rate rises."""
     return config.warmup_steps if config.warmup_steps is not None else math.ceil(config.warmup_ratio * total_steps)
 
 
 def learning_rates(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
-    """Learning rate by step index; transformers' schedules as a plain function, so that resuming needs no state."""
+    """Return transformers' schedule as a function from step index to learning rate, so that resuming needs no state.
+
+    Raises `UserError` if transformers cannot build the schedule.
+    """
     warmup = warmup_steps(config, total_steps)
-    probe = torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=config.learning_rate)  # polynomial looks at it
+    # The polynomial schedule reads the learning rate of the optimizer.
+    probe = torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=config.learning_rate)
     try:
         schedule = get_scheduler(
             config.lr_scheduler_type, probe, num_warmup_steps=warmup, num_training_steps=total_steps
         )
     except ValueError as error:
-        raise UserError(f"train.lr_scheduler_type: {config.lr_scheduler_type} cannot start: {error}") from error
+        raise UserError(
+            f"train.lr_scheduler_type: transformers cannot build the schedule {config.lr_scheduler_type}: {error}; "
+            "choose another schedule"
+        ) from error
     return lambda step: config.learning_rate * schedule.lr_lambdas[0](step)

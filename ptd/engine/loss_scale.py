@@ -1,13 +1,13 @@
-"""Dynamic loss scale: keeps the gradients of a float16 backbone above what float16 rounds to zero.
+"""Dynamic loss scaling: keep the gradients of a float16 backbone from being rounded to zero.
 
 The loss is multiplied by a power of two before the backward pass and the gradients are divided by it after the
-reduction, which is exact (Micikevicius et al. 2018, arXiv:1710.03740, §3.2). The scale falls when a gradient overflows
-and rises after a window of steps without, with the values of ``torch.amp.GradScaler``.
+reduction; both operations are exact (Micikevicius et al. 2018, arXiv:1710.03740, §3.2). The scale falls when a gradient
+overflows and rises after a window of steps without an overflow, with the values of ``torch.amp.GradScaler``.
 
-GradScaler itself is for gradients at the optimizer's parameters. Here they have to be unscaled at the prompt, before
-the encoder's backward, and whether a step is skipped is decided once for all ranks (`PromptStep.finish`); it cannot be
-told of that decision, and its own check refuses an encoder with split beside whole parameters. [torch 2.13: "got mixed
-torch.Tensor and DTensor"]
+GradScaler itself unscales the gradients of the optimizer's parameters. Here the gradients have to be unscaled at the
+prompt, before the encoder's backward pass, and `PromptStep.finish` decides once for all ranks whether a step is
+skipped. GradScaler cannot be told of that decision, and its own check refuses an encoder that mixes sharded (DTensor)
+and replicated parameters. [torch 2.13: "got mixed torch.Tensor and DTensor"]
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 LARGEST = 2.0**64
-"""Beyond any use, and far enough from fp32's limits for the sum over all micro-batches and ranks."""
+"""Upper limit: more than any run needs, and far enough below fp32's limit for sums over all micro-batches and ranks."""
 
 
 class LossScale:
-    """The scale and what it is to become.
+    """The loss scale and the rule by which it changes.
 
     Args:
         power: the scale starts at ``2 ** power``.
-        window: good steps in a row after which it is doubled; None: it never is.
+        window: consecutive steps without an overflow after which the scale doubles; None: the scale never changes.
     """
 
     def __init__(self, power: int = 16, window: int | None = 2000) -> None:
@@ -34,36 +34,36 @@ class LossScale:
 
     @classmethod
     def none(cls) -> LossScale:
-        """For backbones in any other dtype: 1 for ever, and nothing to keep."""
+        """Return a constant scale of 1 with no state to save, for backbones in any other dtype."""
         return cls(power=0, window=None)
 
     def to(self, device: torch.device) -> LossScale:
-        """Keep it on ``device``, where the losses are: the host neither reads nor copies it in a step."""
+        """Move the scale to ``device``, where the losses are, so that no step reads it on the host or copies it."""
         self._value, self._good_steps = self._value.to(device), self._good_steps.to(device)
         return self
 
     @property
     def value(self) -> float:
-        """A power of two. On a GPU this waits for it."""
+        """The scale, a power of two. On a GPU reading it waits for the device."""
         return float(self._value)
 
     @property
     def used(self) -> bool:
-        """Whether there is a scale at all."""
+        """Whether losses are scaled at all."""
         return self.window is not None
 
     def now(self) -> Tensor:
-        """The value as a scalar of its own, which keeps what `update` changes."""
+        """Return a copy of the current value, which later calls of `update` do not change."""
         return self._value.clone()
 
     def apply(self, loss: Tensor) -> Tensor:
-        """The loss to run backward from."""
+        """Return the loss multiplied by the scale, to run the backward pass from."""
         return loss * self._value if self.used else loss
 
     def update(self, *, finite: Tensor | bool, known: Tensor | bool = True) -> Tensor:
-        """Take note of a step whose gradients were ``finite`` or not, unless that is not ``known``.
+        """Adjust the scale after a step, by whether its gradients were ``finite``; change nothing if not ``known``.
 
-        Returns whether it lowered the scale (bool).
+        Returns whether the scale was lowered (bool).
         """
         finite, known = (torch.as_tensor(flag, device=self._value.device) for flag in (finite, known))
         if self.window is None:
@@ -77,5 +77,5 @@ class LossScale:
         return lowered
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a resumed run needs, to be loaded in place; nothing without a scale."""
+        """Return the tensors that a resumed run loads in place, by name; an empty dict without a scale."""
         return {"loss_scale.value": self._value, "loss_scale.good_steps": self._good_steps} if self.used else {}

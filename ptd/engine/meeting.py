@@ -1,9 +1,9 @@
-"""How the ranks of a run find each other: a bounded meeting that says who is missing, a comparison, and a trial sum.
+"""Connect the ranks of a run: a rendezvous with a time limit that names missing ranks, a comparison, and a self-test.
 
-torch's own rendezvous waits as long as the process group's collectives may take, and then says how many are missing.
-Here every rank first leaves a note about itself in the store at MASTER_ADDR; rank 0 reads them all, names the ranks
-that left none and what does not fit together, and everyone raises what it found. Then the process group is made and has
-to compute one sum.
+torch's rendezvous waits as long as the timeout of collectives, and then says only how many ranks are missing. Here
+every rank first writes a description of itself to the store at MASTER_ADDR. Rank 0 reads all descriptions, names the
+ranks that wrote none and the differences that make a joint run impossible, and every rank raises what rank 0 found.
+Then the ranks create the process group, and as a self-test it has to compute one sum.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from ptd.types import RankError, UserError
 from ptd.versions import versions
 
 MEETING = timedelta(minutes=10)
-"""Until when all ranks have to be there: importing torch from a busy shared disk takes minutes."""
+"""Time limit for all ranks to join the rendezvous: importing torch from a busy shared disk takes minutes."""
 TRIAL = timedelta(minutes=3)
-"""Until when the ranks, who know of each other, have to have summed one number."""
+"""Time limit of the self-test, in which the ranks sum one number after the rendezvous."""
 STEP = timedelta(seconds=5)
-"""For a question to the store that is answered at once or never."""
+"""Time limit for a query that the store answers immediately or never."""
 _meetings = count()
 
 
 @dataclass(frozen=True)
 class Member:
-    """A rank as it describes itself: where it runs, with what, and on which of the GPUs that it sees.
+    """A rank's description of itself: its host, its package versions and its GPU.
 
-    ``gpu``: the UUID of its GPU; None: it runs on the CPU. ``gpus``: how many it sees; ``local_ranks``: how many ranks
-    its launcher says there are on its node.
+    ``gpu``: the UUID of its GPU; None: it runs on the CPU. ``gpus``: the number of GPUs it sees; ``local_ranks``: the
+    number of ranks on its node according to its launcher.
     """
 
     rank: int
@@ -55,7 +55,7 @@ class Member:
 
     @classmethod
     def this(cls, rank: int, local_ranks: int, device: torch.device) -> Member:
-        """The process that asks."""
+        """Describe the calling process."""
         gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
         return cls(rank, socket.gethostname(), versions(), gpu, torch.cuda.device_count(), local_ranks)
 
@@ -64,12 +64,13 @@ class Member:
 
 
 def join(member: Member, device: torch.device, world_size: int, timeout: timedelta) -> None:
-    """Make the default process group of ``world_size`` ranks, of which this one runs on ``device``.
+    """Create the default process group of ``world_size`` ranks; this rank runs on ``device``.
 
-    ``timeout`` is that of its collectives; making it is bounded by `MEETING` and `TRIAL`. Raises `UserError` on all
-    ranks for ranks that do not come or do not fit together, `RankError` on a rank that cannot reach the others.
+    ``timeout`` is the timeout of collectives; `MEETING` and `TRIAL` limit the time to create the group. Raises
+    `UserError` on all ranks if ranks are missing or do not fit together, `RankError` on a rank that cannot reach the
+    others.
     """
-    # A launcher that starts the ranks anew may keep the store of the last time.
+    # A launcher that restarts the ranks may keep the store of the previous start.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = PrefixStore(f"ptd-{attempt}-{next(_meetings)}", _store(member, world_size))
     _meet(store, member, world_size)
@@ -85,7 +86,7 @@ def join(member: Member, device: torch.device, world_size: int, timeout: timedel
                 rank=member.rank,
                 world_size=world_size,
                 timeout=timeout,
-                # Connects at once, so that what fails is found here. A rank alone has nobody to connect to.
+                # Connect eagerly, so that failures appear here. A single rank has nothing to connect to.
                 device_id=device if device.type == "cuda" and world_size > 1 else None,
             )
             for kind in backends:
@@ -93,20 +94,20 @@ def join(member: Member, device: torch.device, world_size: int, timeout: timedel
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
         raise RankError(
-            f"{member} cannot exchange data with the others by {_names(backends)}: {reason}. {advice(backends)}"
+            f"{member} cannot exchange data with the others over {_names(backends)}: {reason}. {advice(backends)}"
         ) from error
 
 
 def backends_for(device: torch.device) -> dict[str, str]:
-    """What tensors go through, by the kind of device they are on.
+    """Return the communication backend for each type of device.
 
-    What is on the host (objects, flags) goes through gloo: through a GPU it would wait for all that runs there.
+    Data on the host (objects, flags) uses gloo: through a GPU it would wait for all work queued there.
     """
     return {"cpu": "gloo", "cuda": "nccl"} if device.type == "cuda" else {"cpu": "gloo"}
 
 
 def _share_interface() -> None:
-    """Let gloo take the network interface that NCCL is told to take, if that is one and gloo is told nothing."""
+    """Make gloo use the network interface named in NCCL's setting, if it exists and gloo has no setting."""
     name = os.environ.get("NCCL_SOCKET_IFNAME", "").removeprefix("=")
     if name in {there for _, there in socket.if_nameindex()}:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
@@ -117,7 +118,7 @@ def _names(backends: Mapping[str, str]) -> str:
 
 
 def _try_out(world_size: int, device: torch.device) -> None:
-    """One all-reduce and one all-gather, with the right results."""
+    """Run one all-reduce and one all-gather; raise `RuntimeError` if a result is wrong."""
     rank = dist.get_rank()
     total = torch.full((1,), float(rank), device=device)
     dist.all_reduce(total)
@@ -125,7 +126,7 @@ def _try_out(world_size: int, device: torch.device) -> None:
     dist.all_gather(everyone, torch.full((1,), float(rank), device=device))
     found = [int(value) for value in everyone]
     if int(total) != sum(range(world_size)) or found != list(range(world_size)):
-        raise RuntimeError(f"the ranks' numbers came as {found} and sum {int(total)}, which is wrong")
+        raise RuntimeError(f"the ranks' numbers arrived as {found} with the sum {int(total)}, which is wrong")
 
 
 def _store(member: Member, world_size: int) -> Store:
@@ -133,10 +134,11 @@ def _store(member: Member, world_size: int) -> Store:
     if not address or not port.isdecimal() or int(port) >= 2**16:
         raise RankError(
             f"{member}: WORLD_SIZE is {world_size}, but MASTER_ADDR={address} and MASTER_PORT={port or None} do not "
-            "say where the ranks meet; start them by ptd launch, or set both to a host and free port of rank 0"
+            "name the host and port of the rendezvous; start the ranks with ptd launch, or set the variables to the "
+            "host of rank 0 and a free port on it"
         )
     try:
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own process holds the store
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # the process of torchrun holds the store
             store: Store = next(rendezvous("env://", timeout=MEETING))[0]
             return store
         return dist.TCPStore(  # type: ignore[attr-defined]
@@ -146,23 +148,23 @@ def _store(member: Member, world_size: int) -> Store:
         reason = str(error).strip().split("\n")[0]
         if member.rank == 0:
             what = (
-                "Set MASTER_PORT to a port that is free on the node of rank 0 and MASTER_ADDR to that node, and see "
-                "that no other process has RANK=0"
+                "Set MASTER_ADDR to the node of rank 0 and MASTER_PORT to a free port on it, and check that no other "
+                "process has RANK=0"
             )
         else:
             what = (
-                "MASTER_ADDR has to be the node of rank 0 under a name and address that all nodes reach, MASTER_PORT "
-                "open in its firewall, and rank 0 running"
+                "Check that rank 0 is running, that all nodes can reach its node under the name or address in "
+                "MASTER_ADDR, and that its firewall opens MASTER_PORT"
             )
-        raise RankError(f"{member} cannot meet the other ranks at {address}:{port}: {reason}. {what}") from error
+        raise RankError(f"{member} cannot join the other ranks at {address}:{port}: {reason}. {what}") from error
 
 
 def _meet(store: Store, member: Member, world_size: int) -> None:
-    """Wait for a note of every rank and compare them; every rank raises what rank 0 found."""
+    """Wait for the description of every rank and compare them; every rank raises what rank 0 found."""
     try:
         if store.add(f"taken/{member.rank}", 1) > 1:
             raise RankError(
-                f"{member}: there is another process with RANK={member.rank}; give every process its own, from 0 to "
+                f"{member}: another process has RANK={member.rank} as well; give every process its own RANK, from 0 to "
                 f"{world_size - 1}"
             )
         store.set(f"member/{member.rank}", json.dumps(asdict(member)))
@@ -174,13 +176,15 @@ def _meet(store: Store, member: Member, world_size: int) -> None:
             _leave(store, member, world_size)
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
-        raise RankError(f"{member} lost the other ranks while they met: {reason}. See what rank 0 says") from error
+        raise RankError(
+            f"{member} lost the connection to the other ranks during the rendezvous: {reason}. See the log of rank 0"
+        ) from error
     if verdict:
         raise UserError(verdict)
 
 
 def _leave(store: Store, member: Member, world_size: int) -> None:
-    """Give the others a moment to read why all stop: the store ends with rank 0."""
+    """Let the other ranks read the verdict before rank 0 exits, because the store ends with rank 0."""
     store.set(f"left/{member.rank}", "")
     if member.rank == 0:
         there = [rank for rank in range(world_size) if store.check([f"member/{rank}"])]
@@ -189,7 +193,7 @@ def _leave(store: Store, member: Member, world_size: int) -> None:
 
 
 def _verdict(store: Store, world_size: int) -> str:
-    """What is wrong with the ranks; empty: nothing."""
+    """Return what prevents the ranks from working together; empty: nothing."""
     notes = [f"member/{rank}" for rank in range(world_size)]
     try:
         store.wait(notes, MEETING)
@@ -198,9 +202,9 @@ def _verdict(store: Store, world_size: int) -> str:
         hosts = sorted({_member(store, rank).host for rank in there})
         missing = sorted(set(range(world_size)) - set(there))
         return (
-            f"{listed(missing, 'rank')} of {world_size} did not come within {_seconds(MEETING)}; "
-            f"{listed(there, 'rank')} on {', '.join(hosts)} did. Look at the log of the missing: they did not start, "
-            "failed before this, or cannot reach MASTER_ADDR:MASTER_PORT "
+            f"{listed(missing, 'rank')} of {world_size} did not join within {_seconds(MEETING)}; "
+            f"{listed(there, 'rank')} on {', '.join(hosts)} did. Look at the logs of the missing ranks: they did not "
+            "start, failed before this point, or cannot reach MASTER_ADDR:MASTER_PORT "
             f"({os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}) through a firewall"
         )
     return disagreement([_member(store, rank) for rank in range(world_size)]) or ""
@@ -211,20 +215,20 @@ def _member(store: Store, rank: int) -> Member:
 
 
 def disagreement(members: Sequence[Member]) -> str | None:
-    """Why these ranks cannot work together; None: they can."""
+    """Return why these ranks cannot work together; None: they can."""
     names = sorted({name for member in members for name in member.versions})
     for name in names:
         found = _by_value(members, partial(_version, name))
         if len(found) > 1:
             return (
-                f"the ranks have different versions of {name}: {_said(found)}; results and messages between them would "
-                "differ. Install the same environment on every node"
+                f"the ranks have different versions of {name}: {_said(found)}; their results and the messages between "
+                "them would differ. Install the same environment on every node"
             )
     kinds = _by_value(members, lambda member: "a CPU only" if member.gpu is None else "a GPU")
     if len(kinds) > 1:
         return (
-            f"some ranks see a GPU and others do not: {_said(kinds)}. Look at nvidia-smi and CUDA_VISIBLE_DEVICES "
-            "where none is seen, or hide the GPUs everywhere with CUDA_VISIBLE_DEVICES="
+            f"some ranks see a GPU and others do not: {_said(kinds)}. Check nvidia-smi and CUDA_VISIBLE_DEVICES on the "
+            "nodes whose ranks see none, or hide the GPUs on every node with CUDA_VISIBLE_DEVICES="
         )
     shared = {gpu: ranks for gpu, ranks in _by_value(members, lambda member: member.gpu).items() if gpu is not None}
     for gpu, users in shared.items():
@@ -232,8 +236,8 @@ def disagreement(members: Sequence[Member]) -> str | None:
             first = users[0]
             return (
                 f"{listed([user.rank for user in users], 'rank')} on {first.host} would run on the same GPU ({gpu}): "
-                f"its node has {first.local_ranks} ranks, which see {first.gpus} of its GPUs. Start one rank a GPU, "
-                "with LOCAL_RANK from 0 in each node and all the node's GPUs visible, or exactly one for each rank"
+                f"its node has {first.local_ranks} ranks, which see {first.gpus} of its GPUs. Start one rank per GPU, "
+                "number LOCAL_RANK from 0 on each node, and let each rank see all GPUs of its node or exactly one"
             )
     return None
 
@@ -258,7 +262,7 @@ def _said(found: dict[Any, list[Member]]) -> str:
 
 
 def listed(numbers: Sequence[int], noun: str) -> str:
-    """``rank 3`` or ``ranks 0-2, 5``."""
+    """Return the numbers as text, for example ``rank 3`` or ``ranks 0-2, 5``."""
     ranges: list[list[int]] = []
     for number in sorted(numbers):
         if ranges and ranges[-1][-1] == number - 1:
@@ -269,37 +273,39 @@ def listed(numbers: Sequence[int], noun: str) -> str:
 
 
 def advice(backends: Mapping[str, str]) -> str:
-    """What to look at when data does not come through, with what this node has."""
+    """Return what to check when no data passes between ranks, with the settings and interfaces of this node."""
     names = [f"{backend.upper()}_SOCKET_IFNAME" for backend in backends.values()]
     now = ", ".join(os.environ.get(name, "unset") for name in names)
     interfaces = ", ".join(name for _, name in socket.if_nameindex())
     return (
         f"Set {' and '.join(names)} (now {now}; {socket.gethostname()} has {interfaces}) to the interface "
         "that connects the nodes, and open the firewall between them for all TCP ports"
-        + ("; NCCL_DEBUG=INFO says more" if "nccl" in backends.values() else "")
+        + ("; NCCL_DEBUG=INFO prints details" if "nccl" in backends.values() else "")
     )
 
 
 def _stuck(store: Store, member: Member, world_size: int, backends: Mapping[str, str]) -> str:
-    """What a rank says that has waited for `TRIAL`."""
-    begun = f"{member}: the ranks met, but did not sum one number within {_seconds(TRIAL)} by {_names(backends)}"
+    """Return the message of a rank whose self-test exceeded `TRIAL`."""
+    begun = f"{member}: all ranks joined, but did not sum one number within {_seconds(TRIAL)} over {_names(backends)}"
     try:
-        # The other one may be in use by the call that does not return.
+        # The call that does not return may be using the original store.
         own: Any = store.clone()  # type: ignore[attr-defined]
         own.set_timeout(STEP)
         absent = [rank for rank in range(world_size) if not own.check([f"trial/{rank}"])]
     except RuntimeError:
-        return f"{begun}, and rank 0's store does not answer any more. Look at the log of rank 0 and at its node"
+        return f"{begun}, and the store of rank 0 no longer answers. Look at the log of rank 0 and at its node"
     if absent:
         hosts = sorted({_member(own, rank).host for rank in absent})
-        return f"{begun}: {listed(absent, 'rank')} on {', '.join(hosts)} hung or died on the way. Look at its log"
-    return f"{begun}, so their data does not come through. {advice(backends)}"
+        return f"{begun}: {listed(absent, 'rank')} on {', '.join(hosts)} hung or died before that. Look at its log"
+    return f"{begun}, so no data passes between them. {advice(backends)}"
 
 
 @contextmanager
 def _bounded(limit: timedelta, explain: Callable[[], str]) -> Iterator[None]:
-    """End this process with an explanation if what is inside takes longer: a call into NCCL or gloo cannot be raised
-    out of."""
+    """Exit the process with the message of ``explain`` if the code inside takes longer than ``limit``.
+
+    It cannot raise instead, because no exception interrupts a call into NCCL or gloo.
+    """
 
     def end() -> None:
         try:

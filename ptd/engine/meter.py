@@ -1,9 +1,9 @@
-"""Bytes on the network, counted from the collectives that really run.
+"""Count the bytes on the network from the collectives that actually run.
 
-The convention is that of ring algorithms over a group's ranks in order: every rank sends to the next one, and what it
-sends crosses between nodes if that one is on another. For a buffer of b bytes over n ranks each sends 2(n−1)/n·b in
-an all-reduce and (n−1)/n·b in an all-gather or reduce-scatter whose full buffer is b; a broadcast sends b along the
-ring, from its source to the rank before it.
+The count assumes ring algorithms over the ranks of a group in order: every rank sends to the next one, and its bytes
+cross between nodes if the next rank is on another node. For a buffer of b bytes over n ranks each rank sends
+2(n−1)/n·b in an all-reduce and (n−1)/n·b in an all-gather or reduce-scatter whose full buffer is b. In a broadcast each
+rank except the last sends b along the ring, from the source to the rank before it.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ FACTORS: dict[str, Callable[[int], float]] = {
     "broadcast": lambda n: 1.0,
 }
 KEYS = [(place, source, kind) for place in PLACES for source in SOURCES for kind in FACTORS]
-"""What bytes are counted by: place, source and collective."""
+"""The keys of the byte counts: place, source and collective."""
 
-# Operation -> its collective and which of its arguments holds the full buffer, or all of its parts.
+# Operation -> its collective, and the index of the argument with the full buffer or all of its parts.
 _OPERATIONS = {
     "allreduce_": ("all_reduce", 0),
     "all_reduce": ("all_reduce", 0),
     "all_reduce_": ("all_reduce", 0),
     "_allgather_base_": ("all_gather", 0),
     "allgather_": ("all_gather", 0),
-    "all_gather_into_tensor": ("all_gather", 0),  # functional: a shard, and the number of shards behind it
+    "all_gather_into_tensor": ("all_gather", 0),  # functional: a shard, followed by the number of shards
     "_reduce_scatter_base_": ("reduce_scatter", 1),
     "reduce_scatter_tensor": ("reduce_scatter", 0),
     "broadcast_": ("broadcast", 0),
 }
 _SILENT = {"wait_tensor", "barrier", "monitored_barrier_", "_wrap_tensor_autograd"}
-"""Operations of the same namespaces that send nothing worth counting."""
-# DeepSpeed's -> its collective, its leading parameters, and which of them is the full buffer.
+"""Operations of the same namespaces that send no or negligible data."""
+# DeepSpeed function -> its collective, its leading parameters, and the name of the parameter with the full buffer.
 _DEEPSPEED = {
     "all_gather_into_tensor": ("all_gather", ("output_tensor", "input_tensor", "group"), "output_tensor"),
     "all_gather": ("all_gather", ("tensor_list", "tensor", "group"), "tensor_list"),
@@ -63,9 +63,9 @@ def _bytes(tensors: Any) -> int:
 
 
 class NetworkMeter(TorchDispatchMode):
-    """Counts collectives while it is active (a context manager) into ``sent``: this rank's bytes by `KEYS`.
+    """A context manager that counts the bytes that this rank sends in collectives into ``sent``, by `KEYS`.
 
-    What runs inside it counts as ``prompt``, what `metered_deepspeed` sees as ``backbone``.
+    Collectives that run inside it count as ``prompt``, those that `metered_deepspeed` sees as ``backbone``.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -74,7 +74,7 @@ class NetworkMeter(TorchDispatchMode):
         self.sent: defaultdict[tuple[str, str, str], float] = defaultdict(float)
 
     def add(self, source: str, kind: str, size: int, members: list[int], root: int = 0) -> None:
-        """Count a collective of ``size`` bytes over ``members``, ranks in the group's order (``root``: an index)."""
+        """Count a collective of ``size`` bytes over ``members``, the ranks in group order (``root``: an index)."""
         own = members.index(self.ranks.rank)
         following = (own + 1) % len(members)
         if len(members) == 1 or (kind == "broadcast" and following == root):
@@ -83,13 +83,13 @@ class NetworkMeter(TorchDispatchMode):
         self.sent[PLACES[apart], source, kind] += FACTORS[kind](len(members)) * size
 
     def take(self) -> dict[tuple[str, str, str], float]:
-        """This rank's bytes since the last call."""
+        """Return the bytes that this rank sent since the last call, and reset the counts."""
         taken = dict(self.sent)
         self.sent.clear()
         return taken
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if DTensor in types:  # a mode comes before a subclass: let DTensor unfold into the collectives it needs first
+        if DTensor in types:  # modes run before subclasses: first let DTensor run its collectives
             return NotImplemented
         if func.namespace in ("c10d", "_c10d_functional"):
             name = func._schema.name.split("::")[1]
@@ -101,7 +101,7 @@ class NetworkMeter(TorchDispatchMode):
 
 
 def _members(args: Any) -> list[int]:
-    """The ranks of the group among an operation's arguments."""
+    """Return the ranks of the process group among an operation's arguments."""
     group = None
     for value in args:
         if isinstance(value, str) and value not in ("sum", "avg", "min", "max"):
@@ -112,9 +112,9 @@ def _members(args: Any) -> list[int]:
 
 
 def summary(ranks: Ranks, sent: dict[tuple[str, str, str], float], own_seconds: float, steps: int) -> dict[str, Any]:
-    """What all ranks sent and how long each worked, as means over ``steps``: the fields of a record.
+    """Return the record fields for the bytes sent by all ranks and the working time per rank, as means over ``steps``.
 
-    ``own_seconds``: this rank's, of all these steps. Every rank calls this together.
+    ``own_seconds``: working time of this rank, summed over these steps. Every rank calls this together.
     """
     *sent_by_key, seconds = zip(*ranks.gather([*(sent.get(key, 0.0) for key in KEYS), own_seconds]), strict=True)
     bytes_of = {key: round(sum(each) / steps) for key, each in zip(KEYS, sent_by_key, strict=True)}
@@ -142,7 +142,7 @@ def _slowest(seconds: list[float]) -> dict[str, Any]:
 
 @contextmanager
 def metered_deepspeed(meter: NetworkMeter) -> Iterator[None]:
-    """Also count what DeepSpeed's own communication backend sends (source ``backbone``)."""
+    """Also count what DeepSpeed's communication backend sends (source ``backbone``)."""
     from deepspeed.comm import comm
 
     backend = comm.cdb

@@ -1,4 +1,4 @@
-"""What a step's time is spent on: one clock for the records of a run and for a benchmark."""
+"""Measure the time of each phase of a step, for the records of a run and for benchmarks."""
 
 from __future__ import annotations
 
@@ -9,39 +9,40 @@ from typing import Protocol
 import torch
 
 PHASES = ("data", "encoder", "forward", "backward", "reduce", "optimizer")
-"""What a step's time is spent on; ``optimizer`` with clipping, ``encoder`` forward and backward."""
+"""The phases of a step; ``optimizer`` includes clipping, ``encoder`` is its forward and backward pass."""
 OWN = ("data", "forward", "backward")
-"""Of them, in which a rank waits for no other (but for the weights of a sharded backbone)."""
+"""The phases in which a rank does not wait for others (except for the weights of a sharded backbone)."""
 OTHER = "other"
 """The rest of a step."""
 PENDING = 64
-"""Marks from which on those that the device has passed are read, so that they do not pile up."""
+"""With more marks than this, the clock reads those that the device has passed, so that marks do not accumulate."""
 
 
 class _Moment(Protocol):
-    """A moment of the process or of the device."""
+    """A point in time of the process or of the device."""
 
     def mark(self) -> None:
-        """It is now: when the device comes to what it is given next."""
+        """Set the moment to now; on a device, to when it reaches the work that is queued next."""
 
     def passed(self) -> bool:
-        """Whether it can be read."""
+        """Return whether the moment can be read."""
 
     def wait(self) -> None:
-        """Until it can be read."""
+        """Wait until the moment can be read."""
 
     def until(self, later: _Moment) -> float:
-        """Seconds from it to another, when both have passed."""
+        """Return the seconds from this moment to a later one; both must have passed."""
 
 
 class PhaseClock:
-    """Seconds of each phase: `begin` names the phase that begins now and ends the one before it, `pause` only ends it.
+    """A clock that sums the seconds of each phase.
 
-    On a CPU a phase is time of the process. On a GPU it is time of the device, between CUDA events on the stream that
-    is current: `begin` and `pause` put one there and wait for nothing; events are read (and used again) where the
-    device has passed them already, and `take` alone waits. A phase then lasts until the device has done what it was
-    given in it, whenever the process gave it that; where the process was late, the device's waiting is in the phase.
-    (On a GPU this has not been run yet.)
+    `begin` ends the current phase and starts the one it names; `pause` only ends the current phase. On a CPU the clock
+    measures time of the process. On a GPU it measures time of the device, between CUDA events on the current stream:
+    `begin` and `pause` record an event without waiting, the clock reads (and reuses) events that the device has
+    passed, and only `take`, `start` and `stop` wait. A phase ends when the device has finished the work queued in it,
+    no matter when the process queued it; if the process was late, the phase includes the idle time of the device. (On a
+    GPU this has not been run yet.)
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -58,13 +59,13 @@ class PhaseClock:
         self._mark(None)
 
     def take(self) -> dict[str, float]:
-        """Seconds of each phase since the last `take`, up to the last `begin` or `pause`. Waits for the device."""
+        """Return the seconds of each phase from the last `take` to the last `begin` or `pause`; wait for the device."""
         self._read(wait=True)
         taken, self._seconds = dict(self._seconds), defaultdict(float)
         return taken
 
     def start(self, name: str) -> None:
-        """Wait until the device has done all it was given; then begin anew with this phase."""
+        """Wait until the device has finished all queued work, then reset the clock and begin this phase."""
         self._marks.clear()
         self._seconds.clear()
         self._finish()
@@ -72,7 +73,7 @@ class PhaseClock:
         self.begin(name)
 
     def stop(self) -> tuple[float, dict[str, float]]:
-        """Seconds of the process from `start` until the device has done everything, and those of each phase."""
+        """Wait for the device; return the process's seconds since `start` and the seconds of each phase."""
         self.pause()
         self._finish()
         return time.perf_counter() - self._began, self.take()

@@ -1,4 +1,4 @@
-"""What a traced step needs under a placement of the frozen weights: bytes on a rank and on the wire, cost a token."""
+"""Estimate a traced step under a placement of the frozen weights: memory per rank, network bytes and cost per token."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ GIB = 1 << 30
 GPU_CONTEXT_BYTES = 1 * GIB
 """CUDA context, loaded kernels, cuBLAS and NCCL workspaces: 0.5–1 GiB on A100 and H100, outside torch's allocator."""
 FRAGMENTATION = 0.05
-"""Share of its peak that torch's caching allocator holds beyond it, in blocks nobody can use just then."""
+"""Memory that torch's caching allocator holds beyond its peak in blocks it cannot use then, as a share of that peak."""
 
-# Only the order of the placements hangs on these. Sustained, not peak; of a GPU of the class of A100/H100 with NVLink.
+# Only the order of the placements depends on these sustained (not peak) speeds of an A100/H100-class GPU with NVLink.
 FLOPS_PER_SECOND = 3e14
 MEMORY_BYTES_PER_SECOND = 2e12
 NODE_BYTES_PER_SECOND = 1.5e11
-"""What a rank sends to the others of its node."""
+"""Bandwidth from a rank to the other ranks of its node."""
 NETWORK_BYTES_PER_SECOND = 2.5e10
-"""What a node sends to the others: 200 Gbit/s."""
+"""Bandwidth from a node to the other nodes: 200 Gbit/s."""
 HOST_BYTES_PER_SECOND = 2e10
-"""From host memory to a GPU (PCIe 4)."""
+"""Bandwidth from host memory to a GPU (PCIe 4)."""
 NVME_BYTES_PER_SECOND = 5e9
 
 
 @dataclass(frozen=True)
 class Machine:
-    """``nodes`` of ``ranks_per_node`` ranks each, with ``memory`` bytes a rank."""
+    """``nodes`` of ``ranks_per_node`` ranks each, with ``memory`` bytes per rank."""
 
     ranks_per_node: int
     nodes: int
@@ -46,13 +46,14 @@ class Machine:
 
     @property
     def usable(self) -> int:
-        """What a step's own tensors may take of ``memory``."""
+        """The part of ``memory``, in bytes, that the tensors of a step may use."""
         return int((self.memory - GPU_CONTEXT_BYTES) / (1 + FRAGMENTATION)) if self.is_gpu else self.memory
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the frozen weights are: ``backbone.quantization``, ``sharding`` over ``group_size`` ranks, ``offload``."""
+    """The placement of the frozen weights: ``backbone.quantization``, ``sharding`` over ``group_size`` ranks, and
+    ``offload``."""
 
     quantization: Quantization = "none"
     sharding: Sharding = "none"
@@ -73,7 +74,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One placement of one run. Bytes are of one rank, at the fullest moment of a step; see `estimate`."""
+    """The estimate for one placement of a run. Bytes are per rank at the memory peak of a step; see `estimate`."""
 
     placement: Placement
     items: dict[str, int]
@@ -96,12 +97,12 @@ ITEMS = ("weights", "gather_buffers", "activations", "logits", "encoder", "optim
 def estimate(
     trace: Trace, placement: Placement, machine: Machine, *, rows: int, accumulation: int, limits: Limits
 ) -> Estimate:
-    """What a rank needs, and sends, in a step of ``accumulation`` micro-batches of ``rows`` rows.
+    """Estimate the memory and traffic of a rank in a step of ``accumulation`` micro-batches of ``rows`` rows.
 
-    ``items``: bytes at the fullest moment; the encoder's are its weights, gradients and what its passes hold.
-    ``sent_inside``: bytes a rank sends inside its node a step; ``sent_between``: bytes a node sends to the others,
-    where rings cross its border once. ``largest_rows``: of a micro-batch that would fit, as activations and logits grow
-    with it.
+    ``items``: bytes at the peak; those of the encoder are its weights, gradients and the tensors of its passes.
+    ``sent_inside``: bytes per step from a rank to others in its node; ``sent_between``: bytes per step from a node to
+    other nodes, where each ring crosses once. ``largest_rows``: rows of the largest micro-batch that fits, if
+    activations and logits grow with the rows.
     """
     gathered, static, host = None, trace.weight_bytes, 0
     if placement.shards:
@@ -135,7 +136,7 @@ def _uses(trace: Trace) -> list[Use]:
 
 
 def _moments(trace: Trace, gathered: Gathered | None, static: int) -> list[dict[str, int]]:
-    """Items at the fullest moment of each interval, and at each gather."""
+    """Return the items at the peak of each interval and during each gather."""
     found: list[dict[str, int]] = []
     steady = iter(gathered.moments) if gathered is not None else iter(())
     live = gathered.moments[-1].live if gathered is not None and gathered.moments else 0
@@ -163,7 +164,10 @@ def _rows_that_fit(items: dict[str, int], usable: int, rows: int) -> int:
 def _sent_for_weights(
     placement: Placement, machine: Machine, gathered: Gathered | None, accumulation: int
 ) -> tuple[int, int]:
-    """By a rank inside its node, and by a node to others: an all-gather passes all shards but one along a ring."""
+    """Return the bytes for weights that a rank sends inside its node and a node sends to others.
+
+    An all-gather passes all shards but one along a ring.
+    """
     if gathered is None or placement.group_size == 1:
         return 0, 0
     group = placement.group_size
@@ -172,8 +176,11 @@ def _sent_for_weights(
 
 
 def _sent_for_training(trace: Trace, machine: Machine) -> tuple[int, int]:
-    """The prompt's gradient (fp32): reduce-scatter and all-gather inside a node, an all-reduce of each rank's part
-    between nodes. What a split encoder sums stays inside a node; a head's gradient goes round all ranks."""
+    """Return the bytes for training that a rank sends inside its node and a node sends to others.
+
+    The prompt's gradient (fp32) needs a reduce-scatter and an all-gather inside a node and an all-reduce of each rank's
+    part between nodes. The sums of a split encoder stay inside a node; a head's gradient passes through all ranks.
+    """
     local, nodes, world = machine.ranks_per_node, machine.nodes, machine.world_size
     prompt, flow, head = (4 * numel for numel in (trace.prompt_numel, trace.prompt_flow, trace.head_numel))
     around = 2 * (world - 1) * head // world
@@ -191,11 +198,11 @@ def _seconds(
     between: int,
     accumulation: int,
 ) -> float:
-    """Compute plus weights on the move, one after the other, a token of this rank."""
+    """Return the seconds per token of this rank: computation plus transfers of weights, without overlap."""
     tokens = max(1, trace.tokens) * accumulation
     seconds = accumulation * trace.flops / FLOPS_PER_SECOND
     if placement.quantization == "fp8":
-        # Backward turns the weights. That products of fp8 are faster than others is not counted: not measured yet.
+        # Backward transposes the weights. The higher speed of fp8 products is not counted; it is not measured yet.
         turned = sum(weight.nbytes for weight in trace.weights if weight.itemsize == 1)
         seconds += accumulation * 2 * turned / MEMORY_BYTES_PER_SECOND
     elif placement.quantization != "none":

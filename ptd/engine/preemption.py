@@ -1,7 +1,8 @@
-"""Stopping on a signal: noted at once, acted on by all ranks together between two optimizer steps.
+"""Stop on a signal: a rank notes the signal immediately, and all ranks stop together between two optimizer steps.
 
-A scheduler that needs the machine warns first (Slurm: ``--signal``; clouds: SIGTERM). Which ranks it tells, and when,
-differs, so the ranks agree in the sums that every step makes anyway (`PromptStep.finish`).
+A scheduler that needs the machine sends a warning first (Slurm: ``--signal``; clouds: SIGTERM). Schedulers differ in
+which ranks they signal and when. So the ranks agree in the all-reduce that every step needs anyway
+(`PromptStep.finish`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 class StopRequest:
-    """Whether this process was asked to stop: by a signal, of which ``signal`` is the first, or by `make`."""
+    """Whether this process was asked to stop: by a signal (``signal`` is the first one received) or by `make`."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -21,11 +22,11 @@ class StopRequest:
 
     @classmethod
     def listen(cls) -> StopRequest:
-        """Note `STOP_SIGNALS` from now on, instead of dying of them. Only in a program's main thread."""
+        """Note `STOP_SIGNALS` from now on instead of being killed by them. Call it in the main thread only."""
         request = cls()
         for number in STOP_SIGNALS:
             signal.signal(number, request._note)
-            # Libraries that read or wait in C are not to see an interrupted call: some take it for an error.
+            # Restart interrupted system calls: some C libraries take an interrupted read or wait for an error.
             signal.siginterrupt(number, False)
         return request
 
@@ -43,9 +44,9 @@ class StopRequest:
 
     @staticmethod
     def ignore_more() -> None:
-        """This process ends by itself now: further signals, such as a launcher's for the others' end, do nothing.
+        """Ignore further signals, because this process is about to exit; a launcher may signal it when others exit.
 
-        A handler would not do: Python's shutdown replaces it by the default, which kills.
+        A handler is not enough: at shutdown Python restores the default handler, which kills the process.
         """
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)

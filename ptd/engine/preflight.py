@@ -1,7 +1,7 @@
-"""What is checked before a run: that all ranks mean the same run, and that what it writes has a place.
+"""Check before a run that all ranks have the same settings and that the run can write its files.
 
-`ptd.engine.meeting` has compared versions and GPUs and tried a sum by then. Each check returns what it found, or raises
-`UserError` on all ranks together; `ptd doctor` makes a table of those that one machine can answer.
+`ptd.engine.meeting` has already compared versions and GPUs and run the self-test. Each check returns what it found, or
+raises `UserError` on all ranks together; `ptd doctor` shows a table of the checks that one machine can run.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from ptd.files import check_writable, existing
 from ptd.types import UserError
 
 PER_NODE = ("backbone.offload_folder",)
-"""Keys that may differ: a disk of its own may have another name on each node."""
+"""Keys that may differ between ranks: the path of a local disk may differ between nodes."""
 FLOAT = 4
-"""Bytes of a trained number, in the checkpoint and in the adapter."""
+"""Bytes per trained number, in a checkpoint and in an adapter."""
 COPIES = 3
-"""Of a trained number in a checkpoint: itself and Adam's two moments."""
+"""Numbers in a checkpoint per trained number: the number itself and Adam's two moments."""
 ADAPTERS = 3
-"""adapter, best, and one that is being written."""
+"""Adapters on disk at the same time: ``adapter/``, ``best/``, and one that is being written."""
 PATIENCE = 30.0
-"""Seconds in which a file has to be seen from the other nodes: a shared folder may be late."""
+"""Seconds within which the other nodes have to see a new file: a shared folder may show it late."""
 
 
 def check_run(config: RunConfig, ranks: Ranks) -> None:
-    """All that can be checked before the backbone is loaded. Every rank calls this together."""
+    """Run all checks that do not need the backbone. Every rank calls this together."""
     check_same_config(config, ranks)
     check_output(config.output_dir, ranks)
     if config.backbone.offload_folder is not None:
@@ -51,26 +51,27 @@ def check_same_config(config: RunConfig, ranks: Ranks) -> None:
         if len(values) > 1 and key not in PER_NODE:
             said = ", ".join(f"{value[:80]} on {listed(holders, 'rank')}" for value, holders in values.items())
             raise UserError(
-                f"{key}: the ranks were given different runs: {said}; start every rank with the same RUN.yaml and "
-                "overrides, and look for files of the same name that differ from node to node"
+                f"{key}: the ranks have different values: {said}; start every rank with the same RUN.yaml and "
+                "overrides, and check that files of the same name are equal on all nodes"
             )
 
 
 def same_fingerprint(own: str, ranks: Ranks) -> str:
-    """The backbone's fingerprint, the same on every rank; raises `UserError` where ranks loaded different ones."""
+    """Return the backbone's fingerprint; raise `UserError` if the ranks loaded different backbones."""
     everywhere = ranks.gather(own)
     for rank, other in enumerate(everywhere):
         if other != everywhere[0]:
             holders = [index for index, each in enumerate(everywhere) if each == other]
             raise UserError(
-                f"backbone.path: {listed(holders, 'rank')} loaded another backbone (fingerprint {other}) than rank 0 "
-                f"({everywhere[0]}); the path has to hold the same checkpoint on the node of rank {rank} as on rank 0's"
+                f"backbone.path: {listed(holders, 'rank')} loaded a different backbone (fingerprint {other}) than "
+                f"rank 0 ({everywhere[0]}); put the same checkpoint under this path on the nodes of rank {rank} and "
+                "rank 0"
             )
     return own
 
 
 def check_output(folder: Path, ranks: Ranks) -> None:
-    """Raise `UserError` unless ``output_dir`` can be written to, and is one folder for all ranks."""
+    """Raise `UserError` unless ``output_dir`` can be written to and is the same folder on all ranks."""
     mark = f".ptd-{secrets.token_hex(8)}"
 
     def leave() -> str:
@@ -90,13 +91,13 @@ def check_output(folder: Path, ranks: Ranks) -> None:
     blind = [rank for rank, there in enumerate(seen) if not there]
     if blind:
         raise UserError(
-            f"output_dir: {folder} is another folder for {listed(blind, 'rank')} than for rank 0, and a checkpoint is "
-            "written and read by all ranks; give an absolute path on a disk that all nodes share"
+            f"output_dir: {folder} is not the same folder on {listed(blind, 'rank')} as on rank 0, but all ranks write "
+            "and read the checkpoints; give an absolute path on a disk that all nodes share"
         )
 
 
 def _appears(folder: Path, mark: str) -> bool:
-    """Whether the file is seen where this rank would write."""
+    """Wait for the file in the folder where this rank would write; return whether it appears."""
     limit = time.monotonic() + PATIENCE
     while not (existing(folder) / mark).exists():
         if time.monotonic() > limit:
@@ -106,16 +107,19 @@ def _appears(folder: Path, mark: str) -> bool:
 
 
 def bytes_to_write(trained: int, adapter: int, save_total_limit: int) -> int:
-    """What a run's folder comes to hold, in bytes: checkpoints (one more while a new one is written) and adapters.
+    """Return the largest size of a run's folder in bytes: its adapters and checkpoints, one more during a save.
 
-    ``trained``: numbers that are trained; ``adapter``: numbers that an adapter keeps.
+    ``trained``: number of trained values; ``adapter``: number of values that an adapter stores.
     """
-    checkpoint = COPIES * trained + adapter  # and what the prompt started from
+    checkpoint = COPIES * trained + adapter  # a checkpoint also holds the initial prompt
     return FLOAT * (checkpoint * (save_total_limit + 1) + ADAPTERS * adapter)
 
 
 def check_space(folder: Path, needed: int) -> str:
-    """Raise `UserError` if the disk of ``folder`` has less than ``needed`` bytes, beside what the run has there."""
+    """Raise `UserError` if the disk of ``folder`` has fewer than ``needed`` bytes for the run.
+
+    Counts the free space and the checkpoints that the run already has there.
+    """
     place = existing(folder)
     own = sum(path.stat().st_size for path in folder.glob("checkpoints/*/*") if path.is_file())
     free = shutil.disk_usage(place).free
@@ -128,7 +132,7 @@ def check_space(folder: Path, needed: int) -> str:
 
 
 def size(number: int) -> str:
-    """Bytes as people write them."""
+    """Return a number of bytes as text with a unit."""
     value = float(number)
     for unit in ("B", "KB", "MB", "GB"):
         if value < 1000:

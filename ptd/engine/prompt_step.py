@@ -1,12 +1,12 @@
-"""Reduce at the prompt: one optimizer step of the prompt encoder, exact, with only the prompt on the network.
+"""Reduce at the prompt: an exact optimizer step of the prompt encoder communicates only the prompt's gradient.
 
-The encoder's input does not depend on data. So (1) it runs once a step and its output is detached: the leaf;
-(2) all micro-batches of all ranks accumulate gradients at the leaf; (3) the leaf's gradient is summed over ranks and
-divided by the global number of supervised tokens; (4) the encoder's backward runs once with it. By linearity of the
-backward pass this is ordinary data parallelism, whatever the encoder's size.
+The encoder's input does not depend on data. So (1) the encoder runs once per step, and its detached output is the leaf;
+(2) all micro-batches of all ranks accumulate gradients at the leaf; (3) the leaf's gradient is summed over the ranks
+and divided by the global number of supervised tokens; (4) the encoder's backward pass runs once with that gradient.
+Because the backward pass is linear, this equals ordinary data parallelism, whatever the size of the encoder.
 
-A readout with parameters of its own (a trained head) depends on the data; its gradient is summed over ranks as it is,
-in one flat buffer.
+A readout with its own parameters (a trained head) depends on the data. Its gradients are summed over the ranks
+directly, in one flat buffer.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from ptd.types import PromptEncoder, PromptState
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step over all ranks. ``loss`` is the mean over all that is predicted.
+    """The result of one optimizer step over all ranks. ``loss`` is the mean over all predictions.
 
-    ``loss_scale``: the scale this step ran with, if there is one; ``overflow``: skipped because it was too high, and
-    lowered for the next. ``stop``: some rank was asked to stop.
+    ``loss_scale``: the loss scale of this step, if any; ``overflow``: the step was skipped because the loss scale was
+    too high, and the scale was lowered for the next step. ``stop``: a rank was asked to stop.
     """
 
     loss: float
@@ -47,13 +47,13 @@ class StepResult:
 
 
 class PendingResult:
-    """The result of a step that a GPU may still be at work on."""
+    """The result of a step that a GPU may not have finished yet."""
 
     def __init__(self, numbers: Tensor, scaled: bool) -> None:
         self._numbers, self._scaled = OnItsWay(numbers), scaled
 
     def read(self) -> StepResult:
-        """Waits for this step, not for what was asked for after it."""
+        """Wait for this step, but not for work queued after it, and return its result."""
         loss, norm, tokens, supervised, stop, finite, scale, overflow = self._numbers.read()
         used = scale if self._scaled else None
         return StepResult(
@@ -62,35 +62,35 @@ class PendingResult:
 
 
 class Trained(nn.Module):
-    """All that is trained: the prompt encoder and the readout's parameters, if it has any."""
+    """All trained modules: the prompt encoder, and the readout if it has parameters."""
 
     def __init__(
         self, encoder: PromptEncoder, readout: Readout, readout_rates: Mapping[str, float] | None = None
     ) -> None:
-        """``readout_rates``: factors of the learning rate by name of the readout's parameters; missing: 1."""
+        """``readout_rates``: factors of the learning rate by name of a readout parameter; 1 if missing."""
         super().__init__()
         self.encoder, self.readout = encoder, readout
         self.readout_rates = dict(readout_rates or {})
 
     @property
     def units(self) -> bool:
-        """Whether it is trained in the backbone's own sizes, with rates that do not depend on widths."""
+        """Whether training uses the units of the backbone, with learning rates that do not depend on widths."""
         return self.encoder.units is not None or bool(self.readout_rates)
 
     def count(self) -> int:
-        """Trained numbers."""
+        """Return the number of trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
 
 class PromptStep:
-    """What is trained, with its optimizer and the reduction.
+    """The trained modules, their optimizer, and the reduction over ranks.
 
-    Use: ``state = step.encode()``; run micro-batches against ``state``, each ``step.loss_scale.apply(loss).backward()``
-    with a summed loss; ``step.finish(loss_sum, weight, tokens, supervised_tokens)``. ``clock`` is told which of
+    Usage: ``state = step.encode()``; run micro-batches with ``state``, each ``step.loss_scale.apply(loss).backward()``
+    with a summed loss; ``step.finish(loss_sum, weight, tokens, supervised_tokens)``. The step tells ``clock`` which of
     the `ptd.engine.phases.PHASES` begins.
 
-    On a GPU nothing here makes the host wait: whether a step is skipped is decided there, by the fused optimizer, and
-    its result is read later.
+    On a GPU no method here makes the host wait: the fused optimizer decides on the GPU whether a step is skipped, and
+    the result is read later.
     """
 
     def __init__(
@@ -111,21 +111,22 @@ class PromptStep:
         self._leaf: PromptState | None = None
 
     def flat(self) -> Tensor:
-        """The encoder's output. A layer split over ranks hands out a tensor still on its way; copying waits for it."""
+        """Return the encoder's output. A layer that is split over ranks returns an asynchronous tensor; the copy waits
+        for it."""
         flat = self.encoder()
         return flat if isinstance(flat, nn.Parameter) else flat.clone()
 
     @torch.no_grad()
     def state(self) -> PromptState:
-        """The prompt as it stands, without a gradient. Every rank calls this together."""
+        """Return the current prompt without a gradient. Every rank calls this together."""
         return self.encoder.state(self.flat())
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a resumed run needs, by name, to be saved, or loaded in place."""
+        """Return all tensors that a resumed run needs, by name, to be saved or loaded in place."""
         return tensors_of(self.trained, self.optimizer) | self.loss_scale.tensors()
 
     def encode(self) -> PromptState:
-        """Run the encoder; returns the leaf state, at which micro-batches accumulate their gradients."""
+        """Run the encoder; return the leaf, at which the micro-batches accumulate their gradients."""
         with self.meter:
             self._flat = self.flat()
         self._leaf = self.encoder.state(self._flat.detach())
@@ -142,10 +143,11 @@ class PromptStep:
         *,
         stop: bool = False,
     ) -> PendingResult:
-        """Reduce, run the encoder's backward, clip and step. A step that is not finite is skipped on all ranks.
+        """Reduce, run the encoder's backward pass, clip and step.
 
-        The mean loss of the step is the sum of all ranks' ``loss_sum`` (without the loss scale) over the sum of their
-        ``weight``. ``stop``: whether this rank was asked to stop; all ranks learn it from the same sum.
+        All ranks skip the step if its loss or gradient is not finite. The mean loss of the step is the sum of
+        ``loss_sum`` (without the loss scale) over all ranks divided by the sum of their ``weight``. ``stop``: whether
+        this rank was asked to stop; the same all-reduce tells all ranks.
         """
         assert self._flat is not None
         self.clock.begin("reduce")
@@ -163,7 +165,7 @@ class PromptStep:
             self.clock.begin("optimizer")
             norm = self._grad_norm()
             finite, finite_loss = norm.isfinite(), loss.isfinite()
-            # A loss that is not finite was so before it was scaled: it says nothing about the scale.
+            # ``loss`` is the loss before scaling: if it is not finite, that says nothing about the loss scale.
             overflow = self.loss_scale.update(finite=finite, known=finite_loss)
             finite = finite & finite_loss
             self._step(norm, finite)
@@ -173,9 +175,9 @@ class PromptStep:
         return PendingResult(numbers, self.loss_scale.used)
 
     def _step(self, norm: Tensor, finite: Tensor) -> None:
-        """Clip to ``max_grad_norm`` and step, if ``finite``; else parameters and moments stay as they are."""
+        """Clip to ``max_grad_norm`` and step if ``finite``; otherwise leave parameters and moments unchanged."""
         counts = finite.float()
-        # The fused kernels take the decision as a number of the device: that is GradScaler's way to skip a step.
+        # The fused kernels read the decision from a device tensor, as they do for GradScaler.
         on_device = all(group.get("fused") for group in self.optimizer.param_groups)
         if not on_device and not float(counts):
             return
@@ -186,7 +188,7 @@ class PromptStep:
         self.optimizer.step()
 
     def _reduce_readout(self, divisor: Tensor) -> None:
-        """Sum the readout's gradients over all ranks, in one buffer, and divide them."""
+        """Sum the readout's gradients over all ranks in one buffer, and divide them by ``divisor``."""
         parameters = list(self.readout.parameters())
         if not parameters:
             return
@@ -201,7 +203,7 @@ class PromptStep:
             parameter.grad = part.view_as(parameter)
 
     def leaf_gradient(self) -> Tensor:
-        """What the micro-batches left at the leaf, as one flat fp32 tensor."""
+        """Return the gradient that the micro-batches accumulated at the leaf, as one flat fp32 tensor."""
         assert self._flat is not None
         assert self._leaf is not None
         gradient = torch.zeros_like(self._flat, dtype=torch.float32)
@@ -214,7 +216,7 @@ class PromptStep:
         return [parameter.grad for parameter in self.trained.parameters() if parameter.grad is not None]
 
     def _grad_norm(self) -> Tensor:
-        """The 2-norm over everything trained, the same on every rank."""
+        """Return the 2-norm of all gradients, the same on every rank."""
         squares = []
         for split in (True, False):
             part = [gradient for gradient in self._gradients() if isinstance(gradient, DTensor) is split]
@@ -237,10 +239,10 @@ def build_optimizer(
     epsilon: float,
     weight_decay: float,
 ) -> torch.optim.AdamW:
-    """AdamW. Parameters with the same factor of the learning rate form a group (`PromptEncoder.rates`).
+    """Return AdamW with one group per factor of the learning rate (`PromptEncoder.rates`).
 
-    Split and whole parameters are in groups of their own, because foreach kernels cannot mix them. A group's ``scale``
-    is what the schedule's learning rate is multiplied with.
+    Split (DTensor) and whole parameters are in separate groups, because foreach kernels cannot mix them. The schedule's
+    learning rate is multiplied by the ``scale`` of a group.
     """
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     parts: list[tuple[nn.Module, Mapping[str, float], float]] = [
@@ -252,7 +254,7 @@ def build_optimizer(
             if parameter.requires_grad:
                 group = isinstance(parameter, DTensor), share * rates.get(name, 1.0)
                 groups.setdefault(group, []).append(parameter)
-    # Where nothing is trained one empty group stays: an optimizer insists on having one.
+    # If nothing is trained, one empty group remains, because an optimizer requires one.
     used = groups or {(False, 1.0): []}
     given = [{"params": found, "lr": learning_rate * scale, "scale": scale} for (_, scale), found in used.items()]
     on_gpu = any(parameter.device.type == "cuda" for parameter in trained.parameters())

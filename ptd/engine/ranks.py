@@ -1,4 +1,4 @@
-"""The processes of a run: who this one is, the process group, and how work done on one rank reaches the others."""
+"""Manage the processes of a run: this process's rank, the process groups, and communication between ranks."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from ptd.types import PromptEncoder, UserError
 
 T = TypeVar("T")
 TIMEOUT = "PTD_TIMEOUT_MINUTES"
-"""Environment variable: after so long without the others a collective fails instead of waiting for ever; default 30."""
+"""Environment variable: minutes that a collective waits for the other ranks before it fails; default 30."""
 SMALL = 1024
-"""Bytes up to which a sum over nodes is one call: three would wait longer than the bytes they save take."""
+"""Up to this many bytes a sum over nodes is one collective: the latency of three costs more than they save."""
 
-# Renamed in torch 2.13; the older names warn there.
+# torch 2.13 renamed these functions; the older names warn there.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -44,7 +44,7 @@ class Ranks:
     local_world_size: int
     device: torch.device
     joined: bool = False
-    """Whether it was these ranks that joined the process group, and are to leave it."""
+    """Whether `start` joined the process group, so that `stop` has to leave it."""
     _groups: dict[int, ProcessGroup] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -55,8 +55,8 @@ class Ranks:
     def start(cls, *, needs_group: bool = False) -> Ranks:
         """Read the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR …) and join the process group.
 
-        A single process joins a group only if ``needs_group`` (ZeRO-3 wants one even alone). Raises `UserError` for
-        ranks that cannot run, `RankError` for one that does not find the others.
+        A single process joins a group only if ``needs_group`` (ZeRO-3 needs one even for a single process). Raises
+        `UserError` if the ranks cannot run together, `RankError` if this rank cannot reach the others.
         """
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
@@ -69,14 +69,14 @@ class Ranks:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
         if world_size > 1 or needs_group:
             for name in ("LOCAL_RANK", *{"OMPI_COMM_WORLD_LOCAL_RANK"}.intersection(os.environ)):
-                os.environ[name] = str(local_rank)  # DeepSpeed takes the GPU of that number, and wants both the same
+                os.environ[name] = str(local_rank)  # DeepSpeed uses the GPU of this number; both have to be equal
         joins = (world_size > 1 or needs_group) and not dist.is_initialized()
         if joins:
             if world_size == 1:
                 _describe_single_process()
             join(Member.this(rank, local_world_size, device), device, world_size, collective_timeout())
         if world_size > 1:
-            # Where nodes have different numbers of ranks all agree on what divides each of them.
+            # If nodes have different numbers of ranks, all ranks use their greatest common divisor.
             sizes: list[Any] = [None] * world_size
             dist.all_gather_object(sizes, local_world_size)
             local_world_size = math.gcd(*sizes)
@@ -84,19 +84,19 @@ class Ranks:
 
     @staticmethod
     def free_port() -> int:
-        """A TCP port that nothing on this machine listens on."""
+        """Return a TCP port that no process on this machine listens on."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             return int(probe.getsockname()[1])
 
     def stop(self) -> None:
-        """Leave the process group, unless it was there before."""
+        """Leave the process group, unless it existed before `start`."""
         if self.joined and dist.is_initialized():
             dist.destroy_process_group()
 
     @property
     def nodes(self) -> int:
-        """Nodes with ``local_world_size`` ranks each; 1 if the world is not made of such: then it is one."""
+        """Number of nodes with ``local_world_size`` ranks each; 1 if that does not divide ``world_size``."""
         nodes, uneven = divmod(self.world_size, self.local_world_size)
         return 1 if uneven else nodes
 
@@ -105,16 +105,16 @@ class Ranks:
 
     @cached_property
     def mesh(self) -> DeviceMesh:
-        """The ranks of this node: the mesh a wide encoder layer is split over."""
+        """The device mesh of this node's ranks, over which wide encoder layers are split."""
         if self.nodes == 1:
             return init_device_mesh(self.device.type, (self.world_size,))
         return DeviceMesh.from_group(self._consecutive(self.local_world_size), self.device.type)
 
     def shard_group(self, sharding: str, group_size: int | None = None) -> ProcessGroup | None:
-        """The ranks that hold one copy of a backbone with ``backbone.sharding``; None: all of them.
+        """Return the ranks that hold one copy of a backbone with this ``backbone.sharding``; None: all of them.
 
-        ``node``: this rank's ``group_size`` consecutive ranks, by default those of its node. Every rank calls this
-        together; a group is made once. Raises `UserError` if the ranks are not a multiple of the group.
+        With ``node`` a group has ``group_size`` consecutive ranks, by default those of a node. Every rank calls this
+        together; each group is created once. Raises `UserError` if ``group_size`` does not divide the number of ranks.
         """
         size = group_size or self.local_world_size
         if sharding != "node" or size == self.world_size:
@@ -127,7 +127,7 @@ class Ranks:
         return self._consecutive(size)
 
     def _consecutive(self, size: int) -> ProcessGroup:
-        """This rank's group of ``size`` consecutive ranks."""
+        """Return this rank's group of ``size`` consecutive ranks."""
         if size not in self._groups:
             starts = range(0, self.world_size, size)
             self._groups[size] = _own_group([list(range(start, start + size)) for start in starts])
@@ -135,7 +135,7 @@ class Ranks:
 
     @cached_property
     def _counterparts(self) -> ProcessGroup:
-        """The ranks with this one's place on their node, one from each node."""
+        """The group of ranks with the same local rank, one from each node."""
         local = self.local_world_size
         return _own_group([list(range(place, self.world_size, local)) for place in range(local)])
 
@@ -152,10 +152,11 @@ class Ranks:
         return encoder
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum over all ranks, in place and the same on all of them bit for bit.
+        """Sum a tensor over all ranks, in place; the result is the same on all ranks, bit for bit.
 
-        Over n nodes of l ranks: reduce-scatter inside the node, all-reduce of 1/l between counterparts on the nodes,
-        all-gather inside the node. 2(n−1)·bytes cross between nodes where one ring over all ranks sends 2(n−1/l).
+        Over n nodes of l ranks: a reduce-scatter inside the node, an all-reduce of 1/l of the tensor between ranks with
+        the same local rank, and an all-gather inside the node. 2(n−1)·bytes cross between nodes; one ring over all
+        ranks would send 2(n−1/l)·bytes.
         """
         if self.world_size == 1:
             return tensor
@@ -171,29 +172,32 @@ class Ranks:
         return tensor.copy_(whole[: tensor.numel()].view_as(tensor))
 
     def any(self, flag: bool) -> bool:
-        """Whether ``flag`` holds on some rank. Every rank calls this together."""
+        """Return whether ``flag`` is true on any rank. Every rank calls this together."""
         return any(self.gather(flag))
 
     def barrier(self) -> None:
-        """Wait for the other ranks' processes, not for what their GPUs are at."""
+        """Wait for the other ranks' processes, but not for the work queued on their GPUs."""
         self.gather(None)
 
     def gather(self, value: T, /) -> list[T]:
-        """This value of every rank, in their order. Every rank calls this together."""
+        """Return the value of every rank, in rank order. Every rank calls this together."""
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Run ``work`` on rank 0; every rank returns its result, or raises the `UserError` it raised."""
+        """Run ``work`` on rank 0; return its result, or raise its `UserError`, on every rank.
+
+        Any other exception of ``work`` is a `RuntimeError` on the other ranks.
+        """
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome[0] = work()
             except UserError as error:
                 outcome[1] = error
-            except Exception as error:  # the others wait for an outcome, whatever it is
+            except Exception as error:  # the other ranks wait for an outcome of any kind
                 if self.world_size > 1:
                     broken = [None, RuntimeError(f"rank 0 failed: {error!r}")]
                     dist.broadcast_object_list(broken, src=0)
@@ -211,24 +215,24 @@ class Ranks:
         return PrefixStore("ptd-notes", _get_default_store())
 
     def leave(self, name: str, value: Any) -> None:
-        """Leave a value (of JSON) for rank 0, which finds it when it looks: no rank waits for another."""
+        """Store a JSON value under ``name`` for rank 0 to read later; no rank waits for another."""
         self._notes.set(f"{name}/{self.rank}", json.dumps(value))
 
     def left(self, name: str) -> list[Any] | None:
-        """What all ranks left under ``name``, in their order; None: not all have."""
+        """Return the values that all ranks stored under ``name``, in rank order; None if a value is missing."""
         notes = [f"{name}/{rank}" for rank in range(self.world_size)]
         return [json.loads(self._notes.get(note)) for note in notes] if self._notes.check(notes) else None
 
     def withdraw(self, name: str) -> None:
-        """Take away what this rank left."""
+        """Delete the value that this rank stored under ``name``."""
         self._notes.delete_key(f"{name}/{self.rank}")
 
 
 def device_of(local_rank: int) -> torch.device:
-    """Where a process with this place on its node runs: on the GPU of that number, or the only one it sees.
+    """Return the device of the process with this local rank: the GPU of that number, or the only GPU that it sees.
 
-    Slurm's ``--gpus-per-task`` and ``--gpu-bind`` show each process its own GPU alone, as number 0. Raises `UserError`
-    if it sees several, and not that one.
+    Slurm's ``--gpus-per-task`` and ``--gpu-bind`` show each process only its own GPU, as number 0. Raises `UserError`
+    if the process sees several GPUs, but none with that number.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -236,27 +240,30 @@ def device_of(local_rank: int) -> torch.device:
     if gpus > 1 and local_rank >= gpus:
         raise UserError(
             f"LOCAL_RANK={local_rank}, but this process sees {gpus} GPUs, numbered from 0 (CUDA_VISIBLE_DEVICES="
-            f"{os.environ.get('CUDA_VISIBLE_DEVICES', '')}); start one process a GPU, with all GPUs of its node "
-            "visible to it, or exactly one"
+            f"{os.environ.get('CUDA_VISIBLE_DEVICES', '')}); start one process per GPU, and let each process see all "
+            "GPUs of its node or exactly one"
         )
     return torch.device("cuda", 0 if gpus == 1 else local_rank)
 
 
 def _own_group(groups: list[list[int]]) -> ProcessGroup:
-    """Make these groups, which every rank does in the same order; returns the one this rank is in."""
+    """Create these groups, in the same order on every rank; return the group of this rank."""
     group: ProcessGroup = dist.new_subgroups_by_enumeration(groups, timeout=collective_timeout())[0]
     return group
 
 
 def collective_timeout() -> timedelta:
-    """The process group's timeout; raises `UserError` unless the environment gives minutes, or nothing."""
+    """Return the process group's timeout; raise `UserError` if the environment variable is not a number of minutes."""
     given = os.environ.get(TIMEOUT, "30")
     try:
         limit = timedelta(minutes=float(given))
     except (ValueError, OverflowError):
         limit = timedelta(0)
     if limit < timedelta(seconds=1):
-        raise UserError(f"{TIMEOUT}: has to be a number of minutes, at least a second's worth; got {given!r}")
+        raise UserError(
+            f"{TIMEOUT}: got {given!r}, which is not a number of minutes of at least one second; correct it, or unset "
+            "it for 30 minutes"
+        )
     return limit
 
 

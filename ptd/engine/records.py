@@ -1,4 +1,4 @@
-"""What a run writes about itself while it goes: ``metrics.jsonl``, and the same numbers to its trackers."""
+"""Write the records of a run: ``metrics.jsonl``, and the same numbers to its trackers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ METRICS = "metrics.jsonl"
 
 
 class Records:
-    """Writer of the records of a run, on rank 0. Training records carry ``loss``, evaluations ``eval_loss``; what was
-    measured of the backbone alone, before step 1, is one record of step 0 with keys that begin with ``frozen_``.
+    """Writer of the records of a run, on rank 0.
 
-    After a resume at ``after_step`` the records behind it are dropped: they will be written again; if the step's own
-    ``evaluation_due``, that one too. As a context manager it closes ``trackers`` when the run ends or breaks off.
+    Training records have ``loss``, evaluations ``eval_loss``. The measurements of the frozen backbone without a prompt,
+    before step 1, are one record of step 0 with keys that begin with ``frozen_``.
+
+    A resume at ``after_step`` drops the records of later steps, because the run will write them again; with
+    ``evaluation_due`` also the evaluation of that step. As a context manager it closes ``trackers`` when the run ends
+    or fails.
     """
 
     def __init__(
@@ -32,9 +35,10 @@ class Records:
         self._keep(after_step, evaluation_due)
 
     def go_back(self, after_step: int, trackers: Sequence[Tracker], *, evaluation_due: bool = False) -> None:
-        """Drop the records behind ``after_step``, where training goes on otherwise; ``trackers`` get what comes.
+        """Drop the records after ``after_step``, from which training continues with other settings.
 
-        The trackers so far are closed. Raises `UserError` where that cannot be written.
+        Closes the current trackers; ``trackers`` receive the next records. Raises `UserError` if the file cannot be
+        written.
         """
         self.close("failed")
         self._trackers = trackers
@@ -48,9 +52,9 @@ class Records:
         write_atomically(self.path, "".join(_line(record) for record in kept))
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record (a number that is not finite as null); the trackers get its numbers under its ``step``.
+        """Append one record (non-finite numbers as null), and log its numbers to the trackers under its ``step``.
 
-        Raises `UserError` where that cannot be written.
+        Raises `UserError` if the file cannot be written.
         """
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
@@ -72,7 +76,7 @@ class Records:
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A resolved configuration by dotted keys; an empty section stays one value."""
+    """Return a resolved configuration by dotted keys; an empty section stays one value."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
@@ -80,14 +84,14 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _line(record: dict[str, Any]) -> str:
-    # JSON has no NaN; most readers refuse the one that Python writes.
+    # JSON has no NaN; most readers refuse the NaN that Python writes.
     finite = {key: value for key, value in record.items() if not isinstance(value, float) or math.isfinite(value)}
     valid = {key: finite.get(key) for key in record}
     return json.dumps(valid) + "\n"
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
-    """All whole records of a run's folder, oldest first (a line cut by a crash is left out)."""
+    """Return all complete records of a run's folder, oldest first (without a line that a crash cut short)."""
     records = []
     path = folder / METRICS
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:

@@ -1,9 +1,9 @@
-"""Packed batches of sizes that come again, for kernels that are made for one size each.
+"""Pad packed batches to a few recurring sizes, for kernels that are compiled for one size each.
 
-oneDNN, which multiplies half precision on a CPU, generates code for every number of rows that it meets: 30 to 40 ms and
-10 MB for the products of a small Llama, a fifth of its step, and hardly two packed batches have the same length. So
-their numbers of tokens, and of positions that are read, are rounded up with tokens of a further sequence, which belongs
-to no row: nothing of it is learned from, and nobody attends to it.
+oneDNN, which multiplies half-precision matrices on a CPU, generates code for every number of rows it meets: 30 to 40 ms
+and 10 MB for the products of a small Llama, a fifth of its step. Hardly two packed batches have the same length. So a
+padding sequence rounds up the number of tokens and the number of positions that are read. It belongs to no row, carries
+no loss, and no other sequence attends to it.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from ptd.types import IGNORE_INDEX, Batch
 
 
 def pays(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a backbone in ``dtype`` on ``device`` is multiplied by such kernels."""
+    """Return whether a backbone in ``dtype`` on ``device`` is multiplied by kernels that are compiled per size."""
     return device.type == "cpu" and dtype is not torch.float32
 
 
 def rounded(count: int) -> int:
-    """Up to one of 16 numbers between a power of two and the next: by a sixteenth at most; below 32 as it is."""
+    """Round up to one of 16 numbers between a power of two and the next: by at most a sixteenth; below 32 unchanged."""
     step = 1 << max(0, count.bit_length() - 5)
     return -(-count // step) * step
 
 
 def fill(batch: Batch, read: int) -> tuple[Batch, Tensor]:
-    """A packed batch of which ``read`` positions will be read, with tokens behind it that make both numbers round.
+    """Append a padding sequence to a packed batch of which ``read`` positions are read, so that both sizes are round.
 
-    Also those of the further positions that are to be read beside the others: int64 ``[rounded(read) − read]``. In the
-    batch ``lengths`` has the further sequence, and ``supervised_tokens`` is what will be read of it all.
+    Returns the batch and the padding positions to read in addition: int64 ``[rounded(read) − read]``. In the batch,
+    ``lengths`` includes the padding sequence, and ``supervised_tokens`` counts all positions read, padding included.
     """
     assert batch.cu_seqlens is not None
     tokens = batch.input_ids.shape[1]

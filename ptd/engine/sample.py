@@ -1,4 +1,4 @@
-"""The fullest micro-batch a run can meet, made from its settings alone: every row as long as ``data.max_length``."""
+"""Make the largest micro-batch that a run can have from its settings: every row is ``data.max_length`` long."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ptd.types import IGNORE_INDEX, Batch, DataReport, Examples, virtual_id
 
 
 def rows_of(config: RunConfig) -> int:
-    """Rows of a micro-batch: ``per_device_train_batch_size``, or as many as fit ``data.max_tokens``."""
+    """Return the rows per micro-batch: ``per_device_train_batch_size``, or as many as fit into ``data.max_tokens``."""
     if config.data.max_tokens is not None:
         return max(1, config.data.max_tokens // config.data.max_length)
     return config.train.per_device_train_batch_size
@@ -27,10 +27,10 @@ def rows_of(config: RunConfig) -> int:
 def sample_batch(
     config: RunConfig, task: Task, readout: Readout, rows: int, *, packed: bool, supervised: float = 1.0
 ) -> Batch:
-    """``rows`` rows of ``data.max_length`` tokens, with the labels that ``readout`` looks for.
+    """Return ``rows`` rows of ``data.max_length`` tokens, with the labels that ``readout`` expects.
 
-    ``supervised``: share of a text's tokens that carry loss. An ensemble of patterns has a sequence for each; a cloze
-    one for each word length as well.
+    ``supervised``: share of the tokens of a text that carry loss. An ensemble of patterns has one sequence per pattern;
+    a cloze has one per pattern and word length.
     """
     data = config.data
     group = _group(readout) if readout.__class__ is Cloze else max(1, len(config.task.patterns or ()))
@@ -60,7 +60,10 @@ def _group(readout: Readout) -> int:
 
 @singledispatch
 def _labels(readout: Readout, length: int, group: int, supervised: int) -> np.ndarray:
-    """Labels of one row's ``group`` sequences, one behind the other: of a language model, the last ``supervised``."""
+    """Return the labels of the ``group`` sequences of one row, concatenated; a language model supervises the last ones.
+
+    ``supervised``: number of labels with a loss, for a language model.
+    """
     labels = np.full(length * group, IGNORE_INDEX)
     labels[-supervised:] = 0
     return labels

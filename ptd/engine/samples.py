@@ -1,4 +1,4 @@
-"""``samples.jsonl``: what a run's model makes of some held-out rows, before the training and after it."""
+"""Write and read ``samples.jsonl``: the model's outputs for some held-out rows, before and after training."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ SAMPLES = "samples.jsonl"
 
 
 def write_samples(folder: Path, step: int, samples: Sequence[Sample]) -> None:
-    """Keep what was seen at ``step``, in place of what the file has of this step and later ones.
+    """Write the samples of ``step``; they replace those of this step and of later steps in the file.
 
-    Raises `UserError` where that cannot be written.
+    Raises `UserError` if the file cannot be written.
     """
     kept = [sample for sample in read_samples(folder) if sample["step"] < step]
     for sample in samples:
@@ -27,9 +27,9 @@ def write_samples(folder: Path, step: int, samples: Sequence[Sample]) -> None:
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """The samples of a run's folder, those of one step together; lines of another form are left out.
+    """Return the samples of a run's folder, grouped by step; lines of another form are skipped.
 
-    Each has ``step`` and the fields of `ptd.types.Sample`; text that was written lacks ``score`` and ``right``.
+    Each has ``step`` and the fields of `ptd.types.Sample`; generated text has no ``score`` and no ``right``.
     """
     path = folder / SAMPLES
     found = []

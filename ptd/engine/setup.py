@@ -1,4 +1,4 @@
-"""Backbone on this rank, sharded if asked, with the injection in place: what every verb starts from."""
+"""Load the backbone on this rank, shard it if configured, and attach the injection: the start of every command."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from ptd.types import BackboneShape, Output, UserError
 
 @dataclass(frozen=True)
 class Prepared:
-    """A frozen backbone that is ready to take a prompt (``attachment.set``) and to run batches (``run``)."""
+    """A frozen backbone that can be given a prompt (``attachment.set``) and run batches (``run``)."""
 
     model: PreTrainedModel
     attachment: Attachment
     run: Forward
     fingerprint: str
     sharded: bool = False
-    """Every forward pass is one of all ranks together."""
+    """Whether all ranks have to run every forward pass together."""
     forget_passes: Callable[[], None] = lambda: None
-    """To be called before training: what passes without a backward one were like is no model for its steps."""
+    """Call it before training: it makes DeepSpeed forget earlier passes, which had no backward pass."""
 
     @property
     def shape(self) -> BackboneShape:
@@ -40,7 +40,7 @@ class Prepared:
 def prepare(
     config: BackboneConfig, ranks: Ranks, zero3: dict[str, Any] | None = None, *, output: Output = "causal_lm"
 ) -> Prepared:
-    """Load, shard (with ``zero3``) and attach to the backbone. Every rank calls this together."""
+    """Load the backbone, shard it (with ``zero3``) and attach the injection. Every rank calls this together."""
     shards = None
     if zero3 is None:
         model = load_model(config, output, device=ranks.device, check=check_supported)
@@ -52,13 +52,13 @@ def prepare(
         with shards.receiving():
             model = load_model(config, output, device=ranks.device, sharded=True, check=check_supported)
         shards.run(model)
-    # Of a sharded one rank 0 alone has the leading values, and the shards' checksums have been compared already.
+    # Of a sharded backbone only rank 0 has the leading values, and the shards' checksums were compared during loading.
     identity = (
         same_fingerprint(fingerprint(model), ranks) if zero3 is None else ranks.on_main(lambda: fingerprint(model))
     )
     forget_passes = shards.forget_passes if shards is not None else lambda: None
     attachment = Attachment(model, backend=config.attention, forget_passes=forget_passes)
-    if ranks.device.type == "cpu":  # after loading, which frees what no step needs
+    if ranks.device.type == "cpu":  # after loading, which frees memory that no step needs
         keep_freed_memory()
     run = Forward(attachment, ranks.device, rounds=pays(ranks.device, dtype_of(config)))
     prepared = Prepared(model, attachment, run, identity)
@@ -67,16 +67,16 @@ def prepare(
 
 
 def check_context(context: int | None, num_virtual_tokens: int, max_length: int) -> None:
-    """Refuse a prompt and sequences that together are longer than the ``context`` the backbone was built for.
+    """Raise `UserError` if prompt and sequences together are longer than the backbone's ``context``.
 
-    ``num_virtual_tokens``: positions that the prompt takes beside the sequences' own.
+    ``num_virtual_tokens``: positions that the prompt needs in addition to those of the sequences.
     """
     if context is None or num_virtual_tokens + max_length <= context:
         return
     room = context - num_virtual_tokens
     if room < 2:
         raise UserError(
-            f"method.num_virtual_tokens: {num_virtual_tokens} virtual tokens do not fit the backbone's context of "
+            f"method.num_virtual_tokens: {num_virtual_tokens} virtual tokens do not fit into the backbone's context of "
             f"{context} tokens; use at most {context // 2}"
         )
     too_long = f"data.max_length={max_length} exceeds"

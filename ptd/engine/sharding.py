@@ -1,8 +1,9 @@
-"""A frozen backbone in shards: every rank of a group keeps its part of each weight, DeepSpeed gathers layer by layer.
+"""Shard a frozen backbone: every rank of a group holds its part of each weight, and DeepSpeed gathers layer by layer.
 
-Loading communicates nothing. Each rank reads each weight (from mapped files, so only the pages of its own shard unless
-the dtype changes), hands it to DeepSpeed, which keeps this rank's part, and drops the rest before it reads the next: no
-rank ever holds more than its shard and one weight. What was kept is proved by checksums of what was read.
+Loading needs no communication. Each rank reads each weight (from memory-mapped files, so only the pages of its own
+shard unless the dtype changes), passes it to DeepSpeed, which keeps this rank's part, and drops the rest before it
+reads the next weight. So no rank ever holds more than its shards and one whole weight. Checksums of the weights that
+were read verify the shards.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from ptd.backbone import part_of
 from ptd.types import UserError
 
-with redirect_stdout(sys.stderr):  # where its logger writes is settled at import; stdout is for ptd's results
+with redirect_stdout(sys.stderr):  # DeepSpeed's logger picks its stream at import; stdout is for ptd's results
     import deepspeed
 
 Group = dist.ProcessGroup | None
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers as wide as an element, to sum its bits."""
+"""Element size in bytes -> the integer dtype of that size, to sum the bits of elements."""
 
 PIECE = {"cpu": 2**16, "cuda": 2**24}
-"""Numbers summed at once: torch widens them first, and larger temporaries leave holes in a CPU's heap."""
+"""Numbers summed at a time: torch widens them first, and larger temporaries fragment the heap on a CPU."""
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """A weight as it was read: where it went, and for the ranks whose turn it was, the checksum of each rank's part."""
+    """A weight after reading: its place in the model and, on the rank that summed it, the checksum of each part."""
 
     module: nn.Module
     name: str
@@ -47,21 +48,23 @@ class _Weight:
 
 
 class Shards:
-    """Receives the weights of one model and keeps this rank's part of each.
+    """Receive the weights of one model and keep this rank's part of each.
 
-    ``zero3``: DeepSpeed's configuration (stage 3); ``group``: the ranks that share one copy (None: all). Use::
+    ``zero3``: DeepSpeed's configuration (stage 3); ``group``: the ranks that share one copy (None: all). Usage::
 
         shards = Shards(zero3, group)
         with shards.receiving():
             model = …  # built on the meta device, weights put in one by one, as transformers' from_pretrained does
         shards.run(model)
 
-    Every rank of the group does so together. Afterwards parameters have shape ``[0]`` and a ``ds_tensor``.
+    Every rank of the group does this together. Afterwards parameters have shape ``[0]`` and a ``ds_tensor``. Raises
+    `UserError` if the NVMe operator cannot be compiled.
     """
 
     def __init__(self, zero3: dict[str, Any], group: Group = None, *, dtype: torch.dtype = torch.float32) -> None:
         make_ready()
-        if not torch.cuda.is_available():  # pinning is for copies to a GPU; elsewhere DeepSpeed compiles an op for it
+        # Pinned memory is for copies to a GPU; without a GPU DeepSpeed would compile an operator for it.
+        if not torch.cuda.is_available():
             zero3 = copy.deepcopy(zero3)
             zero3["zero_optimization"].get("offload_param", {})["pin_memory"] = False
         self.zero3, self.group = zero3, group
@@ -69,11 +72,12 @@ class Shards:
         offload = zero3["zero_optimization"].get("offload_param", {}).get("device")
         if offload == "nvme" and not deepspeed.ops.op_builder.AsyncIOBuilder().is_compatible():
             raise UserError(
-                "backbone.offload: the disk is read by an operator that DeepSpeed compiles, which needs libaio and "
-                "a compiler (Debian: apt install libaio-dev g++); install them, or set offload: cpu"
+                "backbone.offload: nvme reads the disk with an operator that DeepSpeed compiles, and compiling it "
+                "needs libaio and a compiler (Debian: apt install libaio-dev g++); install them, or set "
+                "backbone.offload: cpu"
             )
-        # The dtype matters to the buffers of NVMe offload alone. Given a module (here an empty one), it also puts in
-        # the linear function that keeps no reference to a gathered weight between forward and backward.
+        # Only the buffers of NVMe offload use the dtype. With a module (here an empty one) zero.Init also installs the
+        # linear function that keeps no reference to a gathered weight between forward and backward pass.
         flags = {"bf16": {"enabled": dtype is torch.bfloat16}, "fp16": {"enabled": dtype is torch.float16}}
         self._zero = deepspeed.zero.Init(
             module=nn.Module(), data_parallel_group=group, config_dict_or_path={**zero3, **flags}
@@ -83,8 +87,8 @@ class Shards:
 
     @contextmanager
     def receiving(self) -> Iterator[None]:
-        """Partition every parameter that a module gets off the meta device while this is active."""
-        # transformers would otherwise read ahead, from several threads and without limit.
+        """While active, partition every parameter with values (not on the meta device) that a module registers."""
+        # Otherwise transformers reads ahead from several threads, without a limit.
         before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
         os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
         hook = register_module_parameter_registration_hook(self._receive)
@@ -103,7 +107,7 @@ class Shards:
             return
         parameter.requires_grad_(False)
         sums = None
-        if len(self._weights) % self.size == self.rank:  # each weight is summed by one rank, so that all read little
+        if len(self._weights) % self.size == self.rank:  # one rank sums each weight, so that each rank reads little
             part = -(-parameter.numel() // self.size)
             flat = parameter.data.reshape(-1)
             sums = [checksum(flat[rank * part : (rank + 1) * part]) for rank in range(self.size)]
@@ -115,8 +119,9 @@ class Shards:
     def run(self, model: nn.Module) -> None:
         """Check every shard, and let DeepSpeed gather each layer when it is used.
 
-        With nothing trainable DeepSpeed builds no optimizer, only a parameter offloader; call the model itself, and
-        plain ``loss.backward()``. Raises `UserError` if a shard is not what was read, or if ranks read different files.
+        Without trainable parameters DeepSpeed builds only a parameter offloader and no optimizer; call the model itself
+        and ``loss.backward()``. Raises `UserError` if ranks read different files, `RuntimeError` if a shard differs
+        from the weight that was read.
         """
         self._untie_different()
         self._check()
@@ -128,23 +133,23 @@ class Shards:
         self._offload = engine.optimizer
 
     def forget_passes(self) -> None:
-        """Let the passes to come settle what is kept from forward to backward.
+        """Make DeepSpeed decide again, from the next passes, which weights to keep between forward and backward pass.
 
-        DeepSpeed settles it by the first order of modules that it sees complete and keeps it in a cache. A pass without
-        a backward one would have it keep nothing, and gather each weight twice a step ever after.
+        DeepSpeed decides this by the first complete order of modules that it sees, and caches the decision. After a
+        forward pass without a backward pass it would keep nothing and gather each weight twice in every later step.
         """
         coordinator = self._offload.get_param_coordinator()
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
         settled = type(coordinator)._PartitionedParameterCoordinator__params_to_release
-        for cell in settled.__closure__ or ():  # the cache is below a decorator that does not show it
+        for cell in settled.__closure__ or ():  # a decorator hides the cache
             if hasattr(cell.cell_contents, "cache_clear"):
                 cell.cell_contents.cache_clear()
 
     def _untie_different(self) -> None:
-        """Take back what the loader has tied although the checkpoint holds different weights there.
+        """Untie weights that the loader tied although they differ in the checkpoint.
 
-        It compares weights before it ties them, and parted ones look all alike to it.
+        The loader compares weights before it ties them, and all partitioned weights look the same to it.
         """
         for weight in self._weights:
             now = getattr(weight.module, weight.name)
@@ -171,30 +176,31 @@ class Shards:
             if self._kept(weight.parameter) != sums[self.rank]
         ]
         if not self._all(not wrong):
-            raise RuntimeError(f"rank {dist.get_rank()}: shards that are not what was read: {', '.join(wrong[:5])}")
+            here = ", ".join(wrong[:5]) if wrong else "none on this rank; another rank names its own"
+            raise RuntimeError(f"rank {dist.get_rank()}: these shards differ from the weights that were read: {here}")
 
     def _kept(self, parameter: Any) -> int:
-        """The checksum of this rank's part of a parameter, without DeepSpeed's padding."""
+        """Return the checksum of this rank's part of a parameter, without DeepSpeed's padding."""
         shard = part_of(parameter)
         return checksum(shard[: max(0, min(shard.numel(), parameter.ds_numel - self.rank * shard.numel()))])
 
 
 @contextmanager
 def whole(parameter: Any) -> Iterator[None]:
-    """Within it a sharded parameter is complete on every rank. Every rank of its group enters together."""
+    """Gather a sharded parameter on every rank while active. Every rank of its group enters together."""
     with deepspeed.zero.GatheredParameters([parameter]):
         yield
 
 
 def _gather(value: Any, group: Group = None) -> list[Any]:
-    """This value of every rank of the group, in their order."""
+    """Return the value of every rank of the group, in rank order."""
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
 
 def checksum(values: Tensor) -> int:
-    """Sum of the elements' bits, each as a signed integer of its width, modulo 2**64; of any dtype."""
+    """Return the sum of the elements' bits, each read as an integer of its width, modulo 2**64; for any dtype."""
     if not values.numel():
         return 0
     bits = values.view(BITS[values.element_size()])
@@ -203,8 +209,8 @@ def checksum(values: Tensor) -> int:
 
 
 def make_ready() -> None:
-    """Settle DeepSpeed's defaults before it is first used."""
-    # The shared-memory op serves CPU inference all-reduces only; building it needs a compiler and a minute.
+    """Set DeepSpeed's defaults before its first use."""
+    # The shared-memory op is only for all-reduces of CPU inference; building it needs a compiler and takes a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated", category=FutureWarning)

@@ -1,6 +1,6 @@
-"""One optimizer step run on shapes alone: what it holds in memory at which moment, and how much it computes.
+"""Trace one optimizer step on shapes alone: its memory at every moment and its floating-point operations.
 
-The model, the injection, the readout, the prompt encoder, the reduction and the optimizer are the real ones; their
+The model, the injection, the readout, the prompt encoder, the reduction and the optimizer are the real ones. Their
 tensors have no data (torch's ``FakeTensorMode``), so a model of any size runs in seconds on any machine.
 """
 
@@ -32,16 +32,18 @@ aten = torch.ops.aten
 Capability = tuple[int, int] | None
 """Compute capability of the NVIDIA GPU to trace for; None: a CPU."""
 CUDA_GRANULARITY = 512
-"""Bytes torch's CUDA allocator rounds an allocation up to (kMinBlockSize, c10/cuda/CUDACachingAllocator.cpp)."""
+"""torch's CUDA allocator rounds allocations up to multiples of these bytes
+(kMinBlockSize, c10/cuda/CUDACachingAllocator.cpp)."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What one step of one micro-batch does on one rank that holds the whole backbone.
+    """Memory and computation of a step with one micro-batch, on one rank that holds the whole backbone.
 
-    ``timeline``: intervals between the backbone's `Use` s, the bytes by category at the fullest moment of each;
-    ``weights`` are the frozen parameters, ``modules`` the indices of those that each module has of its own;
-    ``fixed_bytes``: buffers, and the scales of quantised weights. ``flops``: of forward and backward pass.
+    ``timeline``: the intervals between the `Use` events of the backbone, each with the bytes by category at its peak;
+    ``weights``: the frozen parameters; ``modules``: for each module the indices of its own parameters in ``weights``
+    (without those of submodules); ``fixed_bytes``: buffers and the scales of quantised weights; ``flops``: those of
+    forward and backward pass; ``prompt_flow``: numbers that a split encoder sums over its ranks per step.
     """
 
     timeline: list[Interval]
@@ -62,7 +64,7 @@ class Trace:
 
 @contextmanager
 def without_data(capability: Capability) -> Iterator[Allocations]:
-    """Everything inside runs on shapes alone, on a CPU or as a GPU of this capability would run it."""
+    """Run everything inside on shapes alone, as a CPU (None) or a GPU of this capability would run it."""
     on_gpu = capability is not None
     seen = Allocations(
         CUDA_GRANULARITY if on_gpu else 1, _gpu_workspaces() if on_gpu else _cpu_workspaces(), _flop_formulas()
@@ -80,7 +82,7 @@ def trace_step(
     vocab_size: int,
     on_gpu: bool,
 ) -> Trace:
-    """Run the second of two optimizer steps (the first makes the optimizer's state). Call it inside `without_data`."""
+    """Trace an optimizer step, after creating the optimizer's state in a first one. Call it inside `without_data`."""
     weights, fixed = _own(prepared.model, seen)
     parameters = list(step.trained.parameters())
     seen.own([parameters, list(step.trained.buffers())], "encoder")
@@ -127,7 +129,7 @@ def trace_step(
 
 
 def split_encoder(encoder: PromptEncoder, ranks: int) -> PromptEncoder:
-    """Leave of each wide layer what one of ``ranks`` ranks keeps of it (`ptd.engine.ranks.Ranks.distribute`)."""
+    """Replace each wide layer by the part that one of ``ranks`` ranks holds (`ptd.engine.ranks.Ranks.distribute`)."""
     plan = dict(encoder.tensor_parallel_plan())
     sizes = [size for name in plan for weight in encoder.get_submodule(name).parameters() for size in weight.shape]
     if not plan or ranks == 1 or min(sizes) < ranks:
@@ -146,7 +148,7 @@ def split_encoder(encoder: PromptEncoder, ranks: int) -> PromptEncoder:
 
 
 def _flow(encoder: PromptEncoder, prompt_numel: int) -> int:
-    """Numbers that a split encoder sums over its ranks a step: its output, and the gradient of its input."""
+    """Return how many numbers a split encoder sums over its ranks per step: its output and its input's gradient."""
     plan = encoder.tensor_parallel_plan()
     if not plan:
         return 0
@@ -160,7 +162,7 @@ def _flow(encoder: PromptEncoder, prompt_numel: int) -> int:
 
 
 def _own(model: PreTrainedModel, seen: Allocations) -> tuple[dict[int, Weight], int]:
-    """The frozen parameters by id, and the bytes of all other tensors that the backbone keeps."""
+    """Return the frozen parameters by id, and the bytes of all other tensors that the backbone holds."""
     weights: dict[int, Weight] = {}
     others: list[Tensor] = list(model.buffers())
     for parameter in model.parameters():
@@ -189,8 +191,10 @@ def _make_state(optimizer: torch.optim.Optimizer, seen: Allocations) -> None:
 
 
 class _Uses:
-    """Marks the timeline where DeepSpeed would gather and release: around every module (ahead of one without weights
-    of its own it gathers for others)."""
+    """Marks the timeline where DeepSpeed would gather and release weights: before and after every module.
+
+    That includes modules without own parameters, before which DeepSpeed prefetches the weights of others.
+    """
 
     def __init__(self, model: nn.Module, weights: dict[int, Weight], seen: Allocations) -> None:
         self.members: list[tuple[int, ...]] = []
@@ -214,7 +218,7 @@ class _Uses:
         def own(value: Any) -> Any:
             if not isinstance(value, Tensor) or not value.requires_grad:
                 return value
-            value = value.view_as(value)  # modules that read one tensor end one by one
+            value = value.view_as(value)  # modules that share an input tensor end their backward separately
             value.register_hook(end)
             return value
 
@@ -230,7 +234,8 @@ class _Uses:
             end()
             for value in tree_leaves(output):
                 if isinstance(value, Tensor) and value.requires_grad:
-                    # Backward enters a module before the part of it that put out the same tensor: hooks run in order.
+                    # Tensor hooks run in order, and backward must enter a module before its submodule with the same
+                    # output tensor. So the newest hook, which is the outer module's, goes first.
                     value.register_hook(begin)
                     hooks: dict[int, Any] = value._backward_hooks  # type: ignore[assignment]
                     latest, *earlier = reversed(hooks.items())
@@ -250,16 +255,16 @@ def _numbers(tensor: Tensor) -> int:
 
 
 def _dequantised(a: Tensor, b: Tensor, shape: Any, *rest: Any, **options: Any) -> int:
-    """gemm_4bit: the weight in the compute dtype (its absmax in fp32 is gone by then)."""
+    """Return the workspace of gemm_4bit: the weight in the compute dtype (its fp32 absmax is already freed)."""
     size: int = math.prod(shape) * a.element_size()
     return size
 
 
 def _gpu_workspaces() -> dict[Any, Callable[..., int]]:
-    """What kernels allocate inside themselves, so that no trace sees it."""
+    """Return, by operator, the bytes that GPU kernels allocate internally, where the trace cannot see them."""
 
     def flash_backward(dout: Tensor, q: Tensor, k: Tensor, *rest: Any, **options: Any) -> int:
-        # mha_bwd of FlashAttention-2 in torch: dq in fp32, the softmax's row sums, and dk and dv a query head each.
+        # mha_bwd of FlashAttention-2 in torch: dq in fp32, row sums of the softmax, and dk and dv per query head.
         heads, kv_heads = q.shape[-2], k.shape[-2]
         rows = q.numel() // q.shape[-1]
         expanded = 2 * _numbers(k) * (heads // kv_heads) if heads != kv_heads else 0
@@ -276,7 +281,7 @@ def _gpu_workspaces() -> dict[Any, Callable[..., int]]:
 
 def _cpu_workspaces() -> dict[Any, Callable[..., int]]:
     def in_float32(rows: Tensor, row_scale: Tensor, weight: Tensor, *rest: Any, **options: Any) -> int:
-        # Both sides and the product.
+        # Both operands and the product in fp32.
         width = weight.shape[0] if rest else weight.shape[1]
         return 4 * (rows.numel() + weight.numel() + rows.shape[0] * width)
 
@@ -285,12 +290,15 @@ def _cpu_workspaces() -> dict[Any, Callable[..., int]]:
 
 
 def _everywhere() -> dict[Any, Callable[..., int]]:
-    # exp(x - max) beside x
+    # exp(x - max) in addition to x
     return {aten.logsumexp: lambda x, *rest, **options: _numbers(x)}
 
 
 def _of_bitsandbytes(found: dict[str, Callable[..., int]]) -> dict[Any, Callable[..., int]]:
-    """By operator of bitsandbytes instead of by its name. One that a release does not have consists of others there."""
+    """Return the values by bitsandbytes operator instead of by name.
+
+    An operator that is missing in a release is composed of other operators there.
+    """
     if importlib.util.find_spec("bitsandbytes") is None:
         return {}
     importlib.import_module("bitsandbytes")
@@ -302,15 +310,18 @@ def _bitsandbytes_workspaces() -> dict[Any, Callable[..., int]]:
     return _of_bitsandbytes(
         {
             "gemm_4bit": _dequantised,
-            # The product in int32, before it is scaled.
+            # The int32 product before scaling.
             "int8_scaled_mm": lambda *args, out_val, **options: 4 * out_val.numel(),
         }
     )
 
 
 def _flop_formulas() -> dict[Any, Callable[..., int]]:
-    """As torch's flop_counter counts: 2 an inner product's term, attention in full (causal or not), packed rows each
-    with itself; for operators it does not know, or whose lengths it cannot read."""
+    """Return FLOP formulas for operators that torch's flop_counter does not know or whose lengths it cannot read.
+
+    They follow its conventions: 2 per term of an inner product, full attention (causal or not), and for packed rows
+    each row with itself.
+    """
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> int:
         batch, heads, rows, width = q.shape
@@ -357,5 +368,5 @@ def _flop_formulas() -> dict[Any, Callable[..., int]]:
 
 
 def _pairs(q: Tensor, k: Tensor, cu_q: Tensor | None, max_q: int, max_k: int) -> int:
-    """Pairs of a query and a key: q ``[B, S, H, D]``; packed ``[S, H, D]``, sequences of one length."""
+    """Return the number of query-key pairs; q: ``[B, S, H, D]``, or packed ``[S, H, D]``, sequences of equal length."""
     return q.shape[0] * q.shape[1] * k.shape[1] if cu_q is None else (cu_q.numel() - 1) * max_q * max_k

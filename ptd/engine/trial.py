@@ -1,4 +1,4 @@
-"""Ranks on this machine that do nothing but meet and sum a number: whether collectives work here."""
+"""Test whether collectives work on this machine: start ranks that only join a process group and sum one number."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ptd.engine.ranks import Ranks
 from ptd.types import UserError
 
 PATIENCE = 300.0
-"""Seconds for the ranks to start, meet and sum."""
+"""Seconds for the ranks to start, join and sum."""
 
 
 def sum_here() -> str:
-    """Start a rank for each GPU (two on the CPU with fewer than two), let them meet and sum; says how they did.
+    """Run the self-test on one rank per GPU (on two CPU ranks if there are fewer than two GPUs); return its result.
 
-    Raises `UserError` with what a rank said that could not.
+    Raises `UserError` with the message of a rank that failed.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     ranks, hidden = (gpus, False) if gpus > 1 else (2, True)
@@ -34,14 +34,14 @@ def sum_here() -> str:
     for process in started:
         process.kill()
         process.join()
-    how = f"{ranks} ranks on {'the CPU, by gloo' if hidden else 'the GPUs, by NCCL'}"
+    how = f"{ranks} ranks on {'the CPU, over gloo' if hidden else 'the GPUs, over NCCL'}"
     if alive:
-        raise UserError(f"{how}: rank {alive[0]} did not end within {PATIENCE:g} s; see what it wrote above")
+        raise UserError(f"{how}: rank {alive[0]} did not finish within {PATIENCE:g} s; see its output above")
     if not said.empty():
         raise UserError(f"{how}: {said.get()}")
     codes = [process.exitcode for process in started if process.exitcode]
     if codes:
-        raise UserError(f"{how}: one ended with code {codes[0]}; see what it wrote above")
+        raise UserError(f"{how}: one rank exited with code {codes[0]}; see its output above")
     return f"{how}, summed a number"
 
 

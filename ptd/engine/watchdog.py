@@ -1,6 +1,6 @@
-"""A rank that makes no progress ends itself, with its stacks on disk, so that its launcher ends the others.
+"""Terminate a rank that makes no progress, after writing its stacks to disk, so that its launcher stops the others.
 
-A rank that hangs makes the others wait in a collective: they make no progress either, and the same bound ends them.
+A rank that hangs makes the others wait in a collective. They make no progress either, so the same limit stops them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -21,9 +21,9 @@ from ptd.types import Reporter
 
 
 class Watchdog:
-    """While it is entered, ends the process (`FATAL`) when no `beat` comes for ``limit`` seconds; 0: never.
+    """A context manager that exits the process with `FATAL` if `beat` is not called for ``limit`` seconds; 0: never.
 
-    The stacks of all threads are appended to ``stacks``; the file is there only if something is in it.
+    It appends the stacks of all threads to the file ``stacks``, and removes the file on leaving if it is empty.
     """
 
     def __init__(self, limit: float, stacks: Path, rank: int) -> None:
@@ -35,13 +35,13 @@ class Watchdog:
         self._file: IO[str] | None = None
 
     def beat(self, where: str) -> None:
-        """A sign of life, and what begins now."""
+        """Report progress; ``where`` names the work that begins now."""
         self._where = where
         self._beats += 1
 
     def __enter__(self) -> Watchdog:
         if self.limit:
-            # Opened now: when something hangs it may well be the disk.
+            # Open the file now: the disk may be what hangs later.
             self.stacks.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.stacks.open("a", encoding="utf-8")
             self._thread = threading.Thread(target=self._watch, args=(self._file,), name="ptd-watchdog", daemon=True)
@@ -60,13 +60,13 @@ class Watchdog:
         with suppress(OSError):
             if self.stacks.stat().st_size == 0:
                 self.stacks.unlink()
-                self.stacks.parent.rmdir()  # fails, as it should, while anything else is in it
+                self.stacks.parent.rmdir()  # fails, as intended, if the folder holds anything else
 
     def _watch(self, file: IO[str]) -> None:
         seen, still, before = -1, 0.0, time.monotonic()
         while not self._closed.wait(self._tick):
             now = time.monotonic()
-            # Time in which this thread stood too was no hang of the others: the job was suspended.
+            # Do not count time in which this thread did not run either: the job was suspended then.
             passed, before = min(now - before, 2 * self._tick), now
             if self._beats != seen:
                 seen, still = self._beats, 0.0
@@ -74,25 +74,28 @@ class Watchdog:
                 still += passed
             if still >= self.limit:
                 self._end(still, file)
-            # For a main thread that hangs with the interpreter's lock, so that this one stands too: a thread in C that
-            # does without. It exits with 1, which is FATAL.
+            # If the main thread hangs while it holds the GIL, this thread stops too. The timer of faulthandler is a C
+            # thread that does not need the GIL; it exits with 1, which is FATAL.
             faulthandler.dump_traceback_later(2 * self.limit, exit=True, file=file)
 
     def _end(self, still: float, file: IO[str]) -> None:
         place = f"rank {self.rank} on {socket.gethostname()}, process {os.getpid()}"
         said = f"no progress for {still:.0f} s in {self._where}"
         with suppress(OSError):
-            file.write(f"{datetime.now(timezone.utc).isoformat(timespec='seconds')}  {place}: {said}\n")
+            file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')}  {place}: {said}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
             os.fsync(file.fileno())
-        with suppress(OSError):  # not print: the thread that hangs may hold the stream's lock
-            os.write(2, f"ptd: error: {place}: {said}; ending it. Stacks of all threads: {self.stacks}\n".encode())
+        with suppress(OSError):  # not print: the hanging thread may hold the lock of the stream
+            os.write(
+                2,
+                f"ptd: error: {place}: {said}; stopping this process. Stacks of all threads: {self.stacks}\n".encode(),
+            )
         os._exit(FATAL)
 
 
 class Watched(Reporter):
-    """A reporter whose every ``advance`` is also a sign of life."""
+    """A reporter whose ``advance`` also reports progress to the watchdog."""
 
     def __init__(self, reporter: Reporter, watchdog: Watchdog) -> None:
         self._reporter, self._watchdog = reporter, watchdog

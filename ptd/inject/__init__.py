@@ -1,4 +1,4 @@
-"""Injection: how a prompt reaches a model's attention or embeddings, dispatched on the kind of prompt state."""
+"""Injection: put a prompt into a model's attention or embeddings, depending on the type of the prompt state."""
 
 from ptd.inject.attach import Attachment, check_supported
 from ptd.inject.compile import compile_each, compile_layers

@@ -1,4 +1,4 @@
-"""Attach a prompt to any Hugging Face model, in place, and take it off again."""
+"""Attach a prompt to any Hugging Face model in place, and remove it again."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ from ptd.inject.tail import Tail, Watch
 from ptd.types import Batch, NoPrompt, PrefixKV, PromptEncoder, SoftTokens, UserError
 
 ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
-WRONG_UPSTREAM = {"moshi": "transformers itself generates other tokens with a cache than without, beyond its window"}
-"""Families that no check at attach finds out, and why they are refused."""
+WRONG_UPSTREAM = {
+    "moshi": "beyond its attention window, transformers itself generates other tokens with a cache than without one"
+}
+"""Model families with an error that no check at attach time detects, and the reason why they are not supported."""
 _WARNING = "warn_if_padding_and_no_attention_mask"
 SUPPORTED = (
     "use a decoder such as llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, gpt2, gpt_neox, opt or mixtral, an "
@@ -41,43 +43,43 @@ SUPPORTED = (
 
 
 def check_supported(model_class: type[PreTrainedModel] | None, config: Any) -> None:
-    """Refuse a model family a prompt cannot reach, before its weights are loaded.
+    """Raise `UserError` for a model family that a prompt cannot reach, before its weights are loaded.
 
-    Raises `UserError` naming the family and what is supported.
+    The message names the family and the supported families.
     """
     model_type = config.model_type
     if model_class is None:
         raise UserError(f"backbone.path: transformers has no model of type {model_type!r} for this task; " + SUPPORTED)
     if model_type in WRONG_UPSTREAM:
         raise UserError(
-            f"backbone.path: model type {model_type!r} is refused: {WRONG_UPSTREAM[model_type]}; {SUPPORTED}"
+            f"backbone.path: model type {model_type!r} is not supported: {WRONG_UPSTREAM[model_type]}; {SUPPORTED}"
         )
     if not model_class._can_set_attn_implementation():
         raise UserError(
-            f"backbone.path: model type {model_type!r} computes attention (or what it has instead) without "
-            f"transformers' AttentionInterface, through which ptd attaches every kind of prompt; {SUPPORTED}"
+            f"backbone.path: model type {model_type!r} does not compute attention through transformers' "
+            f"AttentionInterface, which ptd needs to attach any kind of prompt; {SUPPORTED}"
         )
     foreign = set(getattr(config.get_text_config(), "layer_types", None) or []) - ATTENTION_LAYER_TYPES
     if foreign:
         raise UserError(
             f"backbone.path: model type {model_type!r} has layers without softmax attention "
-            f"({', '.join(sorted(foreign))}), whose state ptd cannot keep apart for each row; {SUPPORTED}"
+            f"({', '.join(sorted(foreign))}), whose state ptd cannot keep separate for each row; {SUPPORTED}"
         )
 
 
 class Attachment:
-    """A prompt on a model.
+    """A prompt that is attached to a model.
 
-    `set` gives every attention layer its keys and values, or the embedding layer its virtual tokens (the tensors are
-    used as they are, with their autograd history). With an ``encoder`` the prompt is encoded anew in every forward pass
-    that records gradients, and kept as long as its parameters are unchanged otherwise. Own tokens are shifted by P
-    positions, as PEFT does, in models that take positions.
+    `set` gives every attention layer its prefix, or the embedding layer its virtual tokens. The tensors are not copied
+    and keep their autograd history. With an ``encoder``, every forward pass that records gradients encodes the prompt
+    again; the other passes reuse the prompt until the encoder's parameters change. In models that take positions, the
+    model's own tokens (those of the text) are shifted by P positions, as in PEFT.
 
-    Attaching runs a forward pass over a few tokens, which shows the attention layers and their sizes (``shape``), and
-    short ones through the first layers, which prove that the model computes with ptd's attention what it computes with
-    its own (`ptd.inject.self_check`); ``verdict`` says what it cannot do. Under ZeRO-3 every rank has to attach
-    together, and ``forget_passes`` is called before passes that run other modules than those before. Raises `UserError`
-    for a model that a prompt cannot be attached to, with the reason.
+    Attaching runs one forward pass over a few tokens, which finds the attention layers and their sizes (``shape``), and
+    short passes through the first layers, which verify that the model computes the same with ptd's attention as with
+    its own (`ptd.inject.self_check`). ``verdict`` says what the model cannot do. Under ZeRO-3 all ranks have to attach
+    at the same time; ``forget_passes`` is called before passes that run other modules than the passes before them.
+    Raises `UserError`, with the reason, for a model to which a prompt cannot be attached.
     """
 
     def __init__(
@@ -91,11 +93,13 @@ class Attachment:
         check_supported(type(model), model.config)
         check_backend(backend)
         if any(has_slot(module) for module in model.modules()):
-            raise UserError("this model carries a prompt already; remove() it first")
+            raise UserError(
+                "this model already has a prompt; first call remove() on what ptd.attach or ptd.load returned for it"
+            )
         if any(parameter.device.type == "meta" for parameter in model.parameters()):
             raise UserError(
-                "weights of this model lie on the device meta: a device_map has offloaded them, or none were loaded; "
-                "load the model onto devices as a whole, or use ptd train with backbone.sharding and backbone.offload"
+                "weights of this model are on the device meta: a device_map offloaded them, or none were loaded; "
+                "load all weights onto real devices, or use ptd train with backbone.sharding and backbone.offload"
             )
         self.model = model
         self.encoder = encoder
@@ -132,37 +136,38 @@ class Attachment:
             if isinstance(error, UserError) or not isinstance(error, Exception):
                 raise
             raise UserError(
-                f"backbone.path: {type(model).__name__} does not run as ptd runs it, on a few tokens of text: "
+                f"backbone.path: {type(model).__name__} fails when ptd runs it on a few tokens of text: "
                 f"{type(error).__name__}: {error}"
             ) from error
         self.shape = shape_of(model, layers, self.stacks[0])
 
     @property
     def packable(self) -> bool:
-        """Whether rows can be packed: concatenated into one, kept apart by their boundaries alone."""
+        """Whether rows can be packed: concatenated into one row and separated only by their boundaries."""
         return self.verdict.packed is None
 
     @property
     def first_position(self) -> int:
-        """What the backbone's own positions start from (RoBERTa's begin behind the padding index)."""
+        """First position that the backbone itself uses (RoBERTa's comes after the padding index)."""
         return self.stacks[0].first_position
 
     def keep(self, positions: Tensor | None, targets: Tensor | None = None) -> None:
-        """Put out the last hidden states at these flattened positions only, in the next forward pass.
+        """Return the last hidden states only at these flattened ``positions`` in the next forward pass.
 
-        Each stands there once; what runs behind the last attention runs for them alone, so with gradient checkpointing
-        the backward pass has to come before the next forward pass. With ``targets``, the tokens at these positions, a
-        language model whose ``head.fuses`` computes their cross-entropy instead of logits: ``head.take()``.
+        Each position is given once. The modules after the last attention run only for these positions, so with gradient
+        checkpointing the backward pass has to come before the next forward pass. ``targets``: the tokens at these
+        positions, for a language model with ``head.fuses``; the pass then computes their cross-entropy instead of
+        logits, and ``head.take()`` returns it.
         """
         self.stacks[-1].keep = positions
         self.head.targets = targets
 
     @contextmanager
     def _without_masks(self) -> Iterator[None]:
-        """Passes in which every layer goes by its own rule (causal, window) and the packing.
+        """Run passes without masks, in which only each layer's own rule (causal, window) and the packing apply.
 
-        Transformers would look for packing in the positions, and many families for padding among the tokens, to warn of
-        it: each time they would wait for the GPU to have seen them.
+        Otherwise transformers looks for packing in the positions, and many families look for padding among the tokens
+        to warn about it. Both make the host wait for the GPU.
         """
         self._use(MASKLESS)
         for module in self._previous:
@@ -211,7 +216,7 @@ class Attachment:
             stack.soft, stack.in_front, stack.source_extra = None, False, 0
 
     def run(self, batch: Batch) -> Any:
-        """The model's output for a batch on its device. Without masks where every layer's own rule says it all."""
+        """Return the model's output for a batch on its device, without masks if each layer's own rule is sufficient."""
         inputs = self.inputs.of(batch, self.first_position)
         self.stacks[0].trusted = True
         padded = padded_forward.set((batch.source or batch).has_padding)
@@ -226,7 +231,7 @@ class Attachment:
 
     @contextmanager
     def any_backend(self) -> Iterator[None]:
-        """With the backend that suits each pass: the one that a run asks for may take packed batches only."""
+        """Let each pass use a suitable backend: the configured backend may support only packed batches."""
         chosen = [slot.backend for slot in self.slots]
         for slot in self.slots:
             slot.backend = "auto"
@@ -238,19 +243,21 @@ class Attachment:
 
     @contextmanager
     def bare(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """For passes over a sequence of text by the model alone, by any backend; takes the prompt off.
+        """Remove the prompt, for passes over a sequence of text without a prompt, with any backend.
 
-        The list is what each attention layer attends to: ``[S, H, Dk]`` and ``[S, H, Dv]`` in the order of
-        ``shape.layers``, with S the tokens that the layer's keys come from; of several passes one after the other.
+        Yields a list of the keys ``[S, H, Dk]`` and values ``[S, H, Dv]`` to which each attention layer attends, in the
+        order of ``shape.layers``; S is the number of tokens that the layer's keys come from. Several passes append
+        their keys and values one after the other.
         """
         self.set(None)
         with self.any_backend(), states_of_layers() as seen:
             yield seen
 
     def generation_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        """What ``model.generate`` has to be given for prompts ``[B, S]``, padded on the left.
+        """Return the arguments of ``model.generate`` for prompts ``[B, S]`` that are padded on the left.
 
-        Of a model that takes positions also these: left to itself transformers counts them from 0 in every family.
+        For a model that takes positions they include ``position_ids``, because otherwise transformers counts positions
+        from 0 in every family.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if "position_ids" in self.inputs.names and not self.model.config.is_encoder_decoder:
@@ -258,7 +265,7 @@ class Attachment:
         return inputs
 
     def remove(self) -> None:
-        """Restore the model as it was before."""
+        """Restore the model to its state before the attachment."""
         self.head.unhook()
         for stack in self.stacks:
             stack.unhook()
@@ -274,23 +281,23 @@ class Attachment:
     def _check_takes(self, what: str, obstacle: str | None) -> None:
         if obstacle is not None:
             raise UserError(
-                f"method.name: {type(self.model).__name__} cannot be given {what}, because {obstacle}; use another "
+                f"method.name: {type(self.model).__name__} does not support {what}, because {obstacle}; use another "
                 "method, or a backbone of another family"
             )
 
     def _use(self, implementation: str | None) -> None:
-        """Attention by this implementation; None: by the one that the model came with."""
+        """Switch to this attention implementation; None: to the model's original one."""
         for module, previous in self._previous.items():
             module.config._attn_implementation = implementation or previous
 
     def shift(self, count: int) -> None:
-        """Move own tokens by ``count`` positions, in models that take positions."""
+        """Shift the model's own tokens by ``count`` positions, in models that take positions."""
         self.extra_positions = count if any(stack.takes_positions for stack in self.stacks) else 0
         for stack in self.stacks:
             stack.shift = count
 
     def _refresh(self) -> None:
-        """Before every forward pass of a stack."""
+        """Encode the prompt again if it is out of date. The first stack calls this before every forward pass."""
         if self.encoder is None:
             return
         version = tuple(parameter._version for parameter in self.encoder.parameters())
@@ -300,7 +307,7 @@ class Attachment:
 
 
 def _unasked(*args: Any) -> None:
-    """In place of a warning that there may be padding, of which ptd knows whether there is."""
+    """Do nothing in place of transformers' warning about possible padding: ptd knows whether there is padding."""
 
 
 def _models(model: PreTrainedModel) -> list[PreTrainedModel]:

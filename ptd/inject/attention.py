@@ -1,8 +1,9 @@
 """The attention function and the mask function that transformers calls instead of its own.
 
-Both are registered under `IMPLEMENTATION` in transformers' ``AttentionInterface`` and ``AttentionMaskInterface``, which
-every model family built on them consults by name; so gradient checkpointing, packing and cached generation reach the
-prefix without any model code being patched. A layer's prefix lies in its attention module (`LayerSlot`).
+Both are registered under `IMPLEMENTATION` in transformers' ``AttentionInterface`` and ``AttentionMaskInterface``. Every
+model family built on these interfaces looks the functions up by name, so the prefix works with gradient checkpointing,
+packing and cached generation, and no model code is patched. A layer's prefix is stored in its attention module
+(`LayerSlot`).
 """
 
 from __future__ import annotations
@@ -23,29 +24,33 @@ from ptd.types import UserError
 
 IMPLEMENTATION = "ptd_prefix"
 MASKLESS = "ptd_prefix_maskless"
-"""The same attention under a name that transformers makes no masks for, not even by looking at the positions."""
+"""The same attention under a name for which transformers makes no masks and does not inspect the positions."""
 WRITTEN_OUT = "eager"
-"""Attention as the family's own file writes it out. SDPA, which most models come with, is not the same everywhere: in
-some releases of transformers it leaves Gemma 2's softcap out, and the causal rule of UMT5's decoder."""
+"""The attention code in the model family's own file. SDPA, the default of most models, sometimes differs: in some
+releases of transformers it omits Gemma 2's softcap and the causal rule of UMT5's decoder."""
 _SLOT = "_ptd_slot"
 
 packed_forward: ContextVar[bool] = ContextVar("ptd_packed_forward", default=False)
-"""True while a packed batch runs: its boundaries come as ``cu_seq_lens_q``, so no mask is materialised."""
+"""True while a packed batch runs. Its boundaries are passed as ``cu_seq_lens_q``, so no mask is materialised."""
 padded_forward: ContextVar[bool | None] = ContextVar("ptd_padded_forward", default=None)
-"""Whether the mask of a pass hides anything; None: transformers looks, and the host waits for a GPU to tell it."""
+"""Whether the mask of a pass hides anything. None: transformers inspects it, which makes the host wait for a GPU."""
 
 
 def packing_arguments(bounds: Tensor, longest: int) -> dict[str, Any]:
-    """How a model is told the boundaries of a packed batch: int32 ``[sequences + 1]``, and its longest sequence."""
+    """Return the arguments that give a model the boundaries of a packed batch.
+
+    ``bounds``: int32 ``[sequences + 1]``; ``longest``: length of the longest sequence.
+    """
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
 @dataclass
 class LayerSlot:
-    """What the attention function finds in its module: ``key``, ``value`` ``[P, H, D]``; None without a prefix.
+    """A layer's prefix, stored in its attention module: ``key``, ``value`` ``[P, H, D]``; None without a prefix.
 
-    ``causal``: what holds for the layer's own keys where it is given no mask. ``told``: the argument ``is_causal`` with
-    which its family calls attention; another one comes from whoever called the model, and holds.
+    ``causal``: whether the layer attends causally to its own keys if it gets no mask. ``told``: the argument
+    ``is_causal`` with which the model family calls attention; a different argument comes from the caller of the model
+    and overrides ``causal``.
     """
 
     backend: str = "auto"
@@ -58,10 +63,10 @@ class LayerSlot:
 
 @dataclass(frozen=True)
 class Call:
-    """What a probe saw of one call of the attention function.
+    """One call of the attention function, as a probe recorded it.
 
-    ``told``: the argument ``is_causal``. ``mask``: the mask it was given; ``rule``: the function of transformers that
-    made it; None: there was none.
+    ``told``: the argument ``is_causal``. ``mask``: the mask that attention received; None: it received none. ``rule``:
+    the mask function from which transformers made that mask; None: transformers made no mask.
     """
 
     module: nn.Module
@@ -79,28 +84,28 @@ class Call:
 
 @dataclass
 class Probe:
-    """What a forward pass shows of a model: attention ``calls`` in their order, ``rules``: masks and what made them."""
+    """Record of a forward pass: attention ``calls`` in order, and ``rules``: each mask with its mask function."""
 
     calls: list[Call] = field(default_factory=list)
     rules: list[tuple[Tensor, Callable[..., Tensor]]] = field(default_factory=list)
 
     def rule_of(self, mask: Tensor | None) -> Callable[..., Tensor] | None:
-        """What made the mask, of which families hand on a view."""
+        """Return the mask function from which ``mask`` was made; some families pass on a view of the original mask."""
         memory = None if mask is None else mask.untyped_storage()._cdata
         return next((rule for made, rule in self.rules if made.untyped_storage()._cdata == memory), None)
 
 
 probed: ContextVar[Probe | None] = ContextVar("ptd_probed", default=None)
-"""Set while a probe runs: it collects the calls, every layer is given its mask, and attention puts out zeros."""
+"""Set while a probe runs: the probe collects the calls, every layer gets its mask, and attention returns zeros."""
 
 
 watched: ContextVar[Callable[..., Tensor] | None] = ContextVar("ptd_watched", default=None)
-"""What stands between a layer and `prefix_attention`, if anything: called with the layer's slot and its arguments."""
+"""If set, called in place of `prefix_attention`, with the layer's slot followed by the arguments of that function."""
 
 
 @contextmanager
 def states_of_layers() -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """The list that every layer adds its keys ``[S, H, Dk]`` and values ``[S, H, Dv]`` to, of the first sequence."""
+    """Yield a list to which every layer appends keys ``[S, H, Dk]`` and values ``[S, H, Dv]`` of the first sequence."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def see(slot: LayerSlot, query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any) -> Tensor:
@@ -115,19 +120,19 @@ def states_of_layers() -> Iterator[list[tuple[Tensor, Tensor]]]:
 
 
 def give_slot(call: Call, backend: str, *, cross: bool) -> LayerSlot:
-    """Put a slot into the module of a call (not as a submodule: it is no part of the model's state)."""
+    """Store a slot in the module of a call and return it. The slot is a plain attribute, outside the model's state."""
     slot, module = LayerSlot(backend, cross, call.causal, call.told), call.module
     object.__setattr__(module, _SLOT, slot)
     return slot
 
 
 def has_slot(module: nn.Module) -> bool:
-    """Whether a prompt is attached to this attention module."""
+    """Return whether a prompt is attached to this attention module."""
     return _SLOT in vars(module)
 
 
 def take_slot(module: nn.Module) -> None:
-    """Remove the slot again."""
+    """Remove the slot from the module, if it has one."""
     if has_slot(module):
         object.__delattr__(module, _SLOT)
 
@@ -147,13 +152,16 @@ def attention_forward(
     max_length_q: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature: ``query`` ``[B, Hq, S, D]`` -> ``[B, S, Hq, Dv]``, with the layer's prefix.
+    """Compute attention with the layer's prefix: ``query`` ``[B, Hq, S, D]`` -> ``[B, S, Hq, Dv]``.
 
-    ``attention_mask``: bool (True: visible) or additive, ``[B or 1, Hq or 1, S, T]``. Raises `UserError` for what
-    attention with a prefix cannot compute.
+    The signature is that of transformers' attention functions. ``attention_mask``: bool (True: visible) or additive,
+    ``[B or 1, Hq or 1, S, T]``. Raises `UserError` for arguments that attention with a prefix does not support.
     """
     if options.get("s_aux") is not None:
-        raise UserError(f"{type(module).__name__} has attention sinks (s_aux), which attention with a prefix lacks")
+        raise UserError(
+            f"{type(module).__name__} has attention sinks (s_aux), which attention with a prefix does not support; use "
+            "a backbone of another family"
+        )
     probe = probed.get()
     if probe is not None:
         sizes = query.shape[2], key.shape[2], key.shape[1], key.shape[3], value.shape[3]
@@ -164,39 +172,40 @@ def attention_forward(
     slot: LayerSlot | None = vars(module).get(_SLOT)
     if slot is None:
         raise UserError(
-            f"{type(module).__name__} uses attention {IMPLEMENTATION!r} but ptd is not attached to its model"
+            f"{type(module).__name__} uses the attention implementation {IMPLEMENTATION!r}, but ptd is not attached to "
+            "its model; attach a prompt, or set another implementation"
         )
     if dropout:
         raise UserError(
-            f"attention dropout is {dropout}, but attention with a prefix has none; "
-            "put the backbone in eval() or set its attention dropout to 0"
+            f"attention dropout is {dropout}, but attention with a prefix does not support dropout; call eval() on the "
+            "backbone or set its attention dropout to 0"
         )
     packed = cu_seq_lens_q is not None
     if packed_forward.get() and not (packed and attention_mask is None):
         raise UserError(
-            f"{type(module).__name__} does not keep the rows of a packed batch apart: it "
-            + ("masks them by a rule of its own" if packed else "does not hand cu_seq_lens_q on to its attention")
+            f"{type(module).__name__} does not keep the rows of a packed batch separate: it "
+            + ("masks them by its own rule" if packed else "does not pass cu_seq_lens_q on to its attention")
             + "; set data.packing: false, or do not pass cu_seq_lens_q"
         )
     causal = slot.causal if is_causal is None or is_causal == slot.told else is_causal
     rows = query.shape[2]
-    # T5's relative position bias; what it gives cross-attention is all zeros.
+    # T5's relative position bias. In cross-attention this bias is zero, so it is dropped.
     bias: Tensor | None = None if slot.cross else options.get("position_bias")
     if bias is not None:
-        bias = bias.detach()  # of frozen weights, but under gradient checkpointing T5 asks for its gradient
+        bias = bias.detach()  # from frozen weights, but with gradient checkpointing T5 requests its gradient
     masked = attention_mask is not None and not packed
-    if attention_mask is not None and attention_mask.shape[2] == 1 < rows:  # the same for every query
+    if attention_mask is not None and attention_mask.shape[2] == 1 < rows:  # one mask for all queries
         attention_mask = attention_mask.expand(-1, -1, rows, -1)
     if attention_mask is not None and attention_mask.is_floating_point():
         if attention_mask.requires_grad:
             raise UserError(
-                f"{type(module).__name__} computes a mask from its hidden states and learns through it, which "
-                "attention with a prefix does not support; use a backbone whose mask depends on positions alone"
+                f"{type(module).__name__} computes a mask from its hidden states and needs the mask's gradient, which "
+                "attention with a prefix does not support; use a backbone whose mask depends only on positions"
             )
         bias = attention_mask if bias is None else bias + attention_mask
         attention_mask = None
     if causal and not masked and 1 < rows < key.shape[2]:
-        # sdpa_mask counts on SDPA's causal rule, which starts at the first key; the rest is a static cache's free room.
+        # Without a mask, SDPA's causal rule starts at the first key; the other keys are unused room of a static cache.
         key, value = key[:, :, :rows], value[:, :, :rows]
         bias = None if bias is None else bias[..., :rows]
     watch = watched.get()
@@ -208,8 +217,8 @@ def attention_forward(
         None if slot.key is None else slot.key.transpose(0, 1),
         None if slot.value is None else slot.value.transpose(0, 1),
         scale=scaling,
-        # A mask carries the whole rule (causal, window, padding); without one the module's own rule holds. A window
-        # of an encoder always comes as a mask, unless it is wider than the sequence.
+        # A mask contains the whole rule (causal, window, padding); without a mask the module's own rule applies. An
+        # encoder's window always comes as a mask, unless the window is wider than the sequence.
         causal=causal and not masked,
         window=sliding_window if causal and not masked else None,
         softcap=softcap,
@@ -223,7 +232,7 @@ def attention_forward(
 
 
 def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The mask transformers hands to `attention_forward`: none for packed batches, else as for SDPA (bool, or none)."""
+    """Return the mask for `attention_forward`: None for a packed batch, else the same as for SDPA (bool or None)."""
     if packed_forward.get():
         return None
     probe, padded = probed.get(), padded_forward.get()

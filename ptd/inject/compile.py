@@ -1,4 +1,4 @@
-"""torch.compile of a frozen backbone's layers, one by one, with attention left out."""
+"""Compile a frozen backbone's layers with torch.compile, one by one, without their attention."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ptd.inject.attention import IMPLEMENTATION, MASKLESS, attention_forward
 from ptd.types import UserError
 
 RECOMPILE_LIMIT = 64
-"""Graphs of one function. Layers share their code: kinds of layers, with gradients or without, add up."""
+"""Graphs per function. Layers share their code, so each kind of layer, with and without gradients, adds graphs."""
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compile every layer in place (names and state stay), after a prompt was attached.
+    """Compile every layer in place (names and state stay the same), after a prompt was attached.
 
-    Lengths are dynamic from the start, so that packed batches, all of which differ, share a graph. The first step
-    compiles. Raises `UserError` without a C++ compiler (on a GPU: without Triton), with weights that are sharded,
-    whose hooks do not compile, and with those that bitsandbytes has quantised.
+    Lengths are dynamic from the start, so that packed batches, all of which differ in length, share a graph. The first
+    step compiles. Raises `UserError` without a C++ compiler, on a GPU also without Triton; for sharded weights, whose
+    hooks do not compile; and for weights that bitsandbytes has quantised.
     """
     if getattr(model, "is_quantized", False) or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise UserError(
-            "backbone.compile: only whole weights that bitsandbytes has not quantised are compiled; set compile: "
+            "backbone.compile: weights that are sharded or quantised by bitsandbytes cannot be compiled; set compile: "
             "false, or sharding: none and quantization: none or fp8"
         )
     _check_compiler(next(model.parameters()).device)
@@ -34,7 +34,7 @@ def compile_layers(model: PreTrainedModel) -> None:
 
 
 def compile_each(model: PreTrainedModel) -> None:
-    """Compile the layers of any model as they are."""
+    """Compile the layers of any model in place, without the checks and changes of `compile_layers`."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
@@ -42,12 +42,17 @@ def compile_each(model: PreTrainedModel) -> None:
 
 
 def _check_compiler(device: torch.device) -> None:
-    """Before the model is used: inductor finds out within the first step, in a traceback of many pages."""
+    """Raise `UserError` if a compiler is missing, before the model is used.
+
+    Inductor would fail only within the first step, with a traceback of many pages.
+    """
     if device.type == "cuda":
         try:
             importlib.import_module("triton")
         except ImportError as error:
-            raise UserError(f"backbone.compile: needs Triton on a GPU ({error}); set compile: false") from error
+            raise UserError(
+                f"backbone.compile: torch.compile needs Triton on a GPU ({error}); install it, or set compile: false"
+            ) from error
     from torch._inductor import exc
     from torch._inductor.cpp_builder import get_cpp_compiler
 

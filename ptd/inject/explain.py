@@ -1,4 +1,4 @@
-"""Which attention backend this machine would use, and why: for people who ask before they wait."""
+"""Explain which attention backend this machine would use, and why, before a run starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CASES: dict[str, dict[str, bool]] = {
     "without a mask": {},
     "with a bias (T5)": {"biased": True},
 }
-"""Kinds of batches."""
+"""Kinds of batches, with the arguments of `explain_backend` for each kind."""
 
 
 def check_backend(name: str) -> None:
@@ -27,7 +27,10 @@ def check_backend(name: str) -> None:
 
 
 def explain_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, dict[str, str]]:
-    """Kind of batch -> backend -> how it would solve it, or why it cannot; ``auto`` begins with its choice."""
+    """Return, for each kind of batch and each backend, how the backend would solve it, or why it cannot.
+
+    The text of ``auto`` begins with the backend that it chooses.
+    """
     found: dict[str, dict[str, str]] = {}
     for case, options in CASES.items():
         found[case] = {}
@@ -44,7 +47,7 @@ def explain_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -
 
 @contextmanager
 def standing_in_for_gpu(capability: tuple[int, int] | None) -> Iterator[None]:
-    """Attention to tensors on the CPU, which have no data (FakeTensorMode), as a GPU of this capability would do it."""
+    """Treat CPU tensors without data (FakeTensorMode) in attention as a GPU of this compute capability would."""
     token = stand_in.set(capability)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The output embedding of a language model: logits, or the cross-entropy of given tokens without them."""
+"""The output layer of a language model: it computes logits, or the cross-entropy of given tokens without logits."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 
 class Head:
-    """Hooks on the layer whose output is the model's logits, as it is; None: there is no such layer.
+    """Hooks on the layer whose output is, unchanged, the model's logits; ``module`` None: the model has no such layer.
 
-    With ``targets`` set, the next forward pass computes their cross-entropy from what reaches the layer, `take` hands
-    it out, and the model puts out no logits. DeepSpeed's hooks stand between the two here: its own see a layer without
-    rows or gradient, so that the backward pass gathers no weight again, and when they have run, the weight is whole.
+    With ``targets`` set, the next forward pass computes their cross-entropy from the layer's input, `take` returns the
+    cross-entropy, and the model returns no logits. DeepSpeed's hooks run between the two hooks here. They see an input
+    without rows or gradient, so the backward pass does not gather the weight again. After they have run, the weight is
+    gathered.
     """
 
     def __init__(self, module: nn.Linear | None) -> None:
@@ -26,7 +27,7 @@ class Head:
 
     @property
     def fuses(self) -> bool:
-        """Whether it can compute a cross-entropy: its weight is a plain, frozen one of a dtype that needs no scale."""
+        """Whether the layer can compute a cross-entropy: its weight is frozen and of a dtype that needs no scale."""
         return self.module is not None and self.module.weight.dtype in DTYPES and not self.module.weight.requires_grad
 
     def hook(self) -> None:
@@ -41,9 +42,9 @@ class Head:
             hook.remove()
 
     def take(self) -> Tensor:
-        """The loss of the pass that was last."""
+        """Return the loss of the last pass, once."""
         loss, self._loss = self._loss, None
-        assert loss is not None, "the model ran without its head"
+        assert loss is not None, "the last pass did not run the output layer with targets"
         return loss
 
     def _divert(self, module: nn.Linear, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

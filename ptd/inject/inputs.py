@@ -1,4 +1,4 @@
-"""A batch as the keyword arguments that a model of its kind takes."""
+"""Turn a batch into the keyword arguments of a model's forward method."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from ptd.types import Batch
 
 
 def decoder_start(model: PreTrainedModel) -> int | None:
-    """What the decoder of an encoder-decoder starts from, in training and in generation; None: nothing says it."""
+    """Return the decoder's start token of an encoder-decoder, for training and generation; None: no config names it."""
     start: int | None = getattr(model.config, "decoder_start_token_id", None)
     own = getattr(model, "generation_config", None)
     return start if start is not None or own is None else own.decoder_start_token_id
 
 
 class Inputs:
-    """What a model takes of a `Batch`, and under which names.
+    """The arguments that a model accepts for a `Batch`.
 
-    ``names``: its own parameters; ``takes``: also those that a shell hands on to the stack inside without naming them.
-    ``sees_padding``: it has layers that look both ways, which padding has to be hidden from; behind a causal mask no
-    useful token sees what pads on the right.
+    ``names``: parameters of the model's forward method; ``takes``: in addition, the parameters of the inner stack that
+    the model passes on as ``**kwargs``. ``sees_padding``: the model has bidirectional layers, which need a mask that
+    hides padding; under a causal mask no useful token sees padding on the right.
     """
 
     def __init__(self, model: PreTrainedModel, reader: Stack, *, sees_padding: bool) -> None:
         self.decoder_start = decoder_start(model)
         self.placeholder: int = getattr(model.config, "pad_token_id", None) or 0
-        """The token that the sequences of an encoder-decoder have where their decoder starts."""
+        """Placeholder for the decoder's start token in the target sequences of an encoder-decoder."""
         parameters = inspect.signature(model.forward).parameters
         self.names = set(parameters)
         self.takes = set(parameters)
@@ -39,13 +39,13 @@ class Inputs:
         self.sees_padding = sees_padding
 
     def of(self, batch: Batch, first_position: int) -> dict[str, Any]:
-        """``first_position``: what the backbone's own positions start from."""
+        """Return the arguments for ``batch``. ``first_position``: first position that the backbone itself uses."""
         inputs: dict[str, Any] = {}
         if "use_cache" in self.takes:
             inputs["use_cache"] = False
         if batch.source is not None:
             ids = batch.input_ids.clone()
-            # Where the target does not say what the decoder starts from (mBART's language code), the model does.
+            # The model's start token applies unless the target has its own (mBART's language code).
             if self.decoder_start is not None:
                 ids[:, 0] = ids[:, 0].masked_fill(ids[:, 0] == self.placeholder, self.decoder_start)
             source = batch.source

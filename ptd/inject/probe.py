@@ -1,7 +1,7 @@
-"""One forward pass that shows a model's attention layers: their order, their sizes and the rule each of them follows.
+"""Find a model's attention layers in one forward pass: their order, their sizes and the rule that each layer follows.
 
-A layer's rule (causal or not, its window) is read off the mask that the model makes for it. What the module says of
-itself is trusted only where there is no mask: NLLB-MoE's decoder layers claim not to be causal.
+A layer's rule (causal or not, its window) is read from the mask that the model makes for the layer. The module's own
+``is_causal`` is trusted only if there is no mask: NLLB-MoE's decoder layers claim not to be causal.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from ptd.inject.stack import Stack, sides_of
 from ptd.types import AttentionKind, BackboneShape, LayerShape, UserError
 
 FAR = 1_000_000
-"""A position behind every window, from which a mask's rule is looked at."""
+"""Position of a query, beyond every window, at which a mask's rule is evaluated."""
 
 
 @torch.no_grad()
 def probe(model: PreTrainedModel) -> tuple[list[Call], Any]:
-    """The attention layers in the order of their calls, as the model's own forward pass shows them; its output.
+    """Return the attention calls of the model's own forward pass in their order, and the output of that pass.
 
-    Under ZeRO-3 every rank has to call this together.
+    Under ZeRO-3 all ranks have to call this function at the same time.
     """
     device = next(model.parameters()).device
     tokens = torch.zeros(1, 3, dtype=torch.long, device=device)
     inputs = {"input_ids": tokens[:, :2], "attention_mask": torch.ones_like(tokens[:, :2])}
-    if len(sides_of(model)) == 2:  # an encoder with one token more: that is how cross-attention gives itself away
+    if len(sides_of(model)) == 2:  # the encoder gets one token more, which identifies cross-attention
         inputs = {"input_ids": tokens, "attention_mask": tokens + 1, "decoder_input_ids": tokens[:, :2]}
     seen = Probe()
     token = probed.set(seen)
@@ -43,7 +43,7 @@ def probe(model: PreTrainedModel) -> tuple[list[Call], Any]:
 
 
 def _as_masked(call: Call) -> Call:
-    """The call with the rule that its mask shows."""
+    """Return the call with the causal rule that its mask shows."""
     if call.mask is None or isinstance(call.mask, FakeTensor) or call.queries < 2:
         return call
     first_query = call.mask.expand(-1, -1, call.queries, -1)[..., 0, 1:]
@@ -52,14 +52,14 @@ def _as_masked(call: Call) -> Call:
 
 
 def packing_obstacle(call: Call) -> str | None:
-    """Why the layer's rule cannot be told to attention without a mask, which is how packed batches run; None: it can.
+    """Return why attention cannot follow the layer's rule without a mask, as packed batches require; None: it can.
 
-    A packed batch has no mask: each of its sequences is seen causally (or wholly) and through ``window``.
+    A packed batch has no mask: attention within each sequence is causal (or complete) and limited to ``window``.
     """
     if call.mask is None:
         return None
     if call.rule is None:
-        return "makes its attention masks itself"
+        return "makes its own attention masks"
     seen = _far_off(call.rule, call.window)
     if seen is None:
         return "has an attention mask that depends on more than positions"
@@ -72,13 +72,13 @@ def packing_obstacle(call: Call) -> str | None:
 
 
 def _distances(window: int | None) -> list[int]:
-    """Of keys from a query: behind it (negative: in front), near and far, and at the window's border."""
+    """Return distances of keys before a query (negative: after it): near, far, and at the border of the window."""
     border = [] if window is None else [window - 1, window]
     return [-5000, -1, 0, 1, *border, 511, 5000, FAR]
 
 
 def _far_off(rule: Any, window: int | None) -> list[bool] | None:
-    """Whether a query at `FAR` sees keys at these distances; None where the rule does not say."""
+    """Return whether a query at `FAR` sees keys at each of `_distances`; None if the rule cannot be evaluated."""
     keys = [FAR - distance for distance in _distances(window)]
     try:
         with unset_fake_temporarily():
@@ -89,29 +89,29 @@ def _far_off(rule: Any, window: int | None) -> list[bool] | None:
 
 
 def layer_shapes(model: PreTrainedModel, calls: list[Call], stacks: list[Stack]) -> tuple[LayerShape, ...]:
-    """The attention layers in the order of their calls. Raises `UserError` for layers that cannot take a prefix."""
+    """Return the attention layers in the order of their calls. Raises `UserError` if a layer cannot take a prefix."""
     config, name = model.config.get_text_config(), type(model).__name__
     modules = len({id(call.module) for call in calls})
     if not calls:
         raise UserError(
             f"backbone.path: {name} has no attention layer that calls transformers' AttentionInterface, so no prompt "
-            "can be attached to it"
+            "can be attached to it; use a backbone of another family"
         )
     if modules != len(calls):
         raise UserError(
             f"backbone.path: {name} computes attention {len(calls)} times per forward pass in {modules} modules; a "
-            "prefix belongs to one attention per module, so ptd does not support this model"
+            "prefix needs exactly one call per module, so use a backbone of another family"
         )
     if len(stacks) == 1 and len(calls) != config.num_hidden_layers:
         raise UserError(
             f"backbone.path: {name} has {config.num_hidden_layers} layers, of which {len(calls)} compute attention "
-            "through transformers' AttentionInterface; ptd supports models all of whose layers do"
+            "through transformers' AttentionInterface; use a backbone in which every layer does"
         )
     return tuple(_layer(call, within_encoder=call.module in stacks[0].members, two=len(stacks) == 2) for call in calls)
 
 
 def shape_of(model: PreTrainedModel, layers: tuple[LayerShape, ...], reader: Stack) -> BackboneShape:
-    """Plain sizes of the model, whose tokens the stack ``reader`` embeds."""
+    """Return the sizes of the model; the stack ``reader`` embeds its tokens."""
     config = model.config.get_text_config()
     context = context_of(config)
     context = None if context is None else context - reader.first_position
@@ -120,10 +120,11 @@ def shape_of(model: PreTrainedModel, layers: tuple[LayerShape, ...], reader: Sta
 
 
 def _layer(call: Call, within_encoder: bool, two: bool) -> LayerShape:
-    if max(call.key_dim, call.value_dim) > MAX_HEAD_SIZE:
+    size = max(call.key_dim, call.value_dim)
+    if size > MAX_HEAD_SIZE:
         raise UserError(
-            f"a layer of this backbone has heads of size {call.key_dim}; attention with a prefix takes up to "
-            f"{MAX_HEAD_SIZE}"
+            f"a layer of this backbone has heads of size {size}, but attention with a prefix supports sizes up "
+            f"to {MAX_HEAD_SIZE}; use another backbone"
         )
     kind: AttentionKind = "decoder" if call.causal else "encoder"
     if two:
@@ -132,17 +133,17 @@ def _layer(call: Call, within_encoder: bool, two: bool) -> LayerShape:
 
 
 def context_of(config: Any) -> int | None:
-    """Positions the backbone was built for; None where its config does not say or its positions are relative.
+    """Return the number of positions of the backbone; None if its config does not say or its positions are relative.
 
     Rotary frequencies of type dynamic and longrope change for a whole batch when one of its rows is longer than the
-    original context, so that what a row is would depend on its neighbours: there the original context is the limit.
+    original context. A row's result would then depend on the other rows, so the original context is the limit.
     """
     if hasattr(config, "relative_attention_num_buckets"):
         return None
     named = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
     limits = [limit for limit in named if isinstance(limit, int)][:1]
     rope = getattr(config, "rope_parameters", None) or {}
-    for kind in (rope, *(each for each in rope.values() if isinstance(each, dict))):  # one for each type of layer
+    for kind in (rope, *(each for each in rope.values() if isinstance(each, dict))):  # one entry per type of layer
         original = kind.get("original_max_position_embeddings")
         if kind.get("rope_type") in ("dynamic", "longrope") and isinstance(original, int):
             limits.append(original)
@@ -150,7 +151,7 @@ def context_of(config: Any) -> int | None:
 
 
 def ordinary_tokens(config: Any, vocab_size: int, count: int) -> list[int]:
-    """``count`` token ids that mean nothing special to the model: no padding, no end, no place of an image."""
+    """Return ``count`` token ids without a special meaning to the model: no padding, end or image placeholder."""
     special: set[int] = set()
     for name, value in config.to_dict().items():
         if name.endswith(("token_id", "token_ids", "token_index")):

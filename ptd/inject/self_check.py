@@ -1,15 +1,15 @@
-"""Whether a model computes the same with ptd's attention as with its own, tried on two short rows when ptd attaches.
+"""Check on two short rows, when ptd attaches, that a model computes the same with ptd's attention as with its own.
 
-Families differ in what they do with masks, positions and the boundaries of packed rows, and nothing in a model's class
-says so. The rows run alone through the model with the attention that its family writes out; what they give there has
-to come out again
+Families differ in how they treat masks, positions and the boundaries of packed rows, and a model's class does not tell
+how. Each row first runs alone through the model with the family's own attention code. The same hidden states have to
+result when the rows run
 
-- in a padded batch, with the last token of a row changed: no earlier token may notice (causal models);
-- padded on the left, as generation has it;
+- in a padded batch, together with a row whose last token is changed: no earlier token may change (causal models);
+- padded on the left, as in generation;
 - packed;
-- with their first two tokens as soft tokens, and as a prefix of the keys and values that these two have.
+- with their first two tokens as soft tokens, and with the keys and values of these two tokens as a prefix.
 
-Only as many layers run as there are kinds of layers (two at least), so that it costs little; under ZeRO-3 every rank
+The check is cheap, because only as many layers run as there are kinds of layers (at least two). Under ZeRO-3 every rank
 has to take part.
 """
 
@@ -33,22 +33,22 @@ if TYPE_CHECKING:
     from ptd.inject.attach import Attachment
 
 LONG, SHORT, SHARED = 6, 3, 2
-"""Tokens of the rows, and how many of the first ones they have in common: these become the prompt."""
+"""Lengths of the rows in tokens, and how many first tokens the rows share: these become the prompt."""
 TOKENS = 3 * LONG
-"""Tokens of every pass, laid out as they may be: half precision on a CPU makes code for each number anew."""
+"""Tokens of every pass, in any layout: half precision on a CPU generates code again for each number of tokens."""
 ALLOWED = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 2e-2}
-"""How far a token's hidden state may be from what it was alone, of its size, after a few layers; half precision and
-8 bits lose more than a hundredth of it to rounding."""
+"""Largest allowed distance of a token's hidden state, after a few layers, from its value when the row runs alone, as a
+fraction of the mean norm. Half precision and 8 bits lose more than 1 % to rounding."""
 ALLOWED_ELSE = 0.1
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a model cannot do, each with the reason; None: it can.
+    """For each capability, the reason why a model lacks it; None: the model has it.
 
-    ``packed``: rows of a packed batch stay apart. ``left``: rows padded on the left are what they are alone.
-    ``soft``: virtual tokens before the sequences. ``marks``: such tokens among theirs. ``prefix``: keys and values in
-    every layer.
+    ``packed``: the rows of a packed batch stay separate. ``left``: rows padded on the left give the same result as
+    alone. ``soft``: virtual tokens before the sequences. ``marks``: virtual tokens among those of a sequence.
+    ``prefix``: keys and values in every layer.
     """
 
     packed: str | None = None
@@ -60,14 +60,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Row:
-    """A sequence (of an encoder-decoder: its encoder's, and a ``target``), and what the model makes of it alone."""
+    """Token ids of a sequence; for an encoder-decoder, the encoder's ``tokens`` and the decoder's ``target``."""
 
     tokens: list[int]
     target: list[int] | None = None
 
 
 class SelfCheck:
-    """`read_plain` with the attention that the model's family writes out, then `run` with ptd's in place."""
+    """Comparison of a model with itself: `read_plain` runs with the family's attention code, `run` with ptd's."""
 
     def __init__(self, attachment: Attachment, calls: list[Call]) -> None:
         self.attachment, self.model, self.calls = attachment, attachment.model, calls
@@ -95,14 +95,14 @@ class SelfCheck:
         self.cached: list[tuple[Tensor, Tensor]] = []
 
     def read_plain(self) -> None:
-        """What the model makes of each row alone. Raises `UserError` if it cannot run one."""
+        """Record what the model computes for each row alone. Raises `UserError` if ptd cannot read its output."""
         if self.blank:
             return
         with self._quietly():
             try:
                 with _shorter(self.spared):
                     self._read_plain()
-            except Exception:  # a model may count its layers some other way
+            except Exception:  # a model may count its layers elsewhere than in the shortened list
                 if not self.spared:
                     raise
                 self.spared = []
@@ -112,7 +112,7 @@ class SelfCheck:
         seen: list[Tensor] = []
         embeddings: nn.Module = self.attachment.stacks[0].embeddings
         hook = embeddings.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
-        cache = DynamicCache()  # without a config: no layer drops what lies outside its window
+        cache = DynamicCache()  # without a config, no layer drops keys outside its window
         caching = {"past_key_values": cache, "use_cache": True}
         caches = self.causal and not self.two and caching.keys() <= self.attachment.inputs.takes
         try:
@@ -126,9 +126,9 @@ class SelfCheck:
         self.cached = self._cached(cache)
 
     def _cached(self, cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of the shared tokens in every layer that ran; empty: it keeps none, or other ones."""
+        """Return the cached keys and values of the shared tokens in every layer that ran; empty if any are missing."""
         ran = set(self.model.modules())
-        if len(cache.layers) != sum(call.module in ran for call in self.calls):  # layers that share theirs
+        if len(cache.layers) != sum(call.module in ran for call in self.calls):  # some layers share their keys
             return []
         found = []
         for call, layer in zip(self.calls, cache.layers, strict=False):
@@ -141,10 +141,10 @@ class SelfCheck:
         return found
 
     def run(self) -> Verdict:
-        """Raises `UserError` for a model that computes something else even in a padded batch."""
+        """Return the verdict. Raises `UserError` for a model whose results differ even in a padded batch."""
         with self._quietly(), self.attachment.any_backend(), _shorter(self.spared):
             packed = self._packing_obstacle()
-            self.attachment.verdict = Verdict(packed)  # which decides how batches run
+            self.attachment.verdict = Verdict(packed)  # decides how batches run
             if self.blank:
                 return Verdict(packed or self._packed())
             self._padded()
@@ -163,7 +163,10 @@ class SelfCheck:
     # ---- the passes
 
     def _padded(self) -> None:
-        """Also finds what the model's own positions start from, where it takes positions."""
+        """Check a padded batch, and find the first position of a model that takes positions.
+
+        Raises `UserError` if the results differ with every first position.
+        """
         reader = self.attachment.stacks[0]
         tried = [reader.first_position]
         if reader.takes_positions and not self.two:
@@ -173,21 +176,21 @@ class SelfCheck:
             reader.first_position = first
             try:
                 errors.append(self._apart(self._run(self._batch(self.rows), learning=True)))
-            except IndexError:  # there are no such positions
+            except IndexError:  # the model has no such positions
                 errors.append(float("inf"))
             if errors[-1] <= self.allowed:
                 return
         raise UserError(
-            f"backbone.path: {type(self.model).__name__} does not compute with ptd's attention what it computes with "
-            f"its own: two short rows come out {errors[0]:.1%} apart, so a prompt would be trained on another model; "
-            "use a backbone of another family"
+            f"backbone.path: {type(self.model).__name__} does not compute the same with ptd's attention as with its "
+            f"own: the hidden states of two short rows differ by {errors[0]:.1%}, so a prompt would be trained on a "
+            "different model; use a backbone of another family"
         )
 
     def _packing_obstacle(self) -> str | None:
         if self.two or not self.attachment.stacks[0].takes_positions:
-            return "it takes no positions that could start again in each row"
+            return "it takes no position_ids that could restart in each row"
         if any(not call.causal and call.window is not None for call in self.calls):
-            return "its layers look through a window both ways"
+            return "its layers attend through a window in both directions"
         for call in self.calls:
             obstacle = packing_obstacle(call)
             if obstacle is not None:
@@ -195,7 +198,7 @@ class SelfCheck:
         return None
 
     def _packed(self) -> str | None:
-        with unset_fake_temporarily():  # boundaries have values even where nothing else has
+        with unset_fake_temporarily():  # the boundaries have values even if no other tensor has
             batch = self._batch(self.rows, packed=True)
         try:
             if self.blank:
@@ -225,25 +228,25 @@ class SelfCheck:
         return self._embedded("whose first tokens are given as embeddings", batch, in_front=True, packed=packed)
 
     def _marks(self) -> str | None:
-        """Virtual tokens where the rows' first tokens stand."""
+        """Check virtual tokens in place of the rows' first tokens."""
         virtual = [virtual_id(number) for number in range(SHARED)]
         batch = self._batch([_Row([*virtual, *row.tokens[SHARED:]], row.target) for row in self.rows])
         return self._embedded("some of whose tokens are given as embeddings", batch, in_front=False)
 
     def _embedded(self, what: str, batch: Batch, *, in_front: bool, packed: bool = False) -> str | None:
         if self.embedded is None:
-            return "its embedding layer puts out something other than one vector per token"
+            return "its embedding layer does not output one vector per token"
         self.attachment.set(SoftTokens(self.embedded, in_front=in_front))
         try:
             hidden = self._run(batch)
-        except Exception as error:  # families do as they like with tokens that they cannot look up
-            return f"a pass with them ends in {type(error).__name__}: {error}"
+        except Exception as error:  # families fail in different ways on tokens that are not in the vocabulary
+            return f"a forward pass with them raises {type(error).__name__}: {error}"
         finally:
             self.attachment.set(None)
         return self._said(self._apart(hidden, skip=SHARED if in_front else 0), what, packed)
 
     def _prefix(self, *, packed: bool) -> str | None:
-        if not self.cached:  # nothing to compare with: an encoder's keys depend on what follows
+        if not self.cached:  # nothing to compare with: an encoder's keys depend on later tokens
             return None
         rows = [_Row(row.tokens[SHARED:]) for row in self.rows]
         with self._cached_as_prefix():
@@ -252,7 +255,7 @@ class SelfCheck:
 
     @contextmanager
     def _cached_as_prefix(self) -> Iterator[None]:
-        """The keys and values of the first tokens as the prompt, in the layers that run."""
+        """Use the keys and values of the first tokens as the prompt, in the layers that run."""
         self.attachment.shift(SHARED)
         for slot, (key, value) in zip(self.attachment.slots, self.cached, strict=False):
             slot.key, slot.value = key, value
@@ -261,12 +264,12 @@ class SelfCheck:
         finally:
             self.attachment.set(None)
 
-    # ---- how they are run and compared
+    # ---- how rows are run and compared
 
     def _batch(self, rows: list[_Row], *, packed: bool = False, virtual: int = 0) -> Batch:
-        """The rows as a run lays them out: padded on the right, or packed, with a further one.
+        """Return the rows in the layout of a run: padded on the right, or packed together with one more row.
 
-        ``virtual``: tokens that will be put before each.
+        ``virtual``: number of virtual tokens that will be inserted before each row.
         """
         tokens = [row.tokens for row in rows]
         if self.two:
@@ -285,9 +288,9 @@ class SelfCheck:
         return inputs
 
     def _run(self, batch: Batch, *, learning: bool = False) -> list[Tensor]:
-        """The last hidden states of each row, ``[length, hidden]``.
+        """Return the last hidden states of each row, ``[length, hidden]``.
 
-        ``learning``: as in training, in a pass that records gradients, which shows masks that are learned through.
+        ``learning``: record gradients as in training, which reveals a mask that requires a gradient.
         """
         hidden = self._hidden(self.attachment.run, batch, learning=learning and not self.sharded)
         hidden = hidden.flatten(0, 1)
@@ -295,14 +298,14 @@ class SelfCheck:
         return [hidden[start : start + length] for start, length in zip(starts, lengths, strict=True)]
 
     def _hidden(self, run: Callable[..., Any], inputs: Any, *, learning: bool = False) -> Tensor:
-        """What the last stack puts out, in one pass."""
+        """Return the last stack's hidden states from one pass. Raises `UserError` if the output lacks them."""
         seen: list[Tensor] = []
         stack = self.attachment.stacks[-1].module
 
         def see(module: nn.Module, args: Any, output: Any) -> None:
             if getattr(output, "last_hidden_state", None) is None:
                 raise UserError(
-                    f"backbone.path: the transformer in {type(self.model).__name__} ({type(stack).__name__}) puts out "
+                    f"backbone.path: the transformer in {type(self.model).__name__} ({type(stack).__name__}) returns "
                     "no last_hidden_state, which ptd reads; use a backbone of another family"
                 )
             seen.append(output.last_hidden_state)
@@ -319,15 +322,15 @@ class SelfCheck:
                 hook.remove()
         if output.get("logits") is None and output.get("last_hidden_state") is None:
             raise UserError(
-                f"backbone.path: {type(self.model).__name__} puts out neither logits nor a last_hidden_state; use a "
+                f"backbone.path: {type(self.model).__name__} returns neither logits nor a last_hidden_state; use a "
                 "backbone of another family"
             )
         return seen[-1].detach().float()
 
     def _apart(self, found: list[Tensor], *, skip: int = 0) -> float:
-        """The largest distance of a token from what the row is alone, of the tokens' mean size.
+        """Return the largest distance of a hidden state from its value when the row runs alone, over the mean norm.
 
-        The third row is the first with another last token, which in a causal model the others do not see.
+        The third row is the first row with another last token, which in a causal model the other tokens do not see.
         """
         wants = [*self.plain, self.plain[0][:-1]] if self.causal else self.plain
         errors = []
@@ -340,12 +343,12 @@ class SelfCheck:
     def _said(self, error: float, what: str, packed: bool = False) -> str | None:
         if error <= self.allowed:
             return None
-        how = f"short rows {what}{', in a packed batch,' * packed}"
-        return f"{how} come out {error:.1%} apart from what {type(self.model).__name__} makes of them alone"
+        how = f"the hidden states of short rows {what}{', in a packed batch,' * packed}"
+        return f"{how} differ by {error:.1%} from those of the same rows alone in {type(self.model).__name__}"
 
     @contextmanager
     def _quietly(self) -> Iterator[None]:
-        """Without dropout."""
+        """Run the model without dropout and without gradients."""
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
@@ -395,7 +398,7 @@ def _batch_of(
 
 @dataclass(frozen=True)
 class _Spared:
-    """A module that a check replaces by a cheaper one."""
+    """A module that the checks replace by a cheaper module."""
 
     parent: nn.Module
     name: str
@@ -403,10 +406,10 @@ class _Spared:
 
 
 def _spared(model: PreTrainedModel, calls: list[Call], head: nn.Module | None) -> list[_Spared]:
-    """Layers and the head, which no check needs.
+    """Return the head and the lists of layers that the checks replace.
 
-    Of each outermost list of layers with attention those stay up to where every kind of layer has come, and two at
-    least.
+    Each outermost list of layers with attention is cut to its first layers, as many as include every kind of layer, and
+    at least two.
     """
     call_of = {call.module: call for call in calls}
     found: list[_Spared] = []
@@ -428,7 +431,7 @@ def _spared(model: PreTrainedModel, calls: list[Call], head: nn.Module | None) -
 
 
 def _kind(layer: nn.Module, call_of: dict[nn.Module, Call]) -> tuple[Any, tuple[Any, ...]]:
-    """What a layer consists of, and what its attention is like."""
+    """Return the types of a layer's modules, and the rules and sizes of its attention calls."""
     modules = list(layer.modules())
     attends = [call_of[module] for module in modules if module in call_of]
     rules = tuple((call.causal, call.window, call.kv_heads, call.key_dim, call.value_dim) for call in attends)
@@ -437,7 +440,7 @@ def _kind(layer: nn.Module, call_of: dict[nn.Module, Call]) -> tuple[Any, tuple[
 
 @contextmanager
 def _shorter(spared: list[_Spared]) -> Iterator[None]:
-    """The model without what is spared."""
+    """Run the model with the cheaper modules."""
     whole = [getattr(each.parent, each.name) for each in spared]
     try:
         for each in spared:

@@ -1,7 +1,8 @@
-"""One transformer stack of a model: where its tokens become embeddings, and what happens to them before and after.
+"""One transformer stack of a model, from its token ids to its last hidden states, with the hooks that ptd adds to it.
 
-A decoder or encoder is one stack; an encoder-decoder has two. The hooks of a stack shift its tokens' positions, let
-virtual tokens stand before or between them, take these off its output again, and hand on only the positions asked for.
+A decoder or encoder is one stack; an encoder-decoder has two. The hooks of a stack shift the positions of its tokens,
+insert virtual tokens before or among them, remove the virtual tokens from the output, and return only the requested
+positions.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ POSITIONS_FROM_MASK = {"biogpt", "opt"}
 class Stack:
     """Hooks on one stack.
 
-    ``shift``: positions its own tokens are moved by. ``soft`` ``[P, hidden]``: embeddings of virtual tokens, which
-    stand before every sequence (``in_front``) or where `virtual_id` marks them. ``source_extra``: virtual tokens that
-    the other stack, which this one attends to, put before its sequences. ``keep``: flattened positions to put out, each
-    once. ``trusted``: the caller gives the boundaries of packed rows. ``tail``: what runs at these alone. ``refresh``
-    is called before every forward pass.
+    ``shift``: number of positions by which its own tokens are shifted. ``soft`` ``[P, hidden]``: embeddings of virtual
+    tokens, which are inserted before every sequence (``in_front``) or replace the ids of `virtual_id`.
+    ``source_extra``: number of virtual tokens before the sequences of the other stack, to which this stack attends.
+    ``keep``: flattened positions to return, each given once. ``tail``: modules that run only at these positions.
+    ``trusted``: the caller gives the boundaries of packed rows and pads only on the right. ``refresh`` is called before
+    every forward pass.
     """
 
     def __init__(self, module: nn.Module, refresh: Callable[[], None], *, feeds_other: bool = False) -> None:
@@ -47,11 +49,11 @@ class Stack:
         self.in_front = False
         self.source_extra = 0
         self.left_obstacle: str | None = None  # why rows must not be padded on the left
-        self.packing_obstacle: str | None = None  # why they must not be packed
-        self.trusted = False  # whether whoever runs the pass says how rows are packed
+        self.packing_obstacle: str | None = None  # why rows must not be packed
+        self.trusted = False  # whether the caller gives the boundaries of packed rows
         self.keep: Tensor | None = None
         self.tail = Tail([])
-        self._own: Tensor | None = None  # [B, S]: where the own tokens are among those that ran, flattened
+        self._own: Tensor | None = None  # [B, S]: flattened index of each own token among all tokens that ran
         self._ids: Tensor | None = None
         self._packed: Any = None
         self._hooks: list[Any] = []
@@ -91,9 +93,10 @@ class Stack:
         return (), kwargs
 
     def _packing_by_positions(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The boundaries of rows that are packed without them: their positions start again.
+        """Return the boundaries of rows that are packed without explicit boundaries: their positions restart.
 
-        Transformers' masks go by that; virtual tokens have to be put before every row as well.
+        Transformers' masks follow these restarts, and virtual tokens have to be inserted before every packed row. The
+        result is empty if no position restarts. Raises `UserError` if the rows cannot be packed.
         """
         positions, cache = kwargs.get("position_ids"), kwargs.get("past_key_values")
         if positions is None or kwargs.get("cu_seq_lens_q") is not None or positions.dim() != 2:
@@ -102,21 +105,24 @@ class Stack:
         if not len(starts) or (cache is not None and cache.get_seq_length() > 0):
             return {}
         if len(positions) != 1 or self.packing_obstacle is not None:
-            why = self.packing_obstacle or "they stand in a batch of several"
-            raise UserError(f"position_ids start again within a row, as in packed rows, which cannot be here: {why}")
+            why = self.packing_obstacle or "the batch has several rows"
+            raise UserError(
+                f"position_ids restart within a row, as in packed rows, but rows cannot be packed here: {why}; give "
+                "each sequence its own row and pad the rows"
+            )
         bounds = torch.nn.functional.pad(starts[:, 1] + 1, (1, 1))
         bounds[-1] = positions.shape[1]
         longest = int(bounds.diff().max())
         return packing_arguments(bounds.to(torch.int32), longest)
 
     def _check_padding(self, mask: Any) -> None:
-        # What is trusted is padded on the right; looking would make the host wait for a GPU.
+        # A trusted batch is padded on the right; inspecting its mask would make the host wait for a GPU.
         if self.trusted or self.left_obstacle is None or not isinstance(mask, Tensor) or mask.dim() != 2:
             return
         if not bool(mask[:, 0].all()):
             raise UserError(
-                f"a batch is padded on the left, which this backbone gets wrong: {self.left_obstacle}; give each batch "
-                "prompts of one length"
+                f"a batch is padded on the left, which gives wrong results on this backbone: {self.left_obstacle}; "
+                "give each batch prompts of equal length"
             )
 
     def _begin_tail(self, kwargs: dict[str, Any]) -> None:
@@ -137,7 +143,7 @@ class Stack:
         if output is None or (own is None and keep is None):  # None: the pass failed
             return
         hidden: Tensor = output.last_hidden_state
-        if own is not None and not self.feeds_other and hidden.shape[1] > 1:  # 1: cut to the last position already
+        if own is not None and not self.feeds_other and hidden.shape[1] > 1:  # 1: already cut to the last position
             hidden = hidden.flatten(0, 1)[own]
             if output.get("hidden_states") is not None:
                 output.hidden_states = tuple(states.flatten(0, 1)[own] for states in output.hidden_states)
@@ -146,23 +152,24 @@ class Stack:
         output.last_hidden_state = hidden
 
     def _put_in_front(self, count: int, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Virtual tokens directly before the first own token of every sequence.
+        """Insert virtual tokens directly before the first own token of every sequence.
 
-        Behind what pads a sequence on the left, not before it: there a window would lose them. In a cached generation
-        they are in the cache after the first pass; the mask grows by them in every pass.
+        They come after padding on the left and not before it, where they could be outside an attention window. In
+        cached generation the cache holds the virtual tokens after the first pass; every pass extends the mask by them.
+        Raises `UserError` for masks and caches into which they cannot be inserted.
         """
         assert self.soft is not None
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         if getattr(cache, "is_compileable", False):
             raise UserError(
-                "virtual tokens before the sequences need a cache that grows, and this one has a fixed size: generate "
-                "without cache_implementation, or use method prefix, which adds no tokens"
+                "virtual tokens before the sequences need a cache that grows, but this cache has a fixed size; "
+                "generate without cache_implementation, or use method prefix, which adds no tokens"
             )
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             raise UserError(
-                f"{type(self.module).__name__} is given attention masks that are made already, so virtual tokens "
-                "before the sequences cannot be put into them: pass a 2-dimensional attention_mask; of a multimodal "
-                "backbone take the text model's own checkpoint, or method prefix, which adds no tokens"
+                f"{type(self.module).__name__} received a mask that is not a 2-dimensional tensor, so virtual tokens "
+                "before the sequences cannot be inserted into it; pass a 2-dimensional attention_mask, use the text "
+                "model's own checkpoint instead of a multimodal one, or use method prefix, which adds no tokens"
             )
         if mask is not None:
             kwargs["attention_mask"] = _with_virtual(mask, count)
@@ -175,9 +182,9 @@ class Stack:
             return kwargs
         if cache is not None and mask is not None and not bool(mask.any(dim=1).all()):
             raise UserError(
-                "the first pass over the prompts has a row with nothing but padding, as with prefill_chunk_size in a "
-                "batch padded on the left, so its virtual tokens would have no place; generate without "
-                "prefill_chunk_size, give each batch prompts of one length, or use method prefix"
+                "the first pass over the prompts has a row that contains only padding, as with prefill_chunk_size in a "
+                "batch padded on the left, so the row's virtual tokens have no place; generate without "
+                "prefill_chunk_size, give each batch prompts of equal length, or use method prefix"
             )
         if kwargs.get("cu_seq_lens_q") is not None:
             return self._put_in_front_of_packed(count, kwargs)
@@ -201,19 +208,20 @@ class Stack:
         return kwargs
 
     def _check_cache(self, count: int, seen: int, columns: int, mask: Tensor | None, positions: Tensor | None) -> None:
-        """Refuse a cache of ``seen`` tokens that does not fit ``columns`` new ones with ``count`` virtual ones in it.
+        """Raise `UserError` unless ``columns`` new tokens continue the cache.
 
-        ``positions`` with the virtual tokens counted in. ``generate`` counts these in a cache of its own earlier call
-        as tokens of the text, and cuts off so many of the new ones.
+        The cache holds ``seen`` tokens, ``count`` of them virtual; ``positions`` include the virtual tokens. For a
+        cache from an earlier call, ``generate`` counts the virtual tokens as tokens of the text, and cuts off that
+        number of new tokens.
         """
         fits = mask is None or mask.shape[1] + count == seen + columns
         if fits and mask is None and positions is not None and positions.dim() == 2:
             fits = int(positions[0, 0]) - seen in (0, self.first_position)
         if not fits:
             raise UserError(
-                f"the new tokens do not follow on the {seen} tokens of the cache, of which {count} are the prompt's "
-                "virtual ones: a cache that was filled without this prompt, or by an earlier generate, cannot be "
-                "continued; give the whole text without past_key_values, or use method prefix"
+                f"the new tokens do not continue the {seen} tokens of the cache, {count} of which are the prompt's "
+                "virtual tokens: a cache that was filled without this prompt, or by an earlier generate, cannot be "
+                "continued; pass the whole text without past_key_values, or use method prefix"
             )
 
     def _put_in_front_of_packed(self, count: int, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -259,12 +267,12 @@ class Stack:
             return None
         ids, self._ids = self._ids, None
         assert self.soft is not None
-        # Looked up in the prompt's own precision: its gradient is then summed over the batch in that precision.
+        # Look up in the prompt's own precision, so that its gradient is summed over the batch in that precision.
         rows = embedding((virtual_id(0) - ids).clamp(min=0), self.soft)
         return torch.where((ids < 0)[..., None], rows.to(output.dtype), output)
 
     def _default_positions(self, kwargs: dict[str, Any]) -> Tensor:
-        """The positions the model itself would choose when none are given."""
+        """Return the positions that the model itself would choose when none are given."""
         ids, cache, mask = kwargs.get("input_ids"), kwargs.get("past_key_values"), kwargs.get("attention_mask")
         tokens = kwargs["inputs_embeds"] if ids is None else ids
         seen = cache.get_seq_length() if cache is not None else 0
@@ -283,7 +291,7 @@ class Stack:
 
 
 def stacks_of(model: PreTrainedModel, attention: list[nn.Module], refresh: Callable[[], None]) -> list[Stack]:
-    """The stacks of a model in the order in which they run."""
+    """Return the stacks of a model in the order in which they run."""
     sides = sides_of(model)
     if len(sides) == 2:
         encoder, decoder = (
@@ -294,7 +302,7 @@ def stacks_of(model: PreTrainedModel, attention: list[nn.Module], refresh: Calla
 
 
 def sides_of(model: PreTrainedModel) -> list[nn.Module]:
-    """Encoder and decoder of a model that has both; else the model."""
+    """Return the encoder and decoder of a model that has both, else the model itself."""
     for module in model.modules():
         encoder, decoder = getattr(module, "encoder", None), getattr(module, "decoder", None)
         if isinstance(encoder, PreTrainedModel) and isinstance(decoder, PreTrainedModel):
@@ -303,9 +311,9 @@ def sides_of(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _innermost_model(model: nn.Module, layers: list[nn.Module]) -> nn.Module:
-    """The smallest model around all attention layers: the one that turns positions into embeddings and masks.
+    """Return the smallest model around all attention layers: it turns positions into embeddings and masks.
 
-    Heads may call past ``base_model`` (OPT calls its decoder directly), never past this one.
+    A head may bypass ``base_model`` (OPT's head calls its decoder directly), but never this model.
     """
     around: list[nn.Module] = [
         module
@@ -316,7 +324,7 @@ def _innermost_model(model: nn.Module, layers: list[nn.Module]) -> nn.Module:
 
 
 def _first_position(module: nn.Module) -> int:
-    """0, or in the RoBERTa family the position behind the padding index."""
+    """Return 0, or in the RoBERTa family the position after the padding index."""
     for part in module.modules():
         if hasattr(part, "create_position_ids_from_input_ids"):
             return int(part.padding_idx) + 1  # type: ignore[arg-type]
@@ -324,24 +332,26 @@ def _first_position(module: nn.Module) -> int:
 
 
 def _places(first_B: Tensor, columns: int, count: int) -> Tensor:
-    """Rows of ``columns`` tokens with ``count`` virtual ones before token ``first_B[b]`` of row b, ``[B, P + S]``:
-    which of [virtual, own], concatenated, stands in each column."""
+    """Return ``[B, P + S]``: for each column of a row, an index into the row's [virtual, own] tokens, concatenated.
+
+    Row b has ``columns`` own tokens and ``count`` virtual tokens before its token ``first_B[b]``.
+    """
     column = torch.arange(columns + count, device=first_B.device)
     behind = column - first_B[:, None]
     return torch.where(behind < 0, column + count, torch.where(behind < count, behind, column))
 
 
 def _interleaved(own: Tensor, virtual: Tensor, places: Tensor) -> Tensor:
-    """``own`` ``[…, B, S]`` and ``virtual`` ``[P]`` or ``[…, B, P]`` laid out by `_places`."""
+    """Return ``own`` ``[…, B, S]`` and ``virtual`` ``[P]`` or ``[…, B, P]`` in the layout of `_places`."""
     both = torch.cat([virtual.to(own.dtype).expand(*own.shape[:-1], virtual.shape[-1]), own], dim=-1)
     return both.gather(-1, places.expand(*both.shape[:-2], *places.shape))
 
 
 def _first_of(mask: Tensor) -> Tensor:
-    """Where the first token of each row stands, ``[B]``."""
+    """Return the column of the first token of each row, ``[B]``."""
     return mask.bool().int().argmax(dim=1)
 
 
 def _with_virtual(mask: Tensor, count: int) -> Tensor:
-    """The mask ``[B, S]`` of rows that have ``count`` virtual tokens before their first one."""
+    """Extend the mask ``[B, S]`` to ``[B, P + S]``, by ``count`` virtual tokens before each row's first token."""
     return _interleaved(mask, mask.new_ones(count), _places(_first_of(mask), mask.shape[1], count))

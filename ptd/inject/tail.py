@@ -1,9 +1,9 @@
-"""What runs behind a stack's last attention: at the positions that are read, and at no others.
+"""Run the modules after a stack's last attention only at the positions whose output is read.
 
-Attention is the only place where tokens meet. Behind the last one, a token's hidden state leads to that token's output
-alone, so wherever nobody reads it (prompts, padding) the last layer's MLP and output projection need not be computed;
-their results there are zeros, and so are the gradients. The modules are found by watching the forward pass with which
-the attention layers are found, and are hooked: no model code is touched.
+Attention is the only place where tokens exchange information. After the last attention, a token's hidden state affects
+only that token's output. At positions whose output is not read (prompts, padding), the last layer's MLP and output
+projection are therefore not computed; their results there are zeros, and so are the gradients. `Watch` finds these
+modules in the same forward pass that finds the attention layers, and `Tail` hooks them. No model code is changed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ptd.inject.attention import probed
 
 
 class Watch:
-    """Sees which modules of a model run, in which order around the attention calls, while it is entered."""
+    """Context manager that records which modules of a model run, and after how many attention calls each begins."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -52,12 +52,14 @@ class Watch:
         if one and output.ndim > 1 and output.shape[:-1] == args[0].shape[:-1]:
             self._fits.add(module)
         if type(module) is nn.Linear:
-            # With the tensor itself: once freed, its memory may become that of the logits made from it.
+            # Keep the tensor itself: if it were freed, the logits made from it could reuse its memory.
             self._last = module, output, _identity(output)
 
     def behind_attention(self, members: set[nn.Module]) -> list[nn.Module]:
-        """The largest modules among ``members`` that ran once, behind the last attention, with products in them, and
-        that treat every position by itself."""
+        """Return the largest modules among ``members`` that ran once, after the last attention.
+
+        Only modules that contain a matrix product and process every position separately qualify.
+        """
         attended = max(self._behind.values(), default=0)
         found = [
             module
@@ -73,7 +75,7 @@ class Watch:
         return [module for module in found if module not in inner]
 
     def head_of(self, output: Any) -> nn.Linear | None:
-        """The layer whose output the model put out as its logits, untouched."""
+        """Return the linear layer whose output the model returns unchanged as its logits; None if there is none."""
         logits = output.get("logits") if hasattr(output, "get") else None
         if logits is None or self._last is None or self._last[2] != _identity(logits):
             return None
@@ -81,7 +83,7 @@ class Watch:
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    """Which memory it is, in what state (DeepSpeed's hooks hand on another view of it)."""
+    """Return what identifies a tensor's memory and version; DeepSpeed's hooks pass on another view of that memory."""
     return tensor.untyped_storage()._cdata, tensor._version, tensor.storage_offset(), tensor.shape, tensor.dtype
 
 
@@ -90,7 +92,10 @@ def _is_product(module: nn.Module) -> bool:
 
 
 def _position_wise(module: nn.Module) -> bool:
-    """Whether it is put together of products, norms over the last axis and activations only; no experts, no router."""
+    """Return whether the module consists only of matrix products, norms over the last axis, dropout and activations.
+
+    Modules with experts or a router do not.
+    """
     children = list(module.children())
     if children:
         return not list(module.parameters(recurse=False)) and all(map(_position_wise, children))
@@ -101,7 +106,7 @@ def _position_wise(module: nn.Module) -> bool:
 
 
 class Tail:
-    """Hooks on these modules: each gets its input at the kept positions only, and puts out zeros elsewhere."""
+    """Hooks on ``modules``: each module runs only on the kept positions, and its output is zero at all others."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
@@ -110,8 +115,10 @@ class Tail:
         self._shape: Any = None
 
     def begin(self, tokens: Tensor, kept: Tensor | None) -> None:
-        """In the pass that begins now these ``tokens`` run, and of their flattened positions ``kept`` are read (None:
-        all). A tensor, not its size: torch.compile would take a number for a constant."""
+        """Set the ``tokens`` of the pass that begins now, and which of their flattened positions are read (None: all).
+
+        ``tokens`` is a tensor and not its size, because torch.compile would treat a number as a constant.
+        """
         self._tokens = tokens
         self._kept = kept if kept is not None and len(kept) < tokens.numel() else None
 

@@ -1,9 +1,9 @@
-"""Watching a prompt in attention: how much of it each head gives to the prompt, and the model without parts of it.
+"""Watch a prompt in attention: measure each head's share of attention on the prompt, and hide parts of the prompt.
 
-No kernel materialises attention probabilities, and none has to: attention is linear in the values. With the indicator
-of virtual token p as values, what comes out *is* the probability of p, computed by the same kernel under the same rule
-(causal, window, softcap, bias, packing, grouped heads) as the model's own pass. Its sum over p is exp(L_prefix − L) of
-the two segments' log-sum-exps.
+No kernel materialises attention probabilities, and none has to, because attention is linear in the values. If the
+values are the indicator of virtual token p, the output *is* the probability of p, computed by the same kernel under the
+same rule (causal, window, softcap, bias, packing, grouped heads) as the model's own pass. The sum over p is
+exp(L_prefix − L), where L_prefix is the log-sum-exp of the prefix segment and L that of both segments together.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from ptd.inject.attention import LayerSlot, watched
 from ptd.types import IGNORE_INDEX, Batch, virtual_id
 
 ALL, SUPERVISED = 0, 1
-"""The two sets of queries: a sequence's own tokens, and those of them at which something is supervised."""
+"""The two sets of queries: all own tokens of a sequence, and its own tokens at supervised positions."""
 
 
 @dataclass(frozen=True)
 class LayerShares:
-    """One attention layer on some rows; sums in float64, to be divided by their counts (and added up over ranks).
+    """Attention shares of one layer on some rows: sums in float64, to be added over ranks and divided by their counts.
 
     ``mass`` ``[2, Hq, P]``: probability of each virtual token, summed over the queries of each of the two sets;
-    ``queries`` ``[2]``: how many these are. ``norms`` ``[2]``: Euclidean norms of the own keys and of the own values,
-    averaged over heads, summed over ``keys`` ``[1]`` own tokens.
+    ``queries`` ``[2]``: number of queries per set. ``norms`` ``[2]``: Euclidean norms of the own keys and of the own
+    values, averaged over heads and summed over the own tokens; ``keys`` ``[1]``: number of own tokens.
     """
 
     mass: Tensor
@@ -47,7 +47,7 @@ class LayerShares:
 
 
 class _Tokens:
-    """The token ids that run in each stack, virtual ones negative, as the embedding layers see them."""
+    """The token ids that run in each stack, as the embedding layers see them: virtual tokens have negative ids."""
 
     def __init__(self, attachment: Attachment) -> None:
         self._attachment = attachment
@@ -58,19 +58,19 @@ class _Tokens:
         self._seen: list[Tensor] = []
 
     def sides(self, slot: LayerSlot) -> tuple[int, int]:
-        """Which stack the layer's queries come from, and which its keys."""
+        """Return the stack that the layer's queries come from, and the stack that its keys come from: 0 or 1."""
         kind = self._kinds[id(slot)]
         return int(self._two and kind != "encoder"), int(self._two and kind == "decoder")
 
     def of(self, side: int) -> Tensor:
-        """``[B, S]``, packed ``[1, N]``, of the stack that runs first (0) or second (1)."""
+        """Return the ids ``[B, S]``, packed ``[1, N]``, of the stack that runs first (0) or second (1)."""
         return self._seen[side]
 
     @contextmanager
     def watching(self, watch: Callable[..., Tensor]) -> Iterator[None]:
         embeddings: set[nn.Module] = {stack.embeddings for stack in self._attachment.stacks}
         hooks = [self._attachment.model.register_forward_pre_hook(lambda module, args: self._seen.clear())]
-        # Before the hook of the stack, which puts id 0 where a virtual token stands.
+        # These hooks run before the hook of the stack, which replaces the id of a virtual token by 0.
         hooks += [module.register_forward_pre_hook(self._see, prepend=True) for module in embeddings]
         token = watched.set(watch)
         try:
@@ -85,10 +85,10 @@ class _Tokens:
 
 
 class SharesOfPrompt:
-    """Records, while batches run ``within`` it, what share of every layer's attention goes to each virtual token.
+    """Record, while batches run ``within`` it, the share of every layer's attention that goes to each virtual token.
 
-    ``layers[l]`` is of attention layer ``l``, in the order of the backbone's shape. Exact for every rule a layer may
-    have; computed in at least fp32 from the queries and keys as the model has them.
+    ``layers[l]`` belongs to attention layer ``l``, in the order of the backbone's shape. The shares are exact for every
+    rule of a layer, and are computed in at least fp32 from the model's own queries and keys.
     """
 
     def __init__(self, attachment: Attachment) -> None:
@@ -101,7 +101,7 @@ class SharesOfPrompt:
 
     @contextmanager
     def within(self, batch: Batch) -> Iterator[None]:
-        """Around one forward pass over ``batch``. A filler counts nothing."""
+        """Record one forward pass over ``batch``. A batch without rows does not count."""
         self._batch, self._weights = batch, {}
         with self._tokens.watching(self._watch):
             yield
@@ -132,14 +132,14 @@ class SharesOfPrompt:
     def _mass(
         self, keys: Tensor, weights: Tensor, q: Tensor, k: Tensor, prefix_k: Tensor | None, rule: dict[str, Any]
     ) -> Tensor:
-        """Probability of each virtual token, summed by ``weights`` ``[2, B, S]`` of the queries: ``[2, Hq, P]``.
+        """Return each virtual token's probability, summed over queries with ``weights`` ``[2, B, S]``: ``[2, Hq, P]``.
 
         ``keys`` ``[B, T]``: the ids of the own keys.
         """
         soft = self._attachment.stacks[0].soft
         count = prefix_k.shape[1] if prefix_k is not None else 0 if soft is None else soft.shape[0]
         work = torch.promote_types(q.dtype, torch.float32)
-        heads, width = k.shape[1], k.shape[3]  # values as wide as the keys: what every kernel takes
+        heads, width = k.shape[1], k.shape[3]  # every kernel supports values as wide as the keys
         prefix_k = None if prefix_k is None else prefix_k.to(q.dtype).to(work)
         q, k, weights = q.to(work), k.to(work), weights.to(work)
         number_P = torch.arange(count, device=q.device)
@@ -156,7 +156,7 @@ class SharesOfPrompt:
         return torch.cat(parts, dim=-1)[..., :count]
 
     def _queries(self, side: int) -> Tensor:
-        """1 for each token of the two sets, float64 ``[2, B, S]``, laid out as the tokens that run."""
+        """Return 1 for each token of the two sets, float64 ``[2, B, S]``, in the layout of the tokens that run."""
         if side not in self._weights:
             self._weights[side] = self._make_queries(side)
         return self._weights[side]
@@ -175,7 +175,7 @@ class SharesOfPrompt:
         weights = torch.zeros(2, *ran.shape, dtype=torch.float64, device=ran.device)
         if counts:
             sets = torch.stack([own, own & supervised]).to(ran.device).double().flatten(1)
-            # Virtual tokens in front of the sequences ran, but are none of the batch's; nor are tokens behind them all.
+            # The batch contains neither the virtual tokens before its sequences nor the tokens after all of them.
             place = ran >= 0 if self._attachment.stacks[side].in_front else torch.ones_like(ran, dtype=torch.bool)
             place = place.flatten().nonzero()[: sets.shape[1], 0]
             weights.flatten(1)[:, place] = sets
@@ -184,10 +184,10 @@ class SharesOfPrompt:
 
 @contextmanager
 def attending_only_to(attachment: Attachment, kept: Sequence[int]) -> Iterator[None]:
-    """Within it no query of any layer attends to a virtual token that is not among ``kept``.
+    """Hide all virtual tokens that are not among ``kept`` from every query of every layer.
 
-    All else is as with the whole prompt, positions too: the difference is what the hidden tokens do. One that stands at
-    a mark where something is predicted still sees itself there.
+    Everything else, including positions, stays as with the whole prompt, so the difference in the output is the effect
+    of the hidden tokens. A hidden token at a mark whose position predicts something still attends to itself there.
     """
     tokens = _Tokens(attachment)
     numbers = torch.tensor(sorted(kept), dtype=torch.long)
@@ -203,7 +203,7 @@ def attending_only_to(attachment: Attachment, kept: Sequence[int]) -> Iterator[N
         hidden_BST = ((ids_BT < 0) & ~torch.isin(ids_BT, virtual_id(0) - numbers.to(ids_BT)))[:, None].expand(
             -1, q.shape[2], -1
         )
-        if queries == keys:  # a hidden token sees itself at least: nobody reads what comes of it, but it must be finite
+        if queries == keys:  # a hidden token still sees itself: its output is not read, but must be finite
             hidden_BST = hidden_BST & ~torch.eye(q.shape[2], dtype=torch.bool, device=q.device)
         bias = torch.zeros_like(hidden_BST, dtype=q.dtype).masked_fill(hidden_BST, -torch.inf)[:, None]
         given = rule.pop("bias")

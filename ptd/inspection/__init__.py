@@ -1,4 +1,4 @@
-"""``ptd inspect``: what a tuned prompt does, so that the number of its tokens can be chosen."""
+"""``ptd inspect``: measure what a tuned prompt does, for example to choose its number of virtual tokens."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ptd.inspection.geometry import nearest_tokens, tensors_of
 from ptd.types import EmptyLayout, PrefixLayout, Reporter, SoftLayout, SoftTokens, UserError
 
 WORDLESS = (
-    "a prefix consists of keys and values of each layer, not of input embeddings: no vocabulary token has such, so "
-    "none is near"
+    "a prefix consists of keys and values per layer, not of input embeddings, so no vocabulary token can be compared "
+    "with its virtual tokens"
 )
 ADDS = (
-    "without --data: only what the prompt is by itself. --data ROWS adds the share of attention that each head gives "
-    "to it, the change of the loss without each virtual token, and the loss with the k most useful tokens only"
+    "without --data, only the prompt itself is described. --data ROWS adds the share of attention that each head gives "
+    "to the prompt, the change of the loss without each virtual token, and the loss with only the k most useful tokens"
 )
 
 
@@ -37,19 +37,19 @@ def inspect(
     batch_size: int = 16,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Look into the prompt of ``adapter`` (ptd's or PEFT's); with ``data`` also at what it does to its rows.
+    """Describe the prompt of ``adapter`` (ptd's or PEFT's) and, with ``data``, measure its effect on the rows.
 
-    At most ``rows`` of them are used, evenly spaced over the file. They and the backbone are treated as in training,
-    changed by ``settings`` (of the sections ``backbone`` and ``data``). A prefix by itself needs no backbone. Under a
-    launcher the ranks share the rows and return the same. What comes back is what ``inspect.json`` holds (see
-    docs/inspecting.md). Raises `UserError`, also for an adapter without a prompt.
+    At most ``rows`` rows are used, evenly spaced over the file. Rows and backbone are treated as in training, changed
+    by ``settings`` (keys of the sections ``backbone`` and ``data``). Without ``data``, a prefix needs no backbone.
+    Under a launcher, the ranks share the rows and return the same result. Returns the content of ``inspect.json`` (see
+    docs/inspecting.md). Raises `UserError` if an input cannot be used, for example an adapter without a prompt.
     """
     found = load_adapter(adapter)
     if isinstance(found.layout, EmptyLayout):
-        trained = "a head on the backbone's hidden states was trained" if found.head else "nothing was trained"
+        trained = "its training tuned a head on the hidden states" if found.head else "nothing was trained"
         raise UserError(
-            f"the adapter {adapter} has no prompt to look into: {trained}; ptd inspect takes adapters with virtual "
-            "tokens, such as those of the methods prefix and prompt"
+            f"the adapter {adapter} has no prompt to inspect: {trained}; give an adapter with virtual tokens, such as "
+            "those of the methods prefix and prompt"
         )
     ranks, reporter = start_ranks(settings), reporter or Reporter()
     try:
@@ -68,7 +68,7 @@ def inspect(
 def _heading(adapter: Adapter) -> dict[str, Any]:
     layout = adapter.layout
     if isinstance(layout, SoftLayout):
-        prompt = "input embeddings " + ("in front of the sequences" if layout.in_front else "at marks in the sequences")
+        prompt = "input embeddings " + ("before the sequences" if layout.in_front else "at marks in the sequences")
     else:
         prompt = "keys and values of every attention layer"
     return {
@@ -95,13 +95,13 @@ def _on_rows(data: str, tuned: Tuned, ranks: Ranks, most: int, batch_size: int, 
     used = given.select(chosen.tolist())
     held_out = tuned.held_out(used, batch_size, what=data)
     report = held_out.examples.report
-    reporter.note(f"--data: {len(used):,} of {len(given):,} rows are used: {report}")
+    reporter.note(f"--data: using {len(used):,} of {len(given):,} rows: {report}")
     facts = {"file": Path(data).name, "rows": len(used), "rows_in_file": len(given), "tokens": report.tokens}
     return {"data": facts, **effects_on(held_out, tuned, ranks, reporter)}
 
 
 def write(found: dict[str, Any], folder: str | Path) -> list[Path]:
-    """Write inspect.json, the figures and a page that holds everything into ``folder``; returns the files.
+    """Write inspect.json, the figures and an HTML page with everything into ``folder``, and return the files.
 
     Raises `UserError` if the folder cannot be written.
     """
@@ -124,7 +124,7 @@ def write(found: dict[str, Any], folder: str | Path) -> list[Path]:
 
 
 def output_folder(adapter: str) -> Path:
-    """Where the result of ``adapter`` goes unless told otherwise: ``inspect`` in its folder."""
+    """Return the default output folder of an inspection: ``inspect`` in the adapter's folder."""
     return as_path(adapter) / "inspect"
 
 

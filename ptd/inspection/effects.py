@@ -1,4 +1,4 @@
-"""What a prompt does to rows: the attention it draws, and the loss without each of its tokens."""
+"""The effects of a prompt on rows: the attention on it, and the loss without each of its virtual tokens."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from ptd.types import Batch, Reporter
 
 SETS = ("all", "supervised")
 POINTS = 16
-"""Sizes of prompt that the curve of the most useful tokens has, or fewer."""
+"""Maximum number of prompt sizes above 0 in the curve of the most useful tokens."""
 ENOUGH = 0.95
-"""Share of the prompt's whole gain that `enough` tokens keep."""
+"""Share of the whole prompt's gain in loss that counts as enough in `enough`."""
 
 
 def effects_on(held_out: HeldOut, tuned: Tuned, ranks: Ranks, reporter: Reporter) -> dict[str, Any]:
-    """The entries ``attention``, ``tokens``, ``loss`` and ``keep``. Every rank calls this together.
+    """Return the entries ``attention``, ``tokens``, ``loss``, ``keep`` and ``enough``. All ranks call this together.
 
-    One pass records attention; one a virtual token and up to `POINTS` more give losses (mean over what is supervised,
-    in nats), with tokens hidden from every layer and nothing else changed. ``tokens`` are ranked by what hiding each
-    alone costs; ``keep`` hides all but the k first of that order.
+    One pass over the rows records attention. One pass per virtual token and up to `POINTS` + 1 more measure losses
+    (mean over supervised positions, in nats) while tokens are hidden from every layer; nothing else changes. ``tokens``
+    are ranked by the increase of the loss when only that token is hidden. ``keep`` hides all tokens except the first k
+    of this ranking.
     """
     state_size = _num_virtual_tokens(tuned)
     sizes = sizes_to_try(state_size)
@@ -83,7 +84,7 @@ def effects_on(held_out: HeldOut, tuned: Tuned, ranks: Ranks, reporter: Reporter
 
 
 def sizes_to_try(num_virtual_tokens: int) -> list[int]:
-    """0 and up to `POINTS` sizes to P, closer together where prompts are small."""
+    """Return 0 and up to `POINTS` prompt sizes from 1 to P, spaced geometrically if there are more sizes than that."""
     if num_virtual_tokens <= POINTS:
         return list(range(num_virtual_tokens + 1))
     spaced = np.geomspace(1, num_virtual_tokens, POINTS).round().astype(int)
@@ -91,7 +92,7 @@ def sizes_to_try(num_virtual_tokens: int) -> list[int]:
 
 
 def enough(keep: Sequence[dict[str, Any]]) -> int | None:
-    """The smallest size from which on `ENOUGH` of the prompt's gain in loss is kept; None if it gains nothing."""
+    """Return the smallest size from which on all sizes keep `ENOUGH` of the gain in loss; None if there is no gain."""
     gain = keep[0]["loss"] - keep[-1]["loss"]
     if gain <= 0:
         return None
@@ -113,7 +114,7 @@ def _summed(layer: LayerShares, ranks: Ranks) -> LayerShares:
 
 
 def _mean(layer: LayerShares) -> Tensor:
-    """Probability of each virtual token, mean over queries: ``[2, Hq, P]``."""
+    """Return the probability of each virtual token, mean over queries: ``[2, Hq, P]``."""
     return layer.mass / layer.queries[:, None, None].clamp_min(1)
 
 

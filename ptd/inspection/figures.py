@@ -1,4 +1,4 @@
-"""The figures of an inspection, in the colours of a theme: of paper (PNG), or of the page that they are part of."""
+"""The figures of an inspection, in the colours of a theme: white paper (PNG) or the HTML page that contains them."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from ptd.report.svg import inline
 from ptd.report.theme import LIGHT, SENTINEL, Theme
 
 WIDTH, HEIGHT, DPI = 4.0, 2.7, 300
-"""Inches: a page shows a figure at about this size on a phone, and larger elsewhere."""
+"""Width and height in inches, resolution in dpi. A phone shows a figure at about this size, other screens larger."""
 ROW, MOST = 0.15, 7.0
-"""Inches: of a row of a heatmap and its label, and of the highest heatmap; with more layers not all are labelled."""
+"""Height in inches of a heatmap's row and of the tallest heatmap; with more layers, not every row has a label."""
 SMALL, LETTERS = 8.0, 8.5
-"""Points: of numbers and legends, and of the axes' labels."""
+"""Font size in points of numbers and legends, and of the axes' labels."""
 KEYS, VALUES, WORSE = 0, 1, 1
-"""Colours of the palette; embeddings have that of keys."""
+"""Indices of colours in the palette; embeddings have the colour of keys."""
 TITLES = {
-    "keep": "Loss with the most useful tokens only",
+    "keep": "Loss with only the most useful tokens",
     "tokens": "Loss without each virtual token",
     "attention": "Queries: all own tokens",
     "attention_supervised": "Queries: supervised positions",
-    "norms": "Norms by layer",
-    "ranks": "Ranks by layer",
-    "spectrum": "Directions that the virtual tokens take",
+    "norms": "Norms per layer",
+    "ranks": "Ranks per layer",
+    "spectrum": "Energy of the largest singular values",
 }
 SETS = {"attention": "all", "attention_supervised": "supervised"}
 
 
 def save(found: dict[str, Any]) -> dict[str, bytes]:
-    """PNG by name, for white paper."""
+    """Return the PNG file of each figure by name, for white paper."""
     pictures = {}
     for name, figure in figures(found).items():
         buffer = io.BytesIO()
@@ -47,7 +47,7 @@ def save(found: dict[str, Any]) -> dict[str, bytes]:
 
 
 def elements(found: dict[str, Any]) -> dict[str, str]:
-    """``<svg>`` elements by name, in the colours of a page that has `ptd.report.theme.style`."""
+    """Return ``<svg>`` elements by name, in the colours of a page that has `ptd.report.theme.style`."""
     return {
         name: inline(figure, number, f"{TITLES[name]}: {_axes_in_words(figure)}")
         for number, (name, figure) in enumerate(figures(found, SENTINEL).items())
@@ -55,7 +55,7 @@ def elements(found: dict[str, Any]) -> dict[str, str]:
 
 
 def figures(found: dict[str, Any], theme: Theme = LIGHT) -> dict[str, Figure]:
-    """The figures by name, without their `TITLES`: those that there is something for."""
+    """Return the figures for which ``found`` has data, by name, without their `TITLES`."""
     return {name: make(found, theme) for name, make in _makers(found)}
 
 
@@ -98,7 +98,7 @@ def _axes_in_words(figure: Figure) -> str:
 
 
 def _legend_above(axes: Axes, theme: Theme) -> None:
-    """Two columns above the axes, clear of all curves."""
+    """Place the legend above the axes in two columns, where it covers no curve."""
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(-0.02, 1.0),
@@ -166,18 +166,21 @@ def _attention(found: dict[str, Any], theme: Theme, queries: str) -> Figure:
     bar.ax.tick_params(colors=theme.ink, labelsize=SMALL, length=2.5)
     bar.outline.set_visible(False)
     assert bar.solids is not None
-    bar.solids.set_rasterized(True)  # 256 rectangles otherwise
+    bar.solids.set_rasterized(True)  # an SVG would hold 256 rectangles otherwise
     return figure
 
 
 def _short_names(names: list[str]) -> tuple[list[str], bool]:
-    """Numbers where every layer is of the same kind, and whether that is so."""
+    """Return the layers' numbers if all layers are of the same kind, else their names; and whether they are."""
     plain = all(name.startswith("layer ") for name in names)
     return [name.removeprefix("layer ") for name in names], plain
 
 
 def _by_layer(found: dict[str, Any], theme: Theme, unit: str) -> tuple[Figure, Axes, list[str]]:
-    """An empty figure over the layers, and their names. A few are named only: those of an encoder-decoder are words."""
+    """Return an empty figure over the layers, its axes, and the layers' names.
+
+    At most 8 layers are labelled, because the names in an encoder-decoder are words.
+    """
     figure, axes = _figure(theme, HEIGHT + 0.3)
     given = list(dict.fromkeys(each["layer"] for each in found["tensors"]))
     names, plain = _short_names(given)
@@ -214,7 +217,7 @@ def _ranks(found: dict[str, Any], theme: Theme) -> Figure:
 
 
 def _parts(found: dict[str, Any], theme: Theme) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
-    """Keys and values (or embeddings): name, colour, and what there is in each layer."""
+    """Yield keys and values (or embeddings): name, colour, and the entries of all layers."""
     for number, part in enumerate(dict.fromkeys(each["part"] for each in found["tensors"])):
         yield part, theme.palette[(KEYS, VALUES)[number]], [each for each in found["tensors"] if each["part"] == part]
 

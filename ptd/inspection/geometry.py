@@ -1,4 +1,4 @@
-"""What a prompt is by itself: sizes and ranks of its tensors, and the vocabulary nearest to its embeddings."""
+"""The prompt itself, without rows: norms and ranks of its tensors, and the vocabulary tokens nearest to them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ptd.engine.setup import Prepared
 from ptd.types import LayerShape, PrefixKV, PromptState, SoftTokens
 
 CHUNK = 8192
-"""Vocabulary tokens compared at once."""
+"""Vocabulary tokens compared at a time."""
 NEAREST = 3
 ENERGY = 0.9
 """Share of the squared singular values that `rank_90` keeps."""
 
 
 def layer_names(layers: tuple[LayerShape, ...]) -> list[str]:
-    """``layer 3``; with both an encoder and a decoder, which attention it is: ``cross 3``."""
+    """Return names such as ``layer 3``; in an encoder-decoder the kind of attention replaces "layer": ``cross 3``."""
     several, seen, names = len({layer.kind for layer in layers}) > 1, Counter[str](), []
     for layer in layers:
         names.append(f"{layer.kind if several else 'layer'} {seen[layer.kind]}")
@@ -31,8 +31,8 @@ def layer_names(layers: tuple[LayerShape, ...]) -> list[str]:
 
 @singledispatch
 def tensors_of(state: PromptState, layers: tuple[LayerShape, ...]) -> list[dict[str, Any]]:
-    """Each tensor of the prompt: ``layer``, ``part`` and what `_describe` says of it."""
-    raise TypeError(f"nothing is known of a prompt of type {type(state).__name__}")
+    """Return an entry per tensor of the prompt: ``layer``, ``part`` and the numbers of `_describe`."""
+    raise TypeError(f"a prompt of type {type(state).__name__} is not supported")
 
 
 @tensors_of.register
@@ -50,11 +50,12 @@ def _(state: SoftTokens, layers: tuple[LayerShape, ...]) -> list[dict[str, Any]]
 
 
 def _describe(tensor_PHD: Tensor) -> dict[str, Any]:
-    """``norm``: Euclidean, of a head's vector (an embedding has one head), mean over tokens and heads.
+    """Return norm and ranks of a tensor ``[P, H, D]``; an embedding has one head.
 
-    Of the matrix ``[P, H·D]`` with singular values s: ``effective_rank`` = exp(entropy of s / Σs), 1 … P (Roy &
-    Vetterli 2007, EUSIPCO, definition 1); ``rank_90``: how many of the largest hold 90 % of Σs²; ``energy``: the share
-    of Σs² that the largest 1, 2, … hold.
+    ``norm`` is the Euclidean norm of a head's vector, mean over tokens and heads. The other numbers describe the matrix
+    ``[P, H·D]`` with singular values s: ``effective_rank`` = exp(entropy of s / Σs), from 1 to P (Roy & Vetterli 2007,
+    EUSIPCO, definition 1); ``rank_90`` is how many of the largest singular values hold 90 % of Σs²; ``energy`` is the
+    share of Σs² that the largest 1, 2, … hold.
     """
     matrix = tensor_PHD.detach().double().cpu()
     singular = torch.linalg.svdvals(matrix.flatten(1))
@@ -71,7 +72,7 @@ def _describe(tensor_PHD: Tensor) -> dict[str, Any]:
 
 @singledispatch
 def nearest_tokens(state: PromptState, prepared: Prepared, tokenizer: Any) -> list[dict[str, Any]]:
-    """For each virtual token the vocabulary tokens nearest to it, by cosine: ``token``, ``norm`` and ``near``."""
+    """Return for each virtual token the vocabulary tokens nearest by cosine: ``token``, ``norm`` and ``near``."""
     raise TypeError(f"a prompt of type {type(state).__name__} has no input embeddings")
 
 
@@ -87,11 +88,11 @@ def _(state: SoftTokens, prepared: Prepared, tokenizer: Any) -> list[dict[str, A
     prompt = state.embeddings.detach().float().to(prepared.model.device)
     unit, norms = torch.nn.functional.normalize(prompt, dim=-1), prompt.norm(dim=-1).tolist()
     best: list[tuple[Tensor, Tensor]] = []
-    known = min(len(tokenizer), module.num_embeddings)  # rows behind the tokenizer's are padding of the matrix
+    known = min(len(tokenizer), module.num_embeddings)  # further rows are padding of the matrix
     with gathered:
         for begin in range(0, known, CHUNK):
             ids = torch.arange(begin, min(begin + CHUNK, known), device=prompt.device)
-            rows = module.forward(ids).float()  # not a call: its hooks belong to the model's own passes
+            rows = module.forward(ids).float()  # not a call: the module's hooks are for the model's own passes
             cosines = unit @ torch.nn.functional.normalize(rows, dim=-1).T
             top = cosines.topk(min(NEAREST, len(ids)), dim=-1)
             best.append((top.values, ids[top.indices]))

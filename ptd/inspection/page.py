@@ -1,4 +1,4 @@
-"""The page of an inspection: one file that needs no network, in dark and light."""
+"""The HTML page of an inspection: one file that needs no network, with a dark and a light theme."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def render(found: dict[str, Any]) -> str:
-    """HTML with everything in it: what was measured, and the figures as SVG."""
+    """Return an HTML page with all results and the figures as SVG."""
     drawn = elements(found)
     parts = [
         {**vars(part), "figures": [(name, TITLES[name], Markup(drawn[name])) for name in part.figures if name in drawn]}

@@ -1,4 +1,4 @@
-"""The tables of an inspection: what the terminal and the page both show."""
+"""The tables of an inspection, which the terminal and the HTML page show."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the result: what it says, its table, and the figures that may go with it."""
+    """A part of the result: its explanation, its table, and the figures that may belong to it."""
 
     name: str
     title: str
@@ -20,7 +20,7 @@ class Section:
 
 
 def headline(found: dict[str, Any]) -> str:
-    """What was looked at, in one sentence."""
+    """Return one line on the prompt that was inspected."""
     method = found["method"] or found["peft_type"] or "prompt"
     on = f", for {found['backbone']}" if found["backbone"] else ""
     count, numbers = found["num_virtual_tokens"], found["parameters"]
@@ -28,7 +28,7 @@ def headline(found: dict[str, Any]) -> str:
 
 
 def sections(found: dict[str, Any]) -> list[Section]:
-    """All parts that were measured."""
+    """Return all parts that were measured."""
     parts = [_tensors(found)]
     if found["nearest"] is not None:
         parts.append(_nearest(found["nearest"]))
@@ -48,9 +48,9 @@ def _tensors(found: dict[str, Any]) -> Section:
     return Section(
         "prompt",
         "The prompt by itself",
-        "Norm: Euclidean, of a head's vector, mean over virtual tokens and heads. Effective rank: exp of the entropy "
-        "of the singular values; 90 %: how many of the largest hold that much of the energy. A rank far below the "
-        "number of virtual tokens means that they repeat each other.",
+        "Norm: Euclidean norm of a head's vector, mean over virtual tokens and heads. Effective rank: exp of the "
+        "entropy of the singular values. 90 %: how many of the largest singular values hold 90 % of the energy. A rank "
+        "far below the number of virtual tokens means that the tokens are redundant.",
         ("layer", "part", "norm", *(["norm in the text"] if prefixed else []), "effective rank", "90 %"),
         tuple(rows),
         ("norms", "ranks", "spectrum"),
@@ -61,7 +61,7 @@ def _nearest(nearest: Sequence[dict[str, Any]]) -> Section:
     return Section(
         "nearest",
         "Nearest vocabulary tokens",
-        "By cosine with the backbone's input embeddings. Cosines far below 1 say that a virtual token is no word.",
+        "By cosine with the backbone's input embeddings. Cosines far below 1 mean that a virtual token is no word.",
         ("virtual token", "norm", "nearest (cosine)"),
         tuple(
             (
@@ -85,9 +85,9 @@ def _attention(found: dict[str, Any]) -> Section:
     return Section(
         "attention",
         "Share of attention on the prompt",
-        "Of the probability that a query gives to all it sees, the part that goes to virtual tokens; mean over "
-        "queries, then over heads, and the head with most. –: no virtual token among the layer's keys, or no "
-        "supervised position among its queries.",
+        "The part of a query's attention probability that goes to virtual tokens: mean over queries and heads, and "
+        "mean over queries in the head with the largest share. –: the layer's keys include no virtual token, or its "
+        "queries include no supervised position.",
         ("layer", "all own tokens", "top head", "supervised positions", "top head"),
         tuple(rows),
         ("attention", "attention_supervised"),
@@ -99,8 +99,8 @@ def _tokens(found: dict[str, Any]) -> Section:
     return Section(
         "tokens",
         "Without each virtual token",
-        "Change of the loss when no layer attends to it any more and all else stays; most useful first. Attention: the "
-        "share it draws, mean over queries, heads and layers.",
+        "Change of the loss when no layer attends to the token and nothing else changes; the most useful token first. "
+        "Attention: the token's share, mean over queries, heads and layers.",
         ("virtual token", "loss (nats)", "attention"),
         tuple((str(each["token"]), f"{each['loss_change']:+.4f}", _percent(each["attention"])) for each in ranked),
         ("tokens",),
@@ -110,24 +110,25 @@ def _tokens(found: dict[str, Any]) -> Section:
 def _keep(found: dict[str, Any]) -> Section:
     loss, count = found["loss"], found["num_virtual_tokens"]
     if found["enough"] is None:
-        verdict = "On these rows the prompt gains nothing."
+        verdict = "On these rows the prompt does not lower the loss."
     else:
         verdict = (
-            f"The {found['enough']} most useful of {count} tokens keep 95 % of what the prompt gains "
+            f"The {found['enough']} most useful of {count} tokens keep 95 % of the prompt's gain in loss "
             f"({loss['none']:.4f} → {loss['whole']:.4f} nats)."
         )
         best = min(found["keep"], key=lambda point: point["loss"])
         if best["loss"] < loss["whole"] - 0.05 * (loss["none"] - loss["whole"]):
-            verdict += f" With {best['tokens']} the loss is lower than with all ({best['loss']:.4f})."
+            verdict += f" With {best['tokens']} tokens the loss ({best['loss']:.4f}) is lower than with all tokens."
         if found["enough"] > 0.75 * count:
-            verdict += " More tokens may be worth a try."
+            verdict += " It may be worth trying more tokens."
         elif found["enough"] <= 0.5 * count:
-            verdict += " Fewer may do: tune again with that many and compare."
+            verdict += " Fewer tokens may be enough: tune again with that number and compare."
     return Section(
         "needed",
         "How many virtual tokens are needed",
-        f"{verdict} {found['data']['rows']:,} of {found['data']['rows_in_file']:,} rows of {found['data']['file']}, "
-        f"{loss['supervised_tokens']:,} supervised positions. Tokens were not tuned again for the smaller prompts.",
+        f"{verdict} Measured on {found['data']['rows']:,} of {found['data']['rows_in_file']:,} rows of "
+        f"{found['data']['file']}, {loss['supervised_tokens']:,} supervised positions. The smaller prompts were not "
+        "tuned again.",
         ("tokens kept", "loss (nats)"),
         tuple((str(point["tokens"]), f"{point['loss']:.4f}") for point in found["keep"]),
         ("keep",),

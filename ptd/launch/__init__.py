@@ -1,4 +1,4 @@
-"""Starting ``ptd train`` on all ranks: by DeepSpeed's launcher here or over ssh, and by Slurm."""
+"""Start ``ptd train`` on all ranks: with DeepSpeed's launcher on this machine or over ssh, or through Slurm."""
 
 from ptd.launch.deepspeed import (
     Cluster,

@@ -1,4 +1,4 @@
-"""The commands of DeepSpeed's launcher: on this machine, over ssh (pdsh), and one a node without ssh."""
+"""The commands of DeepSpeed's launcher: on this machine, over ssh (pdsh), and one per node without ssh."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from ptd.launch.program import Program
 from ptd.types import UserError
 
 LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner"]
-"""What the ``deepspeed`` command runs, with this interpreter."""
+"""The ``deepspeed`` command, run with this interpreter."""
 CARRIED = (
     "CUBLAS_", "CUDA_", "DEEPSPEED_", "DS_", "FI_", "GLOO_", "HF_", "HUGGINGFACE_", "KMP_", "MKL_", "MLFLOW_", "MV2_",
     "NCCL_", "OMP_", "PTD_", "PYTORCH_", "TOKENIZERS_", "TORCH_", "TORCHDYNAMO_", "TORCHINDUCTOR_", "TRANSFORMERS_",
     "TRITON_", "UCX_", "WANDB_", "XDG_CACHE_HOME",
 )  # fmt: skip
-"""What the environment variables begin with that say how a run behaves, and where it finds and keeps what it needs."""
+"""Prefixes of the environment variables that set how a run behaves and where it finds and stores its files."""
 OF_ONE_NODE = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE")
 SECRET = re.compile(r"TOKEN(?!IZERS_|_PATH)|KEY|SECRET|PASSWORD")
-"""Names of variables that are not put on a command line, which everybody on the nodes can read."""
+"""Names of variables that stay off command lines, because every user on the nodes can read those."""
 HOSTFILE_LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
 
 
 @dataclass(frozen=True)
 class Host:
-    """A line of a hostfile: a node and how many ranks (GPUs) it takes."""
+    """A line of a hostfile: a node and its number of ranks (GPUs)."""
 
     name: str
     slots: int
@@ -38,7 +38,7 @@ class Host:
 
 @dataclass(frozen=True)
 class Cluster:
-    """The first ``nodes`` of a hostfile, and ``slots`` ranks on each (None: as the hostfile says)."""
+    """The first ``nodes`` nodes of a hostfile, with ``slots`` ranks on each (None: the slots in the hostfile)."""
 
     hostfile: Path
     nodes: int
@@ -48,7 +48,7 @@ class Cluster:
 
     @property
     def options(self) -> list[str]:
-        """Those of DeepSpeed's launcher that say so."""
+        """The launcher options that select these nodes and ranks."""
         slots = [] if self.slots is None else ["--num_gpus", str(self.slots)]
         return ["--hostfile", str(self.hostfile.absolute()), "--num_nodes", str(self.nodes), *slots]
 
@@ -56,41 +56,42 @@ class Cluster:
 def local_command(
     program: Program, ranks: int, *, port: int, devices: str | None = None, log_dir: Path | None = None
 ) -> list[str]:
-    """``ranks`` processes on this machine.
+    """Return the command that starts ``ranks`` processes on this machine.
 
-    ``devices`` is CUDA_VISIBLE_DEVICES, of which the first ``ranks`` are used: with ``--num_gpus`` DeepSpeed would pass
-    over it and take the GPUs 0, 1, … that belong to somebody else. Raises `UserError` if they do not suffice, or are
-    not numbers (DeepSpeed's ``--include`` takes no UUIDs).
+    ``devices`` is CUDA_VISIBLE_DEVICES, of which the first ``ranks`` are used. With ``--num_gpus`` instead, DeepSpeed
+    would ignore it and use the GPUs 0, 1, …, which may belong to other users. Raises `UserError` if the devices are too
+    few or are not numbers (DeepSpeed's ``--include`` accepts no UUIDs).
     """
     which = ["--num_gpus", str(ranks)]
     if devices:
         given = devices.split(",")
         if ranks > len(given) or not all(name.strip().isdigit() for name in given):
             raise UserError(
-                f"CUDA_VISIBLE_DEVICES={devices}: {ranks} ranks need as many GPUs, given by number; change it, or "
-                "lower --gpus-per-node"
+                f"CUDA_VISIBLE_DEVICES={devices}: {ranks} ranks need as many GPUs, given by their numbers; change "
+                "CUDA_VISIBLE_DEVICES, or lower --gpus-per-node"
             )
         which = ["--include", "localhost:" + ",".join(name.strip() for name in given[:ranks])]
-    # DeepSpeed reads /job/hostfile, where there is one, unless told otherwise.
+    # Without --hostfile, DeepSpeed reads /job/hostfile if it exists.
     return [*LAUNCHER, "--hostfile", os.devnull, *which, *_options(port, log_dir), "--module", *program.arguments]
 
 
 def pdsh_command(
     program: Program, cluster: Cluster, *, variables: Mapping[str, str], master_addr: str | None = None
 ) -> list[str]:
-    """The one command that starts the ranks of all nodes over ssh, with ``variables`` in their environment.
+    """Return the command that starts the ranks of all nodes over ssh, with ``variables`` in their environment.
 
-    The nodes share files and paths with this one. DeepSpeed hands over few variables, and those half quoted; so the
-    ranks are started by ``env``.
+    The nodes share files and paths with this machine. DeepSpeed passes only a few variables on and quotes them
+    incompletely, so ``env`` starts the ranks with them. Raises `UserError` if the current folder or ``log_dir`` has
+    characters that need quotes.
     """
     for place in (os.getcwd(), str(cluster.log_dir or ".")):
         if shlex.quote(place) != place:
             raise UserError(
-                f"DeepSpeed hands {place!r} unquoted to the shell of the nodes; "
+                f"DeepSpeed passes the folder {place!r} unquoted to the shell of the nodes; "
                 f"use a folder without these characters: {_odd(place)}"
             )
     address = [] if master_addr is None else ["--master_addr", master_addr]
-    # A single node would otherwise be taken for this one.
+    # Without --force_multi, DeepSpeed would start a single node's ranks on this machine.
     where = [*cluster.options, "--force_multi", *address]
     ranks = [*(f"{name}={value}" for name, value in variables.items()), sys.executable, "-u", "-m", *program.arguments]
     options = [*_options(cluster.port, cluster.log_dir), "--no_python", "env"]
@@ -98,9 +99,9 @@ def pdsh_command(
 
 
 def carried(environment: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """The variables that ranks over ssh get from here, and the names of those that are secrets and stay here.
+    """Return the variables to pass to ranks over ssh, and the names of those that are secrets and are not passed.
 
-    Not those of the user's ``.deepspeed_env``, which DeepSpeed hands over.
+    Variables in the user's ``.deepspeed_env`` are left out, because DeepSpeed itself passes them on.
     """
     file = environment.get("DS_ENV_FILE", ".deepspeed_env")
     given = {line.partition("=")[0].strip() for folder in (Path.home(), Path()) for line in _lines(folder / file)}
@@ -116,21 +117,21 @@ def _lines(path: Path) -> list[str]:
 
 
 def no_ssh_command(program: Program, cluster: Cluster, *, node_rank: int, master_addr: str) -> list[str]:
-    """The command of node ``node_rank``, to be started there."""
+    """Return the command that starts the ranks of node ``node_rank``; it has to run on that node."""
     where = [*cluster.options, "--no_ssh", "--node_rank", str(node_rank), "--master_addr", master_addr]
     return [*LAUNCHER, *where, *_options(cluster.port, cluster.log_dir), "--module", *program.arguments]
 
 
 def environment(gpus: int) -> dict[str, str]:
-    """The launcher's environment on a machine with so many GPUs."""
-    # `local_command` has read it; left in place DeepSpeed would say that it ignores it.
+    """Return the environment of the launcher for ranks on ``gpus`` GPUs (0: on the CPU)."""
+    # `local_command` has read CUDA_VISIBLE_DEVICES; if it stayed, DeepSpeed would warn that it ignores it.
     kept = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES" or not gpus}
-    # Naming the accelerator keeps DeepSpeed from warning on every process that it found none.
+    # With the accelerator named, DeepSpeed does not warn in every process that it found none.
     return {**kept, **({} if gpus else {"DS_ACCELERATOR": "cpu"})}
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """The nodes of a hostfile in DeepSpeed's form; raises `UserError` for what it would not take."""
+    """Return the nodes of a hostfile in DeepSpeed's format; raise `UserError` if DeepSpeed would not accept it."""
     lines = lines_of(read_text(path, "--hostfile: cannot read"))
     hosts: dict[str, Host] = {}
     for number, line in enumerate(lines, start=1):
@@ -139,12 +140,16 @@ def read_hostfile(path: Path) -> list[Host]:
             continue
         found = HOSTFILE_LINE.fullmatch(text)
         if found is None or not int(found[2]):
-            raise UserError(f"--hostfile: {path}, line {number}: {text!r} is not 'NAME slots=NUMBER_OF_GPUS'")
+            raise UserError(
+                f"--hostfile: {path}, line {number}: {text!r} is not 'NAME slots=NUMBER_OF_GPUS'; correct the line"
+            )
         if found[1] in hosts:
-            raise UserError(f"--hostfile: {path}, line {number}: {found[1]} stands there twice; add up its slots")
+            raise UserError(
+                f"--hostfile: {path}, line {number}: {found[1]} occurs twice; write one line with the sum of its slots"
+            )
         hosts[found[1]] = Host(found[1], int(found[2]))
     if not hosts:
-        raise UserError(f"--hostfile: {path} names no node; write one a line: NAME slots=NUMBER_OF_GPUS")
+        raise UserError(f"--hostfile: {path} names no node; write one node per line: NAME slots=NUMBER_OF_GPUS")
     return list(hosts.values())
 
 
@@ -158,10 +163,10 @@ def _odd(text: str) -> str:
 
 
 def _through_pdsh(argument: str) -> str:
-    """``argument`` so that it arrives whole: pdsh expands ``%n``, the node's shell everything a shell expands.
+    """Return ``argument`` quoted so that it reaches the rank unchanged.
 
-    DeepSpeed puts double quotes around arguments with spaces, and backslashes before the double quotes in them; it
-    leaves all else to the shell.
+    pdsh expands ``%n``, and the node's shell expands what any shell expands. DeepSpeed puts double quotes around
+    arguments with spaces and backslashes before the double quotes in them; it quotes nothing else.
     """
     argument = argument.replace("%", "%%")
     return re.sub(r"[\\$`]", r"\\\g<0>", argument) if " " in argument else shlex.quote(argument)

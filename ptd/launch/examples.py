@@ -1,4 +1,4 @@
-"""The scripts in ``launch/slurm``, to be read and to be copied: ``python -m ptd.launch.examples`` writes them anew."""
+"""The example scripts in ``launch/slurm``, to be read or copied: ``python -m ptd.launch.examples`` rewrites them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every rank runs: ``ptd train`` with a run file that has been checked before anything waits in a queue."""
+"""The program of every rank: ``ptd train`` with a run file that is checked before a job waits in a queue."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ptd.shipped import find_recipe
 
 @dataclass(frozen=True)
 class Program:
-    """``ptd train RUN.yaml [key=value …]``, to be started as a Python module."""
+    """``ptd train RUN.yaml [key=value …]``, started as a Python module."""
 
     run_file: Path
     overrides: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
-    """What a person says of this start alone, not of one that Slurm repeats: ``--overwrite``, ``--retry`` …"""
+    """Flags such as ``--overwrite`` and ``--retry``, which apply to this start and not when Slurm requeues the job."""
 
     @classmethod
     def of(
@@ -29,12 +29,15 @@ class Program:
         retry: bool = False,
         quiet: bool = False,
     ) -> Program:
-        """The run file's path becomes absolute: the ranks may start in another folder."""
+        """Return the program, with the absolute path of the run file because the ranks may start in another folder."""
         flags = [flag for flag, given in (("--overwrite", overwrite), ("--retry", retry), ("--quiet", quiet)) if given]
         return cls(find_recipe(run_file).absolute(), tuple(overrides or ()), tuple(flags))
 
     def config(self) -> RunConfig:
-        """The run as every rank will read it; raises `UserError` for what can be seen without the backbone."""
+        """Return the configuration as every rank will read it.
+
+        Raises `UserError` for mistakes that can be found without the backbone.
+        """
         config, _ = apply_deepspeed(load_config(self.run_file, list(self.overrides)))
         return config
 

@@ -1,4 +1,4 @@
-"""Slurm: the sbatch script of a run, rendered from ``launch/slurm/template.sbatch.j2``, and its submission."""
+"""Slurm: render the sbatch script of a run from ``launch/slurm/template.sbatch.j2``, and submit it."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ OWN = {
     "nodes": "--nodes",
     "ntasks": "--nodes and --ranks-per-node",
     "ntasks-per-node": "--ranks-per-node",
-    "open-mode": "nothing: logs are appended to",
+    "open-mode": "a fixed value (append to the logs)",
     "output": "--log-dir",
     "requeue": "--requeue",
 }
-"""Options of sbatch that the script sets itself, and what of ``ptd launch slurm`` they come from."""
+"""Options of sbatch that the script sets itself, and what determines each: mostly an option of ``ptd launch slurm``."""
 CORES = 4
-"""Of a rank on a GPU, where nothing is asked for: its main thread, and those that read rows, run the backward pass and
-talk to the network. Slurm by itself gives one."""
+"""Default number of cores per rank on a GPU: for its main thread, and for the threads that read rows, run the backward
+pass and communicate. Slurm's own default is one."""
 ASKS_FOR_CORES = frozenset({"cpus-per-task", "cpus-per-gpu", "exclusive"})
 WHY = {
-    "cpus-per-task": "cores of a rank",
+    "cpus-per-task": "cores per rank",
     "ntasks-per-node": "one task is one rank",
-    "signal": "before the time limit the ranks are told to stop with a checkpoint",
-    "open-mode": "a job that is queued again adds to its logs",
+    "signal": "before the time limit, this signal makes the ranks stop with a checkpoint",
+    "open-mode": "a requeued job appends to its logs",
 }
 
 
@@ -46,8 +46,8 @@ WHY = {
 class Job:
     """A run under Slurm.
 
-    ``options``: sbatch's own long options without the dashes, e.g. ``{"partition": "gpu", "exclusive": None}``.
-    ``sweep``: the overrides of each task of a job array; empty: one job. Nothing here is read by a shell unquoted.
+    ``options``: long options of sbatch without the dashes, e.g. ``{"partition": "gpu", "exclusive": None}``.
+    ``sweep``: the overrides of each task of a job array; empty: one job. The script quotes every value for the shell.
     """
 
     program: Program
@@ -63,7 +63,7 @@ class Job:
 
 
 def render(job: Job) -> str:
-    """The sbatch script; raises `UserError` for values that a script cannot hold."""
+    """Return the sbatch script; raise `UserError` for values that a script cannot hold."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(SLURM),
         undefined=jinja2.StrictUndefined,
@@ -88,16 +88,20 @@ def render(job: Job) -> str:
 
 
 def submit(script: str, log_dir: Path) -> str:
-    """Hand the script to sbatch; returns the job's id. A copy stays in ``log_dir``. Raises `UserError`."""
+    """Submit the script with sbatch, store a copy in ``log_dir`` and return the job's id.
+
+    Raises `UserError` if sbatch is missing or refuses the job, or if ``log_dir`` cannot be written.
+    """
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise UserError(
-            "sbatch is not on this machine; run this where jobs are submitted, or print the script with --dry-run"
+            "sbatch is not installed on this machine; run this command on a machine that submits jobs, or print the "
+            "script with --dry-run"
         ) from error
     except OSError as error:
-        raise UserError(f"--log-dir: cannot write {log_dir}: {error}") from error
+        raise UserError(f"--log-dir: cannot write {log_dir}: {error}; give another folder") from error
     if done.returncode:
         raise UserError(f"sbatch refused the job: {done.stderr.strip() or f'exit code {done.returncode}'}")
     number = done.stdout.strip().split(";")[0]  # with several clusters: "id;cluster"
@@ -106,23 +110,29 @@ def submit(script: str, log_dir: Path) -> str:
 
 
 def directives(pairs: list[str]) -> dict[str, str | None]:
-    """``key=value`` or ``key`` (a flag), each an option of sbatch; raises `UserError` for one that ptd sets itself."""
+    """Return the options of sbatch in ``pairs``, each ``key=value`` or ``key`` (a flag).
+
+    Raises `UserError` for an option that ptd sets itself.
+    """
     found: dict[str, str | None] = {}
     for pair in pairs:
         name, given, value = pair.partition("=")
         name = name.removeprefix("--")
         if not name.replace("-", "").isalnum():
-            raise UserError(f"--sbatch {pair}: write it as sbatch does, without dashes in front: key=value, or a flag")
+            raise UserError(
+                f"--sbatch {pair}: this is no option of sbatch; write it as sbatch does, without leading dashes: "
+                "key=value, or a flag"
+            )
         if name in OWN:
-            raise UserError(f"--sbatch {pair}: {name} comes from {OWN[name]}; use that")
+            raise UserError(f"--sbatch {pair}: ptd sets {name} from {OWN[name]}; use that, and remove the option")
         found[name] = value if given else None
     return found
 
 
 def sweep(program: Program, settings: list[str], output_dir: Path) -> tuple[tuple[str, ...], ...]:
-    """``KEY=V1,V2,…`` -> the overrides of every combination, each with an output folder of its own.
+    """Return the overrides of every combination of the settings ``KEY=V1,V2,…``, each with its own output folder.
 
-    The values are those of a YAML list. Raises `UserError`, also where a combination is not a valid run.
+    The values are the items of a YAML list. Raises `UserError` for a malformed setting or an invalid combination.
     """
     choices = []
     for setting in settings:
@@ -132,8 +142,8 @@ def sweep(program: Program, settings: list[str], output_dir: Path) -> tuple[tupl
         except yaml.YAMLError as error:
             raise UserError(f"--sweep {setting}: the values are no YAML list: {error}") from error
         if not key or not given or not isinstance(listed, yaml.SequenceNode) or not listed.value:
-            raise UserError(f"--sweep {setting}: write it as key=value,value,…")
-        # As they were written: 1e-3 is a number to ptd but not to YAML.
+            raise UserError(f"--sweep {setting}: a key or its values are missing; write it as key=value,value,…")
+        # Keep the values as written: ptd reads 1e-3 as a number, but YAML does not.
         values = [f"[{text}]"[value.start_mark.index : value.end_mark.index] for value in listed.value]
         choices.append([f"{key}={value}" for value in values])
     runs = [
@@ -148,7 +158,9 @@ def sweep(program: Program, settings: list[str], output_dir: Path) -> tuple[tupl
 
 def _options(job: Job) -> dict[str, str | None]:
     if "%" in str(job.log_dir):
-        raise UserError(f"--log-dir: {job.log_dir}: Slurm takes % in a log's path for a pattern; choose another folder")
+        raise UserError(
+            f"--log-dir: {job.log_dir}: Slurm reads % in a log's path as a filename pattern; choose another folder"
+        )
     number = "%A_%a" if job.sweep else "%j"
     return {
         "job-name": "ptd",
@@ -166,21 +178,23 @@ def _options(job: Job) -> dict[str, str | None]:
 
 def _option(name: str, value: str | None) -> str:
     if value is not None and not value.isprintable():
-        raise UserError(f"--{name}: {value!r} has a character that an sbatch script cannot hold in one line; remove it")
+        raise UserError(
+            f"--{name}: {value!r} has a character that an option on one line of an sbatch script cannot hold; remove it"
+        )
     return f"--{name}" if value is None else f"--{name}={value}"
 
 
 def _about(job: Job) -> list[str]:
     ranks = f"{job.nodes} node{'s' * (job.nodes > 1)} × {job.ranks_per_node} rank{'s' * (job.ranks_per_node > 1)}"
-    each = "; an array of runs, each of that size" if job.sweep else ""
-    each += ", queued again when it is preempted or out of time" if job.requeue else ""
+    each = "; a job array of runs, each of that size" if job.sweep else ""
+    each += ", requeued when it is preempted or reaches its time limit" if job.requeue else ""
     lines = [
         f"ptd on {ranks}{each}. Written by ptd launch slurm.",
-        f"By hand: mkdir -p {shlex.quote(str(job.log_dir))} (Slurm makes no folder for a log), then sbatch this file.",
+        f"By hand: mkdir -p {shlex.quote(str(job.log_dir))} (Slurm does not create it), then sbatch this file.",
     ]
     if job.requeue:
         lines += [
-            "When its time ends, or it is preempted or loses a node, it is queued again under the same id; the same",
-            "command then goes on from the newest checkpoint (train.save_steps).",
+            "When the job reaches its time limit, is preempted or loses a node, it is requeued under the same id. The",
+            "same command then continues from the newest checkpoint (train.save_steps).",
         ]
     return lines

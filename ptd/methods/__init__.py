@@ -16,40 +16,43 @@ from ptd.types import BackboneShape, EmptyLayout, HeadSettings, PromptEncoder, U
 
 
 class Conditioner(Protocol):
-    """What an initialiser may ask of the backbone: what it makes of real text (`ptd.backbone.TextConditioner`)."""
+    """What an initialiser may ask about real text and the backbone (see `ptd.backbone.TextConditioner`)."""
 
     def rows(self, count: int) -> list[list[int]]:
-        """``count`` tokens of training rows, drawn at random; whole rows end them. A list for each of the stacks."""
+        """Return ``count`` tokens of randomly drawn training rows, ending with a whole row; one list per stack."""
         ...
 
     def chunks(self, count: int) -> list[list[int]]:
-        """As `rows`, of short pieces from random places in them."""
+        """Return ``count`` tokens as `rows` does, but from short pieces at random places of the rows."""
         ...
 
     def frequent(self, count: int) -> list[int]:
-        """Ids of frequent tokens, drawn at random."""
+        """Return ``count`` ids of frequent tokens, drawn at random."""
         ...
 
     def token_ids(self, text: str, *, special: bool = False) -> list[int]:
-        """The text's token ids, without ``special`` tokens or with those that the tokenizer adds."""
+        """Return the text's token ids, with the ``special`` tokens that the tokenizer adds or without them."""
         ...
 
     def keys_and_values(self, sides: Sequence[Sequence[int]]) -> Tensor:
-        """Flat ``[S, sum of layer numel]`` fp32: what attention sees of S tokens of each stack, at positions 0…S−1."""
+        """Return the keys and values that attention has for S tokens of each stack, at positions 0…S−1.
+
+        Flat ``[S, sum of layer numel]``, fp32.
+        """
         ...
 
     def embeddings(self, ids: Sequence[int]) -> Tensor:
-        """Input embeddings of tokens: fp32 ``[len(ids), hidden]``, as the backbone's embedding layer puts them out."""
+        """Return the input embeddings of tokens, fp32 ``[len(ids), hidden]``: the output of the embedding layer."""
         ...
 
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """What a method may know of the task: enough to say that it does not suit it.
+    """What a method may know of the task: enough to decide whether the method suits the task.
 
-    ``kind`` as in ``task.kind``; ``labels`` the label names; ``cloze``: labels are read off the language model's words
-    at a mask; ``trained_head``: the readout has parameters of its own; ``virtual_tokens``: number of virtual tokens
-    that the layout of the sequences places with ``{v:n}`` marks.
+    ``kind``: as in ``task.kind``. ``labels``: the label names. ``cloze``: the labels are read off the language model's
+    words at a mask. ``trained_head``: the readout has trainable parameters. ``virtual_tokens``: number of virtual
+    tokens that ``{v:n}`` marks place in a sequence.
     """
 
     kind: str = "causal_lm"
@@ -60,7 +63,7 @@ class TaskFacts:
 
 
 class NoPromptEncoder(PromptEncoder):
-    """For methods that put nothing beside the tokens."""
+    """The encoder of methods without a prompt."""
 
     layout = EmptyLayout()
 
@@ -80,11 +83,11 @@ Construct = Callable[[Any, BackboneShape, Conditioner, TaskFacts], PromptEncoder
 class Method:
     """A registered method: how to read its config section and how to build what it trains.
 
-    ``construct(config, shape, conditioner, facts)`` builds the encoder; ``head(config)`` says what a trained head looks
-    like where the task has one; ``check(config, facts)`` raises `UserError` for a task that the method does not suit.
-    Without ``has_prompt`` a trained head is all there is to train, and without that head nothing is. ``sizes(config)``:
-    settings that build an encoder of the same sizes without a look at the backbone's numbers or at a file.
-    ``example``: keys that a new run file sets because the defaults alone do not make a run.
+    ``construct(config, shape, conditioner, facts)`` builds the encoder. ``head(config)`` returns the settings of the
+    trained head, for tasks that have one. ``check(config, facts)`` raises `UserError` for a task that the method does
+    not suit. Without ``has_prompt``, the method trains only the task's head, or nothing if the task has no trained
+    head. ``sizes(config)`` returns settings that build an encoder of the same sizes without reading a file or values of
+    the backbone. ``example``: keys that a new run file has to set because their defaults do not make a valid run.
     """
 
     name: str
@@ -98,7 +101,7 @@ class Method:
 
     @property
     def about(self) -> str:
-        """The first line of the method's file: what it is, and its paper."""
+        """The first line of the method's module: what the method is, and its paper."""
         return (sys.modules[self.construct.__module__].__doc__ or "").partition("\n")[0]
 
     def build(
@@ -110,17 +113,17 @@ class Method:
         *,
         seed: int,
     ) -> PromptEncoder:
-        """The freshly initialised encoder (fp32, on the CPU); the same on every rank that gives the same seed."""
+        """Build and initialise the encoder (fp32, on the CPU). It is the same on every rank with the same seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.construct(config, shape, conditioner, facts or TaskFacts())
 
 
 def refuse_marks(config: Any, facts: TaskFacts) -> None:
-    """The check of methods whose virtual tokens have their own place."""
+    """Raise `UserError` if the task has ``{v:n}`` marks: the check of methods with a fixed place for virtual tokens."""
     if facts.virtual_tokens:
         raise UserError(
-            "{v:n} in a pattern or template places virtual tokens, which method p_tuning only trains; "
+            "{v:n} in a pattern or template places virtual tokens, which only method p_tuning trains; "
             "remove the marks or set method.name: p_tuning"
         )
 
@@ -140,7 +143,7 @@ def register(
 ) -> Callable[[Construct], Construct]:
     """Register ``construct(config, shape, conditioner, facts) -> PromptEncoder`` under ``name``; see `Method`.
 
-    ``config`` is a plain dataclass: its fields are the keys of the ``method:`` section beside ``name``.
+    ``config`` is a plain dataclass: its fields are the keys of the ``method:`` section other than ``name``.
     """
 
     def add(construct: Construct) -> Construct:
@@ -151,14 +154,14 @@ def register(
 
 
 def methods() -> dict[str, Method]:
-    """All methods of this folder by name."""
+    """Return all methods of this folder by name."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     return dict(_METHODS)
 
 
 def method(name: str) -> Method:
-    """Look a method up; `UserError` names those that exist."""
+    """Return the method of that name; raises a `UserError` that lists the available methods."""
     known = methods()
     if name not in known:
         raise UserError(f"method.name: there is no method {name!r}; available: {', '.join(sorted(known))}")

@@ -1,12 +1,14 @@
-"""Trained keys and values at every attention layer: the encoders of all methods that put a prompt there.
+"""The encoders of all methods whose prompt is trained keys and values at every attention layer.
 
-Direct: the flat prompt ``[P, W]`` is the parameter. Re-parameterised (Li & Liang 2021, §4.3,
-https://aclanthology.org/2021.acl-long.353): ``prompt = W₂ · tanh(W₁ · E + b₁) + b₂`` with ``E`` ``[P, embedding]``,
-``W₁`` ``[hidden, embedding]``, ``W₂`` ``[W, hidden]``. ``W`` = Σ over layers of kv_heads · (key size + value size);
-columns are layer-major, keys before values, then kv head, then head dimension (PEFT's ``prompt_embeddings`` layout).
+In the direct form, the flat prompt ``[P, W]`` is the parameter. In the re-parameterised form (Li & Liang 2021, §4.3,
+https://aclanthology.org/2021.acl-long.353), ``prompt = W₂ · tanh(W₁ · E + b₁) + b₂`` with ``E`` ``[P, embedding]``,
+``W₁`` ``[hidden, embedding]`` and ``W₂`` ``[W, hidden]``. ``W`` = Σ over layers of kv_heads · (key size + value size).
+The columns are layer-major, keys before values, then kv head, then head dimension (PEFT's ``prompt_embeddings``
+layout).
 
 Both forms are trained in units of the keys and values that the backbone itself computes for text (`ptd.types.Units`):
-``K = K₀ + s_K/2 · z`` and ``V = V₀ + 2 · s_V · z``, with ``s`` the root mean square of a layer's keys, or values.
+``K = K₀ + s_K/2 · z`` and ``V = V₀ + 2 · s_V · z``, where ``s_K`` is the root mean square of a layer's keys, and
+``s_V`` that of its values.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ on two backbones: benchmarks/README.md, "One learning rate"."""
 
 
 class PrefixEncoder(PromptEncoder):
-    """Prompt encoder whose flat output ``[P, W]`` is the prefix of all ``layers``, from one embedding and one MLP.
+    """A prompt encoder whose flat output ``[P, W]`` is the prefix of all ``layers``, from one embedding and one MLP.
 
     Args:
         layers: key/value geometry of each backbone layer.
@@ -70,7 +72,7 @@ class PrefixEncoder(PromptEncoder):
         return self.embedding if self.transform is None else self.transform(self.embedding)
 
     def forward(self) -> Tensor:
-        """The flat prompt ``[P, W]``."""
+        """Return the flat prompt ``[P, W]``."""
         flat = super().forward()
         return flat if self.first_token is None else torch.cat([self.first_token, flat[1:]])
 
@@ -81,7 +83,7 @@ class PrefixEncoder(PromptEncoder):
 
     @torch.no_grad()
     def freeze_first_token(self) -> None:
-        """Keep the first virtual token as it is (an attention sink; Eyuboglu et al. 2025)."""
+        """Exclude the first virtual token, an attention sink, from training (Eyuboglu et al. 2025)."""
         self.first_token = self()[:1].clone()
 
     def width_rates(self) -> Mapping[str, float]:
@@ -91,12 +93,12 @@ class PrefixEncoder(PromptEncoder):
     def tensor_parallel_plan(self) -> Mapping[str, Any]:
         """Split the hidden layer over ranks: W₁ by rows, W₂ by columns.
 
-        Both directions then exchange `[P, W]` and `[P, embedding]` only: splitting W₂ by rows instead would
-        have to sum the hidden layer's gradient ``[P, hidden]`` and grow with ``encoder_hidden_size``.
+        The forward and backward passes then exchange only ``[P, W]`` and ``[P, embedding]``. With W₂ split by rows,
+        ranks would also sum the hidden layer's gradient ``[P, hidden]``, which grows with ``encoder_hidden_size``.
         """
         if self.transform is None:
             return {}
-        # The hidden layer travels as a DTensor: a plain shard would be taken for one of even size.
+        # The hidden layer stays a DTensor: DTensor would assume that a plain local shard is evenly sized.
         return {
             "transform.0": ColwiseParallel(use_local_output=False),
             "transform.2": RowwiseParallel(output_layouts=Replicate()),
@@ -106,8 +108,8 @@ class PrefixEncoder(PromptEncoder):
 class SeparatePrefixEncoder(PromptEncoder):
     """The prefix of layers of several kinds (encoder, decoder, cross), each kind with its own embedding and MLP.
 
-    Li & Liang 2021, §4: an encoder-decoder reads ``z = [Prefix; x; Prefix′; y]``. ``parts`` holds a `PrefixEncoder` a
-    kind, whose arguments are the same; the flat output ``[P, W]`` has the columns of ``layers`` in their order.
+    Li & Liang 2021, §4: an encoder-decoder reads ``z = [Prefix; x; Prefix′; y]``. ``parts`` holds one `PrefixEncoder`
+    per kind, all with the same arguments. The columns of the flat output ``[P, W]`` are in the order of ``layers``.
     """
 
     layout: PrefixLayout
@@ -132,13 +134,13 @@ class SeparatePrefixEncoder(PromptEncoder):
         return torch.cat([next(blocks[layer.kind]) for layer in layers], dim=1)
 
     def zero(self) -> None:
-        """As `PromptEncoder.zero`, of each kind."""
+        """Make the output zero by changing only the last layer of each kind's network."""
         for _, part in self._encoders():
             part.zero()
 
     @torch.no_grad()
     def freeze_first_token(self) -> None:
-        """Keep the first virtual token as it is; every kind keeps its part of it, in units."""
+        """Exclude the first virtual token from training, in the prefix of every kind."""
         for _, part in self._encoders():
             part.freeze_first_token()
 
@@ -164,9 +166,9 @@ def prefix_encoder(
     embedding_size: int | None = None,
     encoder_hidden_size: int | None = None,
 ) -> PrefixEncoder | SeparatePrefixEncoder:
-    """The encoder of a prefix for ``layers``, without units; arguments as for `PrefixEncoder`.
+    """Return the encoder of a prefix for ``layers``, without units; arguments as for `PrefixEncoder`.
 
-    Only where an MLP would be shared by layers of several kinds is there anything to separate.
+    It is a `SeparatePrefixEncoder` only if layers of several kinds would otherwise share an MLP.
     """
     separate = encoder_hidden_size is not None and len({layer.kind for layer in layers}) > 1
     build = SeparatePrefixEncoder if separate else PrefixEncoder
@@ -179,22 +181,22 @@ def started(
     shape: BackboneShape,
     conditioner: Conditioner,
 ) -> PrefixEncoder | SeparatePrefixEncoder:
-    """Put the encoder in units of the backbone's own keys and values, and at its start.
+    """Initialise the encoder, give it units of the backbone's own keys and values, and return it.
 
-    ``config.init``: ``rows``, ``chunks`` or ``text``: the keys and values that the backbone has for P tokens of such
-    text; ``zero``; ``random``: what the network puts out as torch initialises it, in units. Raises `UserError` for a
-    ``text`` of fewer than P tokens.
+    ``config.init`` chooses the initial prompt. With ``rows``, ``chunks`` and ``text`` it is the keys and values that
+    the backbone computes for P tokens of such text; with ``zero`` it is zero; with ``random`` it is the output of the
+    network as torch initialises it, in units. Raises `UserError` for a ``text`` of fewer than P tokens.
     """
     init, tokens = config.init, encoder.network().shape[0]
     if init == "text":
         start = [_first(conditioner.token_ids(read_text(config), special=True), tokens)]
     else:
         start = conditioner.chunks(tokens) if init == "chunks" else conditioner.rows(tokens)
-    # What stands behind the start does not change what a decoder makes of it.
+    # Later tokens do not change a decoder's keys and values for the first P tokens.
     behind = conditioner.rows(max(0, min(MEASURED, shape.context or MEASURED) - tokens))
     read = [(first + rest)[: shape.context] for first, rest in zip(start * len(behind), behind, strict=False)]
     states = conditioner.keys_and_values(read)
-    origin = states[torch.arange(tokens) % len(states)]  # a prompt longer than the context is refused later
+    origin = states[torch.arange(tokens) % len(states)]  # a later check refuses prompts longer than the context
     if init in ("random", "zero"):
         origin = torch.zeros_like(origin)
     sizes, steps = sizes_of(states, encoder.layout)
@@ -208,9 +210,9 @@ def started(
 
 
 def sizes_of(states: Tensor, layout: PrefixLayout) -> tuple[Tensor, Tensor]:
-    """Root mean square of each layer's keys and of its values in ``states`` ``[S, W]``, at their columns: ``[W]``.
+    """Return per column ``[W]`` the root mean square over ``states`` ``[S, W]`` of its layer's keys, or values.
 
-    Also ``[W]``: how many of these a unit is, `KEYS` for a key and `VALUES` for a value.
+    Also return ``[W]``, the unit as a multiple of it: `KEYS` for columns of keys and `VALUES` for columns of values.
     """
     seen = layout.state(states)
     parts = [part for pair in zip(seen.keys, seen.values, strict=True) for part in pair]
@@ -229,5 +231,5 @@ def _first(ids: list[int], count: int) -> list[int]:
 
 
 def _peft_type(layers: tuple[LayerShape, ...]) -> str | None:
-    """PEFT has a prefix for one stack: to an encoder-decoder it gives none for the encoder and for cross-attention."""
+    """Return PEFT's name if all layers are of one kind: PEFT has no prefix for an encoder or for cross-attention."""
     return "PREFIX_TUNING" if len({layer.kind for layer in layers}) == 1 else None

@@ -1,9 +1,9 @@
 """Hard prompts: pattern and verbalizer (PET, Schick & Schütze 2021, https://aclanthology.org/2021.eacl-main.20).
 
-A pattern turns the row into a text with a gap, the verbalizer maps each label to words, and the language model's own
-scores of these words at the gap are the scores of the labels (§3.1). Nothing is trained: it is the zero-shot
-evaluation of ``task.patterns`` (several make an ensemble) and ``task.verbalizer``. Both belong to the task, so every
-soft method (prompt, p_tuning, prefix) takes them as well and is then trained through the same cloze loss.
+A pattern turns the row into a text with a mask, and the verbalizer maps each label to words. The language model's
+scores of these words at the mask are the scores of the labels (§3.1). The method trains nothing: it evaluates
+``task.patterns`` (several form an ensemble) and ``task.verbalizer`` zero-shot. Both keys belong to the task, so every
+soft method (prompt, p_tuning, prefix) accepts them too, and is then trained with the same cloze loss.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from ptd.types import BackboneShape, UserError
 
 @dataclass
 class HardPromptConfig:
-    """``name: hard_prompt`` has no keys: the pattern and its words are the task's."""
+    """``name: hard_prompt`` has no keys: the patterns and the verbalizer are keys of the task."""
 
 
 def check(config: HardPromptConfig, facts: TaskFacts) -> None:
-    """The task has to read its labels off words."""
+    """Raise `UserError` unless the task reads its labels off words."""
     refuse_marks(config, facts)
     if not facts.cloze:
         raise UserError(
-            f"method.name: hard_prompt reads labels off the language model's words, which this task (task.kind "
-            f"{facts.kind}) does not do; set task.kind: classification with a pattern that has {{mask}}, for example "
+            f"method.name: hard_prompt reads labels off the language model's words, but this task (task.kind "
+            f"{facts.kind}) does not; set task.kind: classification with a pattern that has {{mask}}, for example "
             'task.patterns: ["{text} It was {mask}."], and task.verbalizer, or choose another method'
         )
 
@@ -34,5 +34,5 @@ def check(config: HardPromptConfig, facts: TaskFacts) -> None:
 def build(
     config: HardPromptConfig, shape: BackboneShape, conditioner: Conditioner, facts: TaskFacts
 ) -> NoPromptEncoder:
-    """Nothing is put beside the tokens."""
+    """Return an encoder without a prompt."""
     return NoPromptEncoder()

@@ -1,7 +1,7 @@
-"""Head tuning, the classical start: the body stays frozen, a head on its last hidden states is trained.
+"""Head tuning, the classical baseline: the backbone is frozen, and a head on its last hidden states is trained.
 
-The feature-based use of a pretrained encoder (Devlin et al. 2019, §5.3, https://aclanthology.org/N19-1423). The head is
-linear, or an MLP with tanh layers.
+This is the feature-based use of a pretrained encoder (Devlin et al. 2019, §5.3, https://aclanthology.org/N19-1423). The
+head is linear, or an MLP with tanh layers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class HeadConfig:
     """Keys of ``method:`` for ``name: head``."""
 
     pooling: Literal["auto", "cls", "mean", "last"] = key("auto", POOLING)
-    hidden_sizes: list[int] = key(list, "widths of tanh layers before the output; none: a linear head")
+    hidden_sizes: list[int] = key(list, "widths of the tanh layers before the output; empty: a linear head")
 
     def __post_init__(self) -> None:
         if any(size < 1 for size in self.hidden_sizes):
@@ -27,16 +27,16 @@ class HeadConfig:
 
 
 def head(config: HeadConfig) -> HeadSettings:
-    """The head that is trained."""
+    """Return the settings of the trained head."""
     return HeadSettings(config.pooling, tuple(config.hidden_sizes))
 
 
 def check(config: HeadConfig, facts: TaskFacts) -> None:
-    """The task has to have a trained head."""
+    """Raise `UserError` unless the task has a trained head."""
     need_trained_head("head", config.pooling, facts, for_words="hard_prompt", for_text="prefix")
 
 
 @register("head", config=HeadConfig, head=head, check=check, has_prompt=False)
 def build(config: HeadConfig, shape: BackboneShape, conditioner: Conditioner, facts: TaskFacts) -> NoPromptEncoder:
-    """Nothing is put beside the tokens; what is trained is the task's readout."""
+    """Return an encoder without a prompt: the run trains only the task's readout."""
     return NoPromptEncoder()

@@ -1,12 +1,12 @@
 """P-tuning (Liu et al. 2021, GPT Understands, Too, https://arxiv.org/abs/2103.10385): virtual tokens inside a template.
 
 ``{v:n}`` in ``task.patterns`` or ``data.prompt_template`` stands for n virtual tokens. Each has a trained embedding
-``e``; what the backbone reads, ``[P, hidden]``, is ``h = MLP([LSTM→(e); LSTM←(e)])``, the paper's prompt encoder, or
-``MLP(e)``. The paper's anchor tokens need nothing of their own: they are literal words of the template, such as the
-question mark of ``"{premise} {v:3} {hypothesis}? {v:3} {mask}"``.
+``e``. The backbone reads ``h`` ``[P, hidden]``: ``h = MLP([LSTM→(e); LSTM←(e)])``, the paper's prompt encoder, or
+``h = MLP(e)``. The paper's anchor tokens need no code: they are literal words of the template, such as the question
+mark of ``"{premise} {v:3} {hypothesis}? {v:3} {mask}"``.
 
-Without marks the virtual tokens stand in front of the sequence, of the encoder's in an encoder-decoder, which is what
-PEFT calls P_TUNING; module for module the network is PEFT's.
+Without ``{v:n}`` marks, the virtual tokens come before the sequence (in an encoder-decoder, before the encoder's
+sequence). PEFT calls this P_TUNING and has the same network, module for module.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ class PTuningConfig:
 
 
 class PTuningEncoder(PromptEncoder):
-    """Prompt encoder whose flat output ``[P, hidden]`` are the virtual tokens' input embeddings.
+    """A prompt encoder whose flat output ``[P, hidden]`` is the input embeddings of the virtual tokens.
 
     Args:
         num_virtual_tokens: P.
         hidden_size: width of the backbone's input embeddings.
         encoder_hidden_size: width of the MLP's hidden layers, or of one direction of the LSTM.
-        lstm_layers: layers of the bidirectional LSTM; 0: the MLP alone.
-        in_front: the virtual tokens stand before every sequence, not at marks inside it.
+        lstm_layers: layers of the bidirectional LSTM; 0: only the MLP.
+        in_front: whether the virtual tokens come before every sequence, rather than at ``{v:n}`` marks inside it.
     """
 
     peft_type = "P_TUNING"
@@ -111,7 +111,7 @@ class PTuningEncoder(PromptEncoder):
 
 
 def check(config: PTuningConfig, facts: TaskFacts) -> None:
-    """The template has to have virtual tokens, or the config a number of them to put in front."""
+    """Raise `UserError` without virtual tokens, or if the template and ``num_virtual_tokens`` disagree on their number."""
     marked, given = facts.virtual_tokens, config.num_virtual_tokens
     if not marked and given is None:
         if facts.kind in ("causal_lm", "seq2seq_lm"):

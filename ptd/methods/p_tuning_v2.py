@@ -1,8 +1,8 @@
 """P-tuning v2 (Liu et al. 2022, https://aclanthology.org/2022.acl-short.8): deep prompts and a trained linear head.
 
-Trained keys and values at every layer (§3.2), directly or through an MLP ("Reparameterization", §3.3), and a linear
-classifier on the last hidden states in place of a verbalizer ("Classification Head"): for classification, tagging and
-extractive question answering. `ptd.methods.deep_prompts` holds the maths of the prompts.
+The method trains keys and values at every layer (§3.2), directly or through an MLP ("Reparameterization", §3.3), and a
+linear classifier on the last hidden states in place of a verbalizer ("Classification Head"). It suits classification,
+tagging and extractive question answering. `ptd.methods.deep_prompts` holds the maths of the prompts.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ class PTuningV2Config:
         check_text(self)
         if self.encoder_hidden_size is not None and not self.prefix_projection:
             raise UserError(
-                "method.encoder_hidden_size: has no effect without method.prefix_projection: true; remove one"
+                "method.encoder_hidden_size: has no effect without method.prefix_projection: true; set both or neither"
             )
 
 
 def head(config: PTuningV2Config) -> HeadSettings:
-    """The linear classifier."""
+    """Return the settings of the linear classifier."""
     return HeadSettings(config.pooling)
 
 
 def check(config: PTuningV2Config, facts: TaskFacts) -> None:
-    """The task has to have a trained head."""
+    """Raise `UserError` unless the task has a trained head and the text to start from can be read."""
     need_trained_head("p_tuning_v2", config.pooling, facts, for_words="prefix", for_text="prefix")
     check_start_text(config)
 

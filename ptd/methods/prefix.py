@@ -1,7 +1,7 @@
 """Prefix-tuning (Li & Liang 2021, https://aclanthology.org/2021.acl-long.353): trained keys and values at every layer.
 
-On an encoder-decoder the encoder's self-attention, the decoder's and its cross-attention have a prefix each (§4,
-``z = [Prefix; x; Prefix′; y]``). `ptd.methods.deep_prompts` holds the maths.
+In an encoder-decoder, the encoder's self-attention, the decoder's self-attention and the cross-attention each have a
+prefix (§4, ``z = [Prefix; x; Prefix′; y]``). `ptd.methods.deep_prompts` holds the maths.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class PrefixConfig:
     encoder_hidden_size: int | None = key(None, TANH_WIDTH)
     embedding_size: int | None = key(
         None,
-        "width of the MLP's input, with `prefix_projection`; PEFT's is kv heads × head size; default: the "
+        "width of the MLP's input, with `prefix_projection`; PEFT uses kv heads × head size; default: the "
         "backbone's hidden size",
     )
     init: Literal["rows", "chunks", "text", "random", "zero"] = key("rows", DEEP_START)
     init_text: str | None = key(None, INIT_TEXT)
     init_text_file: Path | None = key(None, INIT_TEXT_FILE)
-    freeze_first_token: bool = key(False, "keep the first virtual token as it was initialised")
+    freeze_first_token: bool = key(False, "do not train the first virtual token: it keeps its initial values")
 
     def __post_init__(self) -> None:
         check_positive(self, "num_virtual_tokens", "encoder_hidden_size", "embedding_size")
@@ -51,7 +51,9 @@ class PrefixConfig:
         if not self.prefix_projection:
             for name in ("encoder_hidden_size", "embedding_size"):
                 if getattr(self, name) is not None:
-                    raise UserError(f"method.{name}: has no effect without method.prefix_projection: true; remove one")
+                    raise UserError(
+                        f"method.{name}: has no effect without method.prefix_projection: true; set both or neither"
+                    )
 
 
 @register("prefix", config=PrefixConfig, check=check_start, sizes=from_nothing)

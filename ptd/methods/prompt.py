@@ -1,7 +1,7 @@
-"""Prompt tuning (Lester et al. 2021, https://aclanthology.org/2021.emnlp-main.243): trained input embeddings in front.
+"""Prompt tuning (Lester et al. 2021, https://aclanthology.org/2021.emnlp-main.243): trained embeddings before the text.
 
-The backbone (of an encoder-decoder the encoder) reads ``[P; X]`` instead of ``X`` (§2). How the rows of ``P``, which is
-``[P, hidden]``, start (§3.2) matters most for small backbones.
+The backbone (in an encoder-decoder, the encoder) reads ``[P; X]`` instead of ``X`` (§2), where ``P`` has the shape
+``[P, hidden]``. Its initial values (§3.2) matter most for small backbones.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ class PromptConfig:
     num_virtual_tokens: int = key(16, VIRTUAL_TOKENS)
     init: Literal["rows", "vocabulary", "labels", "text", "random"] = key(
         "rows",
-        "the start: embeddings of the tokens of training `rows`; of tokens drawn from the first 5000 of the "
-        "`vocabulary`; `labels`: the mean embedding of each label's name, then vocabulary; `text`: the tokens of a "
-        "text, repeated or cut; `random`: normal, of the size of the backbone's embeddings",
+        "the initial values: embeddings of the tokens of training rows (`rows`), or of tokens drawn from the first "
+        "5000 of the vocabulary (`vocabulary`); `labels`: the mean embedding of each label's name, then vocabulary; "
+        "`text`: the tokens of a text, repeated or truncated; `random`: normal, at the scale of the backbone's "
+        "embeddings",
     )
     init_text: str | None = key(None, INIT_TEXT)
     init_text_file: Path | None = key(None, INIT_TEXT_FILE)
@@ -50,7 +51,7 @@ class PromptConfig:
 
 
 class SoftPromptEncoder(PromptEncoder):
-    """The flat prompt ``[P, hidden]`` is the parameter, in units of the backbone's embeddings."""
+    """An encoder whose parameter is the flat prompt ``[P, hidden]`` itself, in units of the backbone's embeddings."""
 
     peft_type = "PROMPT_TUNING"
 
@@ -65,7 +66,7 @@ class SoftPromptEncoder(PromptEncoder):
 
 
 def check(config: PromptConfig, facts: TaskFacts) -> None:
-    """Refuse marks, a text that cannot be read, and to start from label names where there are none, or too many."""
+    """Raise `UserError` for ``{v:n}`` marks, an unreadable text, and ``init: labels`` with no or too many labels."""
     check_start(config, facts)
     if config.init == "labels" and facts.kind not in ("classification", "token_classification"):
         raise UserError(
@@ -74,7 +75,7 @@ def check(config: PromptConfig, facts: TaskFacts) -> None:
         )
     if config.init == "labels" and len(facts.labels) > config.num_virtual_tokens:
         raise UserError(
-            f"method.init: labels needs a virtual token a label, but method.num_virtual_tokens="
+            f"method.init: labels needs one virtual token per label, but method.num_virtual_tokens="
             f"{config.num_virtual_tokens} is fewer than the task's {len(facts.labels)} labels; raise it to at least "
             f"{len(facts.labels)} or set method.init: vocabulary"
         )
@@ -104,12 +105,12 @@ def build(config: PromptConfig, shape: BackboneShape, conditioner: Conditioner, 
 
 def _cycle(count: int, ids: Sequence[int]) -> list[int]:
     if not ids:
-        raise UserError("method.init_text: the text has no tokens; give one that does, or set method.init: vocabulary")
+        raise UserError("method.init_text: the text has no tokens; give another text, or set method.init: vocabulary")
     return [ids[index % len(ids)] for index in range(count)]
 
 
 def _labels(count: int, labels: Sequence[str], conditioner: Conditioner) -> Tensor:
-    """A row a label, the mean over the tokens of its name; then sampled vocabulary, ``[count, hidden]``."""
+    """Return ``[count, hidden]``: one row per label, the mean over the tokens of its name; then sampled vocabulary."""
     names = [conditioner.token_ids(label) for label in labels]
     for label, name in zip(labels, names, strict=True):
         if not name:

@@ -1,4 +1,4 @@
-"""The quickstart: a tiny pretrained backbone and a task, to try the whole of ptd in minutes on two CPU cores."""
+"""The quickstart: a tiny pretrained backbone and a task, to try all of ptd in minutes on two CPU cores."""
 
 from pathlib import Path
 

@@ -1,14 +1,14 @@
-"""Generator of the quickstart backbone's pretraining corpus: seeded, so the same seed gives the same text everywhere.
+"""Generator of the quickstart backbone's pretraining corpus; the same seed gives the same text on every machine.
 
-A document is mostly a *collection*: a few invented entities of one domain, each described two or three times, first
-by a view that cannot be predicted (a record or a text) and then by views that follow from it. Records have eight
-formats and views twelve kinds; within a collection the format, the wording and the slot order are usually kept, so that
-a model profits from reading off the style as well as from copying values. One document in four is a *roll call*, a list
-said twice. Neither the tuning task's records (``key: value | key: value``) nor its texts ever appear, though short
+Most documents are a *collection*: a few invented entities of one domain, each described two or three times, first by a
+view that cannot be predicted (a record or a text) and then by views that follow from it. Records have eight formats and
+views have twelve kinds. Within a collection the format, the wording and the slot order usually stay the same, so that a
+model gains from recognising the style as well as from copying values. One document in four is a *roll call*, a list
+given twice. Neither the tuning task's records (``key: value | key: value``) nor its texts ever occur, though short
 phrases of them do ("Not for children").
 
-Names are built from syllables. One name in eight, chosen by a hash, is held out: it never occurs here, which lets the
-task test on names that the backbone cannot have seen.
+Names are built from syllables. One name in eight, chosen by a hash, is held out: it never occurs in the corpus, so that
+the task can test on names that the backbone cannot have seen.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ Segment = tuple[str, float]
 
 
 def is_held_out(name: str) -> bool:
-    """Whether a name is kept out of the pretraining corpus: a property of the name alone, on every machine."""
+    """Return whether a name is held out of the pretraining corpus; this depends only on the name, on every machine."""
     return zlib.crc32(name.encode()) % HELD_OUT_ONE_IN == 0
 
 
 def invent_name(rng: random.Random, held_out: bool = False) -> str:
-    """An invented name of two or three syllables that is held out of the pretraining corpus, or is not."""
+    """Return an invented name of two or three syllables; ``held_out``: one that the pretraining corpus leaves out."""
     while True:
         middle = rng.choice(_ONSETS) + rng.choice(_VOWELS) if rng.random() < 0.5 else ""
         first = rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS)
@@ -56,7 +56,7 @@ def invent_name(rng: random.Random, held_out: bool = False) -> str:
 
 
 def draw_value(rng: random.Random, values: tuple[str, ...], held_out: bool = False) -> str:
-    """One value of a slot: from its list, or an invented name or landmark."""
+    """Return one value of a slot: one from its list, or an invented name or landmark."""
     if values == NAME:
         return invent_name(rng, held_out)
     if values == LANDMARK:
@@ -65,7 +65,7 @@ def draw_value(rng: random.Random, values: tuple[str, ...], held_out: bool = Fal
 
 
 def invent_entity(rng: random.Random, domain: Domain) -> Entity:
-    """An entity with each slot known with probability 0.8, and at least two of them."""
+    """Return an entity of which each slot is known with probability 0.8, and at least two slots are known."""
     known = [slot for slot in domain.slots if rng.random() >= DROP_PROBABILITY]
     if len(known) < 2:
         known = rng.sample(list(domain.slots), 2)
@@ -74,9 +74,9 @@ def invent_entity(rng: random.Random, domain: Domain) -> Entity:
 
 
 def _roll_call(rng: random.Random) -> list[Segment]:
-    """A list said twice, of names and values or of pairs of them; the pairs come in another order the second time.
+    """Return a list given twice, of names and values or of pairs of them; the second list of pairs has a new order.
 
-    Nearly every token of the repetition can be copied, which makes the copying circuits form early in training.
+    Nearly every token of the repetition can be copied, so that the copying circuits form early in training.
     """
     slots = [slot for domain in DOMAINS.values() for slot in domain.slots.values() if slot.values != YES_NO]
 
@@ -94,13 +94,14 @@ def _roll_call(rng: random.Random) -> list[Segment]:
 
 
 def collection(rng: random.Random) -> list[Segment]:
-    """One document as segments of text with their loss weight; the segments are joined as they are."""
+    """Return one document as segments of text, each with its loss weight; they are joined without separators."""
     if rng.random() < ROLL_CALL_PROBABILITY:
         return _roll_call(rng)
     domain = DOMAINS[rng.choice(tuple(DOMAINS))]
     record_first, steady = rng.random() < 0.7, rng.random() < 0.8
     first_kind = None if record_first else rng.randrange(len(TEXT_VIEWS))
-    # The twelfth kind of view is a record; three draws stand for it, so that it comes up more often than a text.
+    # The twelfth kind of view is a record. Three numbers of the range stand for it, so that a record is more frequent
+    # than each kind of text.
     draws = rng.sample(range(len(TEXT_VIEWS) + 3), 2)
     later_kinds = [draw if draw < len(TEXT_VIEWS) else None for draw in draws][: 1 if rng.random() < 0.75 else 2]
     styles = [Style(rng, steady) for _ in range(1 + len(later_kinds))]
@@ -118,7 +119,7 @@ def collection(rng: random.Random) -> list[Segment]:
 
 
 def collections(seed: int) -> Iterator[list[Segment]]:
-    """An endless stream of documents."""
+    """Yield documents without end."""
     rng = random.Random(seed)
     while True:
         yield collection(rng)

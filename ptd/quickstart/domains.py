@@ -1,7 +1,7 @@
 """The invented world that the quickstart's backbone is pretrained on: seven domains, their slots and their wordings.
 
-The lists are long on purpose. With few values a small model guesses them from their frequency; with some twenty or more
-the cheapest way to lower the loss is to copy the value from the context, the ability that a prefix steers later.
+The lists are long on purpose. With few values, a small model guesses them from their frequency. With about twenty or
+more, the easiest way to lower the loss is to copy the value from the context. A prefix later steers that ability.
 
 Alternatives inside a string are separated by ``/``. ``{}`` stands for the slot's value, ``@`` for the entity's name.
 """
@@ -17,7 +17,7 @@ YES_NO = ("yes", "no")
 
 @dataclass(frozen=True)
 class Slot:
-    """One attribute: its labels in records, its values, and its wordings as predicate, noun complement and question."""
+    """An attribute: its labels in records, its values, and its wordings as predicate, noun complement and question."""
 
     labels: tuple[str, ...]
     values: tuple[str, ...]
@@ -30,7 +30,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Domain:
-    """A kind of entity. ``pronouns`` are the ways to refer back to one; ``nouns`` the ways to call its kind."""
+    """A kind of entity. ``nouns`` name the kind; ``pronouns`` refer back to an entity of the kind."""
 
     nouns: tuple[str, ...]
     pronouns: tuple[str, ...]

@@ -1,8 +1,8 @@
-"""Pretrain the quickstart's backbone from nothing: ``python -m ptd.quickstart.pretrain --output DIR``.
+"""Pretrain the quickstart's backbone from scratch: ``python -m ptd.quickstart.pretrain --output DIR``.
 
-The result is what the package ships in ``ptd/quickstart/backbone``. It is small enough to make on two CPU cores in the
-time given by ``--minutes``: a byte-level BPE tokenizer, then a 3 M parameter Llama trained in bf16 autocast over fp32
-weights. The schedule follows the clock rather than a step count, so a slower machine takes fewer steps, not more time.
+The package ships the result in ``ptd/quickstart/backbone``. Two CPU cores make it in the time given by ``--minutes``:
+first a byte-level BPE tokenizer, then a Llama of 3 M parameters, trained in bf16 autocast over fp32 weights. The
+schedule depends on the elapsed time instead of a step count, so a slower machine takes fewer steps, not more time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TOKENIZER_SEED, TRAIN_SEED = 1, 2
 
 @dataclass
 class Outcome:
-    """What a pretraining run did, for the log and the model card."""
+    """The numbers of a pretraining run, for the log and the model card."""
 
     steps: int
     tokens: int
@@ -43,9 +43,9 @@ class Outcome:
 
 
 def train_tokenizer(documents: int = 12000) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with an end-of-text and a separate padding token; it adds no token by itself.
+    """Train a byte-level BPE tokenizer with an end-of-text and a separate padding token; it adds no token by itself.
 
-    Digits are split so that a number is copied digit by digit instead of needing a token for each number.
+    Each digit is a token, so that the model copies a number digit by digit instead of needing a token for each number.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -71,7 +71,7 @@ def train_tokenizer(documents: int = 12000) -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A randomly initialised Llama of 3.15 M parameters."""
+    """Return a randomly initialised Llama of 3.15 M parameters."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
@@ -89,7 +89,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: list[list[Segment]]) -> list[tuple[list[int], list[float]]]:
-    """Token ids and loss weights of each document, closed by the end-of-text token and cut to one row."""
+    """Return token ids and loss weights of each document, ended by the end-of-text token and truncated to one row."""
     texts = ["".join(text for text, _ in document) for document in documents]
     encoded = []
     for document, encoding in zip(documents, tokenizer.backend_tokenizer.encode_batch(texts), strict=True):
@@ -104,10 +104,10 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[list[Segment]]) -
 
 
 def packed_batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Endless batches of token ids, loss weights and document numbers, each ``[BATCH_ROWS, ROW_TOKENS]``.
+    """Yield batches of token ids, loss weights and document numbers without end, each ``[BATCH_ROWS, ROW_TOKENS]``.
 
-    Whole documents are packed into rows, longest first: a document cut in two would have its second half trained to
-    guess values whose source it cannot see.
+    Whole documents are packed into rows, longest first. If a document were cut in two, the second half would train the
+    model to guess values that it could not copy from the first half.
     """
     stream, rng = collections(seed), random.Random(seed)
     while True:
@@ -135,9 +135,10 @@ def packed_batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tu
 
 
 def document_mask(documents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention within each document ``[B, 1, S, S]`` and positions that restart with each ``[B, S]``.
+    """Return a causal mask within each document ``[B, 1, S, S]`` and positions that restart per document ``[B, S]``.
 
-    Without it the values of a row's other documents distract from the ones to copy, and copying is learnt later.
+    Without the mask, the values of other documents in the row distract from those to copy, and the model learns to copy
+    later.
     """
     same = documents[:, :, None] == documents[:, None, :]
     mask = same & torch.ones(same.shape[1:], dtype=torch.bool).tril()
@@ -145,7 +146,7 @@ def document_mask(documents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def learning_rate(progress: float) -> float:
-    """Linear warm-up, then a cosine down to a small fraction of the peak; ``progress`` runs from 0 to 1."""
+    """Return the rate at ``progress`` (0 to 1): linear warm-up, then a cosine down to a small fraction of the peak."""
     if progress < WARMUP_FRACTION:
         return PEAK_LEARNING_RATE * progress / WARMUP_FRACTION
     cosine = 0.5 * (1 + math.cos(math.pi * (progress - WARMUP_FRACTION) / (1 - WARMUP_FRACTION)))
@@ -153,14 +154,14 @@ def learning_rate(progress: float) -> float:
 
 
 def weighted_loss(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted mean next-token cross-entropy; ``logits`` is ``[B, S, V]``, ``ids`` and ``weights`` are ``[B, S]``."""
+    """Return the weighted mean next-token cross-entropy of ``logits [B, S, V]``, ``ids [B, S]``, ``weights [B, S]``."""
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
     weights = weights[:, 1:].flatten()
     return (losses * weights).sum() / weights.sum()
 
 
 def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, minutes: float, compiled: bool) -> Outcome:
-    """Train ``model`` in place for ``minutes`` of wall time, counted from the end of the first, compiling step."""
+    """Train ``model`` in place for ``minutes`` of wall time, counted from the end of the first step, which compiles."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     gains = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}]
@@ -196,7 +197,7 @@ def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, minute
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, card: str, folder: Path) -> None:
     """Write model, tokenizer, generation defaults and model card as a folder that ``from_pretrained`` reads."""
-    # The attribute would otherwise carry a path of the machine that trained the model.
+    # The attribute would otherwise hold a path on the machine that trained the model.
     model.config._name_or_path = ""
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -211,11 +212,13 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, card: str,
 
 
 def main() -> None:
-    """Command line entry."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for model, tokenizer and model card")
     parser.add_argument("--minutes", type=float, default=20.0, help="wall time of the training loop")
-    parser.add_argument("--no-compile", action="store_true", help="run eagerly: no C++ compiler needed, fewer steps")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="run eagerly; needs no C++ compiler, but takes fewer steps"
+    )
     arguments = parser.parse_args()
     torch.manual_seed(TRAIN_SEED)
     tokenizer = train_tokenizer()

@@ -1,4 +1,4 @@
-"""``ptd quickstart``: tune the shipped tiny backbone on several ranks with ZeRO-3, measured before and after."""
+"""``ptd quickstart``: tune the shipped tiny backbone on several ranks with ZeRO-3, and measure it before and after."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ RECIPE = Path(__file__).parent / "recipe.yaml"
 DECODING = Decoding(max_new_tokens=72)
 SAMPLES = 3
 PARTS = ("data", "run")
-"""What a quickstart writes into its folder."""
+"""Subfolders that a quickstart writes into its output folder."""
 
 
 def run_quickstart(
     output: Path, *, ranks: int, overwrite: bool, reporter: Reporter | None = None, quiet: bool = False
 ) -> dict[str, Any]:
-    """Run the whole story in ``output``; prints it, returns the metrics ``before`` and ``after`` and a ``prompt``.
+    """Measure, tune and measure again in ``output``; print the results and return ``before``, ``after`` and ``prompt``.
 
-    ``quiet``: only the metrics and samples are printed.
+    ``before`` and ``after`` are the metrics, ``prompt`` is that of the first held-out row. With ``quiet``, only metrics
+    and samples are printed.
 
-    Raises `UserError` if an earlier quickstart is there and ``overwrite`` is not set, or training fails.
+    Raises `UserError` if ``output`` holds an earlier quickstart and ``overwrite`` is not set, or if training fails.
     """
     reporter, output = reporter or Reporter(), as_path(output)
     say = (lambda text: None) if quiet else _headline
@@ -54,7 +55,7 @@ def run_quickstart(
     gpus = torch.cuda.device_count()
     ranks = min(ranks, gpus) if gpus else ranks
     began = time.time()
-    say(f"1/3  The frozen backbone alone (3 M parameters, trained by this project) on {held_out}")
+    say(f"1/3  The frozen backbone without a prompt (3 M parameters, pretrained by this project) on {held_out}")
     prompts_as_tuned = load_config(RECIPE).data.model_dump()
     frozen = load_tuned(None, str(BACKBONE), Ranks.start(), settings={"data": prompts_as_tuned})
     before, before_texts = _measure(frozen, held_out, reporter)
@@ -67,7 +68,7 @@ def run_quickstart(
         print("$ " + " ".join(_shown(part) for part in command), flush=True)
     status = subprocess.run(command, env=environment(gpus), stdout=subprocess.DEVNULL, check=False).returncode
     if status:
-        raise UserError(f"training ended with exit code {status}; what it said stands above")
+        raise UserError(f"training failed with exit code {status}; see its messages above")
 
     say("3/3  The same backbone with the prefix, on the same inputs (their names were never seen in training)")
     after, after_texts = _measure(load_tuned(str(run), None, Ranks.start()), held_out, reporter)
@@ -78,12 +79,12 @@ def run_quickstart(
         print(f"frozen     {_one_line(before_texts[index])}")
         print(f"tuned      {_one_line(after_texts[index])}")
         print(f"reference  {rows[index]['completion']}")
-    say(f"{time.time() - began:.0f} s in all. PEFT loads the adapter too.")
+    say(f"{time.time() - began:.0f} s in total. PEFT loads the adapter too.")
     return {"before": before, "after": after, "prompt": rows[0]["prompt"]}
 
 
 def training_command(ranks: int, train: Path, held_out: Path, run: Path, *, quiet: bool = False) -> list[str]:
-    """DeepSpeed's launcher on this machine with ``ptd train`` on every rank."""
+    """Return the command of DeepSpeed's launcher that runs ``ptd train`` on every rank of this machine."""
     overrides = [f"backbone.path={BACKBONE}", f"data.train={train}", f"data.eval={held_out}", f"output_dir={run}"]
     devices = os.environ.get("CUDA_VISIBLE_DEVICES") if torch.cuda.is_available() else None
     return local_command(Program.of(RECIPE, overrides, quiet=quiet), ranks, port=Ranks.free_port(), devices=devices)

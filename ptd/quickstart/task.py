@@ -1,13 +1,13 @@
-"""The quickstart's tuning task: from a restaurant's record in a new format to an advert in a new style.
+"""The quickstart's tuning task: write an advert in a new style from a restaurant's record in a new format.
 
-The words are known from pretraining; the record format and the sentences are not, so the frozen backbone cannot do it
-and a prefix can. The style is a handful of fixed rules:
+Pretraining teaches the words, but not the record format and the sentences, so the frozen backbone cannot do the task
+without a prefix but can with one. The style has a few fixed rules:
 
-- food and price open the text ("If you want cheap Thai meals, "), in this order whatever the record's; without both it
-  opens with "If you want a meal, ";
+- the text starts with price and food in this order ("If you want cheap Thai meals, "), whatever their order in the
+  record; if both are missing, it starts with "If you want a meal, ";
 - area (always known) and landmark follow the name ("go to Belmora in the old town, next to Tarvin Gate.");
-- families become "Good for children." or "Not for children.";
-- the rating closes the text ("Guests rated it 4 out of 5.").
+- the slot ``family`` becomes "Good for children." or "Not for children.";
+- the text ends with the rating ("Guests rated it 4 out of 5.").
 
 Every name in the evaluation rows is held out of the pretraining corpus and absent from the training rows.
 """
@@ -25,23 +25,23 @@ from ptd.quickstart.domains import DOMAINS
 Row = dict[str, str]
 
 SLOTS = tuple(DOMAINS["restaurant"].slots)
-# With the area missing in some rows, inventing one was the tuned prefix's commonest mistake on the evaluation rows.
+# When some rows had no area, the most frequent mistake with the tuned prefix on the evaluation rows was to invent one.
 ALWAYS_KNOWN = ("area",)
 
 
 def render_prompt(values: dict[str, str]) -> str:
-    """The record as one line, its slots in the order of ``values``."""
+    """Return the record as one line, with its slots in the order of ``values``."""
     return " | ".join(f"{slot}: {value}" for slot, value in values.items())
 
 
 def parse_prompt(prompt: str) -> dict[str, str]:
-    """The slots of a prompt made by `render_prompt`; the last line counts, so demonstrations may precede it."""
+    """Return the slots of a prompt made by `render_prompt`. Only its last line counts; examples may precede it."""
     line = prompt.strip().splitlines()[-1]
     return dict(field.split(": ", 1) for field in line.split(" | "))
 
 
 def render_completion(values: dict[str, str]) -> str:
-    """The text that the task asks for."""
+    """Return the reference text for a record."""
     wanted = [values[slot] for slot in ("price", "food") if slot in values]
     text = f"If you want {' '.join(wanted)} meals, " if wanted else "If you want a meal, "
     text += f"go to {values['name']}"
@@ -67,14 +67,14 @@ def _make_row(rng: random.Random, held_out: bool) -> Row:
 
 
 def make_task(seed: int = 0, train_rows: int = 400, eval_rows: int = 100) -> tuple[list[Row], list[Row]]:
-    """Training and evaluation rows, each ``{"prompt", "completion"}``; no name occurs in both."""
+    """Return training and evaluation rows, each ``{"prompt", "completion"}``; no name occurs in both."""
     rng = random.Random(seed)
     train = [_make_row(rng, held_out=False) for _ in range(train_rows)]
     return train, [_make_row(rng, held_out=True) for _ in range(eval_rows)]
 
 
 def write_task(folder: str | Path) -> tuple[Path, Path]:
-    """Write the task with its default sizes as ``train.jsonl`` and ``eval.jsonl``; returns their paths."""
+    """Write the task in its default sizes as ``train.jsonl`` and ``eval.jsonl``, and return their paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "train.jsonl", folder / "eval.jsonl"
@@ -84,10 +84,11 @@ def write_task(folder: str | Path) -> tuple[Path, Path]:
 
 
 def slot_accuracy(prompt: str, output: str) -> float:
-    """The fraction of the prompt's slots that the output expresses correctly, in whatever style.
+    """Return the fraction of the prompt's slots that the output expresses correctly, in any style.
 
-    A value counts when it occurs as a whole phrase; ``family`` when a sentence about children or families is there and
-    is negative exactly for "no". The measure is lenient about style on purpose: exact match is the strict one.
+    A value is correct if it occurs as a whole phrase. ``family`` is correct if the output has a clause about children
+    or families and every such clause is negative exactly for "no". The measure is lenient about style on purpose; exact
+    match is the strict measure.
     """
     values = parse_prompt(prompt)
     return sum(_expresses(output, slot, value) for slot, value in values.items()) / len(values)

@@ -1,4 +1,4 @@
-"""The views of an entity: records in eight layouts and texts of eleven kinds, worded by a `Style`."""
+"""The views of an entity: records in eight layouts and texts of eleven kinds; a `Style` chooses their wording."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass
 class Entity:
-    """Something invented: its domain, its name and the values of the slots that are known."""
+    """An invented entity: its domain, its name and the values of its known slots."""
 
     domain: Domain
     name: str
@@ -24,9 +24,10 @@ class Entity:
 
 
 class Style:
-    """A source of wording choices. A steady style answers the same question the same way each time.
+    """A source of wording choices. A steady style makes the same choice each time for the same key.
 
-    ``labels`` is the style that names the slots in records: another view's where both are to use the same labels.
+    ``labels`` is the style that names the slots in records. It is the style of another view if both views are to use
+    the same labels.
     """
 
     def __init__(self, rng: random.Random, steady: bool = True) -> None:
@@ -78,7 +79,7 @@ def _listing(parts: list[str]) -> str:
 
 
 def record(entity: Entity, style: Style, layout: int) -> str:
-    """The entity as a record in one of eight layouts; none is the tuning task's."""
+    """Return the entity as a record in one of eight layouts, none of which is the tuning task's."""
     slots = style.ordered(entity, "record order")
     labels = [style.labels.pick(f"label {slot}", entity.domain.slots[slot].labels) for slot in slots]
     pairs = list(zip(labels, (entity.values[slot] for slot in slots), strict=True))
@@ -189,7 +190,7 @@ _ARTICLE = re.compile(r"\b([Aa]) (?=[AEIOaeio])")
 
 
 def view(entity: Entity, style: Style, kind: int | None) -> str:
-    """The entity as the text view of the given kind, or as a record when there is none."""
+    """Return the entity as the text view ``kind``, or as a record if ``kind`` is None."""
     if kind is not None:
         return _ARTICLE.sub(r"\1n ", TEXT_VIEWS[kind](entity, style))
     return record(entity, style, int(style.number("layout") * RECORD_LAYOUTS))

@@ -1,4 +1,4 @@
-"""Labels as words of the language model: pattern and verbalizer (Schick & Schütze 2021, "PET")."""
+"""Classify by words of the language model: pattern and verbalizer (Schick & Schütze 2021, "PET")."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ptd.types import IGNORE_INDEX, Batch
 class Word:
     """A word that stands for ``label`` in ``pattern``: token ``tokens[j]`` is read at position ``positions[j]``.
 
-    A position is an index among the labelled positions of a row, over all its sequences in order.
+    A position is an index among the labelled positions of a row, counted over all its sequences in order.
     """
 
     pattern: int
@@ -28,7 +28,7 @@ class Word:
 
 
 class Cloze(Readout):
-    """The language model's probabilities of the labels' words, narrowed down to the labels; nothing is trained here.
+    """The language model's probabilities of the labels' words, normalised over the labels; no trained parameters.
 
     With the next-token or mask-filling distributions q at the positions of a word v = (t_1 … t_k),
 
@@ -36,11 +36,11 @@ class Cloze(Readout):
         s(l) = mean of log p(v) over the words v of label l
         p(l) = softmax_l s(l)
 
-    For a masked model q_j is read at the j-th of k masks, all at once (Schick & Schütze 2021b, "It's Not Just Size
-    That Matters", §3, its parallel form); for a causal one q_j is the exact next-token distribution behind
-    t_1 … t_{j-1}. For words of one token the normaliser of q cancels in p(l), which then is PET's softmax over the
-    (averaged) logits of the words. Several patterns are an ensemble, see `classify`. A row's label stands at all of its
-    labelled positions, of which every row has the same number; scores are log-probabilities, fp32 ``[labels]``.
+    For a masked model q_j is read at the j-th of k masks, all k in one pass (Schick & Schütze 2021b, "It's Not Just
+    Size That Matters", §3, the parallel form); for a causal model q_j is the exact next-token distribution after
+    t_1 … t_{j-1}. For words of one token the normaliser of q cancels in p(l), which is then PET's softmax over the
+    (averaged) logits of the words. Several patterns form an ensemble, see `classify`. Every row has the same number of
+    labelled positions, and its label is stored at each of them; scores are log-probabilities, fp32 ``[labels]``.
     """
 
     def __init__(self, words: Sequence[Word], labels: int, class_weights: Tensor | None = None) -> None:
@@ -48,13 +48,13 @@ class Cloze(Readout):
         self.patterns = 1 + max(word.pattern for word in words)
         cells = [word.pattern * labels + word.label for word in words]
         sharing = Counter(cells)
-        assert len(sharing) == self.patterns * labels, "every label has a word in every pattern"
+        assert len(sharing) == self.patterns * labels, "every label needs a word in every pattern"
         reads = [
             (position, token, cell)
             for word, cell in zip(words, cells, strict=True)
             for position, token in zip(word.positions, word.tokens, strict=True)
         ]
-        mean = torch.zeros(len(reads), len(sharing))  # read -> its share in the mean of a pattern's label
+        mean = torch.zeros(len(reads), len(sharing))  # read -> its weight in the mean of a pattern and label
         for number, (_, _, cell) in enumerate(reads):
             mean[number, cell] = 1 / sharing[cell]
         self.positions: Tensor

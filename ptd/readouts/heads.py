@@ -1,4 +1,4 @@
-"""Trained heads: the network behind them, and labels of whole sequences."""
+"""Trained heads: their network, and the classification of whole sequences."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ptd.types import Batch, matrix_rates
 
 Pooling = Literal["cls", "last", "mean"]
 ROWS = 1024
-"""Rows of data whose features a trained head is taken to tell apart, for its learning rate: measured on two backbones,
-its best rate is then that of a prompt (benchmarks/README.md)."""
+"""Number of data rows whose features a trained head is assumed to distinguish, for its learning rate. With this number
+the best rate of a head, measured on two backbones, is that of a prompt (benchmarks/README.md)."""
 
 
 class Head(nn.Module):
-    """Linear layers with tanh between them: ``hidden_size -> *hidden_sizes -> outputs``. None hidden: linear.
+    """Linear layers with tanh between them: ``hidden_size -> *hidden_sizes -> outputs``. No hidden sizes: one layer.
 
-    The last layer starts at zero: all outputs start alike, whatever the size of the hidden states.
+    The last layer starts at zero, so all outputs start equal, whatever the size of the hidden states.
 
     ``forward``: ``[..., hidden_size]`` of any dtype -> fp32 ``[..., outputs]``; the parameters are fp32 whatever the
     backbone's dtype.
@@ -42,7 +42,7 @@ class Head(nn.Module):
             nn.init.zeros_(parameter)
 
     def rates(self, input_size: float) -> dict[str, float]:
-        """Factors of the learning rate by parameter name: `matrix_rates`, for inputs of this root mean square."""
+        """Return learning-rate factors by parameter name: `matrix_rates`, for inputs of this root mean square."""
         rates = matrix_rates(self, ROWS)
         return {name: rate / input_size if name == "layers.0.weight" else rate for name, rate in rates.items()}
 
@@ -61,10 +61,10 @@ class HeadReadout(Readout):
 
 
 class PooledClassifier(HeadReadout):
-    """A head on one vector a sequence: its first position (``cls``), its ``last`` one or the ``mean`` of all.
+    """A head on one vector per sequence: its first position (``cls``), its ``last`` position or the ``mean`` of all.
 
-    A row's label stands at the first position of each of its sequences. Several sequences a row are an ensemble, see
-    `classify`. ``class_weights``: weight of each label in the loss, fp32 ``[labels]``; None: 1.
+    A row's label is stored at the first position of each of its sequences. Several sequences per row form an ensemble,
+    see `classify`. ``class_weights``: weight of each label in the loss, fp32 ``[labels]``; None: 1.
     """
 
     def __init__(self, head: Head, pooling: Pooling, class_weights: Tensor | None = None) -> None:
@@ -79,7 +79,7 @@ class PooledClassifier(HeadReadout):
         return classify(logits.view(len(targets), batch.group, -1), targets, self.class_weights, scores)
 
     def pool(self, run: Run, batch: Batch) -> Tensor:
-        """One fp32 vector a sequence: ``[sequences, hidden]``."""
+        """Return one fp32 vector per sequence: ``[sequences, hidden]``."""
         if self.pooling != "mean":
             return run(batch, batch.starts + (batch.lengths - 1 if self.pooling == "last" else 0)).float()
         lengths = batch.lengths
@@ -91,10 +91,10 @@ class PooledClassifier(HeadReadout):
 
 
 def classify(logits: Tensor, targets: Tensor, class_weights: Tensor | None, scores: bool) -> Reading:
-    """Loss and scores of rows that were read ``P`` times each: logits fp32 ``[R, P, labels]``, targets ``[R]``.
+    """Return loss and scores of rows that were read ``P`` times each: logits fp32 ``[R, P, labels]``, targets ``[R]``.
 
     With the probabilities p_i = softmax(logits_i) of reading i and the weight w of the row's label y, the loss of a row
-    is w · mean_i −log p_i(y) and its weight w; its scores are log mean_i p_i, ``[labels]``.
+    is w · mean_i −log p_i(y) and its weight is w; its scores are log mean_i p_i, ``[labels]``.
     """
     targets = to_device(targets, logits.device)
     log_p = log_softmax(logits, dim=-1)

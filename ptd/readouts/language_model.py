@@ -11,7 +11,7 @@ from ptd.types import IGNORE_INDEX, Batch
 
 
 class LanguageModel(Readout):
-    """Sum of the cross-entropies at the labelled positions; only these are projected to the vocabulary."""
+    """Sum of the cross-entropies at the labelled positions; only these positions are projected to the vocabulary."""
 
     def read(self, run: Run, batch: Batch, scores: bool) -> Reading:
         labels = batch.labels.flatten()
@@ -24,4 +24,4 @@ class LanguageModel(Readout):
         return Reading(cross_entropy(logits.float(), targets, reduction="sum"), float(batch.supervised_tokens))
 
     def idle(self, run: Run, batch: Batch) -> Tensor:
-        return self.read(run, batch, scores=False).loss  # it has no labels
+        return self.read(run, batch, scores=False).loss  # the batch has no labels

@@ -1,4 +1,4 @@
-"""Where an answer starts and where it ends, by a trained head on the last hidden states: extractive QA."""
+"""Extractive question answering: a trained head on the last hidden states predicts an answer's start and end."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ptd.transfer import to_device
 from ptd.types import Batch
 
 CANDIDATE, START, END = 0, 1, 2
-"""Labels of the positions that an answer may start and end at; one that does both has ``START | END``."""
+"""Labels of the positions at which an answer may start or end; a position that is both has ``START | END``."""
 
 
 class Spans(HeadReadout):
-    """(CE of the start + CE of the end) / 2 a row, each over the row's candidates (BERT, Devlin et al. 2019, §4.2).
+    """(CE of the start + CE of the end) / 2 per row, each over the row's candidates (BERT, Devlin et al. 2019, §4.2).
 
     Every row has exactly one start and one end among its candidates. Scores of a row: logits ``[candidates, 2]``.
     """
@@ -31,7 +31,7 @@ class Spans(HeadReadout):
         logits = self.head(run(batch, positions))
         log_probs = log_softmax(_by_row(logits, counts), dim=1)
         flags = batch.labels.flatten()[positions]
-        # Both flags occur once a row, so what is picked is one start and one end of every row.
+        # Each flag occurs once per row, so this selects one start and one end of every row.
         candidate, end = (torch.stack([flags & START, flags & END], dim=1) != 0).nonzero().unbind(1)
         row, column = _places(counts)
         targets = to_device(torch.stack([row[candidate], column[candidate], end]), logits.device)
@@ -41,13 +41,13 @@ class Spans(HeadReadout):
 
 
 def _places(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The row of each candidate and which of its row's it is: int64 ``[K]`` each, on the host as ``counts`` are."""
+    """Return each candidate's row and its index in that row: int64 ``[K]`` each, on the host like ``counts``."""
     row = torch.repeat_interleave(counts)
     return row, torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
 
 
 def _by_row(values: Tensor, counts: Tensor) -> Tensor:
-    """``[K, 2]``, row after row -> ``[rows, longest, 2]``, filled up with -inf. ``counts`` are on the host."""
+    """Pad ``[K, 2]``, row after row, with -inf to ``[rows, longest, 2]``. ``counts`` are on the host."""
     row, column = _places(counts)
     longest = int(counts.max())
     padded = values.new_full((len(counts) * longest, values.shape[1]), float("-inf"))

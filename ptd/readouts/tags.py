@@ -1,4 +1,4 @@
-"""A label for each labelled position, by a trained head on the last hidden states: token classification."""
+"""Token classification: a trained head on the last hidden states predicts a label at each labelled position."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ptd.types import IGNORE_INDEX, Batch
 
 
 def positions_by_row(batch: Batch) -> tuple[Tensor, Tensor]:
-    """The labelled positions (int64 ``[K]``, ascending) and how many of them each row has (int64 ``[rows]``).
+    """Return the labelled positions (int64 ``[K]``, ascending) and their number per row (int64 ``[rows]``).
 
-    For batches whose rows are one sequence each.
+    Every row of the batch has to be one sequence.
     """
     assert batch.group == 1
     positions = (batch.labels.flatten() != IGNORE_INDEX).nonzero().flatten()
@@ -26,9 +26,9 @@ def positions_by_row(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 class Tags(HeadReadout):
-    """Cross-entropy of ``labels`` classes at the labelled positions; nothing else leaves the backbone.
+    """Cross-entropy of ``labels`` classes at the labelled positions; the backbone returns no other positions.
 
-    ``class_weights`` (one a label) weigh both the sum of the losses and what it is divided by, as in torch's
+    ``class_weights`` (one per label) weight both the sum of the losses and its divisor, as in torch's
     ``CrossEntropyLoss(weight=…)``. Scores of a row: log-probabilities ``[its labelled positions, labels]``.
     """
 
@@ -44,7 +44,7 @@ class Tags(HeadReadout):
         weights = torch.ones(labels) if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         assert len(weights) == labels
         self.class_weights: Tensor
-        self.register_buffer("class_weights", weights, persistent=False)  # the adapter keeps them by label name
+        self.register_buffer("class_weights", weights, persistent=False)  # the adapter stores them by label name
 
     def read(self, run: Run, batch: Batch, scores: bool) -> Reading:
         positions, counts = positions_by_row(batch)

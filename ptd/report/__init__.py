@@ -1,4 +1,4 @@
-"""``ptd report``: what runs have left behind, as one page."""
+"""``ptd report``: show the results of one or several runs on one page."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ REPORT = "report.html"
 
 
 def report(folders: Sequence[Path], output: Path | None = None, *, pngs: Path | None = None) -> dict[str, Any]:
-    """Write the page of one run, or of several beside each other; with ``pngs`` also each plot as a file there.
+    """Write the page of one run, or of several next to each other; with ``pngs``, also write each plot to that folder.
 
-    ``output``: by default report.html in the folder of a single run, in the current one for several. Returns where it
-    was written (``report``, ``png``), the ``runs`` with their figures and, of several, the ``differences`` of their
-    settings. Raises `UserError` for folders that hold no run, or where the files cannot be written.
+    ``output``: by default report.html, in the run's folder for a single run, in the current folder for several. Returns
+    the files written (``report``, ``png``), the ``runs`` with their figures and, for several runs, the ``differences``
+    of their settings. Raises `UserError` if a folder holds no run or the files cannot be written.
     """
     folders = [as_path(folder) for folder in folders]
     target = as_path(output) if output is not None else folders[0] / REPORT if len(folders) == 1 else Path(REPORT)
@@ -41,7 +41,7 @@ def report(folders: Sequence[Path], output: Path | None = None, *, pngs: Path | 
     except OSError as error:
         raise UserError(
             f"{'--output' if place is target else '--png'}: cannot write {place} ({error.strerror or error}); give "
-            "another place"
+            "another path"
         ) from error
     return {
         "report": str(target),
@@ -52,9 +52,9 @@ def report(folders: Sequence[Path], output: Path | None = None, *, pngs: Path | 
 
 
 def leave_report(folder: Path) -> str | None:
-    """Write report.html and loss.png into a run's folder; returns what was in the way of that, if anything was.
+    """Write report.html and loss.png into a run's folder; return why that failed, None if it did not.
 
-    The run is over and kept by then, so that nothing here is worth an error.
+    By then the run has ended and its results are saved, so a failure here does not raise.
     """
     try:
         run = read_run(folder)
@@ -62,6 +62,6 @@ def leave_report(folder: Path) -> str | None:
         plot_loss(folder)
         write_atomically(folder / REPORT, render([run], found))
     except Exception as error:
-        again = f"ptd report {folder} writes it again"
+        again = f"run ptd report {folder} to write it"
         return f"{REPORT} was not written ({type(error).__name__}: {error}); {again}"
     return None

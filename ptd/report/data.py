@@ -1,4 +1,4 @@
-"""A run's folder as plain data, whatever state the run is in; what does not have the expected form is left out."""
+"""Read a run's folder as plain data, whatever state the run is in; entries of unexpected form are left out."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ptd.types import UserError
 
 Record = dict[str, Any]
 ALONE, TRAIN_ALONE = "frozen_", "frozen_train_loss"
-"""What the names of figures of the backbone alone begin with, and the one that is not of held-out rows."""
+"""Prefix of the names of figures of the frozen backbone, and the one that is not measured on held-out rows."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """``facts`` is run.json, ``steps`` and ``evaluations`` are the two kinds of records, oldest first; ``alone`` is
-    what was measured of the backbone alone, under the names of an evaluation."""
+    """``facts`` is run.json; ``steps`` and ``evaluations`` are the two kinds of records, oldest first; ``alone`` holds
+    the figures of the frozen backbone, without a prompt, under the names of an evaluation."""
 
     name: str
     facts: dict[str, Any] = field(default_factory=dict)
@@ -31,11 +31,11 @@ class Run:
     alone: Record = field(default_factory=dict)
 
     def section(self, name: str) -> dict[str, Any]:
-        """A mapping of run.json, or an empty one."""
+        """Return a mapping of run.json, or an empty one."""
         return _mapping(self.facts.get(name))
 
     def config(self, section: str, key: str) -> Any:
-        """A value of the resolved configuration, or None."""
+        """Return a value of the resolved configuration, or None."""
         return _mapping(self.section("config").get(section)).get(key)
 
     @property
@@ -45,13 +45,13 @@ class Run:
         return [_mapping(each) for each in listed] if isinstance(listed, list) else []
 
     def last(self, key: str, records: Sequence[Record] | None = None) -> float | None:
-        """The newest number under ``key`` in ``records`` (None: those of steps)."""
+        """Return the newest number under ``key`` in ``records`` (None: the records of steps), or None."""
         found = numbers(self.steps if records is None else records, key)
         return found[-1][1] if found else None
 
 
 def numbers(records: Iterable[Record], key: str) -> list[tuple[int, float]]:
-    """Step and value where there is a finite one."""
+    """Return step and value of the records that have a finite number under ``key``."""
     return [(record["step"], record[key]) for record in records if is_number(record.get(key))]
 
 
@@ -60,7 +60,7 @@ def is_number(value: Any) -> bool:
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
-    """Read a run's folder. Raises `UserError` if there is neither run.json nor metrics.jsonl in it."""
+    """Read a run's folder. Raises `UserError` if it has neither run.json nor metrics.jsonl, or they are unreadable."""
     file = folder / "run.json"
     if not file.is_file() and not (folder / METRICS).is_file():
         what = "there is no such folder" if not folder.is_dir() else f"it has neither run.json nor {METRICS}"
@@ -87,7 +87,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Runs under the shortest names that tell their folders apart."""
+    """Read runs, and name them by the shortest ends of their paths that differ. Raises `UserError` for duplicates."""
     places = [folder.resolve() for folder in folders]
     twice = sorted({str(place) for place in places if places.count(place) > 1})
     if twice:

@@ -1,4 +1,4 @@
-"""What all pages have in common: base.html around a template, and how it is filled."""
+"""Fill the templates of pages, all of which extend base.html."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BASE = Path(__file__).parent
 
 
 def fill(template: Path, **values: Any) -> str:
-    """The page of a ``template``, which extends base.html. Whatever it shows is escaped, but for `Markup`."""
+    """Return the page of a ``template`` that extends base.html. All values are escaped except `Markup`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, BASE]),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""Panels of layers -> figures: what adds up, over the steps of a run, or of several runs as a bar each."""
+"""Draw panels of stacked layers, whose values add up: over the steps of one run, or as one bar per run."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ptd.report.panels import STEP, Panel
 from ptd.report.theme import GLYPHS, SENTINEL, Theme
 
 WIDTH, LEFT, RIGHT, BELOW, ABOVE, BAR = 4.0, 0.68, 0.18, 0.485, 0.52, 0.24
-"""Inches: of the figure, around the axes, and of a bar."""
+"""Inches: width of the figure, margins around the axes, height of a bar."""
 COLUMNS = 4
-"""Of the legend."""
+"""Columns of the legend."""
 LETTERS = 9
-"""Of a run's name, where its mark is not known from elsewhere."""
+"""Letters of a run's name next to its bar, in figures that do not name the run by its mark."""
 
 
 def draw_layers(panel: Panel, theme: Theme) -> Figure:
-    """A figure of layers with their legend, without a title."""
+    """Draw a figure of layers with their legend, without a title."""
     height = max(2.85, BELOW + ABOVE + BAR * len(panel.bars))
     figure = Figure(figsize=(WIDTH, height), facecolor="none" if theme is SENTINEL else theme.paper)
     box = (LEFT / WIDTH, BELOW / height, 1 - (LEFT + RIGHT) / WIDTH, 1 - (BELOW + ABOVE) / height)
@@ -62,7 +62,7 @@ def _set_look(axes: Axes, panel: Panel, theme: Theme) -> None:
 
 
 def _set_bars(axes: Axes, panel: Panel, theme: Theme, top: float) -> None:
-    """One bar below the other; on a page they are named by the runs' marks, elsewhere by their names."""
+    """Set the axes of bars; on a page the runs' marks name the bars, elsewhere the runs' names do."""
     marks = [GLYPHS[number % len(GLYPHS)] for number in range(len(panel.bars))]
     short = [name if len(name) <= LETTERS else f"{name[: LETTERS - 1]}…" for name in panel.bars]
     names = marks if theme is SENTINEL else short
@@ -74,7 +74,7 @@ def _set_bars(axes: Axes, panel: Panel, theme: Theme, top: float) -> None:
 
 
 def _legend(axes: Axes, handles: Sequence[Patch], theme: Theme) -> None:
-    # matplotlib fills columns; people read rows.
+    # matplotlib fills the legend by columns, but people read it by rows.
     rows = -(-len(handles) // COLUMNS)
     order = [row * COLUMNS + column for column in range(COLUMNS) for row in range(rows)]
     shown = [handles[place] for place in order if place < len(handles)]

@@ -1,4 +1,4 @@
-"""The page of a report: one file that needs no network and no script."""
+"""Render the page of a report: one file that needs no network and no script."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPEED = ("throughput", "step_time", SPLIT[0], "memory", "network")
 
 
 def render(runs: Sequence[Run], found: Sequence[Panel]) -> str:
-    """HTML of one run, or of several beside each other. Whatever comes from the runs is escaped."""
+    """Return the HTML of one run, or of several next to each other. Everything that comes from the runs is escaped."""
     several = len(runs) > 1
     figures = [
         {

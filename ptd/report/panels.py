@@ -1,4 +1,4 @@
-"""Runs -> panels: which curves are drawn together, and in which units."""
+"""Turn runs into panels: choose which curves are drawn together, and in which units."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from ptd.engine.phases import OTHER
 from ptd.report.data import Record, Run, is_number
 
 STEP = "optimizer step"
-ALONE = "backbone alone"
+ALONE = "frozen backbone"
 NOT_DRAWN = ("eval_loss", "eval_supervised_tokens", "eval_rows")
-"""Of an evaluation: has a panel of its own, or is no measure."""
+"""Entries of an evaluation that have their own panel or are not metrics."""
 PERCENT = {"accuracy", "macro_f1", "mcc", "precision", "recall", "f1", "exact_match"}
-"""Metrics of the tasks that are 100 at best."""
+"""Metrics of the tasks whose best value is 100."""
 LONGEST = 20
-"""Letters of a metric that an axis has room for."""
+"""Letters of a metric's name that fit on an axis."""
 SPREAD = 30.0
-"""Largest over median value from which a logarithmic axis shows more."""
+"""Ratio of the largest to the median value above which an axis is logarithmic."""
 
-SPLIT = ("phases", "Where a step's time goes", "seconds a step, rank 0")
-"""Name, title and unit of the panel of what a step's time is spent on."""
+SPLIT = ("phases", "Where a step's time goes", "seconds per step, rank 0")
+"""Name, title and unit of the panel that shows what a step's time is spent on."""
 LAYERS = {"data": 4, "encoder": 2, "forward": 0, "backward": 1, "reduce": 3, "optimizer": 5, OTHER: -1}
-"""What a step consists of, and its place in the palette (−1: none of its colours)."""
+"""The phases of a step, and their places in the palette (−1: none of its colours)."""
 PARTS = 150
-"""What is drawn of longer series of layers: means over so many parts of them."""
+"""Longer series of layers are drawn as means over this number of parts."""
 TALL = 3.0
-"""Times the median: what is higher leaves the plot, or one slow step would flatten all others."""
+"""Values above this multiple of the median are cut off, because one slow step would flatten all others."""
 
 
 @dataclass(frozen=True)
 class Curve:
     """``y`` over ``x``; NaN is a gap. ``colour``: place in the palette (−1: none of its colours); ``dashed``, ``dots``:
-    how it is drawn. One without a ``label`` is in no legend."""
+    how the curve is drawn. A curve without a ``label`` is not in the legend."""
 
     label: str
     x: np.ndarray
@@ -48,10 +48,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves over one pair of axes. ``name`` fits a file name; ``marks`` are steps, ``alarms`` are steps with a word;
-    ``note`` is said below.
+    """Curves over one pair of axes. ``name`` is valid as a file name; ``marks`` are steps, ``alarms`` are steps with a
+    word; ``note`` is the text below the panel.
 
-    ``layers``: the curves lie on each other, cut off at ``top``; with ``bars`` their places are not steps but these.
+    ``layers``: the curves are stacked, and cut off at ``top``; with ``bars``, their ``x`` are these runs, not steps.
     """
 
     name: str
@@ -70,7 +70,10 @@ class Panel:
 
 @dataclass(frozen=True)
 class _Kind:
-    """``main`` is drawn whole, ``other`` dashed: label, key of the records and what it is divided by."""
+    """A panel of records: ``main`` is drawn as full lines, ``other`` as dashed lines (each: label, key of the records).
+
+    Values are divided by ``divisor``.
+    """
 
     name: str
     title: str
@@ -88,17 +91,18 @@ _KINDS = (
     _Kind("loss_scale", "Loss scale (float16)", "loss scale (no unit)", ("loss scale", "loss_scale"), from_zero=False),
     _Kind("throughput", "Useful tokens", "tokens/s, all ranks", ("tokens", "tokens_per_second"),
           note="Padding does not count."),
-    _Kind("step_time", "Time of a step", "seconds", ("whole step", "step_seconds"),
+    _Kind("step_time", "Time per step", "seconds", ("whole step", "step_seconds"),
           ("slowest rank's own part", "slowest_rank_seconds"),
-          note="A rank's own part is data, forward and backward; the rest is sums over ranks, optimizer and waiting."),
+          note="A rank's own part is data, forward and backward; the rest is reductions, optimizer and waiting."),
     _Kind("memory", "Peak memory", "GiB, rank 0", ("peak so far", "peak_memory_bytes"), divisor=2**30,
-          note="Of the GPU's allocator; on a CPU of the whole process."),
-    _Kind("network", "Network", "MB a step, all ranks", ("inside nodes", "inside"), ("between nodes", "between"), 1e6),
+          note="Memory of the GPU's allocator; on a CPU, of the whole process."),
+    _Kind("network", "Network", "MB per step, all ranks",
+          ("inside nodes", "inside"), ("between nodes", "between"), 1e6),
 )  # fmt: skip
 
 
 def panels(runs: Sequence[Run]) -> list[Panel]:
-    """All panels that the runs have numbers for."""
+    """Return all panels that the runs have numbers for."""
     found = [*_loss(runs)]
     records = [[_with_places(record) for record in run.steps] for run in runs]
     found += [_panel(kind, runs, records) for kind in _KINDS]
@@ -114,18 +118,18 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
 
 
 def metrics(runs: Sequence[Run]) -> list[str]:
-    """The records' names of what the evaluations measured beside the loss."""
+    """Return the names, in the records, of the metrics that the evaluations measured in addition to the loss."""
     names = {key: None for run in runs for record in run.evaluations for key in record if key.startswith("eval_")}
     return [name for name in names if name not in NOT_DRAWN]
 
 
 def _split(runs: Sequence[Run]) -> Panel:
-    """Where the time of a step goes, of the runs whose records say so."""
+    """Return the panel of what a step's time is spent on, for the runs whose records have it."""
     return _over_steps(runs[0]) if len(runs) == 1 else _by_run(runs)
 
 
 def mean_split(run: Run) -> dict[str, float]:
-    """Mean seconds a step of each phase, over the records that have them; empty without any."""
+    """Return the mean seconds per step of each phase, over the records that have them; empty if none has."""
     found = [record["phase_seconds"] for record in _divided(run)]
     return {name: float(np.mean([each[name] for each in found])) for name in LAYERS} if found else {}
 
@@ -155,7 +159,7 @@ def _over_steps(run: Run) -> Panel:
     top, notes = None, []
     if total.max() > limit > 0:
         top = 1.15 * float(total[total <= limit].max())
-        notes.append(f"Cut off at the top: the longest is {total.max():.3g} s.")
+        notes.append(f"Cut off at the top; the highest value is {total.max():.3g} s.")
     if len(records) > PARTS:
         notes.append(f"Means over {PARTS} parts of the run.")
     return _layers(layers, top=top, note=" ".join(notes))
@@ -198,14 +202,14 @@ def _loss(runs: Sequence[Run]) -> list[Panel]:
     panel = _with_alone(_axes("loss", "Loss", unit, [curve for curve in both if len(curve.x)]), runs, "eval_loss")
     starts = [attempt.get("from_step") for attempt in runs[0].attempts[1:]]
     marks = tuple(sorted({start for start in starts if isinstance(start, int) and start > 0}))
-    note = "Vertical lines: where an interrupted run was continued." if marks else ""
+    note = "Vertical lines: steps from which the run was continued." if marks else ""
     step = runs[0].section("diverged").get("step")
     alarms = ((step, "diverged"),) if isinstance(step, int) else ()
     return [replace(panel, marks=marks, alarms=alarms, note=note)]
 
 
 def _with_alone(panel: Panel, runs: Sequence[Run], key: str) -> Panel:
-    """With a dashed line where the backbone alone is, in the colour of the held-out rows, or of the run."""
+    """Return ``panel`` with a dashed line for the frozen backbone, in the colour of the held-out rows or of the run."""
     levels = {number: run.alone[key] for number, run in enumerate(runs) if is_number(run.alone.get(key))}
     if not levels or not panel.curves:
         return panel
@@ -236,7 +240,7 @@ def _panel(kind: _Kind, runs: Sequence[Run], records: Sequence[Sequence[Record]]
     panel = _axes(kind.name, kind.title, kind.unit, curves, from_zero=kind.from_zero)
     said = kind.note
     if len(runs) > 1 and kind.other is not None and any(curve.dashed for curve in panel.curves):
-        said = f"Whole lines: {kind.main[0]}; dashed: {kind.other[0]}. {said}".strip()
+        said = f"Full lines: {kind.main[0]}; dashed lines: {kind.other[0]}. {said}".strip()
     return replace(panel, note=said)
 
 
@@ -271,8 +275,10 @@ def _with_places(record: Record) -> Record:
 
 
 def thin(x: np.ndarray, y: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """The smallest and the largest value of each of ``columns`` equal parts of the axis, in their order: as much as
-    that many pixels can show. ``x`` ascends; a part without a finite value keeps one NaN."""
+    """Return the smallest and the largest value in each of ``columns`` equal parts of the axis, in the order of ``x``.
+
+    That is as much as so many pixels can show. ``x`` ascends; a part without a finite value keeps one NaN.
+    """
     if len(x) <= 2 * columns:
         return x, y
     width = (x[-1] - x[0]) / columns or 1.0

@@ -1,4 +1,4 @@
-"""Panels -> figures, and figures -> PNG or SVG that takes its colours from the page."""
+"""Draw panels as figures, and write figures as PNG, or as SVG that takes its colours from the page."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from ptd.report.svg import inline, quietly
 from ptd.report.theme import LIGHT, MARKERS, SENTINEL, Theme
 
 SIZE = (4.0, 2.55)
-"""Inches: a page shows one at about this size on a phone, and larger elsewhere."""
+"""Inches; a page shows a figure at about this size on a phone, and larger on other screens."""
 COLUMNS, FEWEST_COLUMNS = 600, 60
-"""Of a panel with one curve, and of each of very many: what is drawn of longer series (`thin`)."""
+"""Columns to which `thin` reduces longer series: for a single curve, and at least for each of many curves."""
 SHORT_LEGEND = 36
-"""Letters of the labels of a legend that fits above a plot, beside their marks."""
+"""Letters of all labels, without their marks, up to which a legend fits above a plot."""
 MEAN_FROM, MEAN_SHARE = 100, 50
-"""From so many records on a curve is drawn pale under its running mean over this part of them."""
+"""With at least `MEAN_FROM` records, a curve is pale under its running mean over 1/`MEAN_SHARE` of the records."""
 
 
 def draw(panel: Panel, theme: Theme, *, legend: bool) -> Figure:
-    """One figure, without a title. ``legend``: name the curves in it (layers are always named)."""
+    """Draw one figure, without a title. ``legend``: name the curves in the figure (layers are always named)."""
     if panel.layers:
         return draw_layers(panel, theme)
     figure = Figure(figsize=SIZE, facecolor="none" if theme is SENTINEL else theme.paper)
@@ -65,13 +65,13 @@ def _add(axes: Axes, curve: Curve, theme: Theme, columns: int, *, marked: bool) 
         options |= {"marker": MARKERS[number], "markersize": 3.6}
     elif len(x) == 1:
         options |= {"marker": MARKERS[number], "markersize": 4}
-    elif marked and not curve.dashed:  # a few along the line, not at the same places for all
+    elif marked and not curve.dashed:  # a few markers, at different places on each line
         options |= {"marker": MARKERS[number], "markersize": 3.6, "markevery": (0.04 * (1 + number), 0.25)}
     return axes.plot(x, y, **options)[0]
 
 
 def running_mean(x: np.ndarray, y: np.ndarray, parts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means over windows of 1/``parts`` of the records, each half over the next; of what is finite in them."""
+    """Return means of the finite values in windows of 1/``parts`` of the records; neighbours overlap by half."""
     width = max(1, len(x) // parts)
     starts = np.arange(0, len(x) - width + 1, max(1, width // 2))
     finite = np.isfinite(y)
@@ -108,11 +108,11 @@ def _set_axes(axes: Axes, panel: Panel, theme: Theme) -> None:
 
 
 def _legend(axes: Axes, lines: Sequence[Line2D], panel: Panel, theme: Theme) -> None:
-    # A label that begins with an underscore is none to matplotlib.
+    # matplotlib ignores labels that begin with an underscore.
     named = [(line, curve.label) for line, curve in zip(lines, panel.curves, strict=True) if curve.label]
     labels = [f" {label}"[label[:1] != "_" :][:40] for _, label in named]
     place: dict[str, Any] = {"loc": "best"}
-    if len(labels) <= 2 or sum(map(len, labels)) <= SHORT_LEGEND:  # above
+    if len(labels) <= 2 or sum(map(len, labels)) <= SHORT_LEGEND:  # above the plot
         place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "ncols": len(labels), "borderaxespad": 0.2}
     look = {"frameon": False, "fontsize": 8, "labelcolor": theme.ink, "handlelength": 1.8, "columnspacing": 1.2}
     legend = axes.legend([line for line, _ in named], labels, **look, **place)
@@ -121,7 +121,7 @@ def _legend(axes: Axes, lines: Sequence[Line2D], panel: Panel, theme: Theme) -> 
 
 
 def png(panel: Panel, path: Path, *, dpi: int = 200) -> None:
-    """Write a figure by itself, in light colours. Raises `OSError`."""
+    """Write one panel as a PNG file, in light colours. Raises `OSError`."""
     buffer = io.BytesIO()
     with quietly():
         draw(panel, LIGHT, legend=len(panel.curves) > 1).savefig(buffer, format="png", dpi=dpi)
@@ -129,7 +129,7 @@ def png(panel: Panel, path: Path, *, dpi: int = 200) -> None:
 
 
 def plot_loss(folder: Path) -> Path | None:
-    """Draw ``loss.png`` from the records of a run's folder; None when there is nothing to draw."""
+    """Draw ``loss.png`` from the records of a run's folder and return its path; None if there is nothing to draw."""
     found = [panel for panel in panels([read_run(folder)]) if panel.name == "loss"]
     for panel in found:
         png(panel, folder / "loss.png")
@@ -137,13 +137,13 @@ def plot_loss(folder: Path) -> Path | None:
 
 
 def svg(panel: Panel, number: int, *, legend: bool) -> str:
-    """The ``number``-th figure of a page as an ``<svg>`` element, in the page's own colours."""
+    """Return the ``number``-th figure of a page as an ``<svg>`` element, in the page's colours."""
     over = f"of {len(panel.bars)} runs" if panel.bars else f"over {STEP}"
     return inline(draw(panel, SENTINEL, legend=legend), number, f"{panel.title}: {panel.unit} {over}")
 
 
 def save_pngs(found: Sequence[Panel], folder: Path) -> list[Path]:
-    """One file a panel. Raises `OSError`."""
+    """Write one PNG file per panel and return the files. Raises `OSError`."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for panel in found:

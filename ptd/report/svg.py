@@ -1,4 +1,4 @@
-"""Figures as ``<svg>`` elements of a page: in its colours and its font, without a file beside it."""
+"""Turn figures into ``<svg>`` elements of a page, in the page's colours and font, without further files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ XLINK = "{http://www.w3.org/1999/xlink}href"
 
 
 def inline(figure: Figure, number: int, label: str) -> str:
-    """The ``number``-th figure of a page, drawn in `SENTINEL`'s colours; ``label`` is read out in its place."""
+    """Return the ``number``-th figure of a page, drawn in `SENTINEL`'s colours; screen readers read ``label``."""
     buffer = io.StringIO()
     with quietly(), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ptd"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -26,7 +26,7 @@ def inline(figure: Figure, number: int, label: str) -> str:
 
 
 class quietly(warnings.catch_warnings):
-    """Without warnings of names in letters that matplotlib's font does not have: the page has its own fonts."""
+    """Suppress warnings about letters that matplotlib's font does not have: the page has its own fonts."""
 
     def __enter__(self) -> Any:
         entered = super().__enter__()
@@ -35,7 +35,7 @@ class quietly(warnings.catch_warnings):
 
 
 def _inline(text: str, number: int, label: str) -> str:
-    """Without what a page has no use for; identifiers that no other figure has; colours of the page."""
+    """Remove what a page does not need, make identifiers unique among figures, and use the page's colours."""
     ElementTree.register_namespace("", SVG)
     root = ElementTree.fromstring(text)
     for parent in list(root.iter()):
@@ -48,7 +48,7 @@ def _inline(text: str, number: int, label: str) -> str:
         if own in names:
             element.set("id", names[own])
         target = element.attrib.pop(XLINK, None)
-        if target is not None:  # a mark of this file, or the data of a picture
+        if target is not None:  # a reference within this file, or the data of an image
             element.set("href", f"#{names[target[1:]]}" if target.startswith("#") else "".join(target.split()))
         if "clip-path" in element.attrib:
             element.set("clip-path", f"url(#{names[element.attrib['clip-path'][5:-1]]})")
@@ -65,12 +65,12 @@ def _inline(text: str, number: int, label: str) -> str:
 
 
 def _shorter(path: str) -> str:
-    """Two decimals are a seventieth of a millimetre."""
+    """Round the numbers of a path to two decimals, a hundredth of a point."""
     return re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}", " ".join(path.split()))
 
 
 def _style(style: str) -> str:
     for colour, variable in to_css().items():
         style = style.replace(colour, variable)
-    # The page's font, in the size that was meant.
+    # Keep the font size, but use the page's font.
     return re.sub(r"font: (?:[\w ]+ )?([\d.]+px) [^;]+", r"font-size: \1", style)

@@ -1,4 +1,4 @@
-"""What a report says in words and tables."""
+"""Build the text and the tables of a report."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ptd.report.data import ALONE, Run, is_number, numbers
 from ptd.report.panels import LAYERS, NOT_DRAWN, mean_split, metrics
 
 NOT_COMPARED = ("output_dir",)
-"""Settings in which two runs always differ."""
+"""Settings that always differ between two runs."""
 SHOWN = 10
-"""Rows of a group of samples."""
+"""Rows of a group of samples that the page shows."""
 
 
 def plain(run: Run) -> dict[str, Any]:
-    """The figures of a run by name; what is not known is None. Sizes in bytes, times in seconds."""
+    """Return the figures of a run by name; unknown figures are None. Sizes are in bytes, times in seconds."""
     result, result_seconds = run.section("result"), run.section("result").get("seconds")
     total, between = (_median(run, key) for key in ("network_bytes", "network_bytes_between_nodes"))
     return {
@@ -55,7 +55,7 @@ def plain(run: Run) -> dict[str, Any]:
 
 
 def _alone(run: Run) -> dict[str, Any]:
-    """What was measured of the backbone alone, by the names in run.json."""
+    """Return the figures of the frozen backbone, without a prompt, under their names in run.json."""
     measures = [key for key in run.alone if key not in NOT_DRAWN or key == "eval_loss"]
     return {key.replace("eval_", ALONE, 1): run.alone[key] for key in measures}
 
@@ -118,14 +118,14 @@ _ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("steps", "optimizer steps", _number),
     ("seconds", "time (last start)", _time),
     ("loss", "training loss, last (nats)", _decimals),
-    ("frozen_loss", "held-out loss, backbone alone (nats)", _decimals),
+    ("frozen_loss", "held-out loss, frozen backbone (nats)", _decimals),
     ("eval_loss", "held-out loss, last (nats)", _decimals),
     ("trained_parameters", "trained parameters", _number),
     ("tokens_per_second", "useful tokens/s, median", _number),
-    ("step_seconds", "time of a step, median", _time),
+    ("step_seconds", "time per step, median", _time),
     ("peak_memory_bytes", "peak memory, rank 0", _memory),
-    ("network_bytes_inside_nodes", "sent inside nodes, a step", _size),
-    ("network_bytes_between_nodes", "sent between nodes, a step", _size),
+    ("network_bytes_inside_nodes", "sent inside nodes, per step", _size),
+    ("network_bytes_between_nodes", "sent between nodes, per step", _size),
     ("skipped_steps", "skipped steps", _number),
     ("attempts", "starts", _number),
     ("world_size", "ranks", _number),
@@ -134,7 +134,7 @@ _ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 
 
 def overview(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Name of a figure -> what it is in each run; without what none of them has."""
+    """Return the label of each figure and its value in each run; figures that no run has are left out."""
     figures = [plain(run) for run in runs]
     rows: list[tuple[str, list[str]]] = []
     for key, label, form in _ROWS:
@@ -144,35 +144,36 @@ def overview(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
                 label = f"held-out {metric.removeprefix('eval_')}, last"
                 rows.append((label, [_shown(each.get(metric), _number) for each in figures]))
                 name = metric.replace("eval_", ALONE, 1)
-                label = f"held-out {metric.removeprefix('eval_')}, backbone alone"
+                label = f"held-out {metric.removeprefix('eval_')}, frozen backbone"
                 rows.append((label, [_shown(each.get(name), _number) for each in figures]))
             rows.append(("best evaluation", [_best(each["best"]) for each in figures]))
         if key == "step_seconds" and len(runs) > 1:
             splits = [each["phase_seconds"] for each in figures]
-            rows += [(f"of a step: {name}", [_share(split, name) for split in splits]) for name in LAYERS]
+            rows += [(f"share of a step: {name}", [_share(split, name) for split in splits]) for name in LAYERS]
     return [(label, cells) for label, cells in rows if any(cells)]
 
 
 def alarms(run: Run) -> list[str]:
-    """What is wrong with a run, a sentence each; mostly nothing."""
+    """Return what is wrong with a run, one sentence per problem; usually nothing."""
     found = []
     diverged, retries = run.section("diverged"), run.facts.get("retries")
     for retry in retries if isinstance(retries, list) else []:
         if isinstance(retry, dict) and is_number(retry.get("learning_rate")):
             found.append(
-                f"It diverged in step {_cell(retry.get('at_step'))}, and was continued from step "
+                f"The run diverged in step {_cell(retry.get('at_step'))}, and was continued from step "
                 f"{_cell(retry.get('from_step'))} with learning rate {retry['learning_rate']:.3g}."
             )
     if diverged:
         rate = diverged.get("learning_rate")
         shown = f"{rate:.3g}" if is_number(rate) else "unknown"
         found.append(
-            f"It diverged in step {_cell(diverged.get('step'))}, with learning rate {shown}: {diverged.get('reason')}."
+            f"The run diverged in step {_cell(diverged.get('step'))}, with learning rate {shown}: "
+            f"{diverged.get('reason')}."
         )
     alone, tuned = run.alone.get("eval_loss"), run.last("eval_loss", run.evaluations)
     if alone is not None and is_number(alone) and tuned is not None and tuned > alone:
         found.append(
-            f"Its held-out loss, {_decimals(tuned)}, is worse than that of the backbone alone, {_decimals(alone)}."
+            f"The held-out loss, {_decimals(tuned)}, is worse than that of the frozen backbone, {_decimals(alone)}."
         )
     return found
 
@@ -195,7 +196,7 @@ def _best(best: Any) -> str:
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Settings that are not the same in all runs, as dotted keys, with each run's value."""
+    """Return the settings that differ between runs, as dotted keys, with each run's value."""
     settings = [flat(run.section("config")) for run in runs]
     keys = [key for key in dict.fromkeys(key for each in settings for key in each) if key not in NOT_COMPARED]
     cells = {key: [json.dumps(each[key]) if key in each else "" for each in settings] for key in keys}
@@ -203,7 +204,7 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def slowest(run: Run) -> str:
-    """Which rank was the slowest how often, and what the others waited for it; empty without several ranks."""
+    """Say which ranks were the slowest how often, and how long others waited for them; empty for a single rank."""
     named = [record for record in run.steps if is_number(record.get("slowest_rank"))]
     if not named:
         return ""
@@ -223,11 +224,11 @@ def slowest(run: Run) -> str:
 
 
 def attempts(run: Run) -> list[list[str]]:
-    """One row a start: when, from which step, how it ended, where, and why."""
+    """Return one row per start: began, from step, ended, how, step of the newest checkpoint then, error."""
     rows = []
     for attempt in run.attempts:
         ended = _moment(attempt["ended"]) if "ended" in attempt else ""
-        how = str(attempt.get("how", "under way, or gone without a word"))
+        how = str(attempt.get("how", "running, or ended without a record"))
         cells = [_moment(attempt.get("started", "")), _cell(attempt.get("from_step", "")), ended, how]
         rows.append([*cells, _cell(attempt.get("step", "")), str(attempt.get("error", ""))])
     return rows
@@ -238,11 +239,11 @@ def _cell(value: Any) -> str:
 
 
 def samples(run: Run) -> list[dict[str, Any]]:
-    """Groups of rows: ``title`` (or none), ``called`` what a reference is, ``rows``, and how many ``more`` there are.
+    """Return groups of rows: ``title`` (may be empty), ``called`` (what a reference is), ``rows``, number of ``more``.
 
-    A row has its ``prompt``, its ``reference`` and what came of it at each step: ``texts`` of (label, text). Text that
-    was written is one group in its own order. Labels and answers are two, by the last step: wrong ones and right ones,
-    each the surest first.
+    A row has its ``prompt``, its ``reference`` and the model's output at each step: ``texts`` of (label, text).
+    Generated text is one group in its own order. Labels and answers are two groups, wrong and right by the last step,
+    each sorted by falling score.
     """
     by_step: dict[int, list[dict[str, Any]]] = {}
     for sample in run.samples:
@@ -250,7 +251,7 @@ def samples(run: Run) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for step, those in sorted(by_step.items()):
         scored = "score" in those[0]
-        label = f"after step {step:,}" if step else "before training" if scored else "backbone alone"
+        label = f"after step {step:,}" if step else "before training" if scored else "frozen backbone"
         for number, sample in enumerate(those):
             if number == len(found):
                 found.append({"prompt": sample["prompt"], "reference": sample["reference"], "texts": []})
@@ -262,18 +263,18 @@ def samples(run: Run) -> list[dict[str, Any]]:
     groups = []
     for name, right in (("Wrong", False), ("Right", True)):
         rows = sorted((row for row in found if row["right"] is right), key=lambda row: -row["score"])
-        title = f"{name}, the surest first: {len(rows)} of {len(found)}"
+        title = f"{name}, most confident first: {len(rows)} of {len(found)}"
         groups.append({"title": title, "called": "label", "rows": rows[:SHOWN], "more": len(rows[SHOWN:])})
     return groups
 
 
 def as_yaml(run: Run) -> str:
-    """The resolved configuration, which is a run file."""
+    """Return the resolved configuration as YAML, which is a valid run file."""
     return str(yaml.safe_dump(run.section("config"), sort_keys=False, allow_unicode=True))
 
 
 def commands(run: Run) -> str:
-    """What to type to repeat the run, from its configuration in run.yaml and with ptd installed."""
+    """Return the commands that repeat the run, given its configuration in run.yaml and an installed ptd."""
     pins = [
         f"{name}=={version}"
         for name, version in run.section("versions").items()
@@ -290,7 +291,7 @@ def commands(run: Run) -> str:
 
 
 def started_as(run: Run) -> str:
-    """The command line that every rank was started with, without the program's own place; empty from Python."""
+    """Return the command line of every rank, without the program's path; empty if the run was started from Python."""
     command = run.facts.get("command")
     if not isinstance(command, list) or "train" not in command[1:3]:
         return ""

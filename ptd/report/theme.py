@@ -1,4 +1,4 @@
-"""Colours and style of the pages. Runs differ by colour and by marker, so that none is told by its colour alone."""
+"""Define the colours and style of the pages. Runs differ by colour and by marker, never by colour alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ GLYPHS = ("●", "■", "▲", "◆", "▼", "✚")
 
 @dataclass(frozen=True)
 class Theme:
-    """``palette``: after Okabe and Ito's for people who see fewer colours, each at least 3 : 1 on the paper."""
+    """``palette``: after Okabe and Ito, for colour-blind readers; each has a contrast of 3 : 1 or more to the paper."""
 
     ink: str
     soft: str
@@ -41,24 +41,24 @@ SENTINEL = Theme(
     line="#010206",
     palette=tuple(f"#0a0b0{number}" for number in range(len(LIGHT.palette))),
 )
-"""Colours that stand for the page's own, in SVG that is to follow it."""
+"""Placeholder colours in SVG, which `to_css` maps to the page's colours."""
 
 
 def to_css() -> dict[str, str]:
-    """`SENTINEL`'s colours -> what they stand for."""
+    """Return a mapping from `SENTINEL`'s colours to the CSS colours that they stand for."""
     palette = {colour: f"var(--c{number})" for number, colour in enumerate(SENTINEL.palette)}
     return {SENTINEL.ink: "currentColor", SENTINEL.soft: "var(--soft)", **palette}
 
 
 def style() -> str:
-    """The style sheet of all pages that ptd writes, with the colours of both themes."""
+    """Return the style sheet of all pages that ptd writes, with the colours of both themes."""
     sheet = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     dark = f"@media (prefers-color-scheme: dark) {{ :root {{ {variables(DARK)} }} }}"
     return f":root {{ {variables(LIGHT)} }}\n{dark}\n{sheet}"
 
 
 def variables(theme: Theme) -> str:
-    """The theme as CSS variables."""
+    """Return the theme as CSS variables."""
     named = {"ink": theme.ink, "soft": theme.soft, "paper": theme.paper, "line": theme.line}
     named |= {f"c{number}": colour for number, colour in enumerate(theme.palette)}
     return " ".join(f"--{name}: {colour};" for name, colour in named.items())

@@ -1,4 +1,4 @@
-"""Files that ptd ships to be used by name: ``ds_configs/`` and ``launch/``, in a clone or in the installed package."""
+"""Files that ptd ships for use by name: ``ds_configs/`` and ``launch/``, in a clone or in the installed package."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from ptd.files import as_path
 
 HERE = Path(__file__).parent
 ROOT = HERE if (HERE / "launch").is_dir() else HERE.parents[1]
-"""The folder that holds ``ds_configs/`` and ``launch/``: a wheel carries them beside this file, a clone at its top."""
+"""The folder of ``ds_configs/`` and ``launch/``: a wheel has them next to this file, a clone in its top folder."""
 DS_CONFIGS = ROOT / "ds_configs"
 RECIPES = ROOT / "launch" / "recipes"
 SLURM = ROOT / "launch" / "slurm"
 
 
 def find_recipe(source: str | Path) -> Path:
-    """The run file at ``source``, or else the shipped recipe of that name (``7b.yaml``, ``launch/recipes/7b.yaml``).
+    """Return the run file at ``source``, or else the shipped recipe of that name.
 
-    A path that is neither comes back as it was given: reading it says what is wrong.
+    The name may be ``7b.yaml`` or ``launch/recipes/7b.yaml``. Any other path is returned unchanged, so that reading it
+    raises the error.
     """
     path = as_path(source)
     shipped = RECIPES / path.name
@@ -33,16 +34,16 @@ def find_recipe(source: str | Path) -> Path:
 
 Kind = Literal["recipe", "deepspeed", "slurm", "hostfile"]
 KINDS: dict[Kind, str] = {
-    "recipe": "recipes: run files, by task and by size",
+    "recipe": "recipes: run files per task and per model size",
     "deepspeed": "DeepSpeed files, for the key deepspeed",
     "slurm": "job scripts for Slurm",
-    "hostfile": "nodes, for ptd launch ssh",
+    "hostfile": "hostfile, for ptd launch ssh",
 }
 
 
 @dataclass(frozen=True)
 class Shipped:
-    """A file to use or to copy by its name, and the sentence it opens with."""
+    """A file that can be used or copied by its name."""
 
     path: Path
     kind: Kind
@@ -53,7 +54,7 @@ class Shipped:
 
     @property
     def about(self) -> str:
-        """The first sentence of its first comment."""
+        """The first sentence of the file's first comment."""
         text = self.path.read_text(encoding="utf-8")
         if self.path.suffix == ".json":
             comment = str(json.loads(text).get("_comment", ""))
@@ -64,7 +65,7 @@ class Shipped:
 
 
 def shipped_files() -> list[Shipped]:
-    """All of them, the kinds one after the other."""
+    """Return all shipped files, ordered by kind."""
     found: dict[Kind, list[Path]] = {
         "recipe": sorted(RECIPES.glob("*.yaml")),
         "deepspeed": sorted(DS_CONFIGS.glob("*.json")),
@@ -75,9 +76,9 @@ def shipped_files() -> list[Shipped]:
 
 
 def copy_shipped(name: str, target: Path, *, force: bool = False) -> tuple[Shipped, Path]:
-    """Copy the shipped file of that name to ``target``, a file or a folder; the file and where it is now.
+    """Copy the shipped file ``name`` to ``target``, a file or a folder; return the shipped file and the copy's path.
 
-    Raises `UserError` for a name that is not shipped, for a file that is there already unless ``force``, and for what
+    Raises `UserError` if no such file is shipped, if the copy's path exists and ``force`` is not set, or if that path
     cannot be written.
     """
     known, target = {file.name: file for file in shipped_files()}, as_path(target)
@@ -85,7 +86,8 @@ def copy_shipped(name: str, target: Path, *, force: bool = False) -> tuple[Shipp
         stems = {Path(each).stem: each for each in known}
         near = stems.get(name) or next(iter(difflib.get_close_matches(name, known, n=1)), None)
         raise UserError(
-            f"there is no shipped file {name}; " + (f"did you mean {near}?" if near else "ptd ls shows all of them")
+            f"there is no shipped file {name}; "
+            + (f"did you mean {near}?" if near else "ptd ls shows all shipped files")
         )
     where = target / name if target.is_dir() else target
     if where.exists() and not force:

@@ -1,7 +1,7 @@
-"""What is learned: one file is one kind of task, from the rows to its metrics.
+"""Define the tasks: each file is one kind of task, from its rows to its metrics.
 
-A task says what the backbone has to end in, turns rows into `ptd.types.Examples`, names the readout that gives loss and
-scores, and turns scores into answers and answers into metrics.
+A task says which output it needs from the backbone, turns rows into `ptd.types.Examples`, names the readout that
+computes loss and scores, and turns scores into answers and answers into metrics.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 class _Common(Protocol):
-    """What every kind of task has.
+    """The interface of every kind of task.
 
-    ``data``: how the rows are read; ``labels``: the names a prediction chooses from (none for text).
-    ``virtual_tokens``: how many ``{v:n}`` marks stand for in the layout of its sequences. ``cloze``: labels are read
-    off the language model's own words.
+    ``data``: how the rows are read. ``labels``: the names that a prediction chooses from (none for text).
+    ``virtual_tokens``: the number of virtual tokens that ``{v:n}`` marks place in its sequences. ``cloze``: labels are
+    predicted as words of the language model.
     """
 
     data: DataConfig
@@ -38,76 +38,76 @@ class _Common(Protocol):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """What an evaluation measures, known before any: ``loss`` first (after `fit`, where that learns labels)."""
+        """The metrics of an evaluation, ``loss`` first; if `fit` learns the labels, they are known after `fit`."""
         ...
 
     def fit(self, rows: Dataset, what: str) -> Task:
-        """The task with everything it has to learn from the training rows before they are tokenised (label names)."""
+        """Return the task with all that it learns from the training rows before tokenising them (label names)."""
         ...
 
     def tokenize(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, what: str, labelled: bool = True
     ) -> Examples:
-        """All rows as sequences; without ``labelled`` the rows' labels are neither needed nor read."""
+        """Return all rows as sequences; without ``labelled`` the rows' labels are neither needed nor read."""
         ...
 
     def readout(self, tokenizer: PreTrainedTokenizerBase, hidden_size: int, head: HeadSettings) -> Readout:
-        """Loss and scores; built alike on every rank."""
+        """Return the readout, which computes loss and scores and is the same on every rank."""
         ...
 
     def facts(self) -> dict[str, Any]:
-        """The ``task`` section with everything learned filled in: what an adapter keeps."""
+        """Return the ``task`` section with everything learned filled in, which the adapter stores."""
         ...
 
 
 class WritingTask(_Common, Protocol):
-    """The answer is text, which is judged by generating it."""
+    """A task whose answer is text; evaluation generates this text."""
 
     generates: Literal[True]
 
     def prompts(
         self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, raw: bool = False
     ) -> list[list[int]]:
-        """What a person types as token ids, as in training; ``raw``: each text is a whole prompt already."""
+        """Return the prompts of typed texts as token ids, as in training; ``raw``: each text is a complete prompt."""
         ...
 
     def how_typed(self, raw: bool) -> str | None:
-        """What becomes of a text that a person types before it is sent; None: nothing that has to be said."""
+        """Return a sentence on how typed texts become prompts; None if there is nothing to explain."""
         ...
 
     def ends(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """The tokens that end a text in training, as far as tokenizer and settings tell."""
+        """Return the tokens that end a text in training, as far as the tokenizer and the settings determine them."""
         ...
 
     def prompts_and_references(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, what: str
     ) -> tuple[list[list[int]], list[str]]:
-        """Each row's prompt as token ids, and the text that should follow."""
+        """Return each row's prompt as token ids, and the text that should follow it."""
         ...
 
 
 class LabellingTask(_Common, Protocol):
-    """The readout's scores say the answer."""
+    """A task whose answer is computed from the readout's scores."""
 
     generates: Literal[False]
 
     def answers(self, scores: Sequence[Tensor], examples: Examples) -> list[dict[str, Any]]:
-        """What each row of the data is answered, as ``ptd predict`` writes it."""
+        """Return the answer to each row of the data, as ``ptd predict`` writes it."""
         ...
 
     def metrics(self, answers: Sequence[dict[str, Any]], rows: Dataset) -> dict[str, float]:
-        """How the answers compare with the rows' labels, in percent."""
+        """Return how well the answers match the rows' labels, in percent."""
         ...
 
     def samples(self, answers: Sequence[dict[str, Any]], rows: Dataset) -> list[Sample]:
-        """Each row with its label and its answer, to be looked at."""
+        """Return each row with its label and its answer, for a person to read."""
         ...
 
 
 Task = WritingTask | LabellingTask
 TEXT_METRICS = ("loss", "perplexity")
 LOWER_IS_BETTER = frozenset(TEXT_METRICS)
-"""Of all metrics these alone; `ptd.engine.evaluation` has them."""
+"""The only metrics for which lower is better; `ptd.engine.evaluation` computes them."""
 
 
 _KINDS: dict[str, Callable[[TaskConfig, DataConfig, Architecture], Task]] = {}
@@ -124,9 +124,9 @@ def register(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def make_task(config: TaskConfig, data: DataConfig, architecture: Architecture) -> Task:
-    """The task that the ``task`` and ``data`` sections describe.
+    """Return the task that the ``task`` and ``data`` sections describe.
 
-    Raises `UserError` for settings that do not fit each other or the backbone's architecture.
+    Raises `UserError` for settings that contradict each other or do not fit the backbone's architecture.
     """
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")

@@ -1,4 +1,4 @@
-"""``task.kind: causal_lm``: continue a text. Rows as in ``data.format``; the loss is the language model's own."""
+"""``task.kind: causal_lm``: continue a text. Rows have the form ``data.format``; the loss is the language model's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class CausalLM:
-    """Text after text, by a decoder."""
+    """Continues text with a decoder."""
 
     output: Output = "causal_lm"
     labels: tuple[str, ...] = ()
@@ -32,7 +32,7 @@ class CausalLM:
         self.virtual_tokens = marks_of([data.prompt_template] if data.prompt_template is not None else [])
 
     def fit(self, rows: Dataset, what: str) -> CausalLM:
-        """Learns the system message that all conversations have, which then stands before what a person types."""
+        """Learn the system message if all conversations begin with the same; typed prompts then begin with it."""
         column = self.data.columns.get("messages", "messages")
         if self.data.format != "messages" or self.config.system is not None or column not in rows.column_names:
             return self

@@ -1,4 +1,4 @@
-"""``task.kind: classification``: one label for a text or a pair, by a trained head or by words at ``{mask}``."""
+"""``task.kind: classification``: predict a label for a text or a pair, with a head or with words at ``{mask}``."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _POOLING: dict[Architecture, Pooling] = {"decoder": "last", "encoder": "cls", "e
 
 
 class Classification:
-    """Fields ``text``, ``pair`` (if the data has it) and ``label``; with ``task.patterns`` the columns these name.
+    """Reads the fields ``text``, ``pair`` (if the data has it) and ``label``.
 
-    - Without patterns a sequence is what the tokenizer makes of the text or pair, and a head is trained.
-    - Patterns without ``{mask}`` lay out the sequence for the trained head.
-    - Patterns with ``{mask}`` are a cloze (`ptd.readouts.cloze`): ``task.verbalizer`` says which words mean a label.
+    - Without ``task.patterns``, the tokenizer lays out the text or the pair, and a head is trained.
+    - Patterns without ``{mask}`` lay out the columns that they name, and a head is trained.
+    - Patterns with ``{mask}`` are a cloze (`ptd.readouts.cloze`): ``task.verbalizer`` gives the words for each label.
 
-    ``labels`` are ``task.labels``, or else the verbalizer's, or else (after `fit`) those of the training rows, sorted.
+    ``labels`` come from ``task.labels``, else from the verbalizer, else (after `fit`) from the training rows, sorted.
     """
 
     generates: Literal[False] = False
@@ -58,7 +58,7 @@ class Classification:
         self.output: Output = "causal_lm" if self.causal else "masked_lm" if self.cloze else "body"
 
     def fit(self, rows: Dataset, what: str) -> Classification:
-        """Learn the label names and the balanced class weights, where they are asked for."""
+        """Return the task with the label names and balanced class weights learned, if the settings need them."""
         weights = self.config.class_weights
         labels = self.labels
         if not labels or weights == "balanced":
@@ -73,7 +73,7 @@ class Classification:
     def tokenize(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, what: str, labelled: bool = True
     ) -> Examples:
-        """Rows over ``data.max_length`` tokens lose tokens of the longest field (or text) first, on the right."""
+        """Return the rows as sequences; over ``data.max_length`` tokens the longest field (or text) loses its end."""
         assert self.labels, "fit comes first"
         targets = self._targets(rows, what) if labelled else [0] * len(rows)
         laid = self._layout(rows, tokenizer, what)
@@ -101,7 +101,7 @@ class Classification:
         return PooledClassifier(Head(hidden_size, len(self.labels), head.hidden_sizes), pooling, weights)
 
     def answers(self, scores: Sequence[Tensor], examples: Examples) -> list[dict[str, Any]]:
-        """``label`` and the ``probabilities`` of all labels."""
+        """Return each row's ``label`` and the ``probabilities`` of all labels."""
         found = []
         for row in scores:
             probabilities = dict(zip(self.labels, row.exp().tolist(), strict=True))
@@ -109,12 +109,12 @@ class Classification:
         return found
 
     def metrics(self, answers: Sequence[dict[str, Any]], rows: Dataset) -> dict[str, float]:
-        """``accuracy`` and ``macro_f1`` (the mean over labels that occur) in 0–100, ``mcc`` (Matthews) in −100–100."""
+        """Return ``accuracy``, ``macro_f1`` (mean over labels that occur), 0–100, and Matthews' ``mcc``, −100–100."""
         from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
         gold = [self.labels[target] for target in self._targets(rows, "the evaluated data")]
         given = [answer["label"] for answer in answers]
-        one = len({*gold, *given}) == 1  # no correlation to speak of; scikit-learn would say so in a warning
+        one = len({*gold, *given}) == 1  # the correlation is undefined, and scikit-learn would warn
         return {
             "accuracy": 100 * float(accuracy_score(gold, given)),
             "macro_f1": 100 * float(f1_score(gold, given, average="macro", zero_division=0)),
@@ -122,7 +122,10 @@ class Classification:
         }
 
     def samples(self, answers: Sequence[dict[str, Any]], rows: Dataset) -> list[Sample]:
-        """The text (and pair, or the columns of the patterns), a line each; the score is the label's probability."""
+        """Return each row as a sample: its text (and pair), or the columns of the patterns, one per line.
+
+        The score is the probability of the predicted label.
+        """
         named = [field for template in self.templates for field in template.fields]
         columns = list(dict.fromkeys(named)) or [self.data.columns.get("text", "text")]
         if not named and "pair" in self.data.columns:
@@ -139,7 +142,7 @@ class Classification:
         return self.config.model_dump(mode="json", exclude_unset=True)
 
     def _names(self, rows: Dataset, what: str) -> Iterator[tuple[int, str, Any]]:
-        """Number (from 1), label and its value in the data, row by row."""
+        """Yield each row's number (from 1), its label, and the label's value in the data."""
         column = self.label_column
         names = names_of(rows.features.get(column), column, what)
         for first, chunk in field_chunks(rows, {"label": Column(column, "a label")}, what):
@@ -166,16 +169,16 @@ class Classification:
 
 
 def _check_layout(task: Classification) -> None:
-    """Refuse patterns that cannot lay out a sequence, or not for this backbone."""
+    """Raise `UserError` for patterns that cannot lay out a sequence, or not for this backbone."""
     if task.config.patterns is None:
         return
     if not task.templates:
-        raise UserError("task.patterns: is an empty list; give at least one pattern, or remove the key")
+        raise UserError("task.patterns: the list is empty; give at least one pattern, or remove the key")
     for field in ("text", "pair"):
         if field in task.data.columns:
             raise UserError(
-                f"data.columns.{field}: has no effect beside task.patterns, whose fields are columns of the data; "
-                "name the column in the pattern and remove it here"
+                f"data.columns.{field}: has no effect with task.patterns, whose fields are columns of the data; "
+                "name the column in the pattern and remove this key"
             )
     for template in task.templates:
         if not template.fields:
@@ -184,8 +187,8 @@ def _check_layout(task: Classification) -> None:
             )
         if template.masks > 1 or (task.cloze and not template.masks):
             raise UserError(
-                f"task.patterns: {template.source!r} has {template.masks} times {{mask}}; every pattern needs exactly "
-                "one (or none has any: then a head is trained)"
+                f"task.patterns: {template.source!r} has {{mask}} {template.masks} times; every pattern needs it "
+                "exactly once (or, to train a head, no pattern may have it)"
             )
     if task.cloze and task.architecture == "encoder-decoder":
         raise UserError(
@@ -198,7 +201,7 @@ def _check_layout(task: Classification) -> None:
             behind = template.parts[template.parts.index(Mask()) + 1 :]
             if any(not isinstance(part, Text) for part in behind):
                 raise UserError(
-                    f"task.patterns: {template.source!r} has a field or virtual tokens behind {{mask}}, which a "
+                    f"task.patterns: {template.source!r} has a field or virtual tokens after {{mask}}, which a "
                     "decoder does not see when it predicts the word; put {mask} at the end"
                 )
 
@@ -207,29 +210,27 @@ def _check_words(task: Classification) -> None:
     verbalizer = task.config.verbalizer
     if task.cloze and verbalizer is None:
         raise UserError(
-            "task.patterns: {mask} is the place of a label's word, but no word is known; "
-            "set task.verbalizer, e.g. {positive: [great], negative: [terrible]}, or remove {mask}"
+            "task.patterns: {mask} is the position of a label's word, but task.verbalizer gives no words; "
+            "set it, e.g. to {positive: [great], negative: [terrible]}, or remove {mask}"
         )
     if verbalizer is None:
         return
     if not task.cloze:
         raise UserError(
-            "task.verbalizer: has no effect without a {mask} in task.patterns, where its words would stand; "
-            'set task.patterns, e.g. ["{text} It was {mask}."], or remove it'
+            "task.verbalizer: has no effect without a {mask} in task.patterns, which its words replace; "
+            'set task.patterns, e.g. ["{text} It was {mask}."], or remove task.verbalizer'
         )
     for label in task.labels:
         if not verbalizer.get(label):
             raise UserError(f"task.verbalizer: has no word for the label {label!r}; give it at least one")
     for label in verbalizer:
         if label not in task.labels:
-            raise UserError(f"task.verbalizer: {label!r} is no label; the labels are {', '.join(task.labels)}")
+            raise UserError(f"task.verbalizer: {label!r} is not a label; the labels are {', '.join(task.labels)}")
 
 
 def _check_labels(task: Classification) -> None:
     if task.labels and len(task.labels) < 2:
-        raise UserError(
-            f"task.labels: {list(task.labels)} leaves nothing to choose from; a classification needs two labels"
-        )
+        raise UserError(f"task.labels: {list(task.labels)} leaves nothing to choose from; give at least two labels")
     check_weights(task.config.class_weights, task.labels)
 
 

@@ -1,4 +1,4 @@
-"""Which sequences a row becomes when labels are words at ``{mask}``, and where in them each word is read."""
+"""Plan the sequences of a row if labels are words at ``{mask}``, and where each word is read in them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Variant:
-    """A sequence of a row: ``pattern`` with ``inserted`` where the mask stands, read at ``width`` positions.
+    """A sequence of a row: ``pattern`` with ``inserted`` in place of the mask, read at ``width`` positions.
 
-    The first of them is ``shift`` positions behind the mask's place: a causal model says one position before it what
-    stands there.
+    The first of these positions is the mask's plus ``shift``: -1 for a causal model, which predicts a token one
+    position before it.
     """
 
     pattern: int
@@ -29,7 +29,7 @@ class Variant:
     shift: int
 
     def apply(self, filled: Sequence[int]) -> tuple[list[int], range]:
-        """Token ids of the sequence that a filled template makes, and the positions that are read."""
+        """Return the token ids of the sequence for a filled template, and the positions that are read."""
         slot = filled.index(MASK_SLOT)
         begin = slot + self.shift
         return [*filled[:slot], *self.inserted, *filled[slot + 1 :]], range(begin, begin + self.width)
@@ -43,10 +43,11 @@ def plan(
     *,
     causal: bool,
 ) -> tuple[list[Variant], list[Word]]:
-    """The sequences of every row, pattern by pattern, and which tokens are read where in them.
+    """Return the sequences of every row, pattern by pattern, and which tokens are read at which of their positions.
 
-    Masked: words of k tokens share the sequence with k masks. Causal: words share the sequence that ends before their
-    last token, so all words of one token have the bare prompt. Raises `UserError` for words that cannot be read.
+    Masked model: all words of k tokens share one sequence with k masks. Causal model: a word's sequence ends before its
+    last token, and words with the same sequence share it, so all words of one token share the prompt without a word.
+    Raises `UserError` for words that cannot be read, and for a masked model's tokenizer without a mask token.
     """
     mask = tokenizer.mask_token_id
     if mask is None and not causal:
@@ -79,10 +80,10 @@ def word_tokens(
     labels: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[tuple[int, tuple[int, ...]]]:
-    """Label number and token ids of each word as they stand in the pattern.
+    """Return the label number and the token ids of each word, tokenised as in the pattern.
 
-    The literal text before ``{mask}`` decides about the space that many tokenizers make a part of the word. Raises
-    `UserError` for a word without tokens or with an unknown one, and for two words of the same tokens.
+    The literal text before ``{mask}`` determines the space that many tokenizers make part of the word. Raises
+    `UserError` for a word without tokens or with the unknown token, and for two words with the same tokens.
     """
     context, spaces = template.mask_context
     (before,) = encode(tokenizer, [context])
@@ -92,7 +93,7 @@ def word_tokens(
         for word in verbalizer[label]:
             place = f"task.verbalizer.{label}: the word {word!r}"
             whole, alone = encode(tokenizer, [context + spaces + word.strip(), spaces + word.strip()])
-            # Where the word changes how the text before it is split, it is read as it stands alone.
+            # If the word changes the tokens of the text before it, use the tokens of the word alone.
             tokens = tuple(whole[len(before) :] if whole[: len(before)] == before else alone)
             if not tokens or not word.strip():
                 raise UserError(f"{place} has no tokens in {template.source!r}; give another word")

@@ -1,4 +1,4 @@
-"""Labels of rows: what they are called, what can be learned to be a set of labels, and which one a row has."""
+"""Name the labels of rows, learn the set of labels from the data, and number the label of each row."""
 
 from __future__ import annotations
 
@@ -13,53 +13,55 @@ from ptd.values import WHOLE, name_of
 
 Kind = Literal["number", "truth value", "text"]
 FEW = 20
-"""Whole numbers with gaps, and labels that hardly occur twice, may be labels up to so many."""
+"""Up to this many whole numbers with gaps, or values that hardly occur twice, are accepted as labels."""
 
 _NUMBER = re.compile(r"[+-]?([0-9]+[.,]?[0-9]*|[.,][0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 _MISSING = {"nan", "<na>", "nat"}
-"""What pandas writes for a missing value that it turns into text."""
-_REGRESSION = "predicting a number (regression) is no task of ptd: turn the numbers into classes"
+"""What pandas writes for a missing value when it turns values into text."""
+_REGRESSION = "ptd has no task that predicts numbers (regression): turn the numbers into classes"
 
 
 def name_at(value: Any, names: tuple[str, ...], place: str) -> str:
-    """The name of the label that stands at ``place`` ("row 3 of train.csv: 'label'").
+    """Return the name of the label ``value`` at ``place`` ("row 3 of train.csv: 'label'").
 
-    ``names``: what whole numbers stand for; empty: for themselves. Raises `UserError` for what is no label.
+    ``names``: the names of the whole numbers from 0; empty: a number is its own name. Raises `UserError` for a value
+    that is not a label.
     """
     number = int(value) if isinstance(value, float) and value.is_integer() else value
     if names and isinstance(number, int) and not isinstance(number, bool):
         if 0 <= number < len(names):
             return names[number]
-        hidden = " (−1 mostly stands for a label that is not given away)" if number == -1 else ""
+        hidden = " (−1 usually stands for a hidden label)" if number == -1 else ""
         raise UserError(
-            f"{place} is {number}{hidden}, but numbers from 0 to {len(names) - 1} stand for the labels {some(names)}; "
-            "correct or remove the row"
+            f"{place} is {number}{hidden}, but only the numbers from 0 to {len(names) - 1} stand for labels "
+            f"({some(names)}); correct or remove the row"
         )
     name = name_of(value)
     if name is None:
         raise UserError(
-            f"{place} has to be a label (text or a number), but is {type(value).__name__} ({repr(value)[:60]})"
+            f"{place} has to be a label (text or a number), but is {type(value).__name__} ({repr(value)[:60]}); "
+            "correct or remove the row"
         )
     return name
 
 
 def names_of(feature: Any, column: str, what: str) -> tuple[str, ...]:
-    """The names that a data set itself gives to the numbers of a ``ClassLabel``; empty: it gives none.
+    """Return the names that a data set gives to the numbers of a ``ClassLabel``; empty if it gives none.
 
-    Raises `UserError` for names that are blank or the same.
+    Raises `UserError` for names that are blank or repeated.
     """
     given = getattr(feature, "names", None) or ()
     names = tuple(name_of(name) or "" for name in given)
     if "" in names or len(set(names)) < len(names):
         raise UserError(
             f"task.labels: {column!r} in {what} names its labels {some(map(repr, given))}, of which one is blank or "
-            "there twice; give the labels names of their own"
+            "repeated; give every label a name of its own"
         )
     return names
 
 
 class Seen:
-    """Labels of the rows that the names are learned from: how often each occurs, and where each kind first stood."""
+    """Counts the labels of the rows that the names are learned from, and keeps the first row of each kind of value."""
 
     def __init__(self, column: str, what: str) -> None:
         self.column, self.what = column, what
@@ -67,7 +69,7 @@ class Seen:
         self._places: dict[Kind, tuple[int, Any]] = {}
 
     def add(self, name: str, value: Any, row: int) -> None:
-        """Count the label ``name``, which is ``value`` in the data."""
+        """Count the label ``name``, which row ``row`` of the data has as ``value``."""
         self.counts[name] += 1
         kind: Kind = (
             "truth value" if isinstance(value, bool) else "number" if isinstance(value, int | float) else "text"
@@ -75,17 +77,17 @@ class Seen:
         self._places.setdefault(kind, (row, value))
 
     def names(self) -> tuple[str, ...]:
-        """The names in order: whole numbers by their value, then the others.
+        """Return the names in order: whole numbers by value, then the others.
 
-        Raises `UserError` for what is likely no set of labels: fractions, whole numbers with gaps or nearly as many
-        labels as rows, numbers among words, names that differ in case only, and missing values that became text. Who
-        lists the labels in ``task.labels`` is believed.
+        Raises `UserError` for values that are probably not a set of labels: fractions, whole numbers with gaps, nearly
+        as many labels as rows, numbers among words, names that differ only in case, and missing values that became
+        text. Labels that are listed in ``task.labels`` are not checked in this way.
         """
         names = sorted(self.counts, key=_order)
         doubt = self._doubt(names)
         if doubt is not None:
             raise UserError(
-                f"task.labels: {self.column!r} in {self.what} {doubt}. If these are the labels all the same, list them "
+                f"task.labels: {self.column!r} in {self.what} {doubt}. If these are the labels nevertheless, list them "
                 "in task.labels"
             )
         return tuple(names)
@@ -94,10 +96,10 @@ class Seen:
         numeric = [name for name in names if _NUMBER.fullmatch(name)]
         fractions = [name for name in numeric if not float(name.replace(",", ".")).is_integer()]
         if fractions:
-            return f"has fractions ({some(fractions)}), each of which would be a label of its own; {_REGRESSION}"
+            return f"has fractions ({some(fractions)}), each of which would become a label of its own; {_REGRESSION}"
         missing = [name for name in names if name.casefold() in _MISSING]
         if missing:
-            return f"has the text {missing[0]!r}, which mostly stands for a missing value; remove these rows"
+            return f"has the text {missing[0]!r}, which usually stands for a missing value; remove these rows"
         if len(self._places) > 1 and len(numeric) < len(names):
             listed = ", ".join(f"row {row} has {value!r:.60}" for row, value in self._places.values())
             return f"mixes kinds of values ({listed}); write all labels in one way"
@@ -114,16 +116,16 @@ class Seen:
             )
         if once and len(names) > FEW:
             return (
-                f"has {len(names):,} different labels on {self.counts.total():,} places ({some(names)}), too many to "
-                "learn from so few; see that it is the right column"
+                f"has {len(names):,} different labels among {self.counts.total():,} values ({some(names)}), too "
+                "many to learn from so few; check that it is the right column"
             )
         return None
 
 
 def number_of(name: str, known: Mapping[str, int], place: str) -> int:
-    """The number of a label among those that are ``known``; ``place``: "row 3 of eval.csv has the label".
+    """Return the number of a label; raise `UserError` if it is not among the ``known`` labels.
 
-    Raises `UserError`.
+    ``place`` begins the message: "row 3 of eval.csv has the label".
     """
     if name in known:
         return known[name]
@@ -135,7 +137,7 @@ def number_of(name: str, known: Mapping[str, int], place: str) -> int:
 
 
 def some(names: Iterable[str], limit: int = 12) -> str:
-    """The first of them, and how many there are."""
+    """Return the first ``limit`` names as text, and the number of names if there are more."""
     listed = list(names)
     return ", ".join(listed[:limit]) + (f", … ({len(listed):,} in all)" if len(listed) > limit else "")
 
@@ -146,7 +148,7 @@ def _order(name: str) -> tuple[bool, int, str]:
 
 
 def _alike(names: Iterable[str]) -> tuple[str, str] | None:
-    """Two names that differ in case, or in how their characters are encoded, only."""
+    """Return two names that differ only in case or in how their characters are encoded; None if there are none."""
     first: dict[str, str] = {}
     for name in names:
         other = first.setdefault(_folded(name), name)

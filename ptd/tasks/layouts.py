@@ -1,4 +1,4 @@
-"""Rows -> the sequences that a classifier reads: the tokenizer's own layout, or that of patterns."""
+"""Turn rows into the sequences that a classifier reads, laid out by the tokenizer or by patterns."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Laid:
-    """Sequences of all rows, row by row; the positions that are read in each; how many rows were cut.
+    """The sequences of all rows, row by row; the positions that are read in each; the number of rows that were cut.
 
-    ``types``: token types where the tokenizer tells two texts apart with them.
+    ``types``: token types, if the tokenizer distinguishes two texts with them.
     """
 
     sequences: list[list[int]]
@@ -38,10 +38,11 @@ def text_sequences(
     max_length: int,
     what: str,
 ) -> Laid:
-    """One sequence a row, read at its first position: the tokenizer's encoding of ``text``, or ``text`` and ``pair``.
+    """Return one sequence per row, read at its first position: the tokenizer's encoding of ``text`` (and ``pair``).
 
-    ``fields``: field -> column; the pair's may be missing unless ``pair_given``. Over ``max_length`` tokens the longer
-    text loses its end. Raises `UserError` for rows that are no text or have no tokens.
+    ``fields``: field -> column; the column of ``pair`` is optional unless ``pair_given``. In a sequence over
+    ``max_length`` tokens the longer text loses its end. Raises `UserError` for rows that are not text or have no
+    tokens.
     """
     sequences: list[list[int]] = []
     types: list[list[int]] = []
@@ -51,7 +52,7 @@ def text_sequences(
         texts = [chunk[field] for field in ("text", "pair") if field in chunk]
         special = tokenizer.num_special_tokens_to_add(pair=len(texts) > 1)
         if special >= max_length:
-            raise UserError(f"data.max_length: {max_length} tokens are all special ones ({special}); raise it")
+            raise UserError(f"data.max_length: {max_length} leaves no room next to {special} special tokens; raise it")
         with cut_on_the_right(tokenizer):
             encoded = tokenizer(*texts, truncation=True, max_length=max_length, return_attention_mask=False)
         ids = encoded["input_ids"]
@@ -77,12 +78,11 @@ def pattern_sequences(
     *,
     cut_tail: bool,
 ) -> Laid:
-    """A sequence a row for each of ``variants`` of the patterns, read at the mask; without variants for each pattern,
-    read at its first position.
+    """Return one sequence per row and variant, read at the mask; without ``variants``, one per row and pattern.
 
-    All variants of a pattern see the same text, cut as the longest needs it. ``cut_tail``: a causal model reads the
-    pattern up to its mask, without closing special tokens. Raises `UserError` for values that are neither text nor
-    numbers, and for a row without a token to read.
+    A sequence without variants is read at its first position. All variants of a pattern see the same text, cut so that
+    the longest variant fits. ``cut_tail``: a causal model reads the pattern up to its mask, without closing special
+    tokens. Raises `UserError` for values that are neither text nor numbers, and for a row without a token to read.
     """
     head, tail = special_affixes(tokenizer)
     affixes = (head, [] if cut_tail else tail)
@@ -111,7 +111,7 @@ def pattern_sequences(
             )
             for template, width in zip(templates, widest, strict=True)
         ]
-        cut += max(rows_cut for _, rows_cut in filled)  # what the longest pattern cuts is among them nearly always
+        cut += max(rows_cut for _, rows_cut in filled)  # nearly always the longest pattern cuts these rows as well
         for row in range(len(filled[0][0])):
             of_row = [made[row] for made, _ in filled]
             found = (
@@ -122,8 +122,8 @@ def pattern_sequences(
             for ids, read in found:
                 if not ids or read.start < 0:
                     raise UserError(
-                        f"row {first + row} of {what} leaves no token to read in a pattern; remove the row, or put "
-                        "text into the pattern"
+                        f"row {first + row} of {what} leaves no token to read in a pattern; remove the row, or add "
+                        "text to the pattern"
                     )
                 laid.sequences.append(ids)
                 laid.read.append(read)

@@ -1,11 +1,12 @@
-"""``task.kind: question_answering``: the span of a context that answers a question, as in SQuAD 1.1 and 2.0.
+"""``task.kind: question_answering``: find the span of a context that answers a question, as in SQuAD 1.1 and 2.0.
 
-Fields ``question``, ``context`` and ``answers``: SQuAD's ``{"text": […], "answer_start": […]}``, a list of
-``{"text", "answer_start"}``, or the text itself, which then starts where the context first has it. Empty: the context
-has no answer. The first answer is learned; all of them count in the metrics.
+The fields are ``question``, ``context`` and ``answers``. ``answers`` is SQuAD's ``{"text": […], "answer_start": […]}``,
+a list of ``{"text", "answer_start"}``, or the text itself, which then starts at its first occurrence in the context. If
+``answers`` is empty, the context has no answer. Training uses the first answer; the metrics use all answers.
 
-A context that does not fit goes in windows that share ``task.doc_stride`` tokens, so a row of the data may be several
-rows of the examples. A window that lacks the answer points at its first token (Devlin et al. 2019, §4.3).
+A context that is too long is split into windows that overlap by ``task.doc_stride`` tokens, so a row of the data may
+become several rows of the examples. The target of a window without the answer is its first token (Devlin et al. 2019,
+§4.3).
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Answer = tuple[str, int]
-"""The text and the character of the context where it starts."""
+"""The answer's text and the index of the context's character at which it starts."""
 BEFORE = 120
-"""Characters of the context that a sample shows before the answer."""
+"""Number of characters of the context that a sample shows before the answer."""
 NONE = "(no answer)"
 
 
 @dataclass(frozen=True)
 class Window:
-    """A row of the examples: the row of the data (from 0), its context, and the context's tokens in the window.
+    """A row of the examples: its row of the data (from 0), the context, and the context's tokens in the window.
 
-    ``offsets`` int32 ``[candidates, 2]``: the characters of each candidate; the first, which stands for no answer,
-    has none.
+    ``offsets`` int32 ``[candidates, 2]``: the range of characters of each candidate; the range of the first candidate,
+    which stands for "no answer", is empty.
     """
 
     row: int
@@ -51,7 +52,7 @@ class Window:
 
 
 class QuestionAnswering:
-    """Extractive question answering over the last hidden states."""
+    """Answers questions with spans of the context, predicted by a trained head on the last hidden states."""
 
     output: Output = "body"
     labels: tuple[str, ...] = ()
@@ -76,10 +77,10 @@ class QuestionAnswering:
     def tokenize(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, what: str, labelled: bool = True
     ) -> Examples:
-        """Windows ``question, context`` of up to ``max_length`` tokens, with the tokenizer's own special tokens.
+        """Return windows ``question, context`` of up to ``max_length`` tokens, with the tokenizer's special tokens.
 
-        Labels: ``CANDIDATE``, ``START`` and ``END`` (`ptd.readouts.spans`) at the window's first token and at those of
-        the context. Without ``labelled`` every window's answer is its first token.
+        Labels: ``CANDIDATE``, ``START`` and ``END`` (`ptd.readouts.spans`) at the window's first token and at the
+        tokens of the context. Without ``labelled``, the answer of every window is its first token.
         """
         split = window_splitter(tokenizer, self.data.max_length, self.config.doc_stride)
         fields = self.fields if labelled else {name: self.fields[name] for name in ("question", "context")}
@@ -116,14 +117,15 @@ class QuestionAnswering:
 
     def readout(self, tokenizer: PreTrainedTokenizerBase, hidden_size: int, head: HeadSettings) -> Spans:
         if head.pooling != "auto":
-            raise UserError(f"method.pooling: {head.pooling} has no effect on where answers start and end; remove it")
+            raise UserError(f"method.pooling: {head.pooling} has no effect on task.kind question_answering; remove it")
         return Spans(hidden_size, head.hidden_sizes)
 
     def answers(self, scores: Sequence[Tensor], examples: Examples) -> list[dict[str, Any]]:
-        """One a row of the *data*: ``answer`` ("" for none) and ``score``, its probability in its window.
+        """Return one answer per row of the *data*: ``answer`` ("" for none) and ``score``, its probability.
 
-        Best over the windows; there is no answer if no span is more probable than that is in the window where it is
-        the least (the official evaluation of SQuAD 2.0, with probabilities for logits).
+        The probability is that within a window. The most probable span of all windows is the answer, unless "no answer"
+        is more probable in every window: its score is the lowest over the windows (the official evaluation of SQuAD
+        2.0, with probabilities instead of logits).
         """
         assert examples.aside is not None
         best: dict[int, tuple[float, str]] = {}
@@ -142,11 +144,14 @@ class QuestionAnswering:
         return found
 
     def metrics(self, answers: Sequence[dict[str, Any]], rows: Dataset) -> dict[str, float]:
-        """SQuAD's ``exact_match`` and ``f1``: the best over a row's answers, mean over rows (0–100)."""
+        """Return SQuAD's ``exact_match`` and ``f1`` (0–100): the best over a row's answers, averaged over rows."""
         return _squad([answer["answer"] for answer in answers], [gold for *_, gold in self._gold(rows)])
 
     def samples(self, answers: Sequence[dict[str, Any]], rows: Dataset) -> list[Sample]:
-        """The question and the context from a little before the answer; right is what matches an answer exactly."""
+        """Return each row's question, and its context from `BEFORE` characters before the answer.
+
+        An answer is right if it matches one of the row's answers exactly.
+        """
         found = []
         for (question, context, gold), answer in zip(self._gold(rows), answers, strict=True):
             begin = max(0, gold[0][1] - BEFORE)
@@ -157,7 +162,7 @@ class QuestionAnswering:
         return found
 
     def _gold(self, rows: Dataset) -> list[tuple[str, str, list[Answer]]]:
-        """Question, context and answers of each row; where there is none, an empty one."""
+        """Return the question, context and answers of each row; a row without an answer has one empty answer."""
         return [
             (question, context, parse_answers(value, context, f"row {row}") or [("", 0)])
             for first, chunk in field_chunks(rows, self.fields, "the data")
@@ -182,22 +187,28 @@ def _squad(answers: Sequence[str], gold: Sequence[list[Answer]]) -> dict[str, fl
 
 
 def parse_answers(value: Any, context: str, place: str) -> list[Answer]:
-    """Any of the forms that ``answers`` may have. Raises `UserError` if the context has no such text there."""
+    """Parse any of the forms that ``answers`` may have.
+
+    Raises `UserError` for another form, or if the context does not have an answer's text at its position.
+    """
     if isinstance(value, str):
         value = [] if is_blank(value) else [value]
     if isinstance(value, dict) and isinstance(value.get("text"), list):
         starts = value.get("answer_start") or [None] * len(value["text"])
         if not isinstance(starts, list):
             raise UserError(
-                f"{place}: answers has the list text, so answer_start has to be one too, not {starts!r:.60}"
+                f"{place}: text in answers is a list, so answer_start has to be a list as well, not {starts!r:.60}"
             )
         if len(starts) != len(value["text"]):
-            raise UserError(f"{place}: answers has {len(value['text'])} texts but {len(starts)} values of answer_start")
+            raise UserError(
+                f"{place}: answers has {len(value['text'])} texts but {len(starts)} values of answer_start; give one "
+                "answer_start per text"
+            )
         value = [{"text": text, "answer_start": start} for text, start in zip(value["text"], starts, strict=True)]
     if not isinstance(value, list):
         raise UserError(
             f"{place}: answers has to be {{text: […], answer_start: […]}}, a list of {{text, answer_start}} or text, "
-            f"but is {repr(value)[:60]}; an empty list means that there is none"
+            f"but is {repr(value)[:60]}; an empty list means that there is no answer"
         )
     return [_answer(item if isinstance(item, dict) else {"text": item}, context, place) for item in value]
 
@@ -205,18 +216,18 @@ def parse_answers(value: Any, context: str, place: str) -> list[Answer]:
 def _answer(item: dict[str, Any], context: str, place: str) -> Answer:
     text, start = item.get("text"), item.get("answer_start")
     if not isinstance(text, str) or is_blank(text):
-        raise UserError(f"{place}: an answer's text is {text!r}; give a piece of the context, or no answer at all")
+        raise UserError(f"{place}: an answer's text is {text!r}; give a piece of the context, or an empty list")
     if start is None:
         start = context.find(text)
         if start < 0:
-            raise UserError(f"{place}: the context does not contain the answer {text!r}; answers are pieces of it")
+            raise UserError(f"{place}: the context does not contain the answer {text!r}; give a piece of the context")
     elif type(start) is not int or start < 0:
-        raise UserError(f"{place}: answer_start is {repr(start)[:60]}; give the number of the character, from 0")
+        raise UserError(f"{place}: answer_start is {repr(start)[:60]}; give the index of a character, from 0")
     elif context[start : start + len(text)] != text:
         there = context[start : start + len(text)]
         raise UserError(
             f"{place}: at answer_start {start} the context has {there!r}, not the answer {text!r}; "
-            "correct it, or leave answer_start out to take the first place that has the text"
+            "correct answer_start, or leave it out to use the first occurrence of the text"
         )
     bare = text.lstrip()
     return bare.rstrip(), start + len(text) - len(bare)
@@ -229,17 +240,18 @@ _Split = tuple[int, list[int], list[int], list[int], list[tuple[int, int]]]
 def window_splitter(
     tokenizer: PreTrainedTokenizerBase, max_length: int, doc_stride: int
 ) -> Callable[[list[str], list[str], list[str]], Iterator[_Split]]:
-    """``split(questions, contexts, places)``: the windows of each row, in order.
+    """Return ``split(questions, contexts, places)``, which yields the windows of each row, in order.
 
-    Raises `UserError` for a tokenizer without offsets, and naming the row whose question leaves too little room.
+    Raises `UserError` for a tokenizer without offsets; ``split`` raises it, naming the row, for a question that leaves
+    too little room.
     """
     if not tokenizer.is_fast:
         raise UserError(
-            f"the tokenizer {tokenizer.name_or_path!r} cannot tell where in the text a token lies, which "
+            f"the tokenizer {tokenizer.name_or_path!r} cannot tell which characters a token covers, which "
             "task.kind question_answering needs; add its tokenizer.json"
         )
     specials = tokenizer.num_special_tokens_to_add(pair=True)
-    # Without a special token between the two, nothing else would tell where the question ends.
+    # If no special token separates question and context, a line break marks the end of the question.
     separator = "" if specials > tokenizer.num_special_tokens_to_add(pair=False) else "\n"
 
     def split(questions: list[str], contexts: list[str], places: list[str]) -> Iterator[_Split]:
@@ -251,8 +263,8 @@ def window_splitter(
             room = max_length - specials - length
             if rest > room and room <= doc_stride:
                 raise UserError(
-                    f"{place}: beside the question ({length} tokens) there is room for {max(room, 0)} tokens of the "
-                    f"context, but windows that share task.doc_stride {doc_stride} need more; "
+                    f"{place}: the question ({length} tokens) leaves room for {max(room, 0)} tokens of the context, "
+                    f"but windows that overlap by task.doc_stride ({doc_stride}) tokens need more; "
                     "raise data.max_length or lower task.doc_stride"
                 )
         with cut_on_the_right(tokenizer):
@@ -261,7 +273,7 @@ def window_splitter(
                 contexts,
                 truncation="only_second",
                 max_length=max_length,
-                # Where the overlap would not fit beside the special tokens, no context goes in windows either.
+                # The limit of the tokenizer. Where it is lower than doc_stride, no context is split (see the check).
                 stride=max(0, min(doc_stride, max_length - specials - 1)),
                 return_overflowing_tokens=True,
                 return_offsets_mapping=True,
@@ -283,7 +295,7 @@ def window_splitter(
 
 
 def _span(answer: Answer, spans: list[tuple[int, int]]) -> tuple[int, int] | None:
-    """First and last of the tokens that share characters with the answer; None if the window lacks a part of it."""
+    """Return the first and last token that share characters with the answer; None if part of it is outside."""
     text, start = answer
     stop = start + len(text)
     if not spans or spans[0][0] > start or spans[-1][1] < stop:
@@ -293,7 +305,10 @@ def _span(answer: Answer, spans: list[tuple[int, int]]) -> tuple[int, int] | Non
 
 
 def best_span(log_probs: Tensor, max_answer_length: int) -> tuple[float, int, int]:
-    """The best start + end of ``[tokens, 2]`` with start ≤ end < start + ``max_answer_length``: score, start, end."""
+    """Return score, start and end of the best span: start ≤ end < start + ``max_answer_length``.
+
+    ``log_probs`` ``[tokens, 2]``: of the start and of the end; the score of a span is their sum.
+    """
     if len(log_probs) == 0:
         return -np.inf, 0, 0
     joint = log_probs[:, :1] + log_probs[:, 1]

@@ -1,8 +1,8 @@
-"""``task.kind: seq2seq_lm``: text from text, by an encoder-decoder. Rows have a prompt and a completion.
+"""``task.kind: seq2seq_lm``: generate text from text. Rows have a prompt and a completion.
 
-The encoder reads the prompt (``data.prompt_template``, marks allowed) with the tokenizer's own special tokens. The
-decoder learns the completion as the tokenizer writes targets: ``… </s>`` (T5), ``<s> … </s>`` (BART), ``… </s> code``
-with the code of the language (mBART).
+The encoder of an encoder-decoder reads the prompt (``data.prompt_template``, marks allowed) with the tokenizer's own
+special tokens. The decoder learns the completion as the tokenizer writes targets: ``… </s>`` (T5), ``<s> … </s>``
+(BART), ``… </s> code`` with the code of the language (mBART).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Seq2SeqLM:
-    """Text from text; the loss is the language model's own, over the completion's tokens."""
+    """Generates text from text. The loss is the language model's, over the completion's tokens."""
 
     output: Output = "seq2seq_lm"
     labels: tuple[str, ...] = ()
@@ -49,11 +49,11 @@ class Seq2SeqLM:
     def tokenize(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, what: str, labelled: bool = True
     ) -> Examples:
-        """``source``: the encoder's side. ``labels``: the completion; ``tokens``: the same, shifted to the right.
+        """Return the examples. ``source``: the prompts; ``labels``: the completions; ``tokens``: these, shifted right.
 
-        The first of ``tokens`` stands for the model's ``decoder_start_token_id``, which no tokenizer knows: it is the
-        padding token (0 without one), unless the target ends in a language code, with which the decoder then starts
-        (`target_language`). Without ``labelled`` nothing but that token is there.
+        The first of a sequence's ``tokens`` stands for the model's ``decoder_start_token_id``, which no tokenizer
+        knows. It is the padding token (0 without one) or, if targets end in a language code, this code, with which the
+        decoder then starts (`target_language`). Without ``labelled``, it is the only token.
 
         Prompts are cut on the right to ``max_length`` (their fields, not the template's own text), completions to
         ``max_target_length``; special and virtual tokens stay.
@@ -73,7 +73,10 @@ class Seq2SeqLM:
             first_texts += completions[: ROWS - len(first_texts)]
             for row, (prompt, target) in enumerate(zip(prompts, encoded, strict=True), first):
                 if not prompt:
-                    raise UserError(f"row {row} of {what} has a prompt without tokens; the encoder needs at least one")
+                    raise UserError(
+                        f"row {row} of {what} has a prompt without tokens, but the encoder needs at least one; fill in "
+                        "the prompt or remove the row"
+                    )
                 sources.add(prompt, [IGNORE_INDEX] * len(prompt))
                 targets.add([start, *target[:-1]], target or [IGNORE_INDEX])
         source = sources.examples(DataReport(len(rows), len(sources.tokens), 0, prompts_cut=prompts_cut))
@@ -92,10 +95,10 @@ class Seq2SeqLM:
     def prompts(
         self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, raw: bool = False
     ) -> list[list[int]]:
-        """What the encoder reads: each text in the only field of ``data.prompt_template``, or as the whole prompt.
+        """Return what the encoder reads: each text in the only field of ``data.prompt_template``, or as the prompt.
 
-        ``raw``: as the whole prompt. Raises `UserError` if the template has virtual tokens that have no place then, or
-        several fields beside them, which one text cannot fill.
+        ``raw``: each text is the whole prompt. Raises `UserError` if the template has virtual tokens and ``raw`` is
+        set, which leaves no place for them, or if it also has several fields, which one text cannot fill.
         """
         template = None if self.data.prompt_template is None else parse_template(self.data.prompt_template)
         single = template is not None and len(set(template.fields)) == 1
@@ -103,7 +106,7 @@ class Seq2SeqLM:
             values = [(text,) * len(template.fields) for text in texts]
             return fill(template, values, tokenizer, special_affixes(tokenizer))[0]
         if template is not None and template.virtual_tokens:
-            why = "--raw gives no place" if single else "a prompt typed as one text cannot fill"
+            why = "--raw leaves no place for" if single else "a single typed text cannot fill"
             raise UserError(
                 f"data.prompt_template: {template.source!r} places virtual tokens and has {len(template.fields)} "
                 f"fields, which {why}; give rows with these columns (ptd eval)"
@@ -119,7 +122,7 @@ class Seq2SeqLM:
     def prompts_and_references(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, what: str
     ) -> tuple[list[list[int]], list[str]]:
-        """What the encoder reads for each row, as in training, and the text to expect."""
+        """Return what the encoder reads for each row, as in training, and the reference text."""
         prompts: list[list[int]] = []
         references: list[str] = []
         reader = Reader(tokenizer)
@@ -133,7 +136,7 @@ class Seq2SeqLM:
 
 
 def target_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> tuple[list[list[int]], int]:
-    """Completions as the tokenizer writes targets, EOS among their special tokens; also how many were cut to ``limit``.
+    """Return completions as the tokenizer writes targets, with EOS, and how many were cut to ``limit`` tokens.
 
     Raises `UserError` for a tokenizer without EOS.
     """
@@ -143,11 +146,11 @@ def target_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, limit: i
             f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, so the model could not learn "
             "where a completion ends (set eos_token in its tokenizer_config.json)"
         )
-    # A text that writes the special tokens itself gets them once.
+    # Remove special tokens that the text itself contains, so that they are not repeated.
     opening, closing = _target_words(tokenizer)
     texts = [text.removeprefix(opening).removesuffix(closing) or text for text in texts]
     encoded: list[list[int]] = tokenizer(text_target=texts, verbose=False)["input_ids"]
-    # A language code may stand behind EOS.
+    # A language code may follow EOS.
     own = [] if eos in tokenizer(text_target="a")["input_ids"][-2:] else [eos]
     long = [row for row, ids in enumerate(encoded) if len(ids) + len(own) > limit]
     if long:
@@ -160,13 +163,13 @@ def target_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, limit: i
 
 
 def target_language(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The language code behind EOS that targets end in and the decoder starts with (mBART); None: there is none."""
+    """Return the language code that ends targets after EOS and starts the decoder (mBART); None: there is none."""
     behind = tokenizer(text_target="a")["input_ids"][-2:]
     return behind[1] if len(behind) == 2 and behind[0] == tokenizer.eos_token_id != behind[1] else None
 
 
 def target_opening(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token with which targets begin (BART's ``<s>``, mBART-50's language); None: they begin with text."""
+    """Return the special token that begins targets (BART's ``<s>``, mBART-50's language); None: there is none."""
     bare = tokenizer(text_target="a", add_special_tokens=False)["input_ids"]
     full = tokenizer(text_target="a")["input_ids"]
     first: int = full[0]
@@ -174,14 +177,14 @@ def target_opening(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def _target_words(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """The text of the special tokens that the tokenizer puts before and behind a target, as far as one may write it."""
+    """Return the texts of the special token that begins targets and of EOS, which a completion may itself contain."""
     opening = target_opening(tokenizer)
     first = "" if opening is None else str(tokenizer.convert_ids_to_tokens(opening))
     return first, str(tokenizer.eos_token or "")
 
 
 class _Side:
-    """Sequences of one side, one behind the other."""
+    """Concatenates the sequences of one side, encoder or decoder."""
 
     def __init__(self) -> None:
         self.tokens, self.labels, self.offsets = array("i"), array("i"), array("q", [0])
@@ -200,7 +203,7 @@ class _Side:
 def _chunks(
     rows: Dataset, data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, what: str, labelled: bool
 ) -> Iterator[tuple[int, list[list[int]], int, list[str]]]:
-    """First row's number, the prompts as the encoder reads them, how many were cut, and the completions if labelled."""
+    """Yield the first row's number, the encoder's prompts, how many were cut, and the completions if ``labelled``."""
     fields, prompts_of = _prompt_fields(rows, data, what)
     completion = data.columns.get("completion", "completion")
     needed = dict(fields)
@@ -213,13 +216,13 @@ def _chunks(
 
 
 _COMPLETION = "the completion"
-"""No column of a template can have this name, while it may well have a column named completion."""
+"""A field name for the completion, because a template may have a column named completion."""
 
 _PromptsOf = Callable[[dict[str, list[Any]], int, Any, int], tuple[list[list[int]], int]]
 
 
 def _prompt_fields(rows: Dataset, data: DataConfig, what: str) -> tuple[dict[str, Column], _PromptsOf]:
-    """The fields that make a prompt, and how a chunk of them becomes tokens and the number of cut ones."""
+    """Return the fields of a prompt, and the function that turns a chunk of them into prompts and counts cut ones."""
     template = prompt_template(data, rows.column_names, what)
     if template is None:
         column = data.columns.get("prompt", "prompt")
@@ -232,9 +235,7 @@ def _prompt_fields(rows: Dataset, data: DataConfig, what: str) -> tuple[dict[str
         return {"prompt": Column(column, may_be_blank=True)}, plain
 
     if not template.fields:
-        raise UserError(
-            f"data.prompt_template: {template.source!r} is the same for every row; write a {{column}} field"
-        )
+        raise UserError(f"data.prompt_template: {template.source!r} is the same for every row; add a {{column}} field")
 
     def filled(
         chunk: dict[str, list[Any]], first: int, tokenizer: PreTrainedTokenizerBase, max_length: int
@@ -249,7 +250,7 @@ def _prompt_fields(rows: Dataset, data: DataConfig, what: str) -> tuple[dict[str
 def whole_prompts(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
 ) -> tuple[list[list[int]], int]:
-    """Texts between the tokenizer's own special tokens, cut on the right to ``max_length``; also how many were cut."""
+    """Return texts between the tokenizer's special tokens, cut on the right to ``max_length``; and count cut ones."""
     head, tail = special_affixes(tokenizer)
     whole = [affixed(ids, head, tail) for ids in encode(tokenizer, list(texts))]
     encoded = [ids[len(head) : len(ids) - len(tail)] for ids in whole]

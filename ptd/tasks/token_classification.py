@@ -1,4 +1,4 @@
-"""``task.kind: token_classification``: a label for every word, by a trained head on the word's first sub-token."""
+"""``task.kind: token_classification``: label every word, with a trained head on the word's first sub-token."""
 
 from __future__ import annotations
 
@@ -29,14 +29,17 @@ OUTSIDE = "O"
 
 @dataclass(frozen=True)
 class Words:
-    """A row's words, and which of them have a label's position: those that ``data.max_length`` left."""
+    """A row's words, and the indices of those that the backbone reads (not cut off by ``data.max_length``)."""
 
     words: tuple[str, ...]
     seen: tuple[int, ...]
 
 
 class TokenClassification:
-    """Fields ``tokens`` (words) and ``tags``: a name each, or a number: an index into the names, if there are any."""
+    """Reads the fields ``tokens`` (words) and ``tags``: one name per word, or one number (an index into the names).
+
+    If the tags have no names, a number is its own name.
+    """
 
     output: Output = "body"
     virtual_tokens = 0
@@ -55,7 +58,7 @@ class TokenClassification:
         self.fields = {field: Column(data.columns.get(field, field), words) for field, words in holds.items()}
 
     def fit(self, rows: Dataset, what: str) -> TokenClassification:
-        """Label names, unless given: those of the data's own ``ClassLabel``, or the distinct tags, sorted."""
+        """Learn the label names unless they are given: from the data's ``ClassLabel``, or the distinct tags, sorted."""
         if self.config.labels is not None and self.config.class_weights != "balanced":
             return self._with(tuple(self.config.labels), self.config.class_weights)
         names = self._names_of_data(rows)
@@ -77,7 +80,7 @@ class TokenClassification:
         return TokenClassification(self.config, self.data, labels, weights)
 
     def _names_of_data(self, rows: Dataset) -> tuple[str, ...]:
-        """What numbers among the tags stand for; empty: for themselves."""
+        """Return the names that numbers among the tags stand for; empty: a number is its own name."""
         column = self.fields["tags"].name
         own = names_of(getattr(rows.features.get(column), "feature", None), column, "the data")
         names = tuple(own or self.labels or self.config.labels or ())
@@ -86,9 +89,9 @@ class TokenClassification:
     def tokenize(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, what: str, labelled: bool = True
     ) -> Examples:
-        """Each word as it would stand in a text, labelled at its first sub-token; cut on the right to ``max_length``.
+        """Tokenise each word as it would be in a text, and label its first sub-token; cut rows on the right.
 
-        Without ``labelled`` the positions are the same and the labels in them mean nothing.
+        The limit is ``max_length``. Without ``labelled``, the same positions have labels without a meaning.
         """
         assert self.labels, "fit comes first"
         index_of = {label: index for index, label in enumerate(self.labels)}
@@ -114,7 +117,7 @@ class TokenClassification:
                     column = self.fields["tags"].name
                     tags = _list(chunk["tags"][index], column, place)
                     if len(tags) != len(words):
-                        raise UserError(f"{place} has {len(words)} words but {len(tags)} tags; give one tag a word")
+                        raise UserError(f"{place} has {len(words)} words but {len(tags)} tags; give one tag per word")
                     targets = [
                         number_of(_name(tag, names, column, place), index_of, f"{place} has the tag") for tag in tags
                     ]
@@ -137,16 +140,16 @@ class TokenClassification:
 
     def readout(self, tokenizer: PreTrainedTokenizerBase, hidden_size: int, head: HeadSettings) -> Tags:
         if head.pooling != "auto":
-            raise UserError(f"method.pooling: {head.pooling} has no effect on a label for every word; remove it")
+            raise UserError(f"method.pooling: {head.pooling} has no effect on token_classification; remove it")
         weights = None
         if self.class_weights is not None:
             weights = [self.class_weights.get(label, 1.0) for label in self.labels]
         return Tags(hidden_size, len(self.labels), head.hidden_sizes, weights)
 
     def answers(self, scores: Sequence[Tensor], examples: Examples) -> list[dict[str, Any]]:
-        """``tags`` and their ``probabilities``, one a word; ``entities`` (words ``start:end``) if the labels chunk.
+        """Return ``tags`` and ``probabilities``, one per word, and ``entities`` (words ``start:end``) if `chunked`.
 
-        A word that the backbone did not see is outside of everything (or has the first label), with probability None.
+        A word that the backbone did not read has the tag O (or else the first label), with probability None.
         """
         assert examples.aside is not None
         unseen = OUTSIDE if OUTSIDE in self.labels else self.labels[0]
@@ -164,7 +167,7 @@ class TokenClassification:
         return found
 
     def metrics(self, answers: Sequence[dict[str, Any]], rows: Dataset) -> dict[str, float]:
-        """``accuracy`` over words; for chunked labels also ``precision``, ``recall`` and ``f1`` of spans (seqeval)."""
+        """Return ``accuracy`` over words and, if `chunked`, ``precision``, ``recall``, ``f1`` of spans (seqeval)."""
         gold = self._gold(rows)
         predicted = [answer["tags"] for answer in answers]
         pairs = [pair for row in zip(gold, predicted, strict=True) for pair in zip(*row, strict=True)]
@@ -179,8 +182,11 @@ class TokenClassification:
         return result
 
     def samples(self, answers: Sequence[dict[str, Any]], rows: Dataset) -> list[Sample]:
-        """The words with their tags, or their entities. The score is that of the surest wrong tag (0: of a word that
-        the backbone did not see), of a row without one that of its least sure tag."""
+        """Return each row's words with their tags, or its entities.
+
+        The score is the highest probability of a wrong tag (0 for a word that the backbone did not read); in a row
+        without wrong tags, it is the lowest probability of a tag.
+        """
         found = []
         column = {"tokens": self.fields["tokens"]}
         words = (each for _, chunk in field_chunks(rows, column, "the data") for each in chunk["tokens"])
@@ -210,7 +216,7 @@ class TokenClassification:
 
     @property
     def chunked(self) -> bool:
-        """Whether the labels mark spans: B-, I-, E- and S- of a type, and O."""
+        """Whether the labels mark spans: B-, I-, E- or S- and a type, or O."""
         return all(label == OUTSIDE or _CHUNKED.fullmatch(label) for label in self.labels)
 
     def facts(self) -> dict[str, Any]:
@@ -221,14 +227,14 @@ class TokenClassification:
 
 
 WordPlaces = dict[int, int]
-"""Word -> the position of its first sub-token, for the words that have one."""
+"""Index of a word -> position of its first sub-token, for the words that have tokens."""
 
 
 def word_encoder(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Any:
-    """``encode(rows of words) -> [(token ids, WordPlaces)]``, words tokenised as in a text with single spaces.
+    """Return ``encode(rows of words) -> [(token ids, WordPlaces)]``, which reads words as in a text with spaces.
 
-    Byte-level tokenizers read a word differently behind a space, but given words apart they put none; so we do.
-    Raises `UserError` for a tokenizer that cannot tell which word a token comes from.
+    Byte-level tokenizers tokenise a word differently after a space, but add none to words that are given separately, so
+    ``encode`` adds the space. Raises `UserError` for a tokenizer that cannot tell which word a token comes from.
     """
     if not tokenizer.is_fast:
         raise UserError(
@@ -259,7 +265,8 @@ def word_encoder(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Any:
 def _list(value: Any, column: str, place: str) -> list[Any]:
     if not isinstance(value, list):
         raise UserError(
-            f"{place}: {column!r} has to be a list, one item a word, but is {type(value).__name__} ({repr(value)[:60]})"
+            f"{place}: {column!r} has to be a list, one item per word, but is {type(value).__name__} "
+            f"({repr(value)[:60]})"
         )
     return value
 
@@ -275,8 +282,8 @@ def _name(tag: Any, names: tuple[str, ...], column: str, place: str) -> str:
     name = name_at(tag, names, f"{place}: an item of {column!r}")
     if isinstance(tag, int | float) and name.startswith("-"):
         raise UserError(
-            f"{place}: {column!r} has the tag {name}, but tags are numbered from 0 (negative numbers mostly mark "
-            "tokens to pass over); give one tag a word, as before any tokenizer"
+            f"{place}: {column!r} has the tag {name}, but tags are numbered from 0 (negative numbers usually mark "
+            "sub-tokens to ignore); give one tag per word, not per sub-token"
         )
     return name
 

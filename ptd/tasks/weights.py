@@ -1,4 +1,4 @@
-"""``task.class_weights``: how much each label counts in the loss."""
+"""Learn and check ``task.class_weights``, the weight of each label in the loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Given = Literal["balanced"] | dict[str, float] | None
 
 
 def learn_weights(given: Given, labels: Sequence[str], counts: Mapping[str, int]) -> dict[str, float] | None:
-    """The weights of the labels that occur; None for 1 each.
+    """Return the weights of the labels that occur; None: every weight is 1.
 
     ``balanced``: n / (k · count) for the k labels that occur n times in all (scikit-learn's formula).
     """
@@ -23,9 +23,9 @@ def learn_weights(given: Given, labels: Sequence[str], counts: Mapping[str, int]
 
 
 def check_weights(given: Given, labels: Sequence[str]) -> None:
-    """Raise `UserError` for a weight of something that is no label, or that is no positive number."""
+    """Raise `UserError` for a weight of a name that is not a label, or that is not a positive finite number."""
     for label, weight in {} if given is None or given == "balanced" else given.items():
         if labels and label not in labels:
-            raise UserError(f"task.class_weights: {label!r} is no label; the labels are {', '.join(labels)}")
+            raise UserError(f"task.class_weights: {label!r} is not a label; the labels are {', '.join(labels)}")
         if not (weight > 0 and math.isfinite(weight)):
-            raise UserError(f"task.class_weights.{label}: {weight} is no weight; give a number over 0")
+            raise UserError(f"task.class_weights.{label}: {weight} is not a weight; give a number above 0")

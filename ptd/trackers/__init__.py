@@ -1,6 +1,6 @@
-"""Where the records of a run go beside its own folder: TensorBoard, Weights & Biases, MLflow. One file is one tracker.
+"""Send the records of a run to trackers: TensorBoard, Weights & Biases, MLflow. Each tracker is one module.
 
-A tracker is a guest: whatever becomes of it, the run goes on, and says once that the tracker does not.
+A tracker never stops a run: if it fails, the run drops it, says so once, and continues.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ Status = Literal["finished", "preempted", "failed"]
 Note = Callable[[str], None]
 
 LOCAL = ("tensorboard",)
-"""Trackers that only write files; the others may have to wait for a server, and do that beside the training."""
+"""Trackers that only write files; the others may have to wait for a server, so each of them runs in a thread."""
 PATIENCE: dict[Status, float] = {"finished": 60.0, "preempted": 5.0, "failed": 5.0}
-"""Seconds in which a tracker has to hand over what it still has, by how the run ended."""
+"""Seconds that a tracker gets to send its remaining records, by how the run ended."""
 
 
 @dataclass(frozen=True)
 class Tracked:
-    """A run as its trackers know it. Each start that continues it after ``after_step`` has the same ``id``.
+    """A run as its trackers know it. All starts of the run have the same ``id``; this one begins after ``after_step``.
 
-    What follows a divergence, with another learning rate, is another run to them: ``again`` is the number of it.
+    For the trackers, a retry after a divergence, with another learning rate, is another run; ``again`` is its number.
     """
 
     folder: Path
@@ -42,7 +42,7 @@ class Tracked:
     def of(
         cls, folder: Path, started: str, name: str | None, config: dict[str, Any], after_step: int, again: int = 0
     ) -> Tracked:
-        """``started``: when the first start of the run began."""
+        """Return the run in ``folder``. ``started``: when its first start began."""
         place = folder.resolve()
         words = f"{place} {started}" + (f" {again}" if again else "")
         called = (name or place.name) + (f" (retry {again})" if again else "")
@@ -50,17 +50,17 @@ class Tracked:
 
 
 class Tracker(Protocol):
-    """Takes the records of a run. Both may raise whatever they like."""
+    """Takes the records of a run. Both methods may raise any exception."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Keep the numbers of one record; steps never fall, and several records may have one step."""
+        """Store the numbers of one record. Steps never decrease, and several records may have the same step."""
 
     def close(self, status: Status) -> None:
-        """The run has ended, or this start of it."""
+        """Finish, because the run or this start of it has ended."""
 
 
 def start_trackers(names: Sequence[str], run: Tracked, note: Note) -> list[Guarded | Behind]:
-    """Start the trackers of ``train.report_to``; ``note`` is told of those that fail, now or later."""
+    """Start the trackers of ``train.report_to``; ``note`` is called for each that fails, now or later."""
     return [(Guarded if name in LOCAL else Behind)(name, _starter(name, run), note) for name in dict.fromkeys(names)]
 
 
@@ -73,7 +73,7 @@ def _starter(name: str, run: Tracked) -> Callable[[], Tracker]:
 
 
 class Guarded:
-    """A tracker that is dropped, and named in one note, when it fails."""
+    """A tracker that is dropped with one note when it fails."""
 
     def __init__(self, name: str, start: Callable[[], Tracker], note: Note) -> None:
         self.name, self._note = name, note
@@ -101,12 +101,12 @@ class Guarded:
             self._tracker = None
             missing = isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == self.name
             said = f"it is not installed: pip install 'ptd[{self.name}]'" if missing else _in_a_line(error)
-            self._note(f"train.report_to: {self.name} gets no more records ({said}); the run goes on without it")
+            self._note(f"train.report_to: {self.name} gets no more records ({said}); the run continues without it")
             return None
 
 
 class Behind:
-    """A `Guarded` tracker in a thread of its own, so that a server that is slow or gone holds nobody up."""
+    """A `Guarded` tracker in its own thread, so that a slow or unreachable server does not delay the run."""
 
     def __init__(self, name: str, start: Callable[[], Tracker], note: Note) -> None:
         self.name, self._note = name, note
@@ -134,7 +134,7 @@ class Behind:
         self._speak()
 
     def _speak(self) -> None:
-        """Notes come from the run's own thread only."""
+        """Pass on the notes; only the run's own thread calls this."""
         while not self._notes.empty():
             self._note(self._notes.get())
 
@@ -144,7 +144,7 @@ def _in_a_line(error: BaseException) -> str:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names."""
+    """Return nested settings as one mapping with dotted names."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}

@@ -1,7 +1,7 @@
-"""MLflow. Its own variables hold: MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME (default ``ptd``).
+"""Track a run with MLflow, which reads its variables MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME (default ``ptd``).
 
-A run that is continued is found by its id, which it carries as the tag ``ptd.run``; what MLflow has of it is not sent
-again.
+A run that continues is found by its id, which is the value of its tag ``ptd.run``. Records that MLflow already has are
+not sent again.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ptd.trackers import Status, Tracked, flat
 TAG = "ptd.run"
 ENDS: dict[Status, str] = {"finished": "FINISHED", "preempted": "KILLED", "failed": "FAILED"}
 PARAMS, PARAM_LENGTH = 100, 500
-"""Settings of one request, and the longest that every MLflow server takes."""
+"""Settings per request, and characters of a setting, that every MLflow server accepts."""
 
 
 class Mlflow:
-    """One MLflow run, through a client of its own: the fluent API's active run stays the caller's."""
+    """One MLflow run with its own client, so that the active run of the fluent API remains the caller's."""
 
     def __init__(self, run: Tracked) -> None:
         self._client = client = MlflowClient()
@@ -48,7 +48,7 @@ class Mlflow:
             self._client.log_batch(self._id, metrics=new)
 
     def _known(self, key: str) -> int:
-        """The last step of which an earlier start sent this metric; −1: none."""
+        """Return the last step for which an earlier start sent this metric; −1 if none did."""
         if key not in self._last:
             history = self._client.get_metric_history(self._id, key) if self._continued else []
             self._last[key] = max((metric.step for metric in history), default=-1)

@@ -1,7 +1,7 @@
-"""TensorBoard's event files, in ``output_dir/tensorboard``.
+"""Write TensorBoard's event files to ``output_dir/tensorboard``.
 
-Written at once, record by record. TensorBoard's own writer does it from a thread, which prints a traceback when the
-disk is full and leaves behind what it still held.
+Each record is written immediately. TensorBoard's own writer uses a thread, which prints a traceback when the disk is
+full and loses the records that it still holds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _count = itertools.count()
 
 
 class _Whole(io.FileIO):
-    """A file that takes all or raises; a plain one may take the part that fits on the disk."""
+    """A file that writes all bytes or raises; a plain file may write only the part that fits on the disk."""
 
     def write(self, data: Any) -> int:
         written = super().write(data)
@@ -43,7 +43,7 @@ class TensorBoard:
         own = f"{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{next(_count)}"
         self._writer = RecordWriter(_Whole(folder / f"events.out.tfevents.{own}", "w"))
         self._add(Event(file_version="brain.Event:2"))
-        if run.after_step or run.again:  # what was written from here on is not shown: it will be written again
+        if run.after_step or run.again:  # hides later records, which will be written again
             self._add(Event(step=run.after_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

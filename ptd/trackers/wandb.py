@@ -1,7 +1,7 @@
-"""Weights & Biases. Its own variables hold: WANDB_API_KEY, WANDB_MODE, WANDB_ENTITY, WANDB_PROJECT (default ``ptd``).
+"""Track a run with Weights & Biases, which reads WANDB_API_KEY, WANDB_MODE, WANDB_ENTITY and WANDB_PROJECT.
 
-A run that is continued goes on under its id. Steps that the server has already it does not take again, which is right:
-a continued run repeats them bit for bit.
+The default project is ``ptd``. A run that continues keeps its id. The server does not accept steps that it already has,
+which is right: a continued run repeats them bit for bit.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from ptd.trackers import Status, Tracked
 
 
 class Wandb:
-    """One W&B run; its files are kept in ``output_dir/wandb``."""
+    """One W&B run; its files are stored in ``output_dir/wandb``, or in WANDB_DIR."""
 
     def __init__(self, run: Tracked) -> None:
-        quiet = wandb.Settings(silent=True, console="off")  # silent: it asks nobody for a key either
+        quiet = wandb.Settings(silent=True, console="off")  # silent: it does not ask for a key either
         wandb.setup(settings=quiet)
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "ptd"),

@@ -179,11 +179,11 @@ def test_torch_compile_keeps_the_result():
 
 def test_what_cannot_run_in_fp8_is_refused(folders, tmp_path, monkeypatch):
     backbone = {"path": "x", "quantization": "fp8", "sharding": "world"}
-    with pytest.raises(UserError, match="fp8 weights are not sharded"):
+    with pytest.raises(UserError, match="fp8 weights cannot be sharded"):
         parse_config({"backbone": backbone, "method": {"name": "prefix"}, "data": {}})
     with pytest.raises(UserError, match=r"no linear layer whose sides are multiples of 16"):
         load(save_backbone(tmp_path, "llama", hidden_size=40, intermediate_size=40), "fp8")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    with pytest.raises(UserError, match=r"capability 8\.9 or later .*, and NVIDIA A100 is none"):
+    with pytest.raises(UserError, match=r"capability 8\.9 or higher .*, but this GPU is NVIDIA A100"):
         check_device(torch.device("cuda"))

@@ -128,7 +128,7 @@ def test_where_it_cannot_run_it_says_so(monkeypatch):
     with pytest.raises(UserError, match="need a GPU"):
         check_liger("llama", torch.device("cpu"))
     with pytest.raises(
-        UserError, match="gpt2 is not among the architectures it is used for: gemma2, gemma3_text, llama"
+        UserError, match="gpt2 is not among the families that ptd runs with Liger: gemma2, gemma3_text, llama"
     ):
         check_liger("gpt2", torch.device("cuda"))
     section = {"path": "x", "liger": True, "compile": True}

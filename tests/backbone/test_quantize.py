@@ -117,7 +117,7 @@ def test_what_does_not_go_together_is_refused(folders, tmp_path):
         parse_config({"backbone": {"path": "x", "int8_threshold": 6}, "method": {"name": "prefix"}, "data": {}})
     saved = tmp_path / "saved"
     load(folders["llama"], "nf4").save_pretrained(saved)
-    with pytest.raises(UserError, match="quantised already"):
+    with pytest.raises(UserError, match="already quantised"):
         load(saved, "nf4")
     again = load(saved)
     assert any(isinstance(module, bnb.nn.Linear4bit) for module in again.modules()), "it loads as it is"
@@ -126,9 +126,9 @@ def test_what_does_not_go_together_is_refused(folders, tmp_path):
     with pytest.raises(UserError, match=r"backbone\.sharding: .* in a form that cannot be sharded"):
         load_model(BackboneConfig(path=str(eight)), device=CPU, sharded=True)
     for settings, said in (
-        ({"quantization": "int8", "sharding": "world"}, "are not sharded"),
+        ({"quantization": "int8", "sharding": "world"}, "cannot be sharded"),
         ({"offload": "cpu"}, "set sharding: node or world"),
-        ({"sharding": "world", "offload": "nvme"}, "offload_folder: offload: nvme needs a folder"),
+        ({"sharding": "world", "offload": "nvme"}, "offload_folder: has to name a folder on the NVMe disk"),
         ({"sharding": "world", "sharding_group_size": 2}, "no effect without sharding: node"),
     ):
         with pytest.raises(UserError, match=said):

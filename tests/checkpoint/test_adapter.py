@@ -178,7 +178,7 @@ UNKNOWN = {
 
 @pytest.mark.parametrize("kind", REASONS)
 def test_what_peft_cannot_hold_is_not_exported(kind, tmp_path):
-    with pytest.raises(UserError, match=rf"cannot become a PEFT adapter: .*{REASONS[kind]}.*; use it with ptd"):
+    with pytest.raises(UserError, match=rf"cannot be exported to PEFT: .*{REASONS[kind]}.*; use it with ptd"):
         save_adapter(tmp_path / "peft", (ADAPTERS | UNKNOWN)[kind](), peft_only=True)
     assert not (tmp_path / "peft").exists()
 
@@ -296,7 +296,7 @@ DAMAGES = {
     "another key": (lambda f: weights(f, {"lora_A": FLAT}), r"\['lora_A'\] but no 'prompt_embeddings'"),
     "wrong width": (
         lambda f: weights(f, {KEY: FLAT[:, 1:].contiguous()}),
-        r"has shape \(4, 63\), its configuration says \[4, 64\]",
+        r"has shape \(4, 63\), but its configuration says \[4, 64\]",
     ),
     "no matrix": (lambda f: weights(f, {KEY: FLAT[0].clone()}), r"has shape \(64,\)"),
     "no tokens": (lambda f: weights(f, {KEY: FLAT[:0].clone()}), r"has shape \(0, 64\)"),
@@ -312,7 +312,7 @@ DAMAGES = {
     "layers no list": (lambda f: prompt(f, layers=3), "incomplete or damaged"),
     "layers too short": (lambda f: prompt(f, layers=[[2, 8, 8]]), "incomplete or damaged"),
     "layers of another kind": (lambda f: prompt(f, layers=[[2, 8, 8, "x"]] * 2), "incomplete or damaged"),
-    "no layers": (lambda f: prompt(f, layers=[]), r"has shape \(4, 64\), its configuration says \[4, 0\]"),
+    "no layers": (lambda f: prompt(f, layers=[]), r"has shape \(4, 64\), but its configuration says \[4, 0\]"),
     "layers of other sizes": (lambda f: prompt(f, layers=[[2, 8, 8, "decoder"]] * 3), r"configuration says \[4, 96\]"),
     "number of tokens missing": (lambda f: prompt(f, num_virtual_tokens=None), "incomplete or damaged"),
     "other number of tokens": (lambda f: prompt(f, num_virtual_tokens=5), r"configuration says \[5, 64\]"),
@@ -324,15 +324,15 @@ DAMAGES = {
     "no heads": (lambda f: config(f, num_attention_heads=0), "incomplete or damaged"),
     "a LoRA": (
         lambda f: config(f, peft_type="LORA"),
-        "PEFT adapter of type LORA; supported: PREFIX_TUNING, CARTRIDGE, ",
+        "PEFT adapter of type LORA; ptd reads the types PREFIX_TUNING, CARTRIDGE, ",
     ),
     "a prefix over an encoder-decoder": (
         lambda f: config(f, task_type="SEQ_2_SEQ_LM"),
-        "cannot be used: it is a PREFIX_TUNING adapter of an encoder-decoder, .*tune a prefix with ptd instead",
+        "cannot be used: it is a PREFIX_TUNING adapter of an encoder-decoder: .*tune a prefix with ptd instead",
     ),
     "trained layers beside it": (
         lambda f: weights(f, {KEY: FLAT, "base_model.classifier.weight": FLAT[0].clone()}),
-        "holds base_model.classifier.weight beside the prompt",
+        "holds base_model.classifier.weight as well as the prompt",
     ),
 }
 
@@ -348,7 +348,7 @@ def test_damage_is_refused(name, folder):
 SOFT_FLAT = torch.zeros(P, 8)
 HEAD_DAMAGES = {
     "prompt missing": (lambda f: (f / WEIGHTS).unlink(), "cannot read .*safetensors"),
-    "wrong width": (lambda f: weights(f, {KEY: torch.zeros(P, 7)}), r"\(4, 7\), its configuration says \[4, 8\]"),
+    "wrong width": (lambda f: weights(f, {KEY: torch.zeros(P, 7)}), r"\(4, 7\), but its configuration says \[4, 8\]"),
     "NaN": (lambda f: weights(f, {KEY: SOFT_FLAT.clone().fill_(float("nan"))}), "not finite"),
     "in front or not": (lambda f: prompt(f, in_front=None), "incomplete or damaged"),
     "hidden size missing": (lambda f: prompt(f, hidden_size=None), "incomplete or damaged"),
@@ -360,7 +360,7 @@ HEAD_DAMAGES = {
     "no set": (lambda f: config(f, num_transformer_submodules=0), "incomplete or damaged"),
     "one set of two": (
         lambda f: config(f, task_type="SEQ_2_SEQ_LM", num_transformer_submodules=2),
-        r"has shape \(4, 8\), its configuration says \[8, 8\]",
+        r"has shape \(4, 8\), but its configuration says \[8, 8\]",
     ),
     "head missing": (lambda f: (f / HEAD).unlink(), r"cannot read .*head\.safetensors"),
     "head corrupted": (lambda f: (f / HEAD).write_bytes(b"\xff" * 100), r"cannot read .*head\.safetensors"),
@@ -371,7 +371,7 @@ HEAD_DAMAGES = {
     ),
     "another head": (
         lambda f: save_file({**random_head(), "bias": torch.zeros(4)}, f / HEAD),
-        r"head\.safetensors holds .*'bias': \(4,\).* ptd\.json beside it says .*'bias': \(3,\)",
+        r"head\.safetensors holds .*'bias': \(4,\).* ptd\.json in the same folder says .*'bias': \(3,\)",
     ),
     "part of the head": (lambda f: save_file({"bias": torch.zeros(3)}, f / HEAD), "the head is damaged"),
     "head no object": (lambda f: facts(f, head=3), "incomplete or damaged"),
@@ -418,7 +418,7 @@ def test_a_layer_that_peft_trained_beside_the_prompt_is_not_dropped_silently(tmp
     )
     file = tmp_path / "adapter_model.safetensors"
     save_file({**load_file(file), "base_model.model.lm_head.weight": torch.zeros(2, 2)}, file)
-    with pytest.raises(UserError, match=r"lm_head.weight beside the prompt; .*without modules_to_save"):
+    with pytest.raises(UserError, match=r"lm_head.weight as well as the prompt; .*without modules_to_save"):
         load_adapter(tmp_path)
 
 
@@ -426,7 +426,7 @@ def test_a_layer_that_peft_trained_beside_the_prompt_is_not_dropped_silently(tmp
 def test_adapters_with_other_heads_of_peft_are_named_as_such(tmp_path, task_type):
     config = {"peft_type": "PREFIX_TUNING", "task_type": task_type, "num_virtual_tokens": P, "token_dim": 8}
     (tmp_path / CONFIG).write_text(json.dumps({**config, "num_attention_heads": 2, "num_layers": 2}))
-    with pytest.raises(UserError, match=rf"task type {task_type}: .*train anew with task.kind: "):
+    with pytest.raises(UserError, match=rf"task type {task_type}: .*train again with task.kind: "):
         load_adapter(tmp_path)
 
 
@@ -434,6 +434,6 @@ def test_a_classifier_that_peft_trained_beside_the_prompt_is_not_dropped_silentl
     model = AutoModelForSequenceClassification.from_config(tiny_config("bert", num_labels=3))
     get_peft_model(model, PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=P)).save_pretrained(tmp_path)
     with pytest.raises(
-        UserError, match=r"task type SEQ_CLS: .*the head of .*or train anew with task.kind: classification"
+        UserError, match=r"task type SEQ_CLS: .*the head of .*or train again with task.kind: classification"
     ):
         load_adapter(tmp_path)

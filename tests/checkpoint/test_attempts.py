@@ -33,7 +33,7 @@ def refusal(attempts: list[Attempt], step: int, max_restarts: int = 3, folder: P
 def test_failing_twice_without_a_new_checkpoint_is_refused(how: str) -> None:
     assert refusal(history((how, 10)), 10) is None
     assert refusal(history((how, 10), (how, 20)), 20) is None
-    assert "failed twice behind the checkpoint of step 20" in str(refusal(history((how, 10), (how, 20), (how, 20)), 20))
+    assert "failed twice after the checkpoint of step 20" in str(refusal(history((how, 10), (how, 20), (how, 20)), 20))
     assert "failed twice before the first checkpoint" in str(refusal(history((how, 0), (how, 0)), 0))
     assert refusal(history((how, 20), (how, 20)), 10) is None, "the newest one was damaged: another place to start"
 
@@ -64,12 +64,12 @@ def test_forgiven_failures_do_not_count() -> None:
 def test_the_refusal_says_where_to_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "42")
     attempts = settled(begun([], 0), 0)
-    assert "without a word; see what the launcher wrote" in str(refusal(attempts, 0, 0, tmp_path))
+    assert "without a message; see the output of the launcher" in str(refusal(attempts, 0, 0, tmp_path))
     (tmp_path / "logs" / "42").mkdir(parents=True)
     (tmp_path / "logs" / "rank-1.stacks").write_text("Thread")
     attempts = settled(ended(begun(attempts, 0), "failed", error="OSError: no space"), 0)
     message = str(refusal(attempts, 0, 9, tmp_path))
-    assert "it said 'OSError: no space'" in message
+    assert "the error was 'OSError: no space'" in message
     for place in (tmp_path / "logs" / "42", tmp_path / "logs" / "rank-1.stacks"):
         assert str(place) in message
     assert "--retry" in message

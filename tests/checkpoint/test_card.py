@@ -70,7 +70,8 @@ def test_what_the_hub_reads(tmp_path: Path) -> None:
 def test_what_a_person_reads(tmp_path: Path) -> None:
     text = written(tmp_path, prefix("/home/someone/models/Llama-7B"))
     for row in (
-        *("backbone | Llama-7B", "its weights in training | nf4", "virtual tokens | 4", "numbers in the prompt | 256"),
+        *("backbone | Llama-7B", "backbone weights during training | nf4"),
+        *("virtual tokens | 4", "parameters of the prompt | 256"),
         *("rows | 1,234", "tokens | 56,789", "training data | train.jsonl", "held-out data | eval.csv"),
         *("loss | 0.123457", "perplexity | 1.13", "num_virtual_tokens | 4", "backbone | 0123-4567"),
     ):
@@ -86,7 +87,7 @@ def test_the_reason_why_peft_cannot(tmp_path: Path) -> None:
     layers = tuple(LayerShape(2, 8, 8, kind) for kind in ("encoder", "decoder", "cross"))
     adapter = prefix(layers=layers, task_type="SEQ_2_SEQ_LM", facts={"task": {"kind": "seq2seq_lm"}})
     text = written(tmp_path, adapter)
-    assert f"PEFT cannot load it: {adapter.peft_obstacle()}" in text
+    assert f"PEFT cannot load this adapter: {adapter.peft_obstacle()}" in text
     assert not blocks(section(text, "Use with PEFT"), "python")
     assert "AutoModelForSeq2SeqLM" in section(text, "Use with ptd")
     assert ModelCard(text).data.library_name == "ptd"
@@ -98,16 +99,16 @@ def test_a_head(tmp_path: Path) -> None:
     flat = torch.randn(P, 32)
     adapter = Adapter(flat, SoftLayout(32), "a/b", None, "FEATURE_EXTRACTION", "PROMPT_TUNING", head, facts)
     text = written(tmp_path / "both", adapter)
-    assert "numbers in the head | 99 |" in text
+    assert "parameters of the head | 99 |" in text
     assert "ptd predict --adapter ADAPTER --data rows.jsonl" in text
     assert "without the trained head" in section(text, "Use with PEFT")
     assert ModelCard(text).data.pipeline_tag == "text-classification"
     exported = written(tmp_path / "peft", adapter, peft_only=True)
-    assert "is not here" in section(exported, "Use with ptd")
+    assert "is not in this folder" in section(exported, "Use with ptd")
     assert "ptd predict" not in exported
     alone = written(tmp_path / "head", Adapter(torch.empty(0, 0), EmptyLayout(), "a/b", head=head, facts=facts))
     assert "virtual tokens" not in alone
-    assert "PEFT cannot load it: it has no prompt" in alone
+    assert "PEFT cannot load this adapter: it has no prompt" in alone
 
 
 def test_commands_work_as_they_stand(tmp_path: Path, backbone_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

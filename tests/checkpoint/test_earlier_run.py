@@ -43,7 +43,7 @@ def test_it_goes_on_as_it_began(folder):
 
 
 def test_another_start_than_it_had_is_refused(folder):
-    with pytest.raises(UserError, match=r"holds a run with other settings \(method\.init: 'random' there, 'zero' here"):
+    with pytest.raises(UserError, match=r"holds a run with other settings \(method\.init: was 'random', is now 'zero'"):
         train(load_config("run.yaml", ["method.init=zero"]))
 
 

@@ -227,7 +227,7 @@ def test_a_shard_of_another_checkpoint_is_not_read(saved: Path, tmp_path: Path) 
     shutil.copy(shard, root / "step-000002" / "shard-00002-model-00001-of-00001.safetensors")
     found, skipped = latest_complete(root)
     assert found == root / "step-000001"
-    assert "does not belong to it" in skipped[0]
+    assert "does not belong to the checkpoint" in skipped[0]
 
 
 def test_a_manifest_without_shards_is_not_whole(saved: Path, tmp_path: Path) -> None:

@@ -119,13 +119,13 @@ def test_no_end_token_is_needed(chat):
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        (say(("user", "u")), "the last message is of role 'user', but has to be the assistant's"),
+        (say(("user", "u")), "the last message has the role 'user', but the model learns to write the last message"),
         (say(("assistant", "a")), "there is no message before the assistant's"),
         (say(("user", "u"), ("assistant", "")), "has an empty last message"),
         (say(("user", "u"), ("assistant", " \n")), "has an empty last message"),
         (
             {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": None, "tool_calls": [1]}]},
-            "the last message calls a tool (tool_calls) and says nothing",
+            "the last message calls a tool (tool_calls) but has no text",
         ),
         ({"messages": []}, "messages has to be a list of {role, content}, but is []"),
         ({"messages": "hello"}, "messages has to be a list of {role, content}, but is 'hello'"),
@@ -149,6 +149,6 @@ def test_refuses_templates_that_cannot_be_used(chat):
     other = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
     assert "has '<think>\\n' where the conversation has 'a<|im_end|>\\n'" in refusal(chat(other), talk)
     blind = "{{ messages[0].content }}{% if false %}{% generation %}x{% endgeneration %}{% endif %}"
-    assert "marks nothing as written by the assistant" in refusal(chat(blind), talk)
+    assert "marks none of the last answer as written by the assistant" in refusal(chat(blind), talk)
     with pytest.raises(UserError, match="chat template, but the tokenizer"):
         prompts_and_references(Dataset.from_list([talk]), FORMAT, chat(None), 9)

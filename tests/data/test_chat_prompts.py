@@ -152,7 +152,7 @@ def test_what_a_template_writes_before_an_answer_is_learned_and_said():
     tokenizer = make("bytes", "thinking")
     examples = run(tokenizer, TALKS[1])
     assert learned_texts(tokenizer, examples[0]) == ["<think>\n\n</think>\n\nHello, answer\nis no<|end|>"]
-    assert "begins answers with '<think>\\n\\n</think>\\n\\n', which the model writes too" in str(examples.report)
+    assert "begins answers with '<think>\\n\\n</think>\\n\\n', which the model has to write too" in str(examples.report)
     assert "1 earlier turns of the assistant are not learned" in str(examples.report)
 
 
@@ -163,7 +163,7 @@ def test_without_a_token_that_closes_a_turn_eos_is_learned(closing):
     examples = run(tokenizer, *TALKS)
     assert learned_texts(tokenizer, examples[0]) == [f"yes, é{closing}</s>"]
     assert learned_texts(tokenizer, examples[1]) == [f"yes, é{closing}", f"Hello, answer\nis no{closing}</s>"]
-    assert "closes turns with no token of its own, so </s> is learned behind them" in str(examples.report)
+    assert "ends turns without a token of its own, so </s> is learned after them" in str(examples.report)
     assert examples.report.ends == (tokenizer.eos_token_id,)
     endless = make("bytes", template, eos_token=None)
     assert "and the tokenizer has no end-of-sequence token" in refusal(endless, *TALKS)
@@ -222,10 +222,10 @@ def test_messages_of_weight_zero_are_not_learned():
         said = refusal(tokenizer, say(*ROUNDS[0], **unwanted))
         assert said.startswith("row 1 of rows.jsonl: all messages of the assistant have weight 0")
     assert run(tokenizer, say(*ROUNDS[0], weight=1)).report.supervised_tokens > 0
-    assert "message 2 has the weight 0.5; it can be 0 (not learned) or 1" in refusal(
+    assert "message 2 has the weight 0.5; set it to 0 (not learned) or 1" in refusal(
         tokenizer, say(*ROUNDS[0], weight=0.5)
     )
-    assert "message 2 has train: 'no'; it can be true or false" in refusal(tokenizer, say(*ROUNDS[0], train="no"))
+    assert "message 2 has train: 'no'; set it to true or false" in refusal(tokenizer, say(*ROUNDS[0], train="no"))
 
 
 def test_keys_that_other_messages_have_are_not_there():
@@ -240,7 +240,7 @@ def test_keys_that_other_messages_have_are_not_there():
 def test_a_tool_call_is_refused_by_its_name():
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
     talk = {"messages": [{"role": "user", "content": "u"}, call]}
-    assert "the last message calls a tool (tool_calls) and says nothing" in refusal(make("bytes", "own-end"), talk)
+    assert "the last message calls a tool (tool_calls) but has no text" in refusal(make("bytes", "own-end"), talk)
 
 
 MARKED = (
@@ -261,7 +261,7 @@ def test_marks_of_a_template_have_the_same_checks():
         examples = run(tokenizer, TALKS[0])
         opening = "#" if "#" in part else ""
         assert learned_texts(tokenizer, examples[0]) == [f"{opening}yes, é<|end|>"]
-        assert "in 1 rows the template's {% generation %} leaves out part" in str(examples.report)
+        assert "in 1 rows the template's {% generation %} omits part" in str(examples.report)
     # A template that marks the last answer alone has its way.
     last = MARKED.replace("{% if m.role == 'assistant' %}", "{% if m.role == 'assistant' and loop.last %}").replace(
         "{% else %}<|user|>", "{% else %}{{ '<|bot|>' if m.role == 'assistant' else '<|user|>' }}"
@@ -280,7 +280,7 @@ def test_a_system_message_that_all_rows_have_stands_before_what_is_typed():
     task = make_task(TaskConfig(), FORMAT, "decoder").fit(Dataset.from_list(rows), "rows")
     assert task.facts()["system"] == "Be brief."
     assert task.prompts(["is it?"], tokenizer) == [asked(tokenizer, rows[0]["messages"][:2])]
-    assert "behind the system message 'Be brief.'; --raw sends the text" in task.how_typed(raw=False)
+    assert "after the system message 'Be brief.'; --raw sends the text" in task.how_typed(raw=False)
     assert task.prompts(["is it?"], tokenizer, raw=True) == [tokenizer("is it?")["input_ids"]]
     assert task.how_typed(raw=True) is None
     for others in ([rows[0], TALKS[0]], [rows[0], {"messages": [{**system, "content": "x"}, *TALKS[0]["messages"]]}]):
@@ -299,13 +299,13 @@ def test_a_template_that_refuses_what_is_typed_says_so():
 
 def test_a_date_in_the_prompt_is_said():
     tokenizer = make("bytes", "{{ strftime_now('%d %b %Y') }}" + TEMPLATES["own-end"])
-    assert "writes the date of the day, so prompts of another day differ" in str(run(tokenizer, *TALKS).report)
+    assert "writes the current date, so prompts differ from day to day" in str(run(tokenizer, *TALKS).report)
 
 
 def test_a_prompt_that_is_another_each_time_is_said():
     tokenizer = make("bytes", "{{ strftime_now('%f') }}" + TEMPLATES["own-end"])
     said = refusal(tokenizer, TALKS[0])
-    assert "in a way that the finished conversation does not continue" in said
+    assert "renders a prompt that is not the beginning of the finished conversation" in said
 
 
 def test_thousands_of_conversations_keep_their_order():

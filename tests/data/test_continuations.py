@@ -76,7 +76,7 @@ def test_training_generation_and_typed_prompts_agree(name):
         whole, learned = tokens.tolist(), labels[labels != IGNORE_INDEX].tolist()
         assert whole == prompt + learned
         assert learned[-1] == tokenizer.eos_token_id
-    notes = [note for note in examples.report.notes if "completions differently" not in note]
+    notes = [note for note in examples.report.notes if "the tokenizer cannot reproduce" not in note]
     assert notes == []
     assert bool(examples.report.notes) == (name == "wordpiece")
     assert examples.report.ends == (tokenizer.eos_token_id,)
@@ -147,19 +147,19 @@ def test_what_a_tokenizer_writes_differently_is_said():
     lower = zoo.byte_level(normalizer=normalizers.Lowercase())
     report = run(lower, [pair("no ", "Hello"), pair("no ", "yes")]).report
     assert report.notes == (
-        "the tokenizer writes 1 of the first 2 completions differently, so generated text cannot match them exactly "
-        "(row 1: 'Hello' as 'hello')",
+        "the tokenizer cannot reproduce 1 of the first 2 completions, so generated text cannot match them exactly "
+        "(row 1: 'Hello' becomes 'hello')",
     )
     report = run(TOKENIZERS["unigram-always"], [pair("no", " yes\nno")]).report
-    assert "(row 1: 'yes\\nno' as 'yesno')" in str(report), "its unknown token is special and left out"
+    assert "(row 1: 'yes\\nno' becomes 'yesno')" in str(report), "its unknown token is special and left out"
     report = run(TOKENIZERS["bytes"], [pair("no ", "yes</s>no"), pair("no ", "yes</s>")]).report
     assert report.notes == (
-        "1 of the first 2 completions hold </s> before their end, where generation stops (row 1: 'yes</s>no')",
+        "1 of the first 2 completions contain </s> before their end, where generation stops (row 1: 'yes</s>no')",
     )
 
 
 def test_refuses_texts_of_which_the_tokenizer_knows_nothing():
-    with pytest.raises(UserError, match=r"rows\.jsonl: the tokenizer .* knows nothing of what is to be learned"):
+    with pytest.raises(UserError, match=r"rows\.jsonl: the tokenizer .* knows none of the text to be learned"):
         run(TOKENIZERS["unigram-never"], [pair("no ", "東京"), pair("no ", "京都")])
 
 

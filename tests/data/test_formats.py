@@ -121,7 +121,8 @@ def test_cuts(make_bytes):
     assert [whole(tokenizer, e) for e in examples] == ["<s>fghxy</s>", "<s>stuvwx", "<s>uvwxy</s>", "<s>abxy</s>"]
     assert [learned(tokenizer, e) for e in examples] == ["xy</s>", "stuvwx", "uvwxy</s>", "xy</s>"]
     assert (examples.report.prompts_cut, examples.report.completions_cut) == (3, 1)
-    assert str(examples.report).endswith("3 prompts cut to the length allowed; 1 completions cut to the length allowed")
+    said = "3 prompts truncated to the maximum length; 1 completions truncated to the maximum length"
+    assert str(examples.report).endswith(said)
     plain = make_bytes()
     (example,) = run(plain, [pair("abc", "stuvwxyz")], max_length=4)
     assert whole(plain, example) == "cstu"
@@ -190,7 +191,7 @@ def test_prompts_and_references(make_bytes):
         ([{"text": ""}], {"format": "text"}, "row 1 of rows.jsonl has an empty 'text'"),
         ([pair("a", "b")], {"prompt_template": "{q}"}, "{q} is not a column of rows.jsonl; it has prompt, completion"),
         ([pair("a", "b")], {"prompt_template": "{}"}, "{} is not a column"),
-        ([pair("a", "b")], {"prompt_template": "{prompt!r}"}, "only plain {column} fields"),
+        ([pair("a", "b")], {"prompt_template": "{prompt!r}"}, "write a plain {column} field"),
         ([pair("a", "b")], {"prompt_template": "{prompt"}, "unpaired brace"),
         (
             [{"q": "a", "completion": "b"}, {"q": None, "completion": "b"}],
@@ -200,12 +201,12 @@ def test_prompts_and_references(make_bytes):
         (
             [{"q": ["a"], "completion": "b"}],
             {"prompt_template": "{q}"},
-            "row 1 of rows.jsonl: 'q', which data.prompt_template uses, is list, not text or a number",
+            "row 1 of rows.jsonl: 'q', which data.prompt_template uses, is list, but has to be text or a number",
         ),
         (
             [pair("a", "b")],
             {"prompt_template": "{prompt}", "columns": {"prompt": "prompt"}},
-            "data.columns.prompt: has no effect beside data.prompt_template",
+            "data.columns.prompt: has no effect with data.prompt_template",
         ),
     ],
 )

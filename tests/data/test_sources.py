@@ -101,11 +101,11 @@ def test_a_changed_file_is_read_anew(tmp_path):
         ("x.csv", "a,b\n", "has no rows"),
         ("x.csv", "a,b\n1,2\n1,2,3\n", "line 3 has 3 values, but the first line names 2 columns"),
         ("x.csv", "a,a\n1,2\n", "names a column twice"),
-        ("x.csv", "a;b\n1;2\n", "x.csv looks separated by semicolons: its first line, 'a;b', has no comma"),
-        ("x.csv", "a;b\n1,5;2\n", "looks separated by semicolons"),
-        ("x.csv", '\ufeff"a";"b"\n1;2\n', "looks separated by semicolons"),
-        ("x.csv", "a\tb\n1\t2\n", "x.csv looks separated by tabs"),
-        ("x.csv", "a|b\n1|2\n", "x.csv looks separated by vertical bars"),
+        ("x.csv", "a;b\n1;2\n", "x.csv appears to be separated by semicolons: its first line, 'a;b', has no comma"),
+        ("x.csv", "a;b\n1,5;2\n", "appears to be separated by semicolons"),
+        ("x.csv", '\ufeff"a";"b"\n1;2\n', "appears to be separated by semicolons"),
+        ("x.csv", "a\tb\n1\t2\n", "x.csv appears to be separated by tabs"),
+        ("x.csv", "a|b\n1|2\n", "x.csv appears to be separated by vertical bars"),
         # Without `strict` the first quote would swallow the second row, and nothing would tell.
         ("x.csv", 'a,b\n"one,1\ntwo "x",0\n', "line 3 is not valid CSV: ',' expected after '\"'"),
         ("x.csv", 'a\n"one\ntwo\n', "line 3 is not valid CSV: unexpected end of data"),
@@ -113,7 +113,7 @@ def test_a_changed_file_is_read_anew(tmp_path):
         ("x.json", '[{"a": 1}, {"b": {"c": 1, "c": 2}}]', "the key 'c' is given twice in one object"),
         ("x.jsonl", '{"a": "x"}\n{"a": "\\ud83d"}\n', "line 2 has half of a character (\\ud83d alone)"),
         ("x.jsonl", '{"a": 1}\0', "x.jsonl: it is not UTF-8 text (it has null bytes)"),
-        ("x.tsv", "a\tb\n1\t2\n", "only .jsonl, .json, .csv, .parquet can be read, convert it to one: python -c"),
+        ("x.tsv", "a\tb\n1\t2\n", "only .jsonl, .json, .csv, .parquet can be read; convert it: python -c"),
         ("x.parquet", "not parquet", "x.parquet cannot be read: ArrowInvalid"),
         ("x.txt", "a", "x.txt is a .txt file; only .jsonl, .json, .csv, .parquet can be read"),
         ("x", "a", "is a suffixless file"),
@@ -159,7 +159,7 @@ def test_a_folder_of_tables_is_read_as_the_tables_are(tmp_path):
     assert load(str(tmp_path / "tables"), "validation").to_list() == [{"a": "008", "b": "x"}]
     assert "has no split 'test'" in refusal(str(tmp_path / "tables"), "test")
     write(tmp_path / "tables" / "dev-set.csv", "a;b\n1;2\n")
-    assert "looks separated by semicolons" in refusal(str(tmp_path / "tables"), "validation")
+    assert "appears to be separated by semicolons" in refusal(str(tmp_path / "tables"), "validation")
 
 
 def test_home_is_known(tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ def test_the_spaces_in_front_of_a_mark_are_its_own():
         ("{v}", "x.y: '{v}' has {v}, which does not say how many virtual tokens stand there; write {v:n}"),
         ("{v:0}", "has {v:0}, which does not say how many"),
         ("{v:two}", "has {v:two}, which does not say how many"),
-        ("{text:>3}", "x.y: {text:>3} cannot be used: only plain {column} fields"),
+        ("{text:>3}", "x.y: {text:>3} cannot be used; write a plain {column} field"),
         ("{mask!r}", "{mask!r} cannot be used"),
     ],
 )
@@ -139,7 +139,7 @@ def test_marks_and_literal_text_survive_every_cut(pieces, place, a, b, limit, sp
     (whole,), _ = fill(template, values, tokenizer, affixes)
     (empty,), _ = fill(template, [("",) * len(template.fields)], tokenizer, affixes)
     if len(empty) > limit:
-        with pytest.raises(UserError, match=f"takes more than data.max_length \\({limit}\\) tokens beside its fields"):
+        with pytest.raises(UserError, match=f"takes more than data.max_length \\({limit}\\) tokens without its fields"):
             fill(template, values, tokenizer, affixes, max_length=limit)
         return
     (ids,), cut = fill(template, values, tokenizer, affixes, max_length=limit)
@@ -173,7 +173,7 @@ def test_a_prompt_template_with_marks(make_bytes):
         assert spell(tokenizer, examples[0][0].tolist()) == expected
     (prompt,), _ = prompts_and_references(rows, config, tokenizer, 6)
     assert spell(tokenizer, prompt) == "<s>‹0›‹1›ef‹2›"
-    with pytest.raises(UserError, match=r"has 3 virtual tokens, which with the special tokens fill data\.max_length"):
+    with pytest.raises(UserError, match=r"has 3 virtual tokens, which with the special tokens use up data\.max_length"):
         tokenize(rows, config, tokenizer, max_length=4, what="rows")
 
 

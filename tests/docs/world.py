@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -65,17 +66,17 @@ def without_out(folder: Path) -> None:
     shutil.rmtree(folder / "out", ignore_errors=True)
 
 
-def with_labels(folder: Path) -> None:
-    """Before a block about labels: other rows under the same names."""
+def the_readmes_run(folder: Path) -> None:
+    """The README's own run file, with a model that is here, for three steps."""
     without_out(folder)
-    rows = [{"text": f"the meal was {word}", "label": word} for word in ("cheap", "dear") * 4]
-    for name in ("train.jsonl", "eval.jsonl", "rows.jsonl"):
-        write_rows(folder / name, rows)
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = page.split("```yaml\n")[1].split("```")[0].replace("PATH_OR_HUB_ID", str(BACKBONE))
+    short = re.sub(r"num_virtual_tokens: \d+", "num_virtual_tokens: 4", re.sub(r"max_steps: \d+", "max_steps: 3", text))
+    (folder / "run.yaml").write_text(short, encoding="utf-8")
 
 
 BEFORE: list[tuple[str, str, Callable[[Path], None]]] = [
-    ("README.md", "launch/recipes/causal_lm.yaml", without_out),
-    ("README.md", "launch/recipes/classification_head.yaml", with_labels),
+    ("README.md", "ptd train run.yaml", the_readmes_run),
 ]
 """Page, a piece of the block's text, and what to do in the page's folder before it."""
 
@@ -83,7 +84,7 @@ BEFORE: list[tuple[str, str, Callable[[Path], None]]] = [
 def names(page: str) -> dict[str, Any]:
     """What the Python of a page takes as given: ``path`` of a backbone and, by page, tensors or batches."""
     given: dict[str, Any] = {"path": str(BACKBONE), "torch": torch}
-    if page == "README.md":
+    if page == "docs/api.md":
         given["batches"] = list(itertools.islice(_batches(), 2))
         given["texts"] = ["the meal was cheap and the room was dear", "the room was cheap"]
     if page.endswith("prefix_attention/README.md"):

@@ -154,7 +154,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_cleanly(
     error = start["log"].splitlines()[-1]
     assert error.startswith("ptd: error: output_dir: the checkpoint of step 12 could not be written to ")
     assert said in error
-    assert error.endswith("is writable, then the same command continues from step-000009")
+    assert error.endswith("is writable; the same command then continues from step-000009")
     assert "Traceback" not in start["log"] + start["other_log"]
     assert start["checkpoints"] == ["latest", "step-000006", "step-000009"]
 
@@ -177,7 +177,7 @@ def test_ranks_may_come_and_go(folder: Path, report: dict[str, Any]) -> None:
     """1 → 2 → 4 → 1, killed each time."""
     for title, step in (("on two", "0000(03|06)"), ("on four", "0000(06|09)"), ("on one again", "0000(09|12)")):
         assert re.search(f"continuing from step-{step}", report[title]["log"])
-    assert "keeping 4 rows a step on 4 ranks" in report["on four"]["log"]
+    assert "keeping 4 rows per step on 4 ranks" in report["on four"]["log"]
     whole, worlds = series(folder / "whole", "loss"), series(folder / "worlds", "loss")
     finite = [step for step in whole if step != NAN_STEP]
     assert [worlds[step] for step in finite] == pytest.approx([whole[step] for step in finite], rel=OTHER_RANKS)

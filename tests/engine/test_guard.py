@@ -113,7 +113,7 @@ def test_a_rate_a_hundred_times_too_high_is_found_out_at_once(total: int) -> Non
     assert (verdict.step, verdict.good, verdict.alone) == (7, 0, True)
     assert verdict.loss == pytest.approx(math.fsum(MLP_AT_7E_1[2:7]) / 5)
     assert verdict.baseline == pytest.approx(math.fsum(QUICKSTART_ALONE) / 4)
-    said = "the losses of the last 5 steps, 8.8600 to 10.6600, are far above that of the backbone alone, 4.9478"
+    said = "the losses of the last 5 steps, 8.8600 to 10.6600, are far above the loss without a prompt, 4.9478"
     assert verdict.reason == said
     smol = judged(SMOL_AT_1, SMOL_ALONE, total=total)
     assert smol is not None
@@ -125,7 +125,7 @@ def test_a_run_that_stays_above_the_backbone_alone() -> None:
     verdict = judged(PREFIX_AT_30, FOUR_ROWS_ALONE)
     assert verdict is not None
     assert (verdict.step, verdict.good) == (30, 0)
-    said = "the training loss of steps 21 to 30, 5.7840, is above that of the backbone alone, 4.9168, and does not fall"
+    said = "the training loss of steps 21 to 30, 5.7840, is above the loss without a prompt, 4.9168, and does not fall"
     assert verdict.reason == said
     assert judged(PREFIX_AT_30, FOUR_ROWS_ALONE, warmup=25) is None, "the rate may still have been too low"
 
@@ -135,7 +135,7 @@ def test_a_run_that_gives_back_what_it_had_gained() -> None:
     verdict = judged(PREFIX_WARMED_UP_TO_15, FOUR_ROWS_ALONE, warmup=60)
     assert verdict is not None
     assert (verdict.step, verdict.good) == (30, 9)
-    assert "above the 3.5745 that it had come to in step 10: more than half" in verdict.reason
+    assert "above the 3.5745 that it had reached in step 10: more than half" in verdict.reason
 
 
 # ---- drawn losses
@@ -262,4 +262,4 @@ def test_a_run_that_begins_elsewhere_is_compared_with_that() -> None:
     verdict = judged([0.7, *repeat(4.0, 10)], (0.69, 0.71), alone=False)
     assert verdict is not None
     assert not verdict.alone
-    assert verdict.reason.endswith("are far above that it began with, 0.7000")
+    assert verdict.reason.endswith("are far above the loss before the first update, 0.7000")

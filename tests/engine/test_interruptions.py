@@ -139,7 +139,7 @@ def test_a_signal_stops_all_ranks_with_a_checkpoint(results: Results, folders: F
         assert result["killed"] == []
         assert result["run"]["status"] == result["run"]["attempts"][-1]["how"] == "preempted"
         assert result["run"]["attempts"][-1]["step"] == step
-        said = f"ptd: asked to stop, stopped after step {step}; the same command goes on from there\n"
+        said = f"ptd: stopped after step {step}, as requested; run the same command again to continue\n"
         assert result["stderr"][0].endswith(said)
         assert "Traceback" not in "".join(result["stderr"])
     second, third = (results[name]["stderr"][0] for name in asked[1:])
@@ -162,7 +162,8 @@ def test_a_rank_that_stands_still_ends_the_others_with_their_stacks(results: Res
     for frame in ('loop.py", line', "in take_step", "in encode", "in flat"):
         assert frame in content
     assert "in _watch" in content
-    assert f"no progress for 5 s in step 9; ending it. Stacks of all threads: {stacks}\n" in result["stderr"][0]
+    said = f"no progress for 5 s in step 9; stopping this process. Stacks of all threads: {stacks}\n"
+    assert said in result["stderr"][0]
     assert "continuing from step-000006\n" in results["last"]["stderr"][0]
 
 
@@ -193,7 +194,7 @@ def test_a_step_that_fails_twice_is_not_tried_again(results: Results, folders: F
     refused = results["refused"]
     assert refused["codes"] == [FATAL, FATAL]
     message = refused["stderr"][0]
-    assert f"ptd: error: the run in {folders.failing} failed twice behind the checkpoint of step 4" in message
+    assert f"ptd: error: the run in {folders.failing} failed twice after the checkpoint of step 4" in message
     assert "--retry" in message
     assert "Traceback" not in message
     assert refused["stderr"][1] == ""
@@ -212,7 +213,7 @@ def test_all_ranks_go_back_and_end_together_when_they_diverge(results: Results, 
     assert ended["stderr"][0].splitlines()[-1].startswith("ptd: error: the run diverged in step ")
     assert "ptd: error" not in ended["stderr"][1]
     assert refused["codes"] == [USAGE, USAGE]
-    assert "and would again; lower it" in refused["stderr"][0]
+    assert "and would diverge again; lower the rate" in refused["stderr"][0]
     assert refused["run"] == ended["run"]
     losses = series(folders.diverging, "loss")
     assert list(losses) == list(range(1, len(losses) + 1))

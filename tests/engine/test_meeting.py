@@ -67,14 +67,14 @@ def test_ranks_without_a_place_to_meet(monkeypatch: pytest.MonkeyPatch, port: st
 
 def test_a_rank_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "MEETING", timedelta(seconds=0.2))
-    with pytest.raises(UserError, match=r"ranks 1-2 of 3 did not come within 0\.2 s; rank 0 on node-a did"):
+    with pytest.raises(UserError, match=r"ranks 1-2 of 3 did not join within 0\.2 s; rank 0 on node-a did"):
         meeting._meet(dist.HashStore(), HERE, 3)
 
 
 def test_two_processes_that_are_the_same_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     store = dist.HashStore()
     meeting._meet(store, HERE, 1)
-    with pytest.raises(RankError, match="rank 0 on node-a: there is another process with RANK=0"):
+    with pytest.raises(RankError, match="rank 0 on node-a: another process has RANK=0 as well"):
         meeting._meet(store, HERE, 1)
 
 
@@ -82,7 +82,7 @@ def test_an_interface_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None
     place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(Ranks.free_port())}
     for name, value in {**place, "GLOO_SOCKET_IFNAME": "nowhere0"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(RankError, match=r"by gloo: .*Set GLOO_SOCKET_IFNAME \(now nowhere0; .* has lo"):
+    with pytest.raises(RankError, match=r"over gloo: .*Set GLOO_SOCKET_IFNAME \(now nowhere0; .* has lo"):
         Ranks.start(needs_group=True)
     assert not dist.is_initialized()
 
@@ -96,7 +96,7 @@ def test_on_real_ranks() -> None:
         _, error = running["stopped", 0].communicate(timeout=250)
         assert running["stopped", 0].returncode == 2
         assert "rank 0 on" in error
-        assert "did not sum one number within 6 s by gloo: rank 1 on" in error
+        assert "did not sum one number within 6 s over gloo: rank 1 on" in error
         errors = [running["versions", rank].communicate(timeout=250)[1] for rank in (0, 1)]
         assert [running["versions", rank].returncode for rank in (0, 1)] == [2, 2]
         # The others know too, and are silent.

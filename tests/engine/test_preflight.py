@@ -30,13 +30,13 @@ def test_ranks_that_mean_different_runs(launch, backbone_dir: Path, tmp_path: Pa
     for found in both:
         assert [found[name] for name in ("same run", "other disk", "shared")] == ["fine"] * 3
         assert found["other run"].startswith(
-            "train.learning_rate: the ranks were given different runs: 0.1 on rank 0, 1.1 on rank 1; start every rank"
+            "train.learning_rate: the ranks have different values: 0.1 on rank 0, 1.1 on rank 1; start every rank"
         )
         assert re.match(
-            r"output_dir: out is another folder for rank 1 than for rank 0, .* all nodes", found["not shared"]
+            r"output_dir: out is not the same folder on rank 1 as on rank 0, .* all nodes", found["not shared"]
         )
         assert re.match(
-            r"backbone.path: rank 1 loaded another backbone \(fingerprint .*\) than", found["other weights"]
+            r"backbone.path: rank 1 loaded a different backbone \(fingerprint .*\) than", found["other weights"]
         )
         assert found["left"] == ""
 

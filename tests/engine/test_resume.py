@@ -171,7 +171,7 @@ def test_one_rank_continues_what_two_began(runs: Runs, tmp_path: Path) -> None:
     folder = shutil.copytree(runs.killed, tmp_path / "alone")
     notes = runs.continue_alone(folder)
     assert "continuing from step-000006" in notes
-    kept = "keeping 4 rows a step on 1 ranks: per_device_train_batch_size=2, gradient_accumulation_steps=2"
+    kept = "keeping 4 rows per step on 1 ranks: per_device_train_batch_size=2, gradient_accumulation_steps=2"
     assert kept in notes
     for key in ("loss", "grad_norm", "eval_loss"):
         assert series(folder, key) == pytest.approx(series(runs.whole, key), rel=OTHER_RANKS)
@@ -195,7 +195,7 @@ def test_damaged_checkpoint_is_passed_over(runs: Runs, tmp_path: Path, damage: s
     else:
         (newest / "manifest.json").unlink()
     notes = runs.continue_alone(folder)
-    said = {"flipped": "is damaged", "cut": "is cut", "missing": "unreadable", "no manifest": "unreadable"}
+    said = {"flipped": "is damaged", "cut": "is truncated", "missing": "unreadable", "no manifest": "unreadable"}
     assert notes[0].startswith("passed over step-000006: ")
     assert said[damage] in notes[0]
     assert notes[1] == "continuing from step-000003"
@@ -216,7 +216,7 @@ def test_no_whole_checkpoint_is_refused_instead_of_starting_over(runs: Runs, tmp
     for manifest in folder.glob("checkpoints/step-*/manifest.json"):
         manifest.unlink()
     records = (folder / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match=r"no checkpoint in .* is whole .*--overwrite"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* is complete .*--overwrite"):
         runs.continue_alone(folder)
     assert (folder / "metrics.jsonl").read_bytes() == records
 

@@ -178,16 +178,14 @@ def test_windows_of_several_steps(start: Start, finished: Path, tmp_path: Path) 
 
 
 def test_a_warm_up_as_long_as_the_run_is_said(start: Start, tmp_path: Path) -> None:
-    said = "never comes to 0.01"
+    said = "never reaches 0.01"
     notes = start(tmp_path / "as-long", {"train.warmup_steps": 3, "train.max_steps": 3})
     assert [note for note in notes if said in note] == [
-        "the warm-up takes 3 steps and the run has 3, so the learning rate never comes to 0.01; set fewer "
-        "train.warmup_steps, or train.warmup_ratio"
+        "the warm-up takes 3 steps and the run has 3, so the learning rate never reaches 0.01; lower "
+        "train.warmup_steps or train.warmup_ratio"
     ]
     assert not [
-        note
-        for note in start(tmp_path / "shorter", {"train.warmup_steps": 2, "train.max_steps": 3})
-        if said in note
+        note for note in start(tmp_path / "shorter", {"train.warmup_steps": 2, "train.max_steps": 3}) if said in note
     ]
 
 
@@ -302,12 +300,12 @@ def test_finished_run_is_refused(start: Start, finished: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "named"),
     [
-        ("train.learning_rate", 0.02, "train.learning_rate: 0.01 there, 0.02 here"),
-        ("train.max_steps", 30, "train.max_steps: 20 there, 30 here"),
-        ("train.seed", 1, "train.seed: 0 there, 1 here"),
-        ("method.num_virtual_tokens", 5, "method.num_virtual_tokens: 4 there, 5 here"),
-        ("data.max_length", 32, "data.max_length: 64 there, 32 here"),
-        ("backbone.dtype", "float32", "backbone.dtype: 'auto' there, 'float32' here"),
+        ("train.learning_rate", 0.02, "train.learning_rate: was 0.01, is now 0.02"),
+        ("train.max_steps", 30, "train.max_steps: was 20, is now 30"),
+        ("train.seed", 1, "train.seed: was 0, is now 1"),
+        ("method.num_virtual_tokens", 5, "method.num_virtual_tokens: was 4, is now 5"),
+        ("data.max_length", 32, "data.max_length: was 64, is now 32"),
+        ("backbone.dtype", "float32", "backbone.dtype: was 'auto', is now 'float32'"),
     ],
 )
 def test_other_settings_are_refused_and_named(start: Start, stopped: Path, key: str, value: Any, named: str) -> None:
@@ -343,7 +341,7 @@ def test_batch_size_that_changes_the_rows_of_a_step_is_kept(
 ) -> None:
     folder = copy_of(stopped, tmp_path)
     notes = start(folder, {"train.per_device_train_batch_size": 3})
-    kept = "keeping 4 rows a step on 1 ranks: per_device_train_batch_size=2, gradient_accumulation_steps=2"
+    kept = "keeping 4 rows per step on 1 ranks: per_device_train_batch_size=2, gradient_accumulation_steps=2"
     assert kept in notes
     assert series(folder, "tokens") == series(finished, "tokens")
 

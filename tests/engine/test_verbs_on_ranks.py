@@ -199,7 +199,7 @@ def test_samples_of_a_run_are_what_generate_writes(printed: Path, adapters: dict
         said = in_one_process("generate", *source, *tokens, "--json", *(row["prompt"] for row in rows))
         assert [json.loads(line)["completion"] for line in said.splitlines()] == own
     assert texts[:5] != texts[5:]
-    assert "backbone alone" in (printed / kind / "report.html").read_text()
+    assert "frozen backbone" in (printed / kind / "report.html").read_text()
 
 
 def test_samples_of_labels_are_what_predict_says(printed: Path, adapters: dict[str, Path]) -> None:
@@ -220,7 +220,7 @@ def test_a_benchmark_of_ranks(printed: Path) -> None:
     """Rank 0 reports useful tokens of both ranks, and the bytes that the prompt and a sharded backbone take."""
     found = {name: json.loads((printed / name / "bench.json").read_text()) for name in ("none", "world")}
     for name, report in found.items():
-        assert "ms a step: reduce" in (printed / f"bench-{name}.0").read_text()
+        assert "ms per step: reduce" in (printed / f"bench-{name}.0").read_text()
         assert (printed / f"bench-{name}.1").read_text() == ""
         assert (printed / name / "method.num_virtual_tokens.png").is_file()
         (lane,) = report["lanes"]

@@ -52,7 +52,7 @@ def test_a_hang_ends_the_process_with_its_stacks(tmp_path: Path, hang: str) -> N
     if hang == "waiting":
         assert "rank 3 on " in content
         assert content.count(" in step 4\n") == 1
-        assert done.stderr.endswith(f" in step 4; ending it. Stacks of all threads: {stacks}\n")
+        assert done.stderr.endswith(f" in step 4; stopping this process. Stacks of all threads: {stacks}\n")
 
 
 def test_progress_keeps_it_quiet_and_leaves_nothing(tmp_path: Path) -> None:

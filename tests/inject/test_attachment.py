@@ -189,7 +189,7 @@ def test_layers_of_different_size():
 
 def test_a_model_takes_one_prompt_at_a_time():
     model, _ = prefixed("llama")
-    with pytest.raises(UserError, match="carries a prompt already"):
+    with pytest.raises(UserError, match="already has a prompt"):
         Attachment(model)
 
 

@@ -22,5 +22,5 @@ def test_without_a_compiler_it_says_so(monkeypatch):
 def test_quantised_weights_are_refused():
     model = tiny_model("llama")
     model.is_quantized = True
-    with pytest.raises(UserError, match=r"backbone\.compile: only whole weights"):
+    with pytest.raises(UserError, match=r"backbone\.compile: weights that are sharded or quantised"):
         compile_layers(model)

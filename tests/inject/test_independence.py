@@ -32,7 +32,7 @@ CACHES = {
     "static": {"cache_implementation": "static"},
     "chunked": {"prefill_chunk_size": 4},
 }
-REFUSED = {"static": "a cache that grows", "chunked": "nothing but padding"}
+REFUSED = {"static": "a cache that grows", "chunked": "contains only padding"}
 """With virtual tokens in front."""
 
 

@@ -112,7 +112,7 @@ def assert_right(model, rows=ROWS):
 
 @pytest.mark.parametrize(
     ("family", "reason"),
-    [("stablelm", "does not hand cu_seq_lens_q on"), ("nemotron", "does not hand cu_seq_lens_q on")],
+    [("stablelm", "does not pass cu_seq_lens_q on"), ("nemotron", "does not pass cu_seq_lens_q on")],
 )
 def test_rows_that_a_pack_would_mix_run_padded(family, reason):
     attachment = assert_right(tiny_model(family, num_key_value_heads=2))
@@ -124,7 +124,7 @@ def test_packed_rows_given_by_hand_to_such_a_family_are_refused():
     model = tiny_model("stablelm", num_key_value_heads=2)
     Attachment(model)
     bounds = torch.tensor([0, 2, 4], dtype=torch.int32)
-    with pytest.raises(UserError, match="does not hand cu_seq_lens_q on"):
+    with pytest.raises(UserError, match="does not pass cu_seq_lens_q on"):
         model(input_ids=torch.tensor([[7, 8, 9, 10]]), cu_seq_lens_q=bounds, max_length_q=2)
 
 
@@ -196,7 +196,7 @@ def test_padding_on_the_left_is_refused_where_positions_count_from_the_edge():
     model = made(AutoModelForCausalLM, "bart", **{**SIZES_OF_BART, "is_decoder": True})
     attachment = Attachment(model)
     assert "padded on the left" in attachment.verdict.left
-    with pytest.raises(UserError, match="give each batch prompts of one length"):
+    with pytest.raises(UserError, match="give each batch prompts of equal length"):
         model(input_ids=torch.tensor([[0, 7, 8]]), attention_mask=torch.tensor([[0, 1, 1]]))
     model(input_ids=torch.tensor([[6, 7, 8]]), attention_mask=torch.tensor([[1, 1, 1]]))
 
@@ -227,7 +227,7 @@ def test_embeddings_that_are_looked_up_again_inside_refuse_soft_tokens_only():
         hidden_size_per_layer_input=8,
     )  # fmt: skip
     attachment = Attachment(model)
-    with pytest.raises(UserError, match=r"method.name: .* cannot be given virtual tokens"):
+    with pytest.raises(UserError, match=r"method.name: .* does not support virtual tokens"):
         attachment.set(SoftTokens(torch.randn(P, 32), in_front=True))
     layers = attachment.shape.layers
     attachment.set(
@@ -267,7 +267,7 @@ def test_wrong_attention_is_found(monkeypatch):
 
     right = attention.prefix_attention
     monkeypatch.setattr(attention, "prefix_attention", lambda *args, **rule: right(*args, **rule | {"scale": 1.0}))
-    with pytest.raises(UserError, match="two short rows come out"):
+    with pytest.raises(UserError, match="hidden states of two short rows differ by"):
         Attachment(tiny_model("llama"))
     monkeypatch.setattr(
         attention, "prefix_attention", lambda *args, **rule: right(*args, **rule | {"cu_seqlens": None})

@@ -280,10 +280,10 @@ def test_a_folder_that_cannot_be_written(of_prefix: dict[str, Any], tmp_path: Pa
 @pytest.mark.parametrize(
     ("losses", "said"),
     [
-        ([5, 3, 1.1, 1.0, 1.0], "The 2 most useful of 4 tokens keep 95 %.* Fewer may do"),
-        ([5, 4, 3, 2, 1.0], "The 4 most useful of 4 tokens.* More tokens may be worth a try"),
-        ([5, 4, 0.5, 2, 1.0], r"With 2 the loss is lower than with all \(0\.5000\)"),
-        ([1, 1, 1, 1, 1.0], "the prompt gains nothing"),
+        ([5, 3, 1.1, 1.0, 1.0], "The 2 most useful of 4 tokens keep 95 %.* Fewer tokens may be enough"),
+        ([5, 4, 3, 2, 1.0], "The 4 most useful of 4 tokens.* It may be worth trying more tokens"),
+        ([5, 4, 0.5, 2, 1.0], r"With 2 tokens the loss \(0\.5000\) is lower than with all tokens"),
+        ([1, 1, 1, 1, 1.0], "the prompt does not lower the loss"),
     ],
 )
 def test_what_is_said_of_the_number_of_tokens(of_prefix: dict[str, Any], losses: list[float], said: str) -> None:

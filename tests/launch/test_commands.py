@@ -182,7 +182,7 @@ def test_hostfiles(tmp_path: Path) -> None:
     for text, message in (
         ("node-a\n", "line 1: 'node-a' is not"),
         ("node-a slots=0", "is not 'NAME slots="),
-        ("a slots=1\n\na slots=2", "line 3: a stands there twice"),
+        ("a slots=1\n\na slots=2", "line 3: a occurs twice"),
         ("# none\n", "names no node"),
     ):
         path.write_text(text)
@@ -221,7 +221,7 @@ def test_the_command_line(
     code, out, err = launch(f"ssh causal_lm.yaml --hostfile {hostfile} --dry-run")
     assert (code, "PTD_TIMEOUT_MINUTES=90 " in parsed(shlex.split(out)).user_args) == (0, True)
     assert "hf_secret" not in out + err
-    assert "not handed to the nodes, where everybody could read it: HF_TOKEN" in err
+    assert "not passed to the nodes, where every user could read them: HF_TOKEN" in err
     code, out, _ = launch(
         "slurm causal_lm.yaml --nodes 2 --gpus-per-node 8 --time 1:00:00 --sbatch exclusive --dry-run"
     )
@@ -232,11 +232,11 @@ def test_the_command_line(
     for line, message in (
         ("local causal_lm.yaml train.seeed=1", "did you mean train.seed"),
         ("local causal_lm.yaml deepspeed=none.json", "there is no file 'none.json'"),
-        ("local causal_lm.yaml --gpus-per-node 99", "--gpus-per-node: 99 asked for"),
+        ("local causal_lm.yaml --gpus-per-node 99", "--gpus-per-node: 99 requested"),
         (f"ssh causal_lm.yaml --hostfile {hostfile} --nodes 3", "names 2"),
         (f"ssh causal_lm.yaml --hostfile {hostfile} --gpus-per-node 8", "node-b has slots=4"),
         (f"ssh causal_lm.yaml --hostfile {hostfile} --no-ssh", "add --node-rank, 0 to 1"),
-        (f"ssh causal_lm.yaml --hostfile {hostfile} --no-ssh --node-rank 2", "2 of 2 nodes"),
+        (f"ssh causal_lm.yaml --hostfile {hostfile} --no-ssh --node-rank 2", "there is no node 2"),
         (f"ssh causal_lm.yaml --hostfile {hostfile} --node-rank 0", "or add --no-ssh"),
         ("slurm causal_lm.yaml --nodes 1 --gpus-per-node 8 --ranks-per-node 2", "--ranks-per-node: 2 ranks on 8"),
         ("slurm causal_lm.yaml train.save_steps=null --nodes 1 --gpus-per-node 8 --requeue", "set train.save_steps"),

@@ -43,7 +43,7 @@ def need(S: int, T: int, **rule: Any) -> Need:
 
 @pytest.mark.parametrize(("S", "T"), [(1, 64), (64, 1), (1, 1)])
 def test_cudnn_takes_no_single_row_and_no_single_key(S: int, T: int) -> None:
-    assert CUDNN.refuses(need(S, T)) == "it takes no single query row and no single key"
+    assert CUDNN.refuses(need(S, T)) == "it supports no single query row and no single key"
     assert CUDNN.refuses(need(2, 2)) is None
 
 

@@ -166,7 +166,7 @@ def test_what_an_inference_pass_leaves_behind_serves_training() -> None:
 def test_it_is_chosen_for_packed_batches_on_a_cpu() -> None:
     name, reason = explain_backend(packed=True)
     assert name == "joined"
-    assert "in front of" in reason
+    assert "before each sequence" in reason
     assert explain_backend()[0] == explain_backend(packed=True, virtual_tokens=LONGEST_PREFIX + 1)[0] == "merge"
 
 

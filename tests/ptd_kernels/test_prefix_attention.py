@@ -767,7 +767,7 @@ def _bad(**changes: Any) -> dict[str, Any]:
         ("prefix_index: got 2 entries for 1", TWO_PREFIXES | {"prefix_index": torch.zeros(2).int()}),
         ("prefix_index: got values from 2 to 2", TWO_PREFIXES | {"prefix_index": torch.tensor([2], device="cpu")}),
         ("prefix_index: got values from -1", TWO_PREFIXES | {"prefix_index": torch.tensor([-1], device="cpu")}),
-        ("prefix_index: got it on meta", TWO_PREFIXES | {"prefix_index": torch.zeros(1, device="meta").int()}),
+        ("prefix_index: got a tensor on meta", TWO_PREFIXES | {"prefix_index": torch.zeros(1, device="meta").int()}),
         (r"prefix_k\[1\]: got", TWO_PREFIXES | {"prefix_k": [torch.zeros(2, 5, 16), torch.zeros(2, 5, 8)]}),
         (r"prefix_k\[1\]: got torch.float64", TWO_PREFIXES | {"prefix_k": [torch.zeros(2, 5, 16), DOUBLE]}),
         ("virtual tokens", TWO_PREFIXES | {"prefix_v": [torch.zeros(2, 5, 16), torch.zeros(2, 4, 16)]}),

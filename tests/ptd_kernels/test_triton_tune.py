@@ -93,7 +93,7 @@ def test_a_tile_that_does_not_fit_is_passed_over() -> None:
 
 
 def test_where_no_tile_fits_it_says_what_was_tried() -> None:
-    with pytest.raises(NoTileFits, match=r"kernel forward fits .* none .*128 × 64, 8 warps: shared.*64 × 64, 4 warps"):
+    with pytest.raises(NoTileFits, match=r"none of .* forward fits .*128 × 64, 8 warps: shared.*64 × 64, 4 warps"):
         run_first("forward", [SLOW, FAST], run_unless(SLOW, FAST), asks_too_much)
 
 

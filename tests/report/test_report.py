@@ -97,7 +97,7 @@ def test_a_run(write_run: Any, tmp_path: Path) -> None:
     assert plots_of(page) >= PLOTS
     for words in (
         *("mine", "finished", "5,240,000", "21.00 GiB", "50 MB", "2 MB", "tokens/s", "GiB, rank 0", "loss (nats)"),
-        *("backbone alone", "and and a plain word", "after step 40", "This is a plain word", "It is a plain word."),
+        *("frozen backbone", "and and a plain word", "after step 40", "This is a plain word", "It is a plain word."),
         *("2026-01-02 03:04 UTC", "num_virtual_tokens: 16", "torch 2.13.0", "Slowest rank: rank 0 in 25 %"),
         *("ptd launch local run.yaml --gpus-per-node 4", "ptd train run.yaml 'data.train=a plain word'"),
     ):
@@ -142,7 +142,7 @@ def test_where_the_time_goes(write_run: Any, tmp_path: Path) -> None:
 
     found = report([new, slow, old], tmp_path / "all.html")
     page = check_page(tmp_path / "all.html")
-    assert "of a step: forward 30.5 % 3.0 %" in page.text
+    assert "share of a step: forward 30.5 % 3.0 %" in page.text
     assert "Not recorded: old." in page.text
     assert [sum(run["phase_seconds"].values()) for run in found["runs"][:2]] == pytest.approx([0.52375, 5.25])
     assert found["runs"][2]["phase_seconds"] is None
@@ -154,12 +154,12 @@ def test_labels_are_shown_with_the_surest_mistakes_first(write_run: Any, tmp_pat
     folder = write_run(tmp_path / "run", labels=36)
     report([folder])
     page = check_page(folder / "report.html")
-    assert "Wrong, the surest first: 24 of 36" in page.text
-    assert "Right, the surest first: 12 of 36" in page.text
+    assert "Wrong, most confident first: 24 of 36" in page.text
+    assert "Right, most confident first: 12 of 36" in page.text
     assert "14 more in samples.jsonl." in page.text
     assert "2 more in samples.jsonl." in page.text
     after = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()[36:]]
-    for right, part in zip((False, True), page.text.split("Right, the surest first")[:2], strict=True):
+    for right, part in zip((False, True), page.text.split("Right, most confident first")[:2], strict=True):
         scores = sorted((row["score"] for row in after if row["right"] is right), reverse=True)[:10]
         shown = re.findall(r"after step 40 not a plain word \((\S+)\)", part)
         assert shown == [f"{score:.2f}" for score in scores]
@@ -179,11 +179,11 @@ def test_the_backbone_alone_and_a_divergence(write_run: Any, tmp_path: Path) -> 
     figures = report([folder])["runs"][0]
     page = check_page(folder / "report.html")
     for words in (
-        "It diverged in step 9, and was continued from step 4 with learning rate 1.",
-        "It diverged in step 12, with learning rate 1: it rose <far> above.",
-        "is worse than that of the backbone alone, 0.2500.",
-        "held-out loss, backbone alone (nats) 0.2500",
-        "held-out accuracy, backbone alone 12.5",
+        "The run diverged in step 9, and was continued from step 4 with learning rate 1.",
+        "The run diverged in step 12, with learning rate 1: it rose <far> above.",
+        "is worse than that of the frozen backbone, 0.2500.",
+        "held-out loss, frozen backbone (nats) 0.2500",
+        "held-out accuracy, frozen backbone 12.5",
         "status diverged",
     ):
         assert words in page.text, words
@@ -191,7 +191,7 @@ def test_the_backbone_alone_and_a_divergence(write_run: Any, tmp_path: Path) -> 
     assert "frozen_rows" not in figures
     found = {panel.name: panel for panel in panels([read_run(folder)])}
     loss = found["loss"]
-    assert [curve.label for curve in loss.curves] == ["training", "held-out rows", "backbone alone"]
+    assert [curve.label for curve in loss.curves] == ["training", "held-out rows", "frozen backbone"]
     assert loss.curves[-1].dashed
     assert (loss.curves[-1].x.tolist(), loss.curves[-1].y.tolist()) == ([0, 40], [0.25, 0.25])
     assert loss.alarms == ((12, "diverged"),)
@@ -208,15 +208,15 @@ def test_the_backbone_alone_of_several_runs(write_run: Any, tmp_path: Path) -> N
 
     def lines(*folders: Path) -> list[tuple[str, int, float]]:
         found = next(panel for panel in panels(read_runs(folders)) if panel.name == "eval_loss")
-        assert ("Dashed: the backbone alone." in found.note) == any(curve.dashed for curve in found.curves)
+        assert ("Dashed: the frozen backbone." in found.note) == any(curve.dashed for curve in found.curves)
         return [(curve.label, curve.colour, curve.y[0]) for curve in found.curves if curve.dashed]
 
-    assert lines(first, same, none) == [("backbone alone", -1, 3.0)]
+    assert lines(first, same, none) == [("frozen backbone", -1, 3.0)]
     assert lines(first, none, other) == [("", 0, 3.0), ("", 2, 2.0)]
     assert lines(none, write_run(tmp_path / "e")) == []
     report([first, same, other, none], tmp_path / "all.html", pngs=tmp_path / "png")
     page = check_page(tmp_path / "all.html")
-    assert "held-out loss, backbone alone (nats) 3.0000 3.0000 2.0000" in page.text
+    assert "held-out loss, frozen backbone (nats) 3.0000 3.0000 2.0000" in page.text
 
 
 @pytest.mark.parametrize("number", [1, 2])

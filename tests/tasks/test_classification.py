@@ -394,28 +394,28 @@ CLOZE: dict[str, Any] = {"patterns": ["{text} {mask}"], "verbalizer": {"a": ["in
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"patterns": []}, "task.patterns: is an empty list"),
+        ({"patterns": []}, "task.patterns: the list is empty"),
         ({**CLOZE, "patterns": ["{mask}"]}, "'{mask}' has no {column} field"),
-        ({**CLOZE, "patterns": ["{text} {mask} {mask}"]}, "has 2 times {mask}; every pattern needs exactly one"),
+        ({**CLOZE, "patterns": ["{text} {mask} {mask}"]}, "has {mask} 2 times; every pattern needs it exactly once"),
         ({**CLOZE, "patterns": ["{text} {mask}", "{text}"]}, "'{text}' has 0 times {mask}"),
         ({**CLOZE, "patterns": ["{v:1} {text} {mask}", "{text} {mask}"]}, "the number of virtual tokens differs"),
-        ({"patterns": ["{text} {mask}"]}, "no word is known; set task.verbalizer"),
+        ({"patterns": ["{text} {mask}"]}, "task.verbalizer gives no words; set it"),
         ({**CLOZE, "patterns": ["{text}"]}, "task.verbalizer: has no effect without a {mask}"),
         ({"verbalizer": {"a": ["in"], "b": ["the"]}}, "task.verbalizer: has no effect without a {mask}"),
         ({**CLOZE, "labels": ["a", "b", "c"]}, "task.verbalizer: has no word for the label 'c'"),
         ({**CLOZE, "labels": ["b", "c"]}, "task.verbalizer: has no word for the label 'c'"),
         ({**CLOZE, "verbalizer": {"a": ["x"], "b": []}}, "task.verbalizer: has no word for the label 'b'"),
-        ({**CLOZE, "labels": ["a"]}, "task.verbalizer: 'b' is no label; the labels are a"),
+        ({**CLOZE, "labels": ["a"]}, "task.verbalizer: 'b' is not a label; the labels are a"),
         ({"labels": ["a"]}, "task.labels: ['a'] leaves nothing to choose from"),
-        ({"labels": ["a", "b"], "class_weights": {"c": 1.0}}, "task.class_weights: 'c' is no label"),
-        ({"labels": ["a", "b"], "class_weights": {"a": 0.0}}, "task.class_weights.a: 0.0 is no weight"),
-        ({**CLOZE, "columns": {"text": "body"}}, "data.columns.text: has no effect beside task.patterns"),
+        ({"labels": ["a", "b"], "class_weights": {"c": 1.0}}, "task.class_weights: 'c' is not a label"),
+        ({"labels": ["a", "b"], "class_weights": {"a": 0.0}}, "task.class_weights.a: 0.0 is not a weight"),
+        ({**CLOZE, "columns": {"text": "body"}}, "data.columns.text: has no effect with task.patterns"),
         ({**CLOZE, "architecture": "encoder-decoder"}, "set task.kind: seq2seq_lm with the label's word as completion"),
         (
             {**CLOZE, "architecture": "decoder", "patterns": ["{mask}: {text}"]},
-            "has a field or virtual tokens behind {mask}, which a decoder does not see",
+            "has a field or virtual tokens after {mask}, which a decoder does not see",
         ),
-        ({**CLOZE, "architecture": "decoder", "patterns": ["{text} {mask} {v:1}"]}, "behind {mask}"),
+        ({**CLOZE, "architecture": "decoder", "patterns": ["{text} {mask} {v:1}"]}, "after {mask}"),
     ],
 )
 def test_refused_settings(options, expected):
@@ -458,7 +458,7 @@ def test_refuses_a_tokenizer_without_mask():
         ([{"text": "x", "label": "a"}, {"text": 3, "label": "a"}], {}, "'text' has to be text, but is int (3)"),
         ([{"text": "x", "pair": None, "label": "a"}], {}, "'pair' has to be text, but is missing"),
         ([{"text": "x", "label": "a"}], {"columns": {"pair": "other"}}, "rows.jsonl has no column 'other'"),
-        ([{"text": "x", "label": "a"}], {"max_length": 2}, "data.max_length: 2 tokens are all special ones (2)"),
+        ([{"text": "x", "label": "a"}], {"max_length": 2}, "data.max_length: 2 leaves no room next to 2 special"),
         (
             [{"text": "x", "label": "a"}],
             {"patterns": ["{body}"]},
@@ -467,7 +467,7 @@ def test_refuses_a_tokenizer_without_mask():
         (
             [{"text": "x", "label": "a"}],
             {"patterns": ["{text} in the"], "max_length": 3},
-            "task.patterns: '{text} in the' takes more than data.max_length (3) tokens beside its fields",
+            "task.patterns: '{text} in the' takes more than data.max_length (3) tokens without its fields",
         ),
     ],
 )

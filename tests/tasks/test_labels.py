@@ -50,7 +50,7 @@ def test_a_whole_number_is_one_label_however_it_is_written() -> None:
     assert make(labels=[0, 1], class_weights={1: 2.0, "0": 1.0}).config.class_weights == {"1": 2.0, "0": 1.0}
     with pytest.raises(ValueError, match="names a label twice"):
         TaskConfig(kind="classification", class_weights={1: 2.0, "1.0": 1.0})
-    with pytest.raises(ValueError, match="is no name of a label"):
+    with pytest.raises(ValueError, match="is not a label name"):
         TaskConfig(kind="classification", labels=["a", None])
 
 
@@ -79,7 +79,7 @@ def test_what_is_a_set_of_labels(labels: list[Any], expected: tuple[str, ...]) -
     [
         (
             [0.73, 0.12, 0.5, 0.9],
-            "has fractions (0.12, 0.5, 0.73, 0.9), each of which would be a label of its own; predi",
+            "has fractions (0.12, 0.5, 0.73, 0.9), each of which would become a label of its own; ptd has no",
         ),
         (["0.73", "0.12"], "has fractions (0.12, 0.73)"),
         (["0,73", "1,5"], "has fractions"),
@@ -90,10 +90,10 @@ def test_what_is_a_set_of_labels(labels: list[Any], expected: tuple[str, ...]) -
             "has 4 different whole numbers with gaps between them (3, 12, 450, 999), which look like meas",
         ),
         ([row * 37 for row in range(25)] * 9, "has 25 different whole numbers with gaps"),
-        ([f"id{row}" for row in range(40)], "has 40 different labels on 40 places (id0, id1, id10"),
+        ([f"id{row}" for row in range(40)], "has 40 different labels among 40 values (id0, id1, id10"),
         (["Pos", "pos", "neg", "neg"], "has labels that look alike, 'Pos' and 'pos'"),
         (["caf\u00e9", "cafe\u0301"], "has labels that look alike"),
-        (["nan", "1", "0"], "has the text 'nan', which mostly stands for a missing value"),
+        (["nan", "1", "0"], "has the text 'nan', which usually stands for a missing value"),
         ([0, 1, "pos", "neg"], "mixes kinds of values (row 1 has 0, row 3 has 'pos')"),
         ([True, 0, 1, True], "mixes kinds of values (row 1 has True, row 2 has 0)"),
     ],
@@ -112,7 +112,7 @@ def test_what_is_none(labels: list[Any], said: str) -> None:
 
 def test_numbers_are_called_a_regression() -> None:
     for labels in ([0.73, 0.12], [12, 450, 999, 3]):
-        assert "predicting a number (regression) is no task of ptd" in refusal(learned, labels)
+        assert "ptd has no task that predicts numbers (regression)" in refusal(learned, labels)
 
 
 @pytest.mark.parametrize("missing", [None, float("nan"), "", "  "])
@@ -131,8 +131,8 @@ def test_hidden_labels_of_a_hub_data_set() -> None:
     features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
     rows = Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, -1]}, features=features)
     said = refusal(make().fit, rows, "glue")
-    assert "row 3 of glue: 'label' is -1 (−1 mostly stands for a label that is not given away)" in said
-    assert "numbers from 0 to 1 stand for the labels neg, pos" in said
+    assert "row 3 of glue: 'label' is -1 (−1 usually stands for a hidden label)" in said
+    assert "only the numbers from 0 to 1 stand for labels (neg, pos)" in said
     assert make().fit(rows.select([0, 1]), "glue").labels == ("neg", "pos")
 
 
@@ -140,7 +140,7 @@ def test_hidden_labels_of_a_hub_data_set() -> None:
 def test_names_that_a_data_set_gives_are_names(names: list[str]) -> None:
     features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
     rows = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features)
-    assert "of which one is blank or there twice" in refusal(make().fit, rows, "glue")
+    assert "of which one is blank or repeated" in refusal(make().fit, rows, "glue")
 
 
 def test_an_unknown_label_is_compared_with_the_known_ones() -> None:
@@ -186,4 +186,4 @@ def test_a_tag_beyond_the_names_is_no_name() -> None:
     task = tags([["O", "B-X"]], labels=["O", "B-X"])
     rows = Dataset.from_dict({"tokens": [["a", "b"]], "tags": [[0, 5]]})
     said = refusal(task.tokenize, rows, tiny_tokenizer(), what="t")
-    assert "row 1 of t: an item of 'tags' is 5, but numbers from 0 to 1 stand for the labels O, B-X" in said
+    assert "row 1 of t: an item of 'tags' is 5, but only the numbers from 0 to 1 stand for labels (O, B-X)" in said

@@ -280,8 +280,8 @@ def test_refusals():
     assert "answers has to be" in refusal(parse_answers, 3, CONTEXT, "row 1")
     assert "has no 'answers'" in refusal(tokenized, make(), tokenizer, [{**ROWS[0], "answers": None}, ROWS[0]])
     said = refusal(tokenized, make(max_length=20, doc_stride=16), tokenizer)
-    assert "row 1 of rows.jsonl: beside the question" in said
-    assert "task.doc_stride 16" in said
+    assert "row 1 of rows.jsonl: the question (" in said
+    assert "task.doc_stride (16)" in said
     assert "'context' has to be text" in refusal(tokenized, make(), tokenizer, [{**ROWS[0], "context": " "}])
     task = make()
     assert "method.pooling: cls has no effect" in refusal(task.readout, tokenizer, 8, HeadSettings(pooling="cls"))

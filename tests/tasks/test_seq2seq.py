@@ -211,11 +211,11 @@ def test_what_the_tokenizer_cannot_write_is_said():
     rows = [{"prompt": "a", "completion": "in york"}, {"prompt": "a", "completion": "in  york\n"}]
     report = tokenized(make(), support.t5(), rows).report
     assert report.notes == (
-        "the tokenizer writes 1 of the first 2 completions differently, so generated text cannot match them exactly "
-        "(row 2: 'in  york' as 'in york')",
+        "the tokenizer cannot reproduce 1 of the first 2 completions, so generated text cannot match them exactly "
+        "(row 2: 'in  york' becomes 'in york')",
     )
     said = refusal(tokenized, make(), support.t5(), [{"prompt": "a", "completion": "東"}])
-    assert "knows nothing of what is to be learned in the first 1 rows" in said
+    assert "knows none of the text to be learned in the first 1 rows" in said
 
 
 def test_raw_texts_are_whole_prompts():
@@ -223,8 +223,8 @@ def test_raw_texts_are_whole_prompts():
     task = make(prompt_template="old {a}")
     assert task.prompts(["york"], tokenizer, raw=True) == [tokenizer("york")["input_ids"]]
     marked = make(prompt_template="old {a} {v:2}")
-    assert "and has 1 fields, which --raw gives no place" in refusal(marked.prompts, ["york"], tokenizer, raw=True)
-    assert "2 fields, so each prompt is sent as it is" in make(prompt_template="{a} {b}").how_typed(raw=False)
+    assert "and has 1 fields, which --raw leaves no place for" in refusal(marked.prompts, ["york"], tokenizer, raw=True)
+    assert "2 fields, so each text is sent as a complete prompt" in make(prompt_template="{a} {b}").how_typed(raw=False)
     assert task.how_typed(raw=False) is None
 
 

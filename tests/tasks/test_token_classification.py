@@ -223,6 +223,6 @@ def test_refusals():
     assert "has to be a list" in refusal(tokenized, task, tokenizer, [{"tokens": "a b", "tags": ["O"]}])
     assert "has no column 'tokens'" in refusal(tokenized, task, tokenizer, [{"words": ["a"], "tags": ["O"]}])
     assert "no word of" in refusal(tokenized, task, tokenizer, [{"tokens": [""], "tags": ["O"]}])
-    assert "'X' is no label" in refusal(make, class_weights={"X": 2.0})
+    assert "'X' is not a label" in refusal(make, class_weights={"X": 2.0})
     assert "at least two different tags" in refusal(make, [{"tokens": ["a"], "tags": ["O"]}])
     assert "method.pooling: mean has no effect" in refusal(task.readout, tokenizer, 8, HeadSettings(pooling="mean"))

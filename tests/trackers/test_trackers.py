@@ -127,8 +127,8 @@ def test_a_tracker_that_fails_is_named_once(tmp_path: Path, kind: Any, breaks: s
         for record in RECORDS:
             records.write(record)
             time.sleep(0.01)
-    said = "train.report_to: broken gets no more records (RuntimeError: no {} in two lines); the run goes on without it"
-    assert notes == [said.format(breaks)]
+    said = "broken gets no more records (RuntimeError: no {} in two lines); the run continues without it"
+    assert notes == [f"train.report_to: {said.format(breaks)}"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(RECORDS)
     assert [call[0] for call in other.calls] == ["start", *["log"] * len(RECORDS), "close"]
 

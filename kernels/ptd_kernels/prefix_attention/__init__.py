@@ -1,6 +1,6 @@
-"""Attention over [a shared trained prefix] + [each sequence's own tokens], exact, without concatenation.
+"""Exact attention over [a shared trained prefix] + [each sequence's own tokens], without concatenating the two.
 
-A new backend is one file that ends in ``register(Backend(...))`` and one import below.
+A new backend is one file that ends with ``register(Backend(...))``, and one import below.
 """
 
 from __future__ import annotations
@@ -39,40 +39,42 @@ def prefix_attention(
     prefix_index: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attend from every query to all P prefix keys and to the own keys its rule allows.
+    """Attend from every query to all P prefix keys and to the own keys that its visibility rule allows.
 
     Args:
-        q: ``[B, Hq, S, D]``, any strides; the layout ``[B, S, Hq, D]`` transposed (as Hugging Face gives it) is the
-            one that needs no copy. The same goes for k and v.
-        k: ``[B, Hkv, T, D]``; Hq must be a multiple of Hkv, query head h reads kv head ``h // (Hq // Hkv)``.
+        q: ``[B, Hq, S, D]``, any strides. The memory layout ``[B, S, Hq, D]`` (Hugging Face models pass its transpose)
+            needs no copy. The same holds for k and v.
+        k: ``[B, Hkv, T, D]``. Hq must be a multiple of Hkv; query head h reads key/value head ``h // (Hq // Hkv)``.
         v: ``[B, Hkv, T, E]``; E may differ from D.
-        prefix_k: ``[Hkv, P, D]`` or None; P may be 0. A dtype other than q's is cast to q's inside; its gradient
-            comes back in its own dtype, summed in at least fp32 and cast once. With a `prefix_index`
-            ``[N, Hkv, P, D]``, or a list of N tensors ``[Hkv, P_i, D]``.
-        prefix_v: ``[Hkv, P, E]`` or None; with a `prefix_index` like prefix_k.
-        scale: factor on q·k, default ``D ** -0.5``.
-        causal: query i, at own position ``i + T - S``, sees own keys up to that position.
-        window: of these it sees only the last `window` (its own included). Never hides the prefix.
+        prefix_k: ``[Hkv, P, D]`` or None; P may be 0. With a `prefix_index`: ``[N, Hkv, P, D]``, or a list of N tensors
+            ``[Hkv, P_i, D]``. A prefix of another dtype is cast to q's dtype internally; its gradient is summed in at
+            least fp32, cast once, and returned in the prefix's own dtype.
+        prefix_v: ``[Hkv, P, E]`` or None. With a `prefix_index`: like prefix_k, with E in place of D.
+        scale: factor on q·k; default ``D ** -0.5``.
+        causal: query i, at own position ``i + T - S``, sees the own keys up to that position.
+        window: of these keys, a query sees only the last `window` (its own position included). Never hides the prefix.
         softcap: scores s become ``softcap * tanh(s / softcap)`` for prefix and own keys, before masking.
-        cu_seqlens: int32 ``[sequences + 1]``, from 0 to S, ascending: B is 1 and holds this many sequences end to
-            end, which do not see each other. On a GPU the values are not checked, as reading them would wait for it.
-        max_seqlen: length of the longest packed sequence, or more; a GPU needs it to be fast, a CPU not at all.
-        mask: ``[B or 1, Hq or 1, S, T]`` bool, True: visible. It is the whole rule for the own keys: requires
-            ``causal=False, window=None``. A query that it allows no own key gets the answer of the prefix alone, or
-            zeros if P is 0. What lies under a hidden key must be finite.
-        bias: ``[B or 1, Hq or 1, S, T]`` floating, added to the scores of the own keys after the softcap; goes with
-            every rule. -inf hides a key. It gets no gradient.
-        prefix_index: int64 or int32 ``[B]``, packed ``[sequences]``: which of the N prefixes each sequence reads. On
-            q's device or on the CPU. On a GPU its values are not checked, as reading them would wait for it.
-        backend: a name of `available_backends()` or "auto".
+        cu_seqlens: int32 ``[sequences + 1]``, ascending from 0 to S: B is 1, and q, k and v hold this many concatenated
+            sequences, which do not see each other. Its values are not checked on a GPU: reading them would wait for
+            the device.
+        max_seqlen: upper bound on the length of the packed sequences. GPU kernels need it to be fast; CPU kernels do
+            not use it.
+        mask: ``[B or 1, Hq or 1, S, T]`` bool, True: visible. It is the whole rule for the own keys and requires
+            ``causal=False, window=None``. A query that may see no own key gets the output of the prefix alone, or
+            zeros if P is 0. Hidden keys and their values must be finite.
+        bias: ``[B or 1, Hq or 1, S, T]`` floating, added to the scores of the own keys after the softcap. It can be
+            combined with every rule. -inf hides a key. It gets no gradient.
+        prefix_index: int64 or int32 ``[B]`` (packed: ``[sequences]``), on q's device or on the CPU: which of the N
+            prefixes each sequence reads. Its values are not checked on a GPU: reading them would wait for the device.
+        backend: a name from `available_backends()`, or "auto".
 
     Returns:
         ``[B, Hq, S, E]`` in q's dtype.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype or device, or a combination nobody can compute.
+        ValueError: an argument has the wrong shape, dtype or device, or the backend cannot compute the combination.
 
-    Prefix-tuning: Li & Liang 2021, arXiv:2101.00190. README.md in this folder has the maths.
+    Prefix-tuning: Li & Liang 2021, arXiv:2101.00190. README.md in this folder gives the maths.
     """
     device_type = q.device.type if isinstance(q, Tensor) else "cpu"
     checked = partial(
@@ -80,7 +82,7 @@ def prefix_attention(
         cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, mask=mask, bias=bias, prefix_index=prefix_index,
     )  # fmt: skip
     if torch.is_autocast_enabled(device_type):
-        # As torch's own attention does: autocast decides the inputs' precision, and none of the inner matmuls'.
+        # As in torch's own attention, autocast sets the precision of the inputs but not of the matrix products inside.
         low = torch.get_autocast_dtype(device_type)
         q, k, v = (x.to(low) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in (q, k, v))
         with torch.autocast(device_type, enabled=False):
@@ -103,11 +105,11 @@ def explain_backend(
     virtual_tokens: int = 1,
     backend: str = "auto",
 ) -> tuple[str, str]:
-    """Which backend a training step's calls would get, and why: ``(name, reason)``, both to be read by people.
+    """Return ``(name, reason)``: the backend that a training step's calls would use, and why, as text for people.
 
-    Allocates a few bytes on `device`. Raises ValueError like `prefix_attention`.
+    Allocates a few bytes on `device`. Raises `ValueError` in the same cases as `prefix_attention`.
     """
-    # Two tokens stand for many: some libraries refuse a single query row or key.
+    # Two tokens represent a longer sequence: some libraries refuse a single query row or key.
     q, v = (torch.zeros(1, 1, 2, d, device=device, dtype=dtype) for d in (head_dim, value_head_dim or head_dim))
     mask = torch.ones(1, 1, 2, 2, device=device, dtype=torch.bool) if masked else None
     bias = torch.zeros(1, 1, 2, 2, device=device) if biased else None

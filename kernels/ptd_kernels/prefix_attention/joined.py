@@ -1,8 +1,9 @@
-"""Packed sequences on a CPU with a short prefix: it stands in front of each sequence's keys, one kernel call a tile.
+"""Packed sequences on a CPU with a short prefix: copy the prefix before each sequence's keys, one kernel call per tile.
 
-Such a call, and joining two, cost more than copying a short prefix (README.md has the measurements). A sequence's keys
-are the prefix's P and its own n, of which row i sees P + i + 1: a staircase. Its steps are alike for all sequences,
-layers and tiles of rows, so the masks of all are views of one strip, which is made once. Legend of shapes: problem.py.
+A second kernel call and a merge cost more than copying a short prefix (README.md has the measurements). A sequence's
+keys are the P prefix keys and its n own keys; row i sees the first P + i + 1 of them, so the mask is a staircase. The
+staircase is the same for all sequences, layers and tiles of rows, so all masks are views of one strip, which is made
+once. Legend of shapes: problem.py.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from ptd_kernels.prefix_attention.segments.kernel import Rule, unit_stride
 from ptd_kernels.prefix_attention.segments.torch_flash_cpu import TORCH_FLASH_CPU, VECTOR, attend, attend_backward
 
 ROWS = 192
-"""Query rows of a tile: with fewer the kernel cuts its products smaller, with more it computes more that is hidden."""
+"""Query rows per tile. With fewer, the kernel's matrix products shrink; with more, it computes more hidden scores."""
 LONGEST_PREFIX = 64
-"""Measured: from some 100 virtual tokens on the copies cost more than they save."""
+"""Measured: from about 100 virtual tokens on, the copies cost more than they save."""
 LONGEST_SEQUENCE = 2**14
-"""For the strip: 13 MB in fp32."""
+"""Limits the size of the strip: 13 MB in fp32."""
 
 
 class Tile(NamedTuple):
-    """Rows q0..q1 of the pack against the joined keys k0..k1, of which the first row sees those up to ``seen``."""
+    """Rows q0..q1 of the pack attend to the joined keys k0..k1. The first row sees the keys up to ``k0 + seen``."""
 
     q0: int
     q1: int
@@ -39,8 +40,9 @@ class Tile(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """``source``: where the joined keys come from, in [prefix, own]; each sequence's are padded to a multiple of
-    `VECTOR` with the prefix's first. ``sequences``: the tiles of each. ``rows``, ``seen``: the most of any tile."""
+    """``source``: the index in [prefix, own keys] of each joined key; each sequence's joined keys are padded to a
+    multiple of `VECTOR` with the first prefix key. ``sequences``: the tiles of each sequence. ``rows``, ``seen``: the
+    maximum over all tiles."""
 
     source: Tensor
     sequences: list[list[Tile]]
@@ -78,13 +80,13 @@ _kept_plan = lru_cache(8)(_plan)
 
 @lru_cache(16)
 def _strip(rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """``[1, 1, rows, width + rows + VECTOR]``: 0 up to column ``width + row``, -inf behind it."""
+    """Return ``[1, 1, rows, width + rows + VECTOR]``: 0 up to column ``width + row``, -inf after it."""
     row, column = torch.arange(rows)[:, None], torch.arange(width + rows + VECTOR)
     return torch.zeros(1, 1, rows, len(column), dtype=dtype).masked_fill_(column > width + row, -torch.inf)
 
 
 class _Masks:
-    """The masks of a plan's tiles, for scores of this dtype. ``real``: tensors have data, and are kept."""
+    """The masks of a plan's tiles, for scores of one dtype. ``real``: tensors have data, and the strip is cached."""
 
     def __init__(self, plan: Plan, causal: bool, dtype: torch.dtype, real: bool) -> None:
         self.width = 1 << plan.seen.bit_length()
@@ -92,11 +94,12 @@ class _Masks:
         self.causal = causal
         if real:
             self.strip = _strip(rows, self.width, dtype)
-        else:  # of no size worth counting, as the strip is once it is there
+        else:  # stride 0: a pass without data counts almost no memory for it, as for a strip that is already cached
             self.strip = torch.zeros(1, 1, 1, 1, dtype=dtype).expand(1, 1, rows, self.width + rows + VECTOR)
 
     def __call__(self, tile: Tile) -> Tensor:
-        """``[1, 1, rows, keys]``; bidirectional, where only padding is hidden, ``[1, 1, 1, keys]``."""
+        """Return the mask of `tile`: ``[1, 1, rows, keys]``; without a causal rule, where only padding is hidden,
+        ``[1, 1, 1, keys]``."""
         begin = self.width - tile.seen
         rows = tile.q1 - tile.q0 if self.causal else 1
         return self.strip[:, :, :rows, begin : begin + tile.k1 - tile.k0]
@@ -139,16 +142,16 @@ class _Joined(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, keys, values, out, lse = ctx.saved_tensors
         if any(ctx.needs_input_grad[:3]):
-            # In half precision the kernel's backward is slower, and rounds after every block of queries.
+            # In half precision, the kernel's backward is slower and rounds dk and dv after every block of queries.
             work = torch.promote_types(q.dtype, torch.float32)
             dout, q, keys, values, out = (unit_stride(x.to(work)) for x in (dout, q, keys, values, out))
             gradients = _all_gradients(ctx, dout, q, keys, values, out, lse)
-        else:  # a first layer, whose tokens depend on nothing trained: the prefix's own share will do
+        else:  # a first layer: its tokens depend on no trained parameter, so only the prefix needs a gradient
             prefix = slice(0, ctx.prefix)
             shares = TORCH_FLASH_CPU.backward(
                 dout, q, keys[:, :, prefix], values[:, :, prefix], out, lse, Rule(ctx.scale)
             )
-            gradients = [q, keys, values, shares.k[0], shares.v[0]]  # the first three are asked for by nobody
+            gradients = [q, keys, values, shares.k[0], shares.v[0]]  # the first three are placeholders: not needed
         found = zip(gradients, ctx.dtypes, ctx.needs_input_grad, strict=False)
         return (*(x.to(dtype) if needed else None for x, dtype, needed in found), None, None, None)
 
@@ -156,9 +159,9 @@ class _Joined(torch.autograd.Function):
 def _all_gradients(
     ctx: Any, dout: Tensor, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor
 ) -> list[Tensor]:
-    """Of q, k, v, prefix_k and prefix_v, in the dtype of the tensors given."""
+    """Return the gradients of q, k, v, prefix_k and prefix_v, in the dtype of the tensors given."""
     mask_of = _Masks(ctx.plan, ctx.causal, q.dtype, ctx.real)
-    # [1, rows or keys, H, X] each: of tiles' queries, of sequences' own keys and values, of what they saw of the prefix
+    # Gradients [1, rows or keys, H, X]: dq per tile; dk, dv and each sequence's share of the prefix's per sequence.
     dq: list[Tensor] = []
     dk: list[Tensor] = []
     dv: list[Tensor] = []
@@ -185,13 +188,13 @@ def _all_gradients(
 
 
 def _join(prefix_HPX: Tensor, own_1HTX: Tensor, plan: Plan) -> Tensor:
-    """``[1, H, joined keys, X]`` in memory of ``[1, joined keys, H, X]``."""
+    """Return the joined keys or values ``[1, H, joined keys, X]``, in the memory layout ``[1, joined keys, H, X]``."""
     both = torch.cat([prefix_HPX.transpose(0, 1).to(own_1HTX.dtype), own_1HTX[0].transpose(0, 1)])
     return both.index_select(0, plan.source)[None].transpose(1, 2)
 
 
 def _sum(parts: list[Tensor]) -> Tensor:
-    """Of the gradients ``[1, keys, H, X]`` of ever more of a sequence's keys."""
+    """Sum a sequence's gradients ``[1, keys, H, X]``, in place. Each part covers more keys than the one before it."""
     total = parts[-1]
     for part in parts[:-1]:
         total[:, : part.shape[1]] += part
@@ -199,7 +202,7 @@ def _sum(parts: list[Tensor]) -> Tensor:
 
 
 def joined_attention(problem: Problem) -> Tensor:
-    """Solve a `problem` that `_refuses` lets pass."""
+    """Solve a `problem` that `_refuses` does not refuse."""
     p = problem
     tensors = p.q_BHSD, p.k_BHTD, p.v_BHTE, p.prefix_k_HPD, p.prefix_v_HPE
     out: Tensor = _Joined.apply(*tensors, p.scale, p.causal, p.offsets)
@@ -209,23 +212,23 @@ def joined_attention(problem: Problem) -> Tensor:
 def _refuses(problem: Problem) -> str | None:
     p = problem
     if p.q_BHSD.device.type != "cpu" or stand_in.get() is not None:
-        return f"it needs tensors on the CPU, they are on {p.q_BHSD.device}"
+        return f"it needs tensors on the CPU, but they are on {p.q_BHSD.device}"
     if p.offsets is None or not p.q_BHSD.shape[2]:
-        return "it needs a packed batch with tokens in it"
+        return "it needs a packed batch (cu_seqlens) of at least one token"
     if p.prefix_k_HPD is None or p.prefix_index is not None or not 0 < p.prefix_k_HPD.shape[1] <= LONGEST_PREFIX:
         return f"it needs one prefix of 1 to {LONGEST_PREFIX} keys"
     if p.window is not None or p.softcap is not None or p.bias is not None:
-        return "it has no window, softcap or bias"
+        return "it supports no window, softcap or bias"
     if p.q_BHSD.shape[3] != p.v_BHTE.shape[3]:
         return "it needs the same head size for keys and values"
     longest = max(last - first for first, last in pairwise(p.offsets))
     if longest > LONGEST_SEQUENCE:
-        return f"it takes sequences of up to {LONGEST_SEQUENCE} tokens, the longest has {longest}"
+        return f"it supports sequences of up to {LONGEST_SEQUENCE} tokens, the longest has {longest}"
     return None
 
 
 def _explain(problem: Problem) -> str:
-    return "the prefix in front of each sequence's keys, a call of torch's flash attention for CPU a tile"
+    return "the prefix is copied before each sequence's keys; one call of torch's flash attention (CPU) per tile"
 
 
 register(Backend("joined", joined_attention, _refuses, _explain, priority=20))

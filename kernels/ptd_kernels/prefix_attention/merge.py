@@ -1,8 +1,8 @@
-"""Prefix attention as two calls to a library kernel, joined by their log-sum-exps. Exact; the prefix is never copied.
+"""Prefix attention as two calls to a library kernel, merged by log-sum-exp. Exact; the prefix is never copied.
 
-Forward: attend to the prefix and to the own tokens apart, then ``L = logaddexp(L1, L2)`` and
-``o = o1 * exp(L1 - L) + o2 * exp(L2 - L)`` (the merge of Flash-Decoding and ring attention). Backward: each kernel's
-own backward, given the merged o and L. Legend of shapes: problem.py.
+Forward attends to the prefix and to the own tokens separately, then computes ``L = logaddexp(L1, L2)`` and
+``o = o1 * exp(L1 - L) + o2 * exp(L2 - L)`` (the merge of Flash-Decoding and ring attention). Backward calls each
+kernel's own backward with the merged o and L. Legend of shapes: problem.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ptd_kernels.prefix_attention.segments import ON_REQUEST, Gradients, Kernel,
 
 
 class Tile(NamedTuple):
-    """One kernel call: query rows q0..q1 against the keys k0..k1, the only ones they may see under `rule`."""
+    """One kernel call: query rows q0..q1 attend to the keys k0..k1. Under `rule` they see no key outside that range."""
 
     q0: int
     q1: int
@@ -33,9 +33,9 @@ class Tile(NamedTuple):
 
 
 def tiles(kernel: Kernel, q: Tensor, k: Tensor, rule: Rule, offsets: Sequence[int] | None) -> list[Tile]:
-    """Cut a segment into calls for `kernel`. The row ranges follow each other from 0 to S.
+    """Cut a segment into calls for `kernel`. The row ranges of the calls are consecutive and cover 0 to S.
 
-    `offsets` are the packed sequences' bounds if they are known on the host.
+    `offsets` are the bounds of the packed sequences, if they are known on the host.
     """
     B, Hq, S, _ = q.shape
     if kernel.max_rows is None:
@@ -57,7 +57,7 @@ def _sequence_tiles(kernel: Kernel, heads: int, rows: tuple[int, int], keys: tup
     num_rows, num_keys, offset, window = q1 - q0, k1 - k0, rule.offset, rule.window
     if offset is not None:
         if offset < 0:
-            # More queries than keys: the first rows see none.
+            # More queries than keys: the first rows see no key.
             dead = min(-offset, num_rows)
             rest = _sequence_tiles(kernel, heads, (q0 + dead, q1), keys, rule._replace(offset=0))
             return [Tile(q0, q0 + dead, k0, k0, rule), *rest]
@@ -83,14 +83,14 @@ def _sequence_tiles(kernel: Kernel, heads: int, rows: tuple[int, int], keys: tup
 
 
 def _part(rule: Rule, q0: int, q1: int, k0: int, k1: int) -> Rule:
-    """The tensors of a rule, cut down to these rows and keys."""
+    """Return `rule` with its tensors restricted to these rows and keys."""
     mask, bias = (None if x is None else x[:, :, q0:q1, k0:k1] for x in (rule.mask, rule.bias))
     sequences = rule.sequences and (rule.sequences[0][q0:q1], rule.sequences[1][k0:k1])
     return rule._replace(mask=mask, bias=bias, sequences=sequences)
 
 
 def segment_forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, cut: list[Tile]) -> tuple[Tensor, Tensor]:
-    """Output ``[B, Hq, S, E]`` (in the kernel's dtype) and log-sum-exp ``[B, Hq, S]`` over this segment alone."""
+    """Return output ``[B, Hq, S, E]`` (in the kernel's dtype) and log-sum-exp ``[B, Hq, S]`` over this segment only."""
     outs, sums = [], []
     for tile, q_rows, k_part, v_part in zip(cut, _rows(q, cut), _keys(k, cut), _keys(v, cut), strict=True):
         if tile.k0 == tile.k1:
@@ -115,9 +115,9 @@ def segment_backward(
     cut: list[Tile],
     dq: Tensor | None = None,
 ) -> Gradients:
-    """This segment's share of the gradients, from the output and log-sum-exp over *all* segments.
+    """Return this segment's share of the gradients, given the output and log-sum-exp over *all* segments.
 
-    A `dq` from another segment is added to in place, and returned.
+    If `dq` from another segment is given, this segment's share is added to it in place.
     """
     tiles_of_rows = zip(*(_rows(x, cut) for x in (dout, q, out, lse)), strict=True)
     dqs, dks, dvs = [], [], []
@@ -146,7 +146,7 @@ def _keys(x_BHTX: Tensor, cut: list[Tile]) -> list[Tensor]:
 
 
 def _join(parts: list[Tensor]) -> Tensor:
-    # The kernels lay their results out as [B, S, H, X], which makes this a straight copy.
+    # The kernels' results have the memory layout [B, S, H, X], so this concatenation is a contiguous copy.
     return parts[0] if len(parts) == 1 else torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
 
 
@@ -161,7 +161,7 @@ def _sum_keys(x_BHTX: Tensor, cut: list[Tile], parts: list[Tensor]) -> Tensor:
 
 
 def _fold(x_BHSX: Tensor) -> Tensor:
-    """``[1, H, B*S, X]``: the batch becomes queries of one sequence; no copy if memory is laid out [B, S, H, X]."""
+    """Fold the batch into the query axis: ``[1, H, B*S, X]``, a view if the memory layout is [B, S, H, X]."""
     if x_BHSX.shape[0] == 1:
         return x_BHSX
     return x_BHSX.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
@@ -175,7 +175,7 @@ def _unfold(x_1HNX: Tensor, batch: int) -> Tensor:
 
 
 class Group(NamedTuple):
-    """A prefix and who reads it: its keys, and ranges of rows of the folded queries, ascending."""
+    """A prefix and its readers: the range of its keys, and the ranges of folded query rows that read it, ascending."""
 
     first_key: int
     last_key: int
@@ -187,14 +187,14 @@ def _fewest_keys(groups: list[Group]) -> int:
 
 
 def _take(x_1HNX: Tensor, rows: list[tuple[int, int]]) -> Tensor:
-    """These rows; a view if they are consecutive."""
+    """Return these rows; a view if they are consecutive."""
     if len(rows) == 1:
         return x_1HNX[:, :, rows[0][0] : rows[0][1]]
     return torch.cat([x_1HNX[:, :, a:b].transpose(1, 2) for a, b in rows], dim=1).transpose(1, 2)
 
 
 def _place(parts: list[Tensor], groups: list[Group], length: int, fill: float) -> Tensor:
-    """The inverse of `_take` of every group: ``[1, H, length, X]``, with `fill` in the rows of no group."""
+    """Undo `_take` for all groups: return ``[1, H, length, X]``, with `fill` in the rows that belong to no group."""
     if len(groups) == 1 and groups[0].rows == [(0, length)]:
         return parts[0]
     _, H, _, X = parts[0].shape
@@ -207,7 +207,7 @@ def _place(parts: list[Tensor], groups: list[Group], length: int, fill: float) -
 
 
 def _groups(problem: Problem) -> list[Group]:
-    """The prefixes that have keys and readers. Waits for the device if `prefix_index` (or cu_seqlens) is on one."""
+    """Return the prefixes that have keys and readers. Waits for the GPU if `prefix_index` (or cu_seqlens) is on it."""
     p = problem
     if p.prefix_k_HPD is None:
         return []
@@ -231,7 +231,10 @@ def _groups(problem: Problem) -> list[Group]:
 def _prefix_forward(
     q: Tensor, prefix_k: Tensor, prefix_v: Tensor, rule: Rule, groups: list[Group], preferred: Kernel | None
 ) -> tuple[Tensor, Tensor]:
-    """Output ``[B, Hq, S, E]`` and log-sum-exp ``[B, Hq, S]`` over each sequence's prefix; -inf where it has none."""
+    """Return output ``[B, Hq, S, E]`` and log-sum-exp ``[B, Hq, S]`` over each sequence's prefix.
+
+    The log-sum-exp is -inf where a sequence has no prefix.
+    """
     kernel = pick(Need(q, _fewest_keys(groups), prefix_v.shape[2], _everything(rule)), preferred)
     q_1HND = _fold(q)
     outs, sums = [], []
@@ -248,7 +251,7 @@ def _prefix_backward(
     dout: Tensor, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, out: Tensor, lse: Tensor, rule: Rule,
     groups: list[Group], preferred: Kernel | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q (its share), prefix_k and prefix_v; zeros for a prefix that nobody reads."""
+    """Return the prefix's share of dq, dprefix_k and dprefix_v; a prefix without readers gets zeros."""
     kernel = pick(Need(q, _fewest_keys(groups), prefix_v.shape[2], _everything(rule), exact_keys=True), preferred)
     folded = [_fold(x) for x in (dout, q, out, lse[..., None])]
     dqs: list[Tensor] = []
@@ -265,7 +268,7 @@ def _prefix_backward(
 
 
 def _prefix_segment(q_1HND: Tensor, prefix_k: Tensor, prefix_v: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
-    """The group's queries, keys and values, as batches of one."""
+    """Return the queries, keys and values of `group`, each with batch size 1."""
     keys = slice(group.first_key, group.last_key)
     key, value = (x[:, keys].to(q_1HND.dtype)[None] for x in (prefix_k, prefix_v))
     return _take(q_1HND, group.rows), key, value
@@ -292,11 +295,11 @@ class _Merge(torch.autograd.Function):
             out, lse = segment_forward(own, q, k, v, tiles(own, q, k, rule, offsets))
         if prefix_k is not None and prefix_v is not None and groups:
             prefix_out, prefix_lse = _prefix_forward(q, prefix_k, prefix_v, rule, groups, preferred)
-            # -inf where a sequence has no prefix: its share is 0, also where the own keys are all hidden.
+            # A sequence without a prefix has prefix_lse -inf; the prefix's share is 0, even if all own keys are hidden.
             prefix_share = torch.sigmoid(prefix_lse - lse).masked_fill_(prefix_lse == -torch.inf, 0.0)[..., None]
             out = out.to(prefix_share.dtype).lerp_(prefix_out.to(prefix_share.dtype), prefix_share)
             lse = torch.logaddexp(lse, prefix_lse)
-        # A row that sees nothing has lse -inf and weights exp(-inf - lse), which must come out as 0, not NaN.
+        # A row that sees no key has lse -inf; its weights exp(-inf - lse) must be 0, not NaN.
         lse = lse.masked_fill(lse == -torch.inf, 0.0)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, prefix_k, prefix_v, out, lse, rule.mask, rule.bias, rule.cu_seqlens)
@@ -336,7 +339,7 @@ def _everything(rule: Rule) -> Rule:
 
 
 def _decode(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-    """The own tokens of one query row: it sees the last `window` keys, or all."""
+    """Attend from one query row to its own tokens: to the last `window` keys, or to all keys without a window."""
     if rule.window is not None and rule.window < k.shape[2]:
         k, v = (x[:, :, -rule.window :] for x in (k, v))
         mask, bias = (None if x is None else x[..., -rule.window :] for x in (rule.mask, rule.bias))
@@ -351,7 +354,7 @@ def _rule(problem: Problem) -> Rule:
 
 
 def merge_attention(problem: Problem, preferred: Kernel | None = None) -> Tensor:
-    """Solve `problem` with the library kernels that fit it, segment by segment; with `preferred` where it can."""
+    """Solve `problem` segment by segment, each with a library kernel that supports it, `preferred` where it does."""
     p = problem
     if p.q_BHSD.numel() == 0:
         return reference_attention(problem)
@@ -368,8 +371,8 @@ def _explain(problem: Problem, preferred: Kernel | None = None) -> str:
         pick(Need(q, keys, head_size, _everything(rule), exact), preferred) for exact in (False, True)
     )
     return (
-        f"one call a segment, merged by log-sum-exp; own tokens: {own.name}; prefix: {prefix.name}, "
-        f"its gradient: {prefix_backward.name}"
+        f"one call per segment, merged by log-sum-exp; own tokens: {own.name}; prefix: {prefix.name}; "
+        f"gradient of the prefix: {prefix_backward.name}"
     )
 
 

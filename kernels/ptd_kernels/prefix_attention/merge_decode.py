@@ -1,9 +1,9 @@
-"""One segment for a single query row: the group's heads become rows, and long keys are split over idle workers.
+"""One segment for a single query row: the heads of a group become rows, and long keys are split over idle workers.
 
-With S = 1 every key that is left after the window's cut is seen, so the G query heads of a group are G rows of one head
-and each key is read once a group, not G times. If there are fewer heads than workers (threads, multiprocessors), the
-keys are split into equal parts, a batch of which is one call, and the parts are merged by log-sum-exp (Flash-Decoding,
-Dao et al. 2023). Legend of shapes: problem.py; G query heads per kv head, C parts.
+With S = 1, the query sees every key that the window leaves. So the G query heads of a group become G rows of one head,
+and each key is read once per group instead of G times. If there are fewer heads than workers (threads or
+multiprocessors), the keys are split into equal parts. One call computes all parts as a batch, and log-sum-exp merges
+them (Flash-Decoding, Dao et al. 2023). Legend of shapes: problem.py; G query heads per kv head, C parts.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ptd_kernels.prefix_attention.segments import Kernel, Rule
 
-# A part has at least so many keys.
+# The smallest number of keys per part.
 _FEWEST_KEYS = 512
 _ALIGNED = 16
 
 
 def number_of_parts(k: Tensor) -> int:
-    """How many parts ``k [B, Hkv, T, D]`` is worth; 1 for a batch, whose parts do not lie as one view in memory."""
+    """Return into how many parts to split ``k [B, Hkv, T, D]``; 1 if B > 1, because the parts would not be one view."""
     B, Hkv, T, _ = k.shape
     if B > 1:
         return 1
@@ -30,9 +30,9 @@ def number_of_parts(k: Tensor) -> int:
 
 
 def decode_forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, rule: Rule, parts: int) -> tuple[Tensor, Tensor]:
-    """Output ``[B, Hq, 1, E]`` and log-sum-exp ``[B, Hq, 1]`` of the rows ``q [B, Hq, 1, D]`` over all keys.
+    """Return output ``[B, Hq, 1, E]`` and log-sum-exp ``[B, Hq, 1]`` of the rows ``q [B, Hq, 1, D]`` over all keys.
 
-    Of `rule` its mask and bias ``[B or 1, Hq or 1, 1, T]`` count; `parts` above 1 needs B = 1.
+    Of `rule`, only scale, softcap, mask and bias ``[B or 1, Hq or 1, 1, T]`` are used. `parts` above 1 requires B = 1.
     """
     B, Hq, _, D = q.shape
     Hkv, T = k.shape[1:3]
@@ -66,12 +66,12 @@ def decode_forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, rule: Rule, 
 
 
 def _by_group(x: Tensor | None, kv_heads: int) -> Tensor | None:
-    """``[B, Hq, 1, T]`` as ``[B, Hkv, G, T]``; one for all heads broadcasts as it is."""
+    """Reshape ``[B, Hq, 1, T]`` to ``[B, Hkv, G, T]``; a tensor shared by all heads broadcasts and stays unchanged."""
     return x if x is None or x.shape[1] == 1 else x.reshape(x.shape[0], kv_heads, -1, x.shape[3])
 
 
 def _parts(x_1HTX: Tensor, length: int, cut: int) -> Tensor:
-    """``[C, H, length, X]``, a view."""
+    """Return ``[C, H, length, X]``, a view."""
     x_HCTX: Tensor = x_1HTX[0, :, :cut].unflatten(1, (-1, length))
     return x_HCTX.transpose(0, 1)
 

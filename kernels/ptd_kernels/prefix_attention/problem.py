@@ -1,8 +1,8 @@
-"""What a backend of ``prefix_attention`` is given (`Problem`) and who can solve it (`Backend`, `register`).
+"""The input of a ``prefix_attention`` backend (`Problem`) and the registry of backends (`Backend`, `register`).
 
-Shapes, here and in every file of this folder: B batch, H heads (query heads for q, out and lse; key/value heads for k,
-v and the prefix, the former a multiple of the latter), S queries, T own keys, P prefix keys (of all prefixes, if there
-are several), D head size of queries and keys, E head size of values.
+Shapes, here and in every file of this folder: B batch; H heads (query heads for q, out and lse, key/value heads for k,
+v and the prefix; the number of query heads is a multiple of the number of key/value heads); S queries; T own keys;
+P prefix keys (of all prefixes, if there are several); D head size of queries and keys; E head size of values.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256
 Prefix: TypeAlias = Tensor | Sequence[Tensor] | None
 stand_in: ContextVar[tuple[int, int] | None] = ContextVar("ptd_kernels_stand_in", default=None)
-"""Compute capability of the NVIDIA GPU that tensors on the CPU stand for, while a pass without data (FakeTensorMode)
-asks what that GPU would do; None: they are what they are."""
+"""Compute capability of the NVIDIA GPU that CPU tensors represent, while a pass without data (FakeTensorMode) finds out
+what that GPU would do. None: CPU tensors represent themselves."""
 
 
 def nvidia_capability(device: torch.device) -> tuple[int, int] | None:
-    """Compute capability of an NVIDIA GPU, or of what `stand_in` says the CPU stands for; None for other devices."""
+    """Return the compute capability of an NVIDIA GPU; for the CPU, the value of `stand_in`; None for other devices."""
     if device.type == "cpu":
         return stand_in.get()
     if device.type != "cuda" or torch.version.cuda is None:
@@ -35,9 +35,9 @@ def nvidia_capability(device: torch.device) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Problem:
-    """Checked arguments of one call. Build it with `check`; backends may rely on all that `check` promises.
+    """Checked arguments of one call. `check` builds it; backends may rely on everything that `check` verifies.
 
-    With a `prefix_index` the prefixes lie end to end along P: prefix n is the keys ``prefix_bounds[n]`` to
+    With a `prefix_index`, the prefixes are concatenated along P: prefix n is the keys ``prefix_bounds[n]`` to
     ``prefix_bounds[n + 1]``, and ``prefix_index[i]`` is the prefix of sequence i (batch entry or packed sequence).
     """
 
@@ -54,7 +54,7 @@ class Problem:
     max_seqlen: int | None
     mask: Tensor | None
     bias: Tensor | None
-    offsets: tuple[int, ...] | None  # the values of cu_seqlens; None if they are on a GPU, or nothing is packed
+    offsets: tuple[int, ...] | None  # the values of cu_seqlens; None if they are on a GPU or nothing is packed
     prefix_index: Tensor | None
     prefix_bounds: tuple[int, ...] | None
 
@@ -63,8 +63,8 @@ class Problem:
 class Backend:
     """A way to compute prefix attention.
 
-    `refuses` says why a problem is out of reach, or None; `explains` says how it would be solved. With
-    ``backend="auto"`` the backend of the highest priority that does not refuse is taken.
+    `refuses` returns why the backend cannot solve a problem, or None; `explains` returns how it would solve the
+    problem. ``backend="auto"`` selects the backend with the highest priority that does not refuse.
     """
 
     name: str
@@ -78,20 +78,20 @@ _BACKENDS: dict[str, Backend] = {}
 
 
 def register(backend: Backend) -> Backend:
-    """Make `backend` known under its name. Raises ValueError if the name is taken."""
+    """Register `backend` under its name. Raises `ValueError` if the name is taken."""
     if backend.name in _BACKENDS or backend.name == "auto":
-        raise ValueError(f"prefix_attention backend name {backend.name!r} is already taken")
+        raise ValueError(f"prefix_attention backend name {backend.name!r} is already taken; choose another name")
     _BACKENDS[backend.name] = backend
     return backend
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names of the registered backends, the preferred first."""
+    """Return the names of the registered backends, the highest priority first."""
     return tuple(sorted(_BACKENDS, key=lambda name: -_BACKENDS[name].priority))
 
 
 def choose(problem: Problem, requested: str) -> Backend:
-    """The backend to use. Raises ValueError for an unknown name or one that refuses the problem."""
+    """Return the backend to use. Raises `ValueError` if the name is unknown or the backend refuses the problem."""
     if requested == "auto":
         for name in available_backends():
             if _BACKENDS[name].refuses(problem) is None:
@@ -121,8 +121,11 @@ def check(
     bias: Tensor | None = None,
     prefix_index: Tensor | None = None,
 ) -> Problem:
-    """Refuse what no backend could answer rightly. Reads shapes and flags, and values only of tensors on the CPU, so it
-    never waits for a device."""
+    """Check the arguments of `prefix_attention` and return them as a `Problem`.
+
+    Raises `ValueError` for arguments that no backend can compute correctly. Reads shapes and flags, and values only of
+    CPU tensors, so it never waits for a device.
+    """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor) or tensor.dim() != 4:
             raise ValueError(f"{name}: expected a tensor [batch, heads, length, head_size], got {_describe(tensor)}")
@@ -138,9 +141,9 @@ def check(
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v: got {_describe(v)}, expected [{B}, {Hkv}, {T}, head_size] to match k {_describe(k)}")
     if Hkv == 0 or Hq % Hkv:
-        raise ValueError(f"q has {Hq} heads and k has {Hkv}; the number of query heads must be a multiple of k's")
+        raise ValueError(f"q has {Hq} heads and k has {Hkv}; the number of query heads must be a multiple of k's heads")
     if not (0 < D <= MAX_HEAD_SIZE and 0 < E <= MAX_HEAD_SIZE):
-        raise ValueError(f"head sizes must be 1..{MAX_HEAD_SIZE}; got {D} (q, k) and {E} (v)")
+        raise ValueError(f"head sizes must be from 1 to {MAX_HEAD_SIZE}; got {D} (q, k) and {E} (v)")
 
     if (prefix_k is None) != (prefix_v is None):
         raise ValueError("prefix_k and prefix_v must be given together, or both be None")
@@ -151,7 +154,9 @@ def check(
         flat_v, lengths_v = _flat_prefix("prefix_v", prefix_v, prefix_index is not None, Hkv, E, q)
         if lengths_k != lengths_v:
             numbers = (", ".join(map(str, lengths)) for lengths in (lengths_k, lengths_v))
-            raise ValueError("prefix_k has {} virtual tokens but prefix_v has {}".format(*numbers))
+            raise ValueError(
+                "prefix_k has {} virtual tokens but prefix_v has {}; both need the same number".format(*numbers)
+            )
         if prefix_index is not None:
             prefix_bounds = tuple(accumulate(lengths_k, initial=0))
 
@@ -159,7 +164,7 @@ def check(
         if isinstance(window, bool) or not isinstance(window, int) or window < 1:
             raise ValueError(f"window: got {window!r}, expected an integer >= 1 or None")
         if not causal:
-            raise ValueError("window needs causal=True; give a mask for a two-sided window")
+            raise ValueError("window needs causal=True; pass a mask for a two-sided window")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: got {softcap!r}, expected a positive number or None")
     if mask is not None:
@@ -167,11 +172,13 @@ def check(
             raise ValueError("mask is the whole rule for the own tokens: pass causal=False and window=None with it")
         _check_scores("mask", mask, (B, Hq, S, T), q)
         if mask.dtype != torch.bool:
-            raise ValueError(f"mask: got {mask.dtype}, expected bool (True: visible); added to scores are a `bias`'s")
+            raise ValueError(
+                f"mask: got {mask.dtype}, expected bool (True: visible); pass numbers to add to scores as `bias`"
+            )
     if bias is not None:
         _check_scores("bias", bias, (B, Hq, S, T), q)
         if not bias.is_floating_point():
-            raise ValueError(f"bias: got {bias.dtype}, expected a floating dtype; a boolean rule is a `mask`")
+            raise ValueError(f"bias: got {bias.dtype}, expected a floating dtype; pass a boolean rule as `mask`")
         if bias.requires_grad:
             raise ValueError("bias requires a gradient, which is not supported: pass bias.detach()")
     if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int) or max_seqlen < 0):
@@ -191,7 +198,10 @@ def check(
 def _flat_prefix(
     name: str, prefix: Tensor | Sequence[Tensor], several: bool, kv_heads: int, head_size: int, q: Tensor
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """The prefix ``[Hkv, P, D or E]``, several end to end (a view if they lie so in memory), and the P of each."""
+    """Return the prefix ``[Hkv, P, D or E]`` and the number of keys of each prefix.
+
+    Several prefixes are concatenated along P (a view if they are already laid out so in memory).
+    """
     if not several:
         wanted = f"[{kv_heads}, num_virtual_tokens, {head_size}]"
         if not isinstance(prefix, Tensor) or prefix.dim() != 3 or prefix.shape[::2] != (kv_heads, head_size):
@@ -199,7 +209,7 @@ def _flat_prefix(
             raise ValueError(f"{name}: got {_describe(prefix)}, expected {wanted}{hint}")
         _check_prefix_dtype(name, prefix, q)
         return prefix, (prefix.shape[1],)
-    wanted = f"[prefixes, {kv_heads}, num_virtual_tokens, {head_size}], or a list of such without the first axis"
+    wanted = f"[prefixes, {kv_heads}, num_virtual_tokens, {head_size}], or a list of tensors without the first axis"
     if isinstance(prefix, Tensor):
         if prefix.dim() != 4 or not prefix.shape[0] or prefix.shape[1::2] != (kv_heads, head_size):
             raise ValueError(f"{name}: got {_describe(prefix)} with a prefix_index, expected {wanted}")
@@ -214,7 +224,9 @@ def _flat_prefix(
             )
         _check_prefix_dtype(f"{name}[{i}]", one, q)
         if one.dtype != prefix[0].dtype:
-            raise ValueError(f"{name}[{i}]: got {one.dtype}, but {name}[0] is {prefix[0].dtype}; give them one dtype")
+            raise ValueError(
+                f"{name}[{i}]: got {one.dtype}, but {name}[0] is {prefix[0].dtype}; all need the same dtype"
+            )
     return torch.cat(list(prefix), dim=1), tuple(one.shape[1] for one in prefix)
 
 
@@ -225,18 +237,22 @@ def _check_prefix_dtype(name: str, prefix: Tensor, q: Tensor) -> None:
 
 def _check_index(index: Tensor, sequences: int, prefix_bounds: tuple[int, ...] | None, q: Tensor) -> None:
     if prefix_bounds is None:
-        raise ValueError("prefix_index picks from several prefixes: give prefix_k and prefix_v with it")
+        raise ValueError("prefix_index selects among several prefixes: give prefix_k and prefix_v with it")
     if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32) or index.dim() != 1:
         raise ValueError(f"prefix_index: got {_describe(index)}, expected an int64 or int32 tensor [sequences]")
     if index.numel() != sequences:
-        raise ValueError(f"prefix_index: got {index.numel()} entries for {sequences} sequences; expected one each")
+        raise ValueError(
+            f"prefix_index: got {index.numel()} entries for {sequences} sequences; expected one per sequence"
+        )
     if index.device.type != "cpu" and index.device != q.device:
-        raise ValueError(f"prefix_index: got it on {index.device}, expected it on {q.device} or on the CPU")
-    # torch.compile cannot follow a check of values; the eager call it stands for makes it.
+        raise ValueError(f"prefix_index: got a tensor on {index.device}, expected one on {q.device} or on the CPU")
+    # torch.compile cannot trace a check of values, so only eager calls check them.
     if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
         low, high, prefixes = int(index.min()), int(index.max()), len(prefix_bounds) - 1
         if low < 0 or high >= prefixes:
-            raise ValueError(f"prefix_index: got values from {low} to {high}, but the {prefixes} prefixes count from 0")
+            raise ValueError(
+                f"prefix_index: got values from {low} to {high}, but the {prefixes} prefixes are numbered from 0"
+            )
 
 
 def _check_scores(name: str, given: Tensor, full: tuple[int, int, int, int], q: Tensor) -> None:
@@ -250,7 +266,7 @@ def _check_scores(name: str, given: Tensor, full: tuple[int, int, int, int], q: 
     ):
         raise ValueError(f"{name}: got {_describe(given)}, expected [1 or {B}, 1 or {Hq}, {S}, {T}]")
     if given.device != q.device:
-        raise ValueError(f"{name}: got it on {given.device}, expected it on {q.device}")
+        raise ValueError(f"{name}: got a tensor on {given.device}, expected one on {q.device}")
 
 
 def _check_packing(

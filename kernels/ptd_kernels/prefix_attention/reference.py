@@ -1,6 +1,6 @@
-"""The specification: expand the prefix over the batch, concatenate, mask, softmax. Plain torch and autograd.
+"""The specification in plain torch and autograd: expand the prefix over the batch, concatenate, mask, softmax.
 
-Slow and memory-hungry on purpose; every other backend is tested against it. Legend of shapes: problem.py.
+It is slow and memory-hungry on purpose; every other backend is tested against it. Legend of shapes: problem.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ptd_kernels.prefix_attention.problem import Backend, Problem, register
 
 
 def reference_attention(problem: Problem) -> Tensor:
-    """Solve `problem` in float64 if its tensors are, else in float32."""
+    """Solve `problem` in float64 if its tensors are float64, else in float32."""
     if problem.prefix_index is not None and problem.prefix_index.numel():
         return _sequence_by_sequence(problem, problem.prefix_index.tolist())
     q, k, v = problem.q_BHSD, problem.k_BHTD, problem.v_BHTE
@@ -45,7 +45,7 @@ def reference_attention(problem: Problem) -> Tensor:
 
 
 def own_bias(problem: Problem, dtype: torch.dtype) -> Tensor:
-    """The own tokens' rule as a bias ``[B or 1, Hq or 1, S, T]``: `bias` or 0 where visible, -inf where hidden."""
+    """Return the own keys' rule as a bias ``[B or 1, Hq or 1, S, T]``: `bias` or 0 where visible, -inf where hidden."""
     S, T, device = problem.q_BHSD.shape[2], problem.k_BHTD.shape[2], problem.q_BHSD.device
     if problem.mask is not None:
         visible = problem.mask
@@ -65,7 +65,7 @@ def own_bias(problem: Problem, dtype: torch.dtype) -> Tensor:
 
 
 def _sequence_by_sequence(problem: Problem, prefixes: list[int]) -> Tensor:
-    """A call for each sequence, with the prefix that the index gives it."""
+    """Solve `problem` one sequence at a time, each with the prefix that the index assigns to it."""
     p = problem
     assert p.prefix_bounds is not None
     assert p.prefix_k_HPD is not None
@@ -91,7 +91,7 @@ def _sequence_by_sequence(problem: Problem, prefixes: list[int]) -> Tensor:
 
 
 def _round_like(prefix_HPX: Tensor, dtype: torch.dtype, work: torch.dtype) -> Tensor:
-    """`prefix` rounded to `dtype`, held in `work`, with a gradient that is *not* rounded on its way back."""
+    """Return `prefix` rounded to `dtype` and stored in `work`. Its gradient is *not* rounded in the backward pass."""
     exact = prefix_HPX.to(work)
     return exact + (exact.to(dtype).to(work) - exact).detach()
 

@@ -1,6 +1,6 @@
-"""The backend `triton`: one fused kernel forward, four backward. Registered here; Triton is imported by the first call.
+"""The backend `triton`: one fused kernel forward, four backward. The first call imports Triton.
 
-Never chosen by ``backend="auto"``: nobody has timed it on a GPU yet. Legend of shapes: problem.py.
+``backend="auto"`` never chooses it, because it has not been timed on a GPU yet. Legend of shapes: problem.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from ptd_kernels.prefix_attention.problem import Backend, Problem, register
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
-# Triton reads it when it is imported, so changing it later would help nobody.
+# Triton reads this variable when it is imported, so a later change would have no effect.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
@@ -33,13 +33,13 @@ def triton_attention(problem: Problem) -> Tensor:
 
 
 def _on_device(problem: Problem) -> tuple[Tensor | None, Tensor | None]:
-    """`prefix_index` and `prefix_bounds` as int32 tensors where the kernels run."""
+    """Return `prefix_index` and `prefix_bounds` as int32 tensors on the kernels' device."""
     index, bounds = problem.prefix_index, problem.prefix_bounds
     if index is None or bounds is None:
         return None, None
     device = problem.q_BHSD.device
     if len({b - a for a, b in pairwise(bounds)}) == 1:
-        # Equal lengths are counted out on the device: nothing is copied to it.
+        # With equal lengths, the device computes the bounds, and nothing is copied to it.
         starts = torch.arange(len(bounds), dtype=torch.int32, device=device) * bounds[1]
     else:
         starts = torch.tensor(bounds, dtype=torch.int32, device=device)
@@ -47,22 +47,22 @@ def _on_device(problem: Problem) -> tuple[Tensor | None, Tensor | None]:
 
 
 def refuses(problem: Problem) -> str | None:
-    """Why `triton_attention` cannot solve `problem`, or None."""
+    """Return why `triton_attention` cannot solve `problem`, or None."""
     q = problem.q_BHSD
     if not _INSTALLED:
         return "Triton is not installed (pip install triton; Linux only)"
     if problem.mask is not None:
-        return "the Triton kernel takes no mask; pack the sequences (cu_seqlens)"
+        return "the Triton kernel supports no mask; pack the sequences (cu_seqlens)"
     if q.dtype == torch.float64:
         return "the Triton kernel computes in fp32, fp16 or bf16, not in fp64"
     if _INTERPRETED and q.dtype == torch.bfloat16:
-        return "Triton's interpreter (TRITON_INTERPRET=1) has no bf16"
+        return "Triton's interpreter (TRITON_INTERPRET=1) supports no bf16"
     if _INTERPRETED:
         return None
     if q.device.type != "cuda":
-        return f"Triton needs a GPU, the tensors are on {q.device}; TRITON_INTERPRET=1 runs it slowly without one"
+        return f"Triton needs a GPU, but the tensors are on {q.device}; TRITON_INTERPRET=1 runs it slowly without one"
     if torch.version.cuda is None or torch.cuda.get_device_capability(q.device) < (8, 0):
-        return "the Triton kernel is written for NVIDIA GPUs from Ampere (sm_80) on"
+        return "the Triton kernel needs an NVIDIA GPU of the Ampere generation (sm_80) or newer"
     return None
 
 

@@ -4,10 +4,11 @@ With the output o and log-sum-exp L over *all* keys (FlashAttention-2, Dao 2023,
 
     delta = rowsum(dO * o)    p = exp(s - L)    dV = p' dO    dS = p * (dO V' - delta)    dQ = dS K    dK = dS' Q
 
-where dS is multiplied by the softcap's derivative if there is one, and dQ and dK by the scale at the end. Every number
-is the sum of one program's loop in a fixed order: no atomics. Own keys: a program owns a tile of keys and loops over
-the query heads of its group and the rows that see it. The prefix has few keys and very many rows: its rows are split
-over programs, each writes an fp32 partial sum, and the partials are summed in one order afterwards.
+With a softcap, dS is multiplied by the softcap's derivative; dQ and dK are multiplied by the scale at the end. Every
+number is the sum of one program's loop in a fixed order, without atomics. Own keys: a program owns a tile of keys and
+loops over the query heads of its group and the rows that see the tile. The prefix has few keys and very many rows, so
+its rows are split over programs. Each program writes an fp32 partial sum; the partial sums are then added in a fixed
+order.
 
 Legend of shapes: problem.py; M query rows and N keys of one tile.
 """
@@ -53,7 +54,7 @@ def _query_gradient(
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
     OWN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Add the share of the keys from `low` to `high`, without the scale; `all_low` to `all_high` need no mask."""
+    """Add to dQ the share of the keys `low` to `high`, without the scale; keys `all_low` to `all_high` need no mask."""
     for key in tl.range(low, high, BLOCK_N):
         k_ND = load_tile(k, k_t, key, keys, D, BLOCK_N, BLOCK_D)
         v_NE = load_tile(v, v_t, key, keys, E, BLOCK_N, BLOCK_E)
@@ -84,7 +85,7 @@ def query_gradient_kernel(
     BIAS: tl.constexpr, SEVERAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles or slots, query heads, batch): like the forward kernel, prefix first."""
+    """Grid (tiles or slots, query heads, batch). Writes dq; like the forward kernel, it reads the prefix first."""
     slot = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -128,9 +129,9 @@ def _key_gradient(
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
     OWN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Add the share of one tile of rows, dk without the scale; rows from `all_low` to `all_high` need no mask.
+    """Add to dk and dv the share of one tile of rows, without the scale; rows `all_low` to `all_high` need no mask.
 
-    Rows past the end are zeros and add zero; keys past the end are never stored. So neither needs a mask either.
+    Rows past the end are zeros and add zero; keys past the end are never stored. So neither of them needs a mask.
     """
     row_M = row + tl.arange(0, BLOCK_M)
     q_MD = load_tile(q, q_s, row, rows, D, BLOCK_M, BLOCK_D)
@@ -139,7 +140,7 @@ def _key_gradient(
     if OWN and BIAS:
         score_NM += load_bias(bias, bias_s, row_M[None, :], key_N[:, None], rows, keys)
     weight_NM = tl.exp2(score_NM - lse2_M[None, :])
-    if OWN and CAUSAL:  # noqa: SIM102 (known to the compiler, the inner one is not)
+    if OWN and CAUSAL:  # noqa: SIM102 (only the outer condition is known at compile time)
         if (row < all_low) | (row >= all_high):
             seen_NM = visible(row_M[None, :], key_N[:, None], rows, keys, window, OWN, CAUSAL, WINDOW)
             weight_NM = tl.where(seen_NM, weight_NM, 0.0)
@@ -165,7 +166,7 @@ def key_gradient_kernel(
     BIAS: tl.constexpr, SEVERAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles or slots of own keys, kv heads, batch). The first tiles, seen by the most rows, start first."""
+    """Grid (tiles or slots of own keys, kv heads, batch). The first tiles start first: the most rows see them."""
     kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     start, keys, key, _ = find_tile(cu_seqlens, tl.program_id(0), num_sequences, T, BLOCK_N, PACKED)
@@ -206,10 +207,10 @@ def prefix_gradient_kernel(
 ):  # fmt: skip
     """Grid (prefix tiles or slots, kv heads, splits). Writes the partial sums dk and dv ``[splits, Hkv, P, D or E]``.
 
-    An item is one tile of rows of one query head of the group. One shared prefix is read by all items: `tiles` a batch
-    entry, the prefix knows no packing. Of several, prefix n is read by the row tiles ``item_bounds[n]`` to
-    ``item_bounds[n + 1]`` of a list (sequence and first row of each) that is sorted by prefix. The splits share a
-    prefix's items evenly.
+    An item is one tile of rows of one query head of the group. All items read a single shared prefix: `tiles` items per
+    batch entry and query head, regardless of packing. Of several prefixes, prefix n is read by the row tiles
+    ``item_bounds[n]`` to ``item_bounds[n + 1]`` of a list (sequence and first row of each tile) sorted by prefix. The
+    items of a prefix are divided evenly among the splits.
     """
     kv_head = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)

@@ -1,8 +1,8 @@
-"""The forward kernel for few queries (decoding): the keys are split over programs, their partial results joined after.
+"""The forward kernel for few queries (decoding): the keys are split over programs, and their partial results merged.
 
-One program takes all query rows of one key/value head (the heads of its group, S rows each) as one tile, so that a key
-is loaded once a group, and every `splits`-th part of the tiles of keys, those of the prefix first. It writes its output
-and log-sum-exp as if there were no other keys; `join` is the merge of Flash-Decoding (Dao et al. 2023).
+One program takes all query rows of one key/value head (the heads of its group, S rows each) as one tile, so that each
+key is loaded once per group. Of the key tiles, the prefix's first, it takes one of `splits` equal parts. It writes its
+output and log-sum-exp as if no other keys existed; `join` is the merge of Flash-Decoding (Dao et al. 2023).
 
 Legend of shapes: problem.py; M query rows and N keys of one tile.
 """
@@ -33,7 +33,7 @@ def decode_kernel(
     batch = tl.program_id(2).to(tl.int64)
     index_M = tl.arange(0, BLOCK_M)
     inside_M = index_M < group * S
-    # Rows past the last one repeat the last head's, so that no address is out of bounds; they are not stored.
+    # Rows past the last one repeat those of the last head, so that no address is out of bounds; they are not stored.
     head_M = kv_head * group + tl.minimum(index_M // S, group - 1)
     row_M = index_M % S
     column_D = tl.arange(0, BLOCK_D)
@@ -71,7 +71,7 @@ def decode_kernel(
     blind_M = sum_M == 0.0
     sum_M = tl.where(blind_M, 1.0, sum_M)
     lse_M = tl.where(blind_M, -float("inf"), top_M * 0.6931471805599453 + tl.log(sum_M))
-    # Of each split's [B, Hq, S] rows; the group's rows follow each other.
+    # Indices into [splits, B, Hq, S]; the rows of a group are consecutive.
     at_M = ((part * tl.num_programs(2) + batch) * tl.num_programs(1) + kv_head) * group * S + index_M
     tl.store(lse + at_M, lse_M, mask=inside_M)
     column_E = tl.arange(0, BLOCK_E)
@@ -80,7 +80,7 @@ def decode_kernel(
 
 
 def join(outs: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp over all keys from those over parts of them, along the first axis; -inf: saw none."""
+    """Merge the outputs and log-sum-exps over parts of the keys (first axis); -inf marks a row that saw no key."""
     lse = sums.logsumexp(0)
     share = (sums - lse.masked_fill(lse == -torch.inf, 0.0)).exp()
     return (outs * share[..., None]).sum(0), lse

@@ -1,12 +1,12 @@
-"""The fused forward kernel: one online softmax that runs over the prefix's tiles, then on over the own ones.
+"""The fused forward kernel: one online softmax over the prefix's tiles and then over the own tiles.
 
 With base-2 scores s of a tile of keys (triton_tiles.py), a row keeps its maximum m, its sum l and its output o:
 
     m' = max(m, max s)    p = exp2(s - m')    l' = l exp2(m - m') + sum p    o' = o exp2(m - m') + p V
 
 (Milakov & Gimelshein 2018, arXiv:1805.02867; FlashAttention-2, Dao 2023, arXiv:2307.08691). After the last tile the
-output is o / l and the log-sum-exp ``ln 2 * m + ln l``; a row that saw no key gets 0 and 0. The prefix needs no mask
-but for its tail, the own tiles only where the diagonal, the window's edge or the sequence's end cuts through.
+output is o / l and the log-sum-exp ``ln 2 * m + ln l``; a row that saw no key gets 0 and 0. The prefix needs a
+mask only for its tail; an own tile needs one only if the diagonal, the window's edge or the sequence's end crosses it.
 
 Legend of shapes: problem.py; M query rows and N keys of one tile. One program: one tile of queries of one head.
 """
@@ -46,7 +46,7 @@ def attend(
             seen_MN = visible(row_M[:, None], key_N[None, :], rows, keys, window, OWN, CAUSAL, WINDOW)
             score_MN = tl.where(seen_MN, score_MN, -float("inf"))
         new_top_M = tl.maximum(top_M, tl.max(score_MN, 1))
-        # A row that has seen nothing yet has the maximum -inf, and must not compute -inf - -inf.
+        # A row that has seen no key yet has the maximum -inf, and must not compute -inf - -inf.
         base_M = tl.where(new_top_M == -float("inf"), 0.0, new_top_M)
         weight_MN = tl.exp2(score_MN - base_M[:, None])
         shrink_M = tl.exp2(top_M - base_M)
@@ -90,7 +90,7 @@ def forward_kernel(
             row_M, rows, window, bias, bias_s, inner, outer,
             D, E, BLOCK_D, BLOCK_E, BLOCK_N, False, CAUSAL, WINDOW, SOFTCAP, BIAS,
         )  # fmt: skip
-        # Packed, the bias is [S, T] over the whole pack.
+        # With packing, the bias is [S, T] over the whole pack.
         bias += batch * bias_b + head * bias_h + start * bias_s + start
         k += batch * k_b + kv_head * k_h + start * k_t
         v += batch * v_b + kv_head * v_h + start * v_t

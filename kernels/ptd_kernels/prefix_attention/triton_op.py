@@ -1,7 +1,7 @@
 """The Triton kernels as `torch.library` operators with an autograd formula: for eager, torch.compile and checkpointing.
 
-Importing this imports Triton, which decides then whether kernels are compiled or (TRITON_INTERPRET=1) interpreted.
-Legend of shapes: problem.py.
+Importing this module imports Triton, which then decides whether kernels are compiled, or interpreted with
+TRITON_INTERPRET=1. Legend of shapes: problem.py.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from ptd_kernels.prefix_attention.triton_table import DELTA, Tile, decode_tile, 
 from ptd_kernels.prefix_attention.triton_tiles import padded, score_factors
 from ptd_kernels.prefix_attention.triton_tune import Choices, allowed, cache_file, choose, run_first, size_class
 
-# How many programs the prefix's gradient, or decoding, is split into, per multiprocessor: enough to fill it twice.
+# Programs per multiprocessor that the prefix's gradient, or decoding, is split into: enough to fill the device twice.
 _WAVES = 2
 _FLAGS = ("CAUSAL", "WINDOW", "SOFTCAP", "PACKED", "BIAS", "SEVERAL")
-# A split of the decode kernel gets at least so many tiles of keys.
+# The smallest number of key tiles per split of the decode kernel.
 _SPLIT_TILES = 2
 
 
 @functools.cache
 def _device(device: torch.device) -> tuple[int, int]:
-    """Compute capability (90 for 9.0; 0 in the interpreter) and number of multiprocessors."""
+    """Return the compute capability (90 for 9.0; 0 in the interpreter) and the number of multiprocessors."""
     if device.type != "cuda":
         return 0, 4
     properties = torch.cuda.get_device_properties(device)
@@ -50,7 +50,7 @@ def _choices() -> Choices:
 
 
 def _with_tile(name: str, common: dict[str, Any], q: Tensor, run: Callable[[Tile], Any]) -> Any:
-    """``run(tile)`` with the tile for this kernel and problem, timed if that is not known yet (triton_tune.py)."""
+    """Return ``run(tile)`` with the tile for this kernel and problem; if unknown, time the tiles (triton_tune.py)."""
     half, head_size = q.dtype != torch.float32, max(common["D"], common["E"])
     candidates = tiles_for(name, _device(q.device)[0], half, head_size, common["BIAS"])
     if len(candidates) == 1 or not allowed():
@@ -77,13 +77,16 @@ def _with_tile(name: str, common: dict[str, Any], q: Tensor, run: Callable[[Tile
 
 
 def _asks_too_much(error: Exception) -> bool:
-    """Of shared memory or registers (Triton's OutOfResources), or of memory, as torch or Triton's launcher says it."""
+    """Return whether `error` is a lack of shared memory or registers (Triton's OutOfResources), or of memory.
+
+    torch and Triton's launcher report a lack of memory differently.
+    """
     known = (triton.runtime.errors.OutOfResources, torch.OutOfMemoryError)
     return isinstance(error, known) or (isinstance(error, RuntimeError) and "out of memory" in str(error))
 
 
 def _launch(kernel: Any, name: str, grid: Any, common: dict[str, Any], q: Tensor) -> None:
-    """Run `kernel` with its tile; `grid` is given that tile."""
+    """Run `kernel` with its tile; `grid` returns the launch grid for a tile."""
     _with_tile(name, common, q, lambda tile: _run(kernel, grid(tile), common, tile))
 
 
@@ -97,7 +100,7 @@ def _strides(prefix: str, axes: str, x: Tensor) -> dict[str, int]:
 
 
 def _like_hugging_face(batch: int, heads: int, length: int, size: int, like: Tensor) -> Tensor:
-    """An empty ``[batch, heads, length, size]``, laid out ``[batch, length, heads, size]``."""
+    """Return an empty ``[batch, heads, length, size]`` with the memory layout ``[batch, length, heads, size]``."""
     return like.new_empty(batch, length, heads, size).transpose(1, 2)
 
 
@@ -110,9 +113,9 @@ def _arguments(
     cu_seqlens: Tensor | None, prefix_index: Tensor | None, prefix_bounds: Tensor | None,
     scale: float, causal: bool, window: int | None, softcap: float | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """What the kernels share. Each takes the names it knows."""
+    """Return the arguments of all kernels by name; a launch passes those that its kernel has."""
     q, k, v = map(_unit_stride, (q, k, v))
-    # Without a prefix its loops have no tile, and its pointers are never followed.
+    # Without a prefix, the loops over it have no tile, and the kernels never read its pointers.
     prefix_k = k[0, :, :0] if prefix_k is None else _unit_stride(prefix_k.to(q.dtype))
     prefix_v = v[0, :, :0] if prefix_v is None else _unit_stride(prefix_v.to(q.dtype))
     inner, outer = score_factors(scale, softcap)
@@ -121,7 +124,7 @@ def _arguments(
     return {
         "q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v,
         "bias": q if bias_BHST is None else bias_BHST,
-        # Pointers that no kernel follows where there is nothing to point at.
+        # q replaces a missing tensor; no kernel reads that pointer.
         "cu_seqlens": q if cu_seqlens is None else cu_seqlens,
         "prefix_index": prefix_index if several else q, "prefix_bounds": prefix_bounds if several else q,
         **_strides("q", "bhs", q), **_strides("k", "bht", k), **_strides("v", "bht", v),
@@ -138,7 +141,7 @@ def _arguments(
 
 
 def _tiles(length: int, block: int, common: dict[str, Any]) -> int:
-    """How many tiles there are at most, known without reading cu_seqlens (see `find_tile`)."""
+    """Return the maximum number of tiles, without reading cu_seqlens (see `find_tile`)."""
     return length // block + int(common["num_sequences"]) if common["PACKED"] else -(-length // block)
 
 
@@ -148,7 +151,7 @@ def prefix_attention_forward(
     cu_seqlens: Tensor | None, prefix_index: Tensor | None, prefix_bounds: Tensor | None,
     scale: float, causal: bool, window: int | None, softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output ``[B, Hq, S, E]`` and log-sum-exp ``[B, Hq, S]`` (fp32; 0 for rows that see nothing)."""
+    """Return output ``[B, Hq, S, E]`` and log-sum-exp ``[B, Hq, S]`` (fp32; 0 for rows that see no key)."""
     B, Hq, S, _ = q.shape
     E = v.shape[3]
     out = _like_hugging_face(B, Hq, S, E, like=q)
@@ -185,7 +188,7 @@ def prefix_attention_backward(
     scale: float, causal: bool, window: int | None, softcap: float | None,
     needs_q: bool, needs_own: bool, needs_prefix: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v and the prefix; those that nobody needs are empty."""
+    """Return the gradients of q, k, v, prefix_k and prefix_v; those that are not needed are empty."""
     B, Hq, S, _ = q.shape
     Hkv, T = k.shape[1:3]
     dq, dk, dv, dprefix_k, dprefix_v = _gradients(q, k, v, prefix_k, prefix_v, needs_q, needs_own, needs_prefix)
@@ -216,7 +219,7 @@ def prefix_attention_backward(
 
 
 def _decode(common: dict[str, Any], out: Tensor, lse: Tensor) -> None:
-    """The forward pass of few queries, its keys split over as many programs as fill the device."""
+    """Run the forward pass of few queries, with the keys split over enough programs to fill the device."""
     B, Hq, S, _ = out.shape
     architecture, multiprocessors = _device(out.device)
     rows, widest = S * common["group"], max(common["D"], common["E"])
@@ -234,14 +237,14 @@ def _decode(common: dict[str, Any], out: Tensor, lse: Tensor) -> None:
 
 
 def _prefix_gradient(common: dict[str, Any], q: Tensor, Hkv: int) -> tuple[Tensor, Tensor]:
-    """Partial sums ``[splits, Hkv, P, D]`` and ``[splits, Hkv, P, E]`` in fp32, to be summed over the splits."""
+    """Return partial sums ``[splits, Hkv, P, D]`` and ``[splits, Hkv, P, E]`` in fp32, to be summed over the splits."""
     P, wanted = common["P"], _WAVES * _device(q.device)[1]
 
     def run(tile: Tile) -> tuple[Tensor, Tensor]:
         tiles = triton.cdiv(q.shape[2], tile.rows)
         items = q.shape[0] * common["group"] * tiles
         slots = P // tile.keys + common["num_prefixes"] if common["SEVERAL"] else triton.cdiv(P, tile.keys)
-        # Rounded so that no split is without items, if one prefix has them all.
+        # Rounded so that no split is empty if one prefix has all items.
         split = triton.cdiv(items, max(1, min(items, triton.cdiv(wanted, slots * Hkv))))
         splits = triton.cdiv(items, split)
         partials = [q.new_empty(splits, Hkv, P, common[x], dtype=torch.float32) for x in ("D", "E")]
@@ -257,9 +260,9 @@ def _prefix_gradient(common: dict[str, Any], q: Tensor, Hkv: int) -> tuple[Tenso
 
 
 def _items(common: dict[str, Any], q: Tensor, block: int) -> dict[str, Tensor]:
-    """The tiles of `block` rows of all sequences, sorted by the prefix they read, and where each prefix's begin.
+    """Return the tiles of `block` rows of all sequences, sorted by the prefix they read, and where each prefix starts.
 
-    Computed on the device: neither the lengths nor the prefixes of the sequences are known on the host.
+    The device computes them, because the host knows neither the lengths nor the prefixes of the sequences.
     """
     B, _, S, _ = q.shape
     index = common["prefix_index"]
@@ -324,5 +327,5 @@ prefix_attention_forward.register_autograd(_backward, setup_context=_setup_conte
 
 
 def _on(device: torch.device) -> Any:
-    """Triton launches on the current device, which need not be that of the tensors."""
+    """Return a context in which `device` is current: Triton launches on the current device, not on the tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,8 +1,8 @@
 """Tile sizes of the Triton kernels, by architecture, precision and head size. Chosen by what the compiler reports.
 
-Nothing here has been timed yet: the rule was no spills up to head size 128, shared memory that fits, and the largest
-tiles that leave both true (tests/ptd_kernels/test_triton_compile.py asserts them; README.md has its numbers). On a GPU
-the tile of `TABLE` is timed against the few of `ALTERNATIVES` (triton_tune.py), for which the same holds.
+Nothing here has been timed yet. The tiles are the largest ones that spill no registers up to head size 128 and fit into
+shared memory (tests/ptd_kernels/test_triton_compile.py asserts both; README.md has the numbers). On a GPU, the tile of
+`TABLE` is timed against the few of `ALTERNATIVES` (triton_tune.py), which meet the same two conditions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ KERNELS = ("forward", "query_gradient", "key_gradient", "prefix_gradient")
 
 
 class Tile(NamedTuple):
-    """`rows` of queries by `keys`, worked on by `warps`, the loop's loads running `stages` - 1 tiles ahead."""
+    """`rows` query rows × `keys` keys, computed by `warps` warps. The loop loads `stages` - 1 tiles ahead."""
 
     rows: int
     keys: int
@@ -25,8 +25,8 @@ def _tiles(forward: Tile, query: Tile, key: Tile, prefix: Tile | None = None) ->
     return dict(zip(KERNELS, (forward, query, key, prefix or key), strict=True))
 
 
-# (architecture, is it 16-bit, widest head size): an entry is for the head sizes from the next smaller up to its own.
-# All of sm_80's fit into the 99 KiB that its smaller relatives (8.6, 8.9, 12.0) have; every GPU but 9.x gets them.
+# (architecture, is it 16-bit, largest head size): an entry covers the head sizes above the next smaller entry's.
+# All sm_80 tiles fit into the 99 KiB of shared memory of 8.6, 8.9 and 12.0; every GPU except 9.x uses them.
 TABLE: dict[tuple[int, bool, int], dict[str, Tile]] = {
     (90, True, 32): _tiles(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
     (90, True, 64): _tiles(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
@@ -41,10 +41,10 @@ TABLE: dict[tuple[int, bool, int], dict[str, Tile]] = {
     (80, False, 128): _tiles(Tile(32, 16, 8, 1), Tile(16, 64, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
     (80, False, 256): _tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
-# fp32 in IEEE precision runs on the ordinary cores, the same on both architectures.
+# fp32 in IEEE precision runs on the CUDA cores, so both architectures use the same tiles.
 TABLE |= {(90, half, width): tiles for (arch, half, width), tiles in TABLE.items() if arch == 80 and not half}
 
-# Smaller tiles, fewer warps: they may win where there is little to do, or registers limit how much runs at a time.
+# Smaller tiles and fewer warps: they may be faster for small problems, or where registers limit the occupancy.
 ALTERNATIVES: dict[tuple[int, int], dict[str, tuple[Tile, ...]]] = {
     (90, 64): {
         "forward": (Tile(128, 64, 8, 3), Tile(64, 128, 4, 3), Tile(64, 64, 4, 3)),
@@ -72,16 +72,17 @@ ALTERNATIVES: dict[tuple[int, int], dict[str, tuple[Tile, ...]]] = {
     (80, 256): {"forward": (Tile(32, 32, 4, 2),)},
 }
 
-# Where the half of a tile's keys that a bias leaves (`tiles_for`) still spills, all in fp32.
+# With a bias, `tiles_for` halves the keys of a tile. These entries replace the tiles that spill even so, all in fp32.
 BIASED: dict[int, dict[str, Tile]] = {
     32: {"key_gradient": Tile(32, 64, 8, 1)},
     64: {"forward": Tile(32, 16, 8, 1), "query_gradient": Tile(32, 16, 8, 1)},
     128: {"forward": Tile(16, 16, 8, 1), "query_gradient": Tile(16, 16, 8, 1)},
 }
 
-# In the interpreter: small, so that short sequences have several tiles, and mostly oblong, so that a swap shows.
+# For the interpreter: small, so that short sequences have several tiles, and mostly not square, so that tests notice
+# when rows and keys are swapped.
 INTERPRETED = _tiles(Tile(64, 16, 4, 1), Tile(32, 32, 4, 1), Tile(16, 64, 4, 1), Tile(64, 16, 4, 1))
-# Of the decode kernel, whose rows are as many as the call has: (is it 16-bit, widest head size) -> tile without them.
+# For the decode kernel: (is it 16-bit, largest head size) -> tile without its rows, whose number depends on the call.
 DECODE: dict[tuple[bool, int], Tile] = {
     (True, 128): Tile(0, 32, 4, 3),
     (True, 256): Tile(0, 32, 8, 2),
@@ -92,8 +93,10 @@ WIDTHS = (32, 64, 128, 256)
 
 
 def tiles_for(kernel: str, architecture: int, half: bool, head_size: int, biased: bool = False) -> tuple[Tile, ...]:
-    """Tiles of `kernel` for a device of this compute capability (90 is 9.0), or for the interpreter (0); the one to
-    take untimed is the first."""
+    """Return the tiles of `kernel` for a device of this compute capability (90 is 9.0), or for the interpreter (0).
+
+    The first tile is the one to use without timing.
+    """
     if architecture == 0:
         return (INTERPRETED[kernel],)
     architecture, width = 90 if architecture // 10 == 9 else 80, next(w for w in WIDTHS if head_size <= w)
@@ -101,7 +104,7 @@ def tiles_for(kernel: str, architecture: int, half: bool, head_size: int, biased
     if biased and not half and kernel in BIASED.get(width, {}):
         return (BIASED[width][kernel],)
     if biased and kernel in ("forward", "query_gradient"):
-        # The tile of biases and its addresses take the registers that half of the scores leave.
+        # The tile of biases and its addresses need the registers that half of the scores would occupy.
         wide = [tile for tile in tiles if tile is tiles[0] or tile.keys >= 64]
         tiles = tuple(tile._replace(keys=max(16, tile.keys // 2)) for tile in wide)
     return tuple(dict.fromkeys(tiles))
@@ -112,12 +115,15 @@ def _alternatives(kernel: str, architecture: int, half: bool, width: int) -> tup
 
 
 def decodes(queries: int, group: int, half: bool) -> bool:
-    """Whether the decode kernel takes this many queries of so many heads a key/value head: few, that fit one tile."""
+    """Return whether the decode kernel supports this many queries, with `group` query heads per key/value head.
+
+    It needs few queries whose rows fit into one tile.
+    """
     return queries <= 4 and queries * group <= (64 if half else 16)
 
 
 def decode_tile(rows: int, architecture: int, half: bool, head_size: int) -> Tile:
-    """The tile of the decode kernel for this many query rows a key/value head."""
+    """Return the tile of the decode kernel for this many query rows per key/value head."""
     width = min(w for is_half, w in DECODE if is_half == half and head_size <= w)
     tile = Tile(0, 16, 4, 1) if architecture == 0 else DECODE[half, width]
     return tile._replace(rows=max(16, 1 << (rows - 1).bit_length()))

@@ -1,12 +1,12 @@
-"""What the Triton kernels of `prefix_attention` share: finding their tile, the keys it sees, loading, scoring.
+"""The parts that the Triton kernels of `prefix_attention` share: find a tile and the keys it sees, load, score.
 
-Legend of shapes: problem.py; besides, M query rows and N keys of one tile. Tiles are padded to powers of two; D and E
-columns, and rows past the end of a sequence, are loaded as zeros. Row i of a sequence sits at own position
+Legend of shapes: problem.py; in addition, M query rows and N keys of one tile. Tiles are padded to powers of two;
+columns past D and E, and rows past the end of a sequence, are loaded as zeros. Row i of a sequence has the own position
 ``i + offset``, offset = own keys - rows, and sees the own keys j with ``position - window < j <= position`` (causal).
 
-Scores are kept in base 2 (``exp2`` is what the hardware has): ``score2 = log2(e) * softcap(scale * q.k)``. With a
-softcap c, ``c * tanh(x / c)`` is ``c * (1 - 2 / (1 + exp(2x / c)))``. So two factors, computed once on the host, say it
-all: without one ``score2 = qk * inner``; with one ``t = 1 - 2 / (1 + exp2(qk * inner))``, ``score2 = t * outer``.
+Scores are in base 2, because the hardware has ``exp2``: ``score2 = log2(e) * softcap(scale * q.k)``. With a softcap c,
+``c * tanh(x / c)`` is ``c * (1 - 2 / (1 + exp(2x / c)))``. So two factors, computed once on the host, are enough.
+Without a softcap, ``score2 = qk * inner``; with one, ``t = 1 - 2 / (1 + exp2(qk * inner))`` and ``score2 = t * outer``.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ LOG2_E = math.log2(math.e)
 
 
 def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
-    """`inner` and `outer` of the scores, see above."""
+    """Return `inner` and `outer` of the scores (see the module docstring)."""
     if softcap is None:
         return scale * LOG2_E, 1.0
     return 2 * scale * LOG2_E / softcap, softcap * LOG2_E
 
 
 def padded(head_size: int) -> int:
-    """The width of a tile for this head size: a power of two that a tensor core takes."""
+    """Return the width of a tile for this head size: a power of two that tensor cores support."""
     return max(16, 1 << (head_size - 1).bit_length())
 
 
 @triton.jit
 def find_tile(cu_seqlens, slot, num_sequences, length, BLOCK: tl.constexpr, PACKED: tl.constexpr):
-    """The tile that `slot` stands for: its sequence's first token, length and number, and the tile's first row in it.
+    """Return the tile of `slot`: its sequence's first token and length, the tile's first row in it, and its number.
 
-    Packed sequence i owns the slots from ``cu_seqlens[i] // BLOCK + i`` on: always enough for its tiles, at most one
-    too many, and found by bisection, so nobody has to read cu_seqlens on the host. A surplus slot gets a first row past
-    the end.
+    Packed sequence i owns the slots from ``cu_seqlens[i] // BLOCK + i`` on. They are always enough for its tiles, and
+    at most one too many. Bisection finds the sequence on the device, so the host never reads cu_seqlens. The first row
+    of a surplus slot is past the end of the sequence.
     """
     start = slot * 0
     low = slot * 0
@@ -57,7 +57,7 @@ def find_tile(cu_seqlens, slot, num_sequences, length, BLOCK: tl.constexpr, PACK
 
 @triton.jit
 def find_prefix(prefix_index, prefix_bounds, sequence, P, SEVERAL: tl.constexpr):
-    """First key and number of keys of the prefix that `sequence` reads, of all those that lie end to end along P."""
+    """Return the first key and the number of keys of the prefix that `sequence` reads; P concatenates all prefixes."""
     first = tl.cast(sequence * 0, tl.int64)
     if SEVERAL:
         chosen = tl.load(prefix_index + sequence)
@@ -71,8 +71,11 @@ def find_prefix(prefix_index, prefix_bounds, sequence, P, SEVERAL: tl.constexpr)
 def seen_keys(
     row, rows, keys, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
 ):
-    """Bounds of the own keys that the tile of rows from `row` on can see: from the first to the last, those between
-    the second and the third are seen by all its rows. Tiles outside are never touched."""
+    """Return four bounds of the own keys that the tile of rows from `row` on can see.
+
+    Some row sees the keys between the first and the last bound; all rows see those between the second and the third.
+    Tiles outside the bounds are never loaded.
+    """
     offset = keys - rows
     low = 0
     high = keys
@@ -91,7 +94,7 @@ def seen_keys(
 def seeing_rows(
     key, rows, keys, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
 ):
-    """The reverse: bounds of the rows that see any of the keys from `key` on; between the middle two, all of them."""
+    """Return four bounds of the rows that see some of the tile of keys from `key` on; the middle two, all of them."""
     offset = keys - rows
     low = 0
     high = rows
@@ -109,7 +112,7 @@ def seeing_rows(
 
 @triton.jit
 def visible(row_M, key_N, rows, keys, window, OWN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """The rule for one pair; `row_M` and `key_N` broadcast against each other. Not OWN: the prefix, all visible."""
+    """Return whether a row sees a key; `row_M` and `key_N` broadcast. Without OWN: the prefix, which is all visible."""
     seen = key_N < keys
     if OWN and CAUSAL:
         distance = row_M + (keys - rows) - key_N
@@ -121,7 +124,7 @@ def visible(row_M, key_N, rows, keys, window, OWN: tl.constexpr, CAUSAL: tl.cons
 
 @triton.jit
 def load_tile(base, stride, first, length, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """``[BLOCK, BLOCK_SIZE]`` from row `first` on, zeros from row `length` and column SIZE on."""
+    """Load ``[BLOCK, BLOCK_SIZE]`` from row `first` on, with zeros from row `length` and column SIZE on."""
     index = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, BLOCK_SIZE)[None, :]
     pointers = base + tl.cast(first, tl.int64) * stride + (index * stride + column)
@@ -133,7 +136,7 @@ def load_tile(base, stride, first, length, SIZE: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit
 def store_tile(base, stride, first, length, tile, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """The inverse of `load_tile`."""
+    """Store a tile where `load_tile` would load it from."""
     index = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, BLOCK_SIZE)[None, :]
     pointers = base + tl.cast(first, tl.int64) * stride + (index * stride + column)
@@ -142,14 +145,14 @@ def store_tile(base, stride, first, length, tile, SIZE: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def load_bias(bias, stride, row_M, key_N, rows, keys):
-    """Own tokens' bias, in base 2 like the scores; `row_M` and `key_N` broadcast against each other."""
+    """Load the own keys' bias, in base 2 like the scores; `row_M` and `key_N` broadcast against each other."""
     pointers = bias + row_M.to(tl.int64) * stride + key_N
     return tl.load(pointers, mask=(row_M < rows) & (key_N < keys), other=0.0).to(tl.float32) * 1.4426950408889634
 
 
 @triton.jit
 def score(qk, inner, outer, SOFTCAP: tl.constexpr):
-    """Base-2 score of a product q.k, and the softcap's derivative there."""
+    """Return the base-2 score of a product q.k, and the derivative of the softcap at that product."""
     if SOFTCAP:
         tanh = 1 - 2 / (1 + tl.exp2(qk * inner))
         value = tanh * outer

@@ -1,6 +1,6 @@
-"""Kernels that attend to one segment of keys and also return the log-sum-exp: a file for each library, and plain torch.
+"""Kernels that attend to one segment of keys and also return the log-sum-exp: one file per library, and plain torch.
 
-`pick` chooses one of those that have been run and tested somewhere, unless it is told which to prefer.
+`pick` chooses among the kernels that need no optional library, unless the caller prefers another.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ __all__ = [
     "Kernel", "Need", "Rule", "pick",
 ]  # fmt: skip
 
-# The first that does not refuse. Plain torch refuses nothing.
+# `pick` chooses the first kernel that does not refuse. Plain torch refuses nothing.
 _PREFERENCE = (TORCH_FLASH_CPU, TORCH_FLASH_CUDA, EAGER)
-# Not chosen unasked: these libraries are optional, and no adapter to them has been timed.
+# Chosen only on request: these libraries are optional, and no adapter to them has been timed.
 ON_REQUEST = (FLASH_ATTN_2, FLASH_ATTN_4, CUDNN)
 
 
 def pick(need: Need, preferred: Kernel | None = None) -> Kernel:
-    """`preferred` if it can do it, else the first that can."""
+    """Return `preferred` if it supports `need`, else the first kernel that does."""
     candidates = _PREFERENCE if preferred is None else (preferred, *_PREFERENCE)
     return next(kernel for kernel in candidates if kernel.refuses(need) is None)

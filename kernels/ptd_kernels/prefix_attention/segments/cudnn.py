@@ -1,4 +1,4 @@
-"""cuDNN's attention, as torch calls it. Never run so far. Legend of shapes: problem.py."""
+"""cuDNN's attention, through torch's operators. Never run so far. Legend of shapes: problem.py."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def _refuses(need: Need) -> str | None:
     if (reason := refuses_on_gpu(need, different_values=True)) is not None:
         return reason
     if need.q.shape[2] < 2 or need.keys < 2:
-        return "it takes no single query row and no single key"
+        return "it supports no single query row and no single key"
     if not torch.backends.cudnn.is_available():
-        return "this torch has no cuDNN"
+        return "this build of torch has no cuDNN"
     if max(need.q.shape[3], need.value_head_size) > _MAX_HEAD_SIZE:
-        return f"it takes head sizes up to {_MAX_HEAD_SIZE}"
+        return f"it supports head sizes up to {_MAX_HEAD_SIZE}"
     if rule.cu_seqlens is not None or rule.window is not None:
-        return "this adapter has neither packing nor windows"
+        return "this adapter supports neither packing nor windows"
     if rule.offset is not None and (rule.offset != 0 or need.q.shape[2] != need.keys):
-        return "its causal rule starts at the first key: it needs as many queries as keys"
+        return "its causal rule is aligned to the first key, so it needs as many queries as keys"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Plain torch: all of the contract, on every device, in slices of bounded memory. Legend of shapes: problem.py."""
+"""Plain torch: the whole contract, on every device, in slices of bounded memory. Legend of shapes: problem.py."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from ptd_kernels.prefix_attention.segments.kernel import Gradients, Kernel, Rule
 
 
 def _scores(q: Tensor, k: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Scaled queries ``[B, Hkv, G*S, D]`` and keys in the working dtype, scores ``[B, Hq, S, T]`` with -inf where
-    hidden, and the softcap's derivative."""
+    """Return the scaled queries ``[B, Hkv, G*S, D]`` and the keys in the working dtype, the scores ``[B, Hq, S, T]``
+    with -inf where hidden, and the derivative of the softcap (None without a softcap)."""
     B, Hq, S, D = q.shape
     work = torch.promote_types(q.dtype, torch.float32)
     k_BHTD = k.to(work)

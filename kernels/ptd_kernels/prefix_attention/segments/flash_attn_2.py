@@ -1,5 +1,6 @@
-"""The package flash-attn (FlashAttention-2; Dao 2023, arXiv:2307.08691): packed, window and softcap natively. Never run
-so far. Legend of shapes: problem.py.
+"""The package flash-attn (FlashAttention-2; Dao 2023, arXiv:2307.08691), with native packing, window and softcap.
+
+Never run so far. Legend of shapes: problem.py.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from ptd_kernels.prefix_attention.segments.kernel import (
 
 @functools.cache
 def _library() -> tuple[Any, str | None]:
-    """flash_attn.flash_attn_interface, or why there is none."""
+    """Return flash_attn.flash_attn_interface, or the reason why it cannot be used."""
     try:
         version = importlib.import_module("flash_attn").__version__
         if tuple(int(x) for x in version.split(".")[:2]) < (2, 7):
-            return None, f"flash-attn is {version}, but the adapter is written for 2.7 and newer"
+            return None, f"flash-attn is {version}, but this adapter needs 2.7 or newer"
         return importlib.import_module("flash_attn.flash_attn_interface"), None
     except (ImportError, AttributeError) as error:
         return None, f"the package flash-attn cannot be imported ({error})"
@@ -53,7 +54,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tenso
         out, lse, *_ = library._flash_attn_varlen_forward(*tensors, *bounds, **_options(rule), return_softmax=False)
     else:
         out, lse, *_ = library._flash_attn_forward(*tensors, **_options(rule), return_softmax=False)
-    # Rows without any key (more queries than keys) come back as +inf.
+    # The kernel returns +inf for rows without a key (more queries than keys).
     lse = lse.masked_fill(lse == torch.inf, -torch.inf)
     return from_flash_layout(out, packed), lse[None] if packed else lse
 
@@ -65,7 +66,7 @@ def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: T
     sums = (lse[0] if packed else lse).contiguous()
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors[1:4]]
     library, _ = _library()
-    # Otherwise dQ is summed by atomics.
+    # Without this option, dQ is summed by atomics.
     options = _options(rule) | {"deterministic": True}
     if packed:
         bounds = (cu_seqlens, cu_seqlens, max_q, max_k)

@@ -1,5 +1,6 @@
-"""The package flash-attn-4 (flash_attn.cute, for Hopper and Blackwell): packed natively. Never run so far. Its dQ is
-summed by atomics on Hopper: reruns differ in the last bits. Legend of shapes: problem.py.
+"""The package flash-attn-4 (flash_attn.cute, for Hopper and Blackwell), with native packing. Never run so far.
+
+On Hopper it sums dQ by atomics, so reruns differ in the last bits. Legend of shapes: problem.py.
 """
 
 from __future__ import annotations
@@ -29,19 +30,22 @@ _HEAD_SIZES = (64, 96, 128)
 
 @functools.cache
 def _library() -> tuple[Any, str | None]:
-    """flash_attn.cute.interface, or why there is none."""
+    """Return flash_attn.cute.interface, or the reason why it cannot be used."""
     try:
         library = importlib.import_module("flash_attn.cute.interface")
         functions = library._flash_attn_fwd, library._flash_attn_bwd
     except (ImportError, AttributeError) as error:
         return None, f"the package flash-attn-4 cannot be imported ({error})"
     if any("max_seqlen_q" not in inspect.signature(function).parameters for function in functions):
-        return None, "this flash-attn-4 is too old: its forward or its backward takes no max_seqlen_q"
+        return None, "this flash-attn-4 is too old: its forward or backward has no parameter max_seqlen_q; upgrade it"
     return library, None
 
 
 def _bounds(q: Tensor, k: Tensor, rule: Rule) -> dict[str, Any]:
-    """Where packed sequences begin and how long the longest is; without the latter it takes each for as long as all."""
+    """Return the offsets and the longest length of the packed sequences as keyword arguments.
+
+    Without that length, the kernel assumes that each sequence is as long as the whole pack.
+    """
     cu_seqlens, max_q, max_k = lengths(q, k, rule)
     if cu_seqlens is None:
         return {}
@@ -54,7 +58,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tenso
     out, lse = _library()[0]._flash_attn_fwd(
         *tensors, softmax_scale=rule.scale, causal=rule.offset is not None, return_lse=True, **_bounds(q, k, rule)
     )[:2]
-    # Rows without any key (more queries than keys) must not count.
+    # Rows without a key (more queries than keys) must not count.
     lse = lse.masked_fill(lse == torch.inf, -torch.inf)
     return from_flash_layout(out, packed), lse[None] if packed else lse
 
@@ -74,11 +78,11 @@ def _refuses(need: Need) -> str | None:
         return reason
     capability = nvidia_capability(need.q.device)
     if capability is None or capability[0] not in (9, 10):
-        return "it is written for Hopper and Blackwell (compute capability 9.x and 10.x)"
+        return "it supports only Hopper and Blackwell (compute capability 9.x and 10.x)"
     if need.q.shape[3] not in _HEAD_SIZES:
-        return f"it takes the head sizes {', '.join(map(str, _HEAD_SIZES))}"
+        return f"it supports only the head sizes {', '.join(map(str, _HEAD_SIZES))}"
     if need.rule.window is not None:
-        return "its backward has no window on every architecture"
+        return "its backward does not support a window on every architecture"
     return _library()[1]
 
 

@@ -1,9 +1,9 @@
-"""What a kernel for one segment of keys is asked (`Need`, `Rule`) and how it answers (`Kernel`). Legend: problem.py.
+"""The interface of a kernel for one segment of keys: its input (`Need`, `Rule`) and the kernel (`Kernel`).
 
-Forward: ``(q, k, v, rule) -> out, lse``. Backward: ``(dout, q, k, v, out, lse, rule) -> dq, dk, dv``, where out and lse
-may be those of a softmax over *more* keys than k: the gradients are then the exact share of these keys in the whole
-(FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithm 2, reads nothing but out and lse of the forward pass). ``lse``
-must be finite there.
+Forward: ``(q, k, v, rule) -> out, lse``. Backward: ``(dout, q, k, v, out, lse, rule) -> dq, dk, dv``. In backward, out
+and lse may come from a softmax over *more* keys than k; the gradients are then these keys' exact share of the whole
+(FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithm 2, reads only out and lse of the forward pass). Backward needs
+a finite ``lse``. Legend of shapes: problem.py.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class Rule(NamedTuple):
-    """Which keys of the segment query row i sees: keys j with ``i + offset - window < j <= i + offset``, if `mask`
-    allows them too; `bias` is added to their scores. No offset: no such bound. `cu_seqlens` (with equally many queries
-    and keys): own sequence only; `sequences`, the number of the sequence of each row and of each key, says the same to
-    kernels without packing."""
+    """Which keys of the segment query row i sees: the keys j with ``i + offset - window < j <= i + offset`` that `mask`
+    also allows. `bias` is added to their scores. Without `offset` there is no such bound. With `cu_seqlens` (as many
+    queries as keys), a row sees only its own sequence. `sequences`, the sequence number of each row and of each key,
+    states the same for kernels without packing."""
 
     scale: float
     softcap: float | None = None
@@ -38,10 +38,10 @@ class Rule(NamedTuple):
 
 
 class Need(NamedTuple):
-    """What is known of a segment when its kernel is chosen.
+    """What is known about a segment when its kernel is chosen.
 
-    `keys`: those of the call that has the fewest, where a segment takes several.
-    `exact_keys`: dk and dv must be summed over the queries, and over the query heads of a group, in fp32 even if q is
+    `keys`: the number of keys; if a segment needs several calls, the number in the call with the fewest keys.
+    `exact_keys`: dk and dv must be summed in fp32 over the queries and over the query heads of a group, even if q is in
     half precision; FlashAttention-2 rounds each head's sum to q's dtype.
     """
 
@@ -53,7 +53,7 @@ class Need(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of one segment's queries, keys and values, in the kernel's dtype."""
+    """Gradients of one segment's queries, keys and values, in the kernel's dtype."""
 
     q: Tensor
     k: Tensor
@@ -62,8 +62,9 @@ class Gradients(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernel:
-    """`refuses` says why a need is out of reach, or None. `max_rows` (batch, heads, keys, has a bound other than plain
-    causal, or a bias) is how many query rows one call should get; None: all rows of all packed sequences at once."""
+    """A kernel for one segment. `refuses` returns why it cannot meet a need, or None. `max_rows(batch, heads, keys,
+    bounded)` returns how many query rows one call should get; `bounded` is true if the rule has a bias, or a bound
+    other than plain causal. `max_rows` None: one call gets all rows of all packed sequences."""
 
     name: str
     forward: Callable[[Tensor, Tensor, Tensor, Rule], tuple[Tensor, Tensor]]
@@ -73,31 +74,31 @@ class Kernel:
 
 
 def refuses_on_gpu(need: Need, *, different_values: bool = False, softcap: bool = False) -> str | None:
-    """Why none of the GPU libraries' flash kernels takes this, or None. They differ in `different_values` (may the
-    values' head size differ from the keys'?) and `softcap`."""
+    """Return why a GPU library's flash kernel cannot meet this need, or None. The libraries differ in whether they
+    support a head size of the values other than that of the keys (`different_values`), and a softcap (`softcap`)."""
     q, rule = need.q, need.rule
     capability = nvidia_capability(q.device)
     if capability is None:
-        return f"it needs an NVIDIA GPU, the tensors are on {q.device}"
+        return f"it needs an NVIDIA GPU, but the tensors are on {q.device}"
     if capability < (8, 0):
-        return "it needs compute capability 8.0 or more"
+        return "it needs compute capability 8.0 or higher"
     if q.dtype not in HALF:
         return f"it computes in fp16 and bf16, not in {q.dtype}"
     if rule.mask is not None or rule.bias is not None:
-        return "it takes no mask or bias (hidden rows would have no defined log-sum-exp)"
+        return "it supports no mask or bias (the log-sum-exp of a fully hidden row would be undefined)"
     if rule.softcap is not None and not softcap:
-        return "it has no softcap"
+        return "it supports no softcap"
     if q.shape[3] != need.value_head_size and not different_values:
         return "it needs the same head size for keys and values"
     if q.shape[3] % 8 or need.value_head_size % 8:
         return "it needs head sizes that are multiples of 8"
     if need.exact_keys:
-        return "it rounds the keys' gradient of each query head to q's dtype"
+        return "it rounds each query head's gradient of the keys to q's dtype"
     return None
 
 
 def visible_keys(rows: int, keys: int, rule: Rule, device: torch.device) -> Tensor | None:
-    """``[rows, keys]`` bool of the rule without its mask, or None if all are visible."""
+    """Return the rule without its mask as bool ``[rows, keys]``, or None if all keys are visible."""
     if rule.offset is None and rule.sequences is None:
         return None
     row_S1, key_T = torch.arange(rows, device=device)[:, None], torch.arange(keys, device=device)
@@ -113,12 +114,12 @@ def visible_keys(rows: int, keys: int, rule: Rule, device: torch.device) -> Tens
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """The library kernels read the last axis as contiguous without checking, and return garbage if it is not."""
+    """Return `x` with stride 1 in its last axis: the library kernels assume it unchecked, and else return garbage."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def lengths(q: Tensor, k: Tensor, rule: Rule) -> tuple[Tensor | None, int, int]:
-    """cu_seqlens, or None, and the longest sequence of queries and of keys, as the flash kernels ask for them."""
+    """Return cu_seqlens (or None) and the longest sequence of queries and of keys, as the flash kernels need them."""
     if rule.cu_seqlens is None:
         return None, q.shape[2], k.shape[2]
     longest = q.shape[2] if rule.max_seqlen is None else rule.max_seqlen
@@ -126,11 +127,11 @@ def lengths(q: Tensor, k: Tensor, rule: Rule) -> tuple[Tensor | None, int, int]:
 
 
 def to_flash_layout(x_BHSX: Tensor, packed: bool) -> Tensor:
-    """``[B, S, H, X]``, packed ``[S, H, X]``."""
+    """Return ``[B, S, H, X]``; if packed, ``[S, H, X]``."""
     x_BSHX = unit_stride(x_BHSX).transpose(1, 2)
     return x_BSHX[0] if packed else x_BSHX
 
 
 def from_flash_layout(x: Tensor, packed: bool) -> Tensor:
-    """The inverse of `to_flash_layout`."""
+    """Undo `to_flash_layout`."""
     return (x[None] if packed else x).transpose(1, 2)

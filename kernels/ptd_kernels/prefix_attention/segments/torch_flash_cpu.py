@@ -1,4 +1,4 @@
-"""torch's flash attention for CPU. What is known of it, measured: README.md. Legend of shapes: problem.py."""
+"""torch's flash attention for CPU. README.md lists its measured properties. Legend of shapes: problem.py."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ptd_kernels.prefix_attention.segments.kernel import HALF, Gradients, Kernel
 
 attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-# Its inner matrix products are up to twice as slow when the number of keys is no multiple of the vector length.
+# Its inner matrix products are up to twice as slow when the number of keys is not a multiple of the vector length.
 VECTOR = 16
 _FEW_ROWS = 32
 
 
 def _keys(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor, bool, Tensor | None]:
-    """Keys, values, is_causal and float bias as this kernel wants them. Its causal mask starts at the top left."""
+    """Return keys, values, is_causal and float bias for this kernel, whose causal mask starts at the top left."""
     rows, keys = q.shape[2], k.shape[2]
     extra = -keys % VECTOR if rows >= _FEW_ROWS else 0
     if extra:
@@ -42,7 +42,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tenso
     k, v, causal, bias = _keys(q, k, v, rule)
     out, lse = attend(unit_stride(q), unit_stride(k), unit_stride(v), 0.0, causal, attn_mask=bias, scale=rule.scale)
     if bias is not None and not (rule.mask is None and rule.bias is None):
-        # Where every key is hidden the kernel reports lse 0, which the merge would take for a sum of one.
+        # For a row whose keys are all hidden, the kernel reports lse 0, which the merge would read as a sum of one.
         lse = lse.masked_fill(bias.amax(dim=-1) == -torch.inf, -torch.inf)
     return out, lse
 
@@ -50,7 +50,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tenso
 def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule) -> Gradients:
     keys = k.shape[2]
     if q.dtype in HALF:
-        # In half precision this kernel rounds dk and dv after every block of queries, and is three times slower.
+        # In half precision, this kernel rounds dk and dv after every block of queries and is three times slower.
         dout, q, k, v, out = (x.float() for x in (dout, q, k, v, out))
     k, v, causal, bias = _keys(q, k, v, rule)
     dout, q, k, v, out = map(unit_stride, (dout, q, k, v, out))
@@ -60,9 +60,9 @@ def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: T
 
 def _refuses(need: Need) -> str | None:
     if need.q.device.type != "cpu" or stand_in.get() is not None:
-        return f"it needs tensors on the CPU, they are on {need.q.device}"
+        return f"it needs tensors on the CPU, but they are on {need.q.device}"
     if need.rule.softcap is not None:
-        return "it has no softcap"
+        return "it supports no softcap"
     if need.q.shape[3] != need.value_head_size:
         return "it needs the same head size for keys and values"
     return None
@@ -73,6 +73,6 @@ TORCH_FLASH_CPU = Kernel(
     _forward,
     _backward,
     _refuses,
-    # A bound that needs a bias gets it in slices, so that its memory stays linear in the number of keys.
+    # A bound that needs a bias gets it in slices of rows, so that its memory stays linear in the number of keys.
     max_rows=lambda batch, heads, keys, bounded: 256 if bounded else 1 << 62,
 )

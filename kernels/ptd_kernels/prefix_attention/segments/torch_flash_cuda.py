@@ -1,4 +1,4 @@
-"""torch's own FlashAttention-2 for NVIDIA GPUs: packed and window natively. Never run so far. Legend: problem.py."""
+"""torch's own FlashAttention-2 for NVIDIA GPUs, with native packing and window. Never run yet. Legend: problem.py."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tenso
         *(to_flash_layout(x, packed) for x in (q, k, v)), cu_seqlens, cu_seqlens, max_q, max_k, 0.0,
         rule.offset is not None, False, scale=rule.scale, **_window(rule),
     )  # fmt: skip
-    # Rows without any key (more queries than keys) come back as +inf.
+    # The kernel returns +inf for rows without a key (more queries than keys).
     lse = lse.masked_fill(lse == torch.inf, -torch.inf)
     return from_flash_layout(out, packed), lse[None] if packed else lse
 
