@@ -20,7 +20,7 @@ from typing import Any
 def measure(model: str, dtype: str) -> dict[str, float]:
     """Return the seconds until this process has its backbone (``loading``), and its parts ``check`` and ``attach``."""
     from ptd.config import backbone_config
-    from ptd.engine.ranks import Ranks
+    from ptd.distributed.ranks import Ranks
     from ptd.engine.setup import prepare
     from ptd.inject import attach
     from ptd.inject.self_check import SelfCheck

@@ -48,7 +48,7 @@ class Attached:
         return [whole[start : start + length] for start, length in zip(batch.starts, batch.lengths, strict=True)]
 
     def generated(self, rows: Rows, order: list[int], eos: int | None) -> list[Written]:
-        """Generate as `ptd.generate.decode` does: only rows of one length together if padding on the left is wrong."""
+        """Generate as `ptd.runs.generation` does: only rows of one length together if padding on the left is wrong."""
         self._check(rows, NEW_TOKENS)
         batches = [order] if self.attachment.verdict.left is None else [[row] for row in order]
         inputs = self.attachment.generation_inputs

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ptd.engine.ranks import Ranks
+from ptd.distributed.ranks import Ranks
 
 PR_SET_PDEATHSIG = 1
 

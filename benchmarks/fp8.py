@@ -29,14 +29,14 @@ from rows import Rows, Skip, add_arguments, free_memory
 from torch import Tensor, nn
 
 from ptd.backbone import fp8
+from ptd.commands.train import train
 from ptd.config import load_config
 from ptd.data import Batches, load_rows
-from ptd.engine.ranks import Ranks
-from ptd.generate import load_tuned
+from ptd.distributed.ranks import Ranks
 from ptd.quickstart import BACKBONE
 from ptd.quickstart.run import RECIPE
 from ptd.quickstart.task import write_task
-from ptd.train import train
+from ptd.runs.tuned import load_tuned
 
 ROWS = 32
 REFERENCE = ("bfloat16", "none")

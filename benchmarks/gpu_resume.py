@@ -24,7 +24,7 @@ import torch
 from rows import Rows, Skip, add_arguments, start
 from safetensors.torch import load_file
 
-from ptd.exit_codes import REQUEUE
+from ptd.errors import REQUEUE
 from ptd.quickstart import BACKBONE
 from ptd.quickstart.run import RECIPE
 from ptd.quickstart.task import write_task

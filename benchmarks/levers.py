@@ -30,12 +30,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ptd.backbone.liger import use_liger
 from ptd.data import Batches
+from ptd.distributed.network_meter import NetworkMeter
+from ptd.distributed.ranks import Ranks
+from ptd.engine.bucket_padding import pays
 from ptd.engine.forward import Forward
 from ptd.engine.host_memory import keep_freed_memory
-from ptd.engine.meter import NetworkMeter
 from ptd.engine.prompt_step import PromptStep, Trained, build_optimizer
-from ptd.engine.ranks import Ranks
-from ptd.engine.rounding import pays
 from ptd.inject import Attachment, compile_layers
 from ptd.methods.prefix import PrefixEncoder
 from ptd.readouts.language_model import LanguageModel

@@ -37,8 +37,8 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from ptd.backbone import load_model
 from ptd.bench.machine import evidence
 from ptd.config import BackboneConfig
-from ptd.engine.ranks import Ranks
-from ptd.engine.sharding import Shards
+from ptd.distributed.ranks import Ranks
+from ptd.distributed.zero3 import Shards
 
 WAYS = ("ptd", "transformers")
 WHOLE = ("auto", "float16", "float32")

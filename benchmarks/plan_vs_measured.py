@@ -89,7 +89,7 @@ def work(request: dict[str, Any]) -> dict[str, int]:
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from ptd.engine.ranks import Ranks
+    from ptd.distributed.ranks import Ranks
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line per layer and step
@@ -122,13 +122,13 @@ def take_steps(run: dict[str, Any], ranks: Any, steps: int, before_last: Any = l
 
     from ptd.backbone import architecture_of
     from ptd.config import parse_config
-    from ptd.deepspeed_config import apply_deepspeed
+    from ptd.config.deepspeed import apply_deepspeed
     from ptd.engine.loop import Loop
     from ptd.engine.prompt_step import Trained
-    from ptd.engine.sample import rows_of, sample_batch
     from ptd.engine.setup import prepare
+    from ptd.planner.worst_case_batch import rows_of, sample_batch
+    from ptd.runs.build import build_step, build_trained
     from ptd.tasks import make_task
-    from ptd.train import build_step, build_trained
     from ptd.types import Reporter
 
     config, zero3 = apply_deepspeed(parse_config({key: value for key, value in run.items() if value is not None}))
@@ -156,7 +156,7 @@ def measure(run: dict[str, Any], small: str, ranks: int) -> list[dict[str, int]]
     """Run each rank of a case as a separate process, and return their reports."""
     from rows import start
 
-    from ptd.engine.ranks import Ranks
+    from ptd.distributed.ranks import Ranks
 
     common = {
         "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
@@ -185,8 +185,8 @@ def measured(case: dict[str, Any], folder: str, small: str, device: str) -> dict
     import torch
     from rows import Skip
 
+    from ptd.commands.plan import plan
     from ptd.config import parse_config
-    from ptd.plan import plan
 
     ranks, run = case.get("ranks", 1), run_config(case, folder)
     if device == "cuda" and ranks > torch.cuda.device_count():

@@ -58,11 +58,11 @@ def ptd_rates(method: str) -> dict[str, float]:
 
 
 def run_ptd(job: Job) -> dict[str, Any]:
-    """Run the cell through ``ptd.train``, ``ptd.evaluate`` and ``ptd.generate``, as the command line does."""
-    from ptd.engine.records import read_records
-    from ptd.evaluate import evaluate
-    from ptd.generate import generate
-    from ptd.train import train
+    """Train, evaluate and generate with the functions of ``ptd train``, ``ptd eval`` and ``ptd generate``."""
+    from ptd.commands.evaluate import evaluate
+    from ptd.commands.generate import generate
+    from ptd.commands.train import train
+    from ptd.runs.metrics_log import read_records
 
     cell, data, out = job.cell, Path(job.data), Path(job.folder) / "out"
     settings = {"data": sections_of(job)["data"]}
@@ -82,7 +82,7 @@ def run_ptd(job: Job) -> dict[str, Any]:
         result |= {f"{prefix}{key}": found[key] for key in ("loss", "accuracy") if key in found}
         result |= {key: found[key] for key in ("supervised_tokens",) if key in found and not prefix}
     if cell.task == "e2e" and job.texts:
-        from ptd.decoding import Decoding
+        from ptd.runs.decoding import Decoding
 
         mrs = read_mrs(data)
         given = generate(

@@ -123,9 +123,9 @@ def curves(records: Iterable[dict[str, Any]]) -> dict[str, dict[float, list[floa
 
 def verdict(rates: dict[float, list[float]], default: float) -> dict[str, Any]:
     """Return the result of a condition: ``best_rate``, its mean ``best_loss``, ``at_edge`` (whether the best rate is
-    the lowest or the highest that was tried), ``default_rate``, its mean ``default_loss``, ``gap`` (how much the loss at
-    the default exceeds the best, relative to the best) and ``alone``, the loss of the frozen backbone. What was not
-    measured is None. A loss that is not finite counts as infinite."""
+    the lowest or the highest that was tried), ``default_rate``, its mean ``default_loss``, ``gap`` (by how much
+    the default's loss exceeds the best, relative to the best) and ``alone``, the loss of the frozen backbone. What was
+    not measured is None. A loss that is not finite counts as infinite."""
     means = {rate: _mean(losses) for rate, losses in rates.items() if rate != ALONE}
     best = min(means, key=lambda rate: means[rate]) if means else None
     at_default = next((means[rate] for rate in means if math.isclose(rate, default, rel_tol=1e-3)), None)

@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py [--rounds 3] [--output benchmarks/results/scaling.json]
 
-Measured: `ptd.train` prefix-tunes a Llama with random weights (8 layers, hidden 512, fp32). Each rank has one thread,
+Measured: `ptd train` prefix-tunes a Llama with random weights (8 layers, hidden 512, fp32). Each rank has one thread,
 pinned to a core (four ranks share two cores). The backbone is whole on every rank or sharded over all ranks, with few
 and many virtual tokens and rows. Figures are medians over rounds, in which the cases take turns. The model
 (scaling_model.py) is fitted to all cases; each case is also predicted from the others alone, which shows how far the
@@ -36,16 +36,16 @@ from forked_ranks import start
 from scaling_model import Cluster, Link, Measurement, Traffic, Work, fit, left_out, predicted, step_seconds
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import ptd.engine.sharding  # slow imports come before the forks
-import ptd.train
+import ptd.commands.train
+import ptd.distributed.zero3  # slow imports come before the forks
 from ptd.bench.machine import evidence
+from ptd.commands.plan import trace_run
 from ptd.config import parse_config
-from ptd.engine.gathers import Limits
-from ptd.engine.placement import Machine, Placement, estimate
-from ptd.engine.records import read_records
-from ptd.plan import trace_run
+from ptd.planner.placement import Machine, Placement, estimate
+from ptd.planner.zero3_gathers import Limits
 from ptd.quickstart import BACKBONE
 from ptd.quickstart.task import write_task
+from ptd.runs.metrics_log import read_records
 
 RANKS = (1, 2, 4)
 CASES: dict[str, tuple[str, int, int]] = {
@@ -118,7 +118,7 @@ def rank(work: Path, case: str, output: Path, number: int) -> None:
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[number % len(cores)]})
     torch.set_num_threads(1)
-    ptd.train.train(parse_config(run_of(work, case, output)))
+    ptd.commands.train.train(parse_config(run_of(work, case, output)))
 
 
 def measure(work: Path, case: str, ranks: int, place: int) -> dict[str, float]:

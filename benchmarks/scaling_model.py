@@ -3,7 +3,7 @@
 Each rank computes ``flops`` per step at a fixed rate, and needs ``fixed`` seconds for other work. A collective costs a
 latency, and its bytes divided by a bandwidth, inside nodes and between them. A collective of n ranks has ceil(log2 n)
 latencies, as in a tree. Gathers of weights may overlap with the computation (``overlap`` 1: as far as the computation
-is long enough; 0: not at all); the sums at the end of a step cannot. The bytes come from `ptd.engine.placement`, which
+is long enough; 0: not at all); the sums at the end of a step cannot. The bytes come from `ptd.planner.placement`, which
 the tests compare with real collectives.
 """
 

@@ -42,7 +42,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ptd.bench.machine import evidence
 from ptd.cli import main as ptd_main
-from ptd.engine.records import read_records
+from ptd.runs.metrics_log import read_records
 
 ROOT = Path(__file__).parents[1]
 RANKS, SAVE_STEPS, EVAL_STEPS = 2, 3, 25

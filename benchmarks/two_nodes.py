@@ -3,7 +3,7 @@
 The backbone is a Llama with random weights (63 M parameters in bf16: 8 layers, hidden 768, vocabulary of the
 quickstart's tokenizer). 20 virtual tokens are trained directly on the quickstart's rows, 4 per rank and step. ZeRO-3
 gathers one layer ahead and keeps no weight from forward to backward, as it must if the backbone does not fit. ptd
-runs through `ptd.train`; PEFT with ZeRO-3 runs with `HfDeepSpeedConfig`, `get_peft_model`, an AdamW that DeepSpeed owns
+runs through `ptd train`; PEFT with ZeRO-3 runs with `HfDeepSpeedConfig`, `get_peft_model`, an AdamW that DeepSpeed owns
 and padded batches. Each runs as its users run it.
 
 For each rate of the link, the program measures ``STEPS`` optimizer steps: their mean time on rank 0, and the increase
@@ -105,9 +105,9 @@ def prepare(work: Path) -> None:
 
 
 def run_ptd(sharding: str, work: Path, phases: Phases) -> list[dict[str, Any]]:
+    from ptd.commands.train import train
     from ptd.config import parse_config
-    from ptd.engine.records import read_records
-    from ptd.train import train
+    from ptd.runs.metrics_log import read_records
     from ptd.types import Reporter
 
     class Watch(Reporter):

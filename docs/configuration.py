@@ -14,8 +14,8 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from ptd.commands.init import SECTIONS, with_choices
 from ptd.config import RunConfig
-from ptd.init import SECTIONS, with_choices
 from ptd.methods import method
 
 PAGE = Path(__file__).with_name("configuration.md")

@@ -113,7 +113,7 @@ def print_checks(checks: Sequence[Any], attention: dict[str, Any]) -> None:
 
 
 def print_plan(found: dict[str, Any]) -> None:
-    """Print the tables of ``ptd plan``, from `ptd.plan.Plan.to_dict`."""
+    """Print the tables of ``ptd plan``, from `ptd.commands.plan.Plan.to_dict`."""
     console = _console()
     placements = found["placements"]
     shown = [each for each in placements if each["own"] or each["name"] == found["best"]]

@@ -1,4 +1,4 @@
-"""The types that the stages of ptd pass to each other (see the data flow in README.md).
+"""The types that the stages of ptd pass to each other (see docs/architecture.md).
 
 Letters for shapes, used everywhere: P virtual tokens, L attention layers, H key/value heads, D head size, B sequences,
 S tokens of a sequence, N tokens of a packed row, V vocabulary.
@@ -10,16 +10,16 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ptd.async_copy import to_device
 from ptd.errors import Preempted as Preempted
 from ptd.errors import RankError as RankError
 from ptd.errors import UserError as UserError
-from ptd.transfer import to_device
 
 IGNORE_INDEX = -100
 """Label of a position that carries no loss (the value Hugging Face and torch use)."""
@@ -128,17 +128,6 @@ PromptState = PrefixKV | SoftTokens | NoPrompt
 def virtual_id(index: int) -> int:
     """Return the token id of virtual token ``index`` in a sequence: a negative id, which no vocabulary contains."""
     return -1 - index
-
-
-class PromptLayout(Protocol):
-    """How a flat prompt is read. An adapter stores the layout, but no other part of the encoder."""
-
-    def state(self, flat: Tensor) -> PromptState:
-        """Return a tensor of the flat prompt's shape as a `PromptState`.
-
-        The state's tensors are views, so the views of a gradient buffer are the gradients of the views.
-        """
-        ...
 
 
 @dataclass(frozen=True)

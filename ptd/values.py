@@ -1,4 +1,4 @@
-"""Decide whether a value in a row or a run file is missing, blank or the name of a label, by one rule for all of ptd.
+"""Plain values of rows and run files: whether one is missing, blank or the name of a label, and nested ones flattened.
 
 A label's name is its text without surrounding white space. A whole number is the same label in every spelling: 1, 1.0,
 "1" and "1.0".
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 WHOLE = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.0+)?")
@@ -36,3 +37,12 @@ def name_of(value: Any) -> str | None:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value) if isinstance(value, int | float) else None
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one mapping with dotted keys; an empty mapping stays a value."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, Mapping) and value
+        found |= flattened(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return found

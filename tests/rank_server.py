@@ -22,9 +22,9 @@ import deepspeed  # noqa: E402, F401
 from forked_ranks import start  # noqa: E402
 
 import ptd.cli  # noqa: E402
-import ptd.generate  # noqa: E402
-import ptd.predict  # noqa: E402
-import ptd.train  # noqa: E402, F401
+import ptd.commands.generate  # noqa: E402
+import ptd.commands.predict  # noqa: E402
+import ptd.commands.train  # noqa: E402, F401
 
 
 def run(ranks: int, program: list[str], logs: Path) -> list[int]:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from ptd.config import parse_config
-from ptd.engine.ranks import Ranks
-from ptd.train import read_material
+from ptd.distributed.ranks import Ranks
+from ptd.runs.build import read_material
 from ptd.types import Reporter
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -41,8 +41,8 @@ def write_run(folder: Path, backbone_path: Path, **sections: dict[str, Any]) -> 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, backbone_dir: Path) -> Path:
     """The output folder of a finished run."""
+    from ptd.commands.train import train
     from ptd.config import load_config
-    from ptd.train import train
 
     folder = tmp_path_factory.mktemp("trained")
     train(load_config(write_run(folder, backbone_dir)))

@@ -12,9 +12,9 @@ from typing import Any, get_args
 import pytest
 import yaml
 
+from ptd.commands.doctor import check_run
+from ptd.commands.init import FILL_IN, STARTS, draft, kinds, suitable, usual_method
 from ptd.config import RunConfig, TaskKind, load_config
-from ptd.doctor import check_run
-from ptd.init import FILL_IN, STARTS, draft, kinds, suitable, usual_method
 from ptd.methods import TaskFacts, methods
 from ptd.shipped import ROOT, shipped_files
 from ptd.tasks import make_task

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ptd.init import SECTIONS, in_plain_words
+from ptd.commands.init import SECTIONS, in_plain_words
 from ptd.methods import methods
 
 DOCS = Path(__file__).parents[1] / "docs"

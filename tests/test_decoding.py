@@ -12,9 +12,11 @@ import torch
 from families import EOS, MASK, PAD, UNK, save_backbone, tiny_model, tiny_tokenizer
 from transformers import GenerationConfig
 
-from ptd.decoding import NEUTRAL, OURS, Decoding, Tokens, generation_config, note_on_author, put_away
-from ptd.engine.ranks import Ranks
-from ptd.generate import batches_of, decode, generate, load_tuned, tokens_of
+from ptd.commands.generate import generate
+from ptd.distributed.ranks import Ranks
+from ptd.runs.decoding import NEUTRAL, OURS, Decoding, Tokens, generation_config, note_on_author, put_away
+from ptd.runs.generation import batches_of, decode, tokens_of
+from ptd.runs.tuned import load_tuned
 from ptd.types import Reporter, UserError
 
 HOSTILE: dict[str, Any] = {
@@ -121,7 +123,7 @@ def test_beams_and_samples_are_the_users_too(pair: tuple[Path, Path], options: d
 
 
 def test_every_field_of_transformers_has_a_value_of_its_own() -> None:
-    """Fails when a later transformers has a new field: give it its neutral value in ptd/decoding.py."""
+    """Fails when a later transformers has a new field: give it its neutral value in ptd/runs/decoding.py."""
     assert set(NEUTRAL) | set(OURS) | OF_A_CALL == FIELDS
     assert not set(NEUTRAL) & set(OURS)
     given = set(inspect.signature(generation_config).parameters)

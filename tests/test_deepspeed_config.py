@@ -1,4 +1,4 @@
-"""`ptd.deepspeed_config`: what a DeepSpeed JSON may say, against DeepSpeed's own classes where they know."""
+"""`ptd.config.deepspeed`: what a DeepSpeed JSON may say, against DeepSpeed's own classes where they know."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptd import deepspeed_config as module
 from ptd.config import RunConfig, parse_config
-from ptd.deepspeed_config import apply_deepspeed, check_batch_size
+from ptd.config import deepspeed as module
+from ptd.config.deepspeed import apply_deepspeed, check_batch_size
 from ptd.shipped import DS_CONFIGS
 from ptd.types import UserError
 

@@ -18,13 +18,14 @@ from reporting import Notes, Stopped
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ptd.commands.train import train
 from ptd.config import parse_config
-from ptd.engine.records import read_records
-from ptd.exit_codes import DIVERGED, DONE, USAGE
+from ptd.errors import DIVERGED, DONE, USAGE
 from ptd.quickstart import BACKBONE
 from ptd.quickstart.task import write_task
 from ptd.report import report
-from ptd.train import MOST_RETRIES, train
+from ptd.runs.artifacts import MOST_RETRIES
+from ptd.runs.metrics_log import read_records
 from ptd.types import UserError
 
 MLP = {"name": "prefix", "num_virtual_tokens": 32, "prefix_projection": True, "encoder_hidden_size": 256}

@@ -16,10 +16,11 @@ import torch
 from families import save_backbone
 from ptd_kernels import available_backends, explain_backend
 
-from ptd import cli, doctor
+from ptd import cli
+from ptd.commands import doctor
+from ptd.commands.doctor import check_machine, check_run, examine
 from ptd.config import parse_config
-from ptd.doctor import check_machine, check_run, examine
-from ptd.engine.preflight import bytes_to_write, size
+from ptd.distributed.preflight import bytes_to_write, size
 from ptd.inject.explain import CASES
 from ptd.types import UserError
 

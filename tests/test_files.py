@@ -12,10 +12,10 @@ import pytest
 
 from ptd.cli import COMMANDS, launch
 from ptd.cli.common import at_home
+from ptd.commands.generate import read_prompts
 from ptd.config import load_config, parse_config
-from ptd.deepspeed_config import apply_deepspeed
+from ptd.config.deepspeed import apply_deepspeed
 from ptd.files import as_path, check_target, check_writable, decode, lines_of, read_text, write_text
-from ptd.generate import read_prompts
 from ptd.launch.deepspeed import read_hostfile
 from ptd.methods.settings import read_text as init_text
 from ptd.types import UserError

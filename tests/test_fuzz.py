@@ -31,12 +31,12 @@ from hypothesis import strategies as st
 
 from ptd.checkpoint import Adapter, load_adapter, save_adapter
 from ptd.checkpoint.adapter import CONFIG, EXTRA, HEAD, WEIGHTS
-from ptd.checkpoint.run_folder import open_run
 from ptd.config import TaskConfig, data_config, load_config, parse_settings
+from ptd.config.deepspeed import apply_deepspeed, check_batch_size
 from ptd.data import load_rows
-from ptd.deepspeed_config import apply_deepspeed, check_batch_size
-from ptd.generate import backbone_of, sections_of
 from ptd.methods import TaskFacts, method
+from ptd.runs.folder import open_run
+from ptd.runs.tuned import backbone_of, sections_of
 from ptd.shipped import RECIPES
 from ptd.tasks import make_task
 from ptd.types import BackboneShape, EmptyLayout, LayerShape, PrefixLayout, SoftLayout, UserError

@@ -23,14 +23,16 @@ from matrix import BACKBONES, BATCH, MARKED, METHODS, ROWS, STEPS, TASKS, coveri
 from torch import Tensor
 from transformers import BertTokenizer
 
+from ptd.commands.generate import Decoding
+from ptd.commands.train import train
 from ptd.config import parse_config
 from ptd.data import load_rows
+from ptd.distributed.ranks import Ranks
 from ptd.engine.evaluation import HeldOut, scores_of
 from ptd.engine.loop import Loop
-from ptd.engine.ranks import Ranks
-from ptd.evaluate import held_out_metrics
-from ptd.generate import Decoding, Tuned, decode, load_tuned
-from ptd.train import train
+from ptd.runs.generation import decode
+from ptd.runs.scores import held_out_metrics
+from ptd.runs.tuned import Tuned, load_tuned
 from ptd.types import Reporter, UserError
 
 ALL = os.environ.get("PTD_MATRIX_ALL") == "1"
@@ -133,9 +135,9 @@ def test_trains_its_own_parameters_and_comes_back(
     method, family, task = case
     out = tmp_path / "out"
     loops.clear()
-    monkeypatch.setattr("ptd.train.Loop", WatchedLoop)
+    monkeypatch.setattr("ptd.commands.train.Loop", WatchedLoop)
     # The curve is the same drawing whatever was trained, and takes half as long again as all the rest.
-    monkeypatch.setattr("ptd.train.leave_report", lambda folder: None)
+    monkeypatch.setattr("ptd.commands.train.leave_report", lambda folder: None)
     result = train(parse_config(settings(method, task, backbones[family], rows_file, out)))
     (loop,) = loops
     run = json.loads((out / "run.json").read_text())

@@ -16,13 +16,13 @@ import pytest
 from families import tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer
 
+from ptd.commands.evaluate import evaluate
+from ptd.commands.generate import generate
+from ptd.commands.train import train
 from ptd.config import parse_config
-from ptd.decoding import Decoding
-from ptd.engine.samples import read_samples
-from ptd.evaluate import evaluate
-from ptd.generate import generate
 from ptd.quickstart import BACKBONE
-from ptd.train import train
+from ptd.runs.decoding import Decoding
+from ptd.runs.samples_log import read_samples
 
 support = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "tasks" / "support.py")))
 zoo = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "data" / "zoo.py")))

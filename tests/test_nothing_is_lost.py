@@ -17,12 +17,12 @@ from families import tiny_model, tiny_tokenizer
 from reporting import Notes
 from safetensors.torch import load_file
 
-from ptd import doctor
 from ptd.checkpoint import files
+from ptd.commands import doctor
+from ptd.commands.train import train
 from ptd.config import parse_config
-from ptd.engine import preflight
+from ptd.distributed import preflight
 from ptd.methods import Method, methods
-from ptd.train import train
 from ptd.types import UserError
 
 STEPS = 4
@@ -114,7 +114,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_before_the_backbone(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str) -> None:
-    monkeypatch.setattr("ptd.train.prepare", None)  # whatever would load the backbone fails otherwise
+    monkeypatch.setattr("ptd.commands.train.prepare", None)  # whatever would load the backbone fails otherwise
     changes, said = REFUSED[case]
     with pytest.raises(UserError) as caught:
         train(parse_config(run(**changes)))
@@ -131,7 +131,7 @@ def labelled(run: Any, tmp_path: Path, **changes: Any) -> dict[str, Any]:
 
 
 def test_labels_are_looked_at_before_the_backbone(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("ptd.train.prepare", None)
+    monkeypatch.setattr("ptd.commands.train.prepare", None)
 
     def refusal(**changes: Any) -> str:
         with pytest.raises(UserError) as caught:
@@ -268,10 +268,10 @@ BUG = RuntimeError("boom")
 FAILURES: dict[str, tuple[str, Exception, type[Exception], dict[str, Any], int]] = {
     "last evaluation": ("ptd.engine.loop.Loop.evaluate", BUG, RuntimeError, {}, STEPS),
     "an evaluation on the way": ("ptd.engine.loop.Loop.evaluate", BUG, RuntimeError, {"eval_steps": 1}, 1),
-    "best adapter": ("ptd.train.Artifacts.keep_best", UserError("no"), UserError, {}, STEPS),
-    "last record": ("ptd.engine.records.Records.write", UserError("no"), UserError, {"logging_steps": 9}, STEPS),
+    "best adapter": ("ptd.runs.artifacts.Artifacts.keep_best", UserError("no"), UserError, {}, STEPS),
+    "last record": ("ptd.runs.metrics_log.Records.write", UserError("no"), UserError, {"logging_steps": 9}, STEPS),
     "last checkpoint": ("ptd.checkpoint.saver._write_part", FULL, UserError, {}, STEPS),
-    "run.json": ("ptd.checkpoint.journal.Journal.end", UserError("no"), UserError, {}, STEPS),
+    "run.json": ("ptd.runs.run_json.Journal.end", UserError("no"), UserError, {}, STEPS),
 }
 
 
@@ -310,14 +310,14 @@ def test_what_was_trained_is_kept(
 
 def test_samples_that_cannot_be_written(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The adapter is written before them, with how its evaluation went."""
-    from ptd.engine.samples import write_samples
+    from ptd.runs.samples_log import write_samples
 
     def full(folder: Path, step: int, samples: Any) -> None:
         if step:
             raise FULL
         write_samples(folder, step, samples)
 
-    monkeypatch.setattr("ptd.sampling.write_samples", full)
+    monkeypatch.setattr("ptd.runs.sampler.write_samples", full)
     with pytest.raises(UserError, match=rf"No space left on device.*after step {STEPS} is in"):
         train(parse_config(run(train={"samples": 1})))
     facts = json.loads((tmp_path / "out" / "adapter" / "ptd.json").read_text())
@@ -391,8 +391,8 @@ def test_outputs_are_looked_at_before_the_work(
     assert outcome.code == 0, outcome.err
     written = [json.loads(line) for line in (tmp_path / "missing/deep/o.jsonl").read_text().splitlines()]
     assert [row["text"] for row in written] == [row["text"] for row in LABELLED]
-    monkeypatch.setattr("ptd.generate.prepare", None)
-    monkeypatch.setattr("ptd.export.prepare", None)
+    monkeypatch.setattr("ptd.commands.generate.prepare", None)
+    monkeypatch.setattr("ptd.commands.export.prepare", None)
     for command in (
         ("predict", *common, "--output", "file/o.jsonl"),
         ("predict", *common, "--output", "missing"),

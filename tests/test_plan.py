@@ -16,16 +16,16 @@ from transformers import AutoConfig
 
 from ptd.backbone import load_model
 from ptd.cli import main
+from ptd.commands.plan import GPU, parse_size, plan, trace_run
 from ptd.config import BackboneConfig, RunConfig, parse_config
-from ptd.engine.placement import ITEMS
+from ptd.distributed.ranks import Ranks
 from ptd.engine.prompt_step import Trained
-from ptd.engine.ranks import Ranks
-from ptd.engine.sample import rows_of, sample_batch
 from ptd.engine.setup import prepare
-from ptd.engine.trace import Trace
-from ptd.plan import GPU, parse_size, plan, trace_run
+from ptd.planner.placement import ITEMS
+from ptd.planner.step_trace import Trace
+from ptd.planner.worst_case_batch import rows_of, sample_batch
+from ptd.runs.build import build_step, build_trained
 from ptd.tasks import make_task
-from ptd.train import build_step, build_trained
 from ptd.types import UserError
 
 SHAPES = {  # hidden, intermediate, layers, heads, key/value heads, vocabulary; parameters

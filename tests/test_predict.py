@@ -16,10 +16,10 @@ from families import save_backbone, tiny_model, tiny_tokenizer
 from transformers import AutoModel, AutoModelForCausalLM
 
 from ptd.checkpoint import Adapter, save_adapter
+from ptd.commands.predict import predict
+from ptd.commands.train import train
 from ptd.config import DataConfig, TaskConfig, parse_config
-from ptd.predict import predict
 from ptd.tasks import make_task
-from ptd.train import train
 from ptd.types import EmptyLayout, HeadSettings, UserError
 
 support = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tasks") / "support.py")))

@@ -11,12 +11,12 @@ import pytest
 from datasets import Dataset
 from families import save_backbone
 
+from ptd.commands.predict import predict
+from ptd.commands.train import train
 from ptd.config import DataConfig, TaskConfig, parse_config
-from ptd.engine.samples import read_samples, write_samples
-from ptd.predict import predict
-from ptd.sampling import LETTERS
+from ptd.runs.sampler import LETTERS
+from ptd.runs.samples_log import read_samples, write_samples
 from ptd.tasks import make_task
-from ptd.train import train
 from ptd.types import Sample
 
 STEPS = 12
@@ -150,7 +150,7 @@ def test_samples_of_a_step_replace_those_of_later_ones(tmp_path: Path) -> None:
 def test_rouge_knows_every_script():
     from rouge_score.rouge_scorer import RougeScorer
 
-    from ptd.evaluate import text_metrics
+    from ptd.runs.scores import text_metrics
 
     for text in ("привет мир", "你好，世界", "größer als", "مرحبا بالعالم", "👍🎉"):
         assert text_metrics([text], [text])["rouge_l"] == 100

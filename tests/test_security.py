@@ -15,7 +15,7 @@ from families import save_backbone
 from ptd.checkpoint import Adapter, load_adapter, save_adapter
 from ptd.checkpoint.adapter import CONFIG, EXTRA, LARGEST_DESCRIPTION, WEIGHTS
 from ptd.config import BackboneConfig, load_config
-from ptd.generate import backbone_of, sections_of
+from ptd.runs.tuned import backbone_of, sections_of
 from ptd.types import LayerShape, PrefixLayout, UserError
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ import pytest
 
 from ptd.cli import COMMANDS
 from ptd.config import RunConfig, TaskKind, load_config
-from ptd.deepspeed_config import apply_deepspeed
+from ptd.config.deepspeed import apply_deepspeed
 from ptd.methods import TaskFacts, method, methods
 from ptd.shipped import RECIPES, find_recipe
 from ptd.tasks import make_task

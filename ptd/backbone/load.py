@@ -89,7 +89,7 @@ def load_model(
     Args:
         output: what the model computes; ``body``: the last hidden states (of an encoder-decoder, the encoder's).
         device: where the model goes. Weights are read directly to it, one at a time, if all that is read stays there.
-        sharded: each weight is moved elsewhere as soon as it is read (`ptd.engine.sharding.Shards`).
+        sharded: each weight is moved elsewhere as soon as it is read (`ptd.distributed.zero3.Shards`).
         check: called with model class and model config before any weight is read; raises if it rejects the model.
 
     Raises:

@@ -22,8 +22,8 @@ from ptd.bench.memory import PeakMemory
 from ptd.bench.sides import ENVIRONMENT, Facts, Material, Sample, Setting
 from ptd.checkpoint.peft_format import PREFIX_TYPES
 from ptd.config import RunConfig
+from ptd.config.deepspeed import apply_deepspeed
 from ptd.data.batches import padded_batch
-from ptd.deepspeed_config import apply_deepspeed
 from ptd.engine.phases import PhaseClock
 from ptd.inject import compile_each
 from ptd.types import IGNORE_INDEX, UserError

@@ -15,13 +15,14 @@ from ptd.bench.memory import PeakMemory
 from ptd.bench.sides import Facts, Material, Sample
 from ptd.checkpoint import peft_format
 from ptd.config import RunConfig
-from ptd.deepspeed_config import apply_deepspeed, check_batch_size
+from ptd.config.deepspeed import apply_deepspeed, check_batch_size
+from ptd.distributed.network_meter import metered_deepspeed, summary
+from ptd.distributed.preflight import check_same_config
+from ptd.distributed.ranks import Ranks
 from ptd.engine.loop import Loop
-from ptd.engine.meter import metered_deepspeed, summary
-from ptd.engine.preflight import check_same_config
-from ptd.engine.ranks import Ranks
 from ptd.methods import method
-from ptd.train import PEFT_TASKS, build_engine, read_material
+from ptd.runs.artifacts import PEFT_TASKS
+from ptd.runs.build import build_engine, read_material
 from ptd.types import Batch, PromptState, Reporter, UserError
 
 

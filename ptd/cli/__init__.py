@@ -1,4 +1,4 @@
-"""The command line. `ptd.exit_codes` explains its exit codes.
+"""The command line. `ptd.errors` explains its exit codes.
 
 Each command is a function in one of this package's modules and an entry of ``COMMANDS``. The modules import torch only
 when a command that needs it runs, so that help, completion and usage errors answer immediately.
@@ -16,8 +16,7 @@ import typer
 
 from ptd.cli import launch, look, start, train, use
 from ptd.cli.common import is_main
-from ptd.errors import Diverged, Preempted, RankError, UserError
-from ptd.exit_codes import INTERRUPTED
+from ptd.errors import INTERRUPTED, Diverged, Preempted, RankError, UserError
 
 app = typer.Typer(
     name="ptd",

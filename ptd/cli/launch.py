@@ -52,7 +52,7 @@ def local(
     """Start the run on this machine's GPUs, with DeepSpeed's launcher."""
     import torch
 
-    from ptd.engine.ranks import Ranks
+    from ptd.distributed.ranks import Ranks
     from ptd.launch import Program, environment, local_command
 
     program = Program.of(run, overrides, overwrite=overwrite, retry=retry, quiet=quiet)

@@ -50,7 +50,7 @@ def doctor(
     The exit code is 1 if a check fails.
     """
     hush()
-    from ptd.doctor import check_machine, check_run, examine
+    from ptd.commands.doctor import check_machine, check_run, examine
 
     found = examine(dtype=dtype, head_dim=head_dim)
     checks = [*check_machine(), *(check_run(run, overrides or []) if run is not None else ())]
@@ -84,8 +84,8 @@ def plan(
 
     config = load_config(run, overrides)
     hush()
+    from ptd.commands.plan import plan as make_plan
     from ptd.console import print_plan
-    from ptd.plan import plan as make_plan
 
     found = make_plan(
         config,

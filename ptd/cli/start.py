@@ -79,7 +79,7 @@ def init(
         raise UserError(
             f"stdin is not a terminal, so ptd cannot ask: give {' and '.join(missing)}, or --yes for the usual choices"
         )
-    from ptd.init import FILL_IN, draft, kind_of, kinds, render, suitable, usual_method
+    from ptd.commands.init import FILL_IN, draft, kind_of, kinds, render, suitable, usual_method
 
     if task is None:
         task = _choose("task", kinds(), "causal_lm") if asks else "causal_lm"

@@ -47,7 +47,7 @@ def train(
 
     config = load_config(run, overrides)
     hush()
-    from ptd.train import train as run_training
+    from ptd.commands.train import train as run_training
 
     try:
         result = run_training(

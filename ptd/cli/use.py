@@ -56,8 +56,8 @@ def evaluate(
     if not generate and generation_config is not Follow.neutral:
         raise UserError("--generation-config: has no effect without --generate; add --generate, or remove it")
     hush()
-    from ptd.decoding import Decoding
-    from ptd.evaluate import evaluate as run_evaluation
+    from ptd.commands.evaluate import evaluate as run_evaluation
+    from ptd.runs.decoding import Decoding
 
     decoding = Decoding(max_new_tokens, num_beams=num_beams, generation_config=generation_config.value)
     result = run_evaluation(
@@ -113,9 +113,9 @@ def generate(
 
     After training on chats (data.format: messages), each prompt is a user message in the tokenizer's chat template.
     """
+    from ptd.commands.generate import generate as run_generation
     from ptd.config import parse_settings
-    from ptd.decoding import Decoding
-    from ptd.generate import generate as run_generation
+    from ptd.runs.decoding import Decoding
 
     settings = parse_settings(changes or [])
     prompts = _prompts(prompts, file) if is_main() else []
@@ -135,7 +135,7 @@ def generate(
 
 
 def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
-    from ptd.generate import read_prompts
+    from ptd.commands.generate import read_prompts
 
     if given and file is not None:
         raise UserError("give prompts as arguments or with --file, not both")
@@ -166,7 +166,7 @@ def predict(
     if output is not None and is_main():
         check_target(output, "--output")
     hush()
-    from ptd.predict import predict as run_prediction
+    from ptd.commands.predict import predict as run_prediction
 
     found = run_prediction(
         data,
@@ -251,7 +251,7 @@ def export_(
     quiet: Quiet = False,
 ) -> None:
     """Write an adapter as a plain PEFT folder (peft.PeftModel.from_pretrained loads it)."""
-    from ptd.export import export_adapter
+    from ptd.commands.export import export_adapter
 
     note = export_adapter(source, target, base_model=base_model)
     if note is not None:
@@ -272,7 +272,7 @@ def import_(
 ) -> None:
     """Write a PEFT prompt adapter (prefix, prompt or p-tuning) as a ptd adapter, checked against its backbone."""
     hush()
-    from ptd.export import import_adapter
+    from ptd.commands.export import import_adapter
 
     import_adapter(source, target, backbone=backbone)
     print(target)

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ptd.async_copy import OnItsWay, together
 from ptd.data import Batches
-from ptd.engine.ranks import Ranks
+from ptd.distributed.ranks import Ranks
 from ptd.engine.setup import Prepared, check_context
 from ptd.readouts import Reading, Readout, Run
 from ptd.tasks import Task
-from ptd.transfer import OnItsWay, together
 from ptd.types import Batch, Examples, Reporter
 
 T = TypeVar("T")

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ptd.engine.rounding import fill
+from ptd.async_copy import to_device
+from ptd.engine.bucket_padding import fill
 from ptd.inject import Attachment
-from ptd.transfer import to_device
 from ptd.types import IGNORE_INDEX, Batch
 
 
@@ -17,7 +17,7 @@ class Forward:
 
     The layers after the last attention and the language model's head compute only the requested positions. With
     gradient checkpointing the backward pass has to run before the next forward pass. ``rounds``: pad packed batches to
-    a few recurring sizes (`ptd.engine.rounding`).
+    a few recurring sizes (`ptd.engine.bucket_padding`).
     """
 
     def __init__(self, attachment: Attachment, device: torch.device, *, rounds: bool = False) -> None:

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler
 
+from ptd.async_copy import together
 from ptd.config import TrainConfig
 from ptd.data import Batches, prefetch
+from ptd.distributed.network_meter import summary
+from ptd.distributed.ranks import Ranks
 from ptd.engine.evaluation import HeldOut, evaluate
 from ptd.engine.guard import Divergence, Guard
-from ptd.engine.meter import summary
 from ptd.engine.phases import OTHER, OWN, PHASES
 from ptd.engine.preemption import StopRequest
 from ptd.engine.prompt_step import PendingResult, PromptStep, StepResult
-from ptd.engine.ranks import Ranks
 from ptd.engine.setup import Prepared
-from ptd.transfer import together
 from ptd.types import Batch, Reporter, UserError
 
 MAX_SKIPPED = 10

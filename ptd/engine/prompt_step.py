@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ptd.async_copy import OnItsWay, together
 from ptd.checkpoint.run_state import tensors_of
+from ptd.distributed.network_meter import NetworkMeter
+from ptd.distributed.ranks import Ranks
 from ptd.engine.loss_scale import LossScale
-from ptd.engine.meter import NetworkMeter
 from ptd.engine.phases import PhaseClock
-from ptd.engine.ranks import Ranks
 from ptd.readouts import Readout
-from ptd.transfer import OnItsWay, together
 from ptd.types import PromptEncoder, PromptState
 
 

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from ptd.backbone import dtype_of, fingerprint, load_model
 from ptd.config import BackboneConfig
+from ptd.distributed.preflight import same_fingerprint
+from ptd.distributed.ranks import Ranks
+from ptd.engine.bucket_padding import pays
 from ptd.engine.forward import Forward
 from ptd.engine.host_memory import keep_freed_memory
-from ptd.engine.preflight import same_fingerprint
-from ptd.engine.ranks import Ranks
-from ptd.engine.rounding import pays
 from ptd.inject import Attachment, check_supported
 from ptd.types import BackboneShape, Output, UserError
 
@@ -45,7 +45,7 @@ def prepare(
     if zero3 is None:
         model = load_model(config, output, device=ranks.device, check=check_supported)
     else:
-        from ptd.engine.sharding import Shards  # importing deepspeed takes seconds; only sharded runs pay for it
+        from ptd.distributed.zero3 import Shards  # importing deepspeed takes seconds; only sharded runs pay for it
 
         group = ranks.shard_group(config.sharding, config.sharding_group_size)
         shards = Shards(zero3, group, dtype=dtype_of(config))

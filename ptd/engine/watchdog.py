@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from ptd.exit_codes import FATAL
+from ptd.errors import FATAL
 from ptd.types import Reporter
 
 

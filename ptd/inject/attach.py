@@ -22,12 +22,12 @@ from ptd.inject.attention import (
     take_slot,
 )
 from ptd.inject.explain import check_backend
-from ptd.inject.head import Head
 from ptd.inject.inputs import Inputs
+from ptd.inject.last_layer import Tail, Watch
+from ptd.inject.output_layer import Head
 from ptd.inject.probe import layer_shapes, probe, shape_of
 from ptd.inject.self_check import SelfCheck, Verdict
 from ptd.inject.stack import Stack, stacks_of
-from ptd.inject.tail import Tail, Watch
 from ptd.types import Batch, NoPrompt, PrefixKV, PromptEncoder, SoftTokens, UserError
 
 ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}

@@ -17,7 +17,7 @@ from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
 from ptd.inject.attention import packed_forward, packing_arguments
-from ptd.inject.tail import Tail
+from ptd.inject.last_layer import Tail
 from ptd.types import UserError, virtual_id
 
 POSITIONS_FROM_MASK = {"biogpt", "opt"}

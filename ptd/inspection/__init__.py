@@ -10,11 +10,11 @@ import numpy as np
 from ptd.checkpoint import Adapter, load_adapter
 from ptd.checkpoint.files import make_folders, write_json
 from ptd.data import load_rows
-from ptd.engine.ranks import Ranks
+from ptd.distributed.ranks import Ranks
 from ptd.files import as_path
-from ptd.generate import Settings, Tuned, load_tuned, start_ranks
 from ptd.inspection.effects import effects_on
 from ptd.inspection.geometry import nearest_tokens, tensors_of
+from ptd.runs.tuned import Settings, Tuned, load_tuned, start_ranks
 from ptd.types import EmptyLayout, PrefixLayout, Reporter, SoftLayout, SoftTokens, UserError
 
 WORDLESS = (

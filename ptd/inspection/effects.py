@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ptd.distributed.ranks import Ranks
 from ptd.engine.evaluation import HeldOut, mean_loss
-from ptd.engine.ranks import Ranks
-from ptd.generate import Tuned
 from ptd.inject import LayerShares, SharesOfPrompt, attending_only_to
 from ptd.inspection.geometry import layer_names
 from ptd.readouts import Reading, Run
+from ptd.runs.tuned import Tuned
 from ptd.types import Batch, Reporter
 
 SETS = ("all", "supervised")

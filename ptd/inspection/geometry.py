@@ -82,7 +82,7 @@ def _(state: SoftTokens, prepared: Prepared, tokenizer: Any) -> list[dict[str, A
     module = prepared.attachment.stacks[0].embeddings
     gathered: Any = nullcontext()
     if prepared.sharded:
-        from ptd.engine.sharding import whole  # importing deepspeed takes seconds
+        from ptd.distributed.zero3 import whole  # importing deepspeed takes seconds
 
         gathered = whole(module.weight)
     prompt = state.embeddings.detach().float().to(prepared.model.device)

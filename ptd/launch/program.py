@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptd.config import RunConfig, load_config
-from ptd.deepspeed_config import apply_deepspeed
+from ptd.config.deepspeed import apply_deepspeed
 from ptd.shipped import find_recipe
 
 

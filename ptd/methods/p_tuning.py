@@ -111,7 +111,7 @@ class PTuningEncoder(PromptEncoder):
 
 
 def check(config: PTuningConfig, facts: TaskFacts) -> None:
-    """Raise `UserError` without virtual tokens, or if the template and ``num_virtual_tokens`` disagree on their number."""
+    """Raise `UserError` without virtual tokens, or if template and ``num_virtual_tokens`` disagree on their number."""
     marked, given = facts.virtual_tokens, config.num_virtual_tokens
     if not marked and given is None:
         if facts.kind in ("causal_lm", "seq2seq_lm"):

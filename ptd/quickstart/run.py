@@ -14,14 +14,14 @@ import torch
 
 from ptd.config import load_config
 from ptd.data import load_rows
-from ptd.decoding import Decoding
-from ptd.engine.ranks import Ranks
-from ptd.evaluate import continue_rows, held_out_metrics, text_metrics
+from ptd.distributed.ranks import Ranks
 from ptd.files import as_path, check_writable
-from ptd.generate import Tuned, load_tuned
 from ptd.launch import Program, environment, local_command
 from ptd.quickstart import BACKBONE
 from ptd.quickstart.task import slot_accuracy, write_task
+from ptd.runs.decoding import Decoding
+from ptd.runs.scores import continue_rows, held_out_metrics, text_metrics
+from ptd.runs.tuned import Tuned, load_tuned
 from ptd.types import Reporter, UserError
 
 RECIPE = Path(__file__).parent / "recipe.yaml"

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
+from ptd.async_copy import to_device
 from ptd.readouts import Reading, Readout, Run
-from ptd.transfer import to_device
 from ptd.types import Batch, matrix_rates
 
 Pooling = Literal["cls", "last", "mean"]

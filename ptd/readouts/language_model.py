@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ptd.async_copy import to_device
 from ptd.readouts import Reading, Readout, Run
-from ptd.transfer import to_device
 from ptd.types import IGNORE_INDEX, Batch
 
 

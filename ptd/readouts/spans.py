@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from ptd.async_copy import to_device
 from ptd.readouts import Reading, Run
 from ptd.readouts.heads import Head, HeadReadout
 from ptd.readouts.tags import positions_by_row
-from ptd.transfer import to_device
 from ptd.types import Batch
 
 CANDIDATE, START, END = 0, 1, 2

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, nll_loss
 
+from ptd.async_copy import to_device
 from ptd.readouts import Reading, Run
 from ptd.readouts.heads import Head, HeadReadout
-from ptd.transfer import to_device
 from ptd.types import IGNORE_INDEX, Batch
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ptd.engine.records import METRICS, read_records
-from ptd.engine.samples import read_samples
+from ptd.runs.metrics_log import METRICS, read_records
+from ptd.runs.samples_log import read_samples
 from ptd.types import UserError
 
 Record = dict[str, Any]

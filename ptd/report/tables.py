@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from ptd.engine.records import flat
 from ptd.report.data import ALONE, Run, is_number, numbers
 from ptd.report.panels import LAYERS, NOT_DRAWN, mean_split, metrics
+from ptd.values import flattened
 
 NOT_COMPARED = ("output_dir",)
 """Settings that always differ between two runs."""
@@ -197,7 +197,7 @@ def _best(best: Any) -> str:
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Return the settings that differ between runs, as dotted keys, with each run's value."""
-    settings = [flat(run.section("config")) for run in runs]
+    settings = [flattened(run.section("config")) for run in runs]
     keys = [key for key in dict.fromkeys(key for each in settings for key in each) if key not in NOT_COMPARED]
     cells = {key: [json.dumps(each[key]) if key in each else "" for each in settings] for key in keys}
     return [(key, values) for key, values in cells.items() if len(set(values)) > 1]

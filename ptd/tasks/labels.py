@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+from ptd.config import TaskConfig
 from ptd.types import UserError
 from ptd.values import WHOLE, name_of
 
@@ -159,3 +160,12 @@ def _alike(names: Iterable[str]) -> tuple[str, str] | None:
 
 def _folded(name: str) -> str:
     return unicodedata.normalize("NFKC", name).casefold()
+
+
+def with_assumed_labels(task: TaskConfig) -> TaskConfig:
+    """Return the task with label names. A run may learn them from its data; where none are given, assume two."""
+    if task.kind not in ("classification", "token_classification"):
+        return task
+    labels = task.labels or list(task.verbalizer or {"0": [], "1": []})
+    weights = dict.fromkeys(labels, 1.0) if task.class_weights == "balanced" else task.class_weights
+    return task.model_copy(update={"labels": labels, "class_weights": weights})

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from mlflow.entities import Metric, Param
 from mlflow.tracking import MlflowClient
 
-from ptd.trackers import Status, Tracked, flat
+from ptd.trackers import Status, Tracked
+from ptd.values import flattened
 
 TAG = "ptd.run"
 ENDS: dict[Status, str] = {"finished": "FINISHED", "preempted": "KILLED", "failed": "FAILED"}
@@ -37,7 +38,7 @@ class Mlflow:
             client.update_run(self._id, status="RUNNING")
             return
         self._id = client.create_run(place, run_name=run.name, tags={TAG: run.id}).info.run_id
-        params = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in flat(run.config).items()]
+        params = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in flattened(run.config).items()]
         for begin in range(0, len(params), PARAMS):
             client.log_batch(self._id, params=params[begin : begin + PARAMS])
 

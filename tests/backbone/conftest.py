@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from ptd.commands.evaluate import evaluate
+from ptd.commands.train import train
 from ptd.config import parse_config
-from ptd.evaluate import evaluate
-from ptd.train import train
 
 
 @pytest.fixture

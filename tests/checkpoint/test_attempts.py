@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ptd.checkpoint.attempts import Attempt, RepeatedFailure, begun, check_attempts, ended, settled
-from ptd.exit_codes import FATAL
+from ptd.errors import FATAL
+from ptd.runs.restarts import Attempt, RepeatedFailure, begun, check_attempts, ended, settled
 
 
 def history(*ends: tuple[str, int]) -> list[Attempt]:

@@ -22,7 +22,7 @@ import ptd
 from ptd.checkpoint import Adapter, load_adapter, save_adapter
 from ptd.checkpoint.card import MARK, NAME
 from ptd.cli import main
-from ptd.export import export_adapter
+from ptd.commands.export import export_adapter
 from ptd.types import EmptyLayout, LayerShape, PrefixLayout, SoftLayout
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # by PEFT

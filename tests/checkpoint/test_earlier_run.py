@@ -11,10 +11,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from ptd.train import train
 
 from ptd.config import load_config
 from ptd.quickstart import BACKBONE
-from ptd.train import train
 from ptd.types import UserError
 
 FIXTURE = Path(__file__).parent / "earlier_run"

@@ -12,7 +12,7 @@ from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_mod
 from transformers import AutoModel
 
 from ptd.checkpoint import Adapter, load_adapter, save_adapter
-from ptd.export import export_adapter, import_adapter
+from ptd.commands.export import export_adapter, import_adapter
 from ptd.types import EmptyLayout, LayerShape, PrefixLayout, SoftLayout, UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # by PEFT

@@ -16,7 +16,7 @@ from torch import nn
 from ptd.checkpoint import Saver, latest_complete, load_tensors, saver
 from ptd.checkpoint.files import write_json
 from ptd.checkpoint.run_state import checkpoints, clean, read_facts, step_of, tensors_of
-from ptd.engine.ranks import Ranks
+from ptd.distributed.ranks import Ranks
 from ptd.types import UserError
 
 ALONE = Ranks(0, 1, 1, torch.device("cpu"))

@@ -11,8 +11,8 @@ import datasets
 import pytest
 from reporting import Notes, Stopped
 
+from ptd.commands.train import train
 from ptd.config import parse_config
-from ptd.train import train
 
 
 @pytest.fixture(scope="session")

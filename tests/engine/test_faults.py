@@ -20,7 +20,7 @@ import yaml
 from safetensors.torch import load_file
 
 from ptd.checkpoint import latest_complete
-from ptd.engine.records import read_records
+from ptd.runs.metrics_log import read_records
 
 STEPS, NAN_STEP = 16, 10
 # The same sums in another order, carried through 16 steps of Adam.

@@ -9,9 +9,9 @@ from typing import Any
 
 from families import save_backbone
 
+from ptd.commands.plan import plan, trace_run
 from ptd.config import parse_config
-from ptd.engine.gathers import Limits, Use, Weight, gathers
-from ptd.plan import plan, trace_run
+from ptd.planner.zero3_gathers import Limits, Use, Weight, gathers
 
 HERE = Path(__file__).parent
 LIMITS = {

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import BackendConfig
 
-from ptd.engine import meeting
-from ptd.engine.meeting import Member, backends_for, join
-from ptd.engine.ranks import collective_timeout
+from ptd.distributed import rendezvous as meeting
+from ptd.distributed.ranks import collective_timeout
+from ptd.distributed.rendezvous import Member, backends_for, join
 
 WORKER = Path(__file__).with_name("worker_host.py")
 GPU = torch.device("cuda", 1)

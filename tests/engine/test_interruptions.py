@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import yaml
 
-from ptd.engine.records import read_records
-from ptd.exit_codes import DIVERGED, DONE, FATAL, REQUEUE, USAGE
+from ptd.errors import DIVERGED, DONE, FATAL, REQUEUE, USAGE
 from ptd.quickstart import BACKBONE
 from ptd.quickstart.task import write_task
+from ptd.runs.metrics_log import read_records
 
 STEPS = 12
 HANG = 5 / 60

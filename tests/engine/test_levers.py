@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from torch._dynamo.utils import counters
 
+from ptd.commands.train import train
 from ptd.config import parse_config
-from ptd.engine.records import read_records
-from ptd.inject.head import Head
-from ptd.inject.tail import Tail
-from ptd.train import train
+from ptd.inject.last_layer import Tail
+from ptd.inject.output_layer import Head
+from ptd.runs.metrics_log import read_records
 from ptd.types import Reporter
 
 EAGER = ("tail", "loss", "joined")

@@ -1,4 +1,4 @@
-"""float16 backbones: the loss scale by itself, and through `ptd.train` in this process.
+"""float16 backbones: the loss scale by itself, and through `ptd.commands.train` in this process.
 
 On several ranks: test_steps.py.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from ptd.engine.loss_scale import LARGEST, LossScale
-from ptd.engine.records import read_records
+from ptd.runs.metrics_log import read_records
 from ptd.types import UserError
 
 Start = Callable[..., list[str]]
@@ -78,7 +78,7 @@ def test_without_one_nothing_is_scaled_or_kept() -> None:
     assert (scale.used, scale.value, scale.tensors()) == (False, 1.0, {})
 
 
-# ---- through ptd.train
+# ---- through ptd.commands.train
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from ptd.engine import meeting
-from ptd.engine.meeting import Member, disagreement, listed
-from ptd.engine.ranks import Ranks
+from ptd.distributed import rendezvous as meeting
+from ptd.distributed.ranks import Ranks
+from ptd.distributed.rendezvous import Member, disagreement, listed
 from ptd.types import RankError, UserError
 
 WORKER = Path(__file__).with_name("worker_meeting.py")

@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
-from ptd.engine.meter import NetworkMeter
-from ptd.engine.ranks import Ranks
+from ptd.distributed.network_meter import NetworkMeter
+from ptd.distributed.ranks import Ranks
 from ptd.methods.prefix import PrefixEncoder
 from ptd.types import LayerShape
 

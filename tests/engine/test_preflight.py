@@ -12,12 +12,12 @@ import pytest
 import torch
 from families import save_backbone
 
+from ptd.commands.train import train
 from ptd.config import parse_config
-from ptd.engine import preflight
-from ptd.engine.preflight import bytes_to_write, check_space, size
-from ptd.engine.ranks import Ranks
+from ptd.distributed import preflight
+from ptd.distributed.preflight import bytes_to_write, check_space, size
+from ptd.distributed.ranks import Ranks
 from ptd.files import check_writable
-from ptd.train import train
 from ptd.types import UserError
 
 WORKER = Path(__file__).with_name("worker_preflight.py")
@@ -74,7 +74,7 @@ def test_a_run_writes_no_more_than_was_reckoned(
 ) -> None:
     """And what its own checkpoints take already counts as free."""
     seen = []
-    monkeypatch.setattr("ptd.train.check_space", lambda folder, needed: seen.append(needed))
+    monkeypatch.setattr("ptd.commands.train.check_space", lambda folder, needed: seen.append(needed))
     run = {
         "backbone": {"path": str(backbone_dir), "dtype": "float32"},
         "method": {"name": "prefix", "num_virtual_tokens": 64},

@@ -10,8 +10,8 @@ import pytest
 import torch
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
-from ptd.engine import ranks
-from ptd.engine.ranks import TIMEOUT, Ranks, collective_timeout, device_of
+from ptd.distributed import ranks
+from ptd.distributed.ranks import TIMEOUT, Ranks, collective_timeout, device_of
 from ptd.types import UserError
 
 

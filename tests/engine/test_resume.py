@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from ptd import cli
 from ptd.checkpoint.files import write_json
 from ptd.checkpoint.run_state import listed
-from ptd.engine.records import read_records
+from ptd.runs.metrics_log import read_records
 from ptd.types import UserError
 
 STEPS, EPOCH, KILLED_AFTER = 14, 6, 7  # killed in the second of three epochs; checkpoints at 3, 6, 9 …

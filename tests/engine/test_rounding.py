@@ -8,8 +8,8 @@ import torch
 from families import FAMILIES, VOCAB, tiny_model
 
 from ptd.data.batches import packed_batch
+from ptd.engine.bucket_padding import fill, rounded
 from ptd.engine.forward import Forward
-from ptd.engine.rounding import fill, rounded
 from ptd.inject import Attachment
 from ptd.methods.prefix import PrefixEncoder
 from ptd.types import IGNORE_INDEX, DataReport, Examples, SoftTokens

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from ptd.config import parse_config
 from ptd.engine.phases import PHASES
-from ptd.engine.records import Records, read_records
 from ptd.report.plots import plot_loss
+from ptd.runs.metrics_log import Records, read_records
 from ptd.types import UserError
 
 STEPS = 20
@@ -456,7 +456,7 @@ def at_loading(start: Start, monkeypatch: pytest.MonkeyPatch) -> Callable[..., N
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr("ptd.train.prepare", fail)
+            patch.setattr("ptd.commands.train.prepare", fail)
             with pytest.raises(type(error)):
                 start(folder, changes, overwrite=overwrite)
 

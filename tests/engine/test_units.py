@@ -12,12 +12,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from ptd.config import parse_config
+from ptd.distributed.ranks import Ranks
 from ptd.engine.evaluation import mean_loss
 from ptd.engine.loop import learning_rates
-from ptd.engine.ranks import Ranks
 from ptd.quickstart import BACKBONE
 from ptd.quickstart.task import write_task
-from ptd.train import build_engine, read_material
+from ptd.runs.build import build_engine, read_material
 from ptd.types import Reporter
 
 FACTOR, STEPS = 1 / 32, 24

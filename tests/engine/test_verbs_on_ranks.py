@@ -16,10 +16,10 @@ from families import EOS, VOCAB, save_backbone
 from transformers import GenerationConfig
 
 from ptd.cli import main
+from ptd.commands.train import train
 from ptd.config import parse_config
-from ptd.engine.samples import read_samples
-from ptd.sampling import SPARE
-from ptd.train import train
+from ptd.runs.sampler import SPARE
+from ptd.runs.samples_log import read_samples
 
 WORKER = Path(__file__).with_name("worker_verbs.py")
 # Wide enough that DeepSpeed shards the layers (it leaves weights below 100,000 numbers whole), in 4 bits too.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ptd.engine.watchdog import Watchdog, Watched
-from ptd.exit_codes import FATAL
+from ptd.errors import FATAL
 from ptd.types import Reporter
 
 HANGS = {

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from ptd import cli
+from ptd.distributed.ranks import Ranks
 from ptd.engine.loop import Loop
-from ptd.engine.ranks import Ranks
-from ptd.train import Artifacts
+from ptd.runs.artifacts import Artifacts
 
 GRACE = 20.0
 """Seconds for the others: far more than a rank needs whose peer is gone, or hangs."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from ptd.checkpoint import Saver
 from ptd.cli import main
-from ptd.engine.records import Records
+from ptd.runs.metrics_log import Records
 
 last_step = int(sys.argv.pop(1))
 write, save = Records.write, Saver.save

@@ -23,12 +23,12 @@ from typing import Any
 import torch  # noqa: F401  before the forks, as all that takes long to import
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-import ptd.train  # noqa: F401
+import ptd.commands.train  # noqa: F401
 from ptd.checkpoint import Saver, saver
 from ptd.cli import main
 from ptd.engine.loop import Loop
 from ptd.engine.prompt_step import PromptStep
-from ptd.engine.records import Records
+from ptd.runs.metrics_log import Records
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 

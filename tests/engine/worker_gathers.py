@@ -11,14 +11,14 @@ from pathlib import Path
 
 from ptd.backbone import architecture_of
 from ptd.config import parse_config
-from ptd.deepspeed_config import apply_deepspeed
-from ptd.engine.meter import NetworkMeter, metered_deepspeed
-from ptd.engine.ranks import Ranks
-from ptd.engine.sample import rows_of, sample_batch
+from ptd.config.deepspeed import apply_deepspeed
+from ptd.distributed.network_meter import NetworkMeter, metered_deepspeed
+from ptd.distributed.ranks import Ranks
 from ptd.engine.setup import prepare
+from ptd.planner.worst_case_batch import rows_of, sample_batch
 from ptd.readouts.language_model import LanguageModel
+from ptd.runs.build import build_trained
 from ptd.tasks import make_task
-from ptd.train import build_trained
 
 config, zero3 = apply_deepspeed(parse_config(json.loads(Path(sys.argv[1]).read_text())))
 ranks = Ranks.start(needs_group=True)

@@ -24,11 +24,11 @@ from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers
 
 from ptd.checkpoint import Saver, latest_complete, saver
 from ptd.config import parse_config
-from ptd.deepspeed_config import apply_deepspeed
-from ptd.engine import meeting
-from ptd.engine.ranks import Ranks
+from ptd.config.deepspeed import apply_deepspeed
+from ptd.distributed import rendezvous as meeting
+from ptd.distributed.ranks import Ranks
+from ptd.distributed.zero3 import _gather
 from ptd.engine.setup import prepare
-from ptd.engine.sharding import _gather
 from ptd.types import UserError
 
 HELD = 60.0

@@ -8,8 +8,8 @@ import sys
 from datetime import timedelta
 
 from ptd import cli
-from ptd.engine import meeting
-from ptd.engine.ranks import Ranks
+from ptd.distributed import rendezvous as meeting
+from ptd.distributed.ranks import Ranks
 
 
 def main(case: str) -> None:

@@ -18,15 +18,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-import ptd.train
+import ptd.commands.train
 from ptd.backbone import TextConditioner
 from ptd.config import RunConfig, parse_config
 from ptd.data import load_rows
 from ptd.data.batches import padded_batch
+from ptd.distributed.ranks import Ranks
 from ptd.engine.evaluation import HeldOut, evaluate, scores_of
 from ptd.engine.loop import Loop
 from ptd.engine.prompt_step import Trained
-from ptd.engine.ranks import Ranks
 from ptd.engine.setup import Prepared, prepare
 from ptd.methods import TaskFacts, method
 from ptd.tasks import Task
@@ -82,7 +82,7 @@ def run(raw: dict[str, Any], ranks: Ranks) -> Measured:
     """Train on all ranks; what the last evaluation would answer is kept on rank 0 and given to all."""
     loops.clear()
     config = parse_config(raw)
-    ptd.train.train(config)
+    ptd.commands.train.train(config)
     (loop,) = loops
     task, held_out = loop.held_out.task, loop.held_out
     loop.prepared.attachment.set(loop.step.state())
@@ -209,8 +209,8 @@ def main(cases_file: str, results_file: str) -> None:
     torch.set_num_threads(1)
     ranks = Ranks.start(needs_group=True)
     Ranks.stop = lambda self: None  # type: ignore[method-assign]  # one group for all runs
-    ptd.train.Loop = WatchedLoop  # type: ignore[misc]
-    ptd.train.leave_report = lambda folder: None  # the same drawing every time
+    ptd.commands.train.Loop = WatchedLoop  # type: ignore[misc]
+    ptd.commands.train.leave_report = lambda folder: None  # the same drawing every time
     cases = json.loads(Path(cases_file).read_text())
     measured = {name: run(raw, ranks) for name, raw in cases.items()}
     # A reference needs one process: the ranks share them out.

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ptd.config import backbone_config, parse_config
-from ptd.engine import preflight
-from ptd.engine.ranks import Ranks
+from ptd.distributed import preflight
+from ptd.distributed.ranks import Ranks
 from ptd.engine.setup import prepare
 from ptd.types import UserError
 

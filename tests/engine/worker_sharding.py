@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ptd.backbone import load_model
 from ptd.config import BackboneConfig, parse_config
-from ptd.deepspeed_config import apply_deepspeed
-from ptd.engine.ranks import Ranks
+from ptd.config.deepspeed import apply_deepspeed
+from ptd.distributed.ranks import Ranks
+from ptd.distributed.zero3 import Shards
 from ptd.engine.setup import Prepared, prepare
-from ptd.engine.sharding import Shards
 from ptd.methods.prefix import PrefixEncoder
 from ptd.types import UserError
 

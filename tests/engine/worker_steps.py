@@ -32,13 +32,13 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from ptd.checkpoint import Saver
 from ptd.checkpoint.run_state import load_tensors, tensors_of
 from ptd.config import TrainConfig, parse_config
+from ptd.config.deepspeed import apply_deepspeed
 from ptd.data import Batches
-from ptd.deepspeed_config import apply_deepspeed
+from ptd.distributed.network_meter import NetworkMeter, metered_deepspeed
+from ptd.distributed.ranks import Ranks
 from ptd.engine.loop import Loop
 from ptd.engine.loss_scale import LossScale
-from ptd.engine.meter import NetworkMeter, metered_deepspeed
 from ptd.engine.prompt_step import PromptStep, Trained, build_optimizer
-from ptd.engine.ranks import Ranks
 from ptd.engine.setup import Prepared, prepare
 from ptd.methods.prefix import PrefixEncoder
 from ptd.readouts import Run

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from ptd.cli import main
-from ptd.engine.ranks import Ranks
-from ptd.generate import load_tuned, start_ranks
+from ptd.distributed.ranks import Ranks
+from ptd.runs.tuned import load_tuned, start_ranks
 
 
 def parted(adapter: str, sharding: str, rank_file: Path) -> None:

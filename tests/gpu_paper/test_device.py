@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ptd.transfer import OnItsWay, to_device
+from ptd.async_copy import OnItsWay, to_device
 from tests.gpu_paper.device import EMULATED, Dispatched, Seen, watched
 
 GPU = torch.device("cuda", 0)

@@ -21,13 +21,15 @@ import torch
 from families import save_backbone
 from matrix import MARKED, METHODS, TASKS, covering, makes_sense, pairs
 
+from ptd.commands.generate import Decoding
+from ptd.commands.train import train
 from ptd.config import parse_config
 from ptd.data import load_rows
+from ptd.distributed.ranks import Ranks
 from ptd.engine.evaluation import scores_of
 from ptd.engine.loop import Loop
-from ptd.engine.ranks import Ranks
-from ptd.generate import Decoding, decode, load_tuned
-from ptd.train import train
+from ptd.runs.generation import decode
+from ptd.runs.tuned import load_tuned
 from ptd.types import Preempted, Reporter
 from tests.gpu_paper.device import Seen, watched
 
@@ -155,8 +157,8 @@ def test_a_run_is_a_cpus_and_waits_for_nothing(
         }  # fmt: skip
         return parse_config(raw)
 
-    monkeypatch.setattr("ptd.train.Loop", SeenLoop)
-    monkeypatch.setattr("ptd.train.leave_report", lambda folder: None)
+    monkeypatch.setattr("ptd.commands.train.Loop", SeenLoop)
+    monkeypatch.setattr("ptd.commands.train.leave_report", lambda folder: None)
     out, reference = tmp_path / "gpu", tmp_path / "cpu"
     trains = method != "hard_prompt"
     with watched() as seen:

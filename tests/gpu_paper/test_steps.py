@@ -16,14 +16,14 @@ from reporting import Notes
 
 from ptd.backbone import load_model
 from ptd.config import BackboneConfig, parse_config
+from ptd.distributed.ranks import Ranks
 from ptd.engine.evaluation import evaluate
 from ptd.engine.loop import Loop, Stopped
-from ptd.engine.ranks import Ranks
 from ptd.inject import Attachment, check_supported
-from ptd.inject.head import Head
+from ptd.inject.output_layer import Head
 from ptd.methods.prefix import PrefixEncoder
 from ptd.methods.prompt import SoftPromptEncoder
-from ptd.train import build_engine, read_material
+from ptd.runs.build import build_engine, read_material
 from ptd.types import Reporter, Units
 from tests.gpu_paper.device import strictly, watched
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from ptd.backbone.load import checkpoint_layers
 from ptd.inject import Attachment
-from ptd.inject.tail import Watch
+from ptd.inject.last_layer import Watch
 from ptd.types import PrefixKV, SoftTokens
 
 P, CLOSE = 3, 1e-6

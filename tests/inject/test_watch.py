@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy, pad
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from ptd.engine.bucket_padding import fill
 from ptd.engine.forward import Forward
-from ptd.engine.rounding import fill
 from ptd.inject import Attachment, SharesOfPrompt, attending_only_to
 from ptd.types import IGNORE_INDEX, Batch, NoPrompt, PrefixKV, PrefixLayout, SoftTokens, virtual_id
 

@@ -19,7 +19,7 @@ from matplotlib.text import Text
 from peft import PromptTuningConfig, get_peft_model
 
 from ptd.checkpoint import Adapter, save_adapter
-from ptd.evaluate import evaluate
+from ptd.commands.evaluate import evaluate
 from ptd.inspection import inspect, write
 from ptd.inspection.effects import POINTS, enough, sizes_to_try
 from ptd.inspection.figures import figures

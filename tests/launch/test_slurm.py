@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from user_project import HOSTILE, launch
 
-from ptd.engine.records import read_records
 from ptd.launch import Program, directives, render, submit, sweep
 from ptd.launch.examples import EXAMPLES
+from ptd.runs.metrics_log import read_records
 from ptd.shipped import SLURM
 from ptd.types import UserError
 

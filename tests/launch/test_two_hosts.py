@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from user_project import command, environment
 
-from ptd.engine.records import read_records
+from ptd.runs.metrics_log import read_records
 
 DEVICE, ADDRESSES = "veth0", ("10.78.0.1", "10.78.0.2")
 

@@ -13,7 +13,7 @@ import torch
 
 from ptd.backbone import TextConditioner
 from ptd.config import BackboneConfig
-from ptd.engine.ranks import Ranks
+from ptd.distributed.ranks import Ranks
 from ptd.engine.setup import prepare
 from ptd.inject import Attachment
 

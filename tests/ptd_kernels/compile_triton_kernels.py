@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from ptd_kernels.prefix_attention import triton_backward, triton_decode, triton_forward
-from ptd_kernels.prefix_attention.triton_table import DELTA, WIDTHS, Tile, decode_tile, decodes, tiles_for
-from ptd_kernels.prefix_attention.triton_tiles import padded
+from ptd_kernels.prefix_attention.fused import backward, decode, forward
+from ptd_kernels.prefix_attention.fused.tile_table import DELTA, WIDTHS, Tile, decode_tile, decodes, tiles_for
+from ptd_kernels.prefix_attention.fused.tiles import padded
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 SOURCES = {
-    "forward": triton_forward.forward_kernel,
-    "query_gradient": triton_backward.query_gradient_kernel,
-    "key_gradient": triton_backward.key_gradient_kernel,
-    "prefix_gradient": triton_backward.prefix_gradient_kernel,
-    "decode": triton_decode.decode_kernel,
-    "delta": triton_backward.delta_kernel,
+    "forward": forward.forward_kernel,
+    "query_gradient": backward.query_gradient_kernel,
+    "key_gradient": backward.key_gradient_kernel,
+    "prefix_gradient": backward.prefix_gradient_kernel,
+    "decode": decode.decode_kernel,
+    "delta": backward.delta_kernel,
 }
 FEATURES = ("CAUSAL", "WINDOW", "SOFTCAP", "PACKED", "BIAS", "SEVERAL")
 VARIANTS = {

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from ptd_kernels import available_backends, explain_backend, prefix_attention
-from ptd_kernels.prefix_attention.triton_table import Tile
+from ptd_kernels.prefix_attention.fused.tile_table import Tile
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -169,7 +169,7 @@ def operator_arguments(name: str) -> tuple[Any, ...]:
 @runs
 @pytest.mark.parametrize("name", CALLS)
 def test_triton_operator_is_well_behaved(name: str) -> None:
-    from ptd_kernels.prefix_attention.triton_op import prefix_attention_backward, prefix_attention_forward
+    from ptd_kernels.prefix_attention.fused.operator import prefix_attention_backward, prefix_attention_forward
 
     arguments = operator_arguments(name)
     torch.library.opcheck(prefix_attention_forward, arguments)
@@ -207,7 +207,7 @@ def test_triton_under_torch_compile(index: Tensor | None) -> None:
 def test_triton_computes_only_the_gradients_needed(
     wanted: list[int], launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ptd_kernels.prefix_attention import triton_op
+    from ptd_kernels.prefix_attention.fused import operator as triton_op
 
     x = [y.detach().requires_grad_(i in wanted) for i, y in enumerate(leaves(9, 3, 8, 8, torch.float32))]
     out = prefix_attention(*x, backend="triton")
@@ -246,8 +246,8 @@ def test_triton_goes_on_with_the_next_tile(
     failure: str, timed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Of each kernel, the wide tile cannot be launched: neither where tiles are timed, nor where they are not."""
-    from ptd_kernels.prefix_attention import triton_op
-    from ptd_kernels.prefix_attention.triton_tune import Choices
+    from ptd_kernels.prefix_attention.fused import operator as triton_op
+    from ptd_kernels.prefix_attention.fused.tuning import Choices
 
     launch, refused = triton_op._run, []
 

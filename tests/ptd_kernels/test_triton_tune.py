@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from ptd_kernels.prefix_attention.triton_table import ALTERNATIVES, KERNELS, TABLE, Tile, tiles_for
-from ptd_kernels.prefix_attention.triton_tune import (
+from ptd_kernels.prefix_attention.fused.tile_table import ALTERNATIVES, KERNELS, TABLE, Tile, tiles_for
+from ptd_kernels.prefix_attention.fused.tuning import (
     Choices,
     NoTileFits,
     allowed,

@@ -231,9 +231,10 @@ def test_raw_texts_are_whole_prompts():
 @pytest.mark.parametrize("where", ["config", "generation_config"])
 def test_the_decoder_starts_alike_in_training_and_generation(tmp_path, where):
     """Whatever the config takes for padding, and wherever the model says what its decoder starts from."""
-    from ptd.engine.ranks import Ranks
-    from ptd.evaluate import held_out_metrics
-    from ptd.generate import load_tuned, tokens_of
+    from ptd.distributed.ranks import Ranks
+    from ptd.runs.generation import tokens_of
+    from ptd.runs.scores import held_out_metrics
+    from ptd.runs.tuned import load_tuned
     from ptd.types import Reporter
 
     tokenizer = support.roberta()

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from ptd.engine.records import Records
+from ptd.runs.metrics_log import Records
 from ptd.trackers import Behind, Guarded, Status, Tracked, Tracker, start_trackers
 from ptd.types import Preempted
 

@@ -10,12 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ptd_kernels.prefix_attention import (  # noqa: F401  (importing registers the backend)
-    joined,
-    merge,
-    reference,
-    triton_backend,
-)
+from ptd_kernels.prefix_attention import joined, merge, reference  # noqa: F401  (importing registers the backends)
+from ptd_kernels.prefix_attention.fused import backend as _  # noqa: F401
 from ptd_kernels.prefix_attention.problem import Prefix, available_backends, check, choose
 
 __all__ = ["available_backends", "explain_backend", "prefix_attention"]

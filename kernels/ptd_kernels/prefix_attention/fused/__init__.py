@@ -1,0 +1,1 @@
+"""The fused Triton kernels: forward, backward and decode, their tile sizes, and the backend `triton`."""

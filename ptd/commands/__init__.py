@@ -1,0 +1,1 @@
+"""The commands that users type, one module each. No command imports another."""

@@ -1,0 +1,1 @@
+"""Predict memory and traffic of a run without weights and data, for `ptd plan`."""
