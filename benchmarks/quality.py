@@ -60,7 +60,10 @@ SEEDS, ONCE = 3, ("prompt+text", "lora r8", "lora r64")
 """Training runs of a method, but of SST-2 on the causal model and of these methods, which have one unless ``--seeds``
 says otherwise."""
 METHODS: dict[str, dict[str, tuple[str, ...]]] = {
-    "e2e": {"ptd": ("frozen", *PROMPTS, "prefix 128", "prefix 256"), "peft": (*PROMPTS, "prompt+text", *LORA)},
+    "e2e": {
+        "ptd": ("frozen", *PROMPTS, "prefix 128", "prefix 256", "prefix 424"),
+        "peft": (*PROMPTS, "prompt+text", *LORA),
+    },
     "sst2": {
         "ptd": ("hard_prompt", *PROMPTS, "head", "p_tuning_v2"),
         "peft": (*PROMPTS, "prompt+text", *LORA),

@@ -185,9 +185,7 @@ def test_a_warm_up_as_long_as_the_run_is_said(start: Start, tmp_path: Path) -> N
         "train.warmup_steps, or train.warmup_ratio"
     ]
     assert not [
-        note
-        for note in start(tmp_path / "shorter", {"train.warmup_steps": 2, "train.max_steps": 3})
-        if said in note
+        note for note in start(tmp_path / "shorter", {"train.warmup_steps": 2, "train.max_steps": 3}) if said in note
     ]
 
 
