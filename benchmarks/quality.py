@@ -61,7 +61,10 @@ SEEDS, ONCE = 3, ("prompt+text", "lora r8", "lora r64")
 """Training runs per method, and the methods with one run. On SST-2 with the causal model, every method has one run.
 ``--seeds`` overrides these numbers."""
 METHODS: dict[str, dict[str, tuple[str, ...]]] = {
-    "e2e": {"ptd": ("frozen", *PROMPTS, "prefix 128", "prefix 256"), "peft": (*PROMPTS, "prompt+text", *LORA)},
+    "e2e": {
+        "ptd": ("frozen", *PROMPTS, "prefix 128", "prefix 256", "prefix 424"),
+        "peft": (*PROMPTS, "prompt+text", *LORA),
+    },
     "sst2": {
         "ptd": ("hard_prompt", *PROMPTS, "head", "p_tuning_v2"),
         "peft": (*PROMPTS, "prompt+text", *LORA),

@@ -24,6 +24,12 @@ from ptd.methods.settings import VIRTUAL_TOKENS, check_positive, key
 from ptd.methods.soft_prompts import embeddings_of_rows, units_of
 from ptd.types import BackboneShape, PromptEncoder, SoftLayout, UserError, matrix_rates
 
+HIDDEN_STATE = 0.045
+"""Root mean square of the LSTM's hidden states as torch initialises it, on standard normal embeddings: 0.057 to 0.041
+for widths of 128 to 4096."""
+FEATURES = {"lstm": (HIDDEN_STATE, 0.02), "mlp": (1.0, 0.4, 0.16)}
+"""Root mean square of the inputs of each linear layer of the MLP, behind an LSTM and alone."""
+
 
 @dataclass
 class PTuningConfig:
@@ -101,13 +107,15 @@ class PTuningEncoder(PromptEncoder):
         return layer
 
     def width_rates(self) -> Mapping[str, float]:
-        parts = {"lstm_head": self.lstm_head, "mlp_head": self.mlp_head}
-        return {
-            f"{name}.{parameter}": rate
-            for name, part in parts.items()
-            if part is not None
-            for parameter, rate in matrix_rates(part, len(self.embedding)).items()
-        }
+        """1 / (in · size of the inputs) for every weight matrix.
+
+        LSTM and ReLU give all rows much the same features, so a row's share of a move is not 1/√P of it: no √P here.
+        """
+        lstm = {} if self.lstm_head is None else matrix_rates(self.lstm_head, 1)
+        sizes = FEATURES["mlp" if self.lstm_head is None else "lstm"]
+        found = {f"lstm_head.{name}": rate / (1 if "ih_l0" in name else HIDDEN_STATE) for name, rate in lstm.items()}
+        mlp = matrix_rates(self.mlp_head, 1)
+        return found | {f"mlp_head.{name}": rate / size for (name, rate), size in zip(mlp.items(), sizes, strict=True)}
 
 
 def check(config: PTuningConfig, facts: TaskFacts) -> None:

@@ -10,6 +10,7 @@ from peft import PromptEncoderConfig
 
 from ptd.config import parse_method
 from ptd.methods import TaskFacts, method
+from ptd.methods.p_tuning import FEATURES, HIDDEN_STATE, PTuningEncoder
 from ptd.methods.soft_prompts import EMBEDDINGS, embeddings_of_rows
 from ptd.types import BackboneShape, LayerShape, SoftLayout, UserError
 
@@ -80,12 +81,27 @@ def test_it_starts_at_the_rows_embeddings_and_moves_in_their_units(network):
 def test_weight_matrices_have_a_rate_that_falls_with_their_inputs():
     encoder = build(encoder_reparameterization_type="lstm", encoder_hidden_size=7)
     rates = encoder.rates()
-    assert rates["lstm_head.weight_ih_l0"] == P**0.5 / HIDDEN
-    assert rates["lstm_head.weight_hh_l0"] == P**0.5 / 7
-    assert rates["lstm_head.weight_ih_l1"] == rates["mlp_head.0.weight"] == P**0.5 / 14
+    assert rates["lstm_head.weight_ih_l0"] == 1 / HIDDEN
+    assert rates["lstm_head.weight_hh_l0"] == 1 / 7 / HIDDEN_STATE
+    assert rates["lstm_head.weight_ih_l1"] == rates["mlp_head.0.weight"] == 1 / 14 / HIDDEN_STATE
     assert all(weight.ndim == 1 or name in rates for name, weight in encoder.named_parameters() if name != "embedding")
     encoder.units = None
     assert not encoder.rates()
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("width", [64, 256])
+def test_features_have_the_sizes_that_the_rates_assume(network, width):
+    torch.manual_seed(0)
+    encoder = PTuningEncoder(16, width, width, lstm_layers=0 if network == "mlp" else 2)
+    inputs = {}
+    for name, layer in encoder.mlp_head.named_children():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_pre_hook(lambda _, given, name=name: inputs.update({name: given[0]}))
+    encoder.network()
+    measured = [float(given.detach().square().mean().sqrt()) for given in inputs.values()]
+    assert measured == pytest.approx(FEATURES[network], rel=1.0)
+    assert all(found > size / 2 for found, size in zip(measured, FEATURES[network], strict=True))
 
 
 def test_sizes_default_to_the_backbones_and_two_layers():
