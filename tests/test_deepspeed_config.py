@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptd.config import RunConfig, parse_config
-from ptd.config import deepspeed as module
+from ptd.config import deepspeed_keys as keys
 from ptd.config.deepspeed import apply_deepspeed, check_batch_size
 from ptd.shipped import DS_CONFIGS
 from ptd.types import UserError
@@ -347,7 +347,7 @@ def test_refusals_name_the_key_and_what_to_do(section: dict[str, Any], path: str
     assert advice in message
 
 
-@pytest.mark.parametrize("key", sorted(module.REFUSED))
+@pytest.mark.parametrize("key", sorted(keys.REFUSED))
 def test_every_refused_key(key: str) -> None:
     message = refusal({key: {"enabled": True}})
     assert f"deepspeed: {key}: is not supported: " in message
@@ -356,7 +356,7 @@ def test_every_refused_key(key: str) -> None:
         assert applied({key: off}) == run({key: off})
 
 
-@pytest.mark.parametrize("key", sorted(module.ZERO_REFUSED))
+@pytest.mark.parametrize("key", sorted(keys.ZERO_REFUSED))
 def test_every_refused_zero_key(key: str) -> None:
     assert f"zero_optimization.{key}: is not supported" in refusal({"zero_optimization": {"stage": 3, key: 2}})
     zero3 = apply_deepspeed(run({"zero_optimization": {"stage": 3, key: None}}))[1]
@@ -367,7 +367,7 @@ def test_every_refused_zero_key(key: str) -> None:
 # --- ignored -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", sorted(module.IGNORED))
+@pytest.mark.parametrize("key", sorted(keys.IGNORED))
 def test_every_ignored_key_is_named(key: str) -> None:
     with pytest.warns(UserWarning, match=rf"deepspeed: ignored: {key}"):
         applied({key: {"x": 1}})
@@ -376,9 +376,9 @@ def test_every_ignored_key_is_named(key: str) -> None:
         applied({key: False})
 
 
-@pytest.mark.parametrize("key", sorted(module.ZERO_IGNORED.keys() - {"compute_grad_norm"}))
+@pytest.mark.parametrize("key", sorted(keys.ZERO_IGNORED.keys() - {"compute_grad_norm"}))
 def test_every_ignored_zero_key_is_named_and_not_handed_on(key: str) -> None:
-    value: Any = {"device": "cpu"} if key in module.ZERO_SECTIONS else True
+    value: Any = {"device": "cpu"} if key in keys.ZERO_SECTIONS else True
     with pytest.warns(UserWarning, match=rf"ignored: zero_optimization.{key}"):
         zero3 = apply_deepspeed(run({"zero_optimization": {"stage": 3, key: value}}))[1]
     assert zero3 is not None
@@ -400,12 +400,12 @@ def test_logarithmic_warm_up_is_not_taken_over_in_silence() -> None:
 # --- anything else -------------------------------------------------------------------------------------------------
 
 KEYS = st.sampled_from(
-    sorted(module.HONOURED)
-    + sorted(module.ZERO_KEYS | module.ADAM_KEYS | module.OFFLOAD_PARAM_KEYS)
+    sorted(keys.HONOURED)
+    + sorted(keys.ZERO_KEYS | keys.ADAM_KEYS | keys.OFFLOAD_PARAM_KEYS)
     + ["type", "params", "enabled", "warmup_num_steps", "total_num_steps", "cos_min_ratio", "_why"]
 )
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.integers(0, 3)
-SCALARS |= st.sampled_from(["auto", "AdamW", "cpu", "nvme", *module.SCHEDULERS])
+SCALARS |= st.sampled_from(["auto", "AdamW", "cpu", "nvme", *keys.SCHEDULERS])
 JSON = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=10
 )
@@ -533,21 +533,21 @@ def test_the_key_lists_are_deepspeeds() -> None:
 
     fields = DeepSpeedZeroConfig.model_fields
     names = set(fields) | {field.alias for field in fields.values() if field.alias}
-    assert names == module.ZERO_KEYS
+    assert names == keys.ZERO_KEYS
     assert {
         name
         for key, field in fields.items()
         if "bool" in str(field.annotation)
         for name in (key, field.alias)
         if name is not None
-    } == module.ZERO_FLAGS
-    assert set(DeepSpeedZeroOffloadParamConfig.model_fields) == module.OFFLOAD_PARAM_KEYS
-    assert set(DeepSpeedBF16Config.model_fields) == module.BF16_KEYS
-    assert set(DeepSpeedFP16Config.model_fields) == module.FP16_KEYS
-    assert set(ds._REMOVED_TOP_LEVEL_CONFIG_KEYS) <= set(module.REFUSED)
-    assert set(ds._REMOVED_ZERO_CONFIG_KEYS) <= set(module.ZERO_REFUSED)
-    assert not module.IGNORED & module.REFUSED.keys()
-    assert not module.HONOURED & (module.IGNORED | module.REFUSED.keys())
+    } == keys.ZERO_FLAGS
+    assert set(DeepSpeedZeroOffloadParamConfig.model_fields) == keys.OFFLOAD_PARAM_KEYS
+    assert set(DeepSpeedBF16Config.model_fields) == keys.BF16_KEYS
+    assert set(DeepSpeedFP16Config.model_fields) == keys.FP16_KEYS
+    assert set(ds._REMOVED_TOP_LEVEL_CONFIG_KEYS) <= set(keys.REFUSED)
+    assert set(ds._REMOVED_ZERO_CONFIG_KEYS) <= set(keys.ZERO_REFUSED)
+    assert not keys.IGNORED & keys.REFUSED.keys()
+    assert not keys.HONOURED & (keys.IGNORED | keys.REFUSED.keys())
 
 
 @pytest.mark.parametrize("path", sorted(DS_CONFIGS.glob("*.json")), ids=lambda path: path.name)
