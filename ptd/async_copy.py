@@ -30,7 +30,7 @@ def together(numbers: Sequence[Tensor | float], device: torch.device) -> Tensor:
     return found
 
 
-class OnItsWay:
+class AsyncHostCopy:
     """An asynchronous copy to the host of a device tensor of any shape and dtype, which may not be computed yet."""
 
     def __init__(self, numbers: Tensor) -> None:

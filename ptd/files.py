@@ -70,7 +70,7 @@ def read_text(path: str | Path, saying: str) -> str:
         return file.read()
 
 
-def decode(content: bytes, saying: str) -> str:
+def decode_text(content: bytes, saying: str) -> str:
     """Decode bytes from another source by the rules for files; raises `UserError`."""
     _check_beginning(content[:LOOKED_AT], saying)
     try:

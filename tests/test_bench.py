@@ -17,7 +17,7 @@ import yaml
 from families import save_backbone
 from torch.utils.flop_counter import FlopCounterMode
 
-from ptd.bench import Lane, _check, bench
+from ptd.bench import Comparison, _check, bench
 from ptd.bench.flops import padded_load
 from ptd.bench.machine import evidence, matmul_rate
 from ptd.bench.memory import PeakMemory
@@ -162,7 +162,7 @@ def test_experts_are_not_counted(tmp_path, rows_file) -> None:
 )
 def test_both_sides_do_the_same_work(tmp_path, backbone_dir, rows_file, method) -> None:
     ptd, peft = both(run_of(backbone_dir, rows_file, method, train={"gradient_accumulation_steps": 2}))
-    lane = Lane("as-run", "random", ptd.rows, {"ptd": Here(ptd), "peft": Here(peft)})
+    lane = Comparison("as-run", "random", ptd.rows, {"ptd": Here(ptd), "peft": Here(peft)})
     rows = lane.schedule(0)
     assert len(rows) == 8
     assert max(_check(lane, "float32")["loss"], _check(lane, "float32")["gradient"]) < 1e-5

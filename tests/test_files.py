@@ -15,7 +15,7 @@ from ptd.cli.common import at_home
 from ptd.commands.generate import read_prompts
 from ptd.config import load_config, parse_config
 from ptd.config.deepspeed import apply_deepspeed
-from ptd.files import as_path, check_target, check_writable, decode, lines_of, read_text, write_text
+from ptd.files import as_path, check_target, check_writable, decode_text, lines_of, read_text, write_text
 from ptd.launch.deepspeed import read_hostfile
 from ptd.methods.settings import read_text as init_text
 from ptd.types import UserError
@@ -73,7 +73,7 @@ def test_other_encodings_are_named(tmp_path: Path, content: bytes, reason: str) 
         assert str(file) in said
         assert f"it is not UTF-8 text ({reason if 'decode' not in reason else ''}" in said
         assert reason in said
-    said = refusal(decode, content, "cannot read stdin")
+    said = refusal(decode_text, content, "cannot read stdin")
     assert said.startswith("cannot read stdin: it is not UTF-8 text")
     assert reason in said
 

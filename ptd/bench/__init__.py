@@ -18,7 +18,7 @@ import numpy as np
 from ptd.bench.figures import ratios, side_figures
 from ptd.bench.machine import evidence
 from ptd.bench.players import Here, Player
-from ptd.bench.sides import ENVIRONMENT, Facts, Material, Sample, Schedule, Setting, length_grouped, settings_for
+from ptd.bench.sides import ENVIRONMENT, Facts, Schedule, Setting, StepTiming, Workload, length_grouped, settings_for
 from ptd.config import RunConfig, without_evaluation
 from ptd.types import Reporter, UserError
 
@@ -30,7 +30,7 @@ PAUSE = 0.005
 
 
 @dataclass
-class Lane:
+class Comparison:
     """Sides that are timed on the same rows: ``players`` by name of the side, rows of each step by ``schedule``."""
 
     name: str
@@ -39,7 +39,7 @@ class Lane:
     players: dict[str, Player | Here]
     same_work: dict[str, float] | None = None
     chosen: dict[str, Any] = field(default_factory=dict)
-    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    samples: dict[str, list[StepTiming]] = field(default_factory=dict)
 
 
 def bench(
@@ -81,21 +81,21 @@ def bench(
             ptd = _start(stack, "ptd's side", {}, "ptd", config, against is not None)
         facts: dict[str, Facts] = {"ptd": ptd.ask("facts")}
         alone: Schedule = lambda step: ptd.ask("rows", step)  # noqa: E731
-        lanes = [Lane("alone", "random", alone, {"ptd": ptd})]
+        comparisons = [Comparison("alone", "random", alone, {"ptd": ptd})]
         if against is not None:
             if facts["ptd"].obstacle is not None:
                 raise UserError(f"--against peft: {facts['ptd'].obstacle}; leave out --against")
-            material: Material = ptd.ask("hand_over")
-            lanes = [
+            material: Workload = ptd.ask("hand_over")
+            comparisons = [
                 _lane(stack, setting, config, material, ptd, facts, reporter)
                 for setting in settings or settings_for(config)
             ]
-            for lane in lanes:
-                lane.same_work = _check(lane, facts["ptd"].dtype)
-        _take_turns(lanes, warmup, repeats, ptd, reporter)
+            for comparison in comparisons:
+                comparison.same_work = _check(comparison, facts["ptd"].dtype)
+        _take_turns(comparisons, warmup, repeats, ptd, reporter)
         machine = ptd.ask("matmul_rate")  # last, because memory that it frees may stay resident
-        network = ptd.ask("network", repeats * len(lanes))
-        return _report(config, lanes, facts, machine, network, against, warmup, repeats)
+        network = ptd.ask("network", repeats * len(comparisons))
+        return _report(config, comparisons, facts, machine, network, against, warmup, repeats)
 
 
 def _on_main(reporter: Reporter | None) -> Reporter:
@@ -113,11 +113,11 @@ def _lane(
     stack: ExitStack,
     setting: Setting,
     config: RunConfig,
-    material: Material,
+    material: Workload,
     ptd: Player | Here,
     facts: dict[str, Facts],
     reporter: Reporter,
-) -> Lane:
+) -> Comparison:
     reporter.note(f"preparing PEFT, {setting}")
     on_gpu = facts["ptd"].device == "cuda"
     environment = {} if on_gpu else ENVIRONMENT[setting]
@@ -129,14 +129,14 @@ def _lane(
         size = peft.ask("facts").settings["rows"] * config.train.gradient_accumulation_steps
         schedule, rows = length_grouped(ptd.ask("lengths"), size, config.train.seed), "of similar length together"
     facts[setting] = peft.ask("facts")
-    return Lane(setting, rows, schedule, {"ptd": ptd, "peft": peft}, chosen=chosen)
+    return Comparison(setting, rows, schedule, {"ptd": ptd, "peft": peft}, chosen=chosen)
 
 
-def _check(lane: Lane, dtype: str) -> dict[str, float]:
+def _check(comparison: Comparison, dtype: str) -> dict[str, float]:
     """Return how far the sides' loss and prompt gradient differ on the first rows; raise `UserError` if too far."""
-    rows = lane.schedule(0)
-    mine, gradient = lane.players["ptd"].ask("check", rows)
-    theirs = lane.players["peft"].ask("check", rows, gradient)
+    rows = comparison.schedule(0)
+    mine, gradient = comparison.players["ptd"].ask("check", rows)
+    theirs = comparison.players["peft"].ask("check", rows, gradient)
     allowed = TOLERANCE[dtype]
     found = {"loss": abs(mine - theirs["loss"]) / abs(theirs["loss"]), "gradient": theirs["gradient"]}
     if not (found["loss"] <= allowed[0] and found["gradient"] <= allowed[1]):
@@ -149,27 +149,29 @@ def _check(lane: Lane, dtype: str) -> dict[str, float]:
     return {**found, "loss_tolerance": allowed[0], "gradient_tolerance": allowed[1]}
 
 
-def _take_turns(lanes: list[Lane], warmup: int, repeats: int, ptd: Player | Here, reporter: Reporter) -> None:
-    """Take each step in every lane on every side in turn; the order of the sides alternates from step to step."""
+def _take_turns(
+    comparisons: list[Comparison], warmup: int, repeats: int, ptd: Player | Here, reporter: Reporter
+) -> None:
+    """Take each step in every comparison on every side in turn; the order of the sides alternates from step to step."""
     reporter.start("bench", warmup + repeats)
     for step in range(warmup + repeats):
         if step == warmup:
             ptd.ask("forget")
-        for lane in lanes:
-            rows: np.ndarray = lane.schedule(step)
-            names = list(lane.players)
+        for comparison in comparisons:
+            rows: np.ndarray = comparison.schedule(step)
+            names = list(comparison.players)
             for name in names[:: 1 if step % 2 else -1]:
                 time.sleep(PAUSE)
-                sample = lane.players[name].ask("take", rows)
+                sample = comparison.players[name].ask("take", rows)
                 if step >= warmup:
-                    lane.samples.setdefault(name, []).append(sample)
+                    comparison.samples.setdefault(name, []).append(sample)
         reporter.advance("bench", step + 1)
     reporter.finish("bench")
 
 
 def _report(
     config: RunConfig,
-    lanes: list[Lane],
+    comparisons: list[Comparison],
     facts: dict[str, Facts],
     machine: dict[str, Any],
     network: dict[str, Any],
@@ -178,20 +180,23 @@ def _report(
     repeats: int,
 ) -> dict[str, Any]:
     found = []
-    for lane in lanes:
+    for comparison in comparisons:
         sides = {}
-        for name, samples in lane.samples.items():
-            said = facts["ptd" if name == "ptd" else lane.name]
+        for name, samples in comparison.samples.items():
+            said = facts["ptd" if name == "ptd" else comparison.name]
             figures = side_figures(samples, machine["flops_per_second"])
-            title = "ptd" if name == "ptd" else f"PEFT, {lane.name}"
-            title += f", rows of {lane.name}" if name == "ptd" and len(lanes) > 1 else ""
+            title = "ptd" if name == "ptd" else f"PEFT, {comparison.name}"
+            title += f", rows of {comparison.name}" if name == "ptd" and len(comparisons) > 1 else ""
             described = {"title": title, "settings": said.settings}
             sides[name] = {**described, **figures, "flops_uncounted": said.uncounted}
-        entry: dict[str, Any] = {"name": lane.name, "rows": lane.rows, "sides": sides}
-        entry["rows_per_step"] = len(lane.schedule(0))
+        entry: dict[str, Any] = {"name": comparison.name, "rows": comparison.rows, "sides": sides}
+        entry["rows_per_step"] = len(comparison.schedule(0))
         if "peft" in sides:
-            entry |= {"ratio": ratios(lane.samples["ptd"], lane.samples["peft"]), "same_work": lane.same_work}
-            entry |= {"fitted": lane.chosen} if lane.chosen else {}
+            entry |= {
+                "ratio": ratios(comparison.samples["ptd"], comparison.samples["peft"]),
+                "same_work": comparison.same_work,
+            }
+            entry |= {"fitted": comparison.chosen} if comparison.chosen else {}
         found.append(entry)
     packages = ("peft",) if against is not None else ()
     return {

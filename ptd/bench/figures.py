@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ptd.bench.sides import Sample
+from ptd.bench.sides import StepTiming
 from ptd.engine.phases import PHASES
 
 
@@ -18,7 +18,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "quartiles": [low, high]}  # type: ignore[dict-item]
 
 
-def side_figures(samples: Sequence[Sample], matmul: float | None) -> dict[str, Any]:
+def side_figures(samples: Sequence[StepTiming], matmul: float | None) -> dict[str, Any]:
     """Return the figures of one side's timed steps. ``matmul``: FLOP/s of a matrix product on this machine.
 
     Phases and step times are means, so that the phases add up to the step; token rates are medians over steps.
@@ -45,7 +45,7 @@ def side_figures(samples: Sequence[Sample], matmul: float | None) -> dict[str, A
     }
 
 
-def ratios(mine: Sequence[Sample], theirs: Sequence[Sample]) -> dict[str, float]:
+def ratios(mine: Sequence[StepTiming], theirs: Sequence[StepTiming]) -> dict[str, float]:
     """Return the ratios of useful tokens per second over pairs of steps; the steps of a pair had the same rows."""
-    rate: Callable[[Sample], float] = lambda sample: sample.tokens / sample.seconds  # noqa: E731
+    rate: Callable[[StepTiming], float] = lambda sample: sample.tokens / sample.seconds  # noqa: E731
     return spread([rate(one) / rate(other) for one, other in zip(mine, theirs, strict=True)])

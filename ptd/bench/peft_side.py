@@ -19,7 +19,7 @@ from torch import Tensor
 from ptd.backbone import load_model
 from ptd.bench.flops import AttentionLayer, Formula, observed, padded_load
 from ptd.bench.memory import PeakMemory
-from ptd.bench.sides import ENVIRONMENT, Facts, Material, Sample, Setting
+from ptd.bench.sides import ENVIRONMENT, Facts, Setting, StepTiming, Workload
 from ptd.checkpoint.peft_format import PREFIX_TYPES
 from ptd.config import RunConfig
 from ptd.config.deepspeed import apply_deepspeed
@@ -32,7 +32,7 @@ from ptd.types import IGNORE_INDEX, UserError
 class PeftSide:
     """The process that trains with PEFT, from what `PtdSide.hand_over` returned."""
 
-    def __init__(self, config: RunConfig, material: Material, setting: Setting) -> None:
+    def __init__(self, config: RunConfig, material: Workload, setting: Setting) -> None:
         if find_spec("peft") is None:
             raise UserError("--against peft: PEFT is not installed; pip install peft")
         import peft
@@ -105,7 +105,7 @@ class PeftSide:
         other = torch.from_numpy(gradient)
         return {"loss": float(loss), "gradient": float((own - other).norm() / other.norm())}
 
-    def take(self, rows: np.ndarray) -> Sample:
+    def take(self, rows: np.ndarray) -> StepTiming:
         """Take and measure one optimizer step on these rows."""
         self.memory.reset()
         self.clock.start("data")
@@ -118,7 +118,7 @@ class PeftSide:
         self.optimizer.zero_grad(set_to_none=True)
         value = float(loss) if self.setting == "as-run" else None  # timed, because users log it
         seconds, phases = self.clock.stop()
-        return Sample(
+        return StepTiming(
             seconds,
             phases,
             int(self.examples.lengths[rows].sum()),

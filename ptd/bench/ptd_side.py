@@ -12,7 +12,7 @@ import torch
 from ptd.bench.flops import AttentionLayer, Formula, Load, attention_layers, distinct, load_of, observed
 from ptd.bench.machine import matmul_rate
 from ptd.bench.memory import PeakMemory
-from ptd.bench.sides import Facts, Material, Sample
+from ptd.bench.sides import Facts, StepTiming, Workload
 from ptd.checkpoint import peft_format
 from ptd.config import RunConfig
 from ptd.config.deepspeed import apply_deepspeed, check_batch_size
@@ -97,12 +97,12 @@ class PtdSide:
             obstacle=self._obstacle(),
         )
 
-    def hand_over(self) -> Material:
+    def hand_over(self) -> Workload:
         """Return what PEFT's side starts from."""
         encoder, layout = self.step.encoder, self.step.encoder.layout
         with torch.no_grad():
             flat, state = self.step.flat(), self.step.state()
-        return Material(
+        return Workload(
             self.material.examples,
             self.material.tokenizer.pad_token_id or 0,
             {name: tensor.cpu().numpy() for name, tensor in encoder.without_units().items()},
@@ -136,7 +136,7 @@ class PtdSide:
         self.step.optimizer.zero_grad(set_to_none=True)
         return loss / weight, gradient
 
-    def take(self, rows: np.ndarray) -> Sample:
+    def take(self, rows: np.ndarray) -> StepTiming:
         """Take and measure one optimizer step on these rows."""
         self.memory.reset()
         self.step.meter.take()
@@ -155,7 +155,7 @@ class PtdSide:
             )
         positions = sum(batch.input_ids.numel() for batch in batches)
         flops = None if self.formula is None else sum(self.formula.flops(self._load(batch)) for batch in batches)
-        return Sample(
+        return StepTiming(
             seconds,
             phases,
             result.tokens,

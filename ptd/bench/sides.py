@@ -23,7 +23,7 @@ def settings_for(config: RunConfig) -> tuple[Setting, ...]:
 
 
 @dataclass(frozen=True)
-class Material:
+class Workload:
     """What PEFT's side starts from.
 
     ``prompt``: the parameters of ptd's prompt encoder by name; ``fields``: fields of PEFT's configuration;
@@ -39,7 +39,7 @@ class Material:
 
 
 @dataclass(frozen=True)
-class Sample:
+class StepTiming:
     """One optimizer step. ``tokens``: useful tokens, without padding; ``flops``: of this process; None: not counted."""
 
     seconds: float

@@ -34,7 +34,7 @@ Outcome: TypeAlias = Files | str
 """What a rank reports to the others: the files it wrote, or why it could not write them."""
 
 
-class Group(Protocol):
+class RankGroup(Protocol):
     """The operations on the ranks of a run that saving needs."""
 
     @property
@@ -79,7 +79,7 @@ class Saver:
     full, read-only …); a failed write does not change the complete checkpoints.
     """
 
-    def __init__(self, root: Path, ranks: Group, *, keep: int, records: Path | None = None) -> None:
+    def __init__(self, root: Path, ranks: RankGroup, *, keep: int, records: Path | None = None) -> None:
         self.root, self.ranks, self.keep, self.records = root, ranks, keep, records
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._plan: SavePlan | None = None

@@ -8,8 +8,7 @@ from typing import BinaryIO
 
 from ptd.backbone import embeddings_of
 from ptd.data.tokens import check_prompts
-from ptd.files import decode as decode_text
-from ptd.files import lines_of, read_text
+from ptd.files import decode_text, lines_of, read_text
 from ptd.runs.decoding import Decoding
 from ptd.runs.generation import decode, decoding_notes
 from ptd.runs.tuned import Settings, find_tuned, start_ranks

@@ -12,7 +12,7 @@ import torch
 from ptd.config import RunConfig
 from ptd.config.deepspeed import apply_deepspeed, check_batch_size
 from ptd.distributed.network_meter import metered_deepspeed
-from ptd.distributed.preflight import bytes_to_write, check_run, check_space
+from ptd.distributed.preflight import bytes_to_write, check_before_run, check_space
 from ptd.distributed.ranks import Ranks
 from ptd.engine.guard import Guard
 from ptd.engine.loop import Astray, Enough, Loop, Stopped, peak_memory_bytes, warmup_steps
@@ -53,7 +53,7 @@ def train(
     try:
         if not overwrite:
             config = as_begun(config)
-        check_run(config, ranks)
+        check_before_run(config, ranks)
         folder = ranks.on_main(lambda: open_run(config, overwrite=overwrite, retry=retry))
         for note in folder.notes:
             reporter.note(note)

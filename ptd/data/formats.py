@@ -13,7 +13,7 @@ import numpy as np
 from ptd.config import DataConfig
 from ptd.data.checks import ROWS, notes_on_rows
 from ptd.data.filling import special_affixes
-from ptd.data.prompts import Found, Written, written
+from ptd.data.prompts import PromptFindings, Written, written
 from ptd.data.templates import marks_of
 from ptd.types import DataReport, Examples, UserError
 
@@ -42,7 +42,7 @@ def tokenize(
     _check_room(config, tokenizer, max_length)
     tokens, supervised, offsets = array("i"), bytearray(), array("q", [0])
     prompts_cut = completions_cut = 0
-    found, first = Found(), list[Written]()
+    found, first = PromptFindings(), list[Written]()
     for row in written(rows, config, tokenizer, what, found):
         if len(first) < ROWS:
             first.append(row)
@@ -55,7 +55,7 @@ def tokenize(
         supervised[offsets[-1]] = 0
         offsets.append(len(tokens))
     learned = np.frombuffer(supervised, dtype=bool)
-    again = written(rows.select(range(len(first))), config, tokenizer, what, Found())
+    again = written(rows.select(range(len(first))), config, tokenizer, what, PromptFindings())
     asked = [row.prompt for row in again]
     notes = notes_on_rows(first, asked, tokenizer, what=what, continues=config.format != "text")
     report = DataReport(
@@ -87,7 +87,7 @@ def prompts_and_references(
     _check_room(config, tokenizer, max_length)
     prompts: list[list[int]] = []
     references: list[str] = []
-    for number, row in enumerate(written(rows, config, tokenizer, what, Found()), start=1):
+    for number, row in enumerate(written(rows, config, tokenizer, what, PromptFindings()), start=1):
         if not row.prompt:
             raise UserError(
                 f"row {number} of {what} has a prompt without tokens, but generation needs at least one; fill in the "

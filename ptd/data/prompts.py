@@ -47,7 +47,7 @@ class Written:
 
 
 @dataclass
-class Found:
+class PromptFindings:
     """Findings from reading the rows: the ids of tokens that end a text, and what the notes have to report."""
 
     ends: set[int] = dataclasses.field(default_factory=set)
@@ -83,7 +83,7 @@ class Found:
 
 
 def written(
-    rows: Dataset, config: DataConfig, tokenizer: PreTrainedTokenizerBase, what: str, found: Found
+    rows: Dataset, config: DataConfig, tokenizer: PreTrainedTokenizerBase, what: str, found: PromptFindings
 ) -> Iterator[Written]:
     """Yield each row in ``config.format``, and add to ``found``. Raises `UserError`, naming the row."""
     if config.format == "messages":
@@ -119,7 +119,7 @@ def written(
 
 
 def _conversations(
-    rows: Dataset, config: DataConfig, tokenizer: PreTrainedTokenizerBase, what: str, found: Found
+    rows: Dataset, config: DataConfig, tokenizer: PreTrainedTokenizerBase, what: str, found: PromptFindings
 ) -> Iterator[Written]:
     chat = Chat(tokenizer)
     found.dated, found.tools = chat.dated, "tools" in rows.column_names
@@ -139,7 +139,7 @@ def _conversation(
     completion: list[int],
     chat: Chat,
     place: str,
-    found: Found,
+    found: PromptFindings,
 ) -> Written:
     tokenizer, last, prompt = chat.tokenizer, talk.turns[-1], befores[-1]
     if not completion:
@@ -177,7 +177,7 @@ def _conversation(
     )
 
 
-def _closed(ids: list[int], turn: Turn, tokenizer: PreTrainedTokenizerBase, found: Found) -> int | None:
+def _closed(ids: list[int], turn: Turn, tokenizer: PreTrainedTokenizerBase, found: PromptFindings) -> int | None:
     """Return how many of a turn's ``ids`` are supervised, with the token that closes it; None: no token closes it."""
     if turn.end is None:
         return None
@@ -191,7 +191,7 @@ def _closed(ids: list[int], turn: Turn, tokenizer: PreTrainedTokenizerBase, foun
 
 
 def _end_in(
-    ids: list[int], before: list[int], turn: Turn, tokenizer: PreTrainedTokenizerBase, found: Found
+    ids: list[int], before: list[int], turn: Turn, tokenizer: PreTrainedTokenizerBase, found: PromptFindings
 ) -> int | None:
     """Return where an earlier turn ends in the conversation's ``ids``; None if inference would send other tokens."""
     if ids[: len(before)] != before:

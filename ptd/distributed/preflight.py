@@ -31,7 +31,7 @@ PATIENCE = 30.0
 """Seconds within which the other nodes have to see a new file: a shared folder may show it late."""
 
 
-def check_run(config: RunConfig, ranks: Ranks) -> None:
+def check_before_run(config: RunConfig, ranks: Ranks) -> None:
     """Run all checks that do not need the backbone. Every rank calls this together."""
     check_same_config(config, ranks)
     check_output(config.output_dir, ranks)

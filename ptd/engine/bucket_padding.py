@@ -27,7 +27,7 @@ def rounded(count: int) -> int:
     return -(-count // step) * step
 
 
-def fill(batch: Batch, read: int) -> tuple[Batch, Tensor]:
+def pad_to_bucket(batch: Batch, read: int) -> tuple[Batch, Tensor]:
     """Append a padding sequence to a packed batch of which ``read`` positions are read, so that both sizes are round.
 
     Returns the batch and the padding positions to read in addition: int64 ``[rounded(read) − read]``. In the batch,

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ptd.async_copy import OnItsWay, together
+from ptd.async_copy import AsyncHostCopy, together
 from ptd.data import Batches
 from ptd.distributed.ranks import Ranks
 from ptd.engine.setup import Prepared, check_context
@@ -130,7 +130,7 @@ class _Scores:
 
     def __init__(self, rows: tuple[int, ...], scores: list[Tensor]) -> None:
         self.rows, self.shapes = rows, [each.shape for each in scores]
-        self._flat = OnItsWay(torch.cat([each.flatten() for each in scores]))
+        self._flat = AsyncHostCopy(torch.cat([each.flatten() for each in scores]))
 
     def read(self) -> dict[int, Tensor]:
         """Return the scores by row, each copied out of the common buffer."""

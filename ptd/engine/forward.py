@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ptd.async_copy import to_device
-from ptd.engine.bucket_padding import fill
+from ptd.engine.bucket_padding import pad_to_bucket
 from ptd.inject import Attachment
 from ptd.types import IGNORE_INDEX, Batch
 
@@ -50,4 +50,4 @@ class Forward:
 
     def filled(self, batch: Batch, read: int) -> tuple[Batch, Tensor]:
         """Return the batch, padded if ``rounds``, and the padding positions to read after its ``read`` positions."""
-        return fill(batch, read) if self.rounds and batch.cu_seqlens is not None else (batch, torch.arange(0))
+        return pad_to_bucket(batch, read) if self.rounds and batch.cu_seqlens is not None else (batch, torch.arange(0))

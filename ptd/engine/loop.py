@@ -116,7 +116,7 @@ class Loop:
         def rate(index: int) -> float:
             return factor * schedule(index)
 
-        window, unread = Window(), deque[tuple[int, PendingResult]]()
+        window, unread = RecordWindow(), deque[tuple[int, PendingResult]]()
         self._skipped_in_a_row = 0
         self.reporter.start("train", stop, start)
         if evaluation_due:
@@ -158,7 +158,7 @@ class Loop:
                 record = window.record(number, rate(index), result, self.ranks, clock.take())
                 self.on_record(record)
                 line = f"loss {result.loss:.4f}  lr {rate(index):.2e}  {record['tokens_per_second']:.0f} tokens/s"
-                window = Window()
+                window = RecordWindow()
             self.reporter.advance("train", number, line)
             if astray and verdict is not None:
                 self.reporter.finish("train")
@@ -308,7 +308,7 @@ class Loop:
         return so_far + 1
 
 
-class Window:
+class RecordWindow:
     """Sums over the steps between two records."""
 
     def __init__(self) -> None:

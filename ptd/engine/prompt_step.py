@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ptd.async_copy import OnItsWay, together
+from ptd.async_copy import AsyncHostCopy, together
 from ptd.checkpoint.run_state import tensors_of
 from ptd.distributed.network_meter import NetworkMeter
 from ptd.distributed.ranks import Ranks
@@ -50,7 +50,7 @@ class PendingResult:
     """The result of a step that a GPU may not have finished yet."""
 
     def __init__(self, numbers: Tensor, scaled: bool) -> None:
-        self._numbers, self._scaled = OnItsWay(numbers), scaled
+        self._numbers, self._scaled = AsyncHostCopy(numbers), scaled
 
     def read(self) -> StepResult:
         """Wait for this step, but not for work queued after it, and return its result."""

@@ -23,8 +23,8 @@ from ptd.inject.attention import (
 )
 from ptd.inject.explain import check_backend
 from ptd.inject.inputs import Inputs
-from ptd.inject.last_layer import Tail, Watch
-from ptd.inject.output_layer import Head
+from ptd.inject.last_layer import ModuleProbe, Tail
+from ptd.inject.output_layer import OutputLayer
 from ptd.inject.probe import layer_shapes, probe, shape_of
 from ptd.inject.self_check import SelfCheck, Verdict
 from ptd.inject.stack import Stack, stacks_of
@@ -103,7 +103,7 @@ class Attachment:
             )
         self.model = model
         self.encoder = encoder
-        self.head = Head(None)
+        self.head = OutputLayer(None)
         self.stacks: list[Stack] = []
         self.verdict = Verdict()
         self.extra_positions = 0
@@ -111,12 +111,12 @@ class Attachment:
         self._previous = {module: module.config._attn_implementation for module in _models(model)}
         self._use(IMPLEMENTATION)
         try:
-            with Watch(model) as watch:
+            with ModuleProbe(model) as watch:
                 calls, output = probe(model)
             modules = [call.module for call in calls]
             self.stacks = stacks_of(model, modules, self._refresh)
             layers = layer_shapes(model, calls, self.stacks)
-            self.head = Head(watch.head_of(output))
+            self.head = OutputLayer(watch.head_of(output))
             self.stacks[-1].tail = Tail(watch.behind_attention(self.stacks[-1].members))
             self.slots = [
                 give_slot(call, backend, cross=layer.kind == "cross") for call, layer in zip(calls, layers, strict=True)

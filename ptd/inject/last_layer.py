@@ -2,8 +2,8 @@
 
 Attention is the only place where tokens exchange information. After the last attention, a token's hidden state affects
 only that token's output. At positions whose output is not read (prompts, padding), the last layer's MLP and output
-projection are therefore not computed; their results there are zeros, and so are the gradients. `Watch` finds these
-modules in the same forward pass that finds the attention layers, and `Tail` hooks them. No model code is changed.
+projection are therefore not computed; their results there are zeros, and so are the gradients. `ModuleProbe` finds
+these modules in the same forward pass that finds the attention layers, and `Tail` hooks them. No model code is changed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ptd.inject.attention import probed
 
 
-class Watch:
+class ModuleProbe:
     """Context manager that records which modules of a model run, and after how many attention calls each begins."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -31,7 +31,7 @@ class Watch:
         self._attended = 0
         self._hooks: list[Any] = []
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> ModuleProbe:
         for module in self.model.modules():
             self._hooks.append(module.register_forward_pre_hook(self._before))
             self._hooks.append(module.register_forward_hook(self._after, with_kwargs=True))

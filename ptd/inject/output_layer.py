@@ -9,7 +9,7 @@ from ptd_kernels.linear_cross_entropy import DTYPES
 from torch import Tensor, nn
 
 
-class Head:
+class OutputLayer:
     """Hooks on the layer whose output is, unchanged, the model's logits; ``module`` None: the model has no such layer.
 
     With ``targets`` set, the next forward pass computes their cross-entropy from the layer's input, `take` returns the

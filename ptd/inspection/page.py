@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from ptd.inspection.figures import TITLES, elements
 from ptd.inspection.tables import headline, sections
-from ptd.report.html import fill
+from ptd.report.html import filled_page
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -21,7 +21,7 @@ def render(found: dict[str, Any]) -> str:
         {**vars(part), "figures": [(name, TITLES[name], Markup(drawn[name])) for name in part.figures if name in drawn]}
         for part in sections(found)
     ]
-    return fill(
+    return filled_page(
         TEMPLATE,
         title=found["method"] or found["peft_type"] or "prompt",
         head=headline(found),

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """A part of the result: its explanation, its table, and the figures that may belong to it."""
 
     name: str
@@ -27,7 +27,7 @@ def headline(found: dict[str, Any]) -> str:
     return f"{method}: {count} virtual tokens, {numbers:,} numbers, {found['prompt']}{on}"
 
 
-def sections(found: dict[str, Any]) -> list[Section]:
+def sections(found: dict[str, Any]) -> list[PageSection]:
     """Return all parts that were measured."""
     parts = [_tensors(found)]
     if found["nearest"] is not None:
@@ -37,7 +37,7 @@ def sections(found: dict[str, Any]) -> list[Section]:
     return parts
 
 
-def _tensors(found: dict[str, Any]) -> Section:
+def _tensors(found: dict[str, Any]) -> PageSection:
     own = {layer["layer"]: layer["own_norms"] for layer in found.get("attention", ())}
     prefixed = any(each["part"] in next(iter(own.values()), {}) for each in found["tensors"])
     rows = []
@@ -45,7 +45,7 @@ def _tensors(found: dict[str, Any]) -> Section:
         text = [f"{own[each['layer']][each['part']]:#.3g}"] if prefixed else []
         figures = (f"{each['norm']:#.3g}", *text, f"{each['effective_rank']:.1f}", f"{each['rank_90']}")
         rows.append((each["layer"], each["part"], *figures))
-    return Section(
+    return PageSection(
         "prompt",
         "The prompt by itself",
         "Norm: Euclidean norm of a head's vector, mean over virtual tokens and heads. Effective rank: exp of the "
@@ -57,8 +57,8 @@ def _tensors(found: dict[str, Any]) -> Section:
     )
 
 
-def _nearest(nearest: Sequence[dict[str, Any]]) -> Section:
-    return Section(
+def _nearest(nearest: Sequence[dict[str, Any]]) -> PageSection:
+    return PageSection(
         "nearest",
         "Nearest vocabulary tokens",
         "By cosine with the backbone's input embeddings. Cosines far below 1 mean that a virtual token is no word.",
@@ -74,7 +74,7 @@ def _nearest(nearest: Sequence[dict[str, Any]]) -> Section:
     )
 
 
-def _attention(found: dict[str, Any]) -> Section:
+def _attention(found: dict[str, Any]) -> PageSection:
     rows = []
     for layer in found["attention"]:
         cells = [layer["layer"]]
@@ -82,7 +82,7 @@ def _attention(found: dict[str, Any]) -> Section:
             heads = layer[name]
             cells += ["–", "–"] if heads is None else [_percent(sum(heads) / len(heads)), _percent(max(heads))]
         rows.append(tuple(cells))
-    return Section(
+    return PageSection(
         "attention",
         "Share of attention on the prompt",
         "The part of a query's attention probability that goes to virtual tokens: mean over queries and heads, and "
@@ -94,9 +94,9 @@ def _attention(found: dict[str, Any]) -> Section:
     )
 
 
-def _tokens(found: dict[str, Any]) -> Section:
+def _tokens(found: dict[str, Any]) -> PageSection:
     ranked = sorted(found["tokens"], key=lambda each: each["rank"])
-    return Section(
+    return PageSection(
         "tokens",
         "Without each virtual token",
         "Change of the loss when no layer attends to the token and nothing else changes; the most useful token first. "
@@ -107,7 +107,7 @@ def _tokens(found: dict[str, Any]) -> Section:
     )
 
 
-def _keep(found: dict[str, Any]) -> Section:
+def _keep(found: dict[str, Any]) -> PageSection:
     loss, count = found["loss"], found["num_virtual_tokens"]
     if found["enough"] is None:
         verdict = "On these rows the prompt does not lower the loss."
@@ -123,7 +123,7 @@ def _keep(found: dict[str, Any]) -> Section:
             verdict += " It may be worth trying more tokens."
         elif found["enough"] <= 0.5 * count:
             verdict += " Fewer tokens may be enough: tune again with that number and compare."
-    return Section(
+    return PageSection(
         "needed",
         "How many virtual tokens are needed",
         f"{verdict} Measured on {found['data']['rows']:,} of {found['data']['rows_in_file']:,} rows of "

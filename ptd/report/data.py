@@ -19,7 +19,7 @@ ALONE, TRAIN_ALONE = "frozen_", "frozen_train_loss"
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """``facts`` is run.json; ``steps`` and ``evaluations`` are the two kinds of records, oldest first; ``alone`` holds
     the figures of the frozen backbone, without a prompt, under the names of an evaluation."""
 
@@ -59,7 +59,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def read_run(folder: Path, name: str | None = None) -> Run:
+def read_run(folder: Path, name: str | None = None) -> RecordedRun:
     """Read a run's folder. Raises `UserError` if it has neither run.json nor metrics.jsonl, or they are unreadable."""
     file = folder / "run.json"
     if not file.is_file() and not (folder / METRICS).is_file():
@@ -71,7 +71,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot report on {folder}: {error}") from error
     placed = [record for record in records if isinstance(record.get("step"), int)]
-    return Run(
+    return RecordedRun(
         name or folder.resolve().name,
         facts,
         [record for record in placed if "loss" in record],
@@ -86,7 +86,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     )
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
+def read_runs(folders: Sequence[Path]) -> list[RecordedRun]:
     """Read runs, and name them by the shortest ends of their paths that differ. Raises `UserError` for duplicates."""
     places = [folder.resolve() for folder in folders]
     twice = sorted({str(place) for place in places if places.count(place) > 1})

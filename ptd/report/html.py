@@ -14,7 +14,7 @@ from ptd.versions import versions
 BASE = Path(__file__).parent
 
 
-def fill(template: Path, **values: Any) -> str:
+def filled_page(template: Path, **values: Any) -> str:
     """Return the page of a ``template`` that extends base.html. All values are escaped except `Markup`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, BASE]),

@@ -9,8 +9,8 @@ from typing import Any
 from markupsafe import Markup
 
 from ptd.report import tables
-from ptd.report.data import Run
-from ptd.report.html import fill
+from ptd.report.data import RecordedRun
+from ptd.report.html import filled_page
 from ptd.report.panels import SPLIT, Panel
 from ptd.report.plots import MEAN_FROM, svg
 from ptd.report.theme import GLYPHS, LIGHT
@@ -20,7 +20,7 @@ CURVES = ("loss", "eval_loss", "learning_rate", "grad_norm", "loss_scale")
 SPEED = ("throughput", "step_time", SPLIT[0], "memory", "network")
 
 
-def render(runs: Sequence[Run], found: Sequence[Panel]) -> str:
+def render(runs: Sequence[RecordedRun], found: Sequence[Panel]) -> str:
     """Return the HTML of one run, or of several next to each other. Everything that comes from the runs is escaped."""
     several = len(runs) > 1
     figures = [
@@ -32,7 +32,7 @@ def render(runs: Sequence[Run], found: Sequence[Panel]) -> str:
         }
         for number, panel in enumerate(found)
     ]
-    return fill(
+    return filled_page(
         TEMPLATE,
         runs=[_described(run, colour) for colour, run in enumerate(runs)],
         title=f"{len(runs)} runs compared" if several else runs[0].name,
@@ -45,7 +45,7 @@ def render(runs: Sequence[Run], found: Sequence[Panel]) -> str:
     )
 
 
-def _described(run: Run, colour: int) -> dict[str, Any]:
+def _described(run: RecordedRun, colour: int) -> dict[str, Any]:
     return {
         "name": run.name,
         "colour": colour % len(LIGHT.palette),

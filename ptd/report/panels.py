@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ptd.engine.phases import OTHER
-from ptd.report.data import Record, Run, is_number
+from ptd.report.data import Record, RecordedRun, is_number
 
 STEP = "optimizer step"
 ALONE = "frozen backbone"
@@ -101,7 +101,7 @@ _KINDS = (
 )  # fmt: skip
 
 
-def panels(runs: Sequence[Run]) -> list[Panel]:
+def panels(runs: Sequence[RecordedRun]) -> list[Panel]:
     """Return all panels that the runs have numbers for."""
     found = [*_loss(runs)]
     records = [[_with_places(record) for record in run.steps] for run in runs]
@@ -117,24 +117,24 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
     return [panel for panel in found if panel.curves]
 
 
-def metrics(runs: Sequence[Run]) -> list[str]:
+def metrics(runs: Sequence[RecordedRun]) -> list[str]:
     """Return the names, in the records, of the metrics that the evaluations measured in addition to the loss."""
     names = {key: None for run in runs for record in run.evaluations for key in record if key.startswith("eval_")}
     return [name for name in names if name not in NOT_DRAWN]
 
 
-def _split(runs: Sequence[Run]) -> Panel:
+def _split(runs: Sequence[RecordedRun]) -> Panel:
     """Return the panel of what a step's time is spent on, for the runs whose records have it."""
     return _over_steps(runs[0]) if len(runs) == 1 else _by_run(runs)
 
 
-def mean_split(run: Run) -> dict[str, float]:
+def mean_split(run: RecordedRun) -> dict[str, float]:
     """Return the mean seconds per step of each phase, over the records that have them; empty if none has."""
     found = [record["phase_seconds"] for record in _divided(run)]
     return {name: float(np.mean([each[name] for each in found])) for name in LAYERS} if found else {}
 
 
-def _divided(run: Run) -> list[Record]:
+def _divided(run: RecordedRun) -> list[Record]:
     return [record for record in run.steps if _is_split(record.get("phase_seconds"))]
 
 
@@ -142,7 +142,7 @@ def _is_split(value: Any) -> bool:
     return isinstance(value, dict) and all(is_number(value.get(name)) for name in LAYERS)
 
 
-def _over_steps(run: Run) -> Panel:
+def _over_steps(run: RecordedRun) -> Panel:
     records = _divided(run)
     if not records:
         return _layers([])
@@ -165,7 +165,7 @@ def _over_steps(run: Run) -> Panel:
     return _layers(layers, top=top, note=" ".join(notes))
 
 
-def _by_run(runs: Sequence[Run]) -> Panel:
+def _by_run(runs: Sequence[RecordedRun]) -> Panel:
     means = [mean_split(run) for run in runs]
     places = np.arange(len(runs), dtype=float)
     layers = [_layer(name, places, np.array([each.get(name, 0.0) for each in means], dtype=float)) for name in LAYERS]
@@ -182,7 +182,7 @@ def _layers(layers: Sequence[Curve], **more: Any) -> Panel:
     return Panel(*SPLIT, tuple(layer for layer in layers if layer.y.any()), from_zero=True, layers=True, **more)
 
 
-def _loss(runs: Sequence[Run]) -> list[Panel]:
+def _loss(runs: Sequence[RecordedRun]) -> list[Panel]:
     training = [_curve(run.name, run.steps, "loss", colour) for colour, run in enumerate(runs)]
     colours = range(1, 2) if len(runs) == 1 else range(len(runs))
     held_out = [
@@ -208,7 +208,7 @@ def _loss(runs: Sequence[Run]) -> list[Panel]:
     return [replace(panel, marks=marks, alarms=alarms, note=note)]
 
 
-def _with_alone(panel: Panel, runs: Sequence[Run], key: str) -> Panel:
+def _with_alone(panel: Panel, runs: Sequence[RecordedRun], key: str) -> Panel:
     """Return ``panel`` with a dashed line for the frozen backbone, in the colour of the held-out rows or of the run."""
     levels = {number: run.alone[key] for number, run in enumerate(runs) if is_number(run.alone.get(key))}
     if not levels or not panel.curves:
@@ -229,7 +229,7 @@ def _with_alone(panel: Panel, runs: Sequence[Run], key: str) -> Panel:
     return replace(found, note=note)
 
 
-def _panel(kind: _Kind, runs: Sequence[Run], records: Sequence[Sequence[Record]], dots: bool = False) -> Panel:
+def _panel(kind: _Kind, runs: Sequence[RecordedRun], records: Sequence[Sequence[Record]], dots: bool = False) -> Panel:
     curves = []
     for colour, (run, own) in enumerate(zip(runs, records, strict=True)):
         pairs = [pair for pair in (kind.main, kind.other) if pair is not None]

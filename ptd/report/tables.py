@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ptd.report.data import ALONE, Run, is_number, numbers
+from ptd.report.data import ALONE, RecordedRun, is_number, numbers
 from ptd.report.panels import LAYERS, NOT_DRAWN, mean_split, metrics
 from ptd.values import flattened
 
@@ -22,7 +22,7 @@ SHOWN = 10
 """Rows of a group of samples that the page shows."""
 
 
-def plain(run: Run) -> dict[str, Any]:
+def plain(run: RecordedRun) -> dict[str, Any]:
     """Return the figures of a run by name; unknown figures are None. Sizes are in bytes, times in seconds."""
     result, result_seconds = run.section("result"), run.section("result").get("seconds")
     total, between = (_median(run, key) for key in ("network_bytes", "network_bytes_between_nodes"))
@@ -54,13 +54,13 @@ def plain(run: Run) -> dict[str, Any]:
     }
 
 
-def _alone(run: Run) -> dict[str, Any]:
+def _alone(run: RecordedRun) -> dict[str, Any]:
     """Return the figures of the frozen backbone, without a prompt, under their names in run.json."""
     measures = [key for key in run.alone if key not in NOT_DRAWN or key == "eval_loss"]
     return {key.replace("eval_", ALONE, 1): run.alone[key] for key in measures}
 
 
-def _median(run: Run, key: str) -> float | None:
+def _median(run: RecordedRun, key: str) -> float | None:
     values = [value for _, value in numbers(run.steps, key)]
     return statistics.median(values) if values else None
 
@@ -133,7 +133,7 @@ _ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 )
 
 
-def overview(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+def overview(runs: Sequence[RecordedRun]) -> list[tuple[str, list[str]]]:
     """Return the label of each figure and its value in each run; figures that no run has are left out."""
     figures = [plain(run) for run in runs]
     rows: list[tuple[str, list[str]]] = []
@@ -153,7 +153,7 @@ def overview(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     return [(label, cells) for label, cells in rows if any(cells)]
 
 
-def alarms(run: Run) -> list[str]:
+def alarms(run: RecordedRun) -> list[str]:
     """Return what is wrong with a run, one sentence per problem; usually nothing."""
     found = []
     diverged, retries = run.section("diverged"), run.facts.get("retries")
@@ -195,7 +195,7 @@ def _best(best: Any) -> str:
     return f"step {_cell(best.get('step'))}: {', '.join(figures[:2])}"
 
 
-def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+def differences(runs: Sequence[RecordedRun]) -> list[tuple[str, list[str]]]:
     """Return the settings that differ between runs, as dotted keys, with each run's value."""
     settings = [flattened(run.section("config")) for run in runs]
     keys = [key for key in dict.fromkeys(key for each in settings for key in each) if key not in NOT_COMPARED]
@@ -203,7 +203,7 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     return [(key, values) for key, values in cells.items() if len(set(values)) > 1]
 
 
-def slowest(run: Run) -> str:
+def slowest(run: RecordedRun) -> str:
     """Say which ranks were the slowest how often, and how long others waited for them; empty for a single rank."""
     named = [record for record in run.steps if is_number(record.get("slowest_rank"))]
     if not named:
@@ -223,7 +223,7 @@ def slowest(run: Run) -> str:
     return f"Slowest rank: {share} of the records{waited}."
 
 
-def attempts(run: Run) -> list[list[str]]:
+def attempts(run: RecordedRun) -> list[list[str]]:
     """Return one row per start: began, from step, ended, how, step of the newest checkpoint then, error."""
     rows = []
     for attempt in run.attempts:
@@ -238,7 +238,7 @@ def _cell(value: Any) -> str:
     return _number(value) if is_number(value) else str(value)
 
 
-def samples(run: Run) -> list[dict[str, Any]]:
+def samples(run: RecordedRun) -> list[dict[str, Any]]:
     """Return groups of rows: ``title`` (may be empty), ``called`` (what a reference is), ``rows``, number of ``more``.
 
     A row has its ``prompt``, its ``reference`` and the model's output at each step: ``texts`` of (label, text).
@@ -268,12 +268,12 @@ def samples(run: Run) -> list[dict[str, Any]]:
     return groups
 
 
-def as_yaml(run: Run) -> str:
+def as_yaml(run: RecordedRun) -> str:
     """Return the resolved configuration as YAML, which is a valid run file."""
     return str(yaml.safe_dump(run.section("config"), sort_keys=False, allow_unicode=True))
 
 
-def commands(run: Run) -> str:
+def commands(run: RecordedRun) -> str:
     """Return the commands that repeat the run, given its configuration in run.yaml and an installed ptd."""
     pins = [
         f"{name}=={version}"
@@ -290,7 +290,7 @@ def commands(run: Run) -> str:
     return "\n".join(lines)
 
 
-def started_as(run: Run) -> str:
+def started_as(run: RecordedRun) -> str:
     """Return the command line of every rank, without the program's path; empty if the run was started from Python."""
     command = run.facts.get("command")
     if not isinstance(command, list) or "train" not in command[1:3]:

@@ -103,7 +103,7 @@ def check_metric(config: RunConfig, task: Task) -> None:
 
 
 @dataclass(frozen=True)
-class Material:
+class RunMaterial:
     """The task and the rows of a run, for training and for evaluation.
 
     ``trains``: whether the run trains anything; if not, ``examples`` are the rows for evaluation.
@@ -116,7 +116,7 @@ class Material:
     trains: bool
 
 
-def read_material(config: RunConfig, ranks: Ranks, reporter: Reporter) -> Material:
+def read_material(config: RunConfig, ranks: Ranks, reporter: Reporter) -> RunMaterial:
     """Read and tokenise the run's rows. All ranks call this together. Raises `UserError`."""
     check_backend(config.backbone.attention)
     text_config = text_config_of(config.backbone)
@@ -146,7 +146,7 @@ def read_material(config: RunConfig, ranks: Ranks, reporter: Reporter) -> Materi
                 )
         size = config.train.eval_batch_size
         held_out = HeldOut(task, eval_examples, rows, size, config.data.packing, tokenizer.pad_token_id)
-    return Material(tokenizer, task, examples, held_out, trains)
+    return RunMaterial(tokenizer, task, examples, held_out, trains)
 
 
 class Engine(NamedTuple):
@@ -162,7 +162,7 @@ def build_engine(
     zero3: dict[str, Any] | None,
     ranks: Ranks,
     settings: TrainConfig,
-    material: Material,
+    material: RunMaterial,
     *,
     units: bool = True,
 ) -> Engine:

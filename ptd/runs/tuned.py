@@ -88,7 +88,7 @@ def backbone_of(adapter: Adapter | None, path: str | None, changes: dict[str, An
 
 
 @dataclass(frozen=True)
-class Found:
+class TunedReference:
     """An adapter and its backbone before the backbone's weights are loaded."""
 
     adapter: Adapter | None
@@ -111,7 +111,7 @@ class Found:
         return Tuned(prepared, self.tokenizer, self.adapter, self.task, readout.to(ranks.device), taught)
 
 
-def find_tuned(adapter: str | None, backbone: str | None, *, settings: Settings | None = None) -> Found:
+def find_tuned(adapter: str | None, backbone: str | None, *, settings: Settings | None = None) -> TunedReference:
     """Read the adapter, and everything of its backbone (or of ``backbone``) except the weights.
 
     The backbone and the data are treated as in training, except for the keys in ``settings``. The task is the one that
@@ -134,7 +134,7 @@ def find_tuned(adapter: str | None, backbone: str | None, *, settings: Settings 
     except ValueError as error:
         raise UserError(str(error)) from error
     task = make_task(task_section, data, architecture)
-    return Found(found, config, task, head, load_tokenizer(config))
+    return TunedReference(found, config, task, head, load_tokenizer(config))
 
 
 def load_tuned(adapter: str | None, backbone: str | None, ranks: Ranks, *, settings: Settings | None = None) -> Tuned:

@@ -39,7 +39,7 @@ NONE = "(no answer)"
 
 
 @dataclass(frozen=True)
-class Window:
+class ContextWindow:
     """A row of the examples: its row of the data (from 0), the context, and the context's tokens in the window.
 
     ``offsets`` int32 ``[candidates, 2]``: the range of characters of each candidate; the range of the first candidate,
@@ -85,7 +85,7 @@ class QuestionAnswering:
         split = window_splitter(tokenizer, self.data.max_length, self.config.doc_stride)
         fields = self.fields if labelled else {name: self.fields[name] for name in ("question", "context")}
         tokens, types, labels, offsets = array("i"), array("b"), array("i"), array("q", [0])
-        aside: list[Window] = []
+        aside: list[ContextWindow] = []
         for first, chunk in field_chunks(rows, fields, what):
             places = [f"row {row} of {what}" for row in range(first, first + len(chunk["context"]))]
             for index, ids, type_ids, in_context, spans in split(chunk["question"], chunk["context"], places):
@@ -102,7 +102,7 @@ class QuestionAnswering:
                 types.extend(type_ids)
                 labels.extend(targets.tolist())
                 offsets.append(len(tokens))
-                aside.append(Window(first - 1 + index, context, np.array([(0, 0), *spans], dtype=np.int32)))
+                aside.append(ContextWindow(first - 1 + index, context, np.array([(0, 0), *spans], dtype=np.int32)))
         label_array = np.frombuffer(labels, dtype=np.int32)
         type_array = np.frombuffer(types, dtype=np.int8)
         takes_types = "token_type_ids" in tokenizer.model_input_names

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from ptd.commands.train import train
 from ptd.config import parse_config
 from ptd.inject.last_layer import Tail
-from ptd.inject.output_layer import Head
+from ptd.inject.output_layer import OutputLayer
 from ptd.runs.metrics_log import read_records
 from ptd.types import Reporter
 
@@ -49,7 +49,7 @@ def losses_of(backbone_dir: Path, rows_file: Path, tmp_path_factory: pytest.Temp
             if "tail" not in levers:
                 patch.setattr(Tail, "begin", lambda self, tokens, kept: None)
             if "loss" not in levers:
-                patch.setattr(Head, "fuses", False)
+                patch.setattr(OutputLayer, "fuses", False)
             train(parse_config(config), reporter=reporter or Reporter())
         return [record["loss"] for record in read_records(folder / "out") if "loss" in record]
 

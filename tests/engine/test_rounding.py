@@ -8,7 +8,7 @@ import torch
 from families import FAMILIES, VOCAB, tiny_model
 
 from ptd.data.batches import packed_batch
-from ptd.engine.bucket_padding import fill, rounded
+from ptd.engine.bucket_padding import pad_to_bucket, rounded
 from ptd.engine.forward import Forward
 from ptd.inject import Attachment
 from ptd.methods.prefix import PrefixEncoder
@@ -37,7 +37,7 @@ def test_few_sizes_close_to_the_counts():
 def test_a_filled_batch_says_what_runs():
     batch = packed_batch(examples(), np.arange(len(LENGTHS)))
     read = batch.supervised_tokens
-    filled, also = fill(batch, read)
+    filled, also = pad_to_bucket(batch, read)
     tokens, total = sum(LENGTHS), filled.input_ids.shape[1]
     assert len(also) > 0
     assert rounded(total) == total

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ptd.async_copy import OnItsWay, to_device
+from ptd.async_copy import AsyncHostCopy, to_device
 from tests.gpu_paper.device import EMULATED, Dispatched, Seen, watched
 
 GPU = torch.device("cuda", 0)
@@ -42,7 +42,7 @@ NOT_WAITING: dict[str, Callable[[Tensor], Any]] = {
     "a number of the host": lambda there: there * torch.tensor(2.0),
     "the host's own": lambda there: (float(torch.ones(1)), torch.ones(2).nonzero(), torch.ones(2).tolist()),
     "a copy meanwhile": lambda there: to_device(torch.zeros(3), there.device) + there,
-    "what was copied meanwhile": lambda there: OnItsWay(there).read(),
+    "what was copied meanwhile": lambda there: AsyncHostCopy(there).read(),
     "known repeats": lambda there: torch.repeat_interleave(there, there.long(), output_size=6),
 }
 

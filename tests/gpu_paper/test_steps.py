@@ -20,7 +20,7 @@ from ptd.distributed.ranks import Ranks
 from ptd.engine.evaluation import evaluate
 from ptd.engine.loop import Loop, Stopped
 from ptd.inject import Attachment, check_supported
-from ptd.inject.output_layer import Head
+from ptd.inject.output_layer import OutputLayer
 from ptd.methods.prefix import PrefixEncoder
 from ptd.methods.prompt import SoftPromptEncoder
 from ptd.runs.build import build_engine, read_material
@@ -106,7 +106,7 @@ def backbones(backbone_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> C
 def run(backbones: Callable[[str], Path], labelled_rows: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
     def build(case: str, **loop: Any) -> Run:
         if case == "without levers":
-            monkeypatch.setattr(Head, "fuses", False)
+            monkeypatch.setattr(OutputLayer, "fuses", False)
 
         return Run(backbones(case), labelled_rows, CASES[case], **loop)
 

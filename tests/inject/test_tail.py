@@ -9,7 +9,7 @@ from torch import nn
 
 from ptd.backbone.load import checkpoint_layers
 from ptd.inject import Attachment
-from ptd.inject.last_layer import Watch
+from ptd.inject.last_layer import ModuleProbe
 from ptd.types import PrefixKV, SoftTokens
 
 P, CLOSE = 3, 1e-6
@@ -137,6 +137,6 @@ class Capped(nn.Module):
 def test_logits_in_the_memory_of_the_heads_output_are_not_taken_for_it():
     model = Capped().requires_grad_(False)
     for _ in range(100):
-        with Watch(model) as watch:
+        with ModuleProbe(model) as watch:
             output = model(torch.randn(1, 2, 4))
         assert watch.head_of(output) is None

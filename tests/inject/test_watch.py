@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, pad
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from ptd.engine.bucket_padding import fill
+from ptd.engine.bucket_padding import pad_to_bucket
 from ptd.engine.forward import Forward
 from ptd.inject import Attachment, SharesOfPrompt, attending_only_to
 from ptd.types import IGNORE_INDEX, Batch, NoPrompt, PrefixKV, PrefixLayout, SoftTokens, virtual_id
@@ -317,7 +317,7 @@ def test_tokens_that_fill_a_batch_up_do_not_count(soft):
         return SoftTokens(torch.randn(P, hidden), in_front=True) if soft else random_prefix(attachment.shape)
 
     (plain, _), (filled, _) = (recorded(model, batch, state, rounds=rounds) for rounds in (False, True))
-    assert fill(batch, 0)[0].input_ids.shape[1] > sum(batch.lengths)
+    assert pad_to_bucket(batch, 0)[0].input_ids.shape[1] > sum(batch.lengths)
     for one, other in zip(plain, filled, strict=True):
         assert torch.equal(one.queries, other.queries)
         for name in ("mass", "norms", "keys"):

@@ -29,7 +29,7 @@ LONGEST_SEQUENCE = 2**14
 """Limits the size of the strip: 13 MB in fp32."""
 
 
-class Tile(NamedTuple):
+class JoinedTile(NamedTuple):
     """Rows q0..q1 of the pack attend to the joined keys k0..k1. The first row sees the keys up to ``k0 + seen``."""
 
     q0: int
@@ -39,13 +39,13 @@ class Tile(NamedTuple):
     seen: int
 
 
-class Plan(NamedTuple):
+class TilePlan(NamedTuple):
     """``source``: the index in [prefix, own keys] of each joined key; each sequence's joined keys are padded to a
     multiple of `VECTOR` with the first prefix key. ``sequences``: the tiles of each sequence. ``rows``, ``seen``: the
     maximum over all tiles."""
 
     source: Tensor
-    sequences: list[list[Tile]]
+    sequences: list[list[JoinedTile]]
     rows: int
     seen: int
 
@@ -54,7 +54,7 @@ def _up(keys: int) -> int:
     return -(-keys // VECTOR) * VECTOR
 
 
-def _plan(offsets: tuple[int, ...], prefix: int, causal: bool) -> Plan:
+def _plan(offsets: tuple[int, ...], prefix: int, causal: bool) -> TilePlan:
     source, sequences, begin = [], [], 0
     for first, last in pairwise(offsets):
         keys = prefix + last - first
@@ -62,17 +62,18 @@ def _plan(offsets: tuple[int, ...], prefix: int, causal: bool) -> Plan:
         if first == last:
             continue
         source += [torch.arange(prefix), torch.arange(prefix + first, prefix + last), torch.zeros(padding).long()]
-        tiles = [Tile(first, last, begin, begin + keys + padding, keys - 1)]
+        tiles = [JoinedTile(first, last, begin, begin + keys + padding, keys - 1)]
         if causal:
             cuts = [*range(first, last, ROWS), last]
             tiles = [
-                Tile(q0, q1, begin, begin + _up(prefix + q1 - first), prefix + q0 - first) for q0, q1 in pairwise(cuts)
+                JoinedTile(q0, q1, begin, begin + _up(prefix + q1 - first), prefix + q0 - first)
+                for q0, q1 in pairwise(cuts)
             ]
         sequences.append(tiles)
         begin += keys + padding
     every = list(chain.from_iterable(sequences))
     rows, seen = max(tile.q1 - tile.q0 for tile in every), max(tile.seen for tile in every)
-    return Plan(torch.cat(source), sequences, rows, seen)
+    return TilePlan(torch.cat(source), sequences, rows, seen)
 
 
 _kept_plan = lru_cache(8)(_plan)
@@ -88,7 +89,7 @@ def _strip(rows: int, width: int, dtype: torch.dtype) -> Tensor:
 class _Masks:
     """The masks of a plan's tiles, for scores of one dtype. ``real``: tensors have data, and the strip is cached."""
 
-    def __init__(self, plan: Plan, causal: bool, dtype: torch.dtype, real: bool) -> None:
+    def __init__(self, plan: TilePlan, causal: bool, dtype: torch.dtype, real: bool) -> None:
         self.width = 1 << plan.seen.bit_length()
         rows = min(ROWS, 1 << plan.rows.bit_length()) if causal else 1
         self.causal = causal
@@ -97,7 +98,7 @@ class _Masks:
         else:  # stride 0: a pass without data counts almost no memory for it, as for a strip that is already cached
             self.strip = torch.zeros(1, 1, 1, 1, dtype=dtype).expand(1, 1, rows, self.width + rows + VECTOR)
 
-    def __call__(self, tile: Tile) -> Tensor:
+    def __call__(self, tile: JoinedTile) -> Tensor:
         """Return the mask of `tile`: ``[1, 1, rows, keys]``; without a causal rule, where only padding is hidden,
         ``[1, 1, 1, keys]``."""
         begin = self.width - tile.seen
@@ -187,7 +188,7 @@ def _all_gradients(
     return tokens + [torch.cat(parts).sum(0).transpose(0, 1) for parts in (dprefix_k, dprefix_v)]
 
 
-def _join(prefix_HPX: Tensor, own_1HTX: Tensor, plan: Plan) -> Tensor:
+def _join(prefix_HPX: Tensor, own_1HTX: Tensor, plan: TilePlan) -> Tensor:
     """Return the joined keys or values ``[1, H, joined keys, X]``, in the memory layout ``[1, joined keys, H, X]``."""
     both = torch.cat([prefix_HPX.transpose(0, 1).to(own_1HTX.dtype), own_1HTX[0].transpose(0, 1)])
     return both.index_select(0, plan.source)[None].transpose(1, 2)

@@ -22,7 +22,7 @@ from ptd_kernels.prefix_attention.reference import reference_attention
 from ptd_kernels.prefix_attention.segments import ON_REQUEST, Gradients, Kernel, Need, Rule, pick
 
 
-class Tile(NamedTuple):
+class MergedTile(NamedTuple):
     """One kernel call: query rows q0..q1 attend to the keys k0..k1. Under `rule` they see no key outside that range."""
 
     q0: int
@@ -32,27 +32,29 @@ class Tile(NamedTuple):
     rule: Rule
 
 
-def tiles(kernel: Kernel, q: Tensor, k: Tensor, rule: Rule, offsets: Sequence[int] | None) -> list[Tile]:
+def tiles(kernel: Kernel, q: Tensor, k: Tensor, rule: Rule, offsets: Sequence[int] | None) -> list[MergedTile]:
     """Cut a segment into calls for `kernel`. The row ranges of the calls are consecutive and cover 0 to S.
 
     `offsets` are the bounds of the packed sequences, if they are known on the host.
     """
     B, Hq, S, _ = q.shape
     if kernel.max_rows is None:
-        return [Tile(0, S, 0, k.shape[2], rule)]
+        return [MergedTile(0, S, 0, k.shape[2], rule)]
     if rule.cu_seqlens is not None and offsets is None:
         sequence_S = torch.searchsorted(rule.cu_seqlens, torch.arange(S, device=q.device), right=True)
         rule = rule._replace(cu_seqlens=None, sequences=(sequence_S, sequence_S))
     if offsets is None:
         return _sequence_tiles(kernel, B * Hq, (0, S), (0, k.shape[2]), rule)
     rule = rule._replace(cu_seqlens=None)
-    cut: list[Tile] = []
+    cut: list[MergedTile] = []
     for bounds in pairwise(offsets):
         cut += _sequence_tiles(kernel, B * Hq, bounds, bounds, rule)
     return cut
 
 
-def _sequence_tiles(kernel: Kernel, heads: int, rows: tuple[int, int], keys: tuple[int, int], rule: Rule) -> list[Tile]:
+def _sequence_tiles(
+    kernel: Kernel, heads: int, rows: tuple[int, int], keys: tuple[int, int], rule: Rule
+) -> list[MergedTile]:
     (q0, q1), (k0, k1) = rows, keys
     num_rows, num_keys, offset, window = q1 - q0, k1 - k0, rule.offset, rule.window
     if offset is not None:
@@ -60,7 +62,7 @@ def _sequence_tiles(kernel: Kernel, heads: int, rows: tuple[int, int], keys: tup
             # More queries than keys: the first rows see no key.
             dead = min(-offset, num_rows)
             rest = _sequence_tiles(kernel, heads, (q0 + dead, q1), keys, rule._replace(offset=0))
-            return [Tile(q0, q0 + dead, k0, k0, rule), *rest]
+            return [MergedTile(q0, q0 + dead, k0, k0, rule), *rest]
         if window is not None and window >= offset + num_rows:
             window = None
         if window is None and offset >= num_keys - 1:
@@ -69,7 +71,7 @@ def _sequence_tiles(kernel: Kernel, heads: int, rows: tuple[int, int], keys: tup
     bounded = rule.bias is not None or (offset is not None and (offset > 0 or window is not None))
     step = kernel.max_rows(1, heads, num_keys, bounded) if kernel.max_rows else num_rows
     if num_rows <= step and window is None:
-        return [Tile(q0, q1, k0, k1, _part(rule, q0, q1, k0, k1))] if num_rows else []
+        return [MergedTile(q0, q1, k0, k1, _part(rule, q0, q1, k0, k1))] if num_rows else []
     cut = []
     for first in range(0, num_rows, step):
         last, low, high, part = min(first + step, num_rows), 0, num_keys, rule
@@ -78,7 +80,7 @@ def _sequence_tiles(kernel: Kernel, heads: int, rows: tuple[int, int], keys: tup
             low = 0 if window is None else max(0, offset + first - window + 1)
             part = rule._replace(offset=offset + first - low)
         tile = q0 + first, q0 + last, k0 + low, k0 + high
-        cut.append(Tile(*tile, _part(part, *tile)))
+        cut.append(MergedTile(*tile, _part(part, *tile)))
     return cut
 
 
@@ -89,7 +91,7 @@ def _part(rule: Rule, q0: int, q1: int, k0: int, k1: int) -> Rule:
     return rule._replace(mask=mask, bias=bias, sequences=sequences)
 
 
-def segment_forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, cut: list[Tile]) -> tuple[Tensor, Tensor]:
+def segment_forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, cut: list[MergedTile]) -> tuple[Tensor, Tensor]:
     """Return output ``[B, Hq, S, E]`` (in the kernel's dtype) and log-sum-exp ``[B, Hq, S]`` over this segment only."""
     outs, sums = [], []
     for tile, q_rows, k_part, v_part in zip(cut, _rows(q, cut), _keys(k, cut), _keys(v, cut), strict=True):
@@ -112,7 +114,7 @@ def segment_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    cut: list[Tile],
+    cut: list[MergedTile],
     dq: Tensor | None = None,
 ) -> Gradients:
     """Return this segment's share of the gradients, given the output and log-sum-exp over *all* segments.
@@ -137,11 +139,11 @@ def segment_backward(
     return Gradients(_join(dqs) if dq is None else dq, _sum_keys(k, cut, dks), _sum_keys(v, cut, dvs))
 
 
-def _rows(x_BHSX: Tensor, cut: list[Tile]) -> Sequence[Tensor]:
+def _rows(x_BHSX: Tensor, cut: list[MergedTile]) -> Sequence[Tensor]:
     return [x_BHSX] if len(cut) == 1 else x_BHSX.split_with_sizes([tile.q1 - tile.q0 for tile in cut], dim=2)
 
 
-def _keys(x_BHTX: Tensor, cut: list[Tile]) -> list[Tensor]:
+def _keys(x_BHTX: Tensor, cut: list[MergedTile]) -> list[Tensor]:
     return [x_BHTX[:, :, tile.k0 : tile.k1] for tile in cut]
 
 
@@ -150,7 +152,7 @@ def _join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
 
 
-def _sum_keys(x_BHTX: Tensor, cut: list[Tile], parts: list[Tensor]) -> Tensor:
+def _sum_keys(x_BHTX: Tensor, cut: list[MergedTile], parts: list[Tensor]) -> Tensor:
     bounds = [0, *(tile.k1 for tile in cut)]
     if bounds[:-1] == [tile.k0 for tile in cut] and bounds[-1] == x_BHTX.shape[2]:
         return _join(parts)
