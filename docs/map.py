@@ -10,6 +10,7 @@ PAGE = ROOT / "docs" / "map.md"
 FOLDERS = {
     "ptd": "The toolkit",
     "kernels": "Kernels: importable as `ptd_kernels`, without ptd",
+    "tools": "Tools: what made files of the package; not in the wheel",
     "benchmarks": "Benchmarks: programs that write `benchmarks/results/`",
 }
 OTHERS = {

@@ -19,8 +19,8 @@ import random
 import re
 from pathlib import Path
 
-from ptd.quickstart.corpus import DROP_PROBABILITY, draw_value, invent_name
 from ptd.quickstart.domains import DOMAINS
+from ptd.quickstart.names import DROP_PROBABILITY, draw_value, invent_name
 
 Row = dict[str, str]
 

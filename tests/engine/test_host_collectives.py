@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import BackendConfig
 
-from ptd.distributed import rendezvous as meeting
+from ptd.distributed import rendezvous
 from ptd.distributed.ranks import collective_timeout
 from ptd.distributed.rendezvous import Member, backends_for, join
 
@@ -68,9 +68,9 @@ def test_the_process_group_of_ranks_on_gpus(
 ) -> None:
     asked: dict[str, Any] = {}
     tried: list[str] = []
-    monkeypatch.setattr(meeting, "_store", lambda member, size: dist.HashStore())
-    monkeypatch.setattr(meeting, "_meet", lambda *arguments: None)
-    monkeypatch.setattr(meeting, "_try_out", lambda size, device: tried.append(device.type))
+    monkeypatch.setattr(rendezvous, "_store", lambda member, size: dist.HashStore())
+    monkeypatch.setattr(rendezvous, "_meet", lambda *arguments: None)
+    monkeypatch.setattr(rendezvous, "_try_out", lambda size, device: tried.append(device.type))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: asked.update(options, backend=backend))
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "=lo")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that what is set is taken back
@@ -78,6 +78,6 @@ def test_the_process_group_of_ranks_on_gpus(
     join(Member(0, "node-a", {}, "GPU-1", 2, 2), GPU, world_size, collective_timeout())
     assert BackendConfig(asked["backend"]).get_device_backend_map() == {"cpu": "gloo", "cuda": "nccl"}
     assert (asked["device_id"], tried) == (bound, ["cpu", "cuda"])
-    assert meeting.os.environ["GLOO_SOCKET_IFNAME"] == "lo"
-    said = meeting.advice(backends_for(GPU))
+    assert rendezvous.os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    said = rendezvous.advice(backends_for(GPU))
     assert said.startswith("Set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (now lo, =lo; ")

@@ -94,7 +94,7 @@ def results(folders: Folders, backbone_dir: Path, rows_file: Path) -> Results:
     }
     plan, found = folders.root / "attempts.json", folders.root / "results.json"
     plan.write_text(json.dumps(list(attempts.values())))
-    worker = Path(__file__).with_name("worker_attempts.py")
+    worker = Path(__file__).with_name("worker_restarts.py")
     done = subprocess.run(
         [sys.executable, str(worker), str(plan), str(found)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},

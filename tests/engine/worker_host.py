@@ -25,7 +25,7 @@ from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers
 from ptd.checkpoint import Saver, latest_complete, saver
 from ptd.config import parse_config
 from ptd.config.deepspeed import apply_deepspeed
-from ptd.distributed import rendezvous as meeting
+from ptd.distributed import rendezvous
 from ptd.distributed.ranks import Ranks
 from ptd.distributed.zero3 import _gather
 from ptd.engine.setup import prepare
@@ -36,9 +36,9 @@ HELD = 60.0
 
 
 def main(backbone: str, folder: Path) -> None:
-    try_out = meeting._try_out
-    meeting.backends_for = lambda device: {"cpu": "gloo", "cuda": "fake"}  # type: ignore[assignment]
-    meeting._try_out = lambda size, device: try_out(size, device) if device.type == "cpu" else None
+    try_out = rendezvous._try_out
+    rendezvous.backends_for = lambda device: {"cpu": "gloo", "cuda": "fake"}  # type: ignore[assignment]
+    rendezvous._try_out = lambda size, device: try_out(size, device) if device.type == "cpu" else None
     ranks = Ranks.start()
     found = {
         "backend": str(dist.get_backend()),

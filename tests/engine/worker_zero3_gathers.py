@@ -1,6 +1,6 @@
 """Four steps of a ZeRO-3 run on ranks: what DeepSpeed keeps, and what it sends in the fourth.
 
-torchrun … worker_gathers.py RUN.json RESULTS.json
+torchrun … worker_zero3_gathers.py RUN.json RESULTS.json
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def test_shards_and_traffic_are_those_of_deepspeed(launch: Any, tmp_path: Path) 
         "deepspeed": {"zero_optimization": {"stage": 3, **LIMITS}},
     }
     (tmp_path / "run.json").write_text(json.dumps(run))
-    launch(2, HERE / "worker_gathers.py", tmp_path / "run.json", tmp_path / "real.json")
+    launch(2, HERE / "worker_zero3_gathers.py", tmp_path / "run.json", tmp_path / "real.json")
     real = json.loads((tmp_path / "real.json").read_text())
     config = parse_config(run)
     found = plan(config, gpus=2, device="cpu", memory="1GiB", alternatives=False)

@@ -1,6 +1,6 @@
 """Backbones in shards over four ranks as two nodes, against whole ones: weights, loss and gradient, memory, refusals.
 
-worker_sharding.py runs all cases in one launch; a test here looks at some of them.
+worker_zero3.py runs all cases in one launch; a test here looks at some of them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import pytest
 from families import save_backbone, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
-WORKER = Path(__file__).with_name("worker_sharding.py")
+WORKER = Path(__file__).with_name("worker_zero3.py")
 TOLERANCE = 1e-5
-TOKENS = 24  # a row's, in worker_sharding.py
+TOKENS = 24  # a row's, in worker_zero3.py
 # 4-bit blocks have 64 numbers; with three layers the check at attach runs two of them.
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_hidden_layers": 3}
 MATRIX = [

@@ -32,9 +32,9 @@ museums, musicians, cats and boats. It exists so that prefix tuning can be tried
 | learning rate | peak {peak}, warm-up and cosine over the wall-clock time |
 | versions | Python {python}, torch {torch}, transformers {transformers}, tokenizers {tokenizers} |
 
-The corpus is generated (`ptd/quickstart/corpus.py`) and contains no outside data. The first view of each entity cannot
-be predicted and has weight {first_weight} in the loss. The corpus, the tokenizer and the initial weights are seeded,
-but the number of steps depends on the wall-clock time, so a second run gives a different model.
+The corpus is generated (`tools/quickstart_backbone/corpus.py`) and contains no outside data. The first view of each
+entity cannot be predicted and has weight {first_weight} in the loss. The corpus, the tokenizer and the initial weights
+are seeded, but the number of steps depends on the wall-clock time, so a second run gives a different model.
 
 ## Shape
 

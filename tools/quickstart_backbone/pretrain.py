@@ -1,4 +1,4 @@
-"""Pretrain the quickstart's backbone from scratch: ``python -m ptd.quickstart.pretrain --output DIR``.
+"""Pretrain the quickstart's backbone from scratch: ``python tools/quickstart_backbone/pretrain.py --output DIR``.
 
 The package ships the result in ``ptd/quickstart/backbone``. Two CPU cores make it in the time given by ``--minutes``:
 first a byte-level BPE tokenizer, then a Llama of 3 M parameters, trained in bf16 autocast over fp32 weights. The
@@ -18,11 +18,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from card import model_card
+from corpus import FIRST_VIEW_WEIGHT, Segment, collections
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from ptd.quickstart.card import model_card
-from ptd.quickstart.corpus import FIRST_VIEW_WEIGHT, Segment, collections
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 VOCABULARY = 1536
@@ -226,7 +225,7 @@ def main() -> None:
     outcome = pretrain(model, tokenizer, arguments.minutes, compiled=not arguments.no_compile)
     print(outcome)
     card = model_card(
-        command=f"python -m ptd.quickstart.pretrain --output DIR --minutes {arguments.minutes:g}",
+        command=f"python tools/quickstart_backbone/pretrain.py --output DIR --minutes {arguments.minutes:g}",
         parameters=model.num_parameters(),
         compiled=not arguments.no_compile,
         rows=BATCH_ROWS,

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from ptd.distributed import rendezvous as meeting
+from ptd.distributed import rendezvous
 from ptd.distributed.ranks import Ranks
 from ptd.distributed.rendezvous import Member, disagreement, listed
 from ptd.types import RankError, UserError
 
-WORKER = Path(__file__).with_name("worker_meeting.py")
+WORKER = Path(__file__).with_name("worker_rendezvous.py")
 HERE = Member(0, "node-a", {"torch": "2.13.0", "ptd": "0.1"}, None, 0, 2)
 ON_GPU = replace(HERE, gpu="GPU-1", gpus=2)
 
@@ -66,16 +66,16 @@ def test_ranks_without_a_place_to_meet(monkeypatch: pytest.MonkeyPatch, port: st
 
 
 def test_a_rank_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "MEETING", timedelta(seconds=0.2))
+    monkeypatch.setattr(rendezvous, "MEETING", timedelta(seconds=0.2))
     with pytest.raises(UserError, match=r"ranks 1-2 of 3 did not join within 0\.2 s; rank 0 on node-a did"):
-        meeting._meet(dist.HashStore(), HERE, 3)
+        rendezvous._meet(dist.HashStore(), HERE, 3)
 
 
 def test_two_processes_that_are_the_same_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     store = dist.HashStore()
-    meeting._meet(store, HERE, 1)
+    rendezvous._meet(store, HERE, 1)
     with pytest.raises(RankError, match="rank 0 on node-a: another process has RANK=0 as well"):
-        meeting._meet(store, HERE, 1)
+        rendezvous._meet(store, HERE, 1)
 
 
 def test_an_interface_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

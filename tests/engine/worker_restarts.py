@@ -1,6 +1,6 @@
 """Attempts of one run, run by test_interruptions.py: two ranks of ``ptd train`` each, one after the other.
 
-    python worker_attempts.py ATTEMPTS.json RESULTS.json
+    python worker_restarts.py ATTEMPTS.json RESULTS.json
 
 An attempt is ``arguments`` of ``ptd`` and ``event``: null, or what happens to which rank: ``[rank, where, step,
 signal]``, a signal that the rank sends to itself right before ``where``: ``resume`` (the backbone is loaded), ``step``

@@ -1,6 +1,6 @@
-"""Run on ranks by test_sharding.py, four ranks as two nodes: backbones in shards against whole ones, measured.
+"""Run on ranks by test_zero3.py, four ranks as two nodes: backbones in shards against whole ones, measured.
 
-    torchrun --nproc-per-node 4 worker_sharding.py CASES.json RESULTS.json
+    torchrun --nproc-per-node 4 worker_zero3.py CASES.json RESULTS.json
 
 A case is a RUN.yaml's ``backbone`` section and more under a name. Nothing is asserted here; a case's numbers are the
 worst over all ranks.
