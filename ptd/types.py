@@ -295,6 +295,11 @@ class HeadSettings:
     hidden_sizes: tuple[int, ...] = ()
 
 
+def is_partitioned(parameter: Tensor) -> bool:
+    """Return whether a parameter is partitioned over ranks by DeepSpeed ZeRO-3."""
+    return hasattr(parameter, "ds_id")
+
+
 def same_backbone(one: str, other: str) -> bool:
     """Return whether two fingerprints may belong to the same backbone: all parts that both have are equal.
 

@@ -34,12 +34,12 @@ class PtdSide:
 
     def __init__(self, config: RunConfig, compared: bool = False) -> None:
         config, zero3 = apply_deepspeed(config)
-        if compared and zero3 is not None:
+        if compared and config.backbone.sharded:
             raise UserError(
                 "--against peft: this run shards its backbone with DeepSpeed, but the comparison runs each side in one "
                 "process that holds the whole backbone; leave out --against, or remove backbone.sharding and deepspeed"
             )
-        self.ranks = Ranks.start(needs_group=zero3 is not None)
+        self.ranks = Ranks.start(needs_group=config.backbone.sharded)
         if compared:  # PEFT has no other start; the step time does not depend on it
             config = started_at_random(config)
         self._open = ExitStack()
@@ -61,7 +61,7 @@ class PtdSide:
         self.memory = PeakMemory(ranks.device)
         self.engine = build_engine(config, zero3, ranks, config.train, self.material)
         self.prepared, self.step, self.batches = self.engine
-        if zero3 is not None:
+        if config.backbone.sharded:
             self._open.enter_context(metered_deepspeed(self.step.meter))
         nothing = lambda *unused: None  # noqa: E731
         self.loop = Loop(

@@ -87,8 +87,8 @@ def check_run(run: Path, overrides: list[str]) -> Iterator[Check]:
 
     def read() -> str:
         nonlocal config
-        config, zero3 = apply_deepspeed(load_config(run, overrides))
-        return f"{run}: method {config.method_name}" + (" with sharded weights" if zero3 is not None else "")
+        config, _ = apply_deepspeed(load_config(run, overrides))
+        return f"{run}: method {config.method_name}" + (" with sharded weights" if config.backbone.sharded else "")
 
     yield _checked("run file", read)
     if config is None:

@@ -185,14 +185,8 @@ def _tokenizer(config: RunConfig, *, needed: bool) -> Any:
 
 def _own_placement(config: RunConfig, machine: Machine) -> Placement:
     backbone = config.backbone
-    sharding, offload = backbone.sharding, backbone.offload
-    size = {"none": 1, "world": machine.world_size, "node": backbone.sharding_group_size or machine.ranks_per_node}
-    if machine.world_size % size[sharding]:
-        raise UserError(
-            f"backbone.sharding_group_size: groups of {size[sharding]} ranks do not divide the {machine.world_size} "
-            f"ranks of --gpus {machine.ranks_per_node} --nodes {machine.nodes}; choose a divisor"
-        )
-    return Placement(backbone.quantization, sharding, offload, size[sharding])
+    size = backbone.ranks_per_copy(machine.world_size, machine.ranks_per_node)
+    return Placement(backbone.quantization, backbone.sharding, backbone.offload, size)
 
 
 def _candidates(own: Placement, machine: Machine) -> list[Placement]:

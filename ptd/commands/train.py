@@ -47,7 +47,7 @@ def train(
     training diverged and ``train.on_divergence`` ends such a run.
     """
     config, zero3 = apply_deepspeed(config)
-    ranks = Ranks.start(needs_group=zero3 is not None)
+    ranks = Ranks.start(needs_group=config.backbone.sharded)
     check_batch_size(config, ranks.world_size)
     reporter = reporter if reporter is not None and ranks.is_main else Reporter()
     try:
@@ -129,7 +129,7 @@ def _train(
         stack.callback(artifacts.saver.close)
         if records is not None:  # closes the records also when the run fails
             stack.enter_context(records)
-        if zero3 is not None:
+        if config.backbone.sharded:
             stack.enter_context(metered_deepspeed(step.meter))
         if ranks.any(request.wanted):  # requested while the backbone was loading
             artifacts.preempt(start, None)

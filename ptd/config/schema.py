@@ -109,6 +109,25 @@ class BackboneConfig(Section):
 
     _paths = field_validator("path", "offload_folder")(_home)
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds only a part of the weights."""
+        return self.sharding != "none"
+
+    def ranks_per_copy(self, ranks: int, ranks_per_node: int) -> int:
+        """Return how many ranks share one copy of the weights.
+
+        Raises `UserError` if groups of ``sharding_group_size`` do not divide the ``ranks``.
+        """
+        node = self.sharding_group_size or ranks_per_node
+        size = {"none": 1, "world": ranks, "node": node}[self.sharding]
+        if ranks % size:
+            raise UserError(
+                f"backbone.sharding_group_size: {ranks} ranks do not divide into groups of {size}; give a size that "
+                "divides them, or set backbone.sharding: world"
+            )
+        return size
+
     @model_validator(mode="after")
     def _consistent(self) -> BackboneConfig:
         if self.int8_threshold and self.quantization != "int8":

@@ -21,6 +21,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.functional import pad
 
+from ptd.config import BackboneConfig
 from ptd.distributed.rendezvous import Member, join
 from ptd.types import PromptEncoder, UserError
 
@@ -110,21 +111,14 @@ class Ranks:
             return init_device_mesh(self.device.type, (self.world_size,))
         return DeviceMesh.from_group(self._consecutive(self.local_world_size), self.device.type)
 
-    def shard_group(self, sharding: str, group_size: int | None = None) -> ProcessGroup | None:
-        """Return the ranks that hold one copy of a backbone with this ``backbone.sharding``; None: all of them.
+    def shard_group(self, backbone: BackboneConfig) -> ProcessGroup | None:
+        """Return the ranks that share one copy of a sharded ``backbone`` with this rank; None: all of them.
 
-        With ``node`` a group has ``group_size`` consecutive ranks, by default those of a node. Every rank calls this
-        together; each group is created once. Raises `UserError` if ``group_size`` does not divide the number of ranks.
+        A group has consecutive ranks. Every rank calls this together; each group is created once. Raises `UserError`
+        as `BackboneConfig.ranks_per_copy` does.
         """
-        size = group_size or self.local_world_size
-        if sharding != "node" or size == self.world_size:
-            return None
-        if self.world_size % size:
-            raise UserError(
-                f"backbone.sharding_group_size: {self.world_size} ranks do not divide into groups of {size}; "
-                "give a size that divides them, or set backbone.sharding: world"
-            )
-        return self._consecutive(size)
+        size = backbone.ranks_per_copy(self.world_size, self.local_world_size)
+        return None if size == self.world_size else self._consecutive(size)
 
     def _consecutive(self, size: int) -> ProcessGroup:
         """Return this rank's group of ``size`` consecutive ranks."""

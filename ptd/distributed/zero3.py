@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ptd.backbone import part_of
-from ptd.types import UserError
+from ptd.types import UserError, is_partitioned
 
 with redirect_stdout(sys.stderr):  # DeepSpeed's logger picks its stream at import; stdout is for ptd's results
     import deepspeed
@@ -103,7 +103,7 @@ class Shards:
 
     @torch.no_grad()
     def _receive(self, module: nn.Module, name: str, parameter: Any) -> None:
-        if parameter is None or parameter.is_meta or hasattr(parameter, "ds_id"):
+        if parameter is None or parameter.is_meta or is_partitioned(parameter):
             return
         parameter.requires_grad_(False)
         sums = None

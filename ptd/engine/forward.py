@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from ptd.async_copy import to_device
 from ptd.engine.bucket_padding import pad_to_bucket
-from ptd.inject import Attachment
+from ptd.inject import Attachment, PassOutput
 from ptd.types import IGNORE_INDEX, Batch
 
 
@@ -25,28 +25,28 @@ class Forward:
 
     def __call__(self, batch: Batch, positions: Tensor | None = None) -> Tensor:
         """Return the output at ``positions``, ``[len(positions), width]``; None: at all positions, flattened."""
-        wanted = batch.input_ids.numel() if positions is None else len(positions)
-        batch, also = self.filled(batch, 0 if positions is None else wanted)
-        self.attachment.keep(None if positions is None else to_device(torch.cat([positions, also]), self.device))
-        output = self.attachment.run(batch.to(self.device))
+        count = batch.input_ids.numel() if positions is None else len(positions)
+        batch, also = self.filled(batch, 0 if positions is None else count)
+        wanted = None if positions is None else PassOutput(to_device(torch.cat([positions, also]), self.device))
+        output = self.attachment.run(batch.to(self.device), wanted)
         logits: Tensor | None = output.get("logits")
-        return (output.last_hidden_state if logits is None else logits).flatten(0, 1)[:wanted]
+        return (output.last_hidden_state if logits is None else logits).flatten(0, 1)[:count]
 
     def cross_entropy(self, batch: Batch, positions: Tensor, targets: Tensor) -> Tensor:
         """Return the cross-entropy between the language model's logits at ``positions`` and ``targets``, summed, fp32.
 
         ``targets``: ``[len(positions)]``.
         """
-        head = self.attachment.head
-        if not head.fuses:
+        if not self.attachment.head.fuses:
             targets = to_device(targets, self.device)
             return cross_entropy(self(batch, positions).float(), targets, reduction="sum")
         batch, also = self.filled(batch, len(positions))
         targets = torch.cat([targets, targets.new_full(also.shape, IGNORE_INDEX)])
         positions = torch.cat([positions, also])
-        self.attachment.keep(to_device(positions, self.device), to_device(targets, self.device))
-        self.attachment.run(batch.to(self.device))
-        return head.take()
+        wanted = PassOutput(to_device(positions, self.device), to_device(targets, self.device))
+        self.attachment.run(batch.to(self.device), wanted)
+        assert wanted.loss is not None, "the pass did not run the output layer"
+        return wanted.loss
 
     def filled(self, batch: Batch, read: int) -> tuple[Batch, Tensor]:
         """Return the batch, padded if ``rounds``, and the padding positions to read after its ``read`` positions."""

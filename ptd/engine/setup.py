@@ -42,19 +42,20 @@ def prepare(
 ) -> Prepared:
     """Load the backbone, shard it (with ``zero3``) and attach the injection. Every rank calls this together."""
     shards = None
-    if zero3 is None:
+    if not config.sharded:
         model = load_model(config, output, device=ranks.device, check=check_supported)
     else:
+        assert zero3 is not None
         from ptd.distributed.zero3 import Shards  # importing deepspeed takes seconds; only sharded runs pay for it
 
-        group = ranks.shard_group(config.sharding, config.sharding_group_size)
+        group = ranks.shard_group(config)
         shards = Shards(zero3, group, dtype=dtype_of(config))
         with shards.receiving():
             model = load_model(config, output, device=ranks.device, sharded=True, check=check_supported)
         shards.run(model)
     # Of a sharded backbone only rank 0 has the leading values, and the shards' checksums were compared during loading.
     identity = (
-        same_fingerprint(fingerprint(model), ranks) if zero3 is None else ranks.on_main(lambda: fingerprint(model))
+        ranks.on_main(lambda: fingerprint(model)) if config.sharded else same_fingerprint(fingerprint(model), ranks)
     )
     forget_passes = shards.forget_passes if shards is not None else lambda: None
     attachment = Attachment(model, backend=config.attention, forget_passes=forget_passes)

@@ -24,7 +24,7 @@ from ptd.inject.attention import (
 from ptd.inject.explain import check_backend
 from ptd.inject.inputs import Inputs
 from ptd.inject.last_layer import ModuleProbe, Tail
-from ptd.inject.output_layer import OutputLayer
+from ptd.inject.output_layer import OutputLayer, PassOutput
 from ptd.inject.probe import layer_shapes, probe, shape_of
 from ptd.inject.self_check import SelfCheck, Verdict
 from ptd.inject.stack import Stack, stacks_of
@@ -151,16 +151,19 @@ class Attachment:
         """First position that the backbone itself uses (RoBERTa's comes after the padding index)."""
         return self.stacks[0].first_position
 
-    def keep(self, positions: Tensor | None, targets: Tensor | None = None) -> None:
-        """Return the last hidden states only at these flattened ``positions`` in the next forward pass.
+    @contextmanager
+    def only(self, wanted: PassOutput | None) -> Iterator[None]:
+        """Let the forward pass in this block compute only what is ``wanted``; None: everything.
 
-        Each position is given once. The modules after the last attention run only for these positions, so with gradient
-        checkpointing the backward pass has to come before the next forward pass. ``targets``: the tokens at these
-        positions, for a language model with ``head.fuses``; the pass then computes their cross-entropy instead of
-        logits, and ``head.take()`` returns it.
+        The modules after the last attention run only for the wanted positions, so with gradient checkpointing the
+        backward pass has to come before the next forward pass.
         """
-        self.stacks[-1].keep = positions
-        self.head.targets = targets
+        self.stacks[-1].keep = None if wanted is None else wanted.positions
+        self.head.wanted = wanted
+        try:
+            yield
+        finally:
+            self.stacks[-1].keep = self.head.wanted = None
 
     @contextmanager
     def _without_masks(self) -> Iterator[None]:
@@ -215,16 +218,20 @@ class Attachment:
         for stack in self.stacks:
             stack.soft, stack.in_front, stack.source_extra = None, False, 0
 
-    def run(self, batch: Batch) -> Any:
-        """Return the model's output for a batch on its device, without masks if each layer's own rule is sufficient."""
+    def run(self, batch: Batch, wanted: PassOutput | None = None) -> Any:
+        """Return the model's output for a batch on its device; with ``wanted`` as `only` explains.
+
+        The model runs without masks if each layer's own rule is sufficient.
+        """
         inputs = self.inputs.of(batch, self.first_position)
         self.stacks[0].trusted = True
         padded = padded_forward.set((batch.source or batch).has_padding)
         try:
-            if "attention_mask" in inputs or not self.packable:
-                return self.model(**inputs)
-            with self._without_masks():
-                return self.model(**inputs)
+            with self.only(wanted):
+                if "attention_mask" in inputs or not self.packable:
+                    return self.model(**inputs)
+                with self._without_masks():
+                    return self.model(**inputs)
         finally:
             padded_forward.reset(padded)
             self.stacks[0].trusted = False

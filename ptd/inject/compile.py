@@ -9,7 +9,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptd.inject.attention import IMPLEMENTATION, MASKLESS, attention_forward
-from ptd.types import UserError
+from ptd.types import UserError, is_partitioned
 
 RECOMPILE_LIMIT = 64
 """Graphs per function. Layers share their code, so each kind of layer, with and without gradients, adds graphs."""
@@ -22,7 +22,7 @@ def compile_layers(model: PreTrainedModel) -> None:
     step compiles. Raises `UserError` without a C++ compiler, on a GPU also without Triton; for sharded weights, whose
     hooks do not compile; and for weights that bitsandbytes has quantised.
     """
-    if getattr(model, "is_quantized", False) or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if getattr(model, "is_quantized", False) or any(map(is_partitioned, model.parameters())):
         raise UserError(
             "backbone.compile: weights that are sharded or quantised by bitsandbytes cannot be compiled; set compile: "
             "false, or sharding: none and quantization: none or fp8"

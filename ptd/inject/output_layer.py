@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from ptd_kernels import linear_cross_entropy
@@ -9,20 +10,32 @@ from ptd_kernels.linear_cross_entropy import DTYPES
 from torch import Tensor, nn
 
 
+@dataclass
+class PassOutput:
+    """What a forward pass computes at its end: goes in with ``positions`` and ``targets``, comes out with ``loss``.
+
+    ``positions`` ``[n]``: flattened positions at which the last hidden states are needed, each given once; all others
+    are dropped. ``targets`` ``[n]``: the tokens at these positions; a language model with `OutputLayer.fuses` then
+    computes their cross-entropy (summed, fp32) as ``loss`` and returns no logits.
+    """
+
+    positions: Tensor
+    targets: Tensor | None = None
+    loss: Tensor | None = None
+
+
 class OutputLayer:
     """Hooks on the layer whose output is, unchanged, the model's logits; ``module`` None: the model has no such layer.
 
-    With ``targets`` set, the next forward pass computes their cross-entropy from the layer's input, `take` returns the
-    cross-entropy, and the model returns no logits. DeepSpeed's hooks run between the two hooks here. They see an input
-    without rows or gradient, so the backward pass does not gather the weight again. After they have run, the weight is
-    gathered.
+    In a pass with targets (``wanted``) they compute the cross-entropy from the layer's input, and the model returns no
+    logits. DeepSpeed's hooks run between the two hooks here. They see an input without rows or gradient, so the
+    backward pass does not gather the weight again. After they have run, the weight is gathered.
     """
 
     def __init__(self, module: nn.Linear | None) -> None:
         self.module = module
-        self.targets: Tensor | None = None
+        self.wanted: PassOutput | None = None
         self._hidden: Tensor | None = None
-        self._loss: Tensor | None = None
         self._hooks: list[Any] = []
 
     @property
@@ -41,20 +54,14 @@ class OutputLayer:
         for hook in self._hooks:
             hook.remove()
 
-    def take(self) -> Tensor:
-        """Return the loss of the last pass, once."""
-        loss, self._loss = self._loss, None
-        assert loss is not None, "the last pass did not run the output layer with targets"
-        return loss
-
     def _divert(self, module: nn.Linear, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self.targets is None:
+        if self.wanted is None or self.wanted.targets is None:
             return None
         self._hidden = args[0]
         return (args[0][..., :0, :].detach(), *args[1:])
 
     def _compute(self, module: nn.Linear, args: tuple[Any, ...]) -> None:
-        if self._hidden is None or self.targets is None:
+        hidden, self._hidden = self._hidden, None
+        if hidden is None or self.wanted is None or self.wanted.targets is None:
             return
-        hidden, targets, self._hidden, self.targets = self._hidden, self.targets, None, None
-        self._loss = linear_cross_entropy(hidden.flatten(0, -2), module.weight, module.bias, targets)
+        self.wanted.loss = linear_cross_entropy(hidden.flatten(0, -2), module.weight, module.bias, self.wanted.targets)

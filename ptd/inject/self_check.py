@@ -27,7 +27,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ptd.inject.attention import Call
 from ptd.inject.probe import ordinary_tokens, packing_obstacle
-from ptd.types import IGNORE_INDEX, Batch, SoftTokens, UserError, virtual_id
+from ptd.types import IGNORE_INDEX, Batch, SoftTokens, UserError, is_partitioned, virtual_id
 
 if TYPE_CHECKING:
     from ptd.inject.attach import Attachment
@@ -78,7 +78,7 @@ class SelfCheck:
         quantised = any(weight.element_size() == 1 for weight in self.model.parameters())
         self.allowed = ALLOWED_ELSE if quantised else ALLOWED.get(dtype, ALLOWED_ELSE)
         self.blank = isinstance(parameter, FakeTensor)
-        self.sharded = hasattr(parameter, "ds_id")
+        self.sharded = is_partitioned(parameter)
         self.spared = [] if self.blank else _spared(self.model, calls, attachment.head.module)
         text = self.model.config.get_text_config()
         vocabulary = getattr(attachment.stacks[0].embeddings, "num_embeddings", None) or text.vocab_size

@@ -51,7 +51,7 @@ class Stack:
         self.left_obstacle: str | None = None  # why rows must not be padded on the left
         self.packing_obstacle: str | None = None  # why rows must not be packed
         self.trusted = False  # whether the caller gives the boundaries of packed rows
-        self.keep: Tensor | None = None
+        self.keep: Tensor | None = None  # flattened positions whose hidden states the current pass needs
         self.tail = Tail([])
         self._own: Tensor | None = None  # [B, S]: flattened index of each own token among all tokens that ran
         self._ids: Tensor | None = None
@@ -139,7 +139,7 @@ class Stack:
         if self._packed is not None:
             packed_forward.reset(self._packed)
             self._packed = None
-        own, keep, self._own, self.keep = self._own, self.keep, None, None
+        own, keep, self._own = self._own, self.keep, None
         if output is None or (own is None and keep is None):  # None: the pass failed
             return
         hidden: Tensor = output.last_hidden_state

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from ptd.checkpoint import Saver
 from ptd.checkpoint.run_state import load_tensors, tensors_of
-from ptd.config import TrainConfig, parse_config
+from ptd.config import BackboneConfig, TrainConfig, parse_config
 from ptd.config.deepspeed import apply_deepspeed
 from ptd.data import Batches
 from ptd.distributed.network_meter import NetworkMeter, metered_deepspeed
@@ -348,10 +348,11 @@ def sum_over_nodes_case(ranks: Ranks, nodes: Ranks) -> dict[str, Any]:
 def shard_groups_case(nodes: Ranks) -> dict[str, Any]:
     """Who shares a copy of the backbone, by rank; the last two ask again."""
     asked = [("world", None), ("node", None), ("node", 1), ("node", 4), ("node", 2)]
-    groups = [nodes.shard_group(sharding, size) for sharding, size in asked]
+    backbones = [BackboneConfig(path="any", sharding=sharding, sharding_group_size=size) for sharding, size in asked]
+    groups = [nodes.shard_group(backbone) for backbone in backbones]
     refusal = ""
     try:
-        nodes.shard_group("node", 3)
+        nodes.shard_group(BackboneConfig(path="any", sharding="node", sharding_group_size=3))
     except UserError as error:
         refusal = str(error)
     members = [None if group is None else dist.get_process_group_ranks(group) for group in groups]

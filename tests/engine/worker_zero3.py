@@ -113,7 +113,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def measure_loading(config: BackboneConfig, zero3: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    shards = Shards(zero3, ranks.shard_group(config.sharding, config.sharding_group_size))
+    shards = Shards(zero3, ranks.shard_group(config))
     with peaks() as peak:
         with shards.receiving():
             model = load_model(config, device=ranks.device, sharded=True)

@@ -8,7 +8,7 @@ from families import ENCODER_DECODERS, ENCODERS, FAMILIES, VOCAB, tiny_model
 from torch import nn
 
 from ptd.backbone.load import checkpoint_layers
-from ptd.inject import Attachment
+from ptd.inject import Attachment, PassOutput
 from ptd.inject.last_layer import ModuleProbe
 from ptd.types import PrefixKV, SoftTokens
 
@@ -60,9 +60,9 @@ def run(family, *, cut, kind="prefix", packed=False, checkpointing=False):
         module.register_forward_hook(lambda module, args, output: rows.append(args[0].shape[:-1].numel()))
     state = prompt(attachment, kind)
     attachment.set(state)
-    attachment.keep(READ)
     caching = {} if family in ENCODERS else {"use_cache": False}  # recomputed layers would add to a cache
-    logits = model(**inputs(attachment, family, packed), **caching).logits[0]
+    with attachment.only(PassOutput(READ)):
+        logits = model(**inputs(attachment, family, packed), **caching).logits[0]
     logits.logsumexp(-1).sum().backward()
     return logits.detach(), [tensor.grad for tensor in state.tensors()], rows
 
@@ -112,10 +112,10 @@ def test_all_positions_and_all_hidden_states_are_whole():
     model.model.layers[-1].mlp.register_forward_hook(lambda module, args, output: rows.append(args[0].shape[1]))
     with torch.no_grad():
         model(IDS)
-        attachment.keep(torch.arange(22))
-        model(IDS)  # nothing to spare
-        attachment.keep(READ)
-        states = model(IDS, output_hidden_states=True).hidden_states
+        with attachment.only(PassOutput(torch.arange(22))):
+            model(IDS)  # nothing to spare
+        with attachment.only(PassOutput(READ)):
+            states = model(IDS, output_hidden_states=True).hidden_states
         want = model(IDS, output_hidden_states=True).hidden_states
     assert rows == [11] * 4
     assert all(torch.equal(one, other) for one, other in zip(states[:-1], want[:-1], strict=True))

@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ptd.backbone.load import checkpoint_layers
-from ptd.inject import Attachment
+from ptd.inject import Attachment, PassOutput
 from ptd.types import NoPrompt, PrefixKV, SoftTokens, UserError, virtual_id
 
 P, CLOSE = 3, 2e-5
@@ -221,8 +221,8 @@ def test_only_the_positions_asked_for_are_put_out(family, kind):
     positions = torch.tensor([0, 3, 9])
     with torch.no_grad():
         whole = model(**inputs_for(family)).logits
-        attachment.keep(positions)
-        chosen = model(**inputs_for(family)).logits
+        with attachment.only(PassOutput(positions)):
+            chosen = model(**inputs_for(family)).logits
         again = model(**inputs_for(family)).logits
     assert chosen.shape == (1, 3, whole.shape[2])
     assert (chosen[0] - whole.flatten(0, 1)[positions]).abs().max() < CLOSE
