@@ -37,6 +37,7 @@ check: $(INSTALLED)
 
 docs: .venv/installed-docs
 	$(BIN)/python docs/configuration.py
+	$(BIN)/python docs/map.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --builder html --fresh-env --write-all --fail-on-warning --keep-going --quiet \
 		docs docs/_build/html
 

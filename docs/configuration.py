@@ -1,14 +1,15 @@
 """Rewrite the tables of configuration.md from the descriptions of the configuration's own keys.
 
 Run ``python docs/configuration.py`` (``make docs`` runs it). A table is between ``<!-- keys: SECTION -->`` and
-``<!-- end -->``; the rest of the page is written by hand.
+``<!-- end -->``, the tables of all methods between ``<!-- methods -->`` and ``<!-- end of methods -->``; the rest of
+the page is written by hand.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -16,16 +17,34 @@ import yaml
 
 from ptd.commands.init import SECTIONS, with_choices
 from ptd.config import RunConfig
-from ptd.methods import method
+from ptd.methods import method, methods
 
 PAGE = Path(__file__).with_name("configuration.md")
 TABLE = re.compile(r"(<!-- keys: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+METHODS = re.compile(r"(<!-- methods -->\n).*?(<!-- end of methods -->)", re.DOTALL)
 DEFAULT = re.compile(r"; default: (.+)$")
 
 
-def rewritten(page: str) -> str:
-    """Return ``page`` with current tables. Raise `KeyError` or `UserError` for a section that does not exist."""
-    return TABLE.sub(lambda found: f"{found[1]}{table(found[2])}{found[3]}", page)
+def rewritten(page: str, names: Iterable[str] | None = None) -> str:
+    """Return ``page`` with current tables, with those of the methods ``names``; None: of all methods.
+
+    Raise `KeyError` or `UserError` for a section or a method that does not exist.
+    """
+    page = TABLE.sub(lambda found: f"{found[1]}{table(found[2])}{found[3]}", page)
+    parts = "".join(method_part(name) for name in (methods() if names is None else names))
+    return METHODS.sub(lambda found: f"{found[1]}\n{parts}{found[2]}", page)
+
+
+def method_part(name: str) -> str:
+    """Return the heading of a method and the table of its keys."""
+    keys = table(f"method {name}") if dataclasses.fields(method(name).config) else "This method has no keys.\n"
+    return f"### {name}\n\n{keys}\n"
+
+
+def methods_of(page: str) -> list[str]:
+    """Return the names of the methods whose tables are in the page."""
+    found = METHODS.search(page)
+    return re.findall(r"^### (\w+)$", found[0] if found else "", flags=re.MULTILINE)
 
 
 def table(section: str) -> str:

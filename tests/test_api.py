@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from families import ENCODER_DECODERS, FAMILIES, VOCAB, save_backbone, tiny_model, tiny_tokenizer
@@ -319,3 +322,12 @@ def test_a_head_that_is_frozen_and_not_saved_is_said():
     model = AutoModelForSequenceClassification.from_config(tiny_model("llama").config)
     with pytest.warns(UserWarning, match="the head of .* is frozen and is not saved"):
         ptd.attach(model, "prompt", num_virtual_tokens=P)
+
+
+def test_what_the_package_exports_exists_and_is_imported_only_when_used() -> None:
+    assert all(callable(getattr(ptd, name)) for name in ptd.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'tune'"):
+        ptd.tune  # noqa: B018
+    said = "import sys, ptd; ptd.UserError; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -13,6 +13,8 @@ import pytest
 import yaml
 from families import save_backbone
 
+from ptd.methods import methods
+
 ROWS = [{"prompt": f"Add {a} and {b}: ", "completion": str(a + b)} for a in range(3) for b in range(4)]
 
 
@@ -328,7 +330,7 @@ BAD = {
     "unknown method": (
         {},
         ["method.name=prefx"],
-        "available: hard_prompt, head, p_tuning, p_tuning_v2, prefix, prompt",
+        f"available: {', '.join(sorted(methods()))}",
     ),
     "missing data": ({"data": {"train": "nowhere.jsonl"}}, [], "nowhere.jsonl"),
     "not an override": ({}, ["max_steps"], "write it as key=value"),

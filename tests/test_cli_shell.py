@@ -56,7 +56,7 @@ WANTED = {
     ("ptd", "train", "7b.yaml", "backbone.offload"): "backbone.offload= backbone.offload_folder=",
     ("ptd", "train", "7b.yaml", "backbone.quant"): "backbone.quantization= backbone.quantization=none "
     "backbone.quantization=int8 backbone.quantization=nf4 backbone.quantization=fp8",
-    ("ptd", "train", "7b.yaml", "method.name", "="): "hard_prompt head p_tuning p_tuning_v2 prefix prompt",
+    ("ptd", "train", "7b.yaml", "method.name", "="): " ".join(sorted(methods())),
     ("ptd", "doctor", "7b.yaml", "train.seed", "=", "3", "backbone.dtype", "=", "bf"): "bfloat16",
     ("ptd", "plan", "7b.yaml", "train.warm"): "train.warmup_ratio= train.warmup_steps=",
     ("ptd", "launch", "local", "7b.yaml", "data.max_l"): "data.max_length= data.max_length=512",

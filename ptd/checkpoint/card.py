@@ -176,8 +176,8 @@ def _with_ptd(about: Subject) -> list[str]:
     elif about.kind is not None:
         lines += _code("bash", f"ptd predict --adapter ADAPTER{backbone} --data rows.jsonl")
         given = "" if about.hub_id else f', backbone="{SOMEWHERE}"'
-        answers = f'answers = predict("rows.jsonl", adapter="ADAPTER"{given})'
-        return [*lines, *_code("python", "from ptd.commands.predict import predict", "", answers), ""]
+        answers = f'answers = ptd.predict("rows.jsonl", adapter="ADAPTER"{given})'
+        return [*lines, *_code("python", "import ptd", "", answers), ""]
     if about.num_virtual_tokens:
         imports = ("import ptd", f"from transformers import {about.model_class}", "")
         use = 'tuned = ptd.load(model, "ADAPTER")  # raises an error for another backbone'
