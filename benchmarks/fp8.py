@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ptd_kernels.fp8_linear import product
 from rows import Rows, Skip, add_arguments, free_memory
 from torch import Tensor, nn
 
@@ -119,11 +120,11 @@ def gradients(rows: Rows, folder: Path, data: tuple[Path, Path], seed: int, coun
                 adapter, _ = adapter_of(folder, data, seed, steps, "bfloat16")
                 if want is None:
                     want = prompt_gradient(adapter, data[0], *REFERENCE)
-                fp8.GRADIENT = torch.float8_e5m2 if "E5M2" in name else fp8.E4M3
+                product.GRADIENT = torch.float8_e5m2 if "E5M2" in name else fp8.E4M3
                 try:
                     got = prompt_gradient(adapter, data[0], *form)
                 finally:
-                    fp8.GRADIENT = fp8.E4M3
+                    product.GRADIENT = product.E4M3
                 row["cosine"] = float(torch.cosine_similarity(got, want, dim=0))
                 row["length"] = float(got.norm() / want.norm())
 

@@ -1,6 +1,6 @@
 """Liger's Triton kernels for the norms, MLPs and rotary embeddings of one frozen model (Hsu et al. 2024).
 
-Liger's loss is not used: ptd has its own for a frozen output layer (ptd_kernels/linear_cross_entropy.py).
+Liger's loss is not used: ptd has its own for a frozen output layer (`ptd_kernels.linear_cross_entropy`).
 """
 
 from __future__ import annotations

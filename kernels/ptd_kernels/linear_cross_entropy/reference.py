@@ -1,0 +1,13 @@
+"""The specification of `linear_cross_entropy`: logits, log-softmax and loss, in the precision of the inputs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
+
+
+def reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Return the summed cross-entropy (fp32; fp64 for fp64 inputs) of ``hidden [N, H]`` with ``targets [N]``."""
+    logits = linear(hidden, weight, bias)
+    logits = logits if logits.dtype.itemsize > 4 else logits.float()
+    return cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
