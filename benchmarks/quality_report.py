@@ -17,7 +17,7 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
-from quality_cells import UNTRAINED, labels_by_head
+from quality_jobs import UNTRAINED, labels_by_head
 from quality_tasks import TASKS
 from rows import read, write_csv
 

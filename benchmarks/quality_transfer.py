@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from quality import QUICK, described, digest_of, run_job, typed
-from quality_cells import STEPS, Cell, Job
+from quality_jobs import STEPS, Cell, Job
 from quality_ptd import run_config
 from quality_tasks import material, write_material
 from rows import Rows, add_arguments
 
 FACTOR, RATES = 3.0, 7
 NAMES = ("condition", "setting", "learning_rate", "seed")
-SOURCES = tuple(f"benchmarks/quality_{name}.py" for name in ("cells", "ptd", "tasks"))
+SOURCES = tuple(f"benchmarks/quality_{name}.py" for name in ("cells", "jobs", "ptd", "tasks"))
 ALONE = 0.0
 """The learning rate in the row of a frozen backbone."""
 

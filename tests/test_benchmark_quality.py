@@ -125,11 +125,11 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
 def job(
     load: Any, backbone: str, place: Path, data: Path, side: str, method: str, task: str, rate: float | None = 1e-2
 ) -> Any:
-    tasks, cells = load("quality_tasks"), load("quality_cells")
+    tasks, jobs = load("quality_tasks"), load("quality_jobs")
     folder = place / task
     tasks.write_material(tasks.material(task, data, test_rows=8, test_mrs=2), folder)
-    cell = cells.Cell(side, method, task, "default", 0, rate)
-    return cells.Job(cell, backbone, str(folder), str(place), steps=2)
+    cell = jobs.Cell(side, method, task, "default", 0, rate)
+    return jobs.Job(cell, backbone, str(folder), str(place), steps=2)
 
 
 @pytest.mark.parametrize(("task", "method"), [("e2e", "frozen"), ("sst2", "hard_prompt")])
