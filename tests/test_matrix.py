@@ -254,23 +254,23 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], st
     ),
     "p_tuning without virtual tokens, classification": (
         *("bert", FRONT, {"kind": "classification"}, {}),
-        "the virtual tokens of a template, and there are none",
+        "the virtual tokens of a template, but the template has none",
         "write them, for example task.patterns: .* or set method.num_virtual_tokens",
     ),
     "p_tuning without virtual tokens, text": (
         *("llama", FRONT, {"kind": "causal_lm"}, {}),
-        "the virtual tokens of a template, and there are none",
+        "the virtual tokens of a template, but the template has none",
         "write them, for example data.prompt_template: .* or set method.num_virtual_tokens",
     ),
     "p_tuning without virtual tokens, tags": (
         *("bert", FRONT, {"kind": "token_classification"}, {}),
-        "the virtual tokens of a template, and there are none",
+        "the virtual tokens of a template, but the template has none",
         "set method.num_virtual_tokens",
     ),
     "p_tuning with two numbers of virtual tokens": (
         *("bert", METHODS["p_tuning-front"], {"kind": "classification", "patterns": ["{v:2} {text}"]}, {}),
         "got 3, but the {v:n} of the template are 2 virtual tokens",
-        "remove one of the two",
+        "remove the key or the marks",
     ),
     "words on an encoder-decoder": (
         *("t5", METHODS["prompt"], CLOZE, {}),

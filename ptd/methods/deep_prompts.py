@@ -28,12 +28,12 @@ from ptd.types import BackboneShape, LayerShape, PrefixLayout, PromptEncoder, Un
 MEASURED = 512
 """Tokens of text from which the sizes of keys and values are measured, as far as the backbone's context goes."""
 KEYS, VALUES = 0.5, 2.0
-"""How many times the root mean square of a layer's keys, and of its values, their unit is. A key moves the attention of
-every head that reads it; a value adds to the layer's output by the attention it gets, which is a small share. Measured
-on two backbones: benchmarks/README.md, "One learning rate"."""
+"""The units of a layer's keys and values, as multiples of their root mean square. A key affects the attention of every
+head that reads it; a value affects the layer's output only by the small share of attention that it gets. Measured on
+two backbones: benchmarks/README.md, "One learning rate"."""
 LAST, INSIDE = "transform.2.", 0.25
-"""Factor of the learning rate of everything before an MLP's last layer. Features that move more slowly than what is
-read from them end lower on the quickstart's backbone, at every rate tried (same place)."""
+"""Name of an MLP's last layer, and the factor of the learning rate of everything before it. With features that change
+more slowly than the last layer, runs on the quickstart's backbone end at a lower loss (same place)."""
 
 
 class PrefixEncoder(PromptEncoder):

@@ -25,10 +25,10 @@ from ptd.methods.soft_prompts import embeddings_of_rows, units_of
 from ptd.types import BackboneShape, PromptEncoder, SoftLayout, UserError, matrix_rates
 
 HIDDEN_STATE = 0.045
-"""Root mean square of the LSTM's hidden states as torch initialises it, on standard normal embeddings: 0.057 to 0.041
-for widths of 128 to 4096."""
+"""Root mean square of the hidden states of an LSTM with torch's initial values, on standard normal embeddings: between
+0.057 (width 128) and 0.041 (width 4096)."""
 FEATURES = {"lstm": (HIDDEN_STATE, 0.02), "mlp": (1.0, 0.4, 0.16)}
-"""Root mean square of the inputs of each linear layer of the MLP, behind an LSTM and alone."""
+"""Root mean square of the inputs of each linear layer of the MLP, after an LSTM and without one."""
 
 
 @dataclass
@@ -36,21 +36,21 @@ class PTuningConfig:
     """Keys of ``method:`` for ``name: p_tuning``."""
 
     num_virtual_tokens: int | None = key(
-        None, f"{VIRTUAL_TOKENS} in front of the text; default: as many as the `{{v:n}}` of the template"
+        None, f"{VIRTUAL_TOKENS} before the text; default: as many as the `{{v:n}}` marks of the template"
     )
     encoder_reparameterization_type: Literal["lstm", "mlp"] = key(
-        "lstm", "`lstm`: bidirectional LSTM, then an MLP; `mlp`: the MLP alone"
+        "lstm", "`lstm`: a bidirectional LSTM and an MLP; `mlp`: only an MLP"
     )
     encoder_hidden_size: int | None = key(
         None,
-        "of one direction of the LSTM, or of the MLP's hidden layers; large unless set; default: the width of the "
-        "input embeddings",
+        "width of one direction of the LSTM, or of the MLP's hidden layers; the default makes a large network; "
+        "default: the width of the input embeddings",
     )
-    encoder_num_layers: int = key(2, "layers of the LSTM; the MLP alone always has two hidden layers")
+    encoder_num_layers: int = key(2, "layers of the LSTM; without an LSTM, the MLP always has two hidden layers")
     init: Literal["rows", "random"] = key(
         "rows",
-        "the start: embeddings of the tokens of training `rows`, to which the network adds; `random`: what the network "
-        "puts out as torch initialises it, in units of the backbone's embeddings",
+        "the initial values: `rows`: embeddings of tokens of training rows, to which the network adds; `random`: the "
+        "output of the network with torch's initial values, in units of the backbone's embeddings",
     )
 
     def __post_init__(self) -> None:
@@ -107,9 +107,10 @@ class PTuningEncoder(PromptEncoder):
         return layer
 
     def width_rates(self) -> Mapping[str, float]:
-        """1 / (in · size of the inputs) for every weight matrix.
+        """Return 1 / (in · root mean square of the inputs) for every weight matrix.
 
-        LSTM and ReLU give all rows much the same features, so a row's share of a move is not 1/√P of it: no √P here.
+        LSTM and ReLU give all rows much the same features, so a change of the weights changes all rows alike, and the
+        factor √P of `matrix_rates` does not apply.
         """
         lstm = {} if self.lstm_head is None else matrix_rates(self.lstm_head, 1)
         sizes = FEATURES["mlp" if self.lstm_head is None else "lstm"]
@@ -129,14 +130,14 @@ def check(config: PTuningConfig, facts: TaskFacts) -> None:
         else:
             example = ""
         raise UserError(
-            "method.name: p_tuning trains the virtual tokens of a template, and there are none; "
+            "method.name: p_tuning trains the virtual tokens of a template, but the template has none; "
             + (f"write them, for example {example}, or set " if example else "set ")
-            + "method.num_virtual_tokens to put that many in front of the text"
+            + "method.num_virtual_tokens to put that many before the text"
         )
     if marked and given is not None and given != marked:
         raise UserError(
-            f"method.num_virtual_tokens: got {given}, but the {{v:n}} of the template are {marked} virtual tokens; "
-            "remove one of the two"
+            f"method.num_virtual_tokens: got {given}, but the {{v:n}} marks of the template are {marked} virtual tokens; "
+            "remove the key or the marks"
         )
 
 
