@@ -136,8 +136,8 @@ def check(config: PTuningConfig, facts: TaskFacts) -> None:
         )
     if marked and given is not None and given != marked:
         raise UserError(
-            f"method.num_virtual_tokens: got {given}, but the {{v:n}} marks of the template are {marked} virtual tokens; "
-            "remove the key or the marks"
+            f"method.num_virtual_tokens: got {given}, but the {{v:n}} marks of the template are {marked} virtual "
+            "tokens; remove the key or the marks"
         )
 
 

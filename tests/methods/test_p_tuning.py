@@ -124,7 +124,7 @@ def test_a_seed_fixes_the_encoder(network):
         ("causal_lm", r'data\.prompt_template: "\{v:10\}\{prompt\}"'),
         ("seq2seq_lm", r'data\.prompt_template: "\{v:10\}\{prompt\}"'),
         ("classification", r'task\.patterns: \["\{v:3\} \{text\} \{v:3\} \{mask\}"\]'),
-        ("token_classification", r"there are none; set method\.num_virtual_tokens"),
+        ("token_classification", r"has none; set method\.num_virtual_tokens"),
     ],
 )
 def test_a_template_without_virtual_tokens_is_refused(kind, example):

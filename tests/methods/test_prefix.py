@@ -11,7 +11,7 @@ from peft import PrefixTuningConfig, get_peft_model
 
 from ptd.config import parse_method
 from ptd.methods import method
-from ptd.methods.deep_prompts import KEYS, VALUES, PrefixEncoder, SeparatePrefixEncoder
+from ptd.methods.deep_prompts import INSIDE, KEYS, VALUES, PrefixEncoder, SeparatePrefixEncoder
 from ptd.methods.settings import read_text
 from ptd.types import BackboneShape, LayerShape, PrefixLayout, UserError
 
@@ -201,6 +201,19 @@ def test_an_mlps_output_moves_alike_at_every_width_and_length(tokens):
         moved[embedding, hidden] = -float((encoder.network().detach() * signs).mean()) / 0.03
     assert max(moved.values()) < 2.2 * min(moved.values()), moved
     assert all(0.3 < each < 1.5 for each in moved.values()), moved
+
+
+def test_the_inside_of_an_mlp_has_a_lower_rate_than_its_output():
+    encoder = build(prefix_projection=True, num_virtual_tokens=4, embedding_size=8, encoder_hidden_size=16)
+    assert encoder.rates() == {
+        "embedding": INSIDE,
+        "transform.0.weight": INSIDE * 2 / 8,
+        "transform.0.bias": INSIDE,
+        "transform.2.weight": 2 / 16,
+    }
+    assert dict(build(num_virtual_tokens=4).rates()) == {}
+    separate = build(shape=SEQ2SEQ, prefix_projection=True, encoder_hidden_size=5, embedding_size=3)
+    assert {rate for name, rate in separate.rates().items() if name.endswith("embedding")} == {INSIDE}
 
 
 @pytest.mark.parametrize("projection", [False, True])
