@@ -40,12 +40,15 @@ class Prepared:
 def prepare(
     config: BackboneConfig, ranks: Ranks, zero3: dict[str, Any] | None = None, *, output: Output = "causal_lm"
 ) -> Prepared:
-    """Load the backbone, shard it (with ``zero3``) and attach the injection. Every rank calls this together."""
+    """Load the backbone, shard it if ``config`` says so, and attach the injection. Every rank calls this together.
+
+    ``zero3``: DeepSpeed's configuration of a sharded backbone (`ptd.config.deepspeed.apply_deepspeed`).
+    """
+    assert config.sharded == (zero3 is not None), "a sharded backbone has a DeepSpeed configuration, no other one has"
     shards = None
-    if not config.sharded:
+    if zero3 is None:
         model = load_model(config, output, device=ranks.device, check=check_supported)
     else:
-        assert zero3 is not None
         from ptd.distributed.zero3 import Shards  # importing deepspeed takes seconds; only sharded runs pay for it
 
         group = ranks.shard_group(config)

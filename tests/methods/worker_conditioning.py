@@ -32,7 +32,7 @@ def main(families_file: str, folder: str) -> None:
     spec.loader.exec_module(families)
     ranks = Ranks.start(needs_group=True)
     for family, output in OUTPUTS.items():
-        config = BackboneConfig(path=str(Path(folder) / family))
+        config = BackboneConfig(path=str(Path(folder) / family), sharding="world")
         prepared = prepare(config, ranks, ZERO3, output=output)
         sharded = prepared.model
         assert not any(parameter.numel() for parameter in sharded.parameters())
