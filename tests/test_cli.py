@@ -298,7 +298,7 @@ def test_export_and_import_keep_the_adapter(ptd: Any, trained: Path, tmp_path: P
     assert losses[0] == losses[1] == losses[2]
     refused = ptd("export", trained, tmp_path / "peft")
     assert refused.code == 2
-    assert "exists already" in refused.err
+    assert "already exists" in refused.err
 
 
 def test_a_run_in_the_folder_is_refused_unless_overwritten(ptd: Any, tmp_path: Path, backbone_dir: Path) -> None:

@@ -309,7 +309,9 @@ def test_a_retry_from_the_start_begins_with_the_same_values(raw: Raw, tmp_path: 
             if task == "train" and done == 1 and line is not None and line.startswith("loss"):
                 seen.append(float(line.split()[1]))
 
-    train(parse_config(raw(tmp_path / "run", on_divergence="retry", max_steps=9)), reporter=First())
+    train(
+        parse_config(raw(tmp_path / "run", on_divergence="retry", max_steps=9, learning_rate=300.0)), reporter=First()
+    )
     assert len(seen) >= 2
     assert len(set(seen)) == 1
     once = raw(tmp_path / "once", max_steps=9, learning_rate=run_json(tmp_path / "run")["retries"][-1]["learning_rate"])

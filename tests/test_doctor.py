@@ -48,7 +48,7 @@ def test_on_a_cpu_the_gpu_libraries_say_why_not() -> None:
 
 
 def test_an_unknown_dtype_is_named() -> None:
-    with pytest.raises(UserError, match="there is no 'int3'"):
+    with pytest.raises(UserError, match="there is no dtype 'int3'"):
         examine(dtype="int3")
 
 
@@ -151,17 +151,19 @@ def test_a_tracker_that_is_not_installed_is_pointed_out(
 )
 def test_what_is_trained_is_counted_without_weights(tmp_path: Path, family: str, method: Any, task: Any) -> None:
     """As many numbers as the encoder and the head have that a run would build."""
-    from ptd.backbone import TextConditioner, load_model, load_tokenizer
+    from ptd.backbone import TextConditioner, architecture_of, load_model, load_tokenizer
     from ptd.inject import Attachment
     from ptd.methods import TaskFacts
     from ptd.methods import method as registered
+    from ptd.tasks import make_task
+    from ptd.tasks.labels import with_assumed_labels
 
     folder = save_backbone(tmp_path / family, family)
     run = run_file(tmp_path, folder, method={"num_virtual_tokens": 4} | method, task=task)
     raw = json.loads(run.read_text())
     raw["method"] = method
     config = parse_config(raw)
-    built = doctor._with_labels(config)
+    built = make_task(with_assumed_labels(config.task), config.data, architecture_of(config.backbone))
     model = load_model(config.backbone, built.output, device=torch.device("cpu"))
     tokenizer = load_tokenizer(config.backbone)
     attachment = Attachment(model)

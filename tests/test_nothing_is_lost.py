@@ -114,7 +114,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_before_the_backbone(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str) -> None:
-    monkeypatch.setattr("ptd.commands.train.prepare", None)  # whatever would load the backbone fails otherwise
+    monkeypatch.setattr("ptd.runs.build.prepare", None)  # whatever would load the backbone fails otherwise
     changes, said = REFUSED[case]
     with pytest.raises(UserError) as caught:
         train(parse_config(run(**changes)))
@@ -131,7 +131,7 @@ def labelled(run: Any, tmp_path: Path, **changes: Any) -> dict[str, Any]:
 
 
 def test_labels_are_looked_at_before_the_backbone(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("ptd.commands.train.prepare", None)
+    monkeypatch.setattr("ptd.runs.build.prepare", None)
 
     def refusal(**changes: Any) -> str:
         with pytest.raises(UserError) as caught:

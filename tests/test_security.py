@@ -270,7 +270,7 @@ def test_a_description_with_absurd_sizes(tmp_path: Path, file: str, changes: dic
 def test_a_description_that_is_too_large(tmp_path: Path) -> None:
     folder = an_adapter(tmp_path)
     (folder / EXTRA).write_text(" " * LARGEST_DESCRIPTION + "{}")
-    with pytest.raises(UserError, match="more than 16 MiB"):
+    with pytest.raises(UserError, match="larger than 16 MiB"):
         load_adapter(folder)
 
 

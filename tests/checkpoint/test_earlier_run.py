@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from ptd.train import train
+from ptd.commands.train import train
 
 from ptd.config import load_config
 from ptd.quickstart import BACKBONE

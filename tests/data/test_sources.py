@@ -115,7 +115,7 @@ def test_a_changed_file_is_read_anew(tmp_path):
         ("x.jsonl", '{"a": 1}\0', "x.jsonl: it is not UTF-8 text (it has null bytes)"),
         ("x.tsv", "a\tb\n1\t2\n", "only .jsonl, .json, .csv, .parquet can be read; convert it: python -c"),
         ("x.parquet", "not parquet", "x.parquet cannot be read: ArrowInvalid"),
-        ("x.txt", "a", "x.txt is a .txt file; only .jsonl, .json, .csv, .parquet can be read"),
+        ("x.txt", "a", "x.txt is a .txt file, but only .json"),
         ("x", "a", "is a suffixless file"),
     ],
 )

@@ -456,7 +456,7 @@ def at_loading(start: Start, monkeypatch: pytest.MonkeyPatch) -> Callable[..., N
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr("ptd.commands.train.prepare", fail)
+            patch.setattr("ptd.runs.build.prepare", fail)
             with pytest.raises(type(error)):
                 start(folder, changes, overwrite=overwrite)
 

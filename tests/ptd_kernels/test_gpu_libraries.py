@@ -150,7 +150,7 @@ def test_flash_attn_4_is_told_how_long_a_packed_sequence_may_be(library: Recorde
 
 def test_a_flash_attn_4_without_these_parameters_is_refused(library: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "_flash_attn_bwd", lambda q, k, v, out, dout, lse, cu_seqlens_q=None: None)
-    assert "takes no max_seqlen_q" in str(FLASH_ATTN_4.refuses(need(64, 64)))
+    assert "has no parameter max_seqlen_q" in str(FLASH_ATTN_4.refuses(need(64, 64)))
 
 
 @pytest.mark.parametrize(("capability", "taken"), [((8, 0), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)])

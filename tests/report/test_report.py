@@ -137,7 +137,7 @@ def test_where_the_time_goes(write_run: Any, tmp_path: Path) -> None:
     assert total[-1] == pytest.approx(0.5)
     assert total.max() == pytest.approx((10 + 2 * 0.5) / 3), "the first of the parts has three records"
     assert alone.top == pytest.approx(1.15 * 0.5)
-    assert "the longest is 3.67 s" in alone.note
+    assert "the highest value is 3.67 s" in alone.note
     assert (alone.curves[0].x[0], alone.curves[0].x[-1]) == (0, 400)
 
     found = report([new, slow, old], tmp_path / "all.html")

@@ -397,7 +397,7 @@ CLOZE: dict[str, Any] = {"patterns": ["{text} {mask}"], "verbalizer": {"a": ["in
         ({"patterns": []}, "task.patterns: the list is empty"),
         ({**CLOZE, "patterns": ["{mask}"]}, "'{mask}' has no {column} field"),
         ({**CLOZE, "patterns": ["{text} {mask} {mask}"]}, "has {mask} 2 times; every pattern needs it exactly once"),
-        ({**CLOZE, "patterns": ["{text} {mask}", "{text}"]}, "'{text}' has 0 times {mask}"),
+        ({**CLOZE, "patterns": ["{text} {mask}", "{text}"]}, "'{text}' has {mask} 0 times"),
         ({**CLOZE, "patterns": ["{v:1} {text} {mask}", "{text} {mask}"]}, "the number of virtual tokens differs"),
         ({"patterns": ["{text} {mask}"]}, "task.verbalizer gives no words; set it"),
         ({**CLOZE, "patterns": ["{text}"]}, "task.verbalizer: has no effect without a {mask}"),
