@@ -32,7 +32,7 @@ def test_a_new_method_gets_its_table() -> None:
     page = "before\n<!-- methods -->\n<!-- end of methods -->\nafter\n"
     found = script.rewritten(page)
     assert script.methods_of(found) == list(methods())
-    assert "| `method.num_virtual_tokens` | `16` | P, the length of the prompt |" in found
+    assert "| `method.num_virtual_tokens` | `16` | P, the number of virtual tokens in the prompt |" in found
     assert script.rewritten(found) == found
 
 

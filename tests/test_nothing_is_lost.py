@@ -71,7 +71,7 @@ def run(tmp_path: Path, backbone_dir: Path) -> Callable[..., dict[str, Any]]:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "metric of another task": (
         {"train": {"metric_for_best_model": "accuracy"}},
-        "train.metric_for_best_model: an evaluation of this task has no 'accuracy'; it has loss, perplexity",
+        "train.metric_for_best_model: an evaluation of this task has no 'accuracy'; known metrics: loss, perplexity",
     ),
     "misspelt metric": (
         {"train": {"metric_for_best_model": "eval_perplexty"}},
@@ -168,7 +168,7 @@ def test_a_task_knows_its_metrics_beforehand(run: Any, tmp_path: Path, kind: str
     found = {key.removeprefix("eval_") for key in train(parse_config(config)) if key.startswith("eval_")}
     with pytest.raises(UserError) as caught:
         train(parse_config({**config, "train": {**config["train"], "metric_for_best_model": "none"}}), overwrite=True)
-    told = str(caught.value).partition("it has ")[2].split(", ")
+    told = str(caught.value).partition("nown metrics: ")[2].split(", ")
     assert set(told) == found - {"rows", "supervised_tokens"}
 
 
@@ -391,7 +391,7 @@ def test_outputs_are_looked_at_before_the_work(
     assert outcome.code == 0, outcome.err
     written = [json.loads(line) for line in (tmp_path / "missing/deep/o.jsonl").read_text().splitlines()]
     assert [row["text"] for row in written] == [row["text"] for row in LABELLED]
-    monkeypatch.setattr("ptd.commands.generate.prepare", None)
+    monkeypatch.setattr("ptd.runs.tuned.prepare", None)
     monkeypatch.setattr("ptd.commands.export.prepare", None)
     for command in (
         ("predict", *common, "--output", "file/o.jsonl"),

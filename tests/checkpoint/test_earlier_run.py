@@ -11,8 +11,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from ptd.commands.train import train
 
+from ptd.commands.train import train
 from ptd.config import load_config
 from ptd.quickstart import BACKBONE
 from ptd.types import UserError
