@@ -47,7 +47,10 @@ def helper(name: str) -> Any:
 blocks, world, warm = helper("blocks"), helper("world"), helper("warm")
 
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "launch/README.md", "ds_configs/README.md", "benchmarks/README.md")),
+    *(
+        ROOT / name
+        for name in ("README.md", "CONTRIBUTING.md", "launch/README.md", "ds_configs/README.md", "benchmarks/README.md")
+    ),
     ROOT / "kernels" / "ptd_kernels" / "prefix_attention" / "README.md",
     *sorted(ROOT.glob("docs/*.md")),
 ]

@@ -15,7 +15,10 @@ import sys
 import traceback
 from pathlib import Path
 
-MODULES = ["train", "evaluate", "generate", "predict", "inspection", "export", "plan", "doctor", "console", "launch"]
+MODULES = (
+    *(f"commands.{name}" for name in ("train", "evaluate", "generate", "predict", "export", "plan", "init", "doctor")),
+    *("inspection", "console", "launch"),
+)
 CLIENT = """#!{python} -SE
 import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as connection:
