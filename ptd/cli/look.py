@@ -45,7 +45,7 @@ def doctor(
     head_dim: Annotated[int, typer.Option(min=1, max=256, help="Size of an attention head.")] = 128,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Check whether runs can work on this machine, and show which attention backend serves which batches, and why.
+    """Check whether runs can work on this machine. Show which attention backend serves which batches, and why.
 
     The exit code is 1 if a check fails.
     """
@@ -79,7 +79,7 @@ def plan(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Estimate what a run needs and where it fits, without weights or GPUs: ptd reads only the backbone's config."""
+    """Estimate what a run needs and where it fits. This needs no weights and no GPUs, only the backbone's config."""
     from ptd.config import load_config
 
     config = load_config(run, overrides)
@@ -149,7 +149,7 @@ def bench(
     quiet: Quiet = False,
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
-    """Measure how fast a run trains and where its time goes, alone or alternating step by step with PEFT."""
+    """Measure a run's speed and where its time goes. With --against peft, ptd and PEFT alternate step by step."""
     from ptd.config import load_config
 
     if peft is not None and against is None:
@@ -209,7 +209,7 @@ def report(
         bool, typer.Option("--json", help="Print one JSON object with the numbers, instead of the paths.")
     ] = False,
 ) -> None:
-    """Write a report on a run, or on several next to each other: curves, speed, samples, settings.
+    """Write a report on one run or on several. It has curves, speed, samples and settings.
 
     The report is a single HTML file that opens without a network.
     """

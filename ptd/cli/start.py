@@ -35,7 +35,7 @@ def quickstart(
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier quickstart in the folder.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Tune the shipped tiny backbone on two ranks with ZeRO-3 in minutes, and measure it before and after."""
+    """Tune the shipped tiny backbone in minutes. It is sharded over two ranks and measured before and after."""
     hush()
     from ptd.quickstart.run import run_quickstart
 
@@ -67,7 +67,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a commented RUN.yaml for a method and a task: required keys are set, all others are commented out.
+    """Write a commented RUN.yaml. The keys that the method and the task require are set, all others commented out.
 
     Asks for the method and the task if they are not given and stdin is a terminal.
     """
@@ -113,7 +113,7 @@ def _choose(what: str, options: Mapping[Any, str], usual: str) -> str:
 
 
 def ls(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """List the files that ptd ships: recipes, DeepSpeed files, job scripts. ptd finds each file by its name alone."""
+    """List the files that ptd ships. They are recipes, DeepSpeed files and job scripts; their names alone find them."""
     from ptd.shipped import KINDS, shipped_files
 
     files = shipped_files()

@@ -46,7 +46,7 @@ def evaluate(
     batch_size: BatchSize = 16,
     quiet: Quiet = False,
 ) -> None:
-    """Print the loss, the task's metrics (perplexity for text) and, with --generate, text metrics as one JSON object.
+    """Measure an adapter on data. Print the loss, the task's metrics and, with --generate, text metrics as JSON.
 
     Without --adapter, the frozen backbone is evaluated without a prompt.
     """
@@ -109,7 +109,7 @@ def generate(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Continue prompts with the tuned backbone and print one completion per line.
+    """Continue prompts with the tuned backbone. Print one completion per line.
 
     After training on chats (data.format: messages), each prompt is a user message in the tokenizer's chat template.
     """
@@ -159,7 +159,7 @@ def predict(
     batch_size: BatchSize = 16,
     quiet: Quiet = False,
 ) -> None:
-    """Label rows: print each row as a JSON line with its label and probabilities, its tags, or its answer."""
+    """Label rows with the tuned backbone. Print each row as JSON with its label and probabilities, tags, or answer."""
     from ptd.config import parse_settings
 
     settings = parse_settings(changes or [])
@@ -209,7 +209,7 @@ def inspect_(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure what a prompt does: attention on it per layer and head, norms, ranks, the loss without each token.
+    """Measure what a prompt does. Attention on it per layer and head, norms, ranks, the loss without each token.
 
     Writes inspect.json, figures and index.html, which holds everything and opens without a network.
     """
@@ -250,7 +250,7 @@ def export_(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write an adapter as a plain PEFT folder (peft.PeftModel.from_pretrained loads it)."""
+    """Write an adapter as a plain PEFT folder. peft.PeftModel.from_pretrained loads it."""
     from ptd.commands.export import export_adapter
 
     note = export_adapter(source, target, base_model=base_model)
@@ -270,7 +270,7 @@ def import_(
     backbone: Backbone = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write a PEFT prompt adapter (prefix, prompt or p-tuning) as a ptd adapter, checked against its backbone."""
+    """Write a PEFT adapter as a ptd adapter. It may be a prefix, prompt or p-tuning; its backbone is checked."""
     hush()
     from ptd.commands.export import import_adapter
 
