@@ -46,3 +46,12 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         nested = isinstance(value, Mapping) and value
         found |= flattened(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return found
+
+
+def decimal_size(count: float) -> str:
+    """Return a number of bytes as text with three digits and a unit (kB, MB, GB, TB), for files and traffic."""
+    for unit, power in (("TB", 12), ("GB", 9), ("MB", 6), ("kB", 3)):
+        if count >= 10**power:
+            value = count / 10**power
+            return f"{value:,.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
+    return f"{count:.0f} B"

@@ -116,7 +116,7 @@ def test_a_disk_that_is_too_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=1000))
     check = list(check_run(run_file(tmp_path, backbone_dir), []))[-1]
     assert (check.name, check.status) == ("disk space", "failed")
-    assert "1 KB free" in check.found
+    assert "1 kB free" in check.found
     assert "train.save_total_limit" in check.advice
 
 

@@ -15,7 +15,7 @@ from ptd.cli.common import Overrides, Overwrite, Retry, RunFile, at_home
 from ptd.errors import UserError
 
 app = typer.Typer(
-    help="Start ptd train on several GPUs and nodes. on this machine, over ssh, or through Slurm.",
+    help="Start ptd train on several GPUs and nodes. It starts on this machine, over ssh, or through Slurm.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

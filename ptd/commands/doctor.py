@@ -21,7 +21,7 @@ from ptd.config import RunConfig, load_config
 from ptd.config.deepspeed import apply_deepspeed
 from ptd.data import check_source
 from ptd.data.tokens import check_special
-from ptd.distributed.preflight import bytes_to_write, check_space, size
+from ptd.distributed.preflight import bytes_to_write, check_space
 from ptd.distributed.ranks import Ranks
 from ptd.distributed.self_test import sum_here
 from ptd.files import as_path, check_writable
@@ -32,6 +32,7 @@ from ptd.runs.folder import open_run
 from ptd.tasks import make_task
 from ptd.tasks.labels import some, with_assumed_labels
 from ptd.types import DTYPES, Reporter, UserError
+from ptd.values import decimal_size
 from ptd.versions import versions
 
 MUCH = 200_000_000
@@ -210,7 +211,7 @@ def _rows(config: RunConfig) -> str:
     if not all(as_path(source).exists() for source in given):
         return "not checked: the rows are on the hub"
     if sum(map(_bytes, given)) > MUCH:
-        return f"not checked: the rows have more than {size(MUCH)}; the run reads them when it starts"
+        return f"not checked: the rows have more than {decimal_size(MUCH)}; the run reads them when it starts"
     material = read_material(config, Ranks(0, 1, 1, torch.device("cpu")), Reporter())
     held_out = "" if material.held_out is None else f"; for evaluation: {material.held_out.examples.report}"
     return f"{material.examples.report}{held_out}"

@@ -17,7 +17,7 @@ from ptd.distributed.ranks import Ranks
 from ptd.distributed.rendezvous import listed
 from ptd.files import check_writable, existing
 from ptd.types import UserError
-from ptd.values import flattened
+from ptd.values import decimal_size, flattened
 
 PER_NODE = ("backbone.offload_folder",)
 """Keys that may differ between ranks: the path of a local disk may differ between nodes."""
@@ -125,17 +125,7 @@ def check_space(folder: Path, needed: int) -> str:
     free = shutil.disk_usage(place).free
     if free + own < needed:
         raise UserError(
-            f"output_dir: {place} has {size(free)} free, but the checkpoints and adapters of this run need "
-            f"{size(needed)}; give a folder on another disk, make room, or lower train.save_total_limit"
+            f"output_dir: {place} has {decimal_size(free)} free, but the checkpoints and adapters of this run need "
+            f"{decimal_size(needed)}; give a folder on another disk, make room, or lower train.save_total_limit"
         )
-    return f"{size(free)} free in {place}, {size(needed)} needed"
-
-
-def size(number: int) -> str:
-    """Return a number of bytes as text with a unit."""
-    value = float(number)
-    for unit in ("B", "KB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:,.3g} TB"
+    return f"{decimal_size(free)} free in {place}, {decimal_size(needed)} needed"

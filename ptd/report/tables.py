@@ -14,7 +14,7 @@ import yaml
 
 from ptd.report.data import ALONE, RecordedRun, is_number, numbers
 from ptd.report.panels import LAYERS, NOT_DRAWN, mean_split, metrics
-from ptd.values import flattened
+from ptd.values import decimal_size, flattened
 
 NOT_COMPARED = ("output_dir",)
 """Settings that always differ between two runs."""
@@ -77,15 +77,6 @@ def _decimals(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
 
 
-def _size(value: float) -> str:
-    for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
-        if value >= 10**power:
-            return (
-                f"{value / 10**power:,.3g} {unit}" if value < 10 ** (power + 3) else f"{value / 10**power:,.0f} {unit}"
-            )
-    return f"{value:.0f} B"
-
-
 def _memory(value: float) -> str:
     return f"{value / 2**30:.2f} GiB"
 
@@ -124,8 +115,8 @@ _ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("tokens_per_second", "useful tokens/s, median", _number),
     ("step_seconds", "time per step, median", _time),
     ("peak_memory_bytes", "peak memory, rank 0", _memory),
-    ("network_bytes_inside_nodes", "sent inside nodes, per step", _size),
-    ("network_bytes_between_nodes", "sent between nodes, per step", _size),
+    ("network_bytes_inside_nodes", "sent inside nodes, per step", decimal_size),
+    ("network_bytes_between_nodes", "sent between nodes, per step", decimal_size),
     ("skipped_steps", "skipped steps", _number),
     ("attempts", "starts", _number),
     ("world_size", "ranks", _number),

@@ -15,10 +15,11 @@ from families import save_backbone
 from ptd.commands.train import train
 from ptd.config import parse_config
 from ptd.distributed import preflight
-from ptd.distributed.preflight import bytes_to_write, check_space, size
+from ptd.distributed.preflight import bytes_to_write, check_space
 from ptd.distributed.ranks import Ranks
 from ptd.files import check_writable
 from ptd.types import UserError
+from ptd.values import decimal_size
 
 WORKER = Path(__file__).with_name("worker_preflight.py")
 ALONE = Ranks(0, 1, 1, torch.device("cpu"))
@@ -66,7 +67,12 @@ def test_space_for_checkpoints(tmp_path: Path) -> None:
     assert "needed" in check_space(tmp_path / "out", 1000)
     with pytest.raises(UserError, match=r"output_dir: .* free, but .* need .*; give a folder on another disk"):
         check_space(tmp_path, 2 * free + 10**9)
-    assert [size(number) for number in (5, 1500, 12_340_000, 2 * 10**13)] == ["5 B", "1.5 KB", "12.3 MB", "20 TB"]
+    assert [decimal_size(number) for number in (5, 1500, 12_340_000, 2 * 10**13)] == [
+        "5 B",
+        "1.5 kB",
+        "12.3 MB",
+        "20 TB",
+    ]
 
 
 def test_a_run_writes_no_more_than_was_reckoned(
