@@ -269,7 +269,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], st
     ),
     "p_tuning with two numbers of virtual tokens": (
         *("bert", METHODS["p_tuning-front"], {"kind": "classification", "patterns": ["{v:2} {text}"]}, {}),
-        "got 3, but the {v:n} of the template are 2 virtual tokens",
+        "got 3, but the {v:n} marks of the template are 2 virtual tokens",
         "remove the key or the marks",
     ),
     "words on an encoder-decoder": (
