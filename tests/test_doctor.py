@@ -20,9 +20,10 @@ from ptd import cli
 from ptd.commands import doctor
 from ptd.commands.doctor import check_machine, check_run, examine
 from ptd.config import parse_config
-from ptd.distributed.preflight import bytes_to_write, size
+from ptd.distributed.preflight import bytes_to_write
 from ptd.inject.explain import CASES
 from ptd.types import UserError
+from ptd.values import decimal_size
 
 
 @pytest.mark.parametrize(("dtype", "head_dim"), [("float32", 64), ("bfloat16", 128), ("float16", 80)])
@@ -90,7 +91,7 @@ def test_a_run_that_can_start(tmp_path: Path, backbone_dir: Path) -> None:
     assert list(checks) == ["run file", "output folder", "run folder", "data", "backbone", "rows", "disk space"]
     assert {check.status for check in checks.values()} == {"ok"}
     # A prefix of 4 tokens over 2 layers of 2 heads of 8 numbers, keys and values: 256 numbers.
-    assert f"{size(bytes_to_write(256, 256, 3))} needed" in checks["disk space"].found
+    assert f"{decimal_size(bytes_to_write(256, 256, 3))} needed" in checks["disk space"].found
     assert not (tmp_path / "out").exists()
 
 
