@@ -42,7 +42,8 @@ def start_job(slurm: Any, project: Path, *arguments: str, **variables: str) -> s
 
 def written(logs: Path, number: str) -> str:
     """The logs of a job and of its ranks."""
-    return "\n".join(f"{path.name}:\n{path.read_text()}" for path in [logs / f"{number}.log", *logs.glob(f"{number}/*")])
+    paths = [logs / f"{number}.log", *logs.glob(f"{number}/*")]
+    return "\n".join(f"{path.name}:\n{path.read_text()}" for path in paths)
 
 
 def finished_job(slurm: Any, number: str, logs: Path) -> dict[str, str]:
