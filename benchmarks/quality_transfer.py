@@ -6,8 +6,8 @@
     python benchmarks/quality_transfer.py --twin MODEL TWIN    # the same function, keys and values of another scale
 
 A condition is a name, a backbone's folder and keys of a run file. Conditions may be added to a file later. Each
-condition runs with seven learning rates, its own default (``train.learning_rate``) in the middle, on E2E with the steps
-and rows of ``quality.py``. A row (condition, learning rate, seed) is written as soon as it is measured (`rows`); the
+condition runs with seven learning rates, its own default (``train.learning_rate``) in the middle, on E2E with the rows
+of ``quality.py``, and as many steps unless ``--steps`` says otherwise. A row (condition, learning rate, seed) is written as soon as it is measured (`rows`); the
 rate 0 is the frozen backbone. The program prints, and writes to OUTPUT.md, each condition's best rate, the loss at its
 default rate, and the gap between the two losses. ``--plot`` adds OUTPUT.png, the held-out loss over the rate.
 """
@@ -236,6 +236,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder of e2e_dev.csv")
     parser.add_argument("--seeds", type=int, default=1, help="training runs per learning rate")
     parser.add_argument("--rates", type=int, default=RATES, help="learning rates per condition")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help="optimizer steps per run (default: those of quality.py)"
+    )
     parser.add_argument("--threads", type=int, default=2, help="threads per run; runs go one after the other")
     parser.add_argument("--quick", action="store_true", help="only a test: 3 steps, few rows")
     parser.add_argument("--plot", action="store_true", help="also draw OUTPUT.png")
@@ -256,7 +259,7 @@ def main() -> None:
     conditions = conditions_of(args.condition)
     args.data = args.data.resolve()
     args.output = None if args.output is None else args.output.resolve()
-    steps = QUICK["steps"] if args.quick else STEPS
+    steps = QUICK["steps"] if args.quick else args.steps
     settings = {
         "steps": steps,
         "rates": args.rates,
