@@ -7,9 +7,10 @@
 
 A condition is a name, a backbone's folder and keys of a run file. Conditions may be added to a file later. Each
 condition runs with seven learning rates, its own default (``train.learning_rate``) in the middle, on E2E with the rows
-of ``quality.py``, and as many steps unless ``--steps`` says otherwise. A row (condition, learning rate, seed) is written as soon as it is measured (`rows`); the
-rate 0 is the frozen backbone. The program prints, and writes to OUTPUT.md, each condition's best rate, the loss at its
-default rate, and the gap between the two losses. ``--plot`` adds OUTPUT.png, the held-out loss over the rate.
+of ``quality.py``, and with as many steps unless ``--steps`` says otherwise. A row (condition, learning rate, seed) is
+written as soon as it is measured (`rows`); the rate 0 is the frozen backbone. The program prints, and writes to
+OUTPUT.md, each condition's best rate, the loss at its default rate, and the gap between the two losses. ``--plot`` adds
+OUTPUT.png, the held-out loss over the rate.
 """
 
 from __future__ import annotations
