@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,10 @@ ROOT = Path(__file__).parents[1]
 LONG = ("test_triton_backend", "test_quickstart", "test_plan", "test_matrix")
 
 
+@cache
 def starts_ranks(file: Path) -> bool:
-    """Whether a file belongs to those of which nearly all start several processes."""
-    return file.parent.name in ("engine", "launch")
+    """Whether the tests of a file start several processes: with ``ptd launch``, or a program of their own on ranks."""
+    return file.parent.name == "launch" or '"worker_' in file.read_text(encoding="utf-8")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -143,3 +145,48 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., N
             assert not any(codes), f"{program} ended with {codes}\n{written}"
 
         yield run
+
+
+@pytest.fixture(scope="session")
+def train_here() -> Callable[..., list[str]]:
+    """``train_here(run_file_as_dict, stop=7)`` trains in this process, torn down at step ``stop``; what was said."""
+
+    from reporting import Notes, Stopped
+
+    from ptd.commands.train import train
+    from ptd.config import parse_config
+
+    def run(raw: dict[str, Any], *, stop: int | None = None, overwrite: bool = False) -> list[str]:
+        notes = Notes(stop)
+        try:
+            train(parse_config(raw), overwrite=overwrite, reporter=notes)
+        except Stopped:
+            return notes.lines
+        assert stop is None
+        return notes.lines
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """22 rows of prompt and completion, of very different length: one byte is one token."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows = [
+        {"prompt": f"{index} times {index % 5} is ", "completion": "ab" * (1 + index * 7 % 11) + str(index)}
+        for index in range(22)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """``datasets`` caches below the session's own folder, here and in launched ranks."""
+    import datasets
+
+    folder = str(tmp_path_factory.mktemp("hf_cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        patch.setenv("HF_DATASETS_CACHE", folder)
+        yield

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from families import save_backbone, tiny_config, tiny_tokenizer
@@ -56,14 +55,6 @@ def test_the_selection_has_every_pair_that_makes_sense() -> None:
 
 
 # ---- running one
-
-
-@pytest.fixture(autouse=True, scope="module")
-def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """``datasets`` caches below the module's own folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("hf_cache"))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from families import tiny_model, tiny_tokenizer
@@ -30,12 +29,6 @@ STEPS = 4
 ROWS = [{"prompt": f"{number} is ", "completion": "ab" * (1 + number % 3)} for number in range(8)]
 OTHERS = [{"prompt": f"{number} was ", "completion": "b"} for number in range(4)]
 LABELLED = [{"text": f"t{number}", "label": "xy"[number % 2]} for number in range(6)]
-
-
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``datasets`` caches below the test's own folder."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf_cache")
 
 
 def write_rows(file: Path, rows: list[dict[str, Any]]) -> str:

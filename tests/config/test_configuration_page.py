@@ -12,7 +12,7 @@ import pytest
 from ptd.commands.init import SECTIONS, in_plain_words
 from ptd.methods import methods
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 script = SimpleNamespace(**runpy.run_path(str(DOCS / "configuration.py")))
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import datasets
 import pytest
 from families import tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer
@@ -24,8 +23,8 @@ from ptd.quickstart import BACKBONE
 from ptd.runs.decoding import Decoding
 from ptd.runs.samples_log import read_samples
 
-support = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "tasks" / "support.py")))
-zoo = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "data" / "zoo.py")))
+support = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "tasks" / "support.py")))
+zoo = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "data" / "zoo.py")))
 SUMMARISER = {
     "min_length": 30,
     "no_repeat_ngram_size": 2,
@@ -43,12 +42,6 @@ CHAT = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-
-
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``datasets`` caches below the test's own folder."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf_cache")
 
 
 def backbone(folder: Path, tokenizer: Any, settings: dict[str, Any], family: str = "llama", **changes: Any) -> Path:

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 from datasets import Dataset
 from families import save_backbone
@@ -42,12 +41,6 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     "question_answering": {"kind": "question_answering", "doc_stride": 4},
 }
-
-
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``datasets`` caches below the test's own folder."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf_cache")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from datasets import Dataset
@@ -22,19 +21,13 @@ from ptd.config import DataConfig, TaskConfig, parse_config
 from ptd.tasks import make_task
 from ptd.types import EmptyLayout, HeadSettings, UserError
 
-support = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tasks") / "support.py")))
+support = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "tasks" / "support.py")))
 
 WORDS = [["anna", "lives", "in", "york"], ["the", "cat", "in", "the", "old", "town"], ["a", "-"]]
 QUESTIONS = [
     {"id": "x7", "question": "who lives?", "context": "anna lives in the old town of york, 12 miles away"},
     {"id": "x8", "question": "why?", "context": "no"},
 ]
-
-
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path, monkeypatch):
-    """``datasets`` caches below the test's own folder."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf_cache")
 
 
 @pytest.fixture(scope="module")
