@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ptd.types import Reporter
+from ptd.values import decimal_size, memory_size
 
 LABELS = {
     "train": "training",
@@ -119,9 +120,10 @@ def print_plan(found: dict[str, Any]) -> None:
     shown = [each for each in placements if each["own"] or each["name"] == found["best"]]
     head = (
         f"{found['backbone_parameters'] / 1e9:.2f} B frozen and {found['trained_parameters']:,} trained parameters; "
-        f"{found['nodes']} × {found['ranks_per_node']} ranks with {_size(found['memory_bytes_per_rank'])} each, of "
-        f"which a step may use {_size(found['usable_bytes_per_rank'])}; micro-batch of {found['micro_batch_rows']} "
-        f"rows, {found['micro_batch_tokens']:,} tokens; {found['flops_per_token'] / 1e9:.3g} GFLOP per token"
+        f"{found['nodes']} × {found['ranks_per_node']} ranks with {memory_size(found['memory_bytes_per_rank'])} each, "
+        f"of which a step may use {memory_size(found['usable_bytes_per_rank'])}; micro-batch of "
+        f"{found['micro_batch_rows']} rows, {found['micro_batch_tokens']:,} tokens; "
+        f"{found['flops_per_token'] / 1e9:.3g} GFLOP per token"
     )
     console.print(head, soft_wrap=True)
     items = Table(title="Peak memory of one rank during a step", title_justify="left")
@@ -129,9 +131,9 @@ def print_plan(found: dict[str, Any]) -> None:
     for each in shown:
         items.add_column(each["name"] + (" (this run)" if each["own"] else ""), justify="right")
     for name in shown[0]["items"]:
-        items.add_row(name.replace("_", " "), *(_size(each["items"][name]) for each in shown))
-    items.add_row("total", *(_size(each["peak_bytes"]) for each in shown))
-    items.add_row("host memory", *(_size(each["host_bytes"]) for each in shown))
+        items.add_row(name.replace("_", " "), *(memory_size(each["items"][name]) for each in shown))
+    items.add_row("total", *(memory_size(each["peak_bytes"]) for each in shown))
+    items.add_row("host memory", *(memory_size(each["host_bytes"]) for each in shown))
     console.print(items)
     table = Table(title="Placements of the frozen weights, lowest cost per token first", title_justify="left")
     for column in ("placement", "peak per rank", "fits", "largest micro-batch", "sent in the node per rank and step",
@@ -142,11 +144,11 @@ def print_plan(found: dict[str, Any]) -> None:
         rows = each["largest_micro_batch_rows"]
         table.add_row(
             each["name"] + (" (this run)" if each["own"] else ""),
-            _size(each["peak_bytes"]),
+            memory_size(each["peak_bytes"]),
             "yes" if each["fits"] else "no",
             f"{rows:,} rows" if rows < 1 << 20 else "any",
-            _size(each["bytes_sent_inside_node_per_rank_and_step"]),
-            _size(each["bytes_sent_between_nodes_per_node_and_step"]),
+            decimal_size(each["bytes_sent_inside_node_per_rank_and_step"]),
+            decimal_size(each["bytes_sent_between_nodes_per_node_and_step"]),
             f"{each['estimated_seconds_per_token'] / cheapest:.2f} ×",
         )
     console.print(table)
@@ -165,7 +167,7 @@ _BENCH_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "padding": lambda figures: f"{figures['padding_share']:.0%}",
     "TFLOP/s": _counted(lambda figures: f"{figures['flops_per_second'] / 1e12:.3g}"),
     "  of the matmul rate": _counted(lambda figures: f"{figures['share_of_matmul_rate']:.0%}"),
-    "peak memory": lambda figures: _size(figures["peak_memory_bytes"]),
+    "peak memory": lambda figures: memory_size(figures["peak_memory_bytes"]),
 }
 
 
@@ -195,7 +197,8 @@ def print_bench(found: dict[str, Any], heading: str | None = None) -> None:
     console.print(table)
     sent, between = found["network"]["network_bytes"], found["network"]["network_bytes_between_nodes"]
     if sent:
-        console.print(f"network traffic of all ranks per step: {_size(sent)}, of which between nodes: {_size(between)}")
+        part = f"of which between nodes: {decimal_size(between)}"
+        console.print(f"network traffic of all ranks per step: {decimal_size(sent)}, {part}")
 
 
 MOST_ROWS = 40
@@ -219,10 +222,3 @@ def print_inspection(head: str, notes: Sequence[str], sections: Sequence[Any]) -
             console.print(f"… and {len(section.rows) - MOST_ROWS} more rows in inspect.json")
     for note in notes:
         console.print(Text(f"\nnote: {note}"), soft_wrap=True)
-
-
-def _size(count: int) -> str:
-    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if count >= 1 << power:
-            return f"{count / (1 << power):.1f} {unit}"
-    return f"{count} B"

@@ -48,6 +48,14 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def memory_size(count: float) -> str:
+    """Return a number of bytes as text with one decimal and a binary unit (KiB, MiB, GiB), for memory."""
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if count >= 1 << power:
+            return f"{count / (1 << power):.1f} {unit}"
+    return f"{count:.0f} B"
+
+
 def decimal_size(count: float) -> str:
     """Return a number of bytes as text with three digits and a unit (kB, MB, GB, TB), for files and traffic."""
     for unit, power in (("TB", 12), ("GB", 9), ("MB", 6), ("kB", 3)):

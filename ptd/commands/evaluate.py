@@ -7,7 +7,7 @@ from typing import Any
 from ptd.data import load_rows
 from ptd.runs.decoding import Decoding
 from ptd.runs.scores import check_writes, continue_rows, held_out_metrics, text_metrics
-from ptd.runs.tuned import Settings, find_tuned, start_ranks
+from ptd.runs.tuned import Settings, find_tuned
 from ptd.types import Reporter
 
 
@@ -27,9 +27,9 @@ def evaluate(
     ``backbone`` and ``data``). Without ``adapter``, the ``backbone`` is evaluated without a prompt. Under a launcher,
     the ranks share the rows and all return the same result. Raises `UserError`.
     """
-    ranks, reporter = start_ranks(settings), reporter or Reporter()
+    found, reporter = find_tuned(adapter, backbone, settings=settings), reporter or Reporter()
+    ranks = found.start_ranks()
     try:
-        found = find_tuned(adapter, backbone, settings=settings)
         if decoding is not None:
             check_writes(found.task)
         rows = load_rows(data, found.task.data.eval_split, what="--data")

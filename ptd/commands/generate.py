@@ -11,7 +11,7 @@ from ptd.data.tokens import check_prompts
 from ptd.files import decode_text, lines_of, read_text
 from ptd.runs.decoding import Decoding
 from ptd.runs.generation import decode, decoding_notes
-from ptd.runs.tuned import Settings, find_tuned, start_ranks
+from ptd.runs.tuned import Settings, find_tuned
 from ptd.types import Reporter, UserError
 from ptd.values import is_blank
 
@@ -33,9 +33,9 @@ def generate(
     a user message in the tokenizer's chat template. ``raw``: the prompt is used unchanged. Under a launcher, the ranks
     share the prompts of rank 0. Rank 0 returns the texts, the other ranks an empty list. Raises `UserError`.
     """
-    ranks, reporter = start_ranks(settings), reporter or Reporter()
+    found, reporter = find_tuned(adapter, backbone, settings=settings), reporter or Reporter()
+    ranks = found.start_ranks()
     try:
-        found = find_tuned(adapter, backbone, settings=settings)
         task = found.task
         if not task.generates:
             raise UserError("the adapter was trained to label rows, not to generate text; use ptd predict")

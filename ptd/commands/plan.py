@@ -28,6 +28,7 @@ from ptd.runs.build import build_step, build_trained, facts_of
 from ptd.tasks import Task, make_task
 from ptd.tasks.labels import with_assumed_labels
 from ptd.types import Reporter, UserError
+from ptd.values import decimal_size, memory_size
 
 GPU: Capability = (9, 0)
 """The compute capability (Hopper) for which a planned GPU chooses its attention kernels."""
@@ -214,7 +215,7 @@ def recommend(estimates: list[Estimate], config: RunConfig) -> tuple[Estimate | 
     If none fits, return the cheapest that fits with fewer rows, or None if none fits even one row.
     """
     whole = next((each for each in estimates if each.placement == Placement()), None)
-    without = "" if whole is None else f"; unsharded and unquantised they need {_gib(whole.peak)} per rank"
+    without = "" if whole is None else f"; unsharded and unquantised they need {memory_size(whole.peak)} per rank"
     fitting = [each for each in estimates if each.fits]
     if not fitting:
         hint = "" if config.backbone.gradient_checkpointing else "set backbone.gradient_checkpointing: true, or "
@@ -222,8 +223,8 @@ def recommend(estimates: list[Estimate], config: RunConfig) -> tuple[Estimate | 
         least = min(estimates, key=lambda each: each.peak)
         if not smaller:
             return None, (
-                f"no placement fits: {least.placement.name} needs the least memory, {_gib(least.peak)} per rank; "
-                f"{hint}use more or larger GPUs, or lower data.max_length"
+                f"no placement fits: {least.placement.name} needs the least memory, {memory_size(least.peak)} per "
+                f"rank; {hint}use more or larger GPUs, or lower data.max_length"
             )
         return smaller[0], (
             f"no placement fits {rows_of(config)} rows per micro-batch; {smaller[0].placement.name} is the cheapest "
@@ -236,7 +237,8 @@ def recommend(estimates: list[Estimate], config: RunConfig) -> tuple[Estimate | 
     if placement.offload != "none":
         why = "the weights do not fit on the GPUs, so they are in host memory and are copied to the GPUs for each use"
     elif placement.sharding == "world" and sent["between"]:
-        why = f"the weights fit sharded over all nodes; to gather them, a node sends {_gib(sent['between'])} per step"
+        traffic = decimal_size(sent["between"])
+        why = f"the weights fit sharded over all nodes; to gather them, a node sends {traffic} per step"
     elif placement.group_size > 1:
         why = f"the weights fit sharded over {placement.group_size} ranks, and none are sent between nodes{without}"
     elif placement.quantization != "none":
@@ -277,10 +279,6 @@ def parse_size(text: str, what: str) -> int:
     if size < 1:
         raise UserError(f"{what}: got {text!r}; write a size such as 80GiB or 24GB")
     return size
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.1f} GiB"
 
 
 __all__ = ["ITEMS", "Plan", "parse_size", "plan", "recommend", "trace_run"]

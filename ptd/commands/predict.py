@@ -6,7 +6,7 @@ from typing import Any
 
 from ptd.data import load_rows
 from ptd.engine.evaluation import scores_of
-from ptd.runs.tuned import Settings, find_tuned, start_ranks
+from ptd.runs.tuned import Settings, find_tuned
 from ptd.types import Reporter, UserError
 
 
@@ -26,9 +26,9 @@ def predict(
     prediction's field is added as ``predicted_…``. Under a launcher, the ranks share the rows; rank 0 returns them and
     the other ranks return an empty list. Raises `UserError`, also for an adapter that generates text.
     """
-    ranks, reporter = start_ranks(settings), reporter or Reporter()
+    found, reporter = find_tuned(adapter, backbone, settings=settings), reporter or Reporter()
+    ranks = found.start_ranks()
     try:
-        found = find_tuned(adapter, backbone, settings=settings)
         task = found.task
         if task.generates:
             raise UserError("the adapter was trained to generate text, not to label rows; use ptd generate")

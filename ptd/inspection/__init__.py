@@ -14,7 +14,7 @@ from ptd.distributed.ranks import Ranks
 from ptd.files import as_path
 from ptd.inspection.effects import effects_on
 from ptd.inspection.geometry import nearest_tokens, tensors_of
-from ptd.runs.tuned import Settings, Tuned, load_tuned, start_ranks
+from ptd.runs.tuned import Settings, Tuned, find_tuned
 from ptd.types import EmptyLayout, PrefixLayout, Reporter, SoftLayout, SoftTokens, UserError
 
 WORDLESS = (
@@ -51,11 +51,12 @@ def inspect(
             f"the adapter {adapter} has no prompt to inspect: {trained}; give an adapter with virtual tokens, such as "
             "those of the methods prefix and prompt"
         )
-    ranks, reporter = start_ranks(settings), reporter or Reporter()
+    if data is None and isinstance(found.layout, PrefixLayout):
+        return _heading(found) | {"tensors": tensors_of(found.state(), found.layout.layers), "nearest": None}
+    reference, reporter = find_tuned(adapter, backbone, settings=settings), reporter or Reporter()
+    ranks = reference.start_ranks()
     try:
-        if data is None and isinstance(found.layout, PrefixLayout):
-            return _heading(found) | {"tensors": tensors_of(found.state(), found.layout.layers), "nearest": None}
-        tuned = load_tuned(adapter, backbone, ranks, settings=settings)
+        tuned = reference.load(ranks)
         result = _heading(found) | {
             "tensors": tensors_of(found.state(), tuned.prepared.shape.layers),
             "nearest": _nearest(found, tuned),

@@ -14,7 +14,7 @@ import yaml
 
 from ptd.report.data import ALONE, RecordedRun, is_number, numbers
 from ptd.report.panels import LAYERS, NOT_DRAWN, mean_split, metrics
-from ptd.values import decimal_size, flattened
+from ptd.values import decimal_size, flattened, memory_size
 
 NOT_COMPARED = ("output_dir",)
 """Settings that always differ between two runs."""
@@ -77,10 +77,6 @@ def _decimals(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
 
 
-def _memory(value: float) -> str:
-    return f"{value / 2**30:.2f} GiB"
-
-
 def _time(value: float) -> str:
     if value < 60:
         return f"{value:.3g} s"
@@ -114,7 +110,7 @@ _ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("trained_parameters", "trained parameters", _number),
     ("tokens_per_second", "useful tokens/s, median", _number),
     ("step_seconds", "time per step, median", _time),
-    ("peak_memory_bytes", "peak memory, rank 0", _memory),
+    ("peak_memory_bytes", "peak memory, rank 0", memory_size),
     ("network_bytes_inside_nodes", "sent inside nodes, per step", decimal_size),
     ("network_bytes_between_nodes", "sent between nodes, per step", decimal_size),
     ("skipped_steps", "skipped steps", _number),

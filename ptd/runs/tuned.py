@@ -66,11 +66,6 @@ class Tuned:
         return context - self.prepared.attachment.extra_positions - used
 
 
-def start_ranks(settings: Settings | None) -> Ranks:
-    """Join the processes of a launcher. A single process joins a process group only to shard its backbone."""
-    return Ranks.start(needs_group=(settings or {}).get("backbone", {}).get("sharding", "none") != "none")
-
-
 def backbone_of(adapter: Adapter | None, path: str | None, changes: dict[str, Any] | None = None) -> BackboneConfig:
     """Return the config of the adapter's backbone (or of ``path``) as in training, but not sharded, with ``changes``.
 
@@ -96,6 +91,10 @@ class TunedReference:
     task: Task
     head: HeadSettings
     tokenizer: Any
+
+    def start_ranks(self) -> Ranks:
+        """Join the processes of a launcher. A single process joins a process group only to shard the backbone."""
+        return Ranks.start(needs_group=self.config.sharded)
 
     def load(self, ranks: Ranks) -> Tuned:
         """Load the backbone and attach the adapter. All ranks call this together. Raises `UserError`."""

@@ -17,13 +17,12 @@ import torch
 
 from ptd.cli import main
 from ptd.distributed.ranks import Ranks
-from ptd.runs.tuned import load_tuned, start_ranks
+from ptd.runs.tuned import find_tuned
 
 
 def parted(adapter: str, sharding: str, rank_file: Path) -> None:
-    settings = {"backbone": {"sharding": sharding}}
-    ranks = start_ranks(settings)
-    tuned = load_tuned(adapter, None, ranks, settings=settings)
+    found = find_tuned(adapter, None, settings={"backbone": {"sharding": sharding}})
+    tuned = found.load(found.start_ranks())
     parameters = list(tuned.prepared.model.parameters())
     whole = sum(parameter.ds_numel for parameter in parameters)
     rank_file.write_text(str(sum(parameter.ds_tensor.numel() for parameter in parameters) / whole))

@@ -96,7 +96,7 @@ def test_a_run(write_run: Any, tmp_path: Path) -> None:
     page = check_page(folder / "report.html")
     assert plots_of(page) >= PLOTS
     for words in (
-        *("mine", "finished", "5,240,000", "21.00 GiB", "50 MB", "2 MB", "tokens/s", "GiB, rank 0", "loss (nats)"),
+        *("mine", "finished", "5,240,000", "21.0 GiB", "50 MB", "2 MB", "tokens/s", "GiB, rank 0", "loss (nats)"),
         *("frozen backbone", "and and a plain word", "after step 40", "This is a plain word", "It is a plain word."),
         *("2026-01-02 03:04 UTC", "num_virtual_tokens: 16", "torch 2.13.0", "Slowest rank: rank 0 in 25 %"),
         *("ptd launch local run.yaml --gpus-per-node 4", "ptd train run.yaml 'data.train=a plain word'"),
