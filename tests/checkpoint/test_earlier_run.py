@@ -1,7 +1,8 @@
-"""A run that began before prompts were trained in units goes on as it began.
+"""A run that began before prompts were trained in the backbone's units continues as it began.
 
-``earlier_run`` is what ptd 0.1.0 at commit b7bf5a1 left of ``ptd train run.yaml`` behind the checkpoint of step 3, over
-the shipped backbone; ``expected.json`` has the losses and learning rates of all six steps of the same run there.
+``earlier_run`` is the state that ``ptd train run.yaml`` of ptd 0.1.0 at commit b7bf5a1, with the shipped backbone, left
+after the checkpoint of step 3; ``expected.json`` holds the losses and learning rates of all six steps of the same run
+at that commit.
 """
 
 from __future__ import annotations
