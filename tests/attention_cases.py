@@ -1,8 +1,8 @@
-"""What the tests of `prefix_attention` share: a call's inputs, its results, and how two of these are compared.
+"""Provide what the tests of `prefix_attention` share: the inputs of a call, its results, and their comparison.
 
 ``from attention_cases import …`` works in every test (tests/conftest.py registers this file under that name).
-PTD_TEST_DEVICE=cuda makes the inputs on a GPU. It says so of these inputs alone: torch's default device, which other
-tests of the process share, stays as it is, except `on_device`.
+With PTD_TEST_DEVICE=cuda, the inputs are created on a GPU. The variable affects only these inputs: torch's default
+device, which other tests of the process share, does not change, except inside `on_device`.
 
 Shapes: B batch, H heads, S queries, T own keys, P prefix keys, D and E head sizes of keys and values.
 """
@@ -21,18 +21,18 @@ from ptd_kernels import prefix_attention as attend
 from torch import Tensor
 
 DEVICE = os.environ.get("PTD_TEST_DEVICE", "cpu")
-# The adapters to GPU libraries are on the list where there is a GPU, and refuse what they cannot do.
+# On a GPU, the adapters to GPU libraries are also tested; they refuse the calls that they do not support.
 LIBRARIES = [name for name in available_backends() if name.startswith("merge-")]
 LEAVES = ("q", "k", "v", "prefix_k", "prefix_v")
 
 
 def on_device() -> AbstractContextManager[Any]:
-    """In here, new tensors are made on `DEVICE` unless they name another."""
+    """Return a context in which new tensors are created on `DEVICE` unless they name another device."""
     return nullcontext() if DEVICE == "cpu" else torch.device(DEVICE)
 
 
 def here(options: dict[str, Any]) -> dict[str, Any]:
-    """Options with their tensors on `DEVICE`; a `prefix_index` may be on the CPU, too, and stays where it is."""
+    """Return the options with their tensors on `DEVICE`; `prefix_index` is not moved, because it may be on the CPU."""
 
     def moved(value: Any) -> Any:
         if isinstance(value, Tensor) and value.device.type == "cpu":
@@ -43,7 +43,7 @@ def here(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def prefix_attention(*args: Any, backend: str = "auto", **kwargs: Any) -> Tensor:
-    """The function under test; an optional library may refuse what it has no kernel for."""
+    """Call the function under test; skip the test if an optional library has no kernel for the call."""
     try:
         return attend(*args, backend=backend, **kwargs)
     except ValueError as refusal:
@@ -54,7 +54,7 @@ def prefix_attention(*args: Any, backend: str = "auto", **kwargs: Any) -> Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes and options of one call; `tensors` makes its inputs."""
+    """Sizes and options of one call; `tensors` creates its inputs."""
 
     B: int = 2
     S: int = 13
@@ -86,13 +86,13 @@ class Case:
 
 
 def out_and_gradients(leaves: list[Tensor], **kwargs: Any) -> list[Tensor]:
-    """The output and the gradients of all leaves, for the same incoming gradient whatever the dtype and layout."""
+    """Return the output and all leaves' gradients; the incoming gradient is the same for every dtype and layout."""
     out = prefix_attention(*leaves, **kwargs)
     return [out.detach(), *torch.autograd.grad(out, leaves, incoming(out))]
 
 
 def incoming(out: Tensor) -> Tensor:
-    """A gradient for `out`, the same for every dtype and layout."""
+    """Return a gradient for `out` that is the same for every dtype and layout."""
     dout = torch.randn(out.shape, generator=torch.Generator(DEVICE).manual_seed(7), device=DEVICE)
     return dout.to(out.dtype)
 
@@ -101,7 +101,7 @@ def assert_same(actual: list[Tensor], expected: list[Tensor], rtol: float) -> No
     for name, a, b in zip(("out", *LEAVES), actual, expected, strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype), name
         assert torch.isfinite(a).all(), f"{name} is not finite"
-        # Gradients that cancel to zero are measured against their addends, which are of order one.
+        # The error of a gradient that cancels to zero is relative to its addends, which are of order one.
         error, size = (a - b).norm().item(), max(b.norm().item(), 0.1 * b.numel() ** 0.5)
         assert error <= rtol * size, f"{name}: relative error {error / size:.2e}"
 
@@ -111,7 +111,7 @@ def relative_rms(actual: Tensor, exact: Tensor) -> float:
 
 
 def assert_gradients_of(wanted: tuple[str, ...], leaves: list[Tensor], backend: str, **kwargs: Any) -> None:
-    """With a gradient asked for of these leaves only, they have the reference's, and the others have none."""
+    """Assert that, if only these leaves require gradients, they get the reference's, and the others get none."""
     expected = dict(zip(LEAVES, out_and_gradients(leaves, backend="reference", **kwargs)[1:], strict=True))
     some = {name: x.detach().requires_grad_(name in wanted) for name, x in zip(LEAVES, leaves, strict=True)}
     out = prefix_attention(*some.values(), backend=backend, **kwargs)

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over its DevTools pipe: what a page looks like, and what it complains of."""
+"""A headless Chromium, driven over its DevTools pipe, that checks a page's layout, requests and console messages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "phone": {"width": 390, "height": 844, "mobile": True},
     "dark phone": {"width": 390, "height": 844, "mobile": True, "dark": True},
 }
-"""What pages are looked at in: arguments of `Browser.open`."""
+"""The windows in which pages are checked, as arguments of `Browser.open`."""
 BESIDE = """(within, scrolling) => [...document.querySelectorAll(`${within} *`)].filter(element =>
   !element.closest(scrolling) && element.getBoundingClientRect().right > innerWidth + 1)
   .map(element => element.outerHTML.slice(0, 80))"""
@@ -57,7 +57,7 @@ INKS = {False: "rgb(27, 31, 36)", True: "rgb(230, 230, 230)"}
 
 
 class Browser:
-    """One page of one browser. A context manager; raises `TimeoutError` if the browser does not answer."""
+    """A browser with one page, as a context manager; raises `TimeoutError` if the browser does not answer."""
 
     def __init__(self, profile: Path) -> None:
         assert CHROMIUM is not None
@@ -83,7 +83,7 @@ class Browser:
         return self
 
     def __exit__(self, *stopped: object) -> None:
-        os.close(self._out)  # a browser whose pipe is gone ends
+        os.close(self._out)  # the browser exits when its pipe is closed
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
@@ -92,7 +92,7 @@ class Browser:
         os.close(self._in)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """One command of the DevTools protocol; raises `RuntimeError` with what the browser has against it."""
+        """Send a DevTools command and return its result; raises `RuntimeError` with the browser's error message."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
         message |= {"sessionId": self._session} if self._session else {}
@@ -120,7 +120,7 @@ class Browser:
         return found
 
     def open(self, page: Path, *, width: int, height: int = 900, dark: bool = False, mobile: bool = False) -> None:
-        """Load a file in a window of this size (CSS pixels); what it complained of before is forgotten."""
+        """Load a file in a window of this size (CSS pixels) and forget the messages and requests recorded before."""
         self._events.clear()
         self._width = width
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -133,7 +133,7 @@ class Browser:
             self._events.append(self._read())
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression in the page."""
+        """Evaluate a JavaScript expression in the page and return its value."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         if "exceptionDetails" in answer:
             raise RuntimeError(str(answer["exceptionDetails"]))
@@ -146,32 +146,32 @@ class Browser:
 
     @property
     def requests(self) -> list[str]:
-        """What the page asked for, beside data: URIs."""
+        """URLs that the page requested, other than data: URIs."""
         sent = [event["params"] for event in self._events if event.get("method") == "Network.requestWillBeSent"]
         urls = [each["request"]["url"] for each in sent]
         return [url for url in urls if not url.startswith("data:")]
 
     @property
     def too_wide(self) -> int:
-        """Pixels that the page is wider than the window that was asked for: a phone widens it for such a page."""
+        """Pixels by which the page is wider than the requested window: a phone widens its window for such a page."""
         return int(self.evaluate("Math.max(document.documentElement.scrollWidth, innerWidth)")) - self._width
 
     def beside(self, within: str = "body", scrolling: str = ".scroll, pre, svg") -> list[str]:
-        """Elements ``within`` that reach beyond the window, but for those in ``scrolling`` (both CSS selectors)."""
+        """Return elements in ``within`` that extend beyond the window, except in ``scrolling`` (CSS selectors)."""
         return list(self.evaluate(f"({BESIDE})({json.dumps(within)}, {json.dumps(scrolling)})"))
 
     def over(self) -> list[str]:
-        """Sections, figures and words of a plot that lie over each other; words that their plot cuts off."""
+        """Return sections, figures and plot texts that overlap each other, and texts that their plot cuts off."""
         return list(self.evaluate(OVER))
 
     def screenshot(self, path: Path) -> None:
-        """The whole page as PNG."""
+        """Write the whole page as a PNG."""
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(shot["data"]))
 
 
 def check_page(browser: Browser, page: Path, window: str, picture: Path) -> None:
-    """A page with plots opens without a complaint or a request, fits the window, and can be read in its colours."""
+    """Assert that a page with plots opens without messages or requests, fits the window and is legible."""
     browser.open(page, **WINDOWS[window])
     assert browser.complaints == []
     assert browser.requests == [page.as_uri()]

@@ -1,4 +1,4 @@
-"""What all tests share: modules (SHARED), a backbone, the command line, jobs of ranks."""
+"""Modules (`SHARED`) and fixtures that all tests share: a backbone, the command line, jobs of several ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 SHARED = ("families", "browser", "attention_cases", "matrix", "reporting")
-for name in SHARED:  # by file: on sys.path this folder would shadow ptd_kernels
+for name in SHARED:  # imported by file: this folder on sys.path would shadow ptd_kernels
     if name in sys.modules:
         continue
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
@@ -38,28 +38,28 @@ LONG = ("test_triton_backend", "test_quickstart", "test_plan", "test_matrix")
 
 @cache
 def starts_ranks(file: Path) -> bool:
-    """Whether the tests of a file start several processes: with ``ptd launch``, or a program of their own on ranks."""
+    """Return whether a file's tests start several processes, with ``ptd launch`` or with a worker program on ranks."""
     return file.parent.name == "launch" or '"worker_' in file.read_text(encoding="utf-8")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest comes first, so that with several workers (``make test``) none is left with it in the end."""
+    """Run the slowest tests first, so that with several workers (``make test``) none of them runs last, on its own."""
     items.sort(key=lambda item: (not starts_ranks(item.path), item.path.stem not in LONG))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file is one worker's, but on the emulated GPU; all that start ranks are the same one's, so that their jobs run
-    one after the other.
+    """Assign each file to one worker, and all files that start ranks to the same worker, so that jobs do not overlap.
 
-    ``--dist loadgroup`` would do, but pytest-xdist 3.8 writes the groups where pytest 9.2 does not read them.
+    Tests on the emulated GPU are assigned one by one. ``--dist loadgroup`` would suffice, but pytest-xdist 3.8 writes
+    the groups where pytest 9.2 does not read them.
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            if Path(file).parent.name == "gpu_paper":  # few files, of one of which nearly all takes its time
+            if Path(file).parent.name == "gpu_paper":  # few files, one of which takes nearly all of the time
                 return nodeid
             return "ranks" if starts_ranks(Path(file)) else file
 
@@ -69,7 +69,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny llama with its tokenizer, saved; read-only by convention."""
+    """Save a tiny llama with its tokenizer; the folder is read-only by convention."""
     from families import save_backbone
 
     return save_backbone(tmp_path_factory.mktemp("backbone"))
@@ -77,7 +77,7 @@ def backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A `browser.Browser`; without chromium the test is skipped, or fails with PTD_REQUIRE_BROWSER=1."""
+    """Yield a `browser.Browser`. Without chromium the test is skipped, or fails if PTD_REQUIRE_BROWSER=1."""
     from browser import CHROMIUM, Browser
 
     if CHROMIUM is None:
@@ -122,7 +122,7 @@ def ptd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., None]]:
-    """``launch(ranks, script, *arguments)`` runs a script on every rank; a failure shows what the ranks wrote."""
+    """``launch(ranks, script, *arguments)`` runs a script on every rank; a failure shows the output of the ranks."""
     folder, numbers = tmp_path_factory.mktemp("ranks"), count()
     command, log = [sys.executable, str(Path(__file__).with_name("rank_server.py"))], folder / "server.log"
     with (
@@ -149,7 +149,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., N
 
 @pytest.fixture(scope="session")
 def train_here() -> Callable[..., list[str]]:
-    """``train_here(run_file_as_dict, stop=7)`` trains in this process, torn down at step ``stop``; what was said."""
+    """``train_here(run_file_as_dict, stop=7)`` trains in this process, aborts at step ``stop``, returns the notes."""
 
     from reporting import Notes, Stopped
 
@@ -170,7 +170,7 @@ def train_here() -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="session")
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """22 rows of prompt and completion, of very different length: one byte is one token."""
+    """Write 22 rows of prompt and completion with very different lengths; one byte is one token."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     rows = [
         {"prompt": f"{index} times {index % 5} is ", "completion": "ab" * (1 + index * 7 % 11) + str(index)}
@@ -182,7 +182,7 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """``datasets`` caches below the session's own folder, here and in launched ranks."""
+    """Make ``datasets`` use a cache folder of this session, in this process and in launched ranks."""
     import datasets
 
     folder = str(tmp_path_factory.mktemp("hf_cache"))

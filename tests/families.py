@@ -1,4 +1,4 @@
-"""Tiny random backbones of every supported family, and a byte-level tokenizer that fits them all. No network.
+"""Build tiny random backbones of every supported family and a byte-level tokenizer for all, without a network.
 
 ``from families import …`` works in every test (tests/conftest.py registers this file under that name).
 """
@@ -47,7 +47,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "mistral": {**_GROUPED, "sliding_window": WINDOW},
     "qwen2": _GROUPED,
     "qwen3": _WIDE,
-    # transformers' SDPA has no softcap; in its older releases it is taken all the same
+    # transformers' SDPA has no softcap, but older releases use it nevertheless
     "gemma2": {**_GEMMA, "attn_logit_softcapping": 5.0, "attn_implementation": "eager"},
     "gemma3_text": {**_GEMMA, "layer_types": ["sliding_attention", "full_attention"]},
     "phi3": _GROUPED,
@@ -85,7 +85,7 @@ WINDOWED: tuple[str, ...] = ("mistral", "gemma2", "gemma3_text")
 
 
 def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
-    """The config of a 2-layer, 32-wide model of ``family``; ``changes`` override its keys."""
+    """Return the config of a 2-layer, 32-wide model of ``family``; ``changes`` override its keys."""
     special = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
     if family in ENCODER_DECODERS:
         common = {key: _COMMON[key] for key in ("vocab_size", "max_position_embeddings")}
@@ -101,7 +101,7 @@ def _auto_class(family: str) -> Any:
 
 
 def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A random language model in eval mode, fp32, with weights large enough that its logits say something."""
+    """Return a random language model in eval mode and fp32, with weights large enough for meaningful logits."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _auto_class(family).from_config(tiny_config(family, **changes), dtype=torch.float32)
@@ -113,14 +113,14 @@ def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrain
 
 
 def attend_by(model: PreTrainedModel, implementation: str) -> None:
-    """Let every stack compute attention so; older ``set_attn_implementation`` leaves T5's two as they are."""
+    """Set every stack's attention; in older releases, ``set_attn_implementation`` does not change T5's two stacks."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._attn_implementation = implementation
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte behind the special tokens of `SPECIALS`, none of which is added by itself."""
+    """Return a tokenizer with the special tokens `SPECIALS`, then one token per byte; it adds no special token."""
     vocab = {symbol: index for index, symbol in enumerate([*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -138,14 +138,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_backbone(folder: str | Path, family: str = "llama", seed: int = 0, **changes: Any) -> Path:
-    """Write model and tokenizer as a folder that ``backbone.path`` takes."""
+    """Write a model and its tokenizer to a folder that ``backbone.path`` accepts."""
     tiny_model(family, seed, **changes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return Path(folder)
 
 
 class DrawnConditioner:
-    """In place of a backbone: everything that an initialiser asks for is drawn at random, as wide as ``shape`` says."""
+    """Replaces a backbone: whatever an initialiser needs is drawn at random, with the widths of ``shape``."""
 
     def __init__(self, shape: BackboneShape, seed: int = 0) -> None:
         self.shape = shape

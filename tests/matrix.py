@@ -1,4 +1,4 @@
-"""Which methods, families and tasks there are to combine, which of them make sense together, and few that cover all."""
+"""List the methods, families and tasks to combine, say which make sense together, and choose a few that cover all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "p_tuning_v2-direct": {"name": "p_tuning_v2", "num_virtual_tokens": 3},
     "p_tuning_v2-mlp": {"name": "p_tuning_v2", "num_virtual_tokens": 3, "prefix_projection": True},
 }
-WORDS = {"bad": ["no", "x"], "good": ["yes"]}  # a token a byte: words of one, two and three tokens
+WORDS = {"bad": ["no", "x"], "good": ["yes"]}  # one token per byte: words of one, two and three tokens
 TASKS: dict[str, dict[str, Any]] = {
     "causal_lm": {"kind": "causal_lm"},
     "seq2seq_lm": {"kind": "seq2seq_lm"},
@@ -37,7 +37,7 @@ MARKED: dict[str, dict[str, Any]] = {
     "classification": {"task": {"patterns": ["{v:1} {text} {v:2}"]}},
     "cloze": {"task": {"patterns": ["{v:2} {text} {v:1} {mask}"]}},
 }
-"""What is added to a task so that its sequences hold marks for virtual tokens."""
+"""Settings added to a task so that its sequences contain marks for virtual tokens."""
 WITH_HEAD = ("classification", "token_classification", "question_answering")
 
 ROWS: list[dict[str, Any]] = [
@@ -54,13 +54,13 @@ ROWS: list[dict[str, Any]] = [
     }
     for index in range(STEPS * BATCH)
 ]
-"""Every task's columns; contexts of up to 40 tokens are more than one window."""
+"""Rows with the columns of every task; contexts of up to 40 tokens need more than one window."""
 
 Case = TypeVar("Case", bound=Sequence[str])
 
 
 def makes_sense(method: str, family: str, task: str) -> bool:
-    """Whether ptd runs this method for the task on a backbone of the family; it refuses all others."""
+    """Return whether ptd runs this method for the task on a backbone of the family; it refuses all others."""
     decoder, encoder_decoder = family in FAMILIES, family in ENCODER_DECODERS
     if task in ("causal_lm", "seq2seq_lm") and not (decoder if task == "causal_lm" else encoder_decoder):
         return False
@@ -75,12 +75,12 @@ def makes_sense(method: str, family: str, task: str) -> bool:
 
 
 def pairs(case: Sequence[str]) -> set[tuple[int, int, str, str]]:
-    """Every two of what a case combines, and at which places they stand."""
+    """Return every pair of a case's values, with their places in the case."""
     return {(one, other, case[one], case[other]) for one, other in itertools.combinations(range(len(case)), 2)}
 
 
 def covering(cases: Sequence[Case]) -> list[Case]:
-    """Few of the cases in which every pair occurs that occurs in all of them (greedy)."""
+    """Return a few of the cases that together contain every pair of all cases (a greedy choice)."""
     found = {case: pairs(case) for case in cases}
     missing = set().union(*found.values())
     chosen = []

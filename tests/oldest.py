@@ -1,4 +1,4 @@
-"""Prints what to install for the oldest versions that pyproject.toml allows, as constraints for pip."""
+"""Print pip constraints that install the oldest versions that pyproject.toml allows."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(?P<extras>\[[^]]*\])?(?P<versions>[^;]*)")
 INSTALLED = "torch"
-"""What comes in the version of constraints.txt all the same: its old releases come with CUDA alone."""
+"""The package that keeps the version of constraints.txt, because its old releases exist only with CUDA."""
 
 
 def normal(name: str) -> str:
-    """A package's name as indices compare it."""
+    """Return the package's name as package indices normalise it."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def lower_bounds() -> dict[str, str]:
-    """The oldest release of each package that pyproject.toml names one for, those of its extras too."""
+    """Return the lower bound of each package for which pyproject.toml gives one, including those of its extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     bounds = {}
     for requirement in chain(project["dependencies"], *project["optional-dependencies"].values()):
@@ -31,7 +31,7 @@ def lower_bounds() -> dict[str, str]:
 
 
 def constraints() -> list[str]:
-    """Lines for pip: the lower bounds, and constraints.txt for all else."""
+    """Return lines for pip: the lower bounds, and those of constraints.txt for all other packages."""
     bounds = {name: version for name, version in lower_bounds().items() if name != INSTALLED}
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     others = [line for line in lines if line[:1].isalpha() and normal(REQUIREMENT.match(line)["name"]) not in bounds]

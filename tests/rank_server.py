@@ -1,8 +1,8 @@
-"""Runs the tests' jobs of several ranks, one after the other; the fixture ``launch`` of conftest.py starts it once.
+"""Run the tests' multi-rank jobs, one at a time; the fixture ``launch`` of conftest.py starts this program once.
 
-A line that it reads is a job, ``{"ranks": 2, "program": ["worker.py", "argument"], "logs": FOLDER}``; the line with
-which it answers repeats ``logs`` and has the exit ``codes`` by rank. What rank r wrote is in ``FOLDER/r.log``. Ranks
-are forks of this process, which has imported what takes long; real launchers are in test_resume.py and other tests.
+Each line of stdin is a job, ``{"ranks": 2, "program": ["worker.py", "argument"], "logs": FOLDER}``. The line that
+answers it repeats ``logs`` and gives the exit ``codes`` by rank. The output of rank r is in ``FOLDER/r.log``. Ranks
+are forks of this process, which has imported the slow packages; test_resume.py and other tests use real launchers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import ptd.commands.train  # noqa: E402, F401
 
 
 def run(ranks: int, program: list[str], logs: Path) -> list[int]:
-    """Exit codes by rank of a job that ran."""
+    """Run a job; return its exit codes by rank."""
 
     def work(rank: int) -> None:
         sys.argv = program

@@ -1,4 +1,4 @@
-"""A reporter that keeps what it is told, and can tear a run down.
+"""A reporter that stores its notes and can stop a run.
 
 ``from reporting import …`` works in every test (tests/conftest.py registers this file under that name).
 """
@@ -9,11 +9,11 @@ from ptd.types import Reporter
 
 
 class Stopped(Exception):
-    """The run is torn down here."""
+    """Raised to stop the run."""
 
 
 class Notes(Reporter):
-    """Keeps what is said; stops the run before the record of step ``stop`` is followed by anything."""
+    """Store the notes, and stop the run after the record of step ``stop``, before anything else happens."""
 
     def __init__(self, stop: int | None = None) -> None:
         self.lines: list[str] = []

@@ -1,4 +1,4 @@
-"""``ptd.attach``, ``ptd.load``: your own loop or HF's Trainer over a model you loaded, and files that carry over."""
+"""``ptd.attach`` and ``ptd.load``: a custom loop or the Hugging Face Trainer on a loaded model, and saved adapters."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import ptd
 from ptd.types import UserError
 
 P = 4
-CLOSE = 2e-5  # fp32 logits of size ~1 computed in another order: about 3e-6 at worst
+CLOSE = 2e-5  # fp32 logits of size ~1 computed in a different order differ by about 3e-6 at most
 IDS = torch.randint(3, VOCAB, (4, 10), generator=torch.Generator().manual_seed(0))
-# Its name in older transformers; newer ones warn of it.
+# Older releases of transformers call the option gradient_checkpointing; newer ones warn about that name.
 CHECKPOINTING = next(
     name
     for name in ("activation_checkpointing", "gradient_checkpointing")
@@ -109,7 +109,7 @@ def test_the_hugging_face_trainer_trains_it(checkpointing, tmp_path):
         dataloader_pin_memory=False,
     )
     Trainer(model=tuned.model, args=arguments, train_dataset=rows).train()
-    train(twin, 3)  # the rows of one batch come in another order: another order of sums
+    train(twin, 3)  # the rows of a batch, and so the sums, have a different order
     assert torch.allclose(tuned.encoder(), twin.encoder(), atol=1e-3)
     assert not any(p.requires_grad for name, p in tuned.model.named_parameters() if "prompt_encoder" not in name)
 
@@ -139,10 +139,10 @@ def test_saved_and_loaded_gives_the_same_logits(form, tmp_path):
 )
 @pytest.mark.parametrize("family", ["gpt2", "bert", "roberta", "modernbert", *ENCODER_DECODERS])
 def test_every_prompt_on_every_architecture(family, name, settings, tmp_path):
-    """A user's own loop with the model's own labels; saved and loaded it gives the same logits."""
+    """A prompt trained in a custom loop with the model's own labels gives the same logits when saved and loaded."""
 
     def output(model):
-        # An encoder-decoder makes its decoder's input of the labels.
+        # An encoder-decoder derives its decoder's input from the labels.
         return model(input_ids=IDS, attention_mask=torch.ones_like(IDS), labels=IDS)
 
     tuned = ptd.attach(tiny_model(family), name, num_virtual_tokens=P, **settings)
@@ -178,7 +178,7 @@ def test_an_adapter_serves_another_dtype_of_the_same_checkpoint(tmp_path):
     assert (tmp_path / "exact" / "adapter_config.json").read_text().count(str(backbone)) == 1
     loaded = ptd.load(half, tmp_path / "exact")
     difference = logits(half).float() - logits(exact)
-    assert difference.norm() / logits(exact).norm() < 0.03  # bfloat16 keeps 8 bits
+    assert difference.norm() / logits(exact).norm() < 0.03  # bfloat16 has 8 significant bits
     loaded.remove()
 
     tuned_half = ptd.attach(half, "prefix", num_virtual_tokens=P)
@@ -195,7 +195,7 @@ def test_removing_restores_the_model():
     model = tiny_model()
     before, keys = logits(model), list(model.state_dict())
     tuned = ptd.attach(model, "prefix", num_virtual_tokens=P)
-    assert len(model.state_dict()) == len(keys) + 3  # what is trained, its start and its unit
+    assert len(model.state_dict()) == len(keys) + 3  # the trained tensor, its initial value and its unit
     tuned.remove()
     assert torch.equal(logits(model), before)
     assert list(model.state_dict()) == keys
@@ -250,7 +250,10 @@ def test_an_unknown_attention_backend_is_refused():
 
 @pytest.mark.parametrize("family", ["llama", *ENCODER_DECODERS[:1]])
 def test_texts_are_what_a_prompt_starts_from(family):
-    """Of P tokens or more the last P of the last text drawn: a decoder starts conditioned on that text."""
+    """A prompt starts from the last P tokens of the last text drawn, if that text has P tokens or more.
+
+    A decoder then starts conditioned on that text.
+    """
     tokenizer = tiny_tokenizer()
     texts = ["the film was good and the inn was dull", "the inn is in the city centre and the film is there"]
     model = tiny_model(family)
@@ -285,7 +288,7 @@ def test_one_prompt_at_a_time(tmp_path):
         assert torch.equal(logits(tuned.model), before)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
 def test_a_model_with_lora_layers_takes_a_prompt_and_keeps_them():
     import peft
 

@@ -1,4 +1,4 @@
-"""``ptd bench``: the FLOP formula against torch's counter, the sides' equal work, what a report holds, refusals."""
+"""``ptd bench``: the FLOP formula against torch's counter, the equal work of both sides, the report, and refusals."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def attention_backward_flops(
     return 2 * q[0] * q[1] * q[2] * k[2] * (3 * q[3] + 2 * v[3])
 
 
-# As torch counts its other attention kernels (sdpa_flop_count and sdpa_backward_flop_count).
+# The formulas that torch uses for its other attention kernels (sdpa_flop_count and sdpa_backward_flop_count).
 CPU_ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
@@ -56,7 +56,7 @@ CPU_ATTENTION = {
 
 @pytest.fixture(scope="module")
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows of 16, 32 and 48 tokens with EOS, a byte each: torch's kernel for CPUs pads keys to a multiple of 16."""
+    """Write rows of 16, 32 and 48 one-byte tokens including EOS; torch's CPU kernel pads keys to a multiple of 16."""
     drawn = random.Random(0)
     rows = []
     for index in range(24):
@@ -68,7 +68,7 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_of(path: Path, rows: Path, tuning: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
-    """A run file of 4 rows a step, as a mapping."""
+    """Return a run file with 4 rows per step, as a mapping."""
     raw: dict[str, Any] = {
         "backbone": {"path": str(path), "dtype": "float32"},
         "method": tuning,
@@ -81,7 +81,7 @@ def run_of(path: Path, rows: Path, tuning: dict[str, Any], **sections: dict[str,
 
 
 def both(raw: dict[str, Any]) -> tuple[PtdSide, PeftSide]:
-    """Both sides of a run in this process."""
+    """Return both sides of a run, in this process; raise `UserError` if they cannot be compared."""
     config = parse_config(raw)
     ptd = PtdSide(config, compared=True)
     obstacle = ptd.facts().obstacle
@@ -112,7 +112,7 @@ def by_formula(side: PtdSide) -> int:
     ids=["packed", "padded", "checkpointed", "soft"],
 )
 def test_flops_are_those_torch_counts(backbone_dir, rows_file, method, sections) -> None:
-    """Every one of them, attention too: lengths are multiples of 16."""
+    """The counts are exactly equal, including attention, because lengths are multiples of 16."""
     side = PtdSide(parse_config(run_of(backbone_dir, rows_file, method, **sections)))
     assert by_formula(side) == sum(counted(lambda: side.check(ROWS)).values())
 
@@ -154,7 +154,7 @@ def test_experts_are_not_counted(tmp_path, rows_file) -> None:
     [
         PREFIX,
         {"name": "prompt", "num_virtual_tokens": 5},
-        # PEFT's MLP has an embedding as wide as the keys: 2 heads of 8.
+        # The embedding of PEFT's MLP is as wide as the keys: 2 heads of size 8.
         {**PREFIX, "prefix_projection": True, "embedding_size": 16, "encoder_hidden_size": 24},
         {"name": "p_tuning", "num_virtual_tokens": 5, "encoder_hidden_size": 24},
     ],
@@ -177,7 +177,7 @@ def test_both_sides_do_the_same_work(tmp_path, backbone_dir, rows_file, method) 
     assert (mine.tokens, mine.supervised_tokens) == (theirs.tokens, theirs.supervised_tokens)
     assert mine.loss == pytest.approx(theirs.loss, rel=1e-5)
     assert mine.positions == mine.tokens < theirs.positions
-    # ptd's step is one in the backbone's units, so the two go different ways from here on; both go down.
+    # ptd takes its step in the backbone's units, so the sides' parameters differ from here on; both losses decrease.
     loss, gradient = ptd.check(rows)
     assert loss < mine.loss
     assert peft.check(rows, gradient)["loss"] < theirs.loss
@@ -196,7 +196,7 @@ def test_peft_at_its_best_takes_the_fastest_batch(tmp_path, backbone_dir, rows_f
 
 
 def test_a_report_of_both_sides(tmp_path, backbone_dir, rows_file, capsys, monkeypatch) -> None:
-    """The command line: each side in a process of its own, tables on stdout, JSON and plot in the folder."""
+    """The command runs each side in its own process, prints tables, and writes JSON and a plot into the folder."""
     run = tmp_path / "run.yaml"
     run.write_text(yaml.safe_dump(run_of(backbone_dir, rows_file, PREFIX)), encoding="utf-8")
     arguments = ["--against", "peft", "--peft", "compiled", "--repeats", "2", "--warmup", "1"]
@@ -296,7 +296,7 @@ def test_a_sweep_is_a_key_and_numbers(given: str) -> None:
 def test_rows_of_like_length_stay_together() -> None:
     lengths = np.random.default_rng(0).integers(1, 100, 103)
     rows = length_grouped(lengths, 8, seed=1)
-    steps = [rows(step) for step in range(24)]  # two epochs of twelve whole steps
+    steps = [rows(step) for step in range(24)]  # two epochs of twelve complete steps
     assert all(len(step) == 8 for step in steps)
     for epoch in (steps[:12], steps[12:]):
         assert len(set(np.concatenate(epoch).tolist())) == 96
@@ -309,7 +309,7 @@ def test_rows_of_like_length_stay_together() -> None:
 
 def test_peak_memory_is_that_of_a_step() -> None:
     memory = PeakMemory(torch.device("cpu"))
-    block = torch.ones(80 << 20)  # 320 MiB, which no setting of the allocator keeps
+    block = torch.ones(80 << 20)  # 320 MiB, which the allocator never caches, whatever its settings
     with_it = memory.peak()
     assert with_it >= block.nbytes
     del block

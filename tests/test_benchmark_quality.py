@@ -1,4 +1,4 @@
-"""benchmarks/quality.py: splits and metrics, both sides of a cell, what is resumed and reported, and twins."""
+"""benchmarks/quality.py: splits and metrics, both sides of a cell, resuming, reports, and twins."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PLACES = ("riverside", "city centre")
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Import a module beside benchmarks/quality.py, as the script does."""
+    """Return a function that imports a module next to benchmarks/quality.py, as the script does."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     return importlib.import_module
 
@@ -45,7 +45,7 @@ def tasks(load: Any) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files as the benchmark reads them: 60 mrs of two rows that stand apart, 40 sentences of either kind."""
+    """Write the benchmark's files: 60 meaning representations of two rows, not adjacent, and 40 sentences per split."""
     folder = tmp_path_factory.mktemp("data")
     with (folder / "e2e_dev.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -64,17 +64,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_bleu_of_known_values(tasks: ModuleType) -> None:
     text, reference = "the cat sat on the mat", "the cat is on the mat"
     assert tasks.corpus_bleu([reference], [[reference]]) == pytest.approx(100)
-    # Precisions 5/6, 3/5, 1/4 and 0/3, which exponential smoothing takes for 1/(2 · 3).
+    # The precisions are 5/6, 3/5, 1/4 and 0/3; exponential smoothing replaces 0/3 by 1/(2 · 3).
     assert tasks.corpus_bleu([text], [[reference]]) == pytest.approx(100 * (5 / 6 * 3 / 5 * 1 / 4 * 1 / 6) ** 0.25)
-    # Shorter than its reference: all precisions are 1, the brevity penalty is exp(1 − 6/4).
+    # The text is shorter than its reference: all precisions are 1, the brevity penalty is exp(1 − 6/4).
     assert tasks.corpus_bleu(["a b c d"], [["a b c d e f"]]) == pytest.approx(100 * math.exp(1 - 6 / 4))
 
 
 def test_bleu_reads_all_references_which_may_differ_in_number(tasks: ModuleType) -> None:
     text, references = "a b c d e", ["a b c d", "c d e f g h"]
-    # Every n-gram stands in one of the two but "b c d e"; as near in length is the shorter one: no penalty.
+    # Every n-gram but "b c d e" is in a reference; of two references equally near in length the shorter one counts,
+    # so there is no penalty.
     assert tasks.corpus_bleu([text], [references]) == pytest.approx(100 * (1 / 2) ** 0.25)
-    # With a corpus that has a second text of one reference: 9/9, 7/7, 5/5 and 2/3 of the n-grams.
+    # With a second text, which has one reference, 9/9, 7/7, 5/5 and 2/3 of the n-grams match.
     several = tasks.corpus_bleu([text, "v w x y"], [references, ["v w x y"]])
     assert several == pytest.approx(100 * (2 / 3) ** 0.25)
     with pytest.raises(ValueError, match="at least one reference"):
@@ -115,7 +116,7 @@ def test_development_and_test_rows_of_labels_differ(tasks: ModuleType, data: Pat
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The quickstart's, in fp32, so that what is computed in another order differs by little."""
+    """Save the quickstart's backbone in fp32, so that results computed in a different order differ little."""
     folder = tmp_path_factory.mktemp("backbone")
     AutoModelForCausalLM.from_pretrained(BACKBONE, dtype=torch.float32).save_pretrained(folder)
     AutoTokenizer.from_pretrained(BACKBONE).save_pretrained(folder)
@@ -136,7 +137,7 @@ def job(
 def test_the_backbone_alone_is_measured_alike_by_both_sides(
     load: Any, tmp_path: Path, data: Path, backbone: str, task: str, method: str
 ) -> None:
-    """Plain transformers, and LoRA before its first step, which changes nothing, have ptd's loss on the same tokens."""
+    """Plain transformers, and LoRA before its first step (still without effect), have ptd's loss on the same tokens."""
     import peft
 
     sides = load("quality_peft")
@@ -177,7 +178,7 @@ def test_a_cell_runs_on_both_sides(
 
 @pytest.fixture
 def command(load: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run a program of the benchmarks as typed, in this process but for its cells; returns what it prints."""
+    """Return a function that runs a benchmark as typed, in this process but for its cells, and returns its output."""
 
     def run(program: str, *words: object) -> str:
         module = load(program)
@@ -221,7 +222,7 @@ def test_cells_are_measured_once_and_the_missing_ones_by_the_next_start(
 
 
 def test_rows_of_peft_outlive_a_change_of_ptd(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What its figures depend on is in the digest of its file: the rows and their tokens, not the rest of ptd."""
+    """The digest of PEFT's file covers what its figures depend on: the rows and their tokens, not the rest of ptd."""
     quality, rows = load("quality"), load("rows")
     root = tmp_path / "clone"
     for part in ("ptd", "kernels", "launch", "ds_configs", "benchmarks"):
@@ -271,7 +272,7 @@ def record(side: str, method: str, task: str = "e2e", rate: str = "default", see
 
 
 def partial() -> list[Any]:
-    """Rows of a file that was stopped in the middle."""
+    """Return the rows of a benchmark that was stopped halfway."""
     alone = record("ptd", "frozen", loss=2.5, bleu=3.0, slots=40.0, learning_rate=None, adapter_bytes=0)
     rows = [alone | {"slots_of_references": 85.0}]
     rows += [record("ptd", "prefix", seed=seed, loss=loss, bleu=20.0) for seed, loss in enumerate((1.5, 1.7, 2.9))]
@@ -323,7 +324,7 @@ def test_an_empty_file_is_reported(load: Any, tmp_path: Path) -> None:
 
 
 def test_costs_of_several_machines_are_not_averaged(load: Any) -> None:
-    """A line has the costs of one machine, the one with most of its rows, and says which where there are several."""
+    """A line has the costs of the machine that measured most of its rows, and names it if there are several."""
     report = load("quality_report")
     rows = [
         record("ptd", "prefix", seed=seed, loss=1.5, seconds=seconds, hardware=machine)
@@ -356,7 +357,7 @@ def test_a_rate_is_chosen_by_development_rows_of_three(load: Any) -> None:
     found += rows("peft", "prompt", {"grid high": float("nan")})
     best = {"rate": "grid middle", "learning_rate": 3e-3, "at_edge": False}
     assert chosen(found, "peft", "prompt", "e2e") == best
-    # A default outside of the grid is none of its rates; one inside of it stands for the rate that was left out.
+    # A default outside the grid is not one of its rates; a default inside it replaces the rate that was left out.
     outside = [*found, record("peft", "prompt", learning_rate=5e-5, loss=0.1)]
     assert chosen(outside, "peft", "prompt", "e2e") == best
     inside = [*found[1:], record("peft", "prompt", learning_rate=1e-3, loss=0.1)]

@@ -1,4 +1,4 @@
-"""benchmarks/throughput.py: rows of the lengths that were asked for, and its cells."""
+"""benchmarks/throughput.py: the lengths of its rows, and its cells."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def throughput(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_rows_have_the_tokens_asked_for(throughput: ModuleType, tmp_path: Path) -> None:
-    """Through the very reading, template and tokenizer that a run uses."""
+    """Rows have the requested lengths when read with the loader, template and tokenizer of a run."""
     cell = throughput.Cell("instructions", layers=1)
     folders = throughput.Folders(tmp_path, throughput.QUICK_MODEL)
     config = parse_config(folders.config(cell))

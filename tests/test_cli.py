@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it prints, what it leaves behind, and how it refuses."""
+"""The command line as a user sees it: what it prints, what it writes, and how it refuses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def write_run(folder: Path, backbone_path: Path, **sections: dict[str, Any]) -> Path:
-    """A RUN.yaml of three steps; ``sections`` override keys of its sections."""
+    """Write a RUN.yaml of three steps; ``sections`` override keys of its sections."""
     data = write_rows(folder / "rows.jsonl", ROWS)
     run: dict[str, Any] = {
         "backbone": {"path": str(backbone_path), "dtype": "float32"},
@@ -42,7 +42,7 @@ def write_run(folder: Path, backbone_path: Path, **sections: dict[str, Any]) -> 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, backbone_dir: Path) -> Path:
-    """The output folder of a finished run."""
+    """Train a run; return its output folder."""
     from ptd.commands.train import train
     from ptd.config import load_config
 
@@ -97,7 +97,7 @@ def test_report_of_runs(ptd: Any, trained: Path, tmp_path: Path) -> None:
 def test_a_tracker_that_fails_does_not_stop_a_run(
     ptd: Any, tmp_path: Path, backbone_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No client of W&B is here."""
+    """The client of W&B is not installed."""
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.delitem(sys.modules, "ptd.trackers.wandb", raising=False)
     run = write_run(tmp_path, backbone_dir, train={"report_to": ["wandb"]})
@@ -207,7 +207,7 @@ def test_generate_takes_prompts_from_arguments_file_and_stdin(ptd: Any, trained:
 
 
 def test_generate_sends_a_prompt_as_training_did_or_raw(ptd: Any, trained: Path, tmp_path: Path) -> None:
-    """Without training for it: the adapter takes its rows as chats where that is said."""
+    """``--set data.…`` defines how a prompt is sent, and ``--raw`` sends it as it is; the test needs no training."""
     from families import save_backbone, tiny_tokenizer
 
     chatty = save_backbone(tmp_path / "chatty")

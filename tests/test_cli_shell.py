@@ -1,4 +1,4 @@
-"""The command line in a shell: how soon it answers, what TAB offers, what it says to a typing error."""
+"""The command line in a shell: how fast it answers, what TAB offers, and what it suggests after a typing error."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ WANTED = {
 
 @pytest.fixture
 def here(tmp_path: Path) -> dict[str, str]:
-    """An environment with a home of its own, where ``ptd`` is a program."""
+    """Return an environment with its own home folder, in which ``ptd`` is a program."""
     program = tmp_path / "ptd"
     program.write_text(
         f"#!{sys.executable}\nimport sys\nfrom ptd.cli import main\nsys.argv[0] = 'ptd'\nmain()\n", encoding="utf-8"
@@ -81,7 +81,7 @@ def here(tmp_path: Path) -> dict[str, str]:
 
 
 def install(shell: str, here: dict[str, str]) -> None:
-    """``ptd --install-completion``, typed in that shell."""
+    """Run ``ptd --install-completion`` in that shell."""
     if shutil.which(shell) is None:
         if os.environ.get("PTD_REQUIRE_SHELLS") == "1":
             pytest.fail(f"there is no {shell}, and PTD_REQUIRE_SHELLS=1")
@@ -92,7 +92,7 @@ def install(shell: str, here: dict[str, str]) -> None:
 
 
 def test_tab_in_bash(here: dict[str, str]) -> None:
-    """Bash hands over ``key=value`` as three words."""
+    """Bash passes ``key=value`` to the completion as three words."""
     install("bash", here)
     assert ".bash_completions/ptd.sh" in Path(here["HOME"], ".bashrc").read_text(encoding="utf-8")
     calls = "\n".join("try " + " ".join(f"'{word}'" for word in words) for words in WANTED)
@@ -115,7 +115,7 @@ OFFERED = {
     "ptd eval --set backbone.shardi": {"backbone.sharding=", "backbone.sharding_group_size="},
     "ptd train 7b.yaml --over": {"--overwrite"},
 }
-"""What is typed before TAB, in zsh and fish -> what is offered."""
+"""Words typed before TAB in zsh and fish -> the completions that are offered."""
 
 
 def test_tab_in_fish(here: dict[str, str]) -> None:
@@ -127,7 +127,7 @@ def test_tab_in_fish(here: dict[str, str]) -> None:
     answers = [
         {line.partition("\t")[0] for line in part.splitlines() if line} for part in done.stdout.split("==\n")[1:]
     ]
-    # One that ends in "=" is enough: fish adds no space to it.
+    # A single candidate that ends in "=" is enough: fish adds no space after it.
     assert answers == [*OFFERED.values(), {"data.prompt_template="}], done.stderr
 
 
@@ -139,11 +139,11 @@ autoload -Uz _ptd; _ptd  # which defines the function that TAB calls
 try() { local -a words=(${(z)1}); [[ $1 == *' ' ]] && words+=(''); local CURRENT=$#words; _ptd_completion }
 """
 ALONE = {"ptd train 7b.yaml data.prompt_t": {"data.prompt_template=", "data.prompt_template=…"}}
-"""Two where there is one: zsh ends what is complete with a space."""
+"""A single key gets a second candidate, because zsh appends a space to a single one."""
 
 
 def test_tab_in_zsh(here: dict[str, str]) -> None:
-    """What the installed function answers, read as zsh reads it; its editor is left out, which needs a terminal."""
+    """The installed function gives the right answers, parsed as by zsh, whose line editor would need a terminal."""
     install("zsh", here)
     assert "compinit" in Path(here["HOME"], ".zshrc").read_text(encoding="utf-8")
     offered = OFFERED | ALONE

@@ -1,4 +1,4 @@
-"""``ptd init``, ``ls`` and ``cp``: the first files of a user."""
+"""``ptd init``, ``ptd ls`` and ``ptd cp``, which give a user the first files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAIRS = [(name, kind) for kind in get_args(TaskKind) for name in suitable(kind)]
 
 
 def test_every_pair_that_can_work_is_offered() -> None:
-    """Against the methods' own checks, tried with every start that a task has."""
+    """The pairs are exactly those that pass the method's own check with any of the task's starts."""
     for kind in get_args(TaskKind):
         for name, known in methods().items():
             fine = False

@@ -1,4 +1,4 @@
-"""One reader of texts and one of paths: what is a line, what is refused, what ``~`` means, where can be written to."""
+"""The only reader of texts and the only reader of paths: line ends, refusals, ``~``, and where files can be written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ptd.methods.settings import read_text as init_text
 from ptd.types import UserError
 
 NO_LINE_ENDS = "a\u2028b\u2029c\x0bd\x0ce\x1cf\x1dg\x1eh\x85i"
-"""What `str.splitlines` takes for line ends beside the three that are."""
+"""Text with the characters that `str.splitlines` treats as line ends in addition to the three real ones."""
 
 
 def refusal(call: Any, *args: Any) -> str:
@@ -121,7 +121,7 @@ def test_every_path_of_a_run_file_knows_home(tmp_path: Path, monkeypatch: pytest
     ]
     names = ["m", "nvme", "a.jsonl", "b", "ds.json", "out", "t"]
     assert [str(path) for path in given] == [str(tmp_path / name) for name in names]
-    # A name on the hub, and a relative path, stay as they are.
+    # A name on the Hub and a relative path stay as they are.
     plain = parse_config({"backbone": {"path": "gpt2"}, "method": {"name": "prefix"}, "data": {"train": "a~b/c"}})
     assert (plain.backbone.path, plain.data.train) == ("gpt2", "a~b/c")
 
@@ -133,7 +133,7 @@ def test_a_home_that_is_not_there_is_named() -> None:
 
 
 def paths_of(command: Any) -> Iterator[tuple[str, Any]]:
-    """Options and arguments of a command that are paths, and what typer is told of them."""
+    """Yield the name and the typer declaration of each option and argument of a command that is a path."""
     for name, hint in get_type_hints(command, include_extras=True).items():
         kind, *told = get_args(hint) if get_origin(hint) is Annotated else (hint,)
         if "Path" in str(kind):

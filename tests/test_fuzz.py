@@ -1,6 +1,6 @@
-"""Whatever a run file, a data file or an adapter folder holds, it works or is refused by a `UserError`.
+"""Whatever a run file, a data file or an adapter folder contains, it works or is refused with a `UserError`.
 
-A small fixed budget that is the same every time; ``PTD_FUZZ=1`` draws anew and searches for minutes.
+The default budget is small and the examples are the same every time; ``PTD_FUZZ=1`` draws new ones for minutes.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ ODD_TEXTS = [
 
 
 def budget(examples: int) -> Any:
-    """Settings of a fuzz test: ``examples`` in the fixed budget, twenty times as many in the long one."""
+    """Return the settings of a fuzz test: ``examples`` in the default budget, twenty times as many in the long one."""
     return settings(
         max_examples=examples * (20 if LONG else 1),
         derandomize=not LONG,
@@ -108,7 +108,7 @@ VALUES = st.one_of(
 
 
 def places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every (container, key) inside of nested dicts and lists."""
+    """Yield every (container, key) in nested dicts and lists."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in list(items):
         yield value, key
@@ -117,7 +117,7 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 @st.composite
 def mutated(draw: st.DrawFn, origins: list[Any], most: int = 3) -> Any:
-    """One of the origins with values dropped, renamed, repeated elsewhere, or replaced by something else."""
+    """Draw one of the origins, with values dropped, renamed, repeated elsewhere, or replaced by something else."""
     value = copy.deepcopy(draw(st.sampled_from(origins)))
     for _ in range(draw(st.integers(1, most))):
         spots = list(places(value))
@@ -141,7 +141,7 @@ def mutated(draw: st.DrawFn, origins: list[Any], most: int = 3) -> Any:
 @contextlib.contextmanager
 def only_user_errors() -> Iterator[None]:
     with contextlib.suppress(UserError), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # what an option has no effect on is said as a warning
+        warnings.simplefilter("ignore", UserWarning)  # an option without effect causes a warning
         yield
 
 
@@ -180,7 +180,7 @@ ODD_YAML = [
 
 
 def read_run(path: Path, content: bytes, overrides: list[str]) -> None:
-    """All that is done to a run file before the backbone is looked at."""
+    """Process a run file as far as ptd does before it reads the backbone."""
     path.write_bytes(content)
     with only_user_errors():
         config = load_config(path, overrides)
@@ -223,7 +223,7 @@ def test_run_files_of_anything(tmp_path_factory: pytest.TempPathFactory, content
 def test_run_files_that_were_changed(tmp_path_factory: pytest.TempPathFactory, run: Any, overrides: list[str]) -> None:
     try:
         content = yaml.safe_dump(run, allow_unicode=True).encode("utf-8", "surrogatepass")
-    except (yaml.YAMLError, RecursionError, ValueError):  # an int of over 4300 digits cannot be written
+    except (yaml.YAMLError, RecursionError, ValueError):  # an int of more than 4300 digits cannot be written
         content = repr(run)[:200].encode("utf-8", "surrogatepass") if not isinstance(run, dict) else b"{}"
     read_run(tmp_path_factory.getbasetemp() / "changed.yaml", content, overrides)
 
@@ -282,7 +282,7 @@ ROWS: list[list[Any]] = [
 
 @st.composite
 def rows_files(draw: st.DrawFn) -> tuple[str, bytes]:
-    """Suffix and content of a data file: rows with odd values in one of the formats, then perhaps damaged bytes."""
+    """Draw suffix and content of a data file: rows with odd values in one of the formats, possibly damaged bytes."""
     rows = draw(mutated(ROWS))
     suffix = draw(st.sampled_from([".jsonl", ".json", ".csv", ".parquet"]))
     content = {".jsonl": as_lines, ".json": as_json, ".csv": as_csv, ".parquet": as_parquet}[suffix](rows)
@@ -306,7 +306,7 @@ def rows_files(draw: st.DrawFn) -> tuple[str, bytes]:
 def plain(value: Any) -> str:
     try:
         return json.dumps(value)
-    except (ValueError, RecursionError):  # an int of over 4300 digits
+    except (ValueError, RecursionError):  # an int of more than 4300 digits
         return "0"
 
 
@@ -333,7 +333,7 @@ def as_parquet(rows: Any) -> bytes:
     try:
         table = pa.Table.from_pylist([row for row in rows if isinstance(row, dict)])
         pyarrow.parquet.write_table(table, sink)
-    except Exception:  # columns of mixed types: as text
+    except Exception:  # columns of mixed types are written as text
         table = pa.table({"prompt": [plain(row) for row in rows] if isinstance(rows, list) else ["x"]})
         pyarrow.parquet.write_table(table, sink := io.BytesIO())
     return sink.getvalue()
@@ -341,7 +341,7 @@ def as_parquet(rows: Any) -> bytes:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """``datasets`` caches below the tests' own folder."""
+    """Let ``datasets`` cache in a folder of the tests; return the folder."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
@@ -352,7 +352,7 @@ counter = itertools.count()
 
 
 def read_data(folder: Path, suffix: str, content: bytes, kinds: Any) -> None:
-    """Read the rows and make them sequences, for tasks of these kinds."""
+    """Read the rows and tokenize them for tasks of these kinds."""
     path = folder / f"rows{next(counter)}{suffix}"
     path.write_bytes(content)
     try:
@@ -438,7 +438,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def use_adapter(folder: Path) -> None:
-    """All that is done with an adapter before the backbone is loaded, and whether it fits one."""
+    """Process an adapter as far as ptd does before it loads the backbone, and check whether it fits a backbone."""
     with only_user_errors():
         adapter = load_adapter(folder)
         assert torch.isfinite(adapter.flat).all()
@@ -480,7 +480,7 @@ def test_tensors_of_adapters(adapters: dict[str, Path], data: st.DataObject, nam
         del content[place:]
     elif kind == "flip":
         content[place] ^= 1 << data.draw(st.integers(0, 7))
-    elif kind == "size":  # of the header, which a reader might allocate
+    elif kind == "size":  # the size of the header, which a reader might allocate
         content[:8] = data.draw(st.sampled_from([0, 1, 7, 2**20, 2**27, 2**40, 2**63, 2**64 - 1])).to_bytes(8, "little")
     elif kind == "header":
         size = int.from_bytes(content[:8], "little")

@@ -1,4 +1,4 @@
-"""benchmarks/rows.py and gpu.py: what is measured is kept whatever ends a stage, once, and not beside other code's."""
+"""benchmarks/rows.py and gpu.py: a measured row is kept once, however a stage ends, and not mixed with other code's."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def opened(file: Path, **options: Any) -> Rows:
 
 
 def contents(file: Path) -> dict[Any, dict[str, Any]]:
-    """By number; each once."""
+    """Return the records by number; each number occurs once."""
     records, _ = rows.read(file)
     assert len({record["n"] for record in records}) == len(records)
     return {record["n"]: record for record in records}
@@ -217,7 +217,7 @@ def test_a_failure_is_kept_and_a_skipped_row_may_be_measured_later(tmp_path: Pat
 
 
 def test_a_stage_killed_in_the_middle_loses_nothing_and_repeats_nothing(tmp_path: Path) -> None:
-    """The attention benchmark's rehearsal, through the runner, from this clone without its being installed."""
+    """The runner continues a killed rehearsal of the attention benchmark, from this clone and without installing it."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([".", "kernels"])}
     command = [sys.executable, "benchmarks/gpu.py", "--stage", "2", "--quick", "--results", str(tmp_path)]
     file = tmp_path / "prefix_attention.json"

@@ -1,4 +1,4 @@
-"""The import table of docs/architecture.md, enforced on the source: who may import whom."""
+"""The source follows the import table of docs/architecture.md, which says who may import whom."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ARCHITECTURE = ROOT / "docs" / "architecture.md"
 
 
 def read_layers(page: str) -> dict[str, list[str]]:
-    """Return module pattern -> the parts of ptd that it may import, as the page's "Who imports whom" says."""
+    """Return module pattern -> the parts of ptd that it may import, from the page's section "Who imports whom"."""
     told = page.split("## Who imports whom")[1]
     first, table = told.split("| module | may import | why |")
     lines = re.findall(r"^\| (\*\w+\*) \| (.+?) +\|$", first, flags=re.M)
@@ -50,7 +50,7 @@ ONLY_IMPORTERS = {
     "mlflow": ["ptd.trackers.mlflow"],
 }
 
-# Modules that may import these third-party packages only (the standard library is always allowed).
+# Modules that may import only these third-party packages (the standard library is always allowed).
 PURE = {
     "ptd.types": {"torch", "numpy"},
     "ptd.config*": {"pydantic", "yaml"},
@@ -86,7 +86,7 @@ def exists(module: str) -> bool:
 
 
 def imports_of(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and dotted name of every import, wherever it stands; ``from ptd import x`` counts as ``ptd.x``."""
+    """Yield line and dotted name of every import in the file; ``from ptd import x`` counts as ``ptd.x``."""
     package = module_of(path) if path.name == "__init__.py" else module_of(path).rpartition(".")[0]
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
@@ -104,7 +104,7 @@ def imports_of(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def fits(module: str, patterns: list[str]) -> bool:
-    """``ptd.data*`` is the package with all inside it."""
+    """Return whether the module matches a pattern; ``ptd.data*`` is the package and everything in it."""
     return any(
         module == pattern or (pattern.endswith("*") and f"{module}.".startswith(f"{pattern[:-1]}."))
         for pattern in patterns
@@ -166,7 +166,7 @@ def test_every_module_says_what_it_is(path: Path) -> None:
 
 
 def compared_strings(path: Path) -> Iterator[tuple[int, str]]:
-    """String literals that a method's name, or anything called a name, is compared or matched with."""
+    """Yield line and value of each string literal compared or matched with a method's name, or with any other name."""
     for node in ast.walk(tree_of(path)):
         parts: list[ast.AST] = []
         if isinstance(node, ast.Compare):
@@ -203,7 +203,7 @@ def test_kernels_is_no_package() -> None:
 
 
 def test_methods_are_independent_of_each_other() -> None:
-    """One file is one method: adding or removing one touches nothing else."""
+    """One file is one method: adding or removing a method changes no other file."""
     from ptd.methods import methods
 
     files = {f"ptd.methods.{name}" for name in methods()}

@@ -1,7 +1,7 @@
-"""Method × family × task: every combination that makes sense trains, changes nothing but its own, and comes back.
+"""Method × family × task: every combination that makes sense trains, changes only its own parameters, and reloads.
 
-A selection in which every pair of (method, family), (method, task) and (family, task) occurs; PTD_MATRIX_ALL=1 runs
-every combination (some minutes).
+By default a selection runs in which every pair of (method, family), (method, task) and (family, task) occurs;
+PTD_MATRIX_ALL=1 runs every combination (some minutes).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def test_the_selection_has_every_pair_that_makes_sense() -> None:
     assert {task for _, _, task in CASES} == set(TASKS)
 
 
-# ---- running one
+# ---- running a combination
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +66,14 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A saved backbone of each family."""
+    """Save a backbone of each family; return the folders by family."""
     folder = tmp_path_factory.mktemp("backbones")
     return {family: save_backbone(folder / family, family) for family in BACKBONES}
 
 
 @dataclass
 class WatchedLoop(Loop):
-    """The engine's loop, which remembers what it was given and how that was before the first step."""
+    """The engine's loop, which adds itself to ``loops`` and copies the trained tensors before the first step."""
 
     before: dict[str, Tensor] = field(default_factory=dict)
 
@@ -109,7 +109,7 @@ def settings(method: str, task: str, backbone: Path, rows: Path, out: Path) -> d
 
 
 def answers(tuned: Tuned, rows: Any) -> list[Any]:
-    """What a person gets for the rows: the text written, or labels, tags or spans with probabilities."""
+    """Return what a user gets for the rows: generated texts, or labels, tags or spans with probabilities."""
     ranks = Ranks.start()
     if tuned.task.generates:
         prompts, _ = tuned.task.prompts_and_references(rows, tuned.tokenizer, max_length=40, what="rows")
@@ -127,33 +127,33 @@ def test_trains_its_own_parameters_and_comes_back(
     out = tmp_path / "out"
     loops.clear()
     monkeypatch.setattr("ptd.commands.train.Loop", WatchedLoop)
-    # The curve is the same drawing whatever was trained, and takes half as long again as all the rest.
+    # The curve is drawn in the same way whatever was trained, and takes half as long again as everything else.
     monkeypatch.setattr("ptd.commands.train.leave_report", lambda folder: None)
     result = train(parse_config(settings(method, task, backbones[family], rows_file, out)))
     (loop,) = loops
     run = json.loads((out / "run.json").read_text())
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
-    # Three finite steps (none where nothing is trained), and an evaluation.
+    # There are three finite steps (none if nothing is trained) and an evaluation.
     steps = 0 if method == "hard_prompt" else STEPS
     losses = [record["loss"] for record in records if "loss" in record]
     assert (result["steps"], len(losses)) == (steps, steps)
     assert all(map(math.isfinite, (*losses, result["eval_loss"])))
 
-    # What the backbone alone comes to was measured where it can be asked: it has no head and no virtual tokens to read.
+    # The frozen backbone was measured where that is possible: without a head and without virtual tokens in the text.
     alone = [record for record in records if "frozen_loss" in record]
     asked = method not in ("hard_prompt", "p_tuning-marks") and not list(loop.step.readout.parameters())
     assert [record["step"] for record in alone] == [0] * asked
     assert all(math.isfinite(record["frozen_train_loss"]) for record in alone)
 
-    # All that is trained has changed, nothing else has.
+    # Everything that is trained has changed, and nothing else has.
     trained = {name for name, parameter in loop.step.trained.named_parameters() if parameter.requires_grad}
     after = copy_of(loop.step.trained)
     assert {name for name, tensor in after.items() if not torch.equal(tensor, loop.before[name])} == trained
     assert sum(after[name].numel() for name in trained) == run["trained_parameters"]
     assert bool(trained) == (method != "hard_prompt")
 
-    # Saved and loaded: the same backbone bit for bit, the same loss and metrics, the same answers.
+    # After saving and loading: the same backbone bit for bit, the same loss and metrics, the same answers.
     tuned = load_tuned(str(out / "adapter"), None, Ranks.start())
     backbone, untouched = loop.prepared.model.state_dict(), tuned.prepared.model.state_dict()
     assert list(backbone) == list(untouched)
@@ -288,7 +288,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], st
 
 @pytest.fixture(scope="module")
 def weightless(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Config and tokenizer of some backbones, without any weights: loading them fails, reading all else works."""
+    """Save config and tokenizer of some backbones without weights: loading the weights fails, all else works."""
     folder = tmp_path_factory.mktemp("weightless")
     tokenizers: dict[str, Any] = {family: tiny_tokenizer() for family in ("llama", "bert", "roberta", "t5", "bart")}
     tokenizers["bert without mask"] = tiny_tokenizer()
@@ -302,7 +302,7 @@ def weightless(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def start(folder: Path, rows: Path, out: Path, method: Any, task: Any, data: Any) -> str:
-    """What a run is refused with."""
+    """Start a run that is refused; return the message."""
     raw = settings("prompt", "classification", folder, rows, out)
     with pytest.raises(UserError) as refusal:
         train(parse_config({**raw, "method": method, "task": task, "data": {**raw["data"], **data}}))
@@ -323,12 +323,12 @@ def test_what_makes_no_sense_is_refused_before_the_weights_are_read(
 def test_without_weights_a_run_that_makes_sense_fails_at_them(
     weightless: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
-    """So the refusals above came before."""
+    """This shows that the refusals above come before the weights are read."""
     message = start(weightless["bert"], rows_file, tmp_path / "out", METHODS["hard_prompt"], CLOZE, {})
     assert message.startswith("backbone.path: cannot load")
     assert not (tmp_path / "out").exists()
 
 
 def pattern(text: str) -> str:
-    """A regular expression in which braces mean themselves."""
+    """Return the regular expression with braces escaped."""
     return text.replace("{", r"\{").replace("}", r"\}")

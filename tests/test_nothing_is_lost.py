@@ -1,4 +1,4 @@
-"""What can be refused is refused before a backbone is loaded, and what was trained is kept whatever fails behind it."""
+"""Bad settings are refused before the backbone is loaded, and what was trained is kept whatever fails afterwards."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> str:
 
 @pytest.fixture
 def run(tmp_path: Path, backbone_dir: Path) -> Callable[..., dict[str, Any]]:
-    """``run(train={…}, data={…})``: a run file with these changes."""
+    """``run(train={…}, data={…})`` returns a run file with these changes."""
 
     def make(**changes: Any) -> dict[str, Any]:
         raw: dict[str, Any] = {
@@ -108,7 +108,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_before_the_backbone(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str) -> None:
-    monkeypatch.setattr("ptd.runs.build.prepare", None)  # whatever would load the backbone fails otherwise
+    monkeypatch.setattr("ptd.runs.build.prepare", None)  # any attempt to load the backbone fails differently
     changes, said = REFUSED[case]
     with pytest.raises(UserError) as caught:
         train(parse_config(run(**changes)))
@@ -171,7 +171,7 @@ def test_a_task_knows_its_metrics_beforehand(run: Any, tmp_path: Path, kind: str
 
 @pytest.fixture
 def with_tokens(tmp_path: Path) -> Callable[..., Path]:
-    """A backbone of 261 rows whose tokenizer was given more tokens than these."""
+    """``with_tokens("<tool>")`` saves a backbone with 261 embedding rows and adds these tokens to its tokenizer."""
 
     def make(*tokens: str, pad: str | None = None) -> Path:
         tokenizer = tiny_tokenizer()
@@ -210,7 +210,7 @@ def test_a_token_of_a_row_beyond_the_embedding(run: Any, with_tokens: Any, tmp_p
     assert found["tokenizer"].status == "warning"
     assert found["tokenizer"].found == "the tokens <tool> are beyond the 261 embedding rows"
     assert said in found["rows"].found
-    # Rows without it can be used, and prompts with it cannot.
+    # Rows without the token can be used; prompts with the token cannot.
     assert checks(tmp_path / "run.yaml", run(backbone={"path": path}))["rows"].status == "ok"
     outcome = ptd("generate", "--backbone", path, "a <tool>")
     assert outcome.code == 2
@@ -244,12 +244,12 @@ def test_a_resized_embedding_has_them(run: Any, tmp_path: Path) -> None:
     assert result["steps"] == STEPS
 
 
-# ---- what fails behind the training
+# ---- failures after training
 
 
 def fail(error: Exception) -> Callable[..., Any]:
     def call(*given: Any, **also: Any) -> Any:
-        if isinstance(given[-1], dict) and given[-1].get("step") == 0:  # the record of the backbone alone
+        if isinstance(given[-1], dict) and given[-1].get("step") == 0:  # the record of the frozen backbone
             return
         raise error
 
@@ -258,7 +258,8 @@ def fail(error: Exception) -> Callable[..., Any]:
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 BUG = RuntimeError("boom")
-# What fails: whether it is the user's to mend (exit code 2), the train section, and the step the adapter is of.
+# What fails -> the patched function, its error, the error that `train` raises (`UserError`, exit code 2, if the user
+# can fix the cause), the train section, and the step of the saved adapter.
 FAILURES: dict[str, tuple[str, Exception, type[Exception], dict[str, Any], int]] = {
     "last evaluation": ("ptd.engine.loop.Loop.evaluate", BUG, RuntimeError, {}, STEPS),
     "an evaluation on the way": ("ptd.engine.loop.Loop.evaluate", BUG, RuntimeError, {"eval_steps": 1}, 1),
@@ -271,7 +272,7 @@ FAILURES: dict[str, tuple[str, Exception, type[Exception], dict[str, Any], int]]
 
 @pytest.fixture
 def whole(run: Any, tmp_path: Path) -> dict[int, torch.Tensor]:
-    """What is trained after steps 1 and `STEPS` of a run that nothing disturbs."""
+    """Return the trained prompt after steps 1 and `STEPS` of an undisturbed run, by step."""
     found = {}
     for last in (1, STEPS):
         config = {**run(train={"lr_scheduler_type": "constant"}), "output_dir": str(tmp_path / f"whole{last}")}
@@ -296,14 +297,14 @@ def test_what_was_trained_is_kept(
     assert torch.equal(load_file(adapter / "adapter_model.safetensors")["prompt_embeddings"], whole[step])
     said = "\n".join(notes.lines) + str(caught.value)
     assert f"the adapter after step {step} is in {adapter}" in said
-    # The same command ends the run, with the same result.
+    # The same command completes the run, with the same result.
     train(config)
     assert torch.equal(load_file(adapter / "adapter_model.safetensors")["prompt_embeddings"], whole[STEPS])
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "finished"
 
 
 def test_samples_that_cannot_be_written(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The adapter is written before them, with how its evaluation went."""
+    """The adapter is written before the samples, with the result of its evaluation."""
     from ptd.runs.samples_log import write_samples
 
     def full(folder: Path, step: int, samples: Any) -> None:
@@ -321,7 +322,7 @@ def test_samples_that_cannot_be_written(run: Any, monkeypatch: pytest.MonkeyPatc
 def test_the_adapter_before_a_run_that_diverges_is_kept(
     run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Ten steps in a row that are no number end a run; what the steps before them trained is there."""
+    """Ten consecutive steps with a NaN loss end a run; what the steps before them trained is saved."""
     from ptd.engine.loop import MAX_SKIPPED, Loop
 
     take_step = Loop.take_step
@@ -354,7 +355,7 @@ def test_one_run_in_a_folder_at_a_time(run: Any, monkeypatch: pytest.MonkeyPatch
     assert list((tmp_path / "out").iterdir()) == []
     os.close(other)
     train(config)
-    os.close(files.claim(tmp_path / "out") or 0)  # the run has let it go
+    os.close(files.claim(tmp_path / "out") or 0)  # the run has released it
 
 
 # ---- rows that are in both files
@@ -370,7 +371,7 @@ def test_rows_that_are_trained_on_and_evaluated_on(run: Any, tmp_path: Path) -> 
     assert "data.eval: 3 of its 7 rows are in data.train too" in said([*OTHERS, ROWS[0], ROWS[0], ROWS[5]])
 
 
-# ---- other writers
+# ---- other commands that write
 
 
 def test_outputs_are_looked_at_before_the_work(
@@ -427,7 +428,7 @@ def test_doctor_knows_no_method(run: Any, tmp_path: Path, init: str) -> None:
 def test_doctor_with_a_method_whose_start_has_other_choices(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It asks the method for settings of the same size; it used to set init: random, which this one does not know."""
+    """doctor asks the method for settings of the same size; it used to set init: random, unknown to this method."""
     from dataclasses import dataclass
 
     from ptd import methods as registry

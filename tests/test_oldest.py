@@ -1,4 +1,4 @@
-"""What ``make test-oldest`` installs: the lower bounds of pyproject.toml, and constraints.txt for all else."""
+"""``make test-oldest`` installs the lower bounds of pyproject.toml, and constraints.txt for all other packages."""
 
 from __future__ import annotations
 

@@ -37,18 +37,18 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "`p_tuning_v2`": ({"name": "p_tuning_v2", "num_virtual_tokens": P}, LABELS),
 }
-"""First cell of a row -> the ``method`` and ``task`` sections it stands for, as the README's lines around it say."""
+"""First cell of a row -> the ``method`` and ``task`` sections it stands for, from the README's text around it."""
 
 
 def llama_2_7b() -> BackboneShape:
-    config = LlamaConfig()  # whose defaults are Llama-2-7B's
+    config = LlamaConfig()  # its defaults are those of Llama-2-7B
     layer = LayerShape(config.num_key_value_heads, config.head_dim, config.head_dim)
     assert (config.num_hidden_layers, config.hidden_size, layer.kv_heads, layer.key_dim) == (32, 4096, 32, 128)
     return BackboneShape("llama", config.hidden_size, config.vocab_size, None, (layer,) * config.num_hidden_layers)
 
 
 class Sizes:
-    """In place of a backbone: everything that an initialiser asks for, without storage."""
+    """Replaces a backbone: provides everything that an initialiser needs, without storage."""
 
     def __init__(self, shape: BackboneShape) -> None:
         self.shape = shape
@@ -72,7 +72,7 @@ class Sizes:
 
 
 def built(section: dict[str, Any], task_section: dict[str, Any]) -> Trained:
-    """Everything that is trained, without storage."""
+    """Return everything that is trained, without storage."""
     shape = llama_2_7b()
     chosen = method(section["name"])
     config = chosen.config(**{key: value for key, value in section.items() if key != "name"})
@@ -80,13 +80,13 @@ def built(section: dict[str, Any], task_section: dict[str, Any]) -> Trained:
     with torch.device("meta"):
         encoder = chosen.build(config, shape, Sizes(shape), TaskFacts(), seed=0)
         tokenizer: Any = None
-        # The readout of a cloze has no parameters, but asks the tokenizer for its words.
+        # The readout of a cloze has no parameters, but needs the tokenizer for its words.
         readout = Readout() if task.cloze else task.readout(tokenizer, shape.hidden_size, chosen.head(config))
         return Trained(encoder, readout)
 
 
 def stored_bytes(trained: Trained, folder: Path) -> int:
-    """The adapter's tensors on disk."""
+    """Return the bytes that the adapter's tensors take on disk."""
     with torch.device("meta"):
         flat = trained.encoder()
     head = {name: torch.zeros(parameter.shape) for name, parameter in trained.readout.named_parameters()}
@@ -104,7 +104,7 @@ def size(count: int) -> str:
 
 
 def table() -> dict[str, list[str]]:
-    """First cell -> the other cells of the rows of the table of methods."""
+    """Return the rows of the table of methods: first cell -> the other cells."""
     lines = README.split("| method |")[1].split("\n\n")[0].splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {row[0]: row[1:] for row in cells}

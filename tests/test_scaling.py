@@ -1,4 +1,4 @@
-"""The cost model of benchmarks/scaling.py: it gives back what it is fitted to; its terms are what they are named."""
+"""The cost model of benchmarks/scaling.py: a fit recovers the machine, and each term means what its name says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nothing that a run file, a data file, a checkpoint or an adapter says is ever run as code or as a command."""
+"""No content of a run file, a data file, a checkpoint or an adapter is ever run as code or as a command."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ FORBIDDEN_CALLS = {
 
 
 def dotted(node: ast.expr) -> str:
-    """``a.b.c`` of a name or attribute; empty for anything else."""
+    """Return ``a.b.c`` for a name or attribute, and an empty string for anything else."""
     if isinstance(node, ast.Name):
         return node.id
     return f"{dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else ""
 
 
 def dangers(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and reason of everything that could run what it was only to read."""
+    """Yield line and reason of everything that could run what it should only read."""
     aliases: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -122,7 +122,7 @@ def test_the_test_lets_pass(source: str) -> None:
 
 
 class Bomb:
-    """Leaves a file behind when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -137,7 +137,7 @@ def test_the_bomb_goes_off_where_pickles_are_opened(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_a_pickle_are_not_opened(tmp_path: Path) -> None:
-    """Neither by default, nor with ``allow_pickle``, which reads tensors only."""
+    """The pickle is not executed, either by default or with ``allow_pickle``, which reads only tensors."""
     from ptd.backbone import load_model
 
     folder, ran = save_backbone(tmp_path / "backbone"), tmp_path / "ran"
@@ -206,7 +206,7 @@ def test_an_adapter_decides_nothing_about_trust_or_where_files_are_read(tmp_path
     adapter = load_adapter(folder)
     taken = backbone_of(adapter, None)
     assert taken == BackboneConfig(path="x", dtype="float32")
-    secret.unlink()  # what follows does not miss it: it is the new run's business only
+    secret.unlink()  # nothing below reads it: only the new run decides which files are read
     task, data, _ = sections_of(adapter, {})
     assert task is not None
     assert data.max_length == 8
@@ -275,7 +275,7 @@ def test_a_description_that_is_too_large(tmp_path: Path) -> None:
 
 
 def test_an_adapter_with_a_pickle_in_it(tmp_path: Path) -> None:
-    """PEFT also reads adapter_model.bin, which is one; ptd does not, whatever it is called."""
+    """PEFT also reads adapter_model.bin, which is a pickle; ptd reads no pickle, whatever its name."""
     folder, ran = an_adapter(tmp_path / "adapter"), tmp_path / "ran"
     (folder / WEIGHTS).unlink()
     for name in ("adapter_model.bin", WEIGHTS):

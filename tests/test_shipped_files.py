@@ -35,7 +35,7 @@ ARCHITECTURE: dict[str, Architecture] = {"causal_lm": "decoder", "seq2seq_lm": "
 
 @pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.name)
 def test_method_and_task_suit_each_other(path: Path) -> None:
-    """All that can be said without a backbone."""
+    """The method accepts the task, as far as that can be checked without a backbone."""
     config = load_config(path)
     kind = config.task.kind
     task = make_task(config.task, config.data, ARCHITECTURE.get(kind, "encoder"))
@@ -50,7 +50,7 @@ def test_every_kind_of_task_has_a_run_file() -> None:
 
 
 def test_a_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From any folder; a file of the user's comes first, and a folder of the user's is not looked past."""
+    """A recipe is found from any folder; a user's file takes precedence, a path in a user's folder stays as given."""
     monkeypatch.chdir(tmp_path)
     assert find_recipe("7b.yaml") == find_recipe("launch/recipes/7b.yaml") == RECIPES / "7b.yaml"
     for mine in ("mine/7b.yaml", "8b.yaml"):
@@ -65,7 +65,7 @@ def headings(name: str) -> str:
 
 
 def shown_methods() -> list[str]:
-    """The methods in docs/configuration.md, which `make docs` writes: a new method is not in it yet."""
+    """Return the methods in docs/configuration.md; a new method is missing until `make docs` writes the page."""
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     shown: list[str] = runpy.run_path(str(ROOT / "docs" / "configuration.py"))["methods_of"](page)
     assert len(shown) >= 6

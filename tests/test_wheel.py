@@ -1,4 +1,4 @@
-"""A wheel built from the repository holds all that ptd uses and ships, and finds it wherever it is installed."""
+"""A wheel built from the repository contains all files that ptd uses and ships, and ptd finds them when installed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(*command: str | Path, folder: Path, path: str = "") -> str:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder a wheel was installed into; it was built from an sdist, as ``python -m build`` does."""
+    """Build a wheel from an sdist, as ``python -m build`` does; return the folder into which it is installed."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
     for name in SOURCES:
         if (ROOT / name).is_dir():

@@ -1,4 +1,4 @@
-"""What backbones in few bits have to do, however they came by them."""
+"""Provide the check that every quantised backbone has to pass, no matter how it was quantised."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from ptd.config import parse_config
 
 @pytest.fixture
 def check_carried_over(tmp_path: Path) -> Callable[..., None]:
-    """Train on ``backbone`` (its settings), evaluate there and on the unquantised one, whose loss is ``near``."""
+    """Return a function that trains on ``backbone`` (settings) and evaluates the adapter with and without quantisation.
+
+    ``near``: highest relative difference between the two losses.
+    """
 
     def check(backbone: dict[str, Any], near: float) -> None:
         rows = tmp_path / "rows.jsonl"

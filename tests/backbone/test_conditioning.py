@@ -10,7 +10,7 @@ from ptd.inject import Attachment
 from ptd.types import DataReport, Examples, virtual_id
 
 OWN = 7
-"""The one token that the rows have, beside virtual ones."""
+"""The only token in the rows, apart from virtual tokens."""
 
 
 def conditioner(*rows: list[int]) -> TextConditioner:

@@ -1,4 +1,4 @@
-"""fp8 weights: the products are torch's own, the prompt's gradient is that of the backbone, and adapters carry over."""
+"""fp8 weights: products equal torch's, the prompt's gradient is close to the backbone's, and adapters carry over."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ptd.types import UserError, same_backbone
 CPU = torch.device("cpu")
 IDS = torch.randint(5, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
 FAMILIES = ("llama", "gpt2", "bert")
-KNOWN = ("test_autograd_registration", "test_faketensor")  # others multiply fp8 numbers, which torch does not
+KNOWN = ("test_autograd_registration", "test_faketensor")  # the other checks multiply fp8 numbers; torch cannot
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_rows_are_contiguous_as_the_gpus_products_need_them():
 
 
 def test_the_products_are_torchs_own():
-    """That of a CPU takes a thousand times as long, so it is the specification here."""
+    """Products equal torch's own, which are only the specification: on a CPU they take a thousand times as long."""
     layer = Fp8Linear(random(48, 32, seed=1), None)
     for inputs, weight, scale, product in (
         (random(6, 32), layer.weight.t(), layer.scale[None], lambda a, s: (a, s, layer.weight, layer.scale)),
@@ -75,7 +75,7 @@ def test_the_operators_are_described_to_compilers_as_they_are():
 
 
 def test_the_gradient_is_that_of_the_rounded_weights():
-    """Channels of very different sizes: the scales of the weight lie along the sum there."""
+    """The gradient is right for channels of very different sizes: backward sums along the axis of the weight scales."""
     weight = random(48, 32, seed=1) * torch.logspace(-3, 3, 48)[:, None]
     layer, x, gradient = Fp8Linear(weight, random(48)), random(3, 5, 32).requires_grad_(), random(3, 5, 48, seed=2)
     (got,) = torch.autograd.grad(layer(x), x, gradient)
@@ -89,7 +89,7 @@ def gradient(model):
     torch.manual_seed(1)
     encoder = PrefixEncoder(attachment.shape.layers, 5)
     attachment.set(encoder.state(encoder()))
-    with torch.no_grad():  # as an evaluation between steps
+    with torch.no_grad():  # like an evaluation between steps
         model(input_ids=IDS)
     hidden = model(input_ids=IDS).last_hidden_state
     (hidden * random(*hidden.shape)).sum().backward()
@@ -97,7 +97,7 @@ def gradient(model):
 
 
 def rounded_twin(folder, rounded):
-    """The same weights, rounded, in ordinary layers."""
+    """Return the same model with the rounded weights in ordinary layers."""
     plain = load(folder)
     layers = dict(plain.named_modules())
     for name, module in rounded.named_modules():
@@ -114,7 +114,7 @@ def test_every_layer_is_rounded_and_gradients_pass(folders, family):
     layers = [module for module in rounded.modules() if isinstance(module, Fp8Linear)]
     assert len(layers) == {"llama": 14, "gpt2": 8, "bert": 12}[family]
     assert {layer.weight.element_size() for layer in layers} == {1}
-    # Random layers of 64 channels are as sensitive as can be to what their inputs are rounded by.
+    # Random layers of 64 channels are as sensitive to the rounding of their inputs as layers can be.
     want = gradient(rounded_twin(folders[family], rounded))
     assert torch.cosine_similarity(gradient(rounded), want, dim=0) > 0.96
 
@@ -141,7 +141,7 @@ def test_embeddings_and_output_layer_stay_as_they_are(folders):
 
 
 def test_what_a_model_keeps_in_float32_stays_there(tmp_path):
-    """T5 casts to the dtype of the weight that comes next."""
+    """T5's ``wo`` stays in float32, unquantised, because T5 casts to the dtype of the next weight."""
     folder = save_backbone(tmp_path, "t5")
     model, plain = load(folder, "fp8"), load(folder)
     kinds = {name.rpartition(".")[2]: type(module) for name, module in model.named_modules()}
@@ -164,7 +164,7 @@ def test_trained_in_fp8_and_used_in_many_bits(folders, check_carried_over):
     check_carried_over(backbone, near=0.05)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inductor and dynamo warn so
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # from inductor and dynamo
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_torch_compile_keeps_the_result():
     layer, x, gradient = Fp8Linear(random(48, 32, seed=1), None), random(5, 32).requires_grad_(), random(5, 48)

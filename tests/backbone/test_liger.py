@@ -1,6 +1,6 @@
-"""Liger's kernels compute what transformers' code does, in the one model that has them.
+"""Liger's kernels compute the same as transformers' code, and only the model that uses them is changed.
 
-Without a GPU they run in Triton's interpreter: the first test starts this file again with TRITON_INTERPRET=1.
+Without a GPU, they run in Triton's interpreter: the first test runs this file again with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def test_in_the_interpreter():
 
 
 def results(model, packed):
-    """Hidden states and the prompt's gradient, of padded rows or of the same rows packed."""
+    """Return the logits and the prompt's gradient, for padded rows or for the same rows packed."""
     attachment = Attachment(model)
     torch.manual_seed(1)
     encoder = PrefixEncoder(attachment.shape.layers, 3).to(DEVICE)
@@ -72,7 +72,7 @@ def results(model, packed):
 
 
 class Scalar(float):
-    """What a compiled kernel is given as a scalar of its own kind, and an interpreted one as Python's."""
+    """A Python number with Triton's ``to``: interpreted kernels get Python numbers where compiled ones get scalars."""
 
     def to(self, dtype):
         return self
@@ -80,7 +80,7 @@ class Scalar(float):
 
 @pytest.fixture
 def interpretable(monkeypatch):
-    """CUDA's libdevice has no interpreter."""
+    """Replace the functions of CUDA's libdevice, which cannot be interpreted."""
     if INTERPRETED:
         from triton import language as tl
 

@@ -1,4 +1,4 @@
-"""Loading a backbone: frozen, without dropout, and refused with the key's name where it cannot be read."""
+"""A loaded backbone is frozen and has no dropout; if it cannot be read, the error names the key."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def load(path, **settings):
 
 @pytest.fixture
 def damaged(backbone_dir, tmp_path):
-    """A copy of the saved backbone to break."""
+    """Copy the saved backbone, so that a test can damage it."""
     return shutil.copytree(backbone_dir, tmp_path / "damaged")
 
 
@@ -79,7 +79,7 @@ TEXT = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 6, "do_sample"
 
 
 def with_prefix(folder, family, checkpointing):
-    """A model with a prefix that is trained, the prefix's encoder, and what counts the tokens of each layer's runs."""
+    """Return a model with a trainable prefix, the prefix's encoder, and lists of the tokens in each layer's runs."""
     config = BackboneConfig(path=str(folder), gradient_checkpointing=checkpointing)
     model = load_model(config, OUTPUTS[family], device=CPU, check=check_supported)
     attachment = Attachment(model)
@@ -97,9 +97,9 @@ def with_prefix(folder, family, checkpointing):
 
 
 def run(model, encoder=None):
-    """A pass; with ``encoder`` also backward, and the gradient."""
+    """Return the logits of a forward pass; with ``encoder``, also run backward and return the gradient."""
     given = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
-    logits = model(input_ids=IDS, **given).logits  # with a cache, where the model's config says so
+    logits = model(input_ids=IDS, **given).logits  # with a cache if the model's config says so
     if encoder is None:
         return logits
     logits.square().mean().backward(inputs=[encoder.embedding], retain_graph=True)
@@ -162,7 +162,7 @@ def test_the_fingerprint_tells_weights_apart_and_not_dtypes(backbone_dir, tmp_pa
 
 
 class OnTheHost(TorchDispatchMode):
-    """Counts the numbers of a dtype that are made in host memory."""
+    """Counts the numbers of one dtype that are created in host memory."""
 
     def __init__(self, dtype):
         super().__init__()
@@ -178,8 +178,8 @@ class OnTheHost(TorchDispatchMode):
 
 @pytest.mark.parametrize(("family", "output"), [("llama", "causal_lm"), ("bert", "masked_lm"), ("t5", "seq2seq_lm")])
 def test_weights_go_straight_to_the_device(family, output, tmp_path, monkeypatch):
-    """In the dtype that is asked for they are nowhere in host memory; ``meta`` stands for a GPU."""
-    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # read in this thread, which is watched
+    """Weights in the requested dtype are never in host memory; ``meta`` represents a GPU."""
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # load in this thread, the only one that is watched
     config = BackboneConfig(path=str(save_backbone(tmp_path, family)), dtype="bfloat16")
     made = {}
     for device in (CPU, META):

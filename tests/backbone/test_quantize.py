@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cas
 CPU = torch.device("cpu")
 IDS = torch.randint(5, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
 WIDE = {"hidden_size": 128, "intermediate_size": 176, "num_attention_heads": 4}
-"""4-bit blocks have 64 numbers; the rows of one layer are no multiple of that."""
+"""4-bit blocks have 64 numbers; the row length of one layer is not a multiple of 64."""
 FAMILIES = ("llama", "gpt2", "bert")
 KINDS = ("int8", "nf4")
 
@@ -37,7 +37,7 @@ def load(folder, quantization="none", **settings):
 
 
 def nf4_weight(layer):
-    """By the format alone: two codes a byte, each block of 64 with a scale that is 8-bit itself (QLoRA, section 3)."""
+    """Dequantise by the format: two codes per byte, and per block of 64 a scale in 8 bits itself (QLoRA, section 3)."""
     state, packed = layer.weight.quant_state, layer.weight.data.view(-1)
     codes = torch.stack([packed >> 4, packed & 15], 1).view(-1).long()
     nested = state.state2
@@ -47,7 +47,7 @@ def nf4_weight(layer):
 
 
 def plain_twin(folder, quantised):
-    """The same weights, dequantised, in ordinary layers."""
+    """Return the same model with the dequantised weights in ordinary layers."""
     plain = load(folder)
     layers = dict(plain.named_modules())
     for name, module in quantised.named_modules():
@@ -67,7 +67,7 @@ def gradient(model):
     torch.manual_seed(1)
     encoder = PrefixEncoder(attachment.shape.layers, 5)
     attachment.set(encoder.state(encoder()))
-    with torch.no_grad():  # as an evaluation between steps
+    with torch.no_grad():  # like an evaluation between steps
         model(input_ids=IDS)
     hidden = model(input_ids=IDS).last_hidden_state
     hidden.square().sum().backward()
@@ -83,7 +83,7 @@ def test_the_gradient_is_that_of_the_dequantised_weights(folders, family, kind):
     assert not any(parameter.requires_grad for parameter in quantised.parameters())
     twin = plain_twin(folders[family], quantised)
     (hidden, got), (wanted_hidden, want) = gradient(quantised), gradient(twin)
-    # 4-bit weights are multiplied as fp32; LLM.int8 also rounds what they are multiplied with, row by row.
+    # 4-bit weights are multiplied in fp32; LLM.int8 also rounds the inputs, row by row.
     tolerance = 1e-5 if kind == "nf4" else 0.05
     assert (hidden - wanted_hidden).norm() < tolerance * wanted_hidden.norm()
     assert (got - want).norm() < 2 * tolerance * want.norm()

@@ -1,4 +1,4 @@
-"""Adapter folders: every kind is kept as it was, what PEFT cannot hold is refused, and damage is named."""
+"""Adapter folders: every kind is loaded as it was saved, what PEFT cannot hold is refused, and damage is reported."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ptd.types import BackboneShape, EmptyLayout, LayerShape, PrefixLayout, Soft
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # by PEFT
 
 P = 4
-CLOSE = 1e-4  # the task's bound; about 3e-6 measured
+CLOSE = 1e-4  # the bound that the task sets; the measured difference is about 3e-6
 IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
 UNIFORM = (LayerShape(2, 8, 8),) * 2
 MIXED = (LayerShape(2, 8, 8), LayerShape(2, 8, 6))
@@ -37,7 +37,7 @@ TWO_STACKS = tuple(LayerShape(2, 8, 8, kind) for kind in ("encoder", "decoder", 
 
 
 def outputs(model):
-    """Logits and mean loss."""
+    """Return the logits and the mean loss."""
     with torch.no_grad():
         result = model(input_ids=IDS, labels=IDS)
     return result.logits, result.loss
@@ -244,7 +244,7 @@ def test_the_order_of_layers_matters():
 
 
 def test_layers_of_a_peft_adapter_fit_a_decoder_or_an_encoder_but_not_both_at_once():
-    adapter = random_adapter((LayerShape(2, 8, 8),) * len(TWO_STACKS))  # without a fingerprint: as PEFT writes it
+    adapter = random_adapter((LayerShape(2, 8, 8),) * len(TWO_STACKS))  # without a fingerprint, as PEFT writes it
     adapter.check_fits(shape((LayerShape(2, 8, 8, "encoder"),) * len(TWO_STACKS)), "abc", path="here")
     with pytest.raises(UserError, match=r"1 encoder layers of 2 kv heads × 8, 1 decoder layers .*, 1 cross layers"):
         adapter.check_fits(shape(TWO_STACKS), "abc", path="here")
@@ -255,7 +255,7 @@ def weights(folder, tensors):
 
 
 def plain(folder):
-    """Leave what PEFT would have written."""
+    """Leave only the files that PEFT would have written."""
     (folder / "ptd.json").unlink()
 
 

@@ -1,4 +1,4 @@
-"""The card of an adapter folder: what the hub reads, what a person reads, and commands that work as they stand."""
+"""The model card of an adapter folder: its metadata for the hub, its text, and commands that run as written."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_head(tmp_path: Path) -> None:
 
 
 def test_commands_work_as_they_stand(tmp_path: Path, backbone_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ptd's and PEFT's give the same logits, and the prompt changes them."""
+    """The code for ptd and the code for PEFT give the same logits, and the prompt changes them."""
     model = tiny_model("llama")
     model.name_or_path = str(backbone_dir)
     torch.manual_seed(1)
@@ -155,7 +155,7 @@ def test_saving_again_renews_ptds_own_card_only(tmp_path: Path) -> None:
 
 
 def test_peft_saves_into_the_folder_of_an_adapter(tmp_path: Path) -> None:
-    """It adds to the card that is there, and both go on reading the folder; ptd keeps a card that is PEFT's."""
+    """PEFT loads ptd's folder and, saving there, adds to its card; ptd does not replace a card that PEFT wrote."""
     theirs = get_peft_model(tiny_model("llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P))
     save_adapter(tmp_path / "ours", prefix())
     PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "ours")
@@ -187,7 +187,7 @@ def test_an_exported_adapter_has_one(tmp_path: Path) -> None:
     ],
 )
 def test_whatever_an_adapter_says_of_itself(tmp_path: Path, facts: dict[str, Any]) -> None:
-    """Stays a table and a front matter; nothing in it becomes markup."""
+    """Facts of any form stay inside the tables and the front matter; none of them becomes markup."""
     text = written(tmp_path, prefix(facts=facts))
     assert ModelCard(text).data.library_name == "peft"
     assert len(text) < 5000

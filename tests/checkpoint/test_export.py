@@ -1,4 +1,4 @@
-"""``ptd export`` and ``ptd import``: what goes through of every kind of adapter, what stays, what is refused."""
+"""``ptd export`` and ``ptd import``: for each kind of adapter, what is transferred, left out or refused."""
 
 from __future__ import annotations
 

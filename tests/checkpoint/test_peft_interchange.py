@@ -1,4 +1,4 @@
-"""Adapters between PEFT and ptd, both ways, for every kind of prompt that both know: equal outputs, equal text."""
+"""Every kind of prompt that PEFT and ptd share gives equal outputs and text after conversion in either direction."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = [
 
 P = 4
 CLOSE = 1e-5
-"""Largest difference relative to the largest number; fp32 rounding in two orders of summation leaves about 1e-6."""
+"""Largest difference relative to the largest value; fp32 rounding in two orders of summation causes about 1e-6."""
 LENGTHS = (9, 6)
 
 SOFT = {
@@ -53,7 +53,7 @@ TASK_TYPES = {
     "gpt2": "CAUSAL_LM",
     "t5": "SEQ_2_SEQ_LM",
     "bart": "SEQ_2_SEQ_LM",
-    "bert": "FEATURE_EXTRACTION",  # a masked language model; PEFT has no type for it, and this one gives its logits
+    "bert": "FEATURE_EXTRACTION",  # a masked language model: PEFT has no type for it, and this type returns its logits
     "bert body": "FEATURE_EXTRACTION",
     "llama body": "FEATURE_EXTRACTION",
 }
@@ -68,7 +68,7 @@ ANSWERS = torch.randint(5, VOCAB, (2, 5), generator=rng)
 
 
 def backbone(family):
-    """A language model, or the body alone, which is what a trained head stands on."""
+    """Return a language model or, if the name ends in ``body``, only its body, whose output a trained head reads."""
     if not family.endswith(" body"):
         return tiny_model(family)
     name = family.removesuffix(" body")
@@ -78,7 +78,7 @@ def backbone(family):
 
 
 def peft_adapter(family, kind, folder, **changes):
-    """A PEFT model with a random prompt, saved to ``folder``; the encoder's weights are large enough to matter."""
+    """Save a PEFT model with a random prompt to ``folder`` and return it; the weights are large enough to matter."""
     torch.manual_seed(1)
     config = (SOFT | PREFIX)[kind](task_type=TASK_TYPES[family], **changes)
     model = get_peft_model(backbone(family), config).eval()
@@ -90,7 +90,7 @@ def peft_adapter(family, kind, folder, **changes):
 
 
 def inputs(side, family=None):
-    """Two rows of different lengths, padded on one side; ``None``: one row without padding."""
+    """Return two rows of different lengths, padded on ``side``; None: one row without padding."""
     if side is None:
         batch = {"input_ids": ROWS[0][None]}
     else:
@@ -106,7 +106,7 @@ def inputs(side, family=None):
 
 
 def outputs(model, family, side):
-    """Logits or last hidden states at the row's own tokens (the decoder's tokens of an encoder-decoder)."""
+    """Return logits or last hidden states at the rows' own tokens (the decoder's tokens in an encoder-decoder)."""
     batch = inputs(side, family)
     with torch.no_grad():
         result = model(**batch)
@@ -118,10 +118,10 @@ def outputs(model, family, side):
 
 
 def assert_same(one, other, family):
-    """``one``: ptd's model, or PEFT's; ``other``: PEFT's.
+    """Assert that ``one`` (ptd's model or PEFT's) and ``other`` (PEFT's model) have the same outputs.
 
-    Tokens in front of a row that is padded on the left stand before the padding in PEFT, so that what the row is
-    depends on its batch. In ptd it is what PEFT makes of the row alone.
+    If a row is padded on the left, PEFT puts the tokens of a soft prompt before the padding, so that the row's outputs
+    depend on its batch. ptd's outputs for such a row equal those of PEFT for the row without padding.
     """
     in_front = not isinstance(one, PeftModel) and other.peft_config["default"].peft_type in (
         "PROMPT_TUNING",
@@ -130,7 +130,7 @@ def assert_same(one, other, family):
     for side in (None, "right", *([] if in_front else ["left"])):
         got, want = outputs(one, family, side), outputs(other, family, side)
         assert (got - want).abs().max() < CLOSE * want.abs().max(), side
-    if in_front and family != "bart":  # which counts positions from the left edge, with a prompt or without
+    if in_front and family != "bart":  # BART counts positions from the left edge, with or without a prompt
         got, want = left_padded(one, family), each_alone(other, family)
         assert (got - want).abs().max() < CLOSE * want.abs().max()
 
@@ -178,7 +178,7 @@ def test_from_peft_and_back(family, kind, tmp_path):
     assert_same(model, theirs, family)
     attachment.set(NoPrompt())
     plain, tuned = outputs(model, family, None), outputs(theirs, family, None)
-    assert (plain - tuned).abs().max() > 1000 * CLOSE * tuned.abs().max()  # the prompt matters: the test can fail
+    assert (plain - tuned).abs().max() > 1000 * CLOSE * tuned.abs().max()  # the prompt has an effect: the test can fail
 
     save_adapter(tmp_path / "ours", adapter)
     again = PeftModel.from_pretrained(backbone(family), tmp_path / "ours").eval()
@@ -187,7 +187,7 @@ def test_from_peft_and_back(family, kind, tmp_path):
 
 
 def text(model, batch):
-    """Eight greedy tokens a row, without the prompt that a decoder repeats."""
+    """Return eight greedily generated tokens per row, without the prompt, which a decoder repeats."""
     with torch.no_grad():
         tokens = model.generate(**batch, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=PAD)
     return tokens[:, -8:].tolist()
@@ -202,8 +202,8 @@ def test_the_same_text(family, kind, tmp_path):
     assert [text(model, row)[0] for row in rows] == want
     padded = inputs("right" if family in SEQ2SEQ else "left")
     assert text(model, padded) == want
-    # With tokens in front of a decoder's, PEFT drops the positions that generate() counts from the mask, so its text
-    # depends on the padding.
+    # With virtual tokens before those of a decoder, PEFT drops the position ids that generate() computes from the
+    # mask, so its text depends on the padding.
     if kind in PREFIX or family in SEQ2SEQ:
         assert text(theirs, padded) == want
 
@@ -253,7 +253,7 @@ def test_an_adapter_that_peft_loaded_and_saved_again(kind, inference_mode, tmp_p
 
 @pytest.mark.parametrize(("family", "kind"), [case for case in CASES if case[0] in ("llama", "t5", "bert body")])
 def test_the_configuration_is_pefts(family, kind, tmp_path):
-    """Everything that PEFT writes about the prompt ptd writes alike, but for fields of a re-parameterisation."""
+    """ptd writes all fields of a prompt as PEFT writes them, except the fields of a re-parameterisation."""
     changes = {"num_transformer_submodules": 1} if family == "t5" else {}
     peft_adapter(family, kind, tmp_path / "theirs", **changes)
     save_adapter(tmp_path / "ours", load_adapter(tmp_path / "theirs"))

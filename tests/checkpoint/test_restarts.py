@@ -1,4 +1,4 @@
-"""When a run that failed may be started again."""
+"""The rules that decide whether a failed run may be started again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ptd.runs.restarts import Attempt, RepeatedFailure, begun, check_attempts, e
 
 
 def history(*ends: tuple[str, int]) -> list[Attempt]:
-    """Attempts that ended so, with this newest checkpoint."""
+    """Return attempts that ended in these ways, each with the step of its newest checkpoint."""
     attempts: list[Attempt] = []
     for how, step in ends:
         attempts = begun(attempts, 0)

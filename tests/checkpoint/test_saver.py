@@ -1,4 +1,4 @@
-"""The saver in one process: what it leaves, what it refuses, and that no damage to a checkpoint goes unseen."""
+"""The saver in a single process: the files it leaves, its errors, and the detection of any damage to a checkpoint."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two checkpoints, step-000001 and step-000002."""
+    """Return a folder with two checkpoints, step-000001 and step-000002."""
     root = tmp_path_factory.mktemp("saved")
     module, optimizer = make()
     writer = Saver(root, ALONE, keep=2)
@@ -57,7 +57,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_is_saved_is_what_was_there_at_the_boundary(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training goes on while the thread has not written a byte yet."""
+    """A checkpoint holds the values of its step, although training continues before the thread writes a byte."""
     may_write = threading.Event()
     write = saver._write_part
 
@@ -103,7 +103,7 @@ def test_the_newest_are_kept(root: Path) -> None:
     writer = Saver(root, ALONE, keep=2)
     for step in range(1, 6):
         writer.save(step, tensors_of(module, optimizer), {})
-    writer.close()  # alone, nothing that was begun is lost
+    writer.close()  # in a single process, every save that was begun is completed
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step-000004", "step-000005"]
 
 
@@ -188,7 +188,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.json", "shard-00001-model-00001-of-00001.safetensors"])
 def test_every_damage_is_seen(saved: Path, tmp_path: Path, name: str) -> None:
-    """The file emptied, cut at 20 places, one bit flipped at 200, removed: each time the older checkpoint is taken."""
+    """The older checkpoint is used if one file of the newest is damaged.
+
+    The file is emptied, cut at 20 places, extended by a byte, changed by one bit at 200 places, or removed.
+    """
     root = Path(shutil.copytree(saved, tmp_path / "checkpoints"))
     path = root / "step-000002" / name
     whole = path.read_bytes()

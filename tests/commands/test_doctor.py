@@ -1,4 +1,4 @@
-"""``ptd doctor``: it says what would really be chosen, and what would really fail."""
+"""``ptd doctor`` reports the attention backends that a run would choose and the checks that would fail."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_an_unknown_dtype_is_named() -> None:
 
 
 def test_this_machine() -> None:
-    """Two real ranks meet and sum; what is installed is what ptd asks for."""
+    """Two real ranks rendezvous and compute a sum; the installed packages are those that ptd requires."""
     checks = {check.name: check for check in check_machine()}
     assert list(checks) == ["packages", "GPUs", "collectives"]
     assert all(check.status != "failed" for check in checks.values()), checks
@@ -90,7 +90,7 @@ def test_a_run_that_can_start(tmp_path: Path, backbone_dir: Path) -> None:
     checks = {check.name: check for check in check_run(run_file(tmp_path, backbone_dir), ["train.save_total_limit=3"])}
     assert list(checks) == ["run file", "output folder", "run folder", "data", "backbone", "rows", "disk space"]
     assert {check.status for check in checks.values()} == {"ok"}
-    # A prefix of 4 tokens over 2 layers of 2 heads of 8 numbers, keys and values: 256 numbers.
+    # The prefix has keys and values of 4 tokens for 2 layers with 2 heads of 8 numbers: 256 numbers.
     assert f"{decimal_size(bytes_to_write(256, 256, 3))} needed" in checks["disk space"].found
     assert not (tmp_path / "out").exists()
 
@@ -151,7 +151,7 @@ def test_a_tracker_that_is_not_installed_is_pointed_out(
     ],
 )
 def test_what_is_trained_is_counted_without_weights(tmp_path: Path, family: str, method: Any, task: Any) -> None:
-    """As many numbers as the encoder and the head have that a run would build."""
+    """`trained_numbers` returns the numbers of parameters of the encoder and the head that a run would build."""
     from ptd.backbone import TextConditioner, architecture_of, load_model, load_tokenizer
     from ptd.inject import Attachment
     from ptd.methods import TaskFacts

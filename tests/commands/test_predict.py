@@ -1,4 +1,4 @@
-"""``ptd predict``: rows in, rows with answers out, as transformers alone computes them from backbone and head."""
+"""``ptd predict`` adds to each row the prediction that transformers computes from the same backbone and head."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory) -> Path:
-    """A tiny BERT with a WordPiece tokenizer."""
+    """Save a tiny BERT with a WordPiece tokenizer; return its folder."""
     folder = tmp_path_factory.mktemp("bert")
     tokenizer = support.bert()
     tiny_model("bert", vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
@@ -41,7 +41,7 @@ def backbone(tmp_path_factory) -> Path:
 
 
 def head_adapter(folder: Path, backbone: Path, outputs: int, task: dict[str, Any], **data: Any) -> torch.nn.Linear:
-    """Save an adapter that is a random linear head; returns the head."""
+    """Save an adapter that is a random linear head; return the head."""
     torch.manual_seed(0)
     head = torch.nn.Linear(32, outputs)
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_an_adapter_that_writes_is_refused(tmp_path):
 
 
 def test_zero_shot_needs_no_training_rows(tmp_path):
-    """A hard prompt leaves an adapter that labels rows, with the probabilities of the plain language model."""
+    """A run with a hard prompt saves an adapter, which labels rows with the frozen model's own probabilities."""
     backbone = save_backbone(tmp_path / "backbone", "llama")
     rows = write(tmp_path / "rows.jsonl", [{"text": text, "label": label} for text, label in [("ab", "x"), ("b", "y")]])
     result = train(

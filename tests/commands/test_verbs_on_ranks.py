@@ -1,4 +1,4 @@
-"""``ptd eval``, ``predict``, ``generate``, ``inspect``, ``bench`` on ranks, in every placement: as in one process."""
+"""``ptd eval``, ``predict``, ``generate``, ``inspect``, ``bench`` on ranks match one process, in every placement."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ptd.runs.sampler import SPARE
 from ptd.runs.samples_log import read_samples
 
 WORKER = Path(__file__).with_name("worker_verbs.py")
-# Wide enough that DeepSpeed shards the layers (it leaves weights below 100,000 numbers whole), in 4 bits too.
+# Wide enough that DeepSpeed shards the layers, in 4 bits as well: it does not shard weights below 100,000 numbers.
 WIDE = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 2}
 WIDE_T5 = {"d_model": 384, "d_ff": 384, "d_kv": 96}
 PROMPTS = ["a cat", "the quick brown fox jumps", "12 times 3 is", "I", "what is it that you have seen there?"]
@@ -44,7 +44,7 @@ def stops_early(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory, rows_file: Path) -> dict[str, Path]:
-    """A text model, a classifier and an encoder-decoder, each barely trained; with their rows."""
+    """Train a text model, a classifier, an encoder-decoder and a soft prompt for one step; also return the rows."""
     folder = tmp_path_factory.mktemp("adapters")
     llama = stops_early(save_backbone(folder / "llama", **WIDE))
     t5 = stops_early(save_backbone(folder / "t5", "t5", **WIDE_T5))
@@ -72,7 +72,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory, rows_file: Path) -> dict[
 
 @pytest.fixture(scope="module")
 def commands(adapters: dict[str, Path]) -> dict[str, list[str]]:
-    """Command lines without a word of sharding, by name."""
+    """Return command lines without any option for sharding, by name."""
     few = ["--batch-size", "2", "--max-new-tokens", "8"]
     five = ["--batch-size", "5"]
     seen = ["--data", str(adapters["rows"]), "--rows", "7", "--json", "--output", str(adapters["text"].parent / "seen")]
@@ -100,7 +100,7 @@ def commands(adapters: dict[str, Path]) -> dict[str, list[str]]:
 
 
 SAMPLED = {"causal_lm": "text", "seq2seq_lm": "t5", "classification": "labels"}
-"""Tasks, and the adapter here of each."""
+"""The name of each task's adapter in `adapters`."""
 CASES = [
     *(("world", name) for name in ("eval", "predict", "generate", "beams", "sample", "one batch", "t5")),
     *((placement, name) for placement in ("node", "nf4") for name in ("eval", "predict", "generate")),
@@ -111,7 +111,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def printed(launch, adapters, commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of what two ranks printed, in one job."""
+    """Run all commands on two ranks in one job; return the folder with their output."""
     folder = tmp_path_factory.mktemp("printed")
     lines = {f"{placement}-{name}": [*commands[name], *SHARDED[placement]] for placement, name in CASES}
     run = folder / "run.yaml"
@@ -129,7 +129,7 @@ def printed(launch, adapters, commands, tmp_path_factory: pytest.TempPathFactory
 
 
 def run_file(adapters: dict[str, Path], folder: Path, kind: str) -> Path:
-    """A run of two steps over ranks that share a backbone; it keeps samples of five rows."""
+    """Write the run file of two steps with a sharded backbone and samples of five rows; return its path."""
     adapter = adapters[SAMPLED[kind]]
     writes = adapter.name != "labels"
     rows = str(adapters["rows" if writes else "labelled"])
@@ -161,7 +161,7 @@ def numbers(printed: str, name: str) -> list[Any]:
     rows = [json.loads(printed)] if whole else [json.loads(line) for line in printed.splitlines()]
 
     def close(text: str) -> Any:
-        return pytest.approx(float(text), rel=1e-5, abs=2e-6)  # of losses' changes, which are small, the losses' own
+        return pytest.approx(float(text), rel=1e-5, abs=2e-6)  # abs: a small difference of losses has their error
 
     return [json.loads(json.dumps(row), parse_float=close) for row in rows]
 
@@ -184,7 +184,7 @@ def test_the_weights_are_parted(printed: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["causal_lm", "seq2seq_lm"])
 def test_samples_of_a_run_are_what_generate_writes(printed: Path, adapters: dict[str, Path], kind: str) -> None:
-    """On two ranks that share the backbone: without the prompt before the training, with the adapter after it."""
+    """With a backbone sharded over two ranks: before training without a prompt, after training with the adapter."""
     rows = [json.loads(line) for line in adapters["rows"].read_text().splitlines()[:5]]
     samples = read_samples(printed / kind)
     assert [sample["step"] for sample in samples] == [0] * 5 + [2] * 5
@@ -203,7 +203,7 @@ def test_samples_of_a_run_are_what_generate_writes(printed: Path, adapters: dict
 
 
 def test_samples_of_labels_are_what_predict_says(printed: Path, adapters: dict[str, Path]) -> None:
-    """On two ranks that share the backbone, of which one has a batch less."""
+    """With a backbone sharded over two ranks, one with a batch fewer, the samples equal what ptd predict returns."""
     samples = read_samples(printed / "classification")
     assert [sample["step"] for sample in samples] == [0] * 5 + [2] * 5
     adapter, rows = str(printed / "classification"), str(adapters["labelled"])
@@ -217,7 +217,7 @@ def test_samples_of_labels_are_what_predict_says(printed: Path, adapters: dict[s
 
 
 def test_a_benchmark_of_ranks(printed: Path) -> None:
-    """Rank 0 reports useful tokens of both ranks, and the bytes that the prompt and a sharded backbone take."""
+    """Rank 0 reports the useful tokens of both ranks, and the bytes sent for the prompt and for a sharded backbone."""
     found = {name: json.loads((printed / name / "bench.json").read_text()) for name in ("none", "world")}
     for name, report in found.items():
         assert "ms per step: reduce" in (printed / f"bench-{name}.0").read_text()
@@ -229,7 +229,7 @@ def test_a_benchmark_of_ranks(printed: Path) -> None:
         assert side["phase_seconds"]["reduce"] > 0
         assert side["flops_per_second"] > 0, side["flops_uncounted"]
     (sweep,) = found["none"]["sweeps"]
-    # Each of two ranks sends as much as it sums: the prompt in fp32 (2 layers of keys and values, 512 wide) and totals.
+    # Each of two ranks sends as many bytes as it sums: the fp32 prompt (2 layers, keys and values 512 wide) and totals.
     for point, tokens in zip(sweep["points"], (2, 6), strict=True):
         assert point["report"]["network"]["network_bytes"] == 2 * (4 * tokens * 2 * 2 * 256 + 8 * 5)
     backbone = {name: report["network"]["network_bytes_backbone"] for name, report in found.items()}

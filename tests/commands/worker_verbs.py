@@ -1,8 +1,9 @@
-"""Run on ranks by test_verbs_on_ranks.py: ``ptd`` with one command line after the other, as a person types them.
+"""Run on ranks by test_verbs_on_ranks.py: run ``ptd`` with several command lines, as a user would type them.
 
     torchrun --nproc-per-node 2 worker_verbs.py COMMANDS.json FOLDER
 
-What a rank prints goes to FOLDER/NAME.RANK; nothing is asserted here but that the weights are parted.
+The output of a rank goes to FOLDER/NAME.RANK, the share of the weights that it holds to FOLDER/parted.RANK. Nothing is
+asserted here.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def run(commands: dict[str, list[str]], folder: Path, rank: int) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     cases, target, rank = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), int(os.environ["RANK"])
-    ranks = Ranks.start()  # one group for all commands: a second one would find the first one's addresses in the store
+    ranks = Ranks.start()  # one group for all commands: a second would find the addresses of the first in the store
     run(cases["commands"], target, rank)
     parted(cases["adapter"], "world", target / f"parted.{rank}")
     ranks.stop()

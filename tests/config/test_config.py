@@ -1,4 +1,4 @@
-"""`ptd.config`: what RUN.yaml and overrides may say, and what the refusals tell."""
+"""`ptd.config`: what RUN.yaml and overrides may contain, and what the error messages say."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ LIGHT = settings(max_examples=150, deadline=None, suppress_health_check=list(Hea
 
 
 def tell(read: Callable[[], RunConfig]) -> str | None:
-    """None if the configuration is read, and plain; else the refusal. Any other exception passes."""
+    """Return the `UserError` message of ``read``, or None if JSON can hold the result; other exceptions propagate."""
     try:
         config = read()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""docs/configuration.md says of every key what the configuration says, and nothing else."""
+"""docs/configuration.md describes every key exactly as the configuration does, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ptd.config.deepspeed`: what a DeepSpeed JSON may say, against DeepSpeed's own classes where they know."""
+"""`ptd.config.deepspeed`: what a DeepSpeed JSON may contain, checked against DeepSpeed's own classes where possible."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_a_value_sets_what_the_run_file_leaves_open(section: dict[str, Any], key
 
 
 def automatic(value: Any, name: str = "") -> Any:
-    """The section with every value "auto" (a scheduler or optimizer keeps its type)."""
+    """Return the section with every value replaced by "auto" (a scheduler or optimizer keeps its type)."""
     if isinstance(value, dict):
         return {key: automatic(item, key) for key, item in value.items()}
     return value if name == "type" else "auto"
@@ -182,7 +182,7 @@ CONFLICTS = [
 
 
 def at(path: str, value: Any) -> dict[str, Any]:
-    """The section that says ``value`` at the dotted ``path``."""
+    """Return a section that has ``value`` at the dotted ``path``."""
     section: dict[str, Any] = {}
     if path.startswith("scheduler"):
         section["scheduler"] = {"type": "WarmupDecayLR", "params": {"warmup_type": "linear"}}
@@ -224,7 +224,7 @@ def test_dtype_contradiction() -> None:
 
 
 def test_float16_of_the_run_file() -> None:
-    """bf16 off does not contradict it, fp16 off does."""
+    """Disabling bf16 does not contradict the dtype float16; disabling fp16 or enabling bf16 does."""
     for section in ({"bf16": {"enabled": False}}, {"fp16": {"enabled": "auto"}, "bf16": {"enabled": False}}):
         assert apply_deepspeed(run(section, backbone={"dtype": "float16"}))[0].backbone.dtype == "float16"
     for section, said in (
@@ -235,7 +235,7 @@ def test_float16_of_the_run_file() -> None:
             apply_deepspeed(run(section, backbone={"dtype": "float16"}))
 
 
-# As Hugging Face's documentation has it.
+# The values in Hugging Face's documentation.
 LOSS_SCALING = {
     "loss_scale": 0,
     "loss_scale_window": 1000,

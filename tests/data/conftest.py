@@ -1,4 +1,4 @@
-"""Tiny tokenizers and a private ``datasets`` cache; nothing here needs a network."""
+"""Fixtures that build tiny tokenizers; they need no network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SPECIALS = ["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"]
 
 
 def byte_tokenizer(*, bos: bool = False, appended_eos: bool = False, eos: bool = True) -> PreTrainedTokenizerFast:
-    """Byte level: one token a byte, so lengths are easy to tell. ``appended_eos``: the post-processor adds EOS too."""
+    """Return a tokenizer of one token per byte, so lengths are clear; ``appended_eos``: its post-processor adds EOS."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {symbol: index for index, symbol in enumerate([*SPECIALS, *alphabet])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -27,7 +27,7 @@ def byte_tokenizer(*, bos: bool = False, appended_eos: bool = False, eos: bool =
 
 
 def word_tokenizer(words: str, *, bos: bool = True) -> PreTrainedTokenizerFast:
-    """One token a word of ``words``; others are <unk>."""
+    """Return a tokenizer with one token per word of ``words``; other words become <unk>."""
     vocab = {word: index for index, word in enumerate(["<s>", "</s>", "<unk>", *dict.fromkeys(words.split())])}
     backend = Tokenizer(models.WordLevel(vocab=vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,4 +1,4 @@
-"""Batches: a step's rows, their spread over ranks and micro-batches, layout, and the prefetch thread."""
+"""Batches: the rows of a step, their distribution over ranks and micro-batches, the layout, and the prefetch thread."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ptd.types import IGNORE_INDEX, DataReport, Examples, UserError
 
 
 def make_examples(lengths: list[int], seed: int = 0, group: int = 1, **more) -> Examples:
-    """Sequences whose tokens are all different (so a lost or doubled one shows), labelled at random."""
+    """Return sequences with random labels; no token occurs twice, so a lost or duplicated token is noticed."""
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
     total = int(offsets[-1])
     draws = np.random.default_rng(seed)
@@ -37,7 +37,7 @@ def make(examples: Examples, rank: int = 0, world: int = 1, size: int = 2, accum
 
 
 def pairs(batch) -> list[tuple[int, int, int]]:
-    """(token, position, label) of each useful position of a batch."""
+    """Return (token, position, label) of each position that is not padding; nothing if the batch has no rows."""
     if not batch.rows:
         assert (batch.tokens, batch.supervised_tokens) == (0, 0)
         assert bool((batch.labels == IGNORE_INDEX).all())
@@ -212,7 +212,7 @@ def test_order_is_a_new_permutation_each_epoch_and_seed():
     ]
     assert len({tuple(order) for order in orders}) == 4
     assert all(sorted(order) == list(range(50)) for order in orders)
-    # Golden: a resumed run on another machine or numpy has to see the same order.
+    # Fixed expected values: a run resumed on another machine or numpy version has to see the same order.
     assert orders[0][:8] == [11, 3, 20, 13, 2, 48, 21, 32]
     assert make(examples, shuffle=False).rows(26) == [2, 3]
 

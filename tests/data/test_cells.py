@@ -1,4 +1,4 @@
-"""One rule for the cells of every column of every task: missing, blank, and what each column may hold."""
+"""One rule decides, for every column of every task, which cells are missing or blank and what they may hold."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ptd.values import is_blank, is_missing, name_of
 support = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "tasks" / "support.py")))
 NAN = float("nan")
 
-# A row of each task that is fine; the columns that may be blank; what the run file sets.
+# For each task: a valid row, the columns that may be blank, and the settings of the run file.
 TASKS: dict[str, tuple[dict[str, Any], set[str], dict[str, Any]]] = {
     "prompts": ({"prompt": "a", "completion": "b"}, {"prompt"}, {}),
     "texts": ({"text": "a"}, set(), {"data": {"format": "text"}}),
@@ -70,7 +70,7 @@ def tokenize(name: str, rows: Dataset) -> Any:
 
 
 def rows_with(name: str, **changes: Any) -> Dataset:
-    """Two rows that are fine and a third one with ``changes``, as a JSON file of them is read."""
+    """Return two valid rows and a third row with ``changes``, as they are read from a JSON file."""
     row, _, _ = TASKS[name]
     columns = {key: [value, value, {**row, **changes}[key]] for key, value in row.items()}
     return Dataset(pa.table(columns))
@@ -95,7 +95,7 @@ def test_a_missing_cell_is_refused_in_every_column(name: str, column: str) -> No
 @pytest.mark.parametrize("blank", ["", " \t\n", "\u2028\xa0", "\ufeff\u200b"], ids=["none", "spaces", "wide", "zero"])
 def test_a_blank_cell_is_refused_where_no_text_says_nothing(name: str, column: str, blank: str) -> None:
     if name == "seq2seq" and column == "prompt":
-        blank = blank or " "  # its encoder needs a token at least, and T5's tokenizer makes none of nothing
+        blank = blank or " "  # its encoder needs at least one token, and T5's tokenizer returns none for an empty text
     rows = rows_with(name, **{column: blank})
     if column in TASKS[name][1]:
         assert tokenize(name, rows).report.rows == 3
@@ -113,7 +113,7 @@ def test_a_row_without_text_for_any_field_is_refused(name: str) -> None:
 
 
 def test_nan_is_missing_in_every_kind_of_file(tmp_path: Path) -> None:
-    """A column of numbers in Parquet has NaN where a CSV has nothing and JSON has null or NaN."""
+    """NaN is missing: a numeric Parquet column has NaN where a CSV has an empty cell and JSON has null or NaN."""
     pq.write_table(pa.table({"q": [1.0, NAN], "completion": ["a", "b"]}), tmp_path / "t.parquet")
     (tmp_path / "t.jsonl").write_text('{"q": 1.0, "completion": "a"}\n{"q": NaN, "completion": "b"}\n')
     for file in ("t.parquet", "t.jsonl"):

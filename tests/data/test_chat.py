@@ -1,4 +1,4 @@
-"""Format messages: what the assistant writes is supervised, by three kinds of chat template."""
+"""Format messages: the assistant's turns are supervised, with three kinds of chat template."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MARKED = (
     "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Assistant turns of the past lose what stands before "|", as reasoning models drop their thoughts.
+# Earlier assistant turns lose the text before "|", as the templates of reasoning models drop earlier reasoning.
 FORGETFUL = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content.split('|')[-1] }}")
 
 
@@ -52,7 +52,7 @@ def refusal(tokenizer, *rows: dict) -> str:
 
 
 def spans(tokenizer, example) -> list[str]:
-    """The runs of tokens that are to be predicted, as texts."""
+    """Return the text of each run of consecutive supervised tokens."""
     _, labels = example
     runs: list[list[int]] = [[]]
     for label in labels.tolist():
@@ -69,7 +69,7 @@ def test_all_assistant_turns_are_supervised_with_their_end_token(chat, template)
     (example,) = run(tokenizer, TALK)
     assert spans(tokenizer, example) == ["t|a1<|im_end|>", "a2<|im_end|>"]
     text = tokenizer.apply_chat_template(TALK["messages"], tokenize=False)
-    assert tokenizer.decode(example[0].tolist()) == text  # one BOS, if the template writes it
+    assert tokenizer.decode(example[0].tolist()) == text  # one BOS if the template writes it, otherwise none
 
 
 def test_a_template_that_rewrites_the_past_supervises_the_last_turn(chat):

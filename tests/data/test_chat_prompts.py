@@ -1,4 +1,4 @@
-"""Chat templates as people have them: what is learned is what inference asks for, and it ends where the turn ends."""
+"""Common chat templates: the supervised tokens follow exactly the prompt of inference, and end where the turn ends."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ FORMAT = DataConfig(format="messages")
 GENERATION = "{% if add_generation_prompt %}<|bot|>{% endif %}"
 TAGGED = "{% for m in messages %}{{ '<|bot|>' if m.role == 'assistant' else '<|user|>' }}{{ m.content }}END{% endfor %}"
 TEMPLATES = {
-    # The end of a turn is a token of its own, not EOS.
+    # A dedicated token, not EOS, ends a turn.
     "own-end": TAGGED.replace("END", "<|end|>") + GENERATION,
-    # ChatML-like line breaks behind it.
+    # As in ChatML, line breaks follow the role and the end of a turn.
     "line-breaks": TAGGED.replace("END", "<|end|>\n").replace("}}{{ m.content", "}}\n{{ m.content")
     + "{% if add_generation_prompt %}<|bot|>\n{% endif %}",
-    # Phi-3: EOS behind the whole conversation.
+    # Phi-3: EOS after the whole conversation.
     "phi": TAGGED.replace("END", "<|end|>\n") + "{% if add_generation_prompt %}<|bot|>{% else %}</s>{% endif %}",
     # Mistral, Llama-2: no generation prompt, a space before the answer, EOS and BOS between rounds.
     "inst": "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]"
     "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}",
-    # The generation prompt ends in a space that byte-level tokenizers join to the next word.
+    # The generation prompt ends in a space that byte-level tokenizers merge with the next word.
     "space": "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}",
-    # Gemma: trims, knows no system role, calls the assistant something else.
+    # Gemma: the template trims the content, rejects the system role and gives the assistant's role another name.
     "gemma": "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}"
     "{% endif %}<|user|>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|user|>model\n{% endif %}",
-    # Qwen3: an empty thought before the last answer, none in the past.
+    # Qwen3: an empty thinking block before the last answer, none before earlier answers.
     "thinking": "{% for m in messages %}{% if m.role == 'assistant' %}<|bot|>{% if loop.last %}<think>\n\n</think>\n\n"
     "{% endif %}{{ m.content.split('</think>')[-1] }}<|end|>{% else %}<|user|>{{ m.content }}<|end|>{% endif %}"
     "{% endfor %}" + GENERATION,
-    # Qwen3.5: the generation prompt opens a thought with a line break that joins the one behind it.
+    # Qwen3.5: the generation prompt opens a thinking block with a line break that merges with the one after it.
     "open-thought": "{% for m in messages %}{% if m.role == 'assistant' %}<|bot|>{% if loop.last %}<think>\n\n</think>"
     "\n\n{% endif %}{{ m.content }}<|end|>{% else %}<|user|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|bot|><think>\n{% endif %}",
-    # Llama-3: BOS in the template, headers, EOS that is not the end of a turn.
+    # Llama-3: the template writes BOS and headers, and EOS does not end a turn.
     "headers": "{{ bos_token }}{% for m in messages %}<|user|>{{ m.role }}<|bot|>\n\n{{ m.content | trim }}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|user|>assistant<|bot|>\n\n{% endif %}",
 }
@@ -85,7 +85,7 @@ def refusal(tokenizer, *rows) -> str:
 
 
 def spans(example):
-    """``(begin, end)`` of each run of tokens that are predicted, as places of the tokens."""
+    """Return ``(begin, end)``, as token positions, of each run of consecutive supervised tokens."""
     learned = [place + 1 for place, label in enumerate(example[1].tolist()) if label != IGNORE_INDEX]
     begins = [place for place in learned if place - 1 not in learned]
     return [(begin, next(end for end in range(begin, 10**6) if end not in learned)) for begin in begins]
@@ -96,7 +96,7 @@ def learned_texts(tokenizer, example):
 
 
 def asked(tokenizer, messages):
-    """What inference sends, by plain transformers."""
+    """Return the prompt that inference sends, as transformers alone tokenises it."""
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
@@ -109,7 +109,7 @@ def test_each_learned_turn_stands_behind_what_inference_sends(name, template):
         messages, tokens = talk["messages"], example[0].tolist()
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         found = spans(example)
-        # Of the past only what inference would ask for just so; the last turn always.
+        # An earlier turn is supervised only if inference would send the same prompt for it; the last turn always is.
         for (begin, end), index in zip(found[::-1], answers[::-1], strict=False):
             assert tokens[:begin] == asked(tokenizer, messages[:index])
             assert tokens[end - 1] in examples.report.ends
@@ -133,7 +133,7 @@ def test_a_turn_ends_with_the_token_that_closes_it(template, end):
     space = " " * (template == "inst")
     expected = [f"{space}{answer}{space}{end}" for _, answer in ROUNDS]
     assert learned_texts(tokenizer, examples[0]) == expected[:1]
-    # A token that holds the border and the first word, as " yes" does here, cannot be both asked for and learned.
+    # A token that spans the border and the first word, as " yes" does here, cannot be both prompt and target.
     assert learned_texts(tokenizer, examples[1]) == (expected[1:] if template == "space" else expected)
     task = make_task(TaskConfig(), FORMAT, "decoder")
     assert set(task.ends(tokenizer)) == {tokenizer.eos_token_id, *examples.report.ends}
@@ -175,7 +175,10 @@ STRIPPING = [{"rstrip": True}, {"lstrip": True}, {"rstrip": True, "lstrip": True
 @pytest.mark.parametrize("how", [*STRIPPING, {"single_word": True}], ids=str)
 @pytest.mark.parametrize("name", ["bytes", "legacy", "first"])
 def test_added_tokens_that_swallow_blanks_or_are_no_tokens_there(name, how):
-    """Phi-3's swallow the line break behind them; a ``single_word`` token next to a letter is ordinary text."""
+    """Prompts, targets and references agree if added tokens strip blanks or are ordinary text.
+
+    Phi-3's added tokens strip the line break after them; a ``single_word`` token next to a letter is ordinary text.
+    """
     for template in TEMPLATES:
         tokenizer = make(name, template)
         state = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -192,7 +195,7 @@ def test_added_tokens_that_swallow_blanks_or_are_no_tokens_there(name, how):
             tokens = example[0].tolist()
             assert tokens[:begin] == prompt == asked(tokenizer, talk["messages"][:-1])
             assert tokens[end - 1] in examples.report.ends
-            # What is learned, up to its end, reads as what generated text is compared with.
+            # The supervised tokens before the end token decode to the reference that generated text is compared with.
             written = Reader(tokenizer).behind(prompt, tokens[begin : end - 1])
             assert written.strip() == reference.strip()
             assert talk["messages"][-1]["content"] in reference
@@ -213,7 +216,7 @@ def test_messages_of_weight_zero_are_not_learned():
         talk = say(*ROUNDS[0], *ROUNDS[1])
         talk["messages"][1] |= unwanted
         assert learned_texts(tokenizer, run(tokenizer, talk)[0]) == ["Hello, answer\nis no<|end|>"]
-        # The last one that is learned is what is asked for; nothing behind it is needed.
+        # The prompt asks for the last turn that is learned; no message after it is needed.
         talk = say(*ROUNDS[0], *ROUNDS[1], **unwanted)
         (example,) = run(tokenizer, talk)
         assert learned_texts(tokenizer, example) == ["yes, é<|end|>"]
@@ -229,7 +232,10 @@ def test_messages_of_weight_zero_are_not_learned():
 
 
 def test_keys_that_other_messages_have_are_not_there():
-    """Columns of a data set give each message the keys of all; templates ask whether one is defined."""
+    """The template does not see keys that only other messages have.
+
+    A dataset's columns give each message the keys of all messages, and templates test whether a key is defined.
+    """
     asks = TAGGED.replace("{{ m.content }}", "{{ 'bad' if 'name' in m or m.weight is defined else m.content }}")
     tokenizer = make("bytes", asks.replace("END", "<|end|>") + GENERATION)
     talk = say(*ROUNDS[0], weight=1)
@@ -252,7 +258,7 @@ MARKED = (
 def test_marks_of_a_template_have_the_same_checks():
     both = learned_texts(tokenizer := make("bytes", MARKED), run(tokenizer, TALKS[1])[0])
     assert both == ["yes, é<|end|>", "Hello, answer\nis no<|end|>"]
-    # Marks that leave out the end, or what stands between generation prompt and answer, would teach half an answer.
+    # Marks that omit the end, or the text between generation prompt and answer, would teach only part of an answer.
     for part in (
         MARKED.replace("<|end|>{% endgeneration %}", "{% endgeneration %}<|end|>"),
         MARKED.replace("<|bot|>{% generation %}", "<|bot|>#{% generation %}"),
@@ -262,13 +268,13 @@ def test_marks_of_a_template_have_the_same_checks():
         opening = "#" if "#" in part else ""
         assert learned_texts(tokenizer, examples[0]) == [f"{opening}yes, é<|end|>"]
         assert "in 1 rows the template's {% generation %} omits part" in str(examples.report)
-    # A template that marks the last answer alone has its way.
+    # If a template marks only the last answer, its marks are followed.
     last = MARKED.replace("{% if m.role == 'assistant' %}", "{% if m.role == 'assistant' and loop.last %}").replace(
         "{% else %}<|user|>", "{% else %}{{ '<|bot|>' if m.role == 'assistant' else '<|user|>' }}"
     )
     tokenizer = make("bytes", last)
     assert learned_texts(tokenizer, run(tokenizer, TALKS[1])[0])[-1:] == ["Hello, answer\nis no<|end|>"]
-    # A generation prompt that the conversation does not continue is refused with marks as without.
+    # A generation prompt that the conversation does not continue is refused, with or without marks.
     other = MARKED.replace(GENERATION, GENERATION.replace("<|bot|>", "<|bot|><think>"))
     assert "has '<think>' where the conversation has 'yes, é<|end|>'" in refusal(make("bytes", other), TALKS[0])
 

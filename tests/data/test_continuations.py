@@ -1,4 +1,4 @@
-"""A completion is tokenised as what continues its prompt, by tokenizers of every make; and read back likewise."""
+"""With tokenizers of every kind, a completion is tokenised and decoded as the continuation of its prompt."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_prompt_and_completion_read_as_the_two_joined(name):
     before = encode(tokenizer, [prompt for prompt, _ in PAIRS])
     found = continuations(tokenizer, [prompt for prompt, _ in PAIRS], [text for _, text in PAIRS])
     for first, ids, (prompt, text) in zip(before, found, PAIRS, strict=True):
-        # WordPiece writes single spaces between words: then what it makes of the whole is the measure.
+        # WordPiece decodes to single spaces between words, so the expected text is the decoded joined text.
         whole = reads(tokenizer, encode(tokenizer, [prompt + text])[0])
         assert reads(tokenizer, first + ids) == whole, (prompt, text)
         if name != "wordpiece":
@@ -120,7 +120,7 @@ def test_a_prompt_that_begins_with_bos_gets_no_second_one():
         assert without[0].tolist()[0] == tokenizer.bos_token_id
         for text in ("<s>no", "no"):
             assert typed(tokenizer, DataConfig(), [text])[0].count(tokenizer.bos_token_id) == 1
-        # BOS is no target: neither the one that the text brings along nor one in the middle.
+        # BOS is never a target, neither the one that the text starts with nor one in its middle.
         (example,) = run(tokenizer, [{"text": "<s>no</s><s>yes"}], format="text")
         assert example[0].tolist().count(tokenizer.bos_token_id) == 2
         assert tokenizer.bos_token_id not in example[1]
@@ -174,7 +174,7 @@ def test_the_space_before_a_continuation_is_kept_and_none_is_invented():
     for name in ("legacy", "first", "unigram-always"):
         tokenizer = TOKENIZERS[name]
         (prompt,) = encode(tokenizer, ["Answer:"])
-        (spaced,) = encode(tokenizer, ["yes"])  # alone: with ▁
+        (spaced,) = encode(tokenizer, ["yes"])  # tokenised on its own: with ▁
         (bare,) = continuations(tokenizer, ["Answer:"], ["yes"])
         assert tokenizer.decode(spaced) == tokenizer.decode(bare) == "yes", "alone they read alike"
         assert Reader(tokenizer).behind(prompt, spaced) == " yes"

@@ -1,4 +1,4 @@
-"""tokenize and prompts_and_references: ids, supervision, cuts, and every refusal."""
+"""`tokenize` and `prompts_and_references`: token ids, supervision, truncation, and every refusal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def refusal(tokenizer, rows: list[dict], call=run, **config) -> str:
 
 
 def learned(tokenizer, example) -> str:
-    """The tokens that are to be predicted, as text."""
+    """Return the text of the supervised tokens."""
     _, labels = example
     return tokenizer.decode(labels[labels != IGNORE_INDEX].tolist())
 
@@ -67,7 +67,7 @@ def test_no_end_token_stands_behind_the_prompt(make_bytes):
     for tokenizer in (make_bytes(bos=True, appended_eos=True), make_bytes(appended_eos=True)):
         examples = run(tokenizer, [pair("ab", "c"), pair("ab</s>", "c</s>")])
         head = "<s>" if tokenizer("")["input_ids"][0] == BOS else ""
-        # What the row itself says stays; a completion that ends in EOS gets no second one.
+        # EOS in the row's own text stays, and a completion that ends in EOS gets no second one.
         assert [whole(tokenizer, example) for example in examples] == [f"{head}abc</s>", f"{head}ab</s>c</s>"]
         prompts, _ = prompts_and_references(Dataset.from_list([pair("ab", "c")]), DataConfig(), tokenizer, 9)
         assert tokenizer.decode(prompts[0]) == f"{head}ab"

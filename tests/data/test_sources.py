@@ -1,4 +1,4 @@
-"""load_rows: every kind of source, texts unchanged, and every refusal."""
+"""`load_rows`: every kind of source, unchanged texts, and every refusal."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_changed_file_is_read_anew(tmp_path):
         ("x.csv", '\ufeff"a";"b"\n1;2\n', "appears to be separated by semicolons"),
         ("x.csv", "a\tb\n1\t2\n", "x.csv appears to be separated by tabs"),
         ("x.csv", "a|b\n1|2\n", "x.csv appears to be separated by vertical bars"),
-        # Without `strict` the first quote would swallow the second row, and nothing would tell.
+        # Without `strict` the first quoted value would include the second row, and no error would be raised.
         ("x.csv", 'a,b\n"one,1\ntwo "x",0\n', "line 3 is not valid CSV: ',' expected after '\"'"),
         ("x.csv", 'a\n"one\ntwo\n', "line 3 is not valid CSV: unexpected end of data"),
         ("x.jsonl", '{"a": 1, "a": 2}\n', "line 1 cannot be read as JSON: the key 'a' is given twice in one object"),
@@ -126,7 +126,10 @@ def test_refuses_a_bad_file(tmp_path, name, text, expected):
 
 
 def test_the_command_that_is_advised_makes_commas(tmp_path):
-    """Semicolons with quotes, and tabs with quotes that are the texts' own, as SST-2 and GLUE have them."""
+    """The advised command converts semicolons with quoted values, and tabs with quotes that belong to the texts.
+
+    SST-2 and GLUE have files of the second kind.
+    """
     for name, text, rows in (
         ("x.csv", '\ufeffa;b\n"1;2";"x\ny"\n', [{"a": "1;2", "b": "x\ny"}]),
         ("x.tsv", 'a\tb\n"the best\t1, 2\n', [{"a": '"the best', "b": "1, 2"}]),
@@ -137,7 +140,7 @@ def test_the_command_that_is_advised_makes_commas(tmp_path):
 
 
 def test_lines_of_rows_end_in_three_ways_only(tmp_path):
-    """JSON may have U+2028 and NEL inside its strings, and a CSV whatever it likes."""
+    """Only LF, CR and CRLF end a row: JSON strings may contain U+2028 and NEL, and CSV values any character."""
     text = "a\u2028b\u2029c\x85d"
     row = json.dumps({"a": text}, ensure_ascii=False)
     assert load(write(tmp_path / "x.jsonl", f"{row}\r{row}\r\n{row}\n"))["a"][:] == [text] * 3
@@ -151,7 +154,7 @@ def test_what_is_no_number_is_missing(tmp_path):
 
 
 def test_a_folder_of_tables_is_read_as_the_tables_are(tmp_path):
-    """`datasets` reads ``007`` as a number and ``NA`` as nothing."""
+    """CSV values in a folder stay text, although `datasets` reads ``007`` as a number and ``NA`` as missing."""
     (tmp_path / "tables").mkdir()
     write(tmp_path / "tables" / "my_train.csv", "a,b\n007,NA\n1.50,null\n")
     write(tmp_path / "tables" / "dev-set.csv", "\ufeffa,b\n008,x\n")
@@ -248,7 +251,7 @@ def test_ranks_may_read_at_the_same_time_without_noise_or_litter(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 def test_a_file_written_again_with_its_old_size_and_time_is_read_again(tmp_path, suffix):
-    """As rsync -t, tar and image layers leave files."""
+    """A changed file of the same size and time is read again; rsync -t, tar and image layers leave such files."""
     path = tmp_path / f"rows{suffix}"
 
     def write(label):

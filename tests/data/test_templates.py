@@ -1,4 +1,4 @@
-"""Templates: parsing, filling, and cutting without losing marks or literal text."""
+"""Templates: parsing, filling, and truncation that keeps all marks and literal text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BOS = 0
 
 
 def spell(tokenizer, ids: list[int]) -> str:
-    """Token ids as text: ‹i› for virtual token i, ‹_› for the mask."""
+    """Return token ids as text, with ‹i› for virtual token i and ‹_› for the mask."""
     marks = {MASK_SLOT: "‹_›"}
     return "".join(tokenizer.decode([token]) if token >= 0 else marks.get(token, f"‹{-1 - token}›") for token in ids)
 
@@ -92,7 +92,7 @@ def test_filled(make_bytes, make_words):
     assert spell(tokenizer, ids) == "<s>‹0›‹1›x or yz is‹_›.‹2›!</s>"
     assert cut == 0
     assert [token for token in ids if token < 0 and token != MASK_SLOT] == [virtual_id(i) for i in range(3)]
-    # What stands between two marks is one string to the tokenizer.
+    # The tokenizer receives the text between two marks as one string.
     words = make_words("ab")
     (ids,), _ = fill(parse_template("{v:1}{a}{b}{v:1}"), [("a", "b")], words, ([], []))
     assert ids == [-1, words.convert_tokens_to_ids("ab"), -2]
@@ -167,7 +167,7 @@ def test_a_prompt_template_with_marks(make_bytes):
     assert prompt == tokens[: len(prompt)]
     assert references == ["xy"]
     assert fill_prompts(tokenizer, config.prompt_template, ["abcdef"]) == [prompt]
-    # Cut on the left, but for what stays; a completion that fills the row loses its end.
+    # The prompt is cut on the left, except for BOS and marks; a completion that fills the row loses its end.
     for limit, expected in ((10, "<s>‹0›‹1›def‹2›xy</s>"), (7, "<s>‹0›‹1›‹2›xy</s>"), (6, "<s>‹0›‹1›‹2›xy")):
         examples = tokenize(rows, config, tokenizer, max_length=limit, what="rows")
         assert spell(tokenizer, examples[0][0].tolist()) == expected
@@ -199,7 +199,7 @@ def test_a_mask_has_no_place_in_a_prompt_template(make_bytes):
 
 
 def test_a_space_without_offsets_of_its_own_is_cut_like_the_word_behind_it():
-    """RoBERTa's tokenizer trims offsets: a lone space token is as wide as nothing."""
+    """Truncation is exact although RoBERTa's tokenizer trims offsets, so a token of one space has an empty span."""
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     encoded = tokenizer("in the old town", add_special_tokens=False, return_offsets_mapping=True)

@@ -1,4 +1,4 @@
-"""Small tokenizers of every make, which differ in what they do with the space before a text. No network."""
+"""Small tokenizers of every kind, which differ in how they treat the space before a text. They need no network."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ def _finished(backend: Tokenizer, *, bos: bool = True, **options: Any) -> PreTra
 
 
 def _merged(words: list[str]) -> list[tuple[str, str]]:
-    """The merges that build each word from the left."""
+    """Return the merges that build each word from left to right."""
     merges = {(word[:size], word[size]): None for word in words for size in range(1, len(word))}
     return list(merges)
 
 
 def sentencepiece(scheme: str = "legacy") -> PreTrainedTokenizerFast:
-    """BPE with byte fallback as Llama-2's: ``legacy`` puts ▁ before every text, also behind a special token; ``first``
-    before the first one only; ``never`` (Gemma's) nowhere."""
+    """Return a BPE tokenizer with byte fallback, like Llama-2's.
+
+    ``legacy`` puts ▁ before every text, including a text after a special token; ``first`` puts it only before the
+    first text; ``never`` (Gemma's) puts it nowhere.
+    """
     merges = _merged([*(f"▁{word}" for word in WORDS), *WORDS])
     symbols = [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *LETTERS, *map("".join, merges)]
     vocab = {symbol: index for index, symbol in enumerate(dict.fromkeys(symbols))}
@@ -44,7 +47,7 @@ def sentencepiece(scheme: str = "legacy") -> PreTrainedTokenizerFast:
 
 
 def unigram(scheme: str = "always") -> PreTrainedTokenizerFast:
-    """Unigram with Metaspace, as T5's, XGLM's and ALBERT's; it knows no line break."""
+    """Return a Unigram tokenizer with Metaspace, like T5's, XGLM's and ALBERT's; it has no token for a line break."""
     pieces = [*SPECIALS, "▁", *LETTERS, *WORDS, *(f"▁{word}" for word in WORDS)]
     scores = [(piece, 0.0 if piece in SPECIALS else -2.0 - 3.0 / len(piece)) for piece in pieces]
     backend = Tokenizer(models.Unigram(scores, 0, False))
@@ -54,7 +57,7 @@ def unigram(scheme: str = "always") -> PreTrainedTokenizerFast:
 
 
 def byte_level(*, add_prefix_space: bool = False, normalizer: Any = None, **options: Any) -> PreTrainedTokenizerFast:
-    """BPE over bytes with merges that need a space in front, as GPT-2's."""
+    """Return a byte-level BPE tokenizer with merges that require a leading space, like GPT-2's."""
     merges = _merged([*(f"Ġ{word}" for word in WORDS), *WORDS])
     symbols = [*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
     vocab = {symbol: index for index, symbol in enumerate(dict.fromkeys(symbols))}
@@ -66,7 +69,7 @@ def byte_level(*, add_prefix_space: bool = False, normalizer: Any = None, **opti
 
 
 def wordpiece() -> PreTrainedTokenizerFast:
-    """Whole words and ``##`` rests of words, as BERT's."""
+    """Return a WordPiece tokenizer with whole words and ``##`` continuations of words, like BERT's."""
     pieces = [*SPECIALS, *WORDS, *LETTERS, *(f"##{letter}" for letter in LETTERS)]
     vocab = {piece: index for index, piece in enumerate(pieces)}
     backend = Tokenizer(models.WordPiece(vocab, unk_token="<unk>"))
@@ -76,7 +79,7 @@ def wordpiece() -> PreTrainedTokenizerFast:
 
 
 def bytes_in_python() -> ByT5Tokenizer:
-    """A tokenizer that is not a fast one."""
+    """Return a tokenizer without a fast implementation."""
     return ByT5Tokenizer(extra_ids=0, additional_special_tokens=["<|user|>", "<|bot|>", "<|end|>"])
 
 

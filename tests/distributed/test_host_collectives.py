@@ -1,4 +1,4 @@
-"""What ranks tell each other goes from process to process, no GPU waits for it, and checkpoints wait for nobody."""
+"""Ranks exchange objects between their processes without waiting for a GPU, and checkpoints wait for no rank."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_process_group_of_ranks_on_gpus(
     monkeypatch.setattr(rendezvous, "_try_out", lambda size, device: tried.append(device.type))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: asked.update(options, backend=backend))
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "=lo")
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that what is set is taken back
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that monkeypatch removes the value that join sets
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     join(Member(0, "node-a", {}, "GPU-1", 2, 2), GPU, world_size, collective_timeout())
     assert BackendConfig(asked["backend"]).get_device_backend_map() == {"cpu": "gloo", "cuda": "nccl"}

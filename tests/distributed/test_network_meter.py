@@ -1,4 +1,4 @@
-"""What the meter makes of a collective, summed over the ranks of two or four nodes."""
+"""The bytes that the network meter counts for a collective, summed over the ranks of two or more nodes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ptd.methods.prefix import PrefixEncoder
 from ptd.types import LayerShape
 
 Collective = tuple[str, int, list[list[int]]]
-"""Kind, bytes of the full buffer, and the groups it runs in."""
+"""Kind, size of the full buffer in bytes, and the groups in which the collective runs."""
 
 
 def sent(nodes: int, local: int, collectives: list[Collective], root: int = 0) -> Counter[str]:
-    """Bytes of all ranks by place."""
+    """Return the bytes that all ranks send, by place."""
     total: Counter[str] = Counter()
     for rank in range(nodes * local):
         meter = NetworkMeter(Ranks(rank, nodes * local, local, torch.device("cpu")))
@@ -36,7 +36,7 @@ def world_of(nodes: int, local: int) -> list[list[int]]:
 
 @pytest.mark.parametrize(("kind", "factor"), [("all_reduce", 2), ("all_gather", 1), ("reduce_scatter", 1)])
 def test_ring_over_all_ranks(kind: str, factor: int) -> None:
-    """Of the ring's links as many cross as there are nodes."""
+    """As many links of the ring cross between nodes as there are nodes."""
     counted = sent(4, 3, [(kind, 12_000, world_of(4, 3))])
     assert counted == {"inside_nodes": 8 * factor * 11_000, "between_nodes": 4 * factor * 11_000}
 
@@ -54,7 +54,10 @@ def test_groups_decide_what_crosses() -> None:
 
 @pytest.mark.parametrize(("nodes", "local"), [(2, 8), (8, 4)])
 def test_classic_encoder_sends_over_a_hundred_times_fewer_bytes_between_nodes(nodes: int, local: int) -> None:
-    """30 tokens, 4096 → 4096 → 262144, of a 32-layer 7B: against summing the encoder's gradients node by node too."""
+    """Summing at the prompt sends 1/138 of the bytes of summing the encoder's gradients, or less, even node by node.
+
+    The encoder is that of a 32-layer 7B: 30 tokens, 4096 → 4096 → 262144.
+    """
     layers = [LayerShape(32, 128, 128)] * 32
     with torch.device("meta"):
         encoder = PrefixEncoder(layers, 30, embedding_size=4096, encoder_hidden_size=4096)

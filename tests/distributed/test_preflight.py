@@ -1,4 +1,4 @@
-"""What is refused before a run starts: on ranks that mean different runs, and for output that has no place."""
+"""Checks before a run refuse ranks with different settings, and output that cannot be written or does not fit."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_output_that_is_a_file_or_below_one(tmp_path: Path) -> None:
 
 
 def test_output_where_nothing_can_be_written() -> None:
-    """/proc takes no files, whoever asks."""
+    """The check refuses /proc, in which no user can create a file, not even root."""
     with pytest.raises(UserError, match=r"output_dir: cannot write to /proc \(.*\); give a folder"):
         check_writable(Path("/proc/none"), "output_dir")
 
@@ -78,7 +78,7 @@ def test_space_for_checkpoints(tmp_path: Path) -> None:
 def test_a_run_writes_no_more_than_was_reckoned(
     backbone_dir: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And what its own checkpoints take already counts as free."""
+    """A run writes no more than the estimate, and the space of its own checkpoints counts as free."""
     seen = []
     monkeypatch.setattr("ptd.commands.train.check_space", lambda folder, needed: seen.append(needed))
     run = {
@@ -91,7 +91,7 @@ def test_a_run_writes_no_more_than_was_reckoned(
     train(parse_config(run))
     kept = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*.safetensors"))
     assert len(seen) == 1
-    # Two of three checkpoints' room is in use, and one of three adapters'; names and headers are small.
+    # Of the space for three checkpoints two are in use, and of three adapters one; names and headers are small.
     assert 0.5 * seen[0] < kept < seen[0]
     own = sum(path.stat().st_size for path in tmp_path.glob("out/checkpoints/*/*"))
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))

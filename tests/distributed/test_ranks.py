@@ -1,4 +1,4 @@
-"""The process group's timeout comes from the environment; the GPU from LOCAL_RANK, where there are several to see."""
+"""The timeout of the process group comes from the environment, and the GPU from LOCAL_RANK if several are visible."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_timeout_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch, gi
 
 
 def see(monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
-    """Have torch see so many GPUs."""
+    """Make torch see this number of GPUs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
 
@@ -52,7 +52,7 @@ def test_a_rank_beyond_the_gpus_it_sees_is_refused(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("others", [{}, {"OMPI_COMM_WORLD_LOCAL_RANK": "3"}])
 def test_deepspeed_takes_the_only_gpu_that_a_rank_sees(monkeypatch: pytest.MonkeyPatch, others: dict[str, str]) -> None:
-    """As in a task of Slurm's --gpus-per-task=1, the fourth on its node."""
+    """DeepSpeed uses the only visible GPU, as in the fourth task on a node with Slurm's --gpus-per-task=1."""
     see(monkeypatch, 1)
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
@@ -62,7 +62,7 @@ def test_deepspeed_takes_the_only_gpu_that_a_rank_sees(monkeypatch: pytest.Monke
     for name, value in (place | others).items():
         monkeypatch.setenv(name, value)
     device = Ranks.start(needs_group=True).device
-    # deepspeed.zero.Init, its buffers and deepspeed.initialize go by this variable.
+    # deepspeed.zero.Init, its buffers and deepspeed.initialize use the GPU that this variable names.
     taken = torch.device(CUDA_Accelerator().device_name(os.environ["LOCAL_RANK"]))
     assert [device, *chosen] == [taken] * 2 == [torch.device("cuda", 0)] * 2
     assert {os.environ[name] for name in others} <= {"0"}  # DeepSpeed asserts that they agree

@@ -1,4 +1,4 @@
-"""Ranks that meet, that do not come, that do not fit together, and that stop on the way."""
+"""The rendezvous of ranks: it succeeds, or ranks are missing, do not fit together, or stop before the self-test."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_an_interface_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_on_real_ranks() -> None:
-    """One rank that stops between meeting and sum, and ranks that have different versions."""
+    """Real ranks fail with a message if a rank stops between rendezvous and self-test, or if their versions differ."""
     running = {(case, rank): start(case, rank, port)
                for case, port in (("stopped", Ranks.free_port()), ("versions", Ranks.free_port()))
                for rank in (0, 1)}  # fmt: skip
@@ -99,7 +99,7 @@ def test_on_real_ranks() -> None:
         assert "did not sum one number within 6 s over gloo: rank 1 on" in error
         errors = [running["versions", rank].communicate(timeout=250)[1] for rank in (0, 1)]
         assert [running["versions", rank].returncode for rank in (0, 1)] == [2, 2]
-        # The others know too, and are silent.
+        # The other rank fails too, but leaves the message to rank 0.
         assert ["different versions of ptd: 0 for rank 0" in error for error in errors] == [True, False]
         assert not any("Traceback" in said for said in (error, *errors))
     finally:

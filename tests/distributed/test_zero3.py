@@ -1,6 +1,6 @@
-"""Backbones in shards over four ranks as two nodes, against whole ones: weights, loss and gradient, memory, refusals.
+"""Backbones sharded over four ranks as two nodes, compared with whole ones: weights, loss, gradient, memory, refusals.
 
-worker_zero3.py runs all cases in one launch; a test here looks at some of them.
+worker_zero3.py runs all cases in one launch; each test here checks some of them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 WORKER = Path(__file__).with_name("worker_zero3.py")
 TOLERANCE = 1e-5
-TOKENS = 24  # a row's, in worker_zero3.py
-# 4-bit blocks have 64 numbers; with three layers the check at attach runs two of them.
+TOKENS = 24  # per row, in worker_zero3.py
+# A block of 4-bit numbers has 64 numbers. Of three layers, the check at attach time runs two.
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_hidden_layers": 3}
 MATRIX = [
     (quantization, sharding, checkpointing)

@@ -1,9 +1,9 @@
-"""Run on two ranks by test_host_collectives.py: what reaches the other ranks' processes, beside what their GPUs are at.
+"""Run on two ranks by test_host_collectives.py: what ranks exchange while their GPUs may be busy.
 
     torchrun --nproc-per-node 2 worker_host.py BACKBONE FOLDER
 
-The process group is one of two backends, as on GPUs: gloo for what is on the host, and for what is on a GPU one that
-passes nothing on. The ranks' device is ``meta``, which nothing can be sent from. What a rank found is in
+The process group has two backends, as on GPUs: gloo for data on the host, and for data on a GPU a fake backend that
+transfers nothing. The device of the ranks is ``meta``, from which no data can be sent. Each rank writes its results to
 ``FOLDER/found.RANK``.
 """
 
@@ -32,7 +32,7 @@ from ptd.engine.setup import prepare
 from ptd.types import UserError
 
 HELD = 60.0
-"""Seconds after which a rank that is waited for goes on all the same."""
+"""Limit of every wait, in seconds."""
 
 
 def main(backbone: str, folder: Path) -> None:
@@ -73,7 +73,7 @@ def talk(ranks: Ranks) -> dict[str, Any]:
 
 
 def sharded(backbone: str, ranks: Ranks) -> dict[str, Any]:
-    """DeepSpeed over the group that is there, and over one of its own for each node."""
+    """Run DeepSpeed over the existing group, and over a separate group for each node."""
     deepspeed.init_distributed()
     found: dict[str, Any] = {"deepspeed": deepspeed.comm.is_initialized()}
     ids = torch.arange(5, 12)[None]
@@ -104,7 +104,7 @@ def trained() -> dict[str, torch.Tensor]:
 
 
 def saving(root: Path, ranks: Ranks) -> dict[str, Any]:
-    """Rank 1's disk is slow; rank 0 has many boundaries meanwhile."""
+    """Save a checkpoint while rank 1's disk is slow and rank 0 passes many step boundaries."""
     write, store = saver._write_part, ranks._notes
     may_write = threading.Event()
 
@@ -146,7 +146,7 @@ def until(done: Any) -> None:
 
 
 def failing(root: Path, ranks: Ranks) -> dict[str, Any]:
-    """Rank 1 cannot write. It knows at its next boundary; all hear of it together."""
+    """Save a checkpoint that rank 1 cannot write: it knows at its next boundary, and all ranks raise together."""
     write = saver._write_part
 
     def full(*args: Any) -> Any:

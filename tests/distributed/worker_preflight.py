@@ -1,4 +1,4 @@
-"""Run on ranks by test_preflight.py: what the checks before a run say on two ranks, one line of JSON a rank.
+"""Run on two ranks by test_preflight.py: the results of the checks before a run, one line of JSON per rank.
 
 torchrun --nproc-per-node 2 worker_preflight.py BACKBONE OTHER_BACKBONE FOLDER
 """

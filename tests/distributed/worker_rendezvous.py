@@ -1,4 +1,4 @@
-"""Started by test_rendezvous.py as one rank of a run that goes wrong in the way that the argument names."""
+"""Started by test_rendezvous.py as one rank of a run that fails in the way that the argument names."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Run on ranks by test_zero3.py, four ranks as two nodes: backbones in shards against whole ones, measured.
+"""Run by test_zero3.py on four ranks as two nodes: measure sharded backbones against whole ones.
 
     torchrun --nproc-per-node 4 worker_zero3.py CASES.json RESULTS.json
 
-A case is a RUN.yaml's ``backbone`` section and more under a name. Nothing is asserted here; a case's numbers are the
-worst over all ranks.
+A case has a name, the ``backbone`` section of a RUN.yaml and further settings. Nothing is asserted here; the numbers of
+a case are the worst over all ranks.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def settings_of(case: dict[str, Any]) -> tuple[Any, Any]:
         "backbone": case["backbone"],
         "method": {"name": "prefix"},
         "data": {},
-        # A threshold of 0: these backbones are so small that DeepSpeed would not shard any of it by itself.
+        # A threshold of 0, because by default DeepSpeed would shard no weight of backbones as small as these.
         "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0, **case.get("zero", {})}},
     }
     if case["backbone"].get("sharding", "none") != "none" or case.get("zero"):
@@ -52,7 +52,7 @@ def settings_of(case: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def passes(prepared: Prepared, ids: Tensor) -> dict[str, Any]:
-    """Loss and prefix gradient, twice with a pass without gradients in between, as in training."""
+    """Run two training passes with a pass without gradients between them; return the results of the second."""
     torch.manual_seed(1)
     encoder = PrefixEncoder(prepared.shape.layers, 5)
     model, results = prepared.model, {}
@@ -71,9 +71,9 @@ def passes(prepared: Prepared, ids: Tensor) -> dict[str, Any]:
 
 
 def layer_runs(prepared: Prepared, ids: Tensor) -> dict[str, Any]:
-    """Of the last layer's MLP: the tokens of each of its runs in a pass with its backward, and in a generation after.
+    """Return the tokens in each call of the last layer's MLP, in a training pass and then in generation, and the text.
 
-    And what this generates: the prompt's gradient is asked for first, as in training.
+    As in training, the first pass computes the gradient of the prompt.
     """
     encoder = PrefixEncoder(prepared.shape.layers, 5)
     prepared.attachment.set(encoder.state(encoder()))
@@ -88,7 +88,7 @@ def layer_runs(prepared: Prepared, ids: Tensor) -> dict[str, Any]:
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Every parameter as it is used, under its first name; parted ones are gathered one at a time."""
+    """Return every parameter as it is used, by its first name; sharded parameters are gathered one at a time."""
     from deepspeed.runtime.zero import GatheredParameters
 
     found = {}
@@ -151,7 +151,7 @@ def measure(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         results["different"] = sorted(
             {name for part in gather([n for n in expected if not same(weights[n], expected[n])]) for name in part}
         )
-    if "checkpointing" in case:  # before any other pass: what the first one does counts
+    if "checkpointing" in case:  # before any other pass: the first pass is the one to measure
         torch.manual_seed(2)
         results["runs"] = gather(layer_runs(parted, ids))
         torch.manual_seed(2)

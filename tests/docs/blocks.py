@@ -1,9 +1,9 @@
-"""Fenced blocks of Markdown pages, the marks of those that are not run, and the ``ptd`` commands in them.
+"""Find the fenced blocks of Markdown pages, the marks of blocks that are not run, and their ``ptd`` commands.
 
-A mark is a comment before the block, which no reader sees::
+A mark is a comment before the block, which the rendered page does not show::
 
-    <!-- not run: needs a GPU -->              the block
-    <!-- not run (pip, make): no network -->   its commands that begin so
+    <!-- not run: needs a GPU -->              the block is not run
+    <!-- not run (pip, make): no network -->   its commands that begin with these words are not run
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ STARTED = re.compile(r"^(?:\w+=\S* )*(?:ptd|(?:python|deepspeed|torchrun)\b.*? (
 
 @dataclass(frozen=True)
 class Block:
-    """``text`` begins in line ``line`` of ``page``, counted from 1; ``reason`` is its mark's, for the block or, where
-    ``without`` names the beginnings of commands, for those.
+    """A fenced block; ``text`` begins in line ``line`` of ``page``, counted from 1.
+
+    ``reason`` is the reason in the block's mark; it applies to the commands that begin with a word of ``without`` or,
+    if ``without`` is empty, to the whole block.
     """
 
     page: Path
@@ -35,11 +37,11 @@ class Block:
 
     @property
     def runs(self) -> bool:
-        """Whether any of it is to be run."""
+        """Whether any part of the block is run."""
         return self.reason is None or bool(self.without)
 
     def commands(self) -> Iterator[tuple[int, str, bool]]:
-        """Line, text and whether it is run, of each command of a shell block (continued lines are one)."""
+        """Yield line, text and whether it is run, for each command of a shell block (continued lines are one)."""
         begun: list[str] = []
         for number, line in enumerate(self.text.splitlines(), self.line):
             begun.append(line)
@@ -51,7 +53,7 @@ class Block:
 
 
 def blocks_of(page: Path) -> list[Block]:
-    """All fenced blocks of a page."""
+    """Return all fenced blocks of a page."""
     lines = page.read_text(encoding="utf-8").splitlines()
     found, before, begun = [], "", None
     for number, line in enumerate(lines):
@@ -72,14 +74,14 @@ def blocks_of(page: Path) -> list[Block]:
             )
             begun, before = None, ""
         elif begun is None:
-            # What stands directly before the fence: a mark may take several lines.
+            # The text directly before the fence: a mark may take several lines.
             before = before + line + "\n" if line.strip() else ("" if not before.endswith("-->\n") else before)
     assert begun is None, f"{page}:{begun}: a block without an end"
     return found
 
 
 def ptd_arguments(command: str) -> list[str] | None:
-    """What ``ptd`` gets in a line of a shell block; None if another program is started."""
+    """Return the arguments of ``ptd`` in a line of a shell block; None if the line starts another program."""
     started = STARTED.match(command.replace("\\\n", " "))
     if started is None:
         return None
@@ -89,7 +91,7 @@ def ptd_arguments(command: str) -> list[str] | None:
 
 
 def inline_commands(page: Path) -> Iterator[list[str]]:
-    """The words of each ``ptd …`` in running text."""
+    """Yield the arguments of each ``ptd …`` command in running text."""
     text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     for found in INLINE.findall(text):
         yield re.sub(r"\s+", " ", found).split()[1:]

@@ -1,8 +1,8 @@
-"""README.md, docs/ and the READMEs beside what they explain: commands and code are run, or say why they are not.
+"""Commands and code in README.md, docs/ and the READMEs in other folders run, or a mark says why they do not.
 
-Blocks of a page run in order, in one folder (world.py): shell by bash, Python in one namespace. ``ptd launch`` runs
-with ``--dry-run``. Of commands that are not run every option and key is one that exists. Running takes minutes and
-happens with ``PTD_DOCS=1`` (``make docs-test``); the rest always.
+The blocks of a page run in order in one folder (world.py): shell blocks in bash, Python blocks in one namespace.
+``ptd launch`` runs with ``--dry-run``. In commands that are not run, every option and key exists. Running the blocks
+takes minutes, so it requires ``PTD_DOCS=1`` (``make docs-test``); the other tests always run.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ ROOT = HERE.parents[1]
 
 
 def helper(name: str) -> Any:
-    """A module beside this one; by file, as the folder is no package."""
+    """Import a module next to this file, by its path because the folder is not a package."""
     spec = importlib.util.spec_from_file_location(f"docs_{name}", HERE / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module there
     spec.loader.exec_module(module)
     return module
 
@@ -71,7 +71,7 @@ def place(page: Path, line: int) -> str:
 
 
 def test_blocks_say_what_they_are() -> None:
-    """A command in a block without a language would never be run."""
+    """Each block names a known language or holds no commands: commands without a language would never be run."""
     for page, block in ALL:
         language = block.language
         assert language in RUNNABLE | DATA or language.startswith("{"), place(page, block.line)
@@ -95,7 +95,7 @@ def test_every_command_is_one_that_ptd_takes(page: Path) -> None:
 
 
 def check(arguments: list[str], where: str) -> None:
-    """Parse a command line without doing anything, and look its overrides up among the keys."""
+    """Parse a command line without running it, and assert that the keys of its overrides exist."""
     said = f"{where}: ptd {' '.join(arguments)}"
     command, rest = descend(arguments, said)
     try:
@@ -110,7 +110,7 @@ def check(arguments: list[str], where: str) -> None:
 
 
 def descend(words: list[str], said: str) -> tuple[Any, list[str]]:
-    """The subcommand that ``words`` begin with, and those behind its name."""
+    """Return the subcommand that ``words`` begin with, and the words after its name."""
     command: Any = typer.main.get_command(app)
     rest = list(words)
     while hasattr(command, "commands") and rest and not {"--help", "--version"} & {rest[0]}:
@@ -124,7 +124,7 @@ def descend(words: list[str], said: str) -> tuple[Any, list[str]]:
 
 
 def options_of(command: Any) -> set[str]:
-    """Names of its options."""
+    """Return the names of a command's options."""
     own = {name for parameter in command.params for name in [*parameter.opts, *parameter.secondary_opts]}
     return own | {"--help"}
 
@@ -151,7 +151,7 @@ def test_a_misspelt_option_or_key_is_found() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_in_running_text(page: Path) -> None:
-    """Subcommand and options exist; the rest may be left out there."""
+    """The subcommand and the options exist; running text may omit the other arguments."""
     for words in blocks.inline_commands(page):
         said = f"{name_of(page)}: ptd {' '.join(words)}"
         alternatives = [
@@ -176,14 +176,14 @@ def test_yaml_is_part_of_a_run_file() -> None:
                     check_key(f"{section}.{key}".rstrip("."), place(page, block.line))
 
 
-# --- running them ---------------------------------------------------------------------------------------------------
+# --- running the blocks ---------------------------------------------------------------------------------------------
 
 running = pytest.mark.skipif(not os.environ.get("PTD_DOCS"), reason="takes minutes: PTD_DOCS=1, or make docs-test")
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """With ``ptd`` in PATH, answered by a process that has its imports."""
+    """Yield environment variables whose PATH has a ``ptd`` that passes commands to a process with the imports done."""
     folder = tmp_path_factory.mktemp("bin")
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     given = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
@@ -231,7 +231,7 @@ def test_page(
 
 
 def run_shell(block: Any, folder: Path, environment: dict[str, str]) -> None:
-    """Commands that are not run leave empty lines, so that bash's line numbers are the page's."""
+    """Run a shell block; commands that are not run become empty lines, so that bash's line numbers match the page's."""
     lines: list[str] = []
     for _, command, runs in block.commands():
         lines += (as_run(command) if runs else "\n" * command.count("\n")).split("\n")
@@ -256,7 +256,7 @@ def test_a_command_that_fails_is_named() -> None:
 
 
 def as_run(command: str) -> str:
-    """As it stands, but for the reader's own names, and without starting anything on other machines."""
+    """Return the command with the reader's own names replaced, and changed to start nothing on other machines."""
     for word, value in world.WORDS.items():
         command = command.replace(word, value)
     return re.sub(r"^ptd launch (local|ssh|slurm) ", r"ptd launch \1 --dry-run ", command)
@@ -265,5 +265,5 @@ def as_run(command: str) -> str:
 def run_python(block: Any, namespace: dict[str, Any]) -> None:
     code = compile("\n" * (block.line - 1) + block.text, name_of(block.page), "exec")
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # those of other libraries are no reader's concern
+        warnings.simplefilter("ignore")  # warnings of other libraries do not concern the reader
         exec(code, namespace)

@@ -1,4 +1,4 @@
-"""The site that ``make docs`` builds: its links lead somewhere, and a browser draws its pages without a complaint."""
+"""The site that ``make docs`` builds: its links have targets, and a browser renders its pages without errors."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ SHOWS = {
     "reduction.html": '<svg class="figure"',
     "api.html": 'id="ptd.attach"',
 }
-"""Page → what has to be in it once a browser has run its scripts."""
+"""Page → text that it has to contain after a browser has run its scripts."""
 
 pytestmark = pytest.mark.skipif(not os.environ.get("PTD_DOCS"), reason="after make docs: PTD_DOCS=1, make docs-test")
 
 
 class Page(HTMLParser):
-    """Its ``targets`` and what it ``links`` to."""
+    """The ``targets`` (ids) of a page and the ``links`` that it contains."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -60,11 +60,11 @@ def test_every_link_leads_somewhere() -> None:
 
 PAGES = sorted(path.name for path in SITE.glob("*.html"))
 SCROLLS = ".table-wrapper, .wide, .sig, pre, math"
-"""What may be wider than a phone: it is moved sideways by itself."""
+"""Elements that may be wider than a phone, because each of them scrolls horizontally."""
 
 
 def checked(browser: Browser, name: str, window: str) -> None:
-    """Open a page of the site: it complains of nothing, and asks for nothing that is not in the site."""
+    """Open a page of the site; assert that it logs no messages and requests only files of the site."""
     browser.open(SITE / name, **WINDOWS[window])
     assert browser.complaints == []
     assert [url for url in browser.requests if not url.startswith(f"{SITE.as_uri()}/")] == []
@@ -72,10 +72,10 @@ def checked(browser: Browser, name: str, window: str) -> None:
 
 @pytest.mark.parametrize("name", PAGES or ["index.html"])
 def test_a_browser_does_not_complain(browser: Browser, name: str) -> None:
-    """On a desk, dark, and on a phone, where nothing but `SCROLLS` is wider than the window."""
+    """A page renders in a dark desktop window and on a phone, where only `SCROLLS` may be wider than the window."""
     checked(browser, name, "dark")
     headings = browser.evaluate("[...document.querySelectorAll('article h1, article h2')].map(each => each.innerText)")
-    assert headings or name == "search.html"  # which has one once something is found
+    assert headings or name == "search.html"  # which has a heading only after a search with results
     assert all(heading.strip() for heading in headings)
     if name in SHOWS:
         assert SHOWS[name] in browser.evaluate("document.documentElement.outerHTML")

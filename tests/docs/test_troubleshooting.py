@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md quotes messages that the code still says."""
+"""docs/troubleshooting.md quotes only messages that the code still contains."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MESSAGES = re.findall(
 
 
 def text_of(node: ast.expr) -> str | None:
-    """A string as the code has it, ``…`` for what is filled in; None for any other expression."""
+    """Return a string as the code writes it, with ``…`` for inserted values; None for any other expression."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
@@ -28,7 +28,7 @@ def text_of(node: ast.expr) -> str | None:
 
 @cache
 def texts() -> list[str]:
-    """All strings of ptd's code but docstrings."""
+    """Return all strings in ptd's code except docstrings."""
     found = []
     for path in sorted((ROOT / "ptd").rglob("*.py")):
         with warnings.catch_warnings():

@@ -1,7 +1,7 @@
-"""``ptd`` without its ten seconds of imports: a process that has them, and forks for each command.
+"""Run ``ptd`` without its ten seconds of imports: a server that has imported everything forks for each command.
 
-``python warm.py SOCKET`` serves; `write_client` writes the program ``ptd`` that a shell finds in PATH. A command has
-arguments, environment, folder, standard streams and exit code of its own. The serving process uses no autograd.
+``python warm.py SOCKET`` starts the server; `write_client` writes the program ``ptd`` that a shell finds in PATH. Each
+command has its own arguments, environment, folder, standard streams and exit code. The server does not use autograd.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ with socket.socket(socket.AF_UNIX) as connection:
 
 
 def write_client(path: Path, sock: Path) -> None:
-    """Write the program that hands its command to the process serving at ``sock``."""
+    """Write the program that passes its command to the server at ``sock``."""
     path.write_text(CLIENT.format(python=sys.executable, path=str(sock)), encoding="utf-8")
     path.chmod(0o755)
 
 
 def serve(path: str) -> None:
-    """Answer until killed; prints a line when ready."""
+    """Run commands until killed; print a line when ready."""
     for name in MODULES:
         importlib.import_module(f"ptd.{name}")
     importlib.import_module("ptd.cli")
     importlib.import_module("transformers.models.llama.modeling_llama")
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever has answered needs no burial
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps child processes that have answered
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(path)
         listening.listen()

@@ -1,4 +1,4 @@
-"""The folder that the blocks of a page run in: what the page takes for granted, at a size that runs in seconds."""
+"""Build the folder in which a page's blocks run: the files that the page assumes, small enough to run in seconds."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ train: {{max_steps: 3, per_device_train_batch_size: 4, learning_rate: 1.0e-2, sa
 output_dir: {output}
 """
 WORDS = {"PATH_OR_HUB_ID": str(BACKBONE), "[KEY=VALUE …]": ""}
-"""What pages write for something of the reader's."""
+"""Placeholders on pages for the reader's own values, with the values for the tests."""
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """JSONL."""
+    """Write rows as JSONL."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def build(folder: Path) -> Path:
-    """Rows and run files; ``ptd train trained.yaml`` there makes what `settle` copies as ``out``."""
+    """Write rows and a run file; ``ptd train trained.yaml`` there then creates what `settle` copies as ``out``."""
     train, held_out = make_task(train_rows=12, eval_rows=4)
     write_rows(folder / "train.jsonl", train)
     write_rows(folder / "eval.jsonl", held_out)
@@ -45,7 +45,7 @@ def build(folder: Path) -> Path:
 
 
 def settle(world: Path, folder: Path) -> None:
-    """A page's own folder, with an adapter in ``out`` and where ``ptd quickstart`` leaves it."""
+    """Fill a page's own folder, with an adapter in ``out`` and in the folder where ``ptd quickstart`` writes it."""
     for name in ("train.jsonl", "eval.jsonl", "notes.jsonl"):
         shutil.copy(world / name, folder)
         shutil.copy(world / name, _made(folder / "quickstart" / "data"))
@@ -62,12 +62,12 @@ def _made(folder: Path) -> Path:
 
 
 def without_out(folder: Path) -> None:
-    """Before a block that trains into ``out`` itself."""
+    """Remove ``out`` before a block that itself trains into ``out``."""
     shutil.rmtree(folder / "out", ignore_errors=True)
 
 
 def the_readmes_run(folder: Path) -> None:
-    """The README's own run file, with a model that is here, for three steps."""
+    """Write the README's own run file, with the shipped backbone and for three steps."""
     without_out(folder)
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     text = page.split("```yaml\n")[1].split("```")[0].replace("PATH_OR_HUB_ID", str(BACKBONE))
@@ -78,11 +78,11 @@ def the_readmes_run(folder: Path) -> None:
 BEFORE: list[tuple[str, str, Callable[[Path], None]]] = [
     ("README.md", "ptd train run.yaml", the_readmes_run),
 ]
-"""Page, a piece of the block's text, and what to do in the page's folder before it."""
+"""Page, part of a block's text, and the function to call with the page's folder before that block."""
 
 
 def names(page: str) -> dict[str, Any]:
-    """What the Python of a page takes as given: ``path`` of a backbone and, by page, tensors or batches."""
+    """Return the names that a page's Python code assumes: ``path`` of a backbone and, by page, tensors or batches."""
     given: dict[str, Any] = {"path": str(BACKBONE), "torch": torch}
     if page == "docs/api.md":
         given["batches"] = list(itertools.islice(_batches(), 2))

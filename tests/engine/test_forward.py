@@ -1,4 +1,4 @@
-"""A batch through the backbone: the tensors each architecture takes, against the model called by hand."""
+"""A batch passes the tensors that each architecture takes, and gives the results of a direct call of the model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ROWS = np.array([2, 0, 1])
 
 
 def by_hand(model, row):
-    """The plain model on one row alone: nothing is padded, nothing packed."""
+    """Return the logits of the plain model for one row alone, without padding or packing."""
     piece = slice(OFFSETS[row], OFFSETS[row + 1])
     inputs = {"input_ids": torch.from_numpy(TOKENS[piece].astype(np.int64))[None]}
     if model.config.model_type == "bert":
@@ -70,7 +70,7 @@ def test_the_loss_of_an_encoder_decoder_is_that_of_transformers(family):
     batch = Batches(examples, rank=0, world_size=1, per_device_batch_size=3, packing=False).step(0)[0]
     model = tiny_model(family)
     labels = batch.labels
-    if family == "mbart":  # which takes the target's last token for its start; our tokenizer writes no language code
+    if family == "mbart":  # mBART starts with the target's last token; our tokenizer writes no language code
         inputs = {"decoder_input_ids": batch.input_ids.clone()}
         inputs["decoder_input_ids"][:, 0] = model.config.decoder_start_token_id
     else:

@@ -1,4 +1,4 @@
-"""What is called diverged: losses of real runs, and drawn ones; healthy runs never are."""
+"""The guard detects divergence in the losses of real and of simulated runs, and never in healthy runs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import pytest
 
 from ptd.engine.guard import Divergence, Guard
 
-# Losses of real runs, to three or two digits: the quickstart's backbone on its task, and SmolLM2-135M-Instruct on E2E
-# (8 rows a step, 30 virtual tokens from a text). ``…ALONE``: the backbone alone, on the rows of the first steps.
+# Losses of real runs, rounded to two or three decimals: the quickstart's backbone on its task, and
+# SmolLM2-135M-Instruct on E2E (8 rows per step, 30 virtual tokens initialised from a text). ``…ALONE``: losses of the
+# frozen backbone without a prompt on the rows of the first steps.
 # fmt: off
 QUICKSTART_ALONE = (4.959, 4.867, 4.75, 5.215)
 MLP_AT_7E_3 = (
@@ -38,12 +39,12 @@ RANDOM_PROMPT_AT_1E_2 = (
     3.28, 3.31,
 )
 FOUR_ROWS_ALONE = (4.848, 5.083, 4.806, 4.93)
-PREFIX_AT_30 = (  # 4 rows a step
+PREFIX_AT_30 = (  # 4 rows per step
     4.906, 8.982, 8.341, 7.6, 7.461, 7.057, 6.197, 6.078, 6.022, 6.029, 6.097, 5.875, 5.879, 5.885, 5.672, 5.814,
     5.702, 5.766, 5.837, 5.651, 5.771, 5.706, 5.589, 5.871, 5.779, 5.803, 6.055, 5.721, 6.039, 5.789, 5.717, 5.777,
     5.688, 5.552,
 )
-PREFIX_WARMED_UP_TO_15 = (  # 4 rows a step; the learning rate rises in all of them
+PREFIX_WARMED_UP_TO_15 = (  # 4 rows per step; the learning rate rises in all steps
     4.906, 4.994, 4.211, 3.7, 3.84, 3.449, 2.966, 3.1, 2.946, 2.797, 3.574, 3.291, 4.105, 3.978, 4.358, 3.935, 4.398,
     4.598, 4.443, 4.608, 4.497, 4.705, 4.572, 5.237, 5.133, 4.888, 5.479, 5.274, 5.425, 5.366, 5.546, 5.332, 5.214,
     5.236, 5.374,
@@ -58,7 +59,7 @@ SMOL_AT_1 = (
     2.397, 12.107, 8.709, 10.738, 11.337, 9.503, 9.985, 10.435, 9.112, 7.711, 7.989, 7.251, 8.24, 7.248, 6.73, 7.007,
     6.775, 6.724, 6.847, 6.203, 6.47, 6.327, 6.016, 6.032, 5.851, 5.871, 5.685, 5.777, 5.525, 5.57, 5.433, 5.851, 5.417,
 )
-SMOL_RANDOM_PROMPT_AT_1 = (  # its second loss is far above, and only that
+SMOL_RANDOM_PROMPT_AT_1 = (  # only its second loss is far above the baseline
     2.936, 4.924, 2.831, 2.644, 2.614, 2.569, 2.319, 2.008, 2.591, 2.154, 1.939, 1.722, 2.303, 2.103, 1.665, 1.789,
     1.743, 2.079, 2.228, 1.922, 1.859, 1.954, 1.664, 1.676, 1.704, 1.702, 1.56, 1.584, 1.537, 2.056, 1.639, 1.979,
 )
@@ -73,7 +74,7 @@ def judged(
     warmup: int = 0,
     alone: bool = True,
 ) -> Divergence | None:
-    """The verdict on a run, which is given its losses through a checkpoint at each step."""
+    """Return the verdict on a run whose guard is saved and loaded again after each step."""
     guard = Guard(total or len(losses), warmup)
     guard.begin(begun, alone=alone)
     found = None
@@ -121,7 +122,7 @@ def test_a_rate_a_hundred_times_too_high_is_found_out_at_once(total: int) -> Non
 
 
 def test_a_run_that_stays_above_the_backbone_alone() -> None:
-    """It falls from the second window to the first, not from there to the third."""
+    """The loss falls from the first window to the second, but not from the second to the third."""
     verdict = judged(PREFIX_AT_30, FOUR_ROWS_ALONE)
     assert verdict is not None
     assert (verdict.step, verdict.good) == (30, 0)
@@ -131,18 +132,18 @@ def test_a_run_that_stays_above_the_backbone_alone() -> None:
 
 
 def test_a_run_that_gives_back_what_it_had_gained() -> None:
-    """Also in the warm-up, which is what its rate rises through."""
+    """The guard detects a lost gain during warm-up as well, while the learning rate still rises."""
     verdict = judged(PREFIX_WARMED_UP_TO_15, FOUR_ROWS_ALONE, warmup=60)
     assert verdict is not None
     assert (verdict.step, verdict.good) == (30, 9)
     assert "above the 3.5745 that it had reached in step 10: more than half" in verdict.reason
 
 
-# ---- drawn losses
+# ---- simulated losses
 
 
 def drawn(level: Callable[[float], float], steps: int, scatter: float, seed: int, spikes: float = 0.0) -> list[float]:
-    """Losses about a level that is a function of the part of the run that is over."""
+    """Return random losses around a level that is a function of the completed fraction of the run."""
     noise = random.Random(seed)
     return [
         max(1e-3, level(step / steps) + noise.gauss(0, scatter)) + (8.0 if noise.random() < spikes else 0.0)
@@ -169,7 +170,7 @@ HEALTHY: dict[str, tuple[Callable[[float], float], float, float]] = {
 def test_healthy_runs_are_left_alone(case: str, steps: int) -> None:
     level, begins, scatter = HEALTHY[case]
     for seed in range(30 if steps < 1000 else 3):
-        begun = drawn(lambda x: begins, 4, scatter / 2, -seed)  # twice the rows of a step or more
+        begun = drawn(lambda x: begins, 4, scatter / 2, -seed)  # over at least twice the rows of a step
         losses = drawn(level, steps, scatter, seed, spikes=0.02 if steps > 40 else 0.0)
         assert judged(losses, begun, warmup=steps // 10) is None, seed
 
@@ -195,7 +196,7 @@ def test_diverging_runs_are_found_out(case: str, steps: int) -> None:
 
 
 def test_the_good_step_is_before_the_trouble_began() -> None:
-    """Windows of 12 steps of 250: the jump is in steps 61 to 72, the window before it ends with 60."""
+    """Windows have 12 of the 250 steps: the jump is in steps 61 to 72, and the window before it ends with step 60."""
     losses = [*repeat(1.5, 65), *repeat(2.2, 185)]
     verdict = judged(losses, (2.7,))
     assert verdict is not None
@@ -209,7 +210,7 @@ def test_the_good_step_is_before_the_trouble_began() -> None:
 
 
 def test_losses_that_are_not_finite_are_left_out() -> None:
-    """By the loop they are skipped, and end a run when there are ten in a row."""
+    """The guard ignores losses that are not finite: the loop skips their steps, and fails after ten in a row."""
     bad = chain.from_iterable((loss, math.nan, math.inf) for loss in MLP_AT_7E_3)
     assert judged(list(bad)) is None
     far = judged([2.7, *chain.from_iterable((9.0, math.nan) for _ in range(5))], (2.7,))
@@ -233,7 +234,7 @@ def test_a_short_run_has_no_windows() -> None:
     assert judged([2.7, *repeat(3.5, 19)], (2.7,)) is not None
 
 
-# ---- what is kept
+# ---- the state of a guard
 
 
 def test_a_guard_that_begins_again_has_forgotten_the_steps() -> None:

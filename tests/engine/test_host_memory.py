@@ -1,4 +1,4 @@
-"""Freed host memory is taken again without the system's help; counted in page faults of a process of its own."""
+"""A process reuses freed host memory without the system; the test counts page faults in a separate process."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(**environment: str) -> list[str]:
 def test_a_block_is_mapped_once() -> None:
     before, keeps, after = run()
     assert keeps == "True"
-    # Blocks of 40 MiB, which glibc maps by default: 10,240 pages of 4 KiB, or 20 of 2 MiB, sixteen times.
+    # 16 blocks of 40 MiB, each of which glibc maps by default: 10,240 pages of 4 KiB per block, or 20 pages of 2 MiB.
     assert int(before) >= 16 * 20
     assert int(after) < int(before) / 4
 

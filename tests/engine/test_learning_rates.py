@@ -1,4 +1,4 @@
-"""The schedule as a function of the step against transformers' scheduler, stepped as its Trainer does."""
+"""The schedule as a function of the step equals transformers' scheduler, stepped as in transformers' Trainer."""
 
 from __future__ import annotations
 

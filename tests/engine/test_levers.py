@@ -1,4 +1,4 @@
-"""No lever changes the result: the losses of a short run with each of them, against those of the plain step."""
+"""No lever changes the result: the losses of a short run with each lever equal those of a run without levers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ptd.types import Reporter
 EAGER = ("tail", "loss", "joined")
 STEPS = 20
 TOLERANCE = 1e-6
-"""Relative: fp32 sums in another order, through 20 optimizer steps."""
+"""Relative tolerance: sums in fp32 have another order, over 20 optimizer steps."""
 
 
 class Graphs(Reporter):
-    """Counts the graphs that torch.compile has made after each step."""
+    """Records after each step how many graphs torch.compile has made."""
 
     def __init__(self) -> None:
         self.after: list[int] = []
@@ -77,10 +77,10 @@ def test_losses_with_recomputed_layers(losses_of: Any, plain: list[float]) -> No
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inductor and dynamo warn so
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # from inductor and dynamo
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_losses_with_compiled_layers(losses_of: Any, plain: list[float]) -> None:
-    """Every step has another length, and no step from the sixth on needs another graph."""
+    """The steps have different lengths, and no step after the sixth compiles another graph."""
     graphs = Graphs()
     losses = losses_of(graphs, levers=EAGER, compile=True)
     assert losses == pytest.approx(plain, rel=TOLERANCE)

@@ -1,6 +1,6 @@
-"""float16 backbones: the loss scale by itself, and through `ptd.commands.train` in this process.
+"""Loss scaling of float16 backbones: `LossScale` alone, and in runs of `ptd.commands.train` in this process.
 
-On several ranks: test_steps.py.
+test_steps.py tests it on several ranks.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from ptd.runs.metrics_log import read_records
 from ptd.types import UserError
 
 Start = Callable[..., list[str]]
-# float16 rounds each number by up to 5e-4. Measured, worst of the methods: 1.2e-3 of the loss, 3e-3 of the gradient's
-# norm; its cosine is 1 - 5e-6.
+# float16 rounds each number by up to 5e-4 of its value. The largest errors measured over the methods are 1.2e-3 for the
+# loss and 3e-3 for the gradient's norm; the gradient's cosine is 1 - 5e-6.
 LOSS_TOLERANCE, NORM_TOLERANCE, COSINE = 3e-3, 1e-2, 0.999
 METHODS: dict[str, dict[str, Any]] = {
     "prefix": {
@@ -41,7 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-# ---- the scale by itself
+# ---- the loss scale alone
 
 
 def test_it_falls_with_every_overflow_down_to_one() -> None:
@@ -83,7 +83,7 @@ def test_without_one_nothing_is_scaled_or_kept() -> None:
 
 @pytest.fixture(scope="module")
 def start(backbone_dir: Path, rows_file: Path, train_here: Start, tmp_path_factory: pytest.TempPathFactory) -> Start:
-    """``start(folder, "prefix", {"train.seed": 3})`` trains in float16 into ``folder``; returns what was said."""
+    """``start(folder, "prefix", {"train.seed": 3})`` trains in float16 into ``folder``; returns the notes."""
     labelled = tmp_path_factory.mktemp("labelled") / "rows.jsonl"
     rows = [{"text": f"row {index} of many", "label": "ab"[index % 2]} for index in range(12)]
     labelled.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -124,9 +124,9 @@ def kept(folder: Path, step: int) -> dict[str, Tensor]:
 
 
 def first_gradient(folder: Path, part: str = "", *, behind: int = 0) -> Tensor:
-    """Of the clipped gradient of the first step that was not skipped: AdamW's first moment behind it is a tenth.
+    """Return AdamW's first moment after the first step that was not skipped: a tenth of the clipped gradient.
 
-    ``behind``: of so many steps later, for what has had no gradient until then.
+    ``behind``: number of further steps, for parameters that have had no gradient until then.
     """
     step = 1 + series(folder, "skipped_steps").index(0) + behind
     moments = {name: tensor for name, tensor in kept(folder, step).items() if name.startswith("optimizer.exp_avg.")}
@@ -158,12 +158,12 @@ def test_training_is_that_of_float32(start: Start, tmp_path: Path, method: str) 
 
 
 def test_a_gradient_too_small_for_float16_survives(start: Start, tmp_path: Path) -> None:
-    """Class weights that cancel in the mean, but not in the sums that run through the backbone."""
+    """The class weights cancel in the mean, but not in the sums whose gradient passes through the backbone."""
     tiny = {"task.class_weights": {"a": 1e-9, "b": 1e-9}}
     start(tmp_path / "float32", "p_tuning_v2", {"backbone.dtype": "float32", **tiny})
     start(tmp_path / "scaled", "p_tuning_v2", {**tiny, "train.initial_scale_power": 32})
     start(tmp_path / "unscaled", "p_tuning_v2", {**tiny, "train.initial_scale_power": 0})
-    # The head starts at zero, so nothing passes through it in the first step.
+    # The head starts at zero, so no gradient passes through it in the first step.
     true, scaled, unscaled = (
         first_gradient(tmp_path / name, "encoder", behind=1) for name in ("float32", "scaled", "unscaled")
     )
@@ -174,7 +174,7 @@ def test_a_gradient_too_small_for_float16_survives(start: Start, tmp_path: Path)
 
 
 def test_overflow_lowers_the_scale_skips_and_goes_on(start: Start, tmp_path: Path) -> None:
-    """More often in a row than steps with a broken loss may be skipped."""
+    """More steps in a row may be skipped for overflows than for a loss that is not finite."""
     notes = start(tmp_path / "run", changes={"train.initial_scale_power": 32, "train.max_steps": 24})
     skipped, scales = (series(tmp_path / "run", key) for key in ("skipped_steps", "loss_scale"))
     count = sum(skipped)
@@ -204,16 +204,16 @@ def test_a_loss_that_is_not_finite_is_no_overflow(start: Start, tmp_path: Path) 
 
 
 def test_gradients_that_are_not_finite_at_scale_one_end_the_run(start: Start, tmp_path: Path) -> None:
-    """Weights of the loss whose gradient float16 cannot hold whatever the scale."""
+    """With class weights of 1e30, float16 cannot represent the gradient at any loss scale."""
     changes = {"task.class_weights": {"a": 1e30, "b": 1e30}, "train.max_steps": 40}
     with pytest.raises(UserError, match="10 steps in a row"):
         start(tmp_path / "run", "p_tuning_v2", changes)
-    # In the first step nothing passes through the head, which starts at zero.
+    # In the first step no gradient passes through the head, which starts at zero.
     assert series(tmp_path / "run", "loss_scale") == [2.0**16, *(2.0 ** max(0, 16 - step) for step in range(16 + 9))]
 
 
 def test_resumed_run_is_bit_identical(start: Start, tmp_path: Path) -> None:
-    """Of a backbone stored in float16, with a scale that falls, rises and falls again."""
+    """The backbone is stored in float16, and the loss scale falls, rises and falls again."""
     tiny_model("llama").half().save_pretrained(tmp_path / "half")
     tiny_tokenizer().save_pretrained(tmp_path / "half")
     changes = {
@@ -232,7 +232,7 @@ def test_resumed_run_is_bit_identical(start: Start, tmp_path: Path) -> None:
         assert series(resumed, key) == series(whole, key)
     scales = series(whole, "loss_scale")
     moves = [after / before for before, after in pairwise(scales)]
-    assert {0.5, 1.0, 2.0} == set(moves[6:])  # behind the checkpoint, too
+    assert {0.5, 1.0, 2.0} == set(moves[6:])  # after the checkpoint as well
     assert 0 < kept(whole, 6)["loss_scale.good_steps"] < 3
     for step in (6, 12, 16):
         there, here = kept(whole, step), kept(resumed, step)

@@ -1,6 +1,6 @@
-"""Every method and task on two ranks with a sharded backbone against one process with a whole one.
+"""Every method and task gives the same on two ranks with a sharded backbone as in one process with a whole one.
 
-worker_methods.py runs all cases in one launch; a test here looks at one of them.
+worker_methods.py runs all cases in one launch; each test here checks one of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from families import save_backbone
 
 WORKER = Path(__file__).with_name("worker_methods.py")
 
-# fp32 on both sides, which add in another order.
+# Both sides compute in fp32, but sum in different orders.
 TOLERANCE = 1e-5
 
 CLOZE = {"kind": "classification", "verbalizer": {"bad": ["no", "x"], "fair": ["okay"], "good": ["yes"]}}
@@ -64,9 +64,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
 }
 UNEVEN = tuple(name for name in CASES if any(word in name for word in ("class weights", "tags", "seq2seq")))
-"""Cases whose rows have different weights: a mean of the ranks' means is not their mean."""
-# Of six rows (of question answering seven, since one context is two windows) a step takes four, and the second step's
-# two or three leave a slot without one. Texts, targets, words and labels differ from row to row.
+"""Cases whose rows have different weights: the mean of the ranks' means is not the mean over all rows."""
+# A step takes four of the six rows (for question answering seven, because one context has two windows). The second step
+# has only two or three rows, so that some slots have no row. Texts, targets, words and labels differ from row to row.
 ROWS: list[dict[str, Any]] = [
     {
         "prompt": f"{index} and {index % 4}",
@@ -103,7 +103,7 @@ def measured(launch: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
                 "max_grad_norm": 0,
                 "logging_steps": 1,
             },
-            # A threshold of 0: these backbones are so small that DeepSpeed would not shard any of it by itself.
+            # A threshold of 0, because by default DeepSpeed would shard no weight of backbones as small as these.
             "deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
             "output_dir": str(folder / "out" / str(number)),
         }

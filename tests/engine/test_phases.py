@@ -1,4 +1,4 @@
-"""The clock of a step's phases: what it counts, and that it does not pile up what it has seen."""
+"""The clock of a step's phases: the time that it counts for each phase, and that its marks do not accumulate."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The distributed optimizer step against one process: gradients, sharding, bytes on the network, skipped steps.
+"""The distributed optimizer step, compared with one process: gradients, sharding, network bytes, skipped steps.
 
-worker_steps.py measures on 1, 2 and 4 ranks, one launch each; a test here is one of its cases.
+worker_steps.py measures on 1, 2 and 4 ranks, one launch each; each test here checks one of its cases.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import pytest
 WORKER = Path(__file__).with_name("worker_steps.py")
 WORLDS = (1, 2, 4)
 
-# fp32 against an fp64 reference with another attention algorithm: the worst of all cases is 5e-6, in the third step,
-# to which the rounding of two optimizer steps has added. A mean of means is off by 1.6.
+# fp32 against an fp64 reference with another attention algorithm. The largest error of all cases is 5e-6, in the third
+# step, which includes the rounding errors of two optimizer steps. A mean of means has an error of 1.6.
 TOLERANCE = 1e-5
 
 P, EMBEDDING, WIDTH = 5, 12, 2 * 2 * 2 * 8  # tokens of the prompt; 2 layers × (keys, values) × 2 heads × 8
@@ -61,7 +61,7 @@ def test_training_equals_one_process_with_plain_autograd(measured: dict[str, Any
 
 @pytest.mark.parametrize("encoder", ["frozen_first", "uneven_mlp", "narrow_mlp"])
 def test_training_of_encoders_that_do_not_divide(measured: dict[str, Any], encoder: str) -> None:
-    """A hidden layer of 6 or 3 over the ranks (3 are too few to split over four), and a part without a gradient."""
+    """The encoder has a hidden layer of 6, or of 3 (too few to split over four ranks), or a part without a gradient."""
     assert_like_one_process(measured[f"training/{encoder}"])
 
 
@@ -85,7 +85,7 @@ def test_some_slots_have_no_row(measured: dict[str, Any], world: int) -> None:
 def test_clipping_brings_the_norm_to_the_limit(measured: dict[str, Any], case: str) -> None:
     result = measured[f"training/{case}"]
     assert result["smallest_norm"] > 0.1
-    # max_grad_norm / (norm + 1e-6), as torch has it: below the limit by 1e-6 / norm
+    # torch multiplies by max_grad_norm / (norm + 1e-6), so the norm is below the limit by a relative 1e-6 / norm
     assert result["clipped_norms"] == pytest.approx([0.05] * 3, rel=2e-5)
 
 
@@ -98,13 +98,16 @@ def test_wide_layer_and_its_moments_are_divided_by_the_ranks(measured: dict[str,
 
 
 def all_reduce_bytes(world: int, *numbers_of_bytes: int) -> int:
-    """Of all ranks together."""
+    """Return the bytes that all ranks together send to all-reduce buffers of these sizes."""
     return sum(2 * (world - 1) * size for size in numbers_of_bytes)
 
 
 @pytest.mark.parametrize("placement", ["replicated", "zero3"])
 def test_network_bytes_of_a_step(measured: dict[str, Any], world: int, placement: str) -> None:
-    """Loss, weight, two counts, a stop in fp64, the gradient at the prompt; an MLP adds output, dE and four norms."""
+    """A step reduces loss, weight, two counts and a stop flag in fp64, and the gradient at the prompt.
+
+    An MLP adds its output, the gradient dE of its embedding, and four norms.
+    """
     counts, prompt, embedding, norms = 5 * 8, P * WIDTH * 4, P * EMBEDDING * 4, 4 * 4
     direct = measured[f"network/{placement}/direct"]["bytes"]
     assert direct["network_bytes_prompt"] == all_reduce_bytes(world, counts, prompt)
@@ -117,7 +120,7 @@ def test_network_bytes_of_a_step(measured: dict[str, Any], world: int, placement
 
 
 def test_backbone_bytes_are_those_of_gathering_it(measured: dict[str, Any], world: int) -> None:
-    """Each weight is gathered at least once and, forward and backward, at most twice a micro-batch."""
+    """Each weight is gathered at least once and at most twice (forward and backward) per micro-batch."""
     assert measured["network/replicated/direct"]["bytes"]["network_bytes_backbone"] == 0
     sent = measured["network/zero3/direct"]["bytes"]["network_bytes_backbone"]
     whole = 4 * (world - 1) * measured["backbone_parameters"]
@@ -127,7 +130,7 @@ def test_backbone_bytes_are_those_of_gathering_it(measured: dict[str, Any], worl
 @pytest.mark.parametrize("encoder", ["direct", *(f"mlp{hidden}" for hidden in HIDDEN_SIZES)])
 @pytest.mark.parametrize("placement", ["replicated", "zero3"])
 def test_the_meter_misses_no_collective(measured: dict[str, Any], world: int, placement: str, encoder: str) -> None:
-    """torch's CommDebugMode watches the same step and knows nothing of the meter."""
+    """The meter counts the same collectives in a step as torch's CommDebugMode, which is independent of the meter."""
     assert_same_collectives(measured[f"network/{placement}/{encoder}"], world)
 
 
@@ -135,7 +138,7 @@ def assert_same_collectives(case: dict[str, Any], world: int) -> None:
     names = {"c10d.allreduce_": "all_reduce", "c10d_functional.all_reduce": "all_reduce"}
     names |= {"c10d._allgather_base_": "all_gather", "c10d._reduce_scatter_base_": "reduce_scatter"}
     by_torch, seen_by_torch = dict(case["torch"]), dict[str, int]()
-    if world > 1:  # the record gathers the counts of all ranks: their lengths and themselves
+    if world > 1:  # the record gathers the counts of all ranks: first their lengths, then the counts
         assert by_torch.pop("c10d.allgather_") == 2
     for operation, count in by_torch.items():
         seen_by_torch[names[operation]] = seen_by_torch.get(names[operation], 0) + count
@@ -153,7 +156,7 @@ def two_nodes(measured: dict[str, Any], world: int) -> dict[str, Any]:
 
 
 def test_sum_over_nodes(two_nodes: dict[str, Any]) -> None:
-    """The first is so small that it goes in one call."""
+    """The first tensor is so small that it is summed in one collective."""
     sums = two_nodes["sums"]
     assert max(sums["errors"]) <= 1e-6
     assert sums["ranks_equal"] == [True] * 3
@@ -162,9 +165,10 @@ def test_sum_over_nodes(two_nodes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", ["direct", "mlp8", "mlp512", "node"])
 def test_bytes_between_nodes_are_those_of_the_prompt(two_nodes: dict[str, Any], case: str) -> None:
-    """Whatever the encoder's width, and with the backbone sharded inside each node.
+    """The bytes do not depend on the encoder's width, nor on whether the backbone is sharded inside each node.
 
-    Prompt: between two nodes there and back. Counts: a ring over the four ranks, of whose links two cross.
+    The prompt crosses between the two nodes in both directions. The counts pass through a ring over the four ranks; two
+    of its links cross between nodes.
     """
     sent, prompt, counts, embedding, norms = two_nodes[case]["bytes"], P * WIDTH * 4, 5 * 8, P * EMBEDDING * 4, 4 * 4
     crossing_counts = 2 * 2 * 3 * counts // 4
@@ -177,7 +181,10 @@ def test_bytes_between_nodes_are_those_of_the_prompt(two_nodes: dict[str, Any], 
 
 
 def test_backbone_bytes_over_two_nodes(two_nodes: dict[str, Any], measured: dict[str, Any]) -> None:
-    """Over all ranks 3/4 of the weights pass each of four links, two of them between nodes; inside nodes 1/2 do."""
+    """Sharded over all ranks, 3/4 of the weights pass each of four links, two of which are between nodes.
+
+    Sharded inside nodes, 1/2 of the weights pass each link.
+    """
     world, node = two_nodes["world"]["bytes"]["network"], two_nodes["node"]["bytes"]["network"]
     assert world["between_nodes"]["backbone"] == world["inside_nodes"]["backbone"]
     assert 3 * node["inside_nodes"]["backbone"]["all_gather"] == 4 * world["inside_nodes"]["backbone"]["all_gather"]
@@ -212,7 +219,7 @@ def test_step_that_is_not_finite_on_one_rank_is_skipped_on_all(measured: dict[st
 
 
 def test_overflow_on_one_rank_lowers_the_loss_scale_on_all(measured: dict[str, Any], world: int) -> None:
-    """And a scale, a power of two, changes no bit of what is trained."""
+    """The scale, a power of two, changes no bit of the trained parameters and the moments."""
     result = measured["skipping/mlp/scaled"]
     assert result["loss_scale"] == [[2.0**16] * 3 + [2.0**15] * 2] * world
     assert result["skipped"] == [[0, 0, 1, 0, 0]] * world

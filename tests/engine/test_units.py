@@ -1,7 +1,8 @@
-"""Trained in the backbone's own sizes: the same run on every backbone that computes the same function.
+"""Training in the units of the backbone gives the same run on every backbone that computes the same function.
 
-The twin of a backbone has keys and values many times as small in every layer, and queries and an output projection as
-many times as large, which a power of two makes exact. It is the same model to everybody but an optimizer.
+In the twin of a backbone, the keys and values of every layer are scaled down by a factor, and the queries and the
+output projection are scaled up by the same factor. The factor is a power of two, so the scaling is exact: the twin
+computes the same function, and only an optimizer sees a difference.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def rows(tmp_path_factory):
 
 
 def trained(backbone, rows, *, units=True, learning_rate=0.05, **method):
-    """Held-out losses of the backbone alone, at the start and in the end, the loss of each step, and the prompt."""
+    """Train; return held-out losses (no prompt, start), each step's loss, the final held-out loss, and the prompt."""
     train, held_out = map(str, rows)
     ranks = Ranks.start()
     config = parse_config(
@@ -83,9 +84,9 @@ def test_the_default_run_is_the_same_on_the_twin(twin, rows, method):
     frozen, start, losses, tuned, state = trained(BACKBONE, rows, **method)
     also_frozen, _, also_losses, also_tuned, other = trained(twin, rows, **method)
     assert also_frozen == pytest.approx(frozen, rel=1e-5)
-    assert start < 1.02 * frozen  # it starts where the backbone is
+    assert start < 1.02 * frozen  # the run starts near the loss of the frozen backbone
     assert tuned < 0.85 * frozen
-    # Step by step, as far as rounding allows: AdamW turns its noise into whole steps where a gradient is nearly zero.
+    # Equal in every step, up to rounding: AdamW turns rounding noise into full updates where a gradient is nearly zero.
     assert also_losses == pytest.approx(losses, rel=5e-3)
     assert also_tuned == pytest.approx(tuned, rel=5e-3)
     if "name" not in method:
@@ -95,9 +96,10 @@ def test_the_default_run_is_the_same_on_the_twin(twin, rows, method):
 
 @pytest.mark.parametrize(("method", "learning_rate"), [({}, 1e-2), (MLP, 5e-3)], ids=["direct", "mlp"])
 def test_the_keys_and_values_themselves_leave_the_frozen_backbone_behind(twin, rows, method, learning_rate):
-    """As prompts were trained before there were units, at the default and at the recipes' learning rate.
+    """Without units, training ends above the loss of the frozen backbone; with units, it ends below.
 
-    Of a backbone with grouped queries and small keys and values: numbers of the size of 1 are far too large for it.
+    Prompts were trained without units before ptd had them, here at the default and at the recipes' learning rate.
+    The backbone has grouped queries and small keys and values, for which numbers of the size of 1 are far too large.
     """
     frozen, _, _, tuned, _ = trained(twin, rows, units=False, learning_rate=learning_rate, init="random", **method)
     _, _, _, ours, _ = trained(twin, rows, **method)

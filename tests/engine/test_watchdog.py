@@ -1,4 +1,4 @@
-"""What ends a process that makes no progress, and what does not."""
+"""The watchdog ends a process that makes no progress, and no other process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ptd.types import Reporter
 
 HANGS = {
     "waiting": "threading.Event().wait()",
-    # PyDLL calls without releasing the interpreter's lock: no other Python thread runs any more.
+    # PyDLL calls without releasing the interpreter's lock: no other Python thread can run.
     "holding the interpreter's lock": "ctypes.PyDLL(None).sleep(60)",
 }
 PROGRAM = """

@@ -1,8 +1,8 @@
-"""Run on ranks by test_methods_on_ranks.py: runs of many methods in one process group, measured.
+"""Run on ranks by test_methods_on_ranks.py: measure runs of many methods in one process group.
 
     torchrun --nproc-per-node N worker_methods.py CASES.json RESULTS.json
 
-A case is a RUN.yaml's content under a name. Nothing is asserted here; a case's numbers are the worst over all ranks.
+A case has a name and the content of a RUN.yaml. Nothing is asserted here; its numbers are the worst over all ranks.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from ptd.tasks import Task
 from ptd.types import Batch, Examples, Reporter
 
 ALONE = Ranks(0, 1, 1, torch.device("cpu"))
-"""One process that runs by itself, whatever group it is in."""
+"""A process that runs alone, even if it has joined a process group."""
 
 
 @dataclass
 class WatchedLoop(Loop):
-    """The engine's loop, which keeps what every step starts from and the gradients with which it ends."""
+    """The engine's loop; it also records the parameters before each optimizer step and the gradients of the step."""
 
     parameters: list[dict[str, Tensor]] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
@@ -66,7 +66,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 @dataclass
 class Measured:
-    """What a run on all ranks left, on each of them."""
+    """The results of a run on all ranks, as each rank has them."""
 
     config: RunConfig
     loop: WatchedLoop
@@ -79,7 +79,7 @@ class Measured:
 
 
 def run(raw: dict[str, Any], ranks: Ranks) -> Measured:
-    """Train on all ranks; what the last evaluation would answer is kept on rank 0 and given to all."""
+    """Train on all ranks; rank 0 computes the answers of the last evaluation and broadcasts them."""
     loops.clear()
     config = parse_config(raw)
     ptd.commands.train.train(config)
@@ -103,7 +103,7 @@ def run(raw: dict[str, Any], ranks: Ranks) -> Measured:
 
 
 def big(prepared: Prepared) -> list[Any]:
-    """Parameters of more than one number, which two ranks can share."""
+    """Return the parameters with more than one number, which two ranks can share."""
     return [parameter for parameter in prepared.model.parameters() if getattr(parameter, "ds_numel", 2) > 1]
 
 
@@ -120,14 +120,14 @@ class Reference:
         self.trained = Trained(encoder, readout)
 
     def use(self, parameters: dict[str, Tensor]) -> None:
-        """Take these values and put the prompt that they make on the backbone, with its history."""
+        """Load these values and attach the resulting prompt to the backbone, with its autograd graph."""
         missing, unexpected = self.trained.load_state_dict(parameters, strict=False)
         assert not unexpected
         assert not {name for name, _ in self.trained.named_parameters()} & set(missing)
         self.prepared.attachment.set(self.trained.encoder.state(self.trained.encoder()))
 
     def step(self, parameters: dict[str, Tensor], batch: Batch) -> tuple[float, dict[str, Tensor]]:
-        """Loss and gradients of the mean over all that is predicted in the batch."""
+        """Return the loss, as the mean over all predictions in the batch, and its gradients."""
         self.use(parameters)
         self.trained.zero_grad()
         reading = self.trained.readout(self.prepared.run, batch)
@@ -138,10 +138,10 @@ class Reference:
 
 
 def compare(measured: Measured) -> dict[str, Any]:
-    """Every step and the evaluation against the reference."""
+    """Compare every step and the evaluation with the reference."""
     loop, config = measured.loop, measured.config
     reference = Reference(config, loop.held_out.task, loop.step.readout)
-    if loop.step.encoder.units is not None:  # which are measured on the rows
+    if loop.step.encoder.units is not None:  # the units are measured on the rows
         reference.trained.encoder.units.load_state_dict(loop.step.encoder.units.state_dict())
     examples: Examples = loop.batches.examples
     errors: dict[str, float] = {}
@@ -152,8 +152,8 @@ def compare(measured: Measured) -> dict[str, Any]:
         assert expected.keys() == gradients.keys()
         total = norm_of(list(expected.values()))
         for name, gradient in gradients.items():
-            # What is zero but for rounding (no start is likelier when the logits of all rise alike, so the bias of
-            # `Spans` has no gradient) has no relative error of its own.
+            # A gradient that is zero up to rounding has no meaningful relative error. The bias of `Spans` has such a
+            # gradient: no start becomes likelier when the logits of all starts rise by the same amount.
             own = float(expected[name].norm())
             error = float((gradient - expected[name]).norm())
             errors[f"step {index + 1}: {name}"] = error / (own if own > 1e-5 * total else total)
@@ -191,7 +191,7 @@ def compare(measured: Measured) -> dict[str, Any]:
 
 
 def labels_of(answers: list[dict[str, Any]]) -> list[Any]:
-    """What is answered, without its probability."""
+    """Return the answers without their probabilities."""
     return [answer[key] for answer in answers for key in ("label", "tags", "answer") if key in answer]
 
 
@@ -210,10 +210,10 @@ def main(cases_file: str, results_file: str) -> None:
     ranks = Ranks.start(needs_group=True)
     Ranks.stop = lambda self: None  # type: ignore[method-assign]  # one group for all runs
     ptd.commands.train.Loop = WatchedLoop  # type: ignore[misc]
-    ptd.commands.train.leave_report = lambda folder: None  # the same drawing every time
+    ptd.commands.train.leave_report = lambda folder: None  # every run would draw the same report
     cases = json.loads(Path(cases_file).read_text())
     measured = {name: run(raw, ranks) for name, raw in cases.items()}
-    # A reference needs one process: the ranks share them out.
+    # A reference needs one process, so the ranks divide the references among themselves.
     own = {name: compare(measured[name]) for name in list(cases)[ranks.rank :: ranks.world_size]}
     results = {name: case for part in gather(own) for name, case in part.items()}
     for name, one in measured.items():

@@ -1,4 +1,4 @@
-"""Run on ranks by test_steps.py: many cases of the engine in one process group, their measurements as JSON.
+"""Run on ranks by test_steps.py: measure many cases of the engine in one process group; the results are JSON.
 
     torchrun --nproc-per-node N worker_steps.py BACKBONE_FOLDER RESULTS.json
 
@@ -48,8 +48,8 @@ from ptd.types import IGNORE_INDEX, Batch, DataReport, Examples, Reporter, UserE
 P, EMBEDDING = 5, 12
 STEPS = 3
 MAX_GRAD_NORM = 0.05  # far below the norms of these cases, so that clipping acts in every step
-# A large epsilon keeps AdamW's update a smooth function of the gradient: with the usual 1e-8 an entry that rounds to
-# the other side of zero moves by the whole learning rate, and no tolerance would tell that from an error.
+# A large epsilon keeps AdamW's update a smooth function of the gradient. With the usual 1e-8, an entry that rounds to
+# the other side of zero moves by the whole learning rate, and no tolerance could distinguish that from an error.
 OPTIMIZER = {"learning_rate": 0.05, "betas": (0.9, 0.99), "epsilon": 1e-3, "weight_decay": 0.1}
 
 
@@ -71,7 +71,10 @@ EXAMPLES = make_examples(rows=10, seed=3)
 
 
 def make_batches(ranks: Ranks, accumulation: int, packing: bool) -> Batches:
-    """Ten rows in steps of four and two, or eight and two, or ten for sixteen slots: some slots stay without a row."""
+    """Return batches of ten rows in which some slots have no row.
+
+    The steps have four rows and at the end two, or eight and at the end two, or all ten rows in sixteen slots.
+    """
     return Batches(
         EXAMPLES,
         rank=ranks.rank,
@@ -91,7 +94,7 @@ class Reference:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).requires_grad_(False)
 
     def row_loss(self, encoder: PrefixEncoder, flat: Tensor, row: int) -> tuple[Tensor, int]:
-        """Sum of a row's cross-entropies and their number."""
+        """Return the sum of a row's cross-entropies, and their number."""
         cache, state = DynamicCache(), encoder.state(flat)
         for layer, (key, value) in enumerate(zip(state.keys, state.values, strict=True)):
             cache.update(key.transpose(0, 1)[None], value.transpose(0, 1)[None], layer)
@@ -102,7 +105,7 @@ class Reference:
         return losses.sum(), int((labels != IGNORE_INDEX).sum())
 
     def train(self, encoder: PrefixEncoder, rows_of_steps: list[list[int]]) -> dict[str, Any]:
-        """Optimizer steps of the mean over all supervised tokens of the step."""
+        """Run optimizer steps on the mean loss over all supervised tokens of each step."""
         encoder = copy.deepcopy(encoder).double()
         optimizer = torch.optim.AdamW(
             encoder.parameters(),
@@ -125,7 +128,7 @@ class Reference:
         return {"losses": losses, "norms": norms, "gradients": gradients, "parameters": parameters}
 
     def mean_of_means(self, encoder: PrefixEncoder, rows: list[int]) -> float:
-        """How far the gradient of the mean of row means is from that of the mean over tokens (relative)."""
+        """Return the relative error of the gradient of the mean of row means, against that of the mean over tokens."""
         encoder = copy.deepcopy(encoder).double()
         flat = encoder()
         pairs = [self.row_loss(encoder, flat, row) for row in rows]
@@ -231,7 +234,7 @@ def training_case(
     accumulation: int,
     packing: bool,
 ) -> dict[str, Any]:
-    """Three steps of the engine against the reference."""
+    """Run three steps of the engine and compare them with the reference."""
     step = make_step(encoder, ranks)
     gradients: list[dict[str, Tensor]] = []
 
@@ -282,7 +285,7 @@ def relative_list(measured: list[float], expected: list[float]) -> float:
 
 
 def sharding_case(prepared: Prepared, batches: Batches, ranks: Ranks, hidden: int) -> dict[str, Any]:
-    """Bytes this rank holds of the wide layer's weight and of AdamW's moments of it, after a step."""
+    """Return the bytes of the wide layer's weight, and each rank's bytes of it and of AdamW's state after a step."""
     step = make_step(make_encoder(prepared, "mlp", hidden=hidden), ranks)
     make_loop(prepared, step, batches, ranks, lambda record: None).run(0, 1)
     weight = step.encoder.transform[2].weight
@@ -297,7 +300,7 @@ def sharding_case(prepared: Prepared, batches: Batches, ranks: Ranks, hidden: in
 def network_case(
     prepared: Prepared, batches: Batches, ranks: Ranks, encoder: PrefixEncoder, placement: str
 ) -> dict[str, Any]:
-    """Bytes of a step as the meter has them, and its number of collectives beside torch's own count."""
+    """Return the bytes of a step according to the meter, and the numbers of collectives by the meter and by torch."""
     step = make_step(encoder, ranks)
     counted: list[tuple[str, str, int]] = []
     add = step.meter.add
@@ -313,7 +316,7 @@ def network_case(
 
         def keep(record: dict[str, Any]) -> None:
             records.append(record)
-            if len(records) == 3:  # ZeRO-3 traces the order of the layers first, and compares it over all ranks
+            if len(records) == 3:  # ZeRO-3 first traces the order of the layers, and compares it across all ranks
                 counted.clear()
                 stack.enter_context(torchs_count)
 
@@ -332,7 +335,7 @@ def network_case(
 
 
 def sum_over_nodes_case(ranks: Ranks, nodes: Ranks) -> dict[str, Any]:
-    """A gradient of every rank summed node by node and in one call; two ranks do not divide all of the sizes."""
+    """Sum a gradient of every rank node by node and in one call; not all sizes are divisible by two ranks."""
     draw = torch.Generator().manual_seed(ranks.rank)
     results: dict[str, Any] = {"errors": [], "ranks_equal": [], "collectives": []}
     for numel in (7, 4096, 4097):
@@ -346,7 +349,7 @@ def sum_over_nodes_case(ranks: Ranks, nodes: Ranks) -> dict[str, Any]:
 
 
 def shard_groups_case(nodes: Ranks) -> dict[str, Any]:
-    """Who shares a copy of the backbone, by rank; the last two ask again."""
+    """Return, by rank, the ranks that share a copy of the backbone; the last two settings repeat earlier groups."""
     asked = [("world", None), ("node", None), ("node", 1), ("node", 4), ("node", 2)]
     backbones = [BackboneConfig(path="any", sharding=sharding, sharding_group_size=size) for sharding, size in asked]
     groups = [nodes.shard_group(backbone) for backbone in backbones]
@@ -361,7 +364,7 @@ def shard_groups_case(nodes: Ranks) -> dict[str, Any]:
 
 @contextmanager
 def poisoned(prepared: Prepared, when: Callable[[], bool], kind: str) -> Iterator[Run]:
-    """The model, but where ``when()`` holds its loss is NaN or inf, or its loss is fine and its gradient is not."""
+    """Yield the model's ``run``; if ``when()`` is true, its loss is NaN or inf, or only its gradient is not finite."""
 
     def run(batch: Batch, positions: Tensor | None) -> Tensor:
         logits = prepared.run(batch, positions)
@@ -378,7 +381,7 @@ def poisoned(prepared: Prepared, when: Callable[[], bool], kind: str) -> Iterato
 def skipping_case(
     prepared: Prepared, ranks: Ranks, encoder: PrefixEncoder, kind: str, loss_scale: LossScale | None = None
 ) -> dict[str, Any]:
-    """Step 3 of 5 is poisoned in the first of the last rank's two micro-batches."""
+    """Run five steps; step 3 is poisoned in the first of the last rank's two micro-batches."""
     step = make_step(encoder, ranks, loss_scale)
     calls = 0
 
@@ -412,7 +415,7 @@ def skipping_case(
 
 
 def giving_up_case(prepared: Prepared, ranks: Ranks, encoder: PrefixEncoder, bad_steps: range) -> dict[str, Any]:
-    """One rank's loss is NaN in ``bad_steps`` (step indices): what is raised, and after how many records."""
+    """Make rank 0's loss NaN in ``bad_steps`` (step indices); return what the ranks raise and the number of records."""
     step = make_step(encoder, ranks)
     calls = 0
 
@@ -433,7 +436,7 @@ def giving_up_case(prepared: Prepared, ranks: Ranks, encoder: PrefixEncoder, bad
 
 
 def checkpoint_case(prepared: Prepared, batches: Batches, writers: Ranks, readers: Ranks) -> dict[str, Any]:
-    """Tensors written by one arrangement of ranks, read by another, are the same bit for bit."""
+    """Write tensors with one arrangement of ranks, read them with another; return those that are not bit-identical."""
     encoder = make_encoder(prepared, "mlp")
     step = make_step(encoder, writers)
     make_loop(prepared, step, batches, writers, lambda record: None).run(0, 2)
@@ -451,7 +454,7 @@ def checkpoint_case(prepared: Prepared, batches: Batches, writers: Ranks, reader
     return {"tensors": len(written), "different": [name for name, equal in same.items() if not equal]}
 
 
-# ---- all of them
+# ---- all cases
 
 
 def sharded(folder: str, ranks: Ranks, sharding: str) -> Prepared:
@@ -459,7 +462,7 @@ def sharded(folder: str, ranks: Ranks, sharding: str) -> Prepared:
         "backbone": {"path": folder, "dtype": "float32", "sharding": sharding},
         "method": {"name": "prefix"},
         "data": {},
-        # A threshold of 0: this backbone is so small that DeepSpeed would not shard any of it by itself.
+        # A threshold of 0, because by default DeepSpeed would shard no weight of a backbone as small as this one.
         "deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
     }
     config, zero3 = apply_deepspeed(parse_config(raw))
@@ -489,10 +492,10 @@ def main(folder: str, results_file: str) -> None:
         "uneven_mlp": (make_encoder(plain, "mlp", hidden=6), ranks),
         "narrow_mlp": (make_encoder(plain, "mlp", hidden=3), ranks),
     }
-    if ranks.world_size == 4:  # two nodes of two ranks: the encoder is split within a node and replicated over nodes
+    if ranks.world_size == 4:  # two nodes of two ranks: the encoder is split within a node and replicated across nodes
         extra["two_nodes_mlp"] = (make_encoder(plain, "mlp"), Ranks(ranks.rank, 4, 2, ranks.device))
 
-    # References are shared out over the ranks and then exchanged.
+    # The ranks divide the references among themselves and then exchange them.
     needed = [*itertools.product(variants, (1, 4)), *((name, 1) for name in extra)]
     own = Reference(folder)
     computed: dict[tuple[str, int], Any] = {}
@@ -514,7 +517,7 @@ def main(folder: str, results_file: str) -> None:
     for name, (encoder, arrangement) in extra.items():
         try:
             results[f"training/{name}"] = training_case(plain, references[name, 1], encoder, arrangement, 1, True)
-        except RuntimeError as error:  # every rank's shapes disagree alike, so the others are not left waiting
+        except RuntimeError as error:  # shapes mismatch on every rank alike, so no rank waits for another
             results[f"training/{name}"] = {"error": str(error)}
 
     batches = make_batches(ranks, 1, True)

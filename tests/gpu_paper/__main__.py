@@ -1,6 +1,7 @@
-"""Any command of ptd on the emulated GPU: ``PYTHONPATH=.:kernels python -m tests.gpu_paper train run.yaml``.
+"""Run any ptd command on the emulated GPU: ``PYTHONPATH=.:kernels python -m tests.gpu_paper train run.yaml``.
 
-Behind it, on stderr: how often the host waited for the GPU, for what and where, and how many operations it launched.
+Afterwards, print to stderr how often the host waited for the GPU, for which operation and where in the code, and how
+many operations it launched.
 """
 
 from __future__ import annotations

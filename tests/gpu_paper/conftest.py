@@ -1,4 +1,4 @@
-"""What the tests on an emulated GPU share. They run in a process of their own (``make test-gpu-paper``)."""
+"""Share fixtures among the tests on an emulated GPU, which run in a separate process (``make test-gpu-paper``)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def labelled_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with every task's columns."""
+    """Write a file with the columns of every task."""
     path = tmp_path_factory.mktemp("labelled") / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     return path

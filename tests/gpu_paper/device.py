@@ -1,11 +1,12 @@
-"""An emulated NVIDIA GPU for a machine without one: real code runs on real tensors that lie on ``cuda:0``.
+"""Emulate an NVIDIA GPU on a machine without one: real code runs on real tensors on ``cuda:0``.
 
-Its memory is the host's (``device.cpp``, built once with the machine's C++ compiler) and its kernels are the CPU's, so
-every number is real. What a GPU would refuse is refused: an operation on tensors of two devices, a fused optimizer's
-state on the host. What a GPU would do is counted (`Seen`): operations launched, and those that make the host wait.
+The GPU's memory is host memory (``device.cpp``, built once with the machine's C++ compiler) and its kernels are the
+CPU's, so every number is real. The emulation refuses what a GPU would refuse: an operation on tensors of two devices,
+the state of a fused optimizer on the host. `Seen` counts what a GPU would do: the operations launched, and those that
+make the host wait.
 
-To be loaded before torch, which looks for its CUDA once: ``python -m pytest -p tests.gpu_paper.device …``.
-Where there is a real GPU nothing is emulated, and `Seen` counts the same operations there.
+Load this module before torch, which looks for CUDA only once: ``python -m pytest -p tests.gpu_paper.device …``.
+On a machine with a real GPU, nothing is emulated, and `Seen` counts the same operations there.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def _has_cuda() -> bool:
 
 
 def _built(compiler: str) -> Path:
-    """The library of ``device.cpp`` for this torch, built if it has not been."""
+    """Return the library of ``device.cpp`` for this torch; build it if it does not exist."""
     folder = _torch_folder()
     version = (folder / "version.py").read_text(encoding="utf-8")
     key = hashlib.sha256((SOURCE.read_text(encoding="utf-8") + version + str(folder)).encode()).hexdigest()[:16]
@@ -81,14 +82,14 @@ WAITS = {
     aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten.equal, aten.bincount,
     aten._unique2, aten.unique_consecutive, aten.unique_dim,
 }  # fmt: skip
-"""Operations whose answer is a number on the host, or decides the shape of a tensor."""
+"""Operations whose result is a number on the host, or determines the shape of a tensor."""
 
 
 class Seen:
-    """What the GPU is asked, while it is ``watched``: operations it would launch, and those the host would wait for.
+    """Counts, while ``watched``, the operations that the GPU would launch and those that the host would wait for.
 
-    ``launched`` counts by what was ``doing`` then and by operation; ``waited`` has for each what was doing, the
-    operation, and the files and lines it was asked from.
+    ``doing``: the name of the current work. ``launched`` counts operations by ``doing`` and by name; ``waited`` lists
+    for each wait the ``doing``, the operation, and the files and lines that called it.
     """
 
     def __init__(self) -> None:
@@ -97,7 +98,7 @@ class Seen:
         self.waited: list[tuple[str, str, str]] = []
 
     def launches(self, doing: str | None = None) -> int:
-        """Operations launched, altogether or while ``doing`` this."""
+        """Return the number of operations launched, in total or during ``doing``."""
         return sum(count for (when, _), count in self.launched.items() if doing in (None, when))
 
     def launch(self, name: str) -> None:
@@ -105,7 +106,7 @@ class Seen:
         self.launched[self.doing, name] += 1
 
     def wait(self, name: str) -> None:
-        """Note that the host waits."""
+        """Record that the host waits."""
         own = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename]
         own = [frame for frame in own if frame.filename != __file__]
         where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in own[:-5:-1])
@@ -117,7 +118,7 @@ _watching: list[Seen] = []
 
 @contextlib.contextmanager
 def watched() -> Iterator[Seen]:
-    """See what the GPU is asked in here."""
+    """Yield a `Seen` that counts the operations inside this context."""
     seen = Seen()
     with contextlib.nullcontext() if EMULATED else Dispatched(seen):
         if EMULATED:
@@ -140,7 +141,7 @@ def _waits(name: str) -> None:
 
 @contextlib.contextmanager
 def strictly() -> Iterator[None]:
-    """On a real GPU torch itself raises in here where the host waits."""
+    """On a real GPU, make torch itself raise if the host waits inside this context."""
     if EMULATED:
         yield
         return
@@ -161,7 +162,7 @@ def _unseen() -> Iterator[None]:
 
 
 class Dispatched(TorchDispatchMode):
-    """What `Seen` sees on a real GPU, where nobody but torch's dispatcher can tell."""
+    """Counts for `Seen` on a real GPU, where only torch's dispatcher can observe the operations."""
 
     def __init__(self, seen: Seen) -> None:
         super().__init__()
@@ -192,11 +193,11 @@ class Dispatched(TorchDispatchMode):
 HOST = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _host: Any = torch.ops.gpu_paper.on_host.default if EMULATED else None
 TWO_DEVICES = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten.copy_}
-"""Operations that may be given tensors of the host, as an index or to be copied."""
+"""Operations that accept tensors on the host, as an index or for a copy."""
 
 
 def _fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
-    """An operation of the GPU, computed by the CPU's kernel on the same memory."""
+    """Compute an operation of the GPU with the CPU's kernel on the same memory."""
     packet = op.overloadpacket
     tensors = list(_tensors((args, kwargs)))
     _check_devices(op, tensors)
@@ -205,7 +206,7 @@ def _fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
     _launches(str(packet))
     host_args, host_kwargs = _numbers_as_tensors(op, _on_host(args), _on_host(kwargs))
     grown = {name for name in _written(op) if isinstance(kwargs.get(name), Tensor) and kwargs[name].numel() == 0}
-    for name in grown:  # what an operation is to size itself
+    for name in grown:  # an output that the operation itself resizes
         host_kwargs[name] = torch.empty(0, dtype=kwargs[name].dtype)
     if isinstance(host_kwargs.get("device"), torch.device):
         host_kwargs["device"] = torch.device("cpu")
@@ -222,7 +223,7 @@ def _fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
 
 @contextlib.contextmanager
 def _drawing_from(given: torch.Generator | None) -> Iterator[torch.Generator | None]:
-    """A generator of the host in the state of the GPU's, which takes on the state it is left in."""
+    """Yield a host generator with the state of the GPU's generator; afterwards, copy its new state back."""
     if given is None:
         yield None
         return
@@ -235,7 +236,7 @@ def _drawing_from(given: torch.Generator | None) -> Iterator[torch.Generator | N
 
 
 def _on_host(value: Any) -> Any:
-    """Tensors and what holds them, on the same memory."""
+    """Return the value with all its tensors, nested ones too, as host tensors on the same memory."""
     if isinstance(value, Tensor):
         return _host(value) if value.is_cuda else value
     if isinstance(value, list | tuple):
@@ -252,7 +253,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _numbers_as_tensors(op: Any, args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
-    """A number that C++ had put into a tensor comes here as Python's, and is put into one again."""
+    """Put numbers into tensors again where C++ had done so: they arrive here as Python numbers."""
     if not any(isinstance(value, int | float) for value in (*args, *kwargs.values())):
         return list(args), kwargs
     wide = any(value.dtype == torch.float64 for value in _tensors((args, kwargs)))
@@ -279,7 +280,7 @@ def _written(op: Any) -> list[str]:
 
 
 def _returned(op: Any, out: Any, args: Any, kwargs: Any) -> Any:
-    """What the operation returns: the tensors it wrote into, and new ones on the GPU."""
+    """Return the operation's results: the tensors that it wrote to, and new tensors on the GPU."""
     schema = op._schema
     many = isinstance(out, tuple)
     found = []
@@ -296,7 +297,7 @@ def _returned(op: Any, out: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _check_devices(op: Any, tensors: list[Tensor]) -> None:
-    """Raise what a GPU raises about tensors of the host among its own."""
+    """Raise the error that a GPU raises if some of the tensors are on the host."""
     if op.overloadpacket in TWO_DEVICES or {tensor.device.type for tensor in tensors} == {"cuda"}:
         return
     numbers = torch.Tag.pointwise in op.tags or op.overloadpacket in TAKES_NUMBERS
@@ -310,25 +311,25 @@ def _check_devices(op: Any, tensors: list[Tensor]) -> None:
 
 TAKES_NUMBERS = {aten.fill_, aten.fill, aten.masked_fill, aten.masked_fill_, aten._foreach_mul_, aten._foreach_mul,
                  aten._foreach_add_, aten._foreach_add, aten._foreach_div_, aten._foreach_div}  # fmt: skip
-"""Operations beside the pointwise ones to which a number may come as a tensor of the host."""
+"""Operations, in addition to the pointwise ones, that accept a number as a tensor on the host."""
 
 
 def _reads(packet: Any, args: Any, kwargs: Any) -> bool:
-    """Whether the host waits for the operation."""
+    """Return whether the host waits for the operation."""
     if packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
         indices = [index for index in args[1] if index is not None]
-        fills = packet is not aten.index and args[2].numel() == 1  # then a mask is not turned into places
+        fills = packet is not aten.index and args[2].numel() == 1  # then a mask is not converted to indices
         masked = any(index.dtype == torch.bool for index in indices) and not fills
         return masked or any(index.device.type == "cpu" for index in indices)
     if packet is aten.repeat_interleave:
         return kwargs.get("output_size") is None
-    if packet is aten._grouped_mm:  # has a kernel for bf16; else the products are taken one by one
+    if packet is aten._grouped_mm:  # has a kernel for bf16; otherwise the products run one by one
         return bool(args[0].dtype != torch.bfloat16)
     return packet in WAITS
 
 
 def _copy(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """``copy_``: without waiting only inside the GPU, or from and to pinned memory if asked so."""
+    """Run ``copy_``: the host waits, except within the GPU, or with pinned memory and ``non_blocking``."""
     if to.device != source.device:
         on_host = to if to.device.type == "cpu" else source
         if not (non_blocking and on_host.is_pinned()):
@@ -388,7 +389,7 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def _emulate() -> None:
-    with contextlib.suppress(ImportError):  # it would look for a library for CUDA; its own Python runs anywhere
+    with contextlib.suppress(ImportError):  # later it would look for its CUDA library; its Python code runs anywhere
         import bitsandbytes  # noqa: F401
     properties = SimpleNamespace(
         name=NAME, major=CAPABILITY[0], minor=CAPABILITY[1], total_memory=MEMORY, multi_processor_count=132,
@@ -436,7 +437,7 @@ def _emulate() -> None:
     everything.fallback(_fallback, "CUDA")
     own.impl("copy_", _copy, "CUDA")
     warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel", UserWarning)
-    for name in torch._C._dispatch_get_all_op_names():  # torch would take them apart: one kernel on a GPU
+    for name in torch._C._dispatch_get_all_op_names():  # torch would decompose them, but on a GPU they are one kernel
         if name.startswith("aten::_foreach_") or name == "aten::_grouped_mm":
             packet, _, overload = name.removeprefix("aten::").partition(".")
             op = getattr(getattr(aten, packet), overload or "default")
@@ -449,7 +450,7 @@ def _emulate() -> None:
 
         def launch(self: Any, *args: Any, **kwargs: Any) -> None:
             _launches(f"triton.{self.fn.__name__}")
-            with _unseen():  # what it copies
+            with _unseen():  # the interpreter's own copies
                 interpret(self, *args, **kwargs)
 
         GridExecutor.__call__ = launch
@@ -460,7 +461,7 @@ if EMULATED:
     _emulate()
 
 NO_GPU = None
-"""Why there is no GPU at all, not even an emulated one."""
+"""The reason why no GPU exists, not even an emulated one; None if one exists."""
 if not torch.cuda.is_available():
     NO_GPU = "there is no GPU, and no C++ compiler to build the emulated one"
     if _has_cuda():

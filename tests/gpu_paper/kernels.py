@@ -1,6 +1,6 @@
-"""What the libraries of a GPU compute, in plain fp32 on the host: of the operations that a CPU has no kernel for.
+"""Compute in plain fp32 on the host the operations of GPU libraries for which a CPU has no kernel.
 
-Each checks what the library's own would refuse, as far as its callers have to know it.
+Each function checks what the library's own kernel would refuse, as far as its callers have to know.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
 
 
-# ---- FlashAttention-2 (Dao 2023, arXiv:2307.08691), as torch has it
+# ---- FlashAttention-2 (Dao 2023, arXiv:2307.08691), as in torch
 
 
 def _check_flash(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> None:
@@ -30,7 +30,7 @@ def _check_flash(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> None
 
 
 def _sequences(q: Tensor, k: Tensor, starts_q: Tensor | None, starts_k: Tensor | None) -> Iterator[tuple[Any, Any]]:
-    """What indexes the queries and the keys of each sequence, as ``[S, H, D]``."""
+    """Yield for each sequence the indices that select its queries and its keys, each as ``[S, H, D]``."""
     if starts_q is None or starts_k is None:
         for row in range(q.shape[0]):
             yield row, row
@@ -41,7 +41,7 @@ def _sequences(q: Tensor, k: Tensor, starts_q: Tensor | None, starts_k: Tensor |
 
 
 def _scores(q: Tensor, k: Tensor, scale: float | None, causal: bool, left: int | None, right: int | None) -> Tensor:
-    """``[H, S, T]`` in fp32; hidden ones are −inf. Bounds are counted from the last query and the last key."""
+    """Return ``[H, S, T]`` in fp32, hidden scores as −inf; bounds are relative to the last query and the last key."""
     heads = q.shape[1] // k.shape[1]
     keys = k.float().repeat_interleave(heads, dim=1)
     scores = torch.einsum("shd,thd->hst", q.float(), keys) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -90,7 +90,7 @@ def _flash_backward(
     unused: Tensor, *, scale: float | None = None, window_size_left: int | None = None,
     window_size_right: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """From ``out`` and ``lse`` alone, which may be those of a softmax over more keys (its algorithm 2)."""
+    """Use only ``out`` and ``lse``, which may be those of a softmax over more keys (algorithm 2 of the paper)."""
     _check_flash(q, k, v, starts_q)
     assert lse.dtype == torch.float32
     assert lse.is_contiguous()
@@ -115,7 +115,7 @@ def _flash_backward(
     return gradients
 
 
-# ---- cuDNN's attention: [B, H, S, D], and a log-sum-exp with a last axis of one
+# ---- cuDNN's attention: [B, H, S, D], and a log-sum-exp whose last axis has size one
 
 
 def _cudnn_forward(
@@ -180,7 +180,7 @@ def _scaled_mm(
     a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None = None, result: Tensor | None = None,
     out_dtype: torch.dtype | None = None, fast: bool = False,
 ) -> Tensor:  # fmt: skip
-    """As Hopper multiplies: rows by columns, both contiguous along what is summed over, a scale for each of both."""
+    """Multiply as Hopper does: rows by columns, both contiguous along the summed axis, one scale per row and column."""
     assert a.stride(1) == 1, a.stride()
     assert b.stride(0) == 1, b.stride()
     assert all(side % 16 == 0 for side in b.shape), b.shape
@@ -190,7 +190,7 @@ def _scaled_mm(
     return (a.float() @ b.float() * scale_a * scale_b).to(out_dtype)
 
 
-# ---- what a CPU's kernel does not convert
+# ---- operations whose CPU kernel does not convert dtypes
 
 
 def _softmax(x: Tensor, dim: int, half_to_float: bool, *, out: Tensor | None = None) -> Tensor:
@@ -208,7 +208,7 @@ def _histc(x: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Tensor
 
 
 def _sdp_choice(*args: Any, **kwargs: Any) -> int:
-    """Which kernel torch's own attention uses: plain math."""
+    """Return the kernel that torch's own attention uses: plain math."""
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The emulated GPU itself: it computes what the CPU computes, refuses what a GPU refuses, and sees what waits."""
+"""The emulated GPU computes what the CPU computes, refuses what a GPU refuses, and detects waits of the host."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ NOT_WAITING: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.parametrize("watch", ["the device", "the dispatcher"])
 def test_what_waits_is_seen_and_nothing_else(watch: str, waits: bool) -> None:
     for name, operation in (WAITING if waits else NOT_WAITING).items():
-        if name == "made from a list" and watch == "the dispatcher":  # torch does not ask it
+        if name == "made from a list" and watch == "the dispatcher":  # does not pass through the dispatcher
             continue
         there = torch.ones(3, device=GPU).cumsum(0)
         seen = Seen()
@@ -107,14 +107,14 @@ def test_random_numbers_come_from_a_generator_of_the_device() -> None:
 
 
 def leaves(device: torch.device, dtype: torch.dtype, keys: int = 9, queries: int = 9) -> list[Tensor]:
-    """Queries of 4 heads, keys and values of 2, packed as ``[S, H, D]``."""
+    """Return queries of 4 heads, and keys and values of 2 heads, packed as ``[S, H, D]``."""
     drawn = torch.Generator().manual_seed(0)
     shapes = ((queries, 4, 16), (keys, 2, 16), (keys, 2, 16))
     return [torch.randn(shape, generator=drawn).to(device, dtype).requires_grad_() for shape in shapes]
 
 
 def expected(q: Tensor, k: Tensor, v: Tensor, starts: list[int], window: int | None) -> Tensor:
-    """Each sequence by torch's own attention, in fp64."""
+    """Return torch's own attention of each sequence, in fp64."""
     found = []
     for begin, end in pairwise(starts):
         rows = torch.arange(end - begin)
@@ -148,7 +148,7 @@ def test_its_flash_attention_is_attention(window: int | None) -> None:
 
 @emulated
 def test_its_lstm_is_an_lstm() -> None:
-    """Forward and backward, whose cells run in kernels that a CPU has not."""
+    """Its gradients equal a CPU's; forward and backward of its cells run in kernels that a CPU does not have."""
     torch.manual_seed(0)
     module = torch.nn.LSTM(4, 3, num_layers=2, bidirectional=True)
     x = torch.randn(5, 2, 4)

@@ -1,8 +1,8 @@
-"""How many operations a layer asks the GPU for, at most: two tables that are upper bounds.
+"""A layer, and the attention operator alone, launch no more GPU operations than the bounds in two tables.
 
-A layer's share is what a model of four layers launches more than one of two, over two. The operator alone is counted
-at the sizes of large models, on tensors without data: where a library's kernel cannot do it, plain torch does it in
-slices, and their number depends on the sizes.
+A layer's share is half of the difference between what a model of four layers launches and what a model of two layers
+launches. The operator alone is counted at the sizes of large models, on tensors without data: if a library has no
+kernel for a call, plain torch computes the call in slices, and the number of slices depends on the sizes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LENGTHS = (5, 7)
 
 @pytest.fixture(scope="module")
 def of_layers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
-    """A saved backbone of a family with so many layers."""
+    """Return a function that saves a backbone of a family with the given number of layers."""
     folder = tmp_path_factory.mktemp("layers")
 
     def save(family: str, layers: int) -> Path:
@@ -44,7 +44,7 @@ def of_layers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], 
 
 
 def packed() -> Batch:
-    """Two sequences, end to end."""
+    """Return a batch of two concatenated sequences."""
     size = sum(LENGTHS)
     ids = torch.arange(size)[None] % 40 + 10
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
@@ -66,7 +66,7 @@ def prefix_of(attachment: Attachment, count: int = 4) -> PrefixKV:
 
 
 def training_step(model: Any) -> Seen:
-    """Forward and backward of a packed micro-batch."""
+    """Count the operations of forward and backward of a packed micro-batch."""
     attachment = Attachment(model)
     attachment.set(prefix_of(attachment))
     run, batch = Forward(attachment, GPU), packed()
@@ -79,7 +79,7 @@ def training_step(model: Any) -> Seen:
 
 
 def second_token(model: Any, padded: bool) -> Seen:
-    """The second token that is generated behind two prompts."""
+    """Count the operations of the second token that is generated after two prompts."""
     ids = torch.ones(2, 5, dtype=torch.long, device=GPU)
     mask = torch.ones(2, 7, dtype=torch.long, device=GPU)
     mask[0, 0] = not padded
@@ -101,8 +101,8 @@ LAYER: dict[tuple[str, str], tuple[int, int, int, int]] = {
     ("gpt2", "float32"): (71, 65, 61, 63),
     ("gpt2", "bfloat16"): (40, 47, 42, 58),
 }
-"""Of one layer with a prefix: forward and backward of a packed training step, a token of generation, and one behind
-prompts of different lengths. In float32 (and with a softcap, Gemma's) attention is plain torch."""
+"""Bounds for one layer with a prefix: forward and backward of a packed training step, one generated token, and one
+generated token after prompts of different lengths. In float32 (and with Gemma's softcap), attention is plain torch."""
 
 
 @pytest.mark.parametrize(("family", "dtype"), LAYER)
@@ -115,7 +115,7 @@ def test_a_layer_launches_no_more(of_layers: Callable[[str, int], Path], family:
         return [step.launches("forward"), step.launches("backward"), *tokens]
 
     found = tuple((many - few) / 2 for few, many in zip(count(2), count(4), strict=True))
-    share = 1 if EMULATED else 1.25  # the dispatcher sees operations that only take others apart
+    share = 1 if EMULATED else 1.25  # the dispatcher also sees operations that only decompose others
     assert all(one <= share * most for one, most in zip(found, LAYER[family, dtype], strict=True)), found
 
 
@@ -132,7 +132,7 @@ OPERATOR: dict[str, tuple[tuple[int, ...], str, tuple[int, int]]] = {
     "7B, token over 4096, P 32": ((1, 1, 4096, 32, 32, 128, 32), "", (27, 32)),
     "8B, token over 4096, P 32": ((1, 1, 4096, 32, 8, 128, 32), "", (27, 32)),
 }
-"""Sizes B, S, T, query heads, key heads, D, P; what there is beside them; operations forward and backward, in bf16."""
+"""Sizes B, S, T, query heads, key heads, D, P; further options; bounds for forward and for backward, in bf16."""
 
 
 def operator(sizes: tuple[int, ...], kind: str) -> tuple[int, int]:

@@ -1,8 +1,8 @@
-"""Whole runs on the GPU, as a user starts them: they go through, do not wait within a step, go on where they stopped,
-evaluate, answer, and come to the numbers that a CPU comes to.
+"""Whole runs on the GPU, started as a user starts them, reach the same numbers as on a CPU.
 
-A selection of the combinations in which every two of (method, family, task, dtype, quantisation, attention) that make
-sense together occur; PTD_MATRIX_ALL=1 runs what takes hours.
+They finish, do not wait within a step, continue where they stopped, evaluate, and answer. The tests run a selection of
+the combinations of (method, family, task, dtype, quantisation, attention), in which every pair of values that make
+sense together occurs. PTD_MATRIX_ALL=1 runs all combinations, which takes hours.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 QUANTISED = ("none", "int8", "nf4", "fp8")
 ATTENTION = ("auto", "reference", "triton")
 ALLOWED = {"float32": 2e-4, "bfloat16": 3e-2, "float16": 5e-3}
-"""How far losses may be from a CPU's, of their size: in half precision other kernels round elsewhere."""
+"""Highest relative difference of losses from a CPU's: in half precision, other kernels round at other places."""
 ALLOWED_QUANTISED = {"none": 0.0, "int8": 0.05, "nf4": 0.0, "fp8": 0.1}
-"""The same where what is multiplied is rounded as well."""
+"""The same if the inputs of the products are rounded as well."""
 
 Case = tuple[str, str, str, str, str, str]
 """Method, family, task, dtype, quantisation, attention."""
 
 
 def legal(method: str, family: str, task: str, dtype: str, quantised: str, attention: str) -> bool:
-    """Whether ptd runs this, and here: Triton's interpreter has no bfloat16 and takes its time."""
+    """Return whether ptd and this test can run the case: Triton's interpreter has no bfloat16 and is slow."""
     if not makes_sense(method, family, task):
         return False
     if attention == "triton" and (family, dtype, quantised) != ("llama", "float16", "none"):
@@ -71,21 +71,21 @@ def test_the_selection_has_every_pair_that_makes_sense() -> None:
 
 @pytest.fixture(scope="module")
 def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A saved backbone of each family."""
+    """Save a backbone of each family."""
     folder = tmp_path_factory.mktemp("backbones")
     return {family: save_backbone(folder / family, family) for family in BACKBONES}
 
 
 @contextmanager
 def on_the_host() -> Iterator[None]:
-    """As on a machine without a GPU."""
+    """Hide the GPU inside this context, as on a machine without one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         yield
 
 
 class SeenLoop(Loop):
-    """The engine's loop: says when a step or an evaluation is under way, and is asked to stop in step ``stop_in``."""
+    """The engine's loop, which reports its current step or evaluation and is requested to stop in step ``stop_in``."""
 
     seen = Seen()
     stop_in: int | None = None
@@ -107,8 +107,11 @@ class SeenLoop(Loop):
 
 
 def upstream(wait: tuple[str, str, str]) -> bool:
-    """Whether it is transformers or torch that waits: BART's layers look for infinities in float16, and experts are
-    multiplied one by one where there is no kernel for all (which is there for bf16)."""
+    """Return whether transformers or torch waits, and not ptd.
+
+    BART's layers look for infinities in float16. Experts are multiplied one by one if no kernel multiplies all of them
+    (one exists for bf16).
+    """
     _, operation, where = wait
     return where.startswith("modeling_bart.py:") or operation == "aten._grouped_mm"
 
@@ -122,7 +125,7 @@ def losses(out: Path) -> list[float]:
 
 
 def answers(out: Path, rows: Any) -> list[Any]:
-    """What a person gets for the rows: the text written, or labels, tags or spans with probabilities."""
+    """Return what a user gets for the rows: generated text, or labels, tags or spans with probabilities."""
     ranks = Ranks.start()
     tuned = load_tuned(str(out / "adapter"), None, ranks)
     if tuned.task.generates:
@@ -133,7 +136,7 @@ def answers(out: Path, rows: Any) -> list[Any]:
     return [score.float() for score in scores]
 
 
-@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # Triton's, in float16
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # from Triton, in float16
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_a_run_is_a_cpus_and_waits_for_nothing(
     case: Case, backbones: dict[str, Path], labelled_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

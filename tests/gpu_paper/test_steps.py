@@ -1,4 +1,4 @@
-"""The host asks for optimizer steps and never waits for what the GPU makes of them; for an evaluation it waits once."""
+"""The host launches optimizer steps and never waits for their results; it waits once per evaluation."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ EVALUATED = ("packed", "padded", "classification", "mean of words", "cloze", "ta
 
 
 class Run:
-    """`STEPS` optimizer steps of two micro-batches, with a record every `LOGGED`."""
+    """`STEPS` optimizer steps of two micro-batches each, with a record every `LOGGED` steps."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Run:
         config, self.ranks = parse_config(raw), Ranks(0, 1, 1, device)
         self.material = read_material(config, self.ranks, Reporter())
         self.prepared, self.step, batches = build_engine(config, None, self.ranks, config.train, self.material)
-        self.prepared.attachment.stacks[0].left_obstacle = "as some do"  # what is padded on the left is refused then
+        self.prepared.attachment.stacks[0].left_obstacle = "as some do"  # then batches padded on the left are refused
         self.records: list[dict[str, Any]] = []
         self.reporter = Notes()
         nothing = lambda *unused: None  # noqa: E731
@@ -97,7 +97,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def backbones(backbone_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The backbone of a case."""
+    """Return a function that gives the backbone of a case."""
     made = {family: save_backbone(tmp_path_factory.mktemp(family), family) for family in FAMILIES.values()}
     return lambda case: made[FAMILIES[case]] if case in FAMILIES else backbone_dir
 
@@ -117,7 +117,7 @@ def run(backbones: Callable[[str], Path], labelled_rows: Path, monkeypatch: pyte
 def test_no_step_waits(run: Callable[..., Run], case: str) -> None:
     with watched() as seen:
         built = run(case, heartbeat=lambda doing: setattr(seen, "doing", doing))
-        built.loop.run(0, LOGGED)  # the first steps load kernels and make the optimizer's state
+        built.loop.run(0, LOGGED)  # the first steps load kernels and create the optimizer's state
         seen.waited.clear()
         with strictly():
             built.loop.run(LOGGED, STEPS)
@@ -147,7 +147,7 @@ def test_no_familys_step_waits(family: str, labelled_rows: Path, tmp_path: Path)
 def test_an_evaluation_waits_once(
     backbones: Callable[[str], Path], labelled_rows: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
-    """However many batches it has; and comes to what a CPU comes to."""
+    """An evaluation waits once, however many batches it has, and gives the same result as on a CPU."""
     changes = CASES[case]
     train = {**changes.get("train", {}), "per_device_eval_batch_size": 2}
     data = {**changes.get("data", {}), "eval": str(labelled_rows)}
@@ -161,7 +161,7 @@ def test_an_evaluation_waits_once(
             assert held_out is not None
             work = partial(evaluate, held_out, built.prepared, built.step.readout, built.ranks, built.reporter)
             if device == GPU:
-                work()  # the first loads kernels
+                work()  # the first call loads kernels
             with watched() as seen:
                 found.append(work())
     assert found[1] == pytest.approx(found[0], rel=1e-4)
@@ -170,12 +170,16 @@ def test_an_evaluation_waits_once(
 
 
 def test_results_read_later_are_the_same(run: Callable[..., Run]) -> None:
-    """In float16 with a scale that is lowered, so that steps are skipped, whose results nobody has seen yet."""
+    """Results read one step later are the same, even in float16 while the loss scale is lowered.
+
+    Steps are then skipped before the host has read their results.
+    """
     at_once, later = (run("float16, lowered", behind=behind) for behind in (0, 1))
     for built in (at_once, later):
         built.loop.run(0, STEPS)
     kept = ("step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "skipped_steps", "loss_scale")
-    series = [[str([record[key] for key in kept]) for record in built.records] for built in (later, at_once)]  # nan too
+    # Compared as text, because NaN does not equal NaN.
+    series = [[str([record[key] for key in kept]) for record in built.records] for built in (later, at_once)]
     assert series[0] == series[1]
     assert at_once.records[0]["skipped_steps"] == LOGGED
     assert later.reporter.lines == at_once.reporter.lines
@@ -192,7 +196,7 @@ def test_a_request_to_stop_is_seen_as_late_as_results_are(
 
 
 def test_the_fused_optimizer_skips_as_the_host_would(run: Callable[..., Run]) -> None:
-    """Nothing changes in a step whose loss is not finite: no parameter, no moment, no count of steps."""
+    """A step whose loss is not finite changes nothing: no parameter, no moment, no step count."""
     built = run("packed")
     built.loop.run(0, LOGGED)
     before = {name: tensor.clone() for name, tensor in built.step.tensors().items()}
@@ -209,7 +213,7 @@ def test_the_fused_optimizer_skips_as_the_host_would(run: Callable[..., Run]) ->
 
 @pytest.mark.parametrize("case", ["packed", "classification"])
 def test_what_a_resumed_run_is_to_load_lies_where_the_optimizer_wants_it(run: Callable[..., Run], case: str) -> None:
-    """Before any step, as a resumed run asks for it, and behind steps."""
+    """Optimizer state is on its parameter's device, before any step (when a resumed run loads it) and after steps."""
     resumed, trained = run(case), run(case)
     trained.loop.run(0, STEPS)
     for step in (resumed.step, trained.step):
@@ -227,7 +231,7 @@ def test_what_a_resumed_run_is_to_load_lies_where_the_optimizer_wants_it(run: Ca
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
 def test_a_generated_token_waits_no_more_often_than_without_a_prompt(backbone_dir: Path, method: str) -> None:
-    """For prompts of different lengths, so that there is padding. Transformers itself waits, to see which are done."""
+    """With padded prompts of different lengths, only transformers itself waits, to check which rows are finished."""
 
     def waits_a_token(with_prompt: bool) -> float:
         model = load_model(BackboneConfig(path=str(backbone_dir)), device=GPU, check=check_supported)

@@ -1,4 +1,4 @@
-"""Attach, set, remove; positions, masks, caches and decoding with a prefix; what is refused."""
+"""Attach, set and remove a prefix; check positions, masks, caches and decoding with a prefix, and what is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ptd.methods.prefix import PrefixEncoder
 from ptd.types import LayerShape, PrefixKV, UserError
 
 P = 4
-CLOSE = 2e-5  # fp32 logits of size ~1 computed in another order: about 3e-6 at worst
+CLOSE = 2e-5  # fp32 logits of size ~1, computed in another order, differ by about 3e-6 at worst
 rng = torch.Generator().manual_seed(3)
 IDS = torch.randint(3, VOCAB, (2, 9), generator=rng)
 LEFT = torch.ones_like(IDS)
@@ -78,7 +78,7 @@ def test_without_a_prompt_the_attached_model_is_the_plain_one(family):
 
 @pytest.mark.parametrize("family", [*FAMILIES, "biogpt"])
 def test_default_positions_are_those_the_family_chooses(family):
-    """No position_ids: left padding changes nothing, a cached second call continues where the first ended."""
+    """Without position_ids, left padding changes nothing, and a cached second call continues where the first ended."""
     model, _ = prefixed(family)
     counted_from_mask = family in ("opt", "biogpt")
     positions = (LEFT.cumsum(1) - 1).clamp(min=0) if counted_from_mask else torch.arange(9).repeat(2, 1)
@@ -146,7 +146,7 @@ def test_packed_equals_separate_also_beyond_the_window(family, backend):
 
 @pytest.mark.parametrize("family", WINDOWED)
 def test_a_window_never_hides_the_prefix(family):
-    """One layer, so that nothing but the last query itself can have seen the prefix."""
+    """The last query sees the prefix: the model has one layer, so no other token can pass the prefix on to it."""
     changes = {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}
     changes = changes if family != "mistral" else {"num_hidden_layers": 1}
     ids = torch.randint(3, VOCAB, (1, 3 * WINDOW), generator=torch.Generator().manual_seed(5))
@@ -155,7 +155,7 @@ def test_a_window_never_hides_the_prefix(family):
     last = logits(model, ids)[:, -1]
     assert (last - logits(other, ids)[:, -1]).abs().max() > 1000 * CLOSE
     changed = torch.cat([ids[:, :-WINDOW] + 1, ids[:, -WINDOW:]], dim=1).clamp(max=VOCAB - 1)
-    assert_close(logits(model, changed)[:, -1], last)  # but the window does hide what lies before it
+    assert_close(logits(model, changed)[:, -1], last)  # but the window does hide the tokens before it
     padded = torch.nn.functional.pad(ids, (5, 0))
     positions = torch.nn.functional.pad(torch.arange(3 * WINDOW)[None], (5, 0))
     mask = (torch.arange(padded.shape[1]) >= 5).long()[None]

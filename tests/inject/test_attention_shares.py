@@ -1,4 +1,4 @@
-"""Attention shares of a prompt against the probabilities of transformers' eager attention, which materialises them."""
+"""Attention shares of a prompt equal the probabilities that transformers' eager attention materialises."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def draw(*shape):
 
 
 def batch_of(lengths, *, rows=(0, 1)):
-    """Padded on the right; supervised from the fourth token on."""
+    """Return a batch padded on the right and supervised from the fourth token on."""
     width = max(lengths)
     ids, labels = draw(len(lengths), width), draw(len(lengths), width)
     for row, length in enumerate(lengths):
@@ -61,7 +61,7 @@ def random_prefix(shape, count=P):
 
 
 def recorded(model, batch, state, *, rounds=False):
-    """What `SharesOfPrompt` says: by layer, ``[2, Hq, P]``; and that it changes nothing."""
+    """Return the shares ``[2, Hq, P]`` and the kind of each layer; assert that `SharesOfPrompt` changes no output."""
     attachment = Attachment(model)
     attachment.set(state(attachment) if callable(state) else state)
     run, recorder = Forward(attachment, CPU, rounds=rounds), SharesOfPrompt(attachment)
@@ -75,7 +75,7 @@ def recorded(model, batch, state, *, rounds=False):
 
 
 def reduced(probabilities, batch, kind):
-    """``[B, Hq, S, P]`` -> sums over both sets of queries ``[2, Hq, P]``, and the sets' sizes."""
+    """Sum ``[B, Hq, S, P]`` over each of both sets of queries; return the sums ``[2, Hq, P]`` and the sets' sizes."""
     side = batch.source if kind == "encoder" and batch.source is not None else batch
     own = side.attention_mask & (side.input_ids >= 0)
     chosen = own & (side.labels != IGNORE_INDEX) if side is batch else torch.zeros_like(own)
@@ -97,7 +97,7 @@ def check(layers, kinds, probabilities, batch):
 
 
 def eager_with_prefix(module, query, key, value, attention_mask, **options):
-    """The family's own eager attention over the concatenated keys; keeps the probabilities of the prefix."""
+    """Run the family's own eager attention over the concatenated keys; store the probabilities of the prefix."""
     prefix_k, prefix_v = (x.transpose(0, 1).expand(len(key), -1, -1, -1) for x in module._test_prefix)
     if options.get("position_bias") is not None:
         options["position_bias"] = pad(options["position_bias"], (P, 0))
@@ -122,7 +122,11 @@ CASES += [("bart", LENGTHS), ("modernbert", LONG)]
 
 @pytest.mark.parametrize(("family", "lengths"), CASES, ids=[family for family, _ in CASES])
 def test_shares_of_a_prefix(family, lengths):
-    """Grouped heads, softcaps, windows shorter than the text, encoders, self- and cross-attention, position biases."""
+    """Shares of a prefix equal the eager probabilities.
+
+    The cases cover grouped heads, softcaps, windows shorter than the text, encoders, self- and cross-attention, and
+    position biases.
+    """
     model, batch = tiny_model(family), batch_for(family, lengths)
     attachment = Attachment(model)
     prefix, first = random_prefix(attachment.shape), attachment.first_position
@@ -156,7 +160,7 @@ def test_shares_agree_with_peft(family):
     with torch.no_grad():
         output = theirs(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), output_attentions=True
-        )  # transformers' own probabilities, the prefix as past_key_values
+        )  # transformers' own probabilities, with the prefix as past_key_values
         flat = theirs.prompt_encoder["default"].embedding.weight
     layers, kinds = recorded(
         tiny_model(family), batch, lambda attachment: PrefixLayout(attachment.shape.layers).state(flat)
@@ -181,7 +185,7 @@ def test_packed_batches_have_the_shares_of_padded_ones(family, kind):
 
 
 def test_many_virtual_tokens_and_other_precisions():
-    """More of them than a head is wide; and bfloat16, whose shares are computed in fp32 from its queries and keys."""
+    """Shares are right for more tokens than a head is wide, and for bfloat16 queries and keys (computed in fp32)."""
     batch, model = batch_of(LENGTHS), tiny_model("llama")
     layers, _ = recorded(model, batch, lambda attachment: random_prefix(attachment.shape, 21))
     assert layers[0].mass.shape == (2, 4, 21)
@@ -202,7 +206,7 @@ def test_a_filler_counts_nothing():
 
 
 def eager_attentions(output, kinds):
-    """In the order in which the layers run."""
+    """Return the attention probabilities in the order in which the layers run."""
     if kinds == ["encoder"] * 2 + ["decoder", "cross"] * 2:
         decoder = [x for pair in zip(output.decoder_attentions, output.cross_attentions, strict=True) for x in pair]
         return [*output.encoder_attentions, *decoder]
@@ -254,7 +258,7 @@ def loss(model, state, batch, kept=None, shift=None):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "bert", "t5"])
 def test_hiding_tokens_of_a_prefix_is_a_prefix_without_them(family):
-    """With the own tokens where they were."""
+    """The loss equals that of a prefix without the hidden tokens, if the own tokens keep their positions."""
     model, batch = tiny_model(family), batch_for(family)
 
     def whole(attachment):
@@ -274,7 +278,7 @@ def test_hiding_tokens_of_a_prefix_is_a_prefix_without_them(family):
 
 @pytest.mark.parametrize("make", [lambda batch: batch, packed], ids=["padded", "packed"])
 def test_hidden_virtual_tokens_are_as_if_masked(make):
-    """Against plain transformers with a 0 in the attention mask where the hidden token stands."""
+    """The loss equals that of plain transformers with a 0 in the attention mask at the hidden tokens."""
     model, batch = tiny_model("llama"), batch_of(LENGTHS)
     soft = torch.randn(P, 32, generator=torch.Generator().manual_seed(6))
     for kept in ([0, 1, 2], [0, 2], [1], []):
@@ -290,7 +294,7 @@ def test_hidden_virtual_tokens_are_as_if_masked(make):
 
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
 def test_a_hidden_virtual_token_does_nothing(family):
-    """In front or at marks, whatever its embedding is; and one that is not hidden does something."""
+    """The embedding of a hidden token, before the sequence or at a mark, has no effect; that of a visible token has."""
     model, batch = tiny_model(family), batch_for(family)
     soft = torch.randn(P, 32, generator=torch.Generator().manual_seed(6))
     other = soft.clone()

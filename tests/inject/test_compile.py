@@ -1,4 +1,4 @@
-"""What torch.compile of the layers refuses; what it computes: tests/engine/test_levers.py."""
+"""Compiling the layers is refused where it cannot work; tests/engine/test_levers.py tests the compiled layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""benchmarks/families.py on a few families of each kind: ptd's values are right, or refused with a reason.
+"""Run benchmarks/families.py on a few families of each kind: ptd's values are right, or ptd refuses with a reason.
 
 ``make sweep-test`` (PTD_SWEEP=1) runs every family that transformers can build.
 """
@@ -46,7 +46,7 @@ FINE = {"right", "runs padded", "refused"}
 
 def measure(model_type: str, kind: str) -> list[dict]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # families warn of many things
+        warnings.simplefilter("ignore")  # many families emit warnings
         return families_measure.measure(model_type, kind)
 
 
@@ -68,7 +68,7 @@ def test_rows_that_see_each_other_are_noticed(monkeypatch):
     def without_borders(*tensors, cu_seqlens=None, max_seqlen=None, **rule):
         return prefix_attention(*tensors, **rule)
 
-    def give_and_break(self, *given, **options):  # only now: attaching looks for such a fault, too
+    def give_and_break(self, *given, **options):  # only now, because attaching also checks for this fault
         monkeypatch.setattr("ptd.inject.attention.prefix_attention", without_borders)
         give(self, *given, **options)
 
@@ -84,7 +84,7 @@ def test_the_reference_with_a_prefix_is_that_of_a_filled_cache(model_type):
     plain = Plain(model, draw_rows(False, None))
     assert plain.why_no_prefix == ""
     error = plain.prefix_by_cache(draw_prefix(plain.shapes), window=None)
-    assert error is None if model_type == "deepseek_v3" else error < 1e-5  # which caches something else
+    assert error is None if model_type == "deepseek_v3" else error < 1e-5  # deepseek_v3 caches something else
 
 
 @pytest.mark.skipif("PTD_SWEEP" not in os.environ, reason="minutes; make sweep-test")

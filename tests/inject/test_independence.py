@@ -1,7 +1,7 @@
-"""A row's answer does not depend on its batch: on its neighbours, how they are padded, or how keys are cached.
+"""A row's answer depends neither on the other rows of its batch, nor on their padding, nor on how keys are cached.
 
-The answer is what the argmax of the row alone says, token by token, without a cache and without padding. Windows are
-shorter than the prompts, so that they show where anything stands at a wrong place.
+The right answer is the argmax for the row alone, token by token, without a cache and without padding. Windows are
+shorter than the prompts, so that a token at a wrong position changes the answer.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ CACHES = {
     "chunked": {"prefill_chunk_size": 4},
 }
 REFUSED = {"static": "a cache that grows", "chunked": "contains only padding"}
-"""With virtual tokens in front."""
+"""Error messages of these caches with virtual tokens before the sequences."""
 
 
 def attached(family, kind):
     model = tiny_model(family, **CHANGES.get(family, {}))
-    model.generation_config.eos_token_id = None  # nothing ends early, nor is kept from it
+    model.generation_config.eos_token_id = None  # no row ends early, and none is kept from ending
     attachment = Attachment(model)
     torch.manual_seed(7)
     if kind == "prefix":
@@ -51,7 +51,7 @@ def attached(family, kind):
 
 
 def rows_for(kind):
-    """With ``marks`` the virtual tokens stand in the middle of each row."""
+    """Return the rows; with ``marks``, the virtual tokens are in the middle of each row."""
     if kind != "marks":
         return ROWS
     return [[*row[:2], *(virtual_id(index) for index in range(P)), *row[2:]] for row in ROWS]
@@ -87,10 +87,10 @@ def test_a_batch_padded_on_the_left_continues_each_row_as_it_does_alone(family, 
             generated(model, attachment, rows, **CACHES[cache])
         if cache == "static":
             return
-        rows = [row[:5] for row in rows]  # of one length
+        rows = [row[:5] for row in rows]  # of equal length
     want = [argmax_alone(model, row) for row in rows]
     assert generated(model, attachment, rows, **CACHES[cache]) == want
-    assert len({tuple(each) for each in want}) > 1  # rows that can be told apart
+    assert len({tuple(each) for each in want}) > 1  # the rows have different answers
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,7 +106,7 @@ def test_beams_of_a_row_are_those_it_has_alone(family, kind):
 @pytest.mark.parametrize("kind", ["none", "prefix", "marks"])
 @pytest.mark.parametrize("family", DECODERS)
 def test_an_earlier_generation_is_continued(family, kind):
-    """Soft tokens in front cannot be: test_self_check.py has the refusal."""
+    """A later call continues an earlier one; soft tokens before the sequence prevent that (see test_self_check.py)."""
     model, attachment = attached(family, kind)
     row = rows_for(kind)[2]
     options = {"do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}

@@ -1,4 +1,4 @@
-"""What runs behind the last attention runs where it is read: the same outputs and gradients, from fewer rows."""
+"""Modules after the last attention run only at the positions that are read; outputs and gradients stay the same."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def prompt(attachment, kind):
 
 
 def run(family, *, cut, kind="prefix", packed=False, checkpointing=False):
-    """Logits at `READ`, the prompt's gradients, and the rows that each module of the tail got."""
+    """Return the logits at `READ`, the prompt's gradients, and the number of rows that each module of the tail got."""
     model = tiny_model(family).requires_grad_(False)
     if checkpointing:
         checkpoint_layers(model)
@@ -113,7 +113,7 @@ def test_all_positions_and_all_hidden_states_are_whole():
     with torch.no_grad():
         model(IDS)
         with attachment.only(PassOutput(torch.arange(22))):
-            model(IDS)  # nothing to spare
+            model(IDS)  # all positions are read
         with attachment.only(PassOutput(READ)):
             states = model(IDS, output_hidden_states=True).hidden_states
         want = model(IDS, output_hidden_states=True).hidden_states
@@ -122,7 +122,7 @@ def test_all_positions_and_all_hidden_states_are_whole():
 
 
 class Capped(nn.Module):
-    """Logits as gemma2's: made of what the head put out, which nobody holds by then."""
+    """Computes logits as gemma2 does, from the head's output, to which no reference is left by then."""
 
     def __init__(self):
         super().__init__()

@@ -1,6 +1,6 @@
-"""The same prefix gives the same numbers as PEFT: logits, loss, gradients and greedy generation, in every family.
+"""The same prefix gives the same numbers as in PEFT: logits, loss, gradients and greedy generation, in every family.
 
-Holds while prefix and sequence together fit a sliding window: PEFT's window clips the prefix, ptd's never does.
+This holds while prefix and sequence together fit in a sliding window: PEFT's window clips the prefix, ptd's never does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from ptd.types import Batch
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # by PEFT
 
 P, LENGTHS = 5, (9, 6)
-# The task's bounds. fp32 rounding in two orders of summation leaves about 5e-6 (absolute) and 2e-6 (of the norm).
+# The task sets these bounds. fp32 rounding in two orders of summation leaves errors of about 5e-6 (absolute) and 2e-6
+# (relative to the norm).
 LOGITS, RELATIVE = 1e-4, 1e-5
 BACKENDS = ("merge", "reference")
 
@@ -70,7 +71,7 @@ def peft_model(family, projection=False):
 
 @cache
 def peft_loss(family, projection):
-    """Summed loss and the gradients of the encoder's parameters, by ptd's names."""
+    """Return PEFT's summed loss and the gradients of the encoder's parameters, under ptd's names."""
     model = peft_model(family, projection)
     encoder = model.prompt_encoder["default"]
     logits = model(input_ids=stacked(SEQUENCES, 0), attention_mask=masks("right")).logits
@@ -83,7 +84,7 @@ def peft_loss(family, projection):
 
 
 def ours(family, backend, projection=False, checkpointing=False):
-    """ptd on the same backbone with the same prompt parameters."""
+    """Return ptd's forward pass on the same backbone, and its encoder with the same parameters."""
     model = tiny_model(family).requires_grad_(False)
     attachment = Attachment(model, backend=backend)
     theirs = peft_model(family, projection).prompt_encoder["default"]
@@ -146,7 +147,7 @@ def test_greedy_generation_with_left_padding(family, backend):
 
 
 def test_the_tests_can_fail():
-    """The prefix matters to the logits far more than the tolerance."""
+    """The prefix changes the logits by far more than the tolerance."""
     run, encoder = ours("llama", "merge")
     model = run.attachment.model
     plain = tiny_model("llama")

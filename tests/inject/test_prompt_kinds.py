@@ -1,7 +1,7 @@
-"""Every kind of prompt on every architecture, against plain transformers: a concatenating attention, input embeddings.
+"""Every kind of prompt, on every architecture, gives the same values as plain transformers.
 
-The references run the model without ptd: prefixes through an attention function of this file that concatenates them,
-virtual tokens through ``inputs_embeds``.
+The references run the model without ptd: prefixes use an attention function of this file that concatenates them with
+the keys and values, virtual tokens use ``inputs_embeds``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def inputs_for(family, **more):
 
 
 def seen(family):
-    """Which output positions are tokens."""
+    """Return which output positions are tokens."""
     return torch.ones_like(TARGET).bool() if family in ENCODER_DECODERS else MASK.bool()
 
 
@@ -63,7 +63,7 @@ def positions_for(model, first, shift, ids=IDS):
 
 
 def concatenating(module, query, key, value, attention_mask, scaling=None, softcap=None, position_bias=None, **_):
-    """Plain attention over [prefix, own keys]; a prefix has no bias and is never masked."""
+    """Compute plain attention over [prefix, own keys]; a prefix has no bias and is never masked."""
     prefix_k, prefix_v = module._test_prefix
     groups = query.shape[1] // key.shape[1]
 
@@ -112,7 +112,7 @@ def test_prefix_in_every_attention_layer(family):
 
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
 def test_every_layer_of_an_encoder_decoder_has_a_prefix_of_its_own(family):
-    """Encoder self-, decoder self- and cross-attention: a gradient of its own for each (PEFT shares halves)."""
+    """Encoder self-, decoder self- and cross-attention get separate gradients (PEFT shares halves)."""
     model = tiny_model(family).requires_grad_(False)
     attachment = Attachment(model)
     assert [layer.kind for layer in attachment.shape.layers] == ["encoder"] * 2 + ["decoder", "cross"] * 2
@@ -188,7 +188,7 @@ def test_packed_sequences_see_what_padded_ones_see(family, kind):
     model = tiny_model(family)
     attachment = Attachment(model)
     if not attachment.packable:
-        assert family == "modernbert"  # its window reaches both ways, which only a mask can say
+        assert family == "modernbert"  # its window extends in both directions, which only a mask can express
         return
     ids = IDS.clone()
     if kind == "prefix":
@@ -241,7 +241,7 @@ def test_greedy_text_with_virtual_tokens_in_front(family):
     soft = soft_tokens(model, family)
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     with torch.no_grad():
-        # Virtual tokens next to the sequence: attention has no order of its own, positions are given by the mask.
+        # Padding may separate virtual tokens and text: attention has no inherent order, and the mask gives positions.
         longer = torch.cat([soft.expand(2, -1, -1), embeds], dim=1)
         mask = pad(side, (P, 0), value=1)
         want = model.generate(inputs_embeds=longer, attention_mask=mask, **options)
@@ -291,7 +291,7 @@ def test_hidden_states_have_no_virtual_tokens_either():
 
 @pytest.mark.parametrize("family", [*SINGLE, *ENCODER_DECODERS])
 def test_the_longest_sequence_that_is_allowed_runs(family):
-    """The context is what is left of the backbone's positions: RoBERTa loses one to padding, a prefix takes P."""
+    """The context is the backbone's positions, minus one for RoBERTa's padding and P for a prefix; a full one runs."""
     model = tiny_model(family, max_position_embeddings=40)
     attachment = Attachment(model)
     for prompt in (random_prefix(attachment), SoftTokens(soft_tokens(model, family), in_front=True)):

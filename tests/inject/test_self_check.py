@@ -1,4 +1,4 @@
-"""Families that say something else of themselves than they do: ptd is right, runs padded, or refuses with the reason.
+"""For families that declare something other than they do, ptd is right, runs padded, or refuses with the reason.
 
 The right values are those of plain transformers, one row at a time.
 """
@@ -57,7 +57,7 @@ def umt5():
 @pytest.mark.parametrize("make", [lambda: tiny_model("gemma2", attn_implementation=None), umt5], ids=["gemma2", "umt5"])
 @torch.no_grad()
 def test_what_a_family_writes_out_counts_and_not_what_sdpa_leaves_out_of_it(make):
-    """In some releases a softcap, and the causal rule of a decoder without a mask."""
+    """ptd equals eager attention where, in some releases, SDPA omits a softcap or a mask-less decoder's causal rule."""
     model = make()
     inputs = {"input_ids": torch.tensor([ROWS[0]])}
     if model.config.is_encoder_decoder:
@@ -71,14 +71,14 @@ def test_what_a_family_writes_out_counts_and_not_what_sdpa_leaves_out_of_it(make
 
 @torch.no_grad()
 def behind(soft, model):
-    """Logits of each row alone, behind these embeddings."""
+    """Return the logits of each row alone, after these embeddings."""
     embedding = model.get_input_embeddings()
     return [model(inputs_embeds=torch.cat([soft, embedding(torch.tensor(row))])[None]).logits[0, P:] for row in ROWS]
 
 
 @torch.no_grad()
 def in_a_batch(model, attachment, rows, soft=None):
-    """Outputs of each row, as ptd lays them out: packed where it may, else padded on the right."""
+    """Return the outputs of each row, laid out as ptd does: packed if allowed, otherwise padded on the right."""
     lengths = [len(row) for row in rows]
     if not attachment.packable:
         longest = max(lengths)
@@ -129,7 +129,7 @@ def test_packed_rows_given_by_hand_to_such_a_family_are_refused():
 
 
 def test_a_window_that_layers_do_not_hand_on_keeps_rows_padded():
-    """Only the mask of qwen2_moe has the window, and rows shorter than it would not show that."""
+    """Rows of qwen2_moe run padded: only its mask has the window, which rows shorter than the window would not show."""
     model = tiny_model(
         "qwen2_moe", num_key_value_heads=2, use_sliding_window=True, sliding_window=4, max_window_layers=0,
         layer_types=["sliding_attention"] * 2, num_experts=4, moe_intermediate_size=16,
@@ -161,7 +161,7 @@ def test_an_encoder_that_does_not_say_so_is_one():
 
 
 def test_positions_that_start_elsewhere_are_found():
-    """ESM's begin behind the padding index, by a function that no class has."""
+    """ESM's positions begin after the padding index, through a function that belongs to no class."""
     from transformers import AutoModelForMaskedLM
 
     model = made(
@@ -208,7 +208,7 @@ SIZES_OF_BART = {
 
 
 def test_a_multimodal_shell_takes_soft_tokens_in_packed_rows():
-    """It hands embeddings, not tokens, to the transformer inside."""
+    """Packed rows get soft tokens, although the shell passes embeddings, not tokens, to the transformer inside."""
     text = tiny_config("mistral", sliding_window=None, num_key_value_heads=2)
     config = type(tiny_config("mistral3", **SHELL))(text_config=text.to_dict(), **SHELL, image_token_index=5)
     model = redrawn(AutoModelForImageTextToText.from_config(config, dtype=torch.float32))
@@ -262,7 +262,7 @@ def test_nothing_is_held_against_the_families_that_are_known_to_work(family):
 
 
 def test_wrong_attention_is_found(monkeypatch):
-    """The check can fail: attention that forgets its scale, or leaks between packed rows."""
+    """The check can fail: it finds attention that ignores its scale, and attention that leaks between packed rows."""
     from ptd.inject import attention
 
     right = attention.prefix_attention
@@ -276,7 +276,7 @@ def test_wrong_attention_is_found(monkeypatch):
 
 
 def test_rows_packed_by_their_positions_alone_each_get_the_virtual_tokens():
-    """As collators without padding lay them out for transformers: no boundaries are given."""
+    """Each row gets the tokens without explicit boundaries, as padding-free collators lay rows out for transformers."""
     model = tiny_model("llama")
     soft = torch.randn(P, 32, generator=rng)
     want = behind(soft, model)

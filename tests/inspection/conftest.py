@@ -1,4 +1,4 @@
-"""What the tests here look into: a prefix, with rows."""
+"""Fixtures for the tests of the inspection: rows, and a prefix that is inspected on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters to look into, on tiny backbones."""
+"""Adapters of tiny backbones, for the tests of the inspection."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def saved(folder: Path, backbone: Path, layout: Any, flat: torch.Tensor | None =
 
 
 def large(found: dict[str, Any], *, layers: int, heads: int, tokens: int, kept: list[int]) -> dict[str, Any]:
-    """``found`` of a prefix, as if the backbone and the prompt were larger."""
+    """Return ``found``, the inspection of a prefix, as if the backbone and the prompt were larger."""
     names = [f"layer {number}" for number in range(layers)]
     shares = [[(7 * layer + 3 * head) % 31 / 30 for head in range(heads)] for layer in range(layers)]
     attention = [

@@ -1,4 +1,4 @@
-"""``ptd inspect``: what it says of a prompt, alone and on rows, what it writes, and whom it refuses."""
+"""``ptd inspect``: what it reports about a prompt, without and with rows, what it writes, and what it refuses."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ P, HIDDEN, ROWS, SELF, saved = support.P, support.HIDDEN, support.ROWS, support.
 
 
 def test_rank_and_norm() -> None:
-    """One direction in all tokens; as many as there are tokens; and two of which one is nine times as long."""
+    """Ranks and norms are right for one direction, for one per token, and for two, one with nine times the energy."""
     one = torch.ones(P, 2, 8)
     four = torch.eye(P, 16).view(P, 2, 8)
     two = torch.zeros(P, 2, 8)
@@ -108,7 +108,7 @@ def test_tokens_are_ranked_by_what_hiding_them_costs(of_prefix: dict[str, Any]) 
     changes = [each["loss_change"] for each in ranked]
     assert changes == sorted(changes, reverse=True)
     assert len({round(change, 6) for change in changes}) == P
-    # Without the last of the order is the same as with all others kept.
+    # Hiding the token with the last rank is the same as keeping all other tokens.
     keep = {point["tokens"]: point["loss"] for point in of_prefix["keep"]}
     assert keep[P - 1] == pytest.approx(of_prefix["loss"]["whole"] + changes[-1], rel=1e-6)
 
@@ -180,7 +180,7 @@ def test_how_many_tokens_are_enough(losses: list[float], wanted: int | None) -> 
 
 
 class Page(HTMLParser):
-    """Notes what a page asks for, and whether its elements close in order."""
+    """Record the sources that a page refers to, and assert that its elements close in order."""
 
     VOID = ("meta", "link", "img", "source", "br")
 
@@ -220,7 +220,7 @@ def test_the_page_holds_everything(of_prefix: dict[str, Any], tmp_path: Path) ->
 
 
 def check_figures(found: dict[str, Any]) -> None:
-    """Every axis is labelled, and no text is cut off or lies on another of its kind."""
+    """Assert that every axis is labelled, that no text is cut off, and that tick labels of an axis do not overlap."""
     for name, figure in figures(found).items():
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
@@ -241,7 +241,7 @@ def check_figures(found: dict[str, Any]) -> None:
 
 
 def _ticks_beyond(figure: Any) -> set[Text]:
-    """Labels of ticks outside the limits: they are not drawn."""
+    """Return the labels of ticks outside the axis limits, which are not drawn."""
     beyond = set()
     for axes in figure.axes:
         for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):

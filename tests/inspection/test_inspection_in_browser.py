@@ -1,4 +1,4 @@
-"""The page of an inspection in a real browser: everything is there, labelled, and nothing lies over anything else."""
+"""The page of an inspection in a real browser: everything is present and labelled, and nothing overlaps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SECTIONS = {
 }
 HEAD, SHARE = "head (index)", "share of attention on the prompt (%)"
 LAYER = {"encoder-decoder": "attention layer"}
-"""Page -> what its layers' axis is called, where they have names instead of numbers."""
+"""Page -> the label of its layer axis, for pages whose layers have names instead of numbers."""
 PLOTS = {
     "keep": {"virtual tokens kept (number)", "loss (nats per prediction)"},
     "tokens": {"virtual token (index)", "change of the loss (nats)"},

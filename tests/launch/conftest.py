@@ -1,4 +1,4 @@
-"""A run to start, and a real Slurm to start it."""
+"""Fixtures of the launch tests: a run to start, and a real Slurm that starts it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 for name in ("slurm_cluster", "user_project"):
-    if name not in sys.modules:  # by file, as tests/conftest.py does
+    if name not in sys.modules:  # imported by file, as in tests/conftest.py
         spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
         assert spec is not None
         assert spec.loader is not None
@@ -22,7 +22,7 @@ for name in ("slurm_cluster", "user_project"):
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder, with a space in its name."""
+    """Make a user's folder, with a space in its name."""
     from user_project import make_project
 
     folder = tmp_path_factory.mktemp("my project")
@@ -32,7 +32,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def here(project: Path) -> Path:
-    """The run's output folder, trained by two ranks on this machine."""
+    """Train with two ranks on this machine; return the run's output folder."""
     from user_project import launch
 
     arguments = ["local", "run.yaml", "output_dir=here", "--ranks-per-node", "2", "--log-dir", "here/logs"]
@@ -43,7 +43,7 @@ def here(project: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Two nodes on this machine. Skips where Slurm is not installed; with PTD_REQUIRE_SLURM=1 it fails there."""
+    """Start a Slurm of two nodes on this machine. Without Slurm, tests are skipped, or fail if PTD_REQUIRE_SLURM=1."""
     from slurm_cluster import missing, start_slurm
 
     reason = missing()

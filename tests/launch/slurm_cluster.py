@@ -1,4 +1,4 @@
-"""A Slurm of two nodes on this machine: slurmctld, two slurmd and munged, in a folder of their own."""
+"""A Slurm of two nodes on this machine: slurmctld, two slurmd and munged, with all their files in one folder."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 SBIN = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 FINAL = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
 
-# The two nodes are this machine twice, told apart by their ports. The GPU nodes exist on paper only: no slurmd is
-# there, but sbatch --test-only says whether a script's request could be met. cred_expire (120 s by default) is also
-# how long a job waits that is queued again. MASTER_PORT comes from the job's id: two of these Slurms are to differ.
+# Both nodes are this machine, with different ports. The GPU nodes exist only in the configuration: no slurmd runs for
+# them, but sbatch --test-only reports whether they could satisfy a script's request. cred_expire (120 s by default) is
+# also how long a requeued job waits. MASTER_PORT depends on the job's id, so two such Slurms start from different ids.
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -57,21 +57,21 @@ PartitionName=gpu Nodes=gpu[1-4] State=UP
 
 
 def missing() -> str | None:
-    """Why no Slurm can be started here; None if one can."""
+    """Return why no Slurm can be started here; None if one can."""
     absent = [name for name in PROGRAMS if shutil.which(name, path=SBIN) is None]
     return f"no {', '.join(absent)} (Debian: apt-get install slurm-wlm munge)" if absent else None
 
 
 @dataclass(frozen=True)
 class Slurm:
-    """A running Slurm; with ``environment`` its commands, and ``ptd launch slurm``, reach it."""
+    """A running Slurm. Slurm's commands and ``ptd launch slurm`` reach it with ``environment``."""
 
     folder: Path
     nodes: tuple[str, str]
     environment: dict[str, str]
 
     def run(self, *command: str | Path) -> str:
-        """Output of one of Slurm's commands."""
+        """Run one of Slurm's commands; return its output."""
         done = subprocess.run(
             [*map(str, command)], env=self.environment, capture_output=True, text=True, timeout=60, check=False
         )
@@ -79,12 +79,12 @@ class Slurm:
         return done.stdout
 
     def job(self, number: str) -> dict[str, str]:
-        """What ``scontrol show job`` says, e.g. JobState and ExitCode."""
+        """Return the fields of ``scontrol show job``, e.g. JobState and ExitCode."""
         words = self.run("scontrol", "show", "job", number, "--oneliner").split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, number: str, *, seconds: float) -> dict[str, str]:
-        """The job once it has ended."""
+        """Wait until the job has ended; return its fields."""
         return _until(lambda: self._ended(number), seconds, lambda: f"job {number}: {self.job(number)}\n{self.logs()}")
 
     def _ended(self, number: str) -> dict[str, str] | None:
@@ -92,15 +92,15 @@ class Slurm:
         return job if job["JobState"] in FINAL else None
 
     def logs(self) -> str:
-        """The ends of the daemons' logs."""
+        """Return the ends of the daemons' logs."""
         return "\n".join(f"{path.name}:\n{path.read_text()[-2000:]}" for path in sorted(self.folder.glob("*.log")))
 
 
 @contextmanager
 def start_slurm(folder: Path) -> Iterator[Slurm]:
-    """Start it in ``folder``, and end it with its jobs."""
+    """Start Slurm in ``folder``; on leaving, cancel its jobs and stop it."""
     host = socket.gethostname().split(".")[0]
-    # Slurm sorts the nodes of a job by name; the first one's has to be an address, for it becomes MASTER_ADDR.
+    # Slurm sorts the nodes of a job by name. The first name becomes MASTER_ADDR, so it has to be an address.
     nodes = (host, f"{host}-second")
     (folder / "state").mkdir()
     (folder / "munge.key").write_bytes(secrets.token_bytes(128))
@@ -119,7 +119,7 @@ def start_slurm(folder: Path) -> Iterator[Slurm]:
     slurm = Slurm(folder, nodes, {**kept, "PATH": SBIN, "SLURM_CONF": str(folder / "slurm.conf")})
     with ExitStack() as running:
         munge = [f"--{name}={folder / file}" for name, file in MUNGE_FILES.items()]
-        # --force: it would refuse a folder that other users cannot enter.
+        # Without --force, munged would refuse a folder that other users cannot enter.
         running.enter_context(_daemon(slurm, "munged", "--foreground", "--force", *munge))
         _until(lambda: (folder / "munge.socket").exists(), 20, slurm.logs)
         running.enter_context(_daemon(slurm, "slurmctld", "-D"))
@@ -159,7 +159,7 @@ def _daemon(slurm: Slurm, name: str, *arguments: str) -> Iterator[None]:
 
 
 def _answer(slurm: Slurm, command: list[str]) -> str:
-    """Output of a command that may fail, while the daemons are starting."""
+    """Return the output of a command, which may fail while the daemons are starting."""
     return subprocess.run(command, env=slurm.environment, capture_output=True, text=True, check=False).stdout
 
 

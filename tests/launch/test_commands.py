@@ -1,4 +1,4 @@
-"""The commands of DeepSpeed's launcher, as DeepSpeed itself reads them, and the command line that gives them."""
+"""The commands of DeepSpeed's launcher, as DeepSpeed parses them, and the command line that produces them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def hostfile(tmp_path: Path) -> Path:
 
 
 def parsed(command: list[str]) -> Any:
-    """The command's options as DeepSpeed's launcher reads them."""
+    """Return the command's options as DeepSpeed's launcher parses them."""
     assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
     return runner.parse_args(command[3:])
 
@@ -100,7 +100,7 @@ def test_without_ssh_there_is_a_command_for_every_node(hostfile: Path) -> None:
 def test_arguments_pass_pdsh_and_the_shell_of_the_nodes(
     hostfile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DeepSpeed makes the line that pdsh gives to the node's shell; here a shell reads it."""
+    """A local shell parses the line that DeepSpeed builds for the node's shell, and the arguments arrive unchanged."""
     monkeypatch.chdir(tmp_path)
     command = pdsh_command(PROGRAM, Cluster(hostfile, 2, None, 29500), variables=VARIABLES, master_addr="10.0.0.1")
     options = parsed(command)
@@ -158,7 +158,7 @@ exec env -i HOME="$HOME" PATH="$PATH" sh -c "$*"
 
 @pytest.mark.skipif(shutil.which("pdsh") is None, reason="no pdsh (Debian: apt-get install pdsh)")
 def test_ranks_on_nodes_have_the_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By DeepSpeed's launcher and pdsh; in place of ssh a login on this machine, with an environment of its own."""
+    """DeepSpeed's launcher and pdsh pass the variables; in place of ssh, a local login has a clean environment."""
     (tmp_path / "ssh").write_text(SSH)
     (tmp_path / "ssh").chmod(0o755)
     (tmp_path / "show.py").write_text(SHOW)

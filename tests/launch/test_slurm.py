@@ -1,4 +1,4 @@
-"""Slurm: the scripts that are shipped and rendered, and a run that a real one starts on two nodes."""
+"""Slurm: the shipped and the rendered scripts, and a run that a real Slurm starts on two nodes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from ptd.shipped import SLURM
 from ptd.types import UserError
 
 BOUND = 150
-"""Seconds in which a job ends that has lost a rank. With a KillWait of 5 and an srun that waits as long it takes 10 on
-an idle machine; without that limit, srun would wait until the job's time limit, which is 600."""
+"""Seconds within which a job ends after it has lost a rank. With 5 s for both KillWait and SLURM_WAIT, it takes 10 s on
+an idle machine; without a limit, srun would wait until the job's time limit, which is 600 s."""
 JOB = EXAMPLES["single_node.sbatch"]
 
 
 def start_job(slurm: Any, project: Path, *arguments: str, **variables: str) -> str:
-    """Two nodes of one rank each train; returns the job's id."""
+    """Submit a job that trains on two nodes with one rank each; return its id."""
     submitted = launch(
         *("slurm", "run.yaml", f"data.prompt_template={json.dumps(HOSTILE)}", *arguments),
         *("--nodes", "2", "--gpus-per-node", "0", "--time", "10:00", "--sbatch", f"comment={HOSTILE.strip()}"),
@@ -41,7 +41,7 @@ def start_job(slurm: Any, project: Path, *arguments: str, **variables: str) -> s
 
 
 def written(logs: Path, number: str) -> str:
-    """The logs of a job and of its ranks."""
+    """Return the logs of a job and of its ranks."""
     paths = [logs / f"{number}.log", *logs.glob(f"{number}/*")]
     return "\n".join(f"{path.name}:\n{path.read_text()}" for path in paths)
 
@@ -60,7 +60,7 @@ def wait_for_step(slurm: Any, number: str, log: Path, step: int) -> None:
 
 
 def process_of(job: str, rank: str) -> int:
-    """The process of a rank of a job."""
+    """Return the process id of a rank of a job."""
     marks = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", f"RANK={rank}"}
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -75,7 +75,7 @@ def parent(process: int) -> int:
 
 @pytest.fixture(scope="module")
 def far(slurm: Any, project: Path) -> dict[str, str]:
-    """A job that trained in ``far``, undisturbed."""
+    """Train in ``far`` without interruption; return the job."""
     return finished_job(slurm, start_job(slurm, project, "output_dir=far"), project / "far" / "logs")
 
 
@@ -119,7 +119,7 @@ def test_a_job_that_is_told_to_stop_is_queued_again_and_finishes(
 
 
 def test_a_node_whose_part_of_the_step_is_killed_ends_the_job(slurm: Any, project: Path) -> None:
-    """Its rank and Slurm's process that would have told of it."""
+    """The job fails when its rank there and the slurmstepd that would have reported the rank's end are killed."""
     number = start_job(slurm, project, "output_dir=lost", "train.max_steps=100000", SLURM_WAIT="5")
     log = project / "lost" / "logs" / number / "rank-0.log"
     wait_for_step(slurm, number, log, 2)
@@ -131,7 +131,7 @@ def test_a_node_whose_part_of_the_step_is_killed_ends_the_job(slurm: Any, projec
     try:
         job = slurm.wait(number, seconds=BOUND)
     except AssertionError as late:
-        # Its nodes are needed by the tests that follow.
+        # The following tests need its nodes.
         slurm.run("scancel", number)
         raise AssertionError(f"{late}\n{written(log.parents[1], number)}") from None
     assert (job["JobState"], job["ExitCode"]) == ("FAILED", "1:0"), written(log.parents[1], number)
@@ -155,7 +155,7 @@ def test_a_job_that_slurm_refuses_is_a_clean_error(slurm: Any, tmp_path: Path, m
 
 
 def test_shipped_scripts_are_what_the_template_renders() -> None:
-    """After a change of the template: python -m ptd.launch.examples"""
+    """The shipped scripts match the template; after a change of it, run python -m ptd.launch.examples."""
     assert {path.name for path in SLURM.glob("*.sbatch")} == EXAMPLES.keys()
     for name, job in EXAMPLES.items():
         assert (SLURM / name).read_text(encoding="utf-8") == render(job), name
@@ -163,7 +163,7 @@ def test_shipped_scripts_are_what_the_template_renders() -> None:
 
 
 def bash(script: str, **variables: str) -> str:
-    """What a bash prints that has sourced the script up to its srun."""
+    """Run the script in bash up to its srun; return MASTER_ADDR, MASTER_PORT and the command, separated by NUL."""
     before, marker, _ = script.replace(f"cd {JOB.chdir}\n", "").partition("logs=")
     assert marker
     stand_in = 'scontrol() { printf "%s\\n" node-a node-b; }\n'
@@ -210,7 +210,7 @@ def test_the_cores_that_a_job_asks_for(options: dict[str, str | None], gpus: int
     ("options", "cores"), [({"exclusive": None}, "2"), ({"cpus-per-task": "2"}, "2"), ({"cpus-per-task": "1"}, "1")]
 )
 def test_a_rank_has_its_cores(slurm: Any, tmp_path: Path, options: dict[str, str | None], cores: str) -> None:
-    """And a thread for each. The nodes have two cores."""
+    """A rank has its cores, and one thread per core. The nodes have two cores."""
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "$OMP_NUM_THREADS $SLURM_CPUS_PER_TASK $RANK $LOCAL_RANK"\n')
     python.chmod(0o755)

@@ -1,4 +1,4 @@
-"""DeepSpeed's launcher on two hosts without ssh: two network namespaces joined by a veth pair, a rank on each."""
+"""DeepSpeed's launcher on two hosts without ssh: two network namespaces, joined by a veth pair, with one rank each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEVICE, ADDRESSES = "veth0", ("10.78.0.1", "10.78.0.2")
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[list[str]]:
-    """Their names, for ``ip netns exec``."""
+    """Make two network namespaces; yield their names, for ``ip netns exec``."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces take root and ip (Debian: apt-get install iproute2)")
     names = [f"ptd-test-{os.getpid()}-{node}" for node in (0, 1)]
@@ -65,5 +65,5 @@ def test_two_hosts_train_as_two_ranks_of_one(hosts: list[str], project: Path, he
         [record for record in read_records(folder) if "loss" in record] for folder in (project / "hosts", here)
     )
     assert [record["loss"] for record in apart] == pytest.approx([record["loss"] for record in together], rel=1e-6)
-    # What is counted as having left a node did: each host has an address, so each rank is a node of its own.
+    # Each host has its own address, so each rank is a node: the bytes counted between nodes did leave their host.
     assert all(record["network_bytes_between_nodes"] == record["network_bytes"] > 0 for record in apart)

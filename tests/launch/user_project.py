@@ -1,4 +1,4 @@
-"""The run that the tests of this folder start in several ways, and how they call ``ptd launch``."""
+"""The run that the tests in this folder start in several ways, and the functions that call ``ptd launch``."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ptd.quickstart import BACKBONE
 from ptd.quickstart.task import write_task
 
 ROOT = Path(__file__).parents[2]
-# Everything that a shell, sbatch, srun, YAML or Jinja might take for its own.
+# Everything that a shell, sbatch, srun, YAML or Jinja might interpret.
 HOSTILE = "{prompt} $(touch pwned) `touch pwned` \"; touch pwned; ' %j %t {{ x }} \\ # ü\n\n"
 
 
 def make_project(folder: Path) -> None:
-    """Rows and a run file of ten steps over ZeRO-3, its paths relative."""
+    """Write rows and the run file of ten steps with ZeRO-3; its paths are relative."""
     write_task(folder)
     run: dict[str, Any] = {
         "backbone": {"path": str(BACKBONE), "dtype": "float32"},
@@ -32,18 +32,18 @@ def make_project(folder: Path) -> None:
 
 
 def command(*arguments: str | Path) -> list[str]:
-    """``ptd launch …``"""
+    """Return the command ``ptd launch …``."""
     return [sys.executable, "-m", "ptd.cli", "launch", *map(str, arguments)]
 
 
 def environment(given: dict[str, str] | None = None, **variables: str) -> dict[str, str]:
-    """In which this clone's ptd is found, from any folder."""
+    """Return an environment in which Python finds this clone's ptd from any folder."""
     paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     return {**(dict(os.environ) if given is None else given), **paths, **variables}
 
 
 def launch(*arguments: str | Path, folder: Path, given: dict[str, str] | None = None) -> Any:
-    """The command when it has ended; ``given`` is the environment it starts with."""
+    """Run the command to its end; ``given`` is the environment that it starts with."""
     return subprocess.run(
         command(*arguments),
         cwd=folder,

@@ -1,4 +1,4 @@
-"""What initialisers read off a backbone that is sharded over two ranks (ZeRO-3)."""
+"""Initialisers read the same from a backbone that is sharded over two ranks (ZeRO-3) as from a whole one."""
 
 from __future__ import annotations
 

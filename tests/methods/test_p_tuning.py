@@ -1,4 +1,4 @@
-"""p_tuning: PEFT's network module for module, its place in the sequence, what it refuses."""
+"""Test p_tuning: PEFT's network module for module, its place in the sequence, and what it refuses."""
 
 from __future__ import annotations
 

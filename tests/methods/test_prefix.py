@@ -1,4 +1,4 @@
-"""The prefix method by itself: layout, views, seeds, initial values, refusals. No backbone."""
+"""Test the prefix method without a backbone: layout, views, seeds, initial values, refusals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHAPE = BackboneShape("any", 16, 100, 64, MIXED)
 WIDTH = sum(layer.numel for layer in MIXED)
 P = 4
 
-# In the order of a forward pass: the encoder's layers, then self- and cross-attention of each of the decoder's.
+# In the order of a forward pass: the encoder's layers, then self- and cross-attention of each decoder layer.
 TWO_SIDED = (
     LayerShape(2, 4, 4, "encoder"),
     LayerShape(1, 3, 5, "encoder"),
@@ -34,7 +34,7 @@ SEQ2SEQ = BackboneShape("any", 16, 100, 64, TWO_SIDED)
 
 
 class Text(DrawnConditioner):
-    """A text has the keys and values ``flat``."""
+    """A conditioner in which every text has the keys and values ``flat``."""
 
     def __init__(self, shape=SHAPE):
         super().__init__(shape)
@@ -131,7 +131,7 @@ def test_it_starts_at_the_keys_and_values_of_text(shape, init, projection):
     conditioner = Text(shape) if init == "text" else DrawnConditioner(shape)
     encoder = build(conditioner, shape=shape, init=init, prefix_projection=projection, **text)
     same = DrawnConditioner(shape)
-    read = same.rows(P)[0] + same.rows(64 - P)[0]  # as much as the context takes
+    read = same.rows(P)[0] + same.rows(64 - P)[0]  # as much as fits in the context
     want = conditioner.flat if init == "text" else same.keys_and_values([read])[:P]
     assert torch.equal(encoder(), want)
     encoder().sum().backward()
@@ -142,7 +142,7 @@ def test_it_starts_at_the_keys_and_values_of_text(shape, init, projection):
 def test_units_are_the_sizes_of_each_layers_keys_and_of_its_values(shape):
     encoder = build(shape=shape)
     same = DrawnConditioner(shape)
-    read = same.rows(P)[0] + same.rows(64 - P)[0]  # as much as the context takes
+    read = same.rows(P)[0] + same.rows(64 - P)[0]  # as much as fits in the context
     measured = encoder.layout.state(same.keys_and_values([read]))
     units = encoder.layout.state(encoder.units.unit[None])
     for got, want in zip(units.keys, measured.keys, strict=True):
@@ -159,7 +159,7 @@ def test_units_are_the_sizes_of_each_layers_keys_and_of_its_values(shape):
 @given(factors=st.lists(st.floats(0.01, 100), min_size=len(MIXED) * 2, max_size=len(MIXED) * 2), mlp=st.booleans())
 @settings(deadline=None, max_examples=20)
 def test_a_backbone_with_other_sizes_is_trained_alike(factors, mlp):
-    """Keys and values ``c`` times as large, and a loss that reads them ``1/c`` times: the same run, ``c`` times."""
+    """If keys and values grow ``c``-fold and the loss divides them by ``c``, the run is the same times ``c``."""
 
     class Scaled(DrawnConditioner):
         def keys_and_values(self, sides):
@@ -185,7 +185,7 @@ def test_a_backbone_with_other_sizes_is_trained_alike(factors, mlp):
 
 @pytest.mark.parametrize("tokens", [4, 32, 128])
 def test_an_mlps_output_moves_alike_at_every_width_and_length(tokens):
-    """What AdamW's first steps move each number of the prompt by, in its unit, towards where its gradient points."""
+    """AdamW's first steps move each number against its gradient, in its unit, by a similar amount at every size."""
     signs = torch.where(torch.rand(tokens, WIDTH, generator=torch.Generator().manual_seed(1)) < 0.5, -1.0, 1.0)
     moved = {}
     for embedding, hidden in ((64, 8), (64, 64), (64, 1024), (8, 64), (1024, 64)):

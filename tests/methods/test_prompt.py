@@ -1,4 +1,4 @@
-"""prompt: where its rows start, on real (tiny) backbones, against the backbone's own embedding layer."""
+"""Compare the initial rows of method prompt, on real (tiny) backbones, with the backbone's own embedding layer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def backbone(name):
 
 
 def bare(model, vocab_size=VOCAB):
-    """What the conditioner needs of an attachment to read embeddings."""
+    """Return the part of an attachment that the conditioner needs to read embeddings."""
     return SimpleNamespace(model=model, shape=BackboneShape("any", 32, vocab_size, 64, ()), bare=nullcontext)
 
 
@@ -62,7 +62,7 @@ def test_a_text_starts_as_the_backbone_embeds_it(name):
     encoder = build(model, init="text", init_text="Review")
     want = embedded(model, bytes_of("Review"))
     assert torch.equal(encoder().detach(), want)
-    if name in SCALED:  # or the test would not notice a raw table
+    if name in SCALED:  # otherwise the test would not notice an unscaled table
         table = model.get_input_embeddings().weight[torch.tensor(bytes_of("Review"))]
         assert not torch.allclose(want, table, rtol=0.1)
     assert not model.get_input_embeddings()._forward_hooks
@@ -103,7 +103,7 @@ def test_random_is_normal_and_of_the_size_of_embeddings():
 
 def test_rows_are_the_tokens_of_training_rows_in_a_drawn_order():
     model = backbone("llama")
-    texts = [[10, 11, 12], [20, 21], [30, -1, 31]]  # a virtual token among them is no text
+    texts = [[10, 11, 12], [20, 21], [30, -1, 31]]  # the virtual token among them is not text
     offsets = np.cumsum([0, *map(len, texts)])
     tokens = np.concatenate(texts).astype(np.int32)
     rows = Examples(tokens, tokens, offsets, DataReport(3, 8, 8))
@@ -115,7 +115,7 @@ def test_rows_are_the_tokens_of_training_rows_in_a_drawn_order():
         flat = method("prompt").build(config, shape, conditioner, seed=seed)().detach()
         table = embedded(model, list(range(VOCAB)))
         starts.add(tuple(int((table == row).all(1).nonzero()) for row in flat)[::-1])
-    pieces = {12: [12, 11, 10], 21: [21, 20], 31: [31, 30]}  # from the end, where rows are whole
+    pieces = {12: [12, 11, 10], 21: [21, 20], 31: [31, 30]}  # read from the end, where rows are whole
     for start in starts:
         left = list(start)
         seen = []
@@ -124,14 +124,14 @@ def test_rows_are_the_tokens_of_training_rows_in_a_drawn_order():
             assert left[: len(piece)] == piece
             seen.append(left[0])
             left = left[len(piece) :]
-        assert sorted(seen) == [12, 21, 31]  # none twice before all have had their turn
+        assert sorted(seen) == [12, 21, 31]  # no row occurs twice before every row has occurred once
     assert len(starts) > 3
 
 
 def test_the_size_of_embeddings_is_measured_as_the_layer_puts_them_out():
     encoder = build(backbone("gemma3_text"), init="vocabulary", tokenizer=False)
     size = embedded(backbone("gemma3_text"), list(range(VOCAB))).square().mean().sqrt()
-    assert torch.allclose(encoder.units.unit, EMBEDDINGS * size.expand(32), rtol=0.2)  # of a sample
+    assert torch.allclose(encoder.units.unit, EMBEDDINGS * size.expand(32), rtol=0.2)  # measured on a sample
     table = backbone("gemma3_text").get_input_embeddings().weight.square().mean().sqrt()
     assert size > 2 * table
 
@@ -147,7 +147,7 @@ def test_vocabulary_rows_are_different_tokens():
 
 def test_vocabulary_is_drawn_from_the_frequent_tokens():
     drawn = TextConditioner(bare(backbone("llama"), vocab_size=100_000), None).frequent(6000)
-    assert sorted(drawn[:FREQUENT]) == list(range(FREQUENT))  # no id twice before all have had their turn
+    assert sorted(drawn[:FREQUENT]) == list(range(FREQUENT))  # no id occurs twice before every id has occurred once
     assert max(drawn[FREQUENT:]) < FREQUENT
 
 
@@ -215,7 +215,7 @@ def test_a_start_that_is_not_there_is_refused(settings, message):
 
 @pytest.mark.parametrize("init", ["random", "vocabulary"])
 def test_the_width_is_that_of_the_input_embeddings(init):
-    """OPT-350m projects narrow embeddings to its layers' size; the prompt stands before that projection."""
+    """OPT-350m projects narrow embeddings to its layers' size; the prompt is inserted before that projection."""
     model = tiny_model("opt", word_embed_proj_dim=16)
     assert build(model, init=init)().shape[1] == 16
 

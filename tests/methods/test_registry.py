@@ -1,4 +1,4 @@
-"""What all methods have in common: the registry, their defaults, the tasks each of them suits."""
+"""Test what all methods have in common: the registry, their defaults, and the tasks that each method suits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``init: text``: at step 0 the tuned model is the backbone with that text in front."""
+"""With ``init: text``, the tuned model at step 0 equals the backbone with that text before the input."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ptd.types import UserError
 
 TEXT, P = "Classify the review:", 8
 CLOSE = 1e-4
-"""About 3e-6 is left by fp32."""
+"""fp32 rounding leaves about 3e-6."""
 PROMPT = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))  # P + 12 fit every window
 FORMS = {"direct": {}, "mlp": {"prefix_projection": True, "encoder_hidden_size": P}}
 

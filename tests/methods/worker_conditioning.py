@@ -1,6 +1,7 @@
-"""Run by test_conditioning.py on every rank: what the conditioner reads off a sharded backbone, against a whole one.
+"""Check that the conditioner reads the same from a sharded backbone as from a whole one.
 
-``worker_conditioning.py FAMILIES FOLDER`` with the helpers' file and a folder of saved backbones, one a family.
+test_conditioning.py runs this file on every rank: ``worker_conditioning.py FAMILIES FOLDER``, with the path of
+families.py and a folder of saved backbones, one per family.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``ptd plan``: what it says is what a real step takes, for every family; and it needs nothing but a config."""
+"""``ptd plan``: its figures match those of a real step, for every family, and it needs only a config."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 
 
 def write_config(folder: Path, shape: str) -> Path:
-    """A folder with a llama's config.json and nothing else."""
+    """Write a llama's config.json, and nothing else, into the folder; return the folder."""
     hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[shape][0]
     AutoConfig.for_model(
         "llama", hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
@@ -62,12 +62,12 @@ def run(folder: Path, *, kind: str = "causal_lm", **sections: dict[str, Any]) ->
 
 
 def step_peak(trace: Trace) -> int:
-    """The most a step has at once beyond what is there before it."""
+    """Return the peak of the bytes that a step has in use, minus the bytes in use before the step."""
     return max(sum(interval.peak.values()) for interval in trace.timeline) - sum(trace.timeline[0].start.values())
 
 
 def allocated_in_a_step(config: RunConfig) -> int:
-    """The same of a real step on a CPU, as torch's allocator reports it to its profiler."""
+    """Return the same peak for a real step on a CPU, as torch's allocator reports it to the profiler."""
     ranks = Ranks(0, 1, 1, CPU)
     task = make_task(config.task, config.data, "decoder")
     prepared = prepare(config.backbone, ranks, output=task.output)
@@ -109,7 +109,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning")
 @pytest.mark.parametrize("case", CASES)
 def test_a_traced_step_allocates_what_a_real_one_does(case: str, tmp_path: Path) -> None:
-    """Within 2 %: small integer tensors and generator states are not in the trace, nor is oneDNN's LSTM workspace."""
+    """The peaks agree within 2 %; the trace has no small integer tensors, generator states or oneDNN LSTM workspace."""
     changes = {name: dict(section) for name, section in CASES[case].items()}
     quantization = changes.get("backbone", {}).get("quantization", "none")
     save_backbone(tmp_path, hidden_size=64, intermediate_size=128)
@@ -148,7 +148,7 @@ def test_every_family_can_be_planned_without_weights(family: str, tmp_path: Path
     assert found.parameters == parameters or kind == "token_classification"
     assert found.own.fits
     assert found.own.items["weights"] >= found.parameters * 4
-    # Forward and gradients to the inputs of all linear layers, more or less.
+    # Roughly the forward pass and the gradients with respect to the inputs of all linear layers.
     assert found.trace.flops > 2 * found.trace.tokens * found.parameters / 2
 
 
@@ -160,7 +160,7 @@ def test_a_head_on_labels_that_are_not_known_yet(tmp_path: Path) -> None:
 
 
 def test_the_attention_of_a_gpu_needs_no_scores(tmp_path: Path) -> None:
-    """In bfloat16 a GPU has a flash kernel; in float32 plain torch holds slices of the scores."""
+    """In bfloat16 a GPU has a flash kernel; in float32 plain torch stores slices of the scores."""
     tiny_config("llama", hidden_size=256, num_attention_heads=4).save_pretrained(tmp_path)
     data = {"max_length": 250}
     half = trace_run(run(tmp_path, backbone={"dtype": "bfloat16"}, data=data), capability=GPU, local_ranks=1)
@@ -180,7 +180,7 @@ def test_a_wide_encoder_is_shared_by_the_ranks_of_a_node(tmp_path: Path) -> None
 
 @pytest.fixture
 def ptd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run ``ptd plan ARGUMENTS…``; its exit code, stdout and stderr."""
+    """Return a function that runs ``ptd plan ARGUMENTS…`` and returns its exit code, stdout and stderr."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["ptd", "plan", *map(str, arguments)])
@@ -223,13 +223,13 @@ def test_a_7b_from_the_command_line(ptd: Any, tmp_path: Path) -> None:
         assert each["peak_bytes"] == sum(each["items"][name] for name in ITEMS)
         assert each["fits"] == (each["peak_bytes"] <= found["usable_bytes_per_rank"])
         assert (each["largest_micro_batch_rows"] >= 2) == each["fits"]
-    # What a node sends is the prompt's, whatever the backbone's, unless the backbone is spread over nodes.
+    # A node sends only the prompt's bytes, however the backbone is placed, unless it is sharded over nodes.
     prompt = 30 * 32 * 2 * 4096 * 4
     between = "bytes_sent_between_nodes_per_node_and_step"
     assert by_name["node"][between] == by_name["nf4"][between] == 2 * 3 * prompt // 4
     assert by_name["world"][between] > 100 * prompt
     assert by_name["node + offload cpu"]["host_bytes"] > 1.6e9
-    # 4 N FLOPs a token for a frozen model, the attention and the embedding aside.
+    # A frozen model takes 4 N FLOPs per token, not counting the attention and the embedding.
     assert found["flops_per_token"] == pytest.approx(4 * SHAPES["7B"][1], rel=0.1)
     assert found["best"] in by_name
     assert by_name[found["best"]]["fits"]

@@ -1,4 +1,4 @@
-"""The model of what DeepSpeed gathers, against DeepSpeed itself."""
+"""The planner's model of what DeepSpeed gathers, compared with DeepSpeed itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LIMITS = {
 
 
 def test_shards_and_traffic_are_those_of_deepspeed(launch: Any, tmp_path: Path) -> None:
-    """Two ranks, fp32: the numbers a rank keeps, and the bytes it sends in a step, to the byte."""
+    """On two ranks in fp32, the plan gives the exact size of a rank's shards and the exact bytes it sends per step."""
     run = {
         "backbone": {"path": str(save_backbone(tmp_path / "llama", num_hidden_layers=4)), "dtype": "float32"},
         "method": {"name": "prefix", "num_virtual_tokens": 3},

@@ -1,4 +1,4 @@
-"""Four steps of a ZeRO-3 run on ranks: what DeepSpeed keeps, and what it sends in the fourth.
+"""Take four steps of a ZeRO-3 run; report the size of a rank's shards and the bytes it sends in the fourth step.
 
 torchrun … worker_zero3_gathers.py RUN.json RESULTS.json
 """
@@ -25,7 +25,7 @@ ranks = Ranks.start(needs_group=True)
 task = make_task(config.task, config.data, architecture_of(config.backbone))
 prepared = prepare(config.backbone, ranks, zero3, output=task.output)
 trained = build_trained(config, prepared, task, None)
-prepared.forget_passes()  # those that looked for a start
+prepared.forget_passes()  # the passes that initialised the prompt
 batch = sample_batch(config, task, LanguageModel(), rows_of(config), packed=True)
 parameters = list(prepared.model.parameters())
 meter = NetworkMeter(ranks)

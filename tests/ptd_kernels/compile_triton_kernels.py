@@ -2,8 +2,8 @@
 
     python tests/ptd_kernels/compile_triton_kernels.py --head 64,64 --dtype bf16 --variant causal all --arch 90
 
-prints one JSON object a kernel; ``--markdown`` a table, ``--tile`` tries another tile, ``--summary FILE …`` makes the
-tables of the operator's README from what was printed. Not with TRITON_INTERPRET=1.
+prints one JSON object per kernel. ``--markdown`` prints a table, ``--tile`` tries another tile, ``--summary FILE …``
+makes the tables of the operator's README from the printed objects. Do not set TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ SCALARS = {
 
 
 def signature(name: str, dtype: str) -> tuple[dict[str, str], dict[tuple[int], list[list[Any]]]]:
-    """Types and alignments as a launch with Hugging Face's tensors would give them."""
+    """Return the argument types and alignments that a launch with Hugging Face's tensors would give."""
     kernel = SOURCES[name]
     types, attributes = {}, {}
-    # What Triton may not specialise on has no known alignment; pointers and strides are multiples of 16.
+    # Arguments that Triton may not specialise on have no known alignment; pointers and strides are multiples of 16.
     lengths = {"num_sequences", "S", "T", "P", "window", "group", "tiles", "last_item", "num_prefixes"}
     for i, parameter in enumerate(kernel.params):
         argument = parameter.name
@@ -78,7 +78,7 @@ def signature(name: str, dtype: str) -> tuple[dict[str, str], dict[tuple[int], l
 
 
 def candidates(name: str, arch: int, dtype: str, D: int, E: int, variant: str) -> tuple[Tile, ...]:
-    """The tiles such a call may get, the table's own first."""
+    """Return the tiles that such a call may get; the first one is the tile of the table."""
     if name == "delta":
         return (DELTA,)
     if name == "decode":
@@ -91,7 +91,7 @@ def candidates(name: str, arch: int, dtype: str, D: int, E: int, variant: str) -
 def compile_kernel(
     name: str, arch: int, dtype: str, D: int, E: int, variant: str, tile: Tile | None = None
 ) -> dict[str, Any]:
-    """Registers, bytes spilled, shared memory and use of wgmma of one kernel."""
+    """Return the registers, spilled bytes, shared memory and use of wgmma of one kernel."""
     tile = tile or candidates(name, arch, dtype, D, E, variant)[0]
     constants: dict[str, Any] = {feature: feature in VARIANTS[variant] for feature in FEATURES}
     constants |= {"D": D, "E": E, "BLOCK_D": padded(D), "BLOCK_E": padded(E)}
@@ -113,7 +113,7 @@ def compile_kernel(
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers a thread, and bytes of local memory a thread (what was spilled, or could not live in registers)."""
+    """Return registers and bytes of local memory per thread (values that spilled or could not live in registers)."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(cubin)
@@ -126,12 +126,12 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """The table's own tiles with the worst that the compiler says of them over all head sizes, dtypes and variants."""
+    """Return the table's own tiles with the compiler's worst numbers over all head sizes, dtypes and variants."""
     columns = [name for name in SOURCES if name != "delta"]
     lines = [f"| GPU, type | head size | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
     for biased in (False, True):
         for arch, half, width in product((90, 80), (True, False), WIDTHS):
-            if arch == 90 and not half:  # the same tiles as on sm_80, and the same code but for a register or two
+            if arch == 90 and not half:  # same tiles as on sm_80, and the same code except for a register or two
                 continue
             cells = []
             for name in columns:
@@ -155,7 +155,7 @@ def width_of(row: dict[str, Any]) -> int:
 
 
 def cell(rows: list[dict[str, Any]]) -> str:
-    """``tile warps stages: registers, bytes spilled, KiB shared``, of the rows with the first row's tile."""
+    """Return ``tile warps stages: registers, bytes spilled, KiB shared`` for the rows with the first row's tile."""
     if not rows:
         return "–"
     first = rows[0]
@@ -166,7 +166,7 @@ def cell(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Compile what the command line asks for."""
+    """Compile what the command line requests."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", nargs="+", default=tuple(SOURCES), choices=SOURCES)
     parser.add_argument("--arch", nargs="+", type=int, default=[80, 90])

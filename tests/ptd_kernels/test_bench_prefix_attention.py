@@ -1,4 +1,4 @@
-"""The benchmark of prefix attention: its smallest grid runs anywhere, and counts what it says it counts."""
+"""The smallest grid of the prefix-attention benchmark runs on any machine, and its counts are right."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_pairs_are_counted_as_the_rule_sees_them(monkeypatch: pytest.MonkeyPatch
 
 
 def test_one_rivals_failure_is_not_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Not while it is tried out, nor while it is timed; and a cell where a rival is refused has the others' rows."""
+    """A rival that is refused, or fails while it is tried out or timed, does not remove the others' rows of a cell."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import bench_prefix_attention as bench
     from rows import Rows, read

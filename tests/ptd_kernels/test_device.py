@@ -1,4 +1,4 @@
-"""Where PTD_TEST_DEVICE puts the attention tests' inputs, nothing else of the process is put."""
+"""PTD_TEST_DEVICE puts the inputs of the attention tests on a device, and nothing else in the process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ assert torch.get_default_device().type == "cpu"
 
 
 def test_the_default_device_stays() -> None:
-    """On the device `meta`, which every machine has."""
+    """The default device does not change if the inputs are on `meta`, a device that every machine has."""
     found = f"import ptd_kernels, sys; sys.path.append({str(Path(__file__).parents[1])!r})"
     done = subprocess.run(
         [sys.executable, "-c", f"{found}\n{CHECK}"],

@@ -1,7 +1,8 @@
-"""The adapters to GPU libraries, without a GPU: what they refuse, and what they give a library that is not installed.
+"""Test the adapters to GPU libraries without a GPU: what they refuse, and what they pass to a library.
 
-Tensors on the CPU stand for those of a Hopper GPU (`problem.stand_in`). The package flash-attn-4 needs a GPU to be of
-any use; a recorder with the parameters of its two functions stands for it, and computes what they would.
+Tensors on the CPU represent tensors on a Hopper GPU (`problem.stand_in`). The package flash-attn-4 need not be
+installed, and is of no use without a GPU; a recorder with the parameters of its two functions replaces it and computes
+their results.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def test_a_backend_is_explained_by_what_a_training_step_asks() -> None:
 
 
 def test_of_several_prefixes_the_shortest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuDNN is not called for a prefix of one key because another has more."""
+    """The shortest prefix counts: cuDNN is not called for a prefix of one key only because another prefix has more."""
     asked: list[int] = []
     monkeypatch.setattr(merge, "pick", lambda need, preferred: asked.append(need.keys) or EAGER)
     q, k, v, *_ = tensors(B=2, S=8)
@@ -64,7 +65,7 @@ def test_of_several_prefixes_the_shortest_counts(monkeypatch: pytest.MonkeyPatch
 
 
 class Recorder(ModuleType):
-    """flash_attn.cute.interface as far as the adapter calls it, in plain torch; ``calls``: the bounds it was given."""
+    """The part of flash_attn.cute.interface that the adapter calls, in plain torch; ``calls``: the bounds it got."""
 
     def __init__(self) -> None:
         super().__init__("flash_attn.cute.interface")
@@ -176,7 +177,7 @@ CALLS: dict[str, tuple[dict[str, int], dict[str, Any], str | None]] = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_what_cudnn_is_asked_it_can_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every call that reaches it has rows and keys enough; everything else is refused with the reason."""
+    """Every call that reaches cuDNN has enough rows and keys; every other call is refused with the reason."""
     seen: list[tuple[int, int]] = []
 
     def forward(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The backend that puts a short prefix in front of each packed sequence's keys: what it takes, against the reference.
+"""The backend that copies a short prefix before each packed sequence's keys equals the reference, or refuses the call.
 
 Shapes: B batch, H heads, S queries, P prefix keys, D head size.
 """
@@ -36,7 +36,7 @@ def _seed() -> None:
 
 
 def packed(*lengths: int, **sizes: Any) -> tuple[Case, dict[str, Any]]:
-    """A case of sequences of these lengths, and its options."""
+    """Return a case of sequences of these lengths, and its options."""
     return Case(**{"B": 1, "S": sum(lengths), "T": sum(lengths), **sizes}), {"cu_seqlens": offsets(*lengths)}
 
 
@@ -140,7 +140,7 @@ def test_what_it_keeps_for_backward() -> None:
 
 
 def test_a_pass_without_data_leaves_nothing_behind() -> None:
-    """`ptd plan` runs such passes, and a tensor without data that stays among the masks would break the next run."""
+    """A pass without data (as in `ptd plan`) caches no mask without data, which would break the next run."""
     case, options = packed(29, 8, P=3)
     cu_seqlens = options["cu_seqlens"]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -154,7 +154,7 @@ def test_a_pass_without_data_leaves_nothing_behind() -> None:
 
 
 def test_what_an_inference_pass_leaves_behind_serves_training() -> None:
-    """An evaluation makes plans and masks that the next training step finds."""
+    """The next training step works with the plans and masks that an evaluation has cached."""
     case, options = packed(31, 6, P=7)
     leaves = case.tensors()
     with torch.inference_mode():

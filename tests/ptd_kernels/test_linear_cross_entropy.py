@@ -1,6 +1,6 @@
-"""The fused cross-entropy of a frozen output layer against torch's own, in fp64 and in the same precision.
+"""Compare the fused cross-entropy of a frozen output layer with torch's own, in fp64 and in the same precision.
 
-PTD_TEST_DEVICE=cuda runs it on a GPU.
+PTD_TEST_DEVICE=cuda runs the tests on a GPU.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Every registered backend of `prefix_attention` against the specification, and against plain SDPA.
+"""Every registered backend of `prefix_attention` equals the specification and plain SDPA.
 
-PTD_TEST_DEVICE=cuda runs the list on a GPU (`make gpu-1`), there with Triton's compiled kernels and the GPU libraries.
+PTD_TEST_DEVICE=cuda runs the tests on a GPU (`make gpu-1`), with Triton's compiled kernels and the GPU libraries.
 
 Shapes: B batch, H heads, S queries, T own keys, P prefix keys, D and E head sizes of keys and values.
 """
@@ -37,15 +37,15 @@ from ptd_kernels.prefix_attention import merge, merge_decode, segments
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Triton's kernels run here only in its interpreter, in a process of its own: test_triton_backend.py starts it.
+# On a CPU, Triton's kernels run only in its interpreter, in a separate process that test_triton_backend.py starts.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# The one for packed batches on a CPU has a list of its own: test_joined.py.
+# The backend for packed batches on a CPU has its own tests: test_joined.py.
 NOT_HERE = ("joined",) if INTERPRETED or DEVICE != "cpu" else ("joined", "triton")
 BACKENDS = [
     name for name in available_backends() if name not in (NOT_HERE if DEVICE != "cpu" else (*NOT_HERE, *LIBRARIES))
 ]
 FAST = [name for name in BACKENDS if name != "reference"]
-# Triton's interpreter needs some milliseconds a tile.
+# Triton's interpreter needs several milliseconds per tile.
 EXAMPLES = {"triton": int(os.environ.get("PTD_TRITON_EXAMPLES", "5"))}
 
 
@@ -57,7 +57,7 @@ def _seeded_on_the_device() -> Iterator[None]:
 
 
 def skip_if_refused(backend: str, dtype: torch.dtype = torch.float32, options: dict[str, Any] | None = None) -> None:
-    """What a backend refuses on purpose is not tested here, but where that refusal is."""
+    """Skip the test if the backend refuses the call on purpose; the refusals have their own tests."""
     try:
         explain_backend(device=DEVICE, dtype=dtype, masked="mask" in (options or {}), backend=backend)
     except ValueError as refusal:
@@ -65,7 +65,7 @@ def skip_if_refused(backend: str, dtype: torch.dtype = torch.float32, options: d
 
 
 def expand_concat_sdpa(leaves: list[Tensor], own: Tensor) -> Tensor:
-    """Plain PyTorch: prefix expanded over the batch, concatenated, boolean mask."""
+    """Compute attention in plain PyTorch: expand the prefix over the batch, concatenate it, use a boolean mask."""
     q, k, v, prefix_k, prefix_v = leaves
     k = torch.cat([prefix_k.to(q.dtype).expand(q.shape[0], -1, -1, -1), k], dim=2)
     v = torch.cat([prefix_v.to(q.dtype).expand(q.shape[0], -1, -1, -1), v], dim=2)
@@ -132,7 +132,7 @@ FIXED = {
 
 
 def fixed(name: str) -> tuple[Case, dict[str, Any]]:
-    """A case of `FIXED` and its options, the mask blown up to its full shape."""
+    """Return a case of `FIXED` and its options, with the mask expanded to its full shape."""
     case = FIXED[name]
     options = dict(case.options)
     if "mask" in options:
@@ -228,7 +228,7 @@ def test_equals_concatenation_and_sdpa(backend: str) -> None:
 
 @dataclass(frozen=True)
 class Prefixes:
-    """Several prefixes of these lengths, and who reads which. Equal lengths are given as one tensor."""
+    """Several prefixes of these lengths, and which sequence reads which. Equal lengths are passed as one tensor."""
 
     lengths: tuple[int, ...]
     index: tuple[int, ...]
@@ -321,7 +321,7 @@ def test_prefixes_may_be_numbered_in_any_order(backend: str, name: str) -> None:
     several = SEVERAL[name]
     own, prefixes = several.own(), several.prefixes()
     order = torch.randperm(len(several.lengths))
-    # The prefix that was order[i] is now i.
+    # Prefix order[i] is now prefix i.
     index = torch.argsort(order)[torch.tensor(several.index)].int()
     shuffled = replace(several, lengths=tuple(several.lengths[i] for i in order))
     out = several.call(own, prefixes, backend=backend)
@@ -377,7 +377,7 @@ def test_several_prefixes_in_half_precision(backend: str, prefix_dtype: torch.dt
         assert not b.count_nonzero() or relative_rms(a, b) < 4e-3
 
 
-# Where a backend reads the index on the host, the graph breaks, and dynamo looks at the leaves' .grad to go on.
+# If a backend reads the index on the host, the graph breaks, and dynamo reads the leaves' .grad to resume.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_several_prefixes_under_torch_compile(backend: str) -> None:
@@ -450,7 +450,7 @@ def test_prefix_gradient_is_summed_in_fp32(backend: str, dtype: torch.dtype) -> 
     low = [x.requires_grad_() for x in low]
     exact = out_and_gradients([x.detach().double().requires_grad_() for x in low], backend="reference", causal=False)
     actual = out_and_gradients(low, backend=backend, causal=False)
-    # Each addend is off by about 2^-9 (bf16); a sum kept in bf16 would be off by percents after this many.
+    # Each addend is off by about 2^-9 (bf16); a sum in bf16 would be off by several percent after this many addends.
     for gradient, expected in zip(actual[4:], exact[4:], strict=True):
         assert relative_rms(gradient, expected) < 4e-3
         assert not torch.equal(gradient, gradient.to(dtype).float()), "rounded on the way"

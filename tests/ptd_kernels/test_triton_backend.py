@@ -1,7 +1,7 @@
-"""The backend `triton` in Triton's interpreter: no GPU, CPU tensors, the kernels' own source run tile by tile.
+"""Test the backend `triton` without a GPU: Triton's interpreter runs the kernels' source tile by tile on CPU tensors.
 
-Triton decides when it is imported whether it interprets, and much imports it (torch's compiler, for one). So one test
-here starts pytest again with TRITON_INTERPRET=1, on the list that every backend runs and on the rest of this file.
+Triton decides at import whether it interprets, and many modules import it (for example torch's compiler). Therefore one
+test here starts pytest again with TRITON_INTERPRET=1, on the tests of all backends and on the rest of this file.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def test_split_keys_of_triton(S: int, options: dict[str, Any], B: int, P: int, T
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Memory that torch leaves uninitialised is filled with NaN."""
+    """Fill the memory that torch leaves uninitialised with NaN."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3, device=DEVICE).isnan().all()
     yield
@@ -156,7 +156,7 @@ CALLS: dict[str, dict[str, Any]] = {
 
 
 def operator_arguments(name: str) -> tuple[Any, ...]:
-    """What the operator ``ptd_kernels::prefix_attention`` is called with."""
+    """Return the arguments of a call of the operator ``ptd_kernels::prefix_attention``."""
     call = CALLS[name]
     x = leaves(call.get("rows", 9), 3, 8, 8, torch.float32)
     prefix = x[3:] if call.get("prefix", True) else [None, None]
@@ -245,7 +245,7 @@ FAILURES = {
 def test_triton_goes_on_with_the_next_tile(
     failure: str, timed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Of each kernel, the wide tile cannot be launched: neither where tiles are timed, nor where they are not."""
+    """If the wide tile of each kernel cannot be launched, the next tile runs, whether or not tiles are timed."""
     from ptd_kernels.prefix_attention.fused import operator as triton_op
     from ptd_kernels.prefix_attention.fused.tuning import Choices
 
@@ -261,7 +261,7 @@ def test_triton_goes_on_with_the_next_tile(
     monkeypatch.setattr(triton_op, "tiles_for", lambda *_: (WIDE, NARROW))
     monkeypatch.setattr(triton_op, "allowed", lambda: timed)
     monkeypatch.setattr(triton_op, "_choices", lambda: Choices(tmp_path / "tiles.json"))
-    if DEVICE == "cpu":  # nothing is timed there
+    if DEVICE == "cpu":  # nothing is timed on a CPU
         monkeypatch.setattr("triton.testing.do_bench", lambda work, **options: (work(), 1.0)[1])
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

@@ -1,6 +1,6 @@
-"""What the compiler says of the Triton kernels for sm_80 and sm_90, without a GPU: they compile, fit and do not spill.
+"""The Triton kernels compile for sm_80 and sm_90, fit in shared memory and do not spill; the tests need no GPU.
 
-PTD_COMPILE_ALL=1 runs every kernel × head size × dtype × variant (1.5 hours on one core) instead of a selection.
+PTD_COMPILE_ALL=1 compiles every kernel × head size × dtype × variant (1.5 hours on one core) instead of a selection.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ SELECTION = (
         (("128,128",), ("fp32",), ("causal",)),
     ]
 )
-# The most a block may have, in bytes (CUDA C++ programming guide, compute capabilities). sm_80 itself has 163 KiB, but
-# its tiles also serve 8.6, 8.9 and 12.0, which have 99.
+# The maximum per block, in bytes (CUDA C++ programming guide, compute capabilities). sm_80 itself has 163 KiB, but its
+# tiles are also used on 8.6, 8.9 and 12.0, which have 99 KiB.
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024}
 NO_SPILLS_UP_TO = 128
-# The tiles were chosen with Triton 3.7, where nothing may spill. Another version's compiler places some values
-# otherwise: 3.6 spills 8 or 16 bytes a thread, two to four registers, in kernels that use all 255.
+# The tiles were chosen with Triton 3.7, with which nothing may spill. The compilers of other versions allocate some
+# registers differently: 3.6 spills 8 or 16 bytes per thread (two to four registers) in kernels that use all 255.
 CHOSEN_WITH, SPILLED_ELSEWHERE = "3.7.", 16
 
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
-    """A row a kernel. In a process of its own, since an interpreting Triton does not compile."""
+    """Return one row per kernel. A separate process compiles, because Triton does not compile while it interprets."""
     return [row for selection in SELECTION for row in _compile(*selection)]
 
 
@@ -82,7 +82,7 @@ def test_nothing_spills(compiled: list[dict[str, Any]]) -> None:
 
 def test_tensor_cores_are_used(compiled: list[dict[str, Any]]) -> None:
     half = [row for row in compiled if row["dtype"] != "fp32" and row["kernel"] != "delta"]
-    # wgmma takes 64 rows at least; a decoding call may have fewer.
+    # wgmma needs at least 64 rows; a decoding call may have fewer.
     wide = [row for row in half if row["kernel"] != "decode"]
     assert all(row["wgmma"] and not row["mma"] for row in wide if row["arch"] == 90)
     assert all(row["mma"] or row["wgmma"] for row in half)

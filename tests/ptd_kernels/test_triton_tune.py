@@ -1,4 +1,4 @@
-"""Choosing a tile by its time: kept in a file, read by the next process, and never trusted blindly."""
+"""The fastest tile is stored in a file; the next process reads the file, but never trusts it blindly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The quickstart: its task, its backbone, and the promise of the README run as a user runs it."""
+"""The quickstart: its task, its backbone, and the result that the README promises, with the command that users run."""
 
 from __future__ import annotations
 

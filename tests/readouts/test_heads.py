@@ -1,4 +1,4 @@
-"""The trained head's network, pooling in both layouts, and the loss of rows that are read several times."""
+"""Test the trained head's network, pooling in both layouts, and the loss of rows that are read several times."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LENGTHS = [3, 1, 4]
 
 
 def batch(packed: bool, labels: list[int]) -> Batch:
-    """Sequences of `LENGTHS` whose tokens are numbered through from 1."""
+    """Return sequences of `LENGTHS` whose tokens are numbered consecutively from 1."""
     pieces = torch.arange(1, sum(LENGTHS) + 1).split(LENGTHS)
     marks = [torch.tensor([label, *[-100] * (n - 1)]) for label, n in zip(labels, LENGTHS, strict=True)]
     if packed:
@@ -36,7 +36,7 @@ def batch(packed: bool, labels: list[int]) -> Batch:
 
 
 def run(given: Batch, positions: torch.Tensor) -> torch.Tensor:
-    """Hidden states that name their token."""
+    """Return hidden states that identify their token."""
     token = given.input_ids.flatten()[positions].to(torch.bfloat16)
     return torch.stack([token, -token], dim=1)
 
@@ -45,7 +45,7 @@ def test_a_head_is_linear_or_has_tanh_layers():
     hidden = torch.randn(5, 4)
     linear = Head(4, 3)
     (layer,) = linear.layers
-    assert not linear(hidden).any()  # all outputs start alike
+    assert not linear(hidden).any()  # all outputs start at zero
     torch.nn.init.normal_(layer.weight)
     torch.testing.assert_close(linear(hidden), hidden @ layer.weight.T + layer.bias)
     deep = Head(4, 3, (6, 2))
@@ -60,7 +60,7 @@ def test_a_head_is_linear_or_has_tanh_layers():
 
 @pytest.mark.parametrize("factor", [0.1, 1.0, 10.0])
 def test_a_head_learns_alike_whatever_the_size_of_what_it_reads(factor):
-    """Hidden states ``factor`` times as large are told apart after the same steps of AdamW, by the same scores."""
+    """Hidden states ``factor`` times as large have the same loss after the same AdamW steps."""
     hidden = torch.randn(64, 48, generator=torch.Generator().manual_seed(0)) * factor
     targets = (hidden[:, 0] > 0).long()
     torch.manual_seed(0)
@@ -101,7 +101,7 @@ def test_the_loss_is_that_of_the_row_s_own_label(packed):
 
 def test_an_ensemble_averages_losses_and_probabilities():
     probabilities = torch.tensor([[[0.5, 0.5], [0.9, 0.1]], [[0.2, 0.8], [0.4, 0.6]]])
-    # Any constant added to a reading's logits is the softmax's to remove.
+    # The softmax removes any constant that is added to a reading's logits.
     logits = probabilities.log() + torch.tensor([0.0, 3.0])[None, :, None]
     reading = classify(logits, torch.tensor([0, 1]), None, True)
     loss = -(math.log(0.5) + math.log(0.9)) / 2 - (math.log(0.8) + math.log(0.6)) / 2

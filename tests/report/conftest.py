@@ -1,4 +1,4 @@
-"""Folders such as runs leave, with as many records and as hostile strings as a test wants."""
+"""Fixture that writes folders like those of runs, with any number of records and with hostile strings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SPIKE = 97.0
 
 
 def split(number: int, ranks: int) -> dict[str, float]:
-    """Of half a second; a start of which the first step takes ten."""
+    """Return the phases of a step of half a second; the first step of a run takes ten seconds."""
     reduce = 0.06 if ranks > 1 else 0.0
     phases = {"data": 0.01, "encoder": 0.02, "forward": 0.16, "backward": 0.23, "reduce": reduce, "optimizer": 0.015}
     return {**phases, "other": (10.0 if number == 1 else 0.5) - sum(phases.values())}
@@ -44,11 +44,12 @@ def record(number: int, steps: int, noise: random.Random, ranks: int) -> dict[st
 
 @pytest.fixture(scope="session")
 def write_run() -> WriteRun:
-    """``write_run(folder, steps=40, ranks=4, train={…}, label="<b>")`` writes what a run of these settings leaves.
+    """Return ``write_run(folder, steps=40, ranks=4, train={…}, label="<b>")``, which writes the files of such a run.
 
-    One step in the middle has a loss of `SPIKE`, one has none. ``label`` turns up wherever a person's words may.
-    ``labels``: so many rows were labelled, not continued; without ``splits``: as an older version wrote it. ``alone``:
-    the loss of the backbone alone; ``facts``: what else run.json has.
+    One step in the middle has a loss of `SPIKE`, and one has no loss. ``label`` appears wherever text of a user may
+    appear. ``labels``: the samples are this many classified rows, not continued prompts; without ``splits``: the
+    records have no phases, as in an older version; ``alone``: the loss of the frozen backbone; ``facts``: further keys
+    of run.json.
     """
 
     def write(

@@ -1,4 +1,4 @@
-"""The page in a real browser: no complaint, no request, nothing beside the window, nothing over anything else."""
+"""The report in a real browser: no errors, no requests, nothing outside the window, and nothing that overlaps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_page(browser: Browser, pages: dict[str, Path], name: str, window: str, 
 
 
 def test_the_test_sees(browser: Browser, pages: dict[str, Path], tmp_path: Path) -> None:
-    """A page with all these faults is found out."""
+    """The checks find each fault in a page that has all of them."""
     bad = tmp_path / "bad.html"
     fault = (
         "<script>console.error('said')</script><img src='missing.png'><p style='width: 200vw'>wide</p>"

@@ -1,4 +1,4 @@
-"""The page of a run, or of several: what is on it, whatever the run has left, and nothing that it should not hold."""
+"""The report of one or several runs: its content, for any state of a run's files, and nothing that it must not hold."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HOSTILE = "<script>alert(1)</script>\"'&{{7*7}}$\\frac{1}{0}$ _x ]]> \u202e 文"
 
 
 class Page(HTMLParser):
-    """Elements by id, the text, and whatever is not well formed."""
+    """Parse a page into ids, tags, links and text, and assert that its elements are well formed."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -70,13 +70,13 @@ class Page(HTMLParser):
 
 
 def check_page(path: Path) -> Page:
-    """What holds for every page."""
+    """Assert what holds for every page, and return the parsed page."""
     page = Page(path)
     assert page.open == []
     assert [name for name in SECTIONS if name not in page.ids] == []
     assert len(page.ids) == len(set(page.ids))
     assert "script" not in page.tags
-    # Nothing from anywhere else: only places in the page, and the empty icon.
+    # The page loads nothing: its links lead to places in the page, except for the empty icon.
     assert {link for link in page.links if not link.startswith("#")} <= {"data:,"}
     assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
     content = path.read_text(encoding="utf-8")
@@ -125,7 +125,10 @@ def test_runs_beside_each_other(write_run: Any, tmp_path: Path) -> None:
 
 
 def test_where_the_time_goes(write_run: Any, tmp_path: Path) -> None:
-    """Layers that add up to the step, of one run over its steps, of several as a bar each; the table has shares."""
+    """The phases of one run are layers over its steps that add up to the step's time.
+
+    Several runs have a bar each, and the table shows the shares.
+    """
     new, slow, old = (
         write_run(tmp_path / "new", steps=400),
         write_run(tmp_path / "slow", steps=2),
@@ -200,7 +203,7 @@ def test_the_backbone_alone_and_a_divergence(write_run: Any, tmp_path: Path) -> 
 
 
 def test_the_backbone_alone_of_several_runs(write_run: Any, tmp_path: Path) -> None:
-    """One line where they share it, as the same backbone on the same rows does; else one for each."""
+    """Runs with the same backbone and rows share one line for the frozen backbone; others have a line each."""
     first, same, other = (
         write_run(tmp_path / name, alone=alone) for name, alone in (("a", 3.0), ("b", 3.0), ("c", 2.0))
     )
@@ -249,7 +252,7 @@ def test_many_runs_stay_small(write_run: Any, tmp_path: Path) -> None:
     assert len(content.encode()) < 5_000_000
 
 
-# ---- what is left of a run
+# ---- incomplete and damaged runs
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
@@ -289,7 +292,7 @@ def test_what_has_another_form_is_left_out(tmp_path: Path, facts: str) -> None:
 
 
 def test_only_records(tmp_path: Path) -> None:
-    """Of a run that an older version wrote, or whose run.json was not copied."""
+    """Records alone make a report, as for a run of an older version or a run whose run.json was not copied."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "lr": 0.1}\n')
     report([tmp_path])
     assert plots_of(check_page(tmp_path / "report.html")) == {"loss", "learning_rate"}
@@ -359,7 +362,7 @@ def test_running_mean() -> None:
 
 
 def contrast(one: str, other: str) -> float:
-    """WCAG 2.2's contrast ratio."""
+    """Return the contrast ratio of WCAG 2.2."""
 
     def luminance(colour: str) -> float:
         linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(colour)]
@@ -371,7 +374,7 @@ def contrast(one: str, other: str) -> float:
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK])
 def test_contrasts(theme: Theme) -> None:
-    """WCAG: 4.5 for text, of which runs' marks are no part; 3 for what carries meaning."""
+    """Contrasts follow WCAG: 4.5 for text, which excludes the marks of runs; 3 for graphics that carry meaning."""
     assert contrast(theme.ink, theme.paper) >= 7
     assert contrast(theme.soft, theme.paper) >= 4.5
     assert min(contrast(colour, theme.paper) for colour in theme.palette) >= 3

@@ -1,4 +1,4 @@
-"""Decoding follows what the user asks for: nothing of a hostile ``generation_config`` gets into it unasked."""
+"""Decoding follows the user's options: a hostile ``generation_config`` has no effect unless the user asks for it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ OF_A_CALL = {"max_new_tokens", "pad_token_id", "bos_token_id", "eos_token_id", "
 
 @pytest.fixture(scope="module", params=["llama", "t5", "bart"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The same backbone twice: with a plain ``generation_config`` and with a hostile one."""
+    """Save the same backbone twice: with a plain ``generation_config`` and with a hostile one."""
     folder = tmp_path_factory.mktemp(request.param)
     plain, hostile = (save_backbone(folder / name, request.param) for name in ("plain", "hostile"))
     file = hostile / "generation_config.json"
@@ -81,7 +81,7 @@ class Told(Reporter):
 
 
 def greedy(folder: Path, prompt: str, count: int) -> str:
-    """The likeliest tokens by a loop over plain forward passes, without a cache."""
+    """Return the text of the most likely tokens, from a loop of plain forward passes without a cache."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     tokenizer, config = tiny_tokenizer(), json.loads((folder / "config.json").read_text())
@@ -123,7 +123,7 @@ def test_beams_and_samples_are_the_users_too(pair: tuple[Path, Path], options: d
 
 
 def test_every_field_of_transformers_has_a_value_of_its_own() -> None:
-    """Fails when a later transformers has a new field: give it its neutral value in ptd/runs/decoding.py."""
+    """This fails if a later transformers has a new field: add its neutral value to ptd/runs/decoding.py."""
     assert set(NEUTRAL) | set(OURS) | OF_A_CALL == FIELDS
     assert not set(NEUTRAL) & set(OURS)
     given = set(inspect.signature(generation_config).parameters)
@@ -131,7 +131,7 @@ def test_every_field_of_transformers_has_a_value_of_its_own() -> None:
 
 
 def test_nothing_is_filled_in_from_the_model() -> None:
-    """By transformers' own preparation of a call, for every field, whatever a later version calls it."""
+    """transformers' own preparation of a call takes no field from the model, including fields of later versions."""
     model = tiny_model("llama")
     before = model.generation_config = GenerationConfig(**HOSTILE, a_new_field=1)
     tokens = Tokens((EOS,), PAD)
@@ -171,11 +171,11 @@ def test_the_authors_settings_are_followed_where_the_user_says_so(tmp_path: Path
     output = model.generate(**inputs, max_new_tokens=12, return_dict_in_generate=False, pad_token_id=PAD)
     assert found == tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert found != [usual]
-    # What the user asks for goes first: the author samples, the user does not.
+    # The user's options take precedence: the author samples, the user does not.
     file.write_text(json.dumps({**json.loads(file.read_text()), "do_sample": True, "temperature": 2.0}))
     asked = Decoding(max_new_tokens=12, temperature=0, generation_config="model")
     assert generate(PROMPTS[:1], adapter=None, backbone=str(author), decoding=asked) == found
-    # What transformers no longer supports is refused with its reason.
+    # Settings that transformers no longer supports are refused, with the reason that it gives.
     file.write_text(json.dumps({**json.loads(file.read_text()), "penalty_alpha": 0.6, "top_k": 4, "do_sample": False}))
     with pytest.raises(UserError, match="--generation-config: transformers rejects the model's own settings"):
         generate(PROMPTS[:1], adapter=None, backbone=str(author), decoding=decoding)
@@ -233,7 +233,7 @@ ENDS = {"tokenizer": MASK, "author": UNK, "taught": EOS}
 
 @pytest.mark.parametrize("source", ENDS)
 def test_a_text_ends_at_what_any_source_calls_its_end(tmp_path: Path, source: str) -> None:
-    """A model that writes the three end tokens first: each text has to stop at the first, and show none of them."""
+    """A model writes three end tokens in a row; each text stops at the first one and contains none of them."""
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     order = [ENDS[source], *(end for name, end in ENDS.items() if name != source)]
     model.save_pretrained(tmp_path)
@@ -251,7 +251,7 @@ def test_a_text_ends_at_what_any_source_calls_its_end(tmp_path: Path, source: st
     width = len(tokenizer("a")["input_ids"])
 
     def say(module: Any, args: Any, options: dict[str, Any], output: Any) -> Any:
-        """Whatever it thinks, it says the next token of the script."""
+        """Replace the logits so that the model writes the next token of the script."""
         say.passes += 1  # type: ignore[attr-defined]
         output.logits[:] = 0
         output.logits[..., script[say.passes - 1]] = 9  # type: ignore[attr-defined]
@@ -267,7 +267,7 @@ def test_a_text_ends_at_what_any_source_calls_its_end(tmp_path: Path, source: st
 
 
 def test_an_ordinary_token_that_the_author_calls_an_end_is_none(tmp_path: Path) -> None:
-    """Configs are often left with the default of their class: an id that in this tokenizer is a letter."""
+    """Configs often keep the default of their class, an id that is a letter in this tokenizer."""
     folder = save_backbone(tmp_path / "b")
     letter = tiny_tokenizer()("e")["input_ids"][0]
     file = folder / "generation_config.json"

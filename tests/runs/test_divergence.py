@@ -1,6 +1,6 @@
-"""Runs that diverge, that do not get better, and what the backbone alone comes to: on the shipped backbone, for real.
+"""Runs that diverge or stop improving, and the frozen backbone's loss, in real runs on the shipped backbone.
 
-A prefix with an MLP at an absurd learning rate diverges in its second step, and stays there.
+At an absurd learning rate, a prefix with an MLP diverges in its second step and does not recover.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ HELD_OUT = 16
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``train.jsonl``, and ``few.jsonl`` of held-out rows."""
+    """Return a folder with training rows in ``train.jsonl`` and held-out rows in ``few.jsonl``."""
     folder = tmp_path_factory.mktemp("rows")
     _, held_out = write_task(folder)
     few = held_out.read_text(encoding="utf-8").splitlines(keepends=True)[:HELD_OUT]
@@ -56,7 +56,7 @@ Raw = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def raw(rows: Path) -> Raw:
-    """A run file: ``raw(output_dir, method, learning_rate=1)``."""
+    """Return a function that makes a run file: ``raw(output_dir, method, learning_rate=1)``."""
 
     def make(out: Path, method: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
         return {
@@ -83,19 +83,19 @@ def series(folder: Path, key: str) -> dict[int, float]:
     return {record["step"]: record[key] for record in read_records(folder) if key in record}
 
 
-# ---- the backbone alone
+# ---- the frozen backbone
 
 
 @pytest.fixture(scope="module")
 def warned(raw: Raw, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A run that diverged and went on, and what it said."""
+    """Train a run that diverges and continues; return its folder and its messages."""
     folder, notes = tmp_path_factory.mktemp("warned") / "run", Notes()
     train(parse_config(raw(folder)), reporter=notes)
     return folder, notes.lines
 
 
 def test_the_backbone_alone_is_that_of_transformers(warned: tuple[Path, list[str]], rows: Path) -> None:
-    """Its loss on the held-out rows, put together by hand."""
+    """The loss of the frozen backbone on the held-out rows equals one computed by hand with transformers."""
     model = AutoModelForCausalLM.from_pretrained(BACKBONE, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(BACKBONE)
     total, count = 0.0, 0
@@ -214,7 +214,7 @@ def test_the_end_of_a_run_that_is_worse_than_the_backbone_alone(ptd: Any, run_fi
 
 
 WARMED_UP = {
-    # The learning rate rises by a third a step: with it the run learns for eight steps, and has given it back in 20.
+    # The learning rate rises by 1/3 per step: the run learns for eight steps and has lost the gain by step 20.
     "learning_rate": 20.0,
     "lr_scheduler_type": "linear",
     "warmup_steps": 60,
@@ -256,11 +256,11 @@ def test_a_run_goes_back_to_where_it_was_good_with_a_lower_rate(retried: tuple[P
 def test_a_run_that_is_interrupted_behind_a_retry_goes_on_as_it_would_have(
     raw: Raw, retried: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
-    """Stopped before it comes to the first checkpoint of the lower learning rate, and once more behind it."""
+    """A run stopped before and after the first checkpoint at the lower learning rate ends like an undisturbed one."""
     config = parse_config(raw(tmp_path / "run", DIRECT, **WARMED_UP))
 
     class Later(Notes):
-        """Stops in step 11 when it comes there for the second time."""
+        """Stop in step 11 when the run reaches it for the second time."""
 
         def advance(self, task: str, done: int, line: str | None = None) -> None:
             if (task, done) == ("train", 11) and any("retry 1" in said for said in self.lines):
@@ -301,7 +301,7 @@ def test_a_run_that_diverges_whatever_the_rate_ends(raw: Raw, tmp_path: Path) ->
 
 
 def test_a_retry_from_the_start_begins_with_the_same_values(raw: Raw, tmp_path: Path) -> None:
-    """The first loss of each attempt is that of the initial values, whatever Adam had made of them."""
+    """The first loss of each attempt is that of the initial values, whatever Adam changed in the attempt before."""
     seen: list[float] = []
 
     class First(Notes):
@@ -323,7 +323,7 @@ def test_a_retry_from_the_start_begins_with_the_same_values(raw: Raw, tmp_path: 
 
 
 def still(raw: Raw, folder: Path, **settings: Any) -> dict[str, Any]:
-    """A run whose learning rate is so small that no evaluation differs from the first."""
+    """Return a run file with a learning rate so small that no evaluation differs from the first."""
     return raw(folder, DIRECT, **{"learning_rate": 1e-30, "eval_steps": 2, "early_stopping_patience": 2, **settings})
 
 
@@ -348,7 +348,7 @@ def test_the_patience_of_a_run_that_is_continued_is_not_new(raw: Raw, tmp_path: 
 
 
 def test_a_better_evaluation_is_waited_for_anew(raw: Raw, tmp_path: Path) -> None:
-    """At a rate that learns it never stops."""
+    """A run with a learning rate at which it improves never stops early."""
     result = train(parse_config(still(raw, tmp_path / "run", learning_rate=0.5, max_steps=8)))
     assert result["steps"] == 8
     assert "stopped_early" not in result

@@ -1,7 +1,7 @@
-"""What happens to a run on two ranks does not change it: after each fault it is continued to the same losses.
+"""Faults do not change a run on two ranks: after each fault the run continues with the same losses.
 
-One launched job (worker_faults.py) forks all the ranks. Disks that are full or read-only are real ones, which takes
-root and mounts.
+One launched job (worker_faults.py) forks all ranks. The full and the read-only disk are real, which requires root and
+mounts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ptd.checkpoint import latest_complete
 from ptd.runs.metrics_log import read_records
 
 STEPS, NAN_STEP = 16, 10
-# The same sums in another order, carried through 16 steps of Adam.
+# Relative tolerance for the same sums in a different order, carried through 16 steps of Adam.
 OTHER_RANKS = 1e-5
 SETTINGS: dict[str, Any] = {
     "method": {
@@ -48,7 +48,7 @@ KILLS = ("mid-step", "mid-backward", "mid-save", "before the rename", "late")
 
 
 def mounts() -> bool:
-    """Whether a process here can have mounts of its own."""
+    """Return whether a process on this machine can create its own mounts."""
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         return False
     command = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
@@ -57,7 +57,7 @@ def mounts() -> bool:
 
 @pytest.fixture(scope="module")
 def folder(backbone_dir: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What worker_faults.py left: ``whole``, ``faults``, ``worlds`` and ``report.json``."""
+    """Run worker_faults.py; return its folder with ``whole``, ``faults``, ``worlds`` and ``report.json``."""
     folder = tmp_path_factory.mktemp("faults")
     data = {"train": str(rows_file), "eval": str(rows_file), "max_length": 64}
     run_file = folder / "run.yaml"
@@ -140,7 +140,7 @@ def test_a_killed_save_leaves_what_was_whole(report: dict[str, Any], title: str)
 
 
 def test_leftover_temporary_folders_are_removed_at_the_next_start(report: dict[str, Any]) -> None:
-    """Two are put there before the start that follows "before the rename"."""
+    """The worker creates two such folders before the start that follows "before the rename"."""
     for title in ("late", "last"):
         assert not {".writing-000004", ".deleted-step-000001"} & set(report[title]["checkpoints"])
 
@@ -160,7 +160,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_cleanly(
 
 
 def test_a_record_that_cannot_be_written_ends_the_run_cleanly(report: dict[str, Any]) -> None:
-    """Rank 0 writes them alone; the other one has lost it then."""
+    """Only rank 0 writes records, so rank 1 fails because it has lost rank 0."""
     start = started(report, "disk full for a record")
     assert start["codes"] == [2, 1], start["log"]
     assert re.search(r"ptd: error: .*metrics.jsonl \(No space left on device\)", start["log"].splitlines()[-1])
@@ -174,7 +174,7 @@ def test_a_read_only_folder_is_refused_at_the_start(report: dict[str, Any]) -> N
 
 
 def test_ranks_may_come_and_go(folder: Path, report: dict[str, Any]) -> None:
-    """1 → 2 → 4 → 1, killed each time."""
+    """A run continues on 1, 2, 4 and again 1 ranks, and is killed before each change."""
     for title, step in (("on two", "0000(03|06)"), ("on four", "0000(06|09)"), ("on one again", "0000(09|12)")):
         assert re.search(f"continuing from step-{step}", report[title]["log"])
     assert "keeping 4 rows per step on 4 ranks" in report["on four"]["log"]
@@ -187,7 +187,7 @@ def test_ranks_may_come_and_go(folder: Path, report: dict[str, Any]) -> None:
 @pytest.mark.parametrize("damage", ["emptied", "cut", "flipped", "removed"])
 @pytest.mark.parametrize("place", range(4))
 def test_damage_to_any_file_is_found(folder: Path, tmp_path: Path, place: int, damage: str) -> None:
-    """Two ranks' shards, the facts and the manifest."""
+    """The files of a checkpoint are two ranks' shards, the facts and the manifest."""
     copied = shutil.copytree(folder / "whole" / "checkpoints", tmp_path / "checkpoints")
     files = sorted((copied / "step-000016").iterdir())
     assert len(files) == 4

@@ -1,4 +1,4 @@
-"""Runs of two ranks that are stopped, hang or fail on the way, and go on: the losses are those of a run that was not.
+"""Runs on two ranks that are stopped, hang or fail, and continue: the losses are those of an undisturbed run.
 
 One run is interrupted five times before it finishes; another fails at the same step until it is refused.
 """
@@ -58,7 +58,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 
 def diverging(root: Path) -> list[str]:
-    """What makes of the run one that diverges whatever its learning rate: the shipped backbone, which can get worse."""
+    """Return overrides that make the run diverge whatever its learning rate.
+
+    They select the shipped backbone, whose loss can get worse.
+    """
     train, held_out = write_task(root)
     return [
         *(f"backbone.path={BACKBONE}", "backbone.dtype=float32", f"data.train={train}", f"data.eval={held_out}"),
@@ -79,7 +82,8 @@ def results(folders: Folders, backbone_dir: Path, rows_file: Path) -> Results:
         arguments = ["train", str(run_file), f"output_dir={folder}", *more]
         return {"arguments": arguments, "event": event, "output_dir": str(folder)}
 
-    # From a checkpoint that is whole, and dead before the next one is begun: a write in flight may end or not.
+    # A killed attempt continues from a complete checkpoint and dies before the next save begins, because a write in
+    # progress might or might not complete.
     asked, dying = [0, "step", 4, "SIGTERM"], [1, "step", 5, "SIGKILL"]
     attempts = {
         "whole": attempt(folders.whole, None),
@@ -131,7 +135,10 @@ def test_adapters_are_those_of_an_undisturbed_run(results: Results, folders: Fol
 
 
 def test_a_signal_stops_all_ranks_with_a_checkpoint(results: Results, folders: Folders) -> None:
-    """After the step in which, or after the save behind which, one rank was told; before training without one."""
+    """All ranks stop after the step in which one rank receives the signal, or after the next step if it is saving.
+
+    Before training they stop without a checkpoint.
+    """
     asked = [name for name in EVENTS if name.startswith(("SIGUSR1", "SIGTERM"))]
     for name, step in zip(asked, (0, 4, 6), strict=True):
         result = results[name]
@@ -145,7 +152,7 @@ def test_a_signal_stops_all_ranks_with_a_checkpoint(results: Results, folders: F
     second, third = (results[name]["stderr"][0] for name in asked[1:])
     assert "no checkpoint yet" in second
     assert "continuing from step-000004\n" in third
-    # The evaluation that was due is made up for by the next attempts, before their first step.
+    # The next attempts run the evaluation that was due before their first step.
     assert "eval loss" not in second
     for said in (results["SIGKILL behind the evaluation that was made up for"]["stderr"][0], third):
         assert "train 4/12  eval loss" in said.partition("train 5/12  loss")[0]

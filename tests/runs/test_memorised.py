@@ -1,6 +1,6 @@
-"""Rows that are learned by heart come back word for word: what is trained is what is asked, and it ends where it ended.
+"""Memorised rows are generated word for word: prompts and the ends of texts are the same as in training.
 
-Each case once had a loss near 0 and an exact match of 0.
+Each case once had a loss near 0 but an exact match of 0.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def backbone(folder: Path, tokenizer: Any, settings: dict[str, Any], family: str
 
 
 def learn(tmp_path: Path, path: Path, rows: list[dict[str, Any]], **sections: Any) -> Path:
-    """Train on ``rows`` until they are known by heart; the run's folder."""
+    """Train on ``rows`` until they are memorised; return the run's folder."""
     data, out = tmp_path / "rows.jsonl", tmp_path / "out"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     run = {
@@ -93,7 +93,7 @@ def test_an_end_token_that_the_generation_config_does_not_name(tmp_path: Path) -
     out = learn(tmp_path, path, ROWS)
     assert exact_match(out, ROWS) == 100
     assert generate([row["prompt"] for row in ROWS], adapter=str(out)) == [row["completion"] for row in ROWS]
-    # What the author set is followed where that is asked for.
+    # Beam search writes the rows word for word too.
     assert exact_match(out, ROWS, num_beams=2) == 100
 
 
@@ -129,7 +129,7 @@ def test_a_summariser_writes_as_briefly_as_it_was_taught(tmp_path: Path, family:
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     start = tokenizer.pad_token_id if family == "t5" else tokenizer.eos_token_id
     changes = {"d_model": 64, "tie_word_embeddings": family != "t5", "decoder_start_token_id": start, **special}
-    # The author's first token is none that was taught; of mBART the tokenizer says the language, not the config.
+    # The author's first token does not occur in the rows; for mBART the tokenizer sets the language, not the config.
     settings = {**SUMMARISER, "forced_bos_token_id": 10, "forced_eos_token_id": tokenizer.eos_token_id}
     path = backbone(tmp_path / "b", tokenizer, settings, family, **changes)
     rows = [{"prompt": "anna lives", "completion": "in york."}, {"prompt": "the town", "completion": "12 12 12 12"}]

@@ -1,4 +1,4 @@
-"""A run that was killed and started again is the run that was not: launched as a user would, over ZeRO-3."""
+"""A run that was killed and restarted, launched as a user would and with ZeRO-3, equals an undisturbed run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SETTINGS: dict[str, Any] = {
         "logging_steps": 1,
         "seed": 5,
     },
-    # Thresholds of 0: this backbone is so small that DeepSpeed would otherwise not shard it, and gather it only once.
+    # Thresholds of 0: DeepSpeed would otherwise leave a backbone of this size unsharded, and gather it only once.
     "deepspeed": {
         "zero_optimization": {
             "stage": 3,
@@ -51,12 +51,13 @@ SETTINGS: dict[str, Any] = {
         }
     },
 }
-# The same sums in another order, carried through up to 14 steps of Adam; the worst measured is 6e-7.
+# Relative tolerance for the same sums in a different order, carried through up to 14 steps of Adam; the largest
+# measured difference is 6e-7.
 OTHER_RANKS = 1e-5
 
 
 def torchrun(*program: str | int | Path) -> subprocess.CompletedProcess[str]:
-    """The program on two ranks."""
+    """Run the program on two ranks with torchrun."""
     rendezvous = ["--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *rendezvous, *map(str, program)],
@@ -69,14 +70,14 @@ def torchrun(*program: str | int | Path) -> subprocess.CompletedProcess[str]:
 
 
 class Runs:
-    """Launched runs: ``whole`` went through, ``resumed`` was killed and started again, ``killed`` is a copy between."""
+    """Launched runs: ``whole`` ran through, ``resumed`` was killed and restarted, ``killed`` is the copy in between."""
 
     def __init__(self, root: Path, settings: dict[str, Any], launch: Any, train_here: Any) -> None:
         self.whole, self.resumed, self.killed = root / "whole", root / "resumed", root / "killed"
         self.settings, self.train_here = settings, train_here
         run_file = root / "run.yaml"
         run_file.write_text(yaml.safe_dump(settings), encoding="utf-8")
-        # The one to compare with need not be a launcher's.
+        # The reference run does not need a launcher.
         launch(2, Path(cli.__file__).with_name("__main__.py"), "train", run_file, f"output_dir={self.whole}")
         crash = Path(__file__).with_name("worker_crash.py")
         self.crash = torchrun(crash, KILLED_AFTER, "train", run_file, f"output_dir={self.resumed}")
@@ -88,7 +89,7 @@ class Runs:
         assert self.second.returncode == 0, self.second.stderr[-8000:]
 
     def continue_alone(self, folder: Path, *, stop: int | None = None, **train: int) -> list[str]:
-        """Continue a copied folder in this process, replicated, up to step ``stop``; returns what was said."""
+        """Continue a copied folder in this process, unsharded, up to step ``stop``; return the messages."""
         settings = {key: value for key, value in self.settings.items() if key != "deepspeed"}
         settings["train"] = {**settings["train"], **train}
         return list(self.train_here({**settings, "output_dir": str(folder)}, stop=stop))
@@ -135,7 +136,7 @@ def test_adapters_are_bit_identical(runs: Runs, name: str) -> None:
 
 
 def test_resumed_checkpoint_is_bit_identical(runs: Runs) -> None:
-    """Parameters and both moments, as each rank wrote them."""
+    """The parameters and both moments are identical in the file of each rank."""
     for folder in (runs.whole, runs.resumed):
         assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
             "latest",
@@ -204,7 +205,7 @@ def test_damaged_checkpoint_is_passed_over(runs: Runs, tmp_path: Path, damage: s
 
 
 def test_damaged_checkpoint_does_not_push_out_whole_ones(runs: Runs, tmp_path: Path) -> None:
-    """With one checkpoint to keep, and a damaged one of a later step beside it."""
+    """With ``save_total_limit`` 1, a damaged checkpoint of a later step does not displace a complete one."""
     folder = shutil.copytree(runs.killed, tmp_path / "damaged")
     (folder / "checkpoints" / "step-000006" / "manifest.json").write_text("{")
     runs.continue_alone(folder, stop=5, save_steps=1, save_total_limit=1)

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, and what a folder allows: in this process, without a launcher."""
+"""What a run writes into its folder, and which folders it accepts; without a launcher, in the tests' process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ptd.runs.metrics_log import Records, read_records
 from ptd.types import UserError
 
 STEPS = 20
-# Recorded on x86-64 with AVX-512, torch 2.13.0, one thread; to record anew, print series(finished, "loss").
+# Recorded on x86-64 with AVX-512, torch 2.13.0, one thread; to record again, print series(finished, "loss").
 # fmt: off
 GOLDEN_LOSSES = [
     6.6173656, 6.7394772, 6.4418203, 6.4516207, 6.5576675,
@@ -31,7 +31,7 @@ GOLDEN_LOSSES = [
     6.3621703, 6.4190048, 6.2788356, 6.3531473, 6.2586763,
 ]
 # fmt: on
-GOLDEN_TOLERANCE = 1e-5  # CPU kernels differ in the last bits between machines; AVX2 and none: 1.3e-7
+GOLDEN_TOLERANCE = 1e-5  # CPU kernels differ in the last bits between machines: by 1.3e-7 with AVX2 or without AVX
 
 RECORD_FIELDS = {
     "step": int,
@@ -65,7 +65,7 @@ Start = Callable[..., list[str]]
 
 @pytest.fixture(scope="module")
 def start(backbone_dir: Path, rows_file: Path, train_here: Start) -> Start:
-    """``start(folder, {"train.seed": 3}, stop=7)`` trains into ``folder`` and returns what was said."""
+    """``start(folder, {"train.seed": 3}, stop=7)`` trains into ``folder`` and returns the messages."""
     settings: dict[str, Any] = {
         "backbone": {"path": str(backbone_dir)},
         "method": {"name": "prefix", "num_virtual_tokens": 4},
@@ -94,7 +94,7 @@ def start(backbone_dir: Path, rows_file: Path, train_here: Start) -> Start:
 
 @pytest.fixture(scope="module")
 def finished(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that went through; not to be changed."""
+    """Return the folder of a finished run, which tests must not change."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     start(folder)
     return folder
@@ -102,7 +102,7 @@ def finished(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stopped(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that ended at step 7 of 20, with a checkpoint at 5; not to be changed."""
+    """Return the folder of a run that stopped at step 7 of 20, with a checkpoint at 5; tests must not change it."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     start(folder, stop=7)
     return folder
@@ -120,7 +120,7 @@ def series(folder: Path, key: str) -> list[float]:
     return [record[key] for record in read_records(folder) if key in record]
 
 
-# ---- what a run leaves
+# ---- what a run writes
 
 
 def test_golden_losses(finished: Path) -> None:
@@ -218,7 +218,7 @@ def test_run_json_is_complete(finished: Path, backbone_dir: Path) -> None:
 
 
 def test_run_json_can_be_given_back(finished: Path) -> None:
-    """The recorded configuration is a run file."""
+    """The recorded configuration can be used as a run file."""
     recorded = json.loads((finished / "run.json").read_text())["config"]
     assert parse_config(recorded).to_dict() == recorded
 
@@ -287,7 +287,7 @@ def test_torn_and_later_records_are_dropped_on_resume(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-# ---- what a folder allows
+# ---- which folders a run accepts
 
 
 def test_finished_run_is_refused(start: Start, finished: Path) -> None:
@@ -332,7 +332,7 @@ def test_what_changes_nothing_may_change(
 ) -> None:
     folder = copy_of(stopped, tmp_path)
     assert "continuing from step-000005" in start(folder, changes)
-    # Other micro-batches and recomputed layers sum in another order; Adam carries that on.
+    # Different micro-batches and recomputed layers sum in a different order; Adam propagates the difference.
     assert series(folder, "loss")[-1] == pytest.approx(series(finished, "loss")[-1], rel=1e-5)
 
 
@@ -440,16 +440,16 @@ def test_overwrite_removes_nothing_when_something_given_is_bad(
     assert contents(finished) == before
 
 
-# ---- ends before training begins
+# ---- runs that end before training begins
 
 
 class Killed(BaseException):
-    """As a SIGKILL: nothing that the run does catches it."""
+    """Stands for a SIGKILL: no code of the run catches it."""
 
 
 @pytest.fixture
 def at_loading(start: Start, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """``at_loading(error, folder)`` starts a run that ends by ``error`` where the backbone is loaded."""
+    """``at_loading(error, folder)`` starts a run that fails with ``error`` when it loads the backbone."""
 
     def run(error: BaseException, folder: Path, changes: Any = None, overwrite: bool = False) -> None:
         def fail(*arguments: Any, **named: Any) -> None:
@@ -474,7 +474,7 @@ def test_a_run_that_cannot_be_loaded_is_not_tried_for_ever(
     assert "how" not in second
     with pytest.raises(UserError, match="failed twice before the first checkpoint"):
         start(tmp_path)
-    start(tmp_path, {"backbone.dtype": "bfloat16", "train.max_steps": 1})  # mended, and no run with other settings
+    start(tmp_path, {"backbone.dtype": "bfloat16", "train.max_steps": 1})  # fixed, and not refused as another run
     assert [attempt["how"] for attempt in json.loads((tmp_path / "run.json").read_text())["attempts"]] == ["finished"]
 
 

@@ -1,4 +1,4 @@
-"""``train.samples`` of tasks that label: what was answered before and after a run, as ``ptd predict`` answers."""
+"""``train.samples`` of labelling tasks: the answers before and after training are those that ``ptd predict`` gives."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def first_word(row: dict[str, Any]) -> str:
 
 
 def check(name: str, row: dict[str, Any], answer: dict[str, Any], sample: dict[str, Any]) -> None:
-    """That a sample is what ``ptd predict`` answers for the row."""
+    """Assert that a sample is the answer that ``ptd predict`` gives for the row."""
     if name in ("classification", "cloze"):
         given = answer["predicted_label"]
         assert (sample["text"], sample["reference"], sample["right"]) == (given, row["label"], given == row["label"])

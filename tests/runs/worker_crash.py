@@ -1,9 +1,9 @@
-"""``ptd train`` that dies without a word: run under torchrun by test_resume.py.
+"""Run ``ptd train`` and kill it without warning; test_resume.py runs this under torchrun.
 
     torchrun … worker_crash.py STEP train RUN.yaml
 
-Rank 0 is killed right after it recorded STEP, with the next record half written. No checkpoint is in flight then:
-which ones there are must not depend on how fast the disk is.
+Rank 0 is killed right after it recorded STEP, with the next record half written. No checkpoint is being written at
+that moment: which checkpoints exist must not depend on the speed of the disk.
 """
 
 from __future__ import annotations

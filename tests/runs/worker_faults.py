@@ -1,10 +1,11 @@
-"""``ptd train`` on ranks that something happens to: run by test_faults.py.
+"""Run ``ptd train`` on ranks with injected faults, for test_faults.py.
 
     [unshare --mount] python worker_faults.py RUN.yaml FOLDER
 
-All runs are forked from this one process. ``FOLDER/whole`` goes through; ``FOLDER/faults`` meets one fault after the
-other and is continued each time; ``FOLDER/worlds`` is continued on other numbers of ranks. What each start did is in
-``FOLDER/report.json``. With mounts of its own (root), the faulty run lives on a small tmpfs and is copied in the end.
+All runs are forked from this one process. ``FOLDER/whole`` is not disturbed; ``FOLDER/faults`` meets one fault after
+another and is continued after each; ``FOLDER/worlds`` is continued on different numbers of ranks. The outcome of each
+start is in ``FOLDER/report.json``. If the process has its own mounts (root), the faulty run is on a small tmpfs and is
+copied at the end.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def die() -> None:
 
 
 def before(owner: Any, name: str, action: Callable[..., None]) -> None:
-    """Have ``action`` called with the arguments of ``owner.name``, just before it."""
+    """Patch ``owner.name`` so that ``action`` is called with the same arguments just before it."""
     original = getattr(owner, name)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -55,7 +56,7 @@ def before(owner: Any, name: str, action: Callable[..., None]) -> None:
 
 
 class Now:
-    """The step that runs; counts from 1."""
+    """The number of the running step, counted from 1."""
 
     number = 0
 
@@ -68,7 +69,7 @@ def follow_steps() -> None:
 
 
 def nan_on_one_rank(rank: int) -> None:
-    """In all runs: the loss of the last rank in one step."""
+    """Make the loss of the last rank NaN in one step; this happens in all runs."""
     finish = PromptStep.finish
 
     def spoiled(self: PromptStep, loss_sum: Any, *args: Any, **kwargs: Any) -> Any:
@@ -79,7 +80,7 @@ def nan_on_one_rank(rank: int) -> None:
 
 
 def in_step(number: int, victim: int = 1) -> Fault:
-    """Gradients are reduced, the optimizer has not stepped."""
+    """Kill a rank when the gradients are reduced but the optimizer has not stepped."""
 
     def fault(rank: int) -> None:
         if rank == victim:
@@ -89,7 +90,7 @@ def in_step(number: int, victim: int = 1) -> Fault:
 
 
 def in_backward(number: int) -> Fault:
-    """The gradient has passed the backbone's last layer and not its first."""
+    """Kill rank 0 when the gradient has passed the backbone's last layer but not its first."""
 
     def fault(rank: int) -> None:
         encode = PromptStep.encode
@@ -107,7 +108,7 @@ def in_backward(number: int) -> Fault:
 
 
 def in_writer_thread(step: int) -> Fault:
-    """Half of rank 1's tensors are in the file."""
+    """Kill rank 1 when half of its tensors are in the file."""
 
     def fault(rank: int) -> None:
         create = FileSystem.create_stream
@@ -137,7 +138,7 @@ def in_writer_thread(step: int) -> Fault:
 
 
 def before_rename(step: int) -> Fault:
-    """All is on disk, the manifest too; the folder has its temporary name."""
+    """Kill rank 0 when all files including the manifest are on disk, but the folder still has its temporary name."""
 
     def fault(rank: int) -> None:
         write = saver.write_json
@@ -154,7 +155,7 @@ def before_rename(step: int) -> Fault:
 
 
 def at_save(step: int, action: Callable[[Path], None]) -> Fault:
-    """``action(checkpoints)`` on rank 0 while no rank writes, just before a checkpoint."""
+    """Call ``action(checkpoints)`` on rank 0 just before a checkpoint, while no rank writes."""
 
     def act(self: Saver, number: int, *rest: Any) -> None:
         if number == step:
@@ -170,11 +171,11 @@ BLOCK = 4096
 
 
 def at_record(step: int, output: Path) -> Fault:
-    """The disk is full to the last byte before rank 0 records a step."""
+    """Fill the disk to the last byte before rank 0 records a step."""
 
     def fill(records: Records, record: dict[str, Any]) -> None:
         if record["step"] == step:
-            with records.path.open("ab") as file:  # up to the end of a block, so that the record needs another one
+            with records.path.open("ab") as file:  # to the end of a block, so that the record needs another block
                 file.write(b" " * (-records.path.stat().st_size % BLOCK - 1) + b"\n")
             fill_disk(output / "checkpoints", 0)
             with suppress(OSError), (output / "last bytes").open("ab") as file:
@@ -191,7 +192,7 @@ def fill_disk(checkpoints: Path, left: int = LEFT_BYTES) -> None:
 
 
 def make_read_only(checkpoints: Path) -> None:
-    """For root too."""
+    """Make the folder read-only, for root too."""
     run("mount", "--bind", checkpoints, checkpoints)
     run("mount", "-o", "remount,ro,bind", checkpoints)
 
@@ -201,7 +202,7 @@ def run(*command: str | Path) -> None:
 
 
 class Story:
-    """Starts of ``ptd train`` and what became of them."""
+    """Starts of ``ptd train`` and their outcomes."""
 
     def __init__(self, run_file: str, folder: Path) -> None:
         self.run_file, self.folder, self.report = run_file, folder, {}  # type: ignore[var-annotated]
@@ -214,9 +215,9 @@ class Story:
             nan_on_one_rank(rank)
             if fault is not None:
                 fault(rank)
-            # So often is a run only broken here: it would wait for a person.
+            # A run fails this often only in this test; without --retry it would wait for a person.
             sys.argv = ["ptd", "train", "--retry", self.run_file, f"output_dir={output}"]
-            if ranks == 1:  # the same rows a step
+            if ranks == 1:  # the same rows per step
                 sys.argv.append("train.per_device_train_batch_size=4")
             main()
 

@@ -1,13 +1,13 @@
-"""Attempts of one run, run by test_interruptions.py: two ranks of ``ptd train`` each, one after the other.
+"""Run attempts of a run, one after another, on two ranks of ``ptd train`` each; used by test_interruptions.py.
 
     python worker_restarts.py ATTEMPTS.json RESULTS.json
 
-An attempt is ``arguments`` of ``ptd`` and ``event``: null, or what happens to which rank: ``[rank, where, step,
-signal]``, a signal that the rank sends to itself right before ``where``: ``resume`` (the backbone is loaded), ``step``
-(counted from 1), ``evaluate`` or ``save_state`` (after that step). Nothing is asserted here.
+An attempt has ``arguments`` of ``ptd`` and an ``event``: null or ``[rank, where, step, signal]``. The rank sends the
+signal to itself right before ``where``: ``resume`` (the backbone is loaded), ``step`` (counted from 1), ``evaluate``
+or ``save_state`` (after that step). Nothing is asserted here.
 
-The ranks are forks of this process, which has imported everything once; it does what a launcher does: when a rank has
-failed, the others have a while to end, and are killed then.
+The ranks are forks of this process, which has imported everything once. It acts as a launcher: when a rank has failed,
+the others have `GRACE` seconds to exit and are then killed.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from ptd.engine.loop import Loop
 from ptd.runs.artifacts import Artifacts
 
 GRACE = 20.0
-"""Seconds for the others: far more than a rank needs whose peer is gone, or hangs."""
+"""Seconds until the other ranks are killed: far more than a rank needs to exit when its peer is gone or hangs."""
 
 
 def strike(rank: int, where: str, step: int, name: str) -> None:
-    """Send this process the signal when it comes to the place, once."""
+    """If this process is ``rank``, make it send itself the signal once, when it reaches the place."""
     owner: Any = Loop if where in ("step", "evaluate") else Artifacts
     attribute = {"step": "take_step"}.get(where, where)
     original = getattr(owner, attribute)
@@ -39,7 +39,7 @@ def strike(rank: int, where: str, step: int, name: str) -> None:
         if where == "resume" or given[0] + (where == "step") == step:
             sent = signal.Signals[name]
             os.kill(os.getpid(), sent)
-            if sent is signal.SIGTERM:  # and another one, which is to change nothing
+            if sent is signal.SIGTERM:  # a second signal, which must change nothing
                 os.kill(os.getpid(), sent)
         return original(self, *given, **named)
 
@@ -48,7 +48,7 @@ def strike(rank: int, where: str, step: int, name: str) -> None:
 
 
 def be_rank(attempt: dict[str, Any], logs: Path) -> None:
-    """Never returns."""
+    """Run the attempt as a rank in this process; never returns."""
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(logs.with_suffix(f".{name}"), os.O_WRONLY | os.O_CREAT), descriptor)
     if attempt["event"] is not None:
@@ -84,7 +84,7 @@ def launch(attempt: dict[str, Any], logs: Path) -> dict[str, Any]:
             rank = running.pop(child)
             codes[rank] = os.waitstatus_to_exitcode(status)
             if codes[rank]:
-                # A stopped process waits for nothing, and needs no time.
+                # A stopped process does nothing, so it needs no time to exit.
                 stopped = attempt["event"] is not None and attempt["event"][3] == "SIGSTOP"
                 deadline = min(deadline, time.monotonic() + (0.0 if stopped else GRACE))
         elif time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""Real tokenizers of the families with small vocabularies, and readouts run by plain transformers. No network."""
+"""The families' real tokenizers with small vocabularies, and readouts run by transformers alone, without a network."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ MARKS = ".,?!'-"
 
 
 def bert() -> BertTokenizer:
-    """WordPiece: a few words, single letters, and ## letters."""
+    """Return a WordPiece tokenizer with a few words, single letters and ``##`` letters."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "in", "lives", *LETTERS, *MARKS]
     pieces = [*words, *(f"##{letter}" for letter in LETTERS)]
     return BertTokenizer(vocab={piece: index for index, piece in enumerate(pieces)})
 
 
 def roberta(*, add_prefix_space: bool = False) -> RobertaTokenizer:
-    """Byte-level BPE with merges that need a space in front, as BART's and RoBERTa's are."""
+    """Return a byte-level BPE tokenizer with merges that require a leading space, like BART's and RoBERTa's."""
     merges = [("Ġ", "l"), ("Ġl", "i"), ("i", "n"), ("Ġ", "in")]
     symbols = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     vocab = {symbol: index for index, symbol in enumerate([*symbols, *("".join(pair) for pair in merges)])}
@@ -39,13 +39,13 @@ def roberta(*, add_prefix_space: bool = False) -> RobertaTokenizer:
 
 
 def t5() -> T5Tokenizer:
-    """Unigram; every text ends in </s>."""
+    """Return a Unigram tokenizer; every text ends in </s>."""
     pieces = ["<pad>", "</s>", "<unk>", "▁", *LETTERS, *MARKS, "▁in", "in"]
     return T5Tokenizer(vocab=[(piece, -1.0 if len(piece) > 1 else -2.0) for piece in pieces], extra_ids=0)
 
 
 def mbart(source: str = "en_XX", target: str = "ro_RO") -> MBartTokenizer:
-    """Unigram; every text ends in </s> and the code of its language."""
+    """Return a Unigram tokenizer; every text ends in </s> and the code of its language."""
     pieces = ["<s>", "<pad>", "</s>", "<unk>", "▁", *LETTERS, *MARKS]
     return MBartTokenizer(
         vocab=[*((piece, -2.0) for piece in pieces), ("en_XX", 0.0), ("ro_RO", 0.0), ("<mask>", 0.0)],
@@ -55,7 +55,7 @@ def mbart(source: str = "en_XX", target: str = "ro_RO") -> MBartTokenizer:
 
 
 def byte_level(*, specials: bool = False, **options: Any) -> PreTrainedTokenizerFast:
-    """One token a byte, as decoders' tokenizers are: no special tokens of its own, or BOS."""
+    """Return a tokenizer with one token per byte, like a decoder's; it adds BOS if ``specials``, otherwise nothing."""
     symbols = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -84,7 +84,7 @@ def texts_of(tokenizer: PreTrainedTokenizerBase, ids: Any) -> list[str]:
 
 
 def plain_run(body: Callable[..., Any]) -> Callable[[Batch, torch.Tensor], torch.Tensor]:
-    """The readouts' ``run`` by a transformers body that reads one sequence at a time, without padding."""
+    """Return a ``run`` for readouts that lets a transformers body read one sequence at a time, without padding."""
 
     def run(batch: Batch, positions: torch.Tensor) -> torch.Tensor:
         found: dict[int, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""Classification: word scores against transformers alone, trained heads, layouts, labels, weights, refusals."""
+"""Classification: word scores compared with transformers alone, trained heads, layouts, labels, weights, refusals."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def refusal(call, *args, **options) -> str:
     return str(caught.value)
 
 
-# The reference: strings, a tokenizer and a model; nothing of ptd.
+# The reference uses strings, a tokenizer and a model, and nothing from ptd.
 
 
 def log_q(model, ids: list[int], places: list[int], tokens: list[int]) -> Tensor:
@@ -81,7 +81,7 @@ def causal_word(model, tokenizer, pattern: str, text: str, word: str) -> Tensor:
 
 
 def expected_log_p(word_of, model, tokenizer, patterns, verbalizer, rows) -> Tensor:
-    """Log-probabilities ``[rows, patterns, labels]`` in float64."""
+    """Return log-probabilities ``[rows, patterns, labels]`` in float64."""
     scores = [
         [
             [torch.stack([word_of(model, tokenizer, pattern, row["text"], word) for word in words]).mean()
@@ -113,7 +113,7 @@ def check_reading(task, tokenizer, model, log_p: Tensor, weights: dict[str, floa
 
 
 def roberta():
-    """With the mask of the published checkpoints, which takes the space in front of it."""
+    """Return a RoBERTa tokenizer with the mask of the published checkpoints, which absorbs the space before it."""
     tokenizer = support.roberta()
     tokenizer.add_special_tokens({"mask_token": AddedToken("<mask>", lstrip=True, normalized=False, special=True)})
     assert support.texts_of(tokenizer, tokenizer("in <mask>")["input_ids"]) == ["<s>", "in", "<mask>", "</s>"]
@@ -147,7 +147,7 @@ def test_words_behind_a_prompt_score_as_with_transformers_alone(family, specials
     check_reading(task, tokenizer, model, log_p)
     assert task.output == "causal_lm"
     examples = tokenized(task, tokenizer)
-    # Behind a space all words have two or more tokens: "+", "-", "=" and "0" share the sequence that ends in " ".
+    # After a space all words have two or more tokens: "+", "-", "=" and "0" share the sequence that ends in " ".
     assert examples.group == 3 + 3
     first = [
         tokenizer.decode(examples.tokens[a:b]) for a, b in zip(examples.offsets, examples.offsets[1:], strict=False)
@@ -159,7 +159,7 @@ def test_words_behind_a_prompt_score_as_with_transformers_alone(family, specials
 
 
 def test_words_of_one_token_score_by_their_mean_logit():
-    """PET: softmax over the labels of the mean logit of their words; the normaliser of the vocabulary cancels."""
+    """As in PET, scores are a softmax over the labels' mean word logits; the normaliser of the vocabulary cancels."""
     tokenizer = support.bert()
     model = tiny_model("bert", vocab_size=len(tokenizer))
     words = {"up": ["in", "a"], "down": ["the", "lives", "."]}
@@ -210,7 +210,7 @@ def test_every_length_of_word_sees_the_same_text():
 
 
 def test_words_as_they_stand_in_place():
-    """Byte-level BPE makes the space a part of the word: " in" and "in" are different tokens."""
+    """A word is read with its space: in byte-level BPE, " in" and "in" are different tokens."""
     tokenizer = support.roberta()
 
     def tokens_read(pattern: str) -> list[str]:
@@ -265,7 +265,7 @@ def test_a_trained_head_reads_the_pooled_hidden_states(architecture, family, poo
     torch.manual_seed(0)
     readout = task.readout(tokenizer, 32, HeadSettings(pooling=pooling, hidden_sizes=(7,)))
     assert [tuple(parameter.shape) for parameter in readout.parameters()] == [(7, 32), (7,), (2, 7), (2,)]
-    torch.nn.init.normal_(readout.head.layers[-1].weight)  # which starts at zero
+    torch.nn.init.normal_(readout.head.layers[-1].weight)  # its initial values are zero
     rows = [{**row, "pair": "a the"} for row in PLAIN]
     examples = tokenized(task, tokenizer, rows)
     logits = []
@@ -342,12 +342,12 @@ def test_labels_and_balanced_weights_are_learned_from_the_training_rows():
     expected = compute_class_weight("balanced", classes=np.array(task.labels), y=np.array(names))
     readout = task.readout(support.bert(), 32, HeadSettings())
     np.testing.assert_allclose(readout.class_weights.numpy(), expected, rtol=1e-6)
-    # A label without rows has nothing to weigh; the others are balanced among themselves.
+    # A label without rows gets the weight 1; the others are balanced among themselves.
     given = make(columns=columns, class_weights="balanced", labels=["c", "z", "b", "a"]).fit(rows, "data.train")
     assert given.labels == ("c", "z", "b", "a")
     weights = given.readout(support.bert(), 32, HeadSettings()).class_weights
     np.testing.assert_allclose(weights.numpy(), [expected[2], 1.0, expected[1], expected[0]], rtol=1e-6)
-    # What is learned is in the facts, from which an adapter makes the task again.
+    # The facts hold what was learned; an adapter rebuilds the task from them.
     facts = task.facts()
     assert facts["labels"] == ["a", "b", "c"]
     again = make_task(TaskConfig(**facts), DataConfig(columns=columns), "encoder")
@@ -444,7 +444,7 @@ def test_refused_words(words, expected):
 def test_refuses_a_tokenizer_without_mask():
     message = refusal(tokenized, make(**CLOZE), support.byte_level(), [{"text": "x", "label": "a"}])
     assert "has no mask token to put there" in message
-    assert tiny_tokenizer().mask_token_id is not None  # the families' tokenizer has one: a decoder's word is still read
+    assert tiny_tokenizer().mask_token_id is not None  # this tokenizer has a mask, but a decoder reads words without it
     examples = tokenized(make("decoder", **CLOZE), tiny_tokenizer(), [{"text": "x", "label": "a"}])
     assert tiny_tokenizer().mask_token_id not in examples.tokens
 
@@ -472,7 +472,7 @@ def test_refuses_a_tokenizer_without_mask():
     ],
 )
 def test_refused_rows(rows, options, expected):
-    mixed = len({type(row["text"]) for row in rows}) > 1  # as JSON files may have it
+    mixed = len({type(row["text"]) for row in rows}) > 1  # JSON files may mix types
     features = Features({"text": Json(), "label": Value("string")}) if mixed else None
     data = Dataset.from_list(rows, features=features)
     task = make(labels=["a", "b"], **options)

@@ -1,4 +1,4 @@
-"""What rows have for labels: which values are one label, which columns are no set of labels, which label is unknown."""
+"""Labels of rows: which values are the same label, which columns are not sets of labels, which labels are unknown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ptd.values import name_of
 
 
 def data_of(labels: list[Any], column: str = "label") -> Dataset:
-    """Rows as a JSON file of them is read: values keep their kinds."""
+    """Return rows as they are read from a JSON file: values keep their types."""
     texts = (
         {"text": [f"t{row}" for row in range(len(labels))]} if column == "label" else {"tokens": [["a"]] * len(labels)}
     )
@@ -45,7 +45,7 @@ def test_a_whole_number_is_one_label_however_it_is_written() -> None:
     examples = task.tokenize(rows, tiny_tokenizer(), what="train.csv")
     targets = [int(labels[labels != IGNORE_INDEX][0]) for _, labels in (examples[row] for row in range(len(rows)))]
     assert targets == [1, 1, 1, 1, 1, 0, 0, 0]
-    # So are those of the run file.
+    # The same holds for the labels in the run file.
     assert make(labels=[0, 1.0]).labels == ("0", "1")
     assert make(labels=[0, 1], class_weights={1: 2.0, "0": 1.0}).config.class_weights == {"1": 2.0, "0": 1.0}
     with pytest.raises(ValueError, match="names a label twice"):
@@ -103,7 +103,7 @@ def test_what_is_none(labels: list[Any], said: str) -> None:
     assert message.startswith("task.labels: 'label' in train.csv ")
     assert said in message
     assert message.endswith("list them in task.labels")
-    # Who says that they are labels is believed.
+    # Values that task.labels lists are accepted as labels.
     names = list(dict.fromkeys(map(name_of, labels)))
     task = make(labels=names).fit(data_of(labels), "train.csv")
     assert task.labels == tuple(names)

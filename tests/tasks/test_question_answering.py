@@ -1,4 +1,4 @@
-"""Extractive question answering: windows and their labels, the loss, spans over windows, SQuAD's metrics."""
+"""Extractive question answering: windows and their labels, the loss, spans over windows, and SQuAD's metrics."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def refusal(call, *args, **options) -> str:
 
 
 def pointed_at(examples, index: int) -> str | None:
-    """The text that a window's labels point at; None: its first token."""
+    """Return the text that a window's labels point at; None if they point at its first token."""
     labels = examples[index][1]
     candidates = labels[labels != IGNORE_INDEX]
     (start,), (end,) = np.flatnonzero(candidates & START), np.flatnonzero(candidates & END)
@@ -96,7 +96,10 @@ words = st.text(alphabet="abcé ,.", min_size=1, max_size=40).filter(str.strip)
     name=st.sampled_from(sorted(support.ALL)), context=words, question=st.sampled_from(["a?", "ab c"]), data=st.data()
 )
 def test_windows_cover_the_context_and_point_at_the_answer(name, context, question, data):
-    """Every window that has the whole answer points at it, the others at nothing; one has it if it is short enough."""
+    """Windows that contain the whole answer point at it, and the other windows point at no answer.
+
+    At least one window contains the whole answer if the answer is not longer than the stride.
+    """
     tokenizer = support.ALL[name]()
     inked = [place for place, character in enumerate(context) if not character.isspace()]
     start = data.draw(st.sampled_from(inked))
@@ -118,7 +121,7 @@ def test_windows_cover_the_context_and_point_at_the_answer(name, context, questi
         assert (text is not None) == whole
         if text is not None:
             found += 1
-            # Tokens may be wider than the answer, by a part of a word at most.
+            # The tokens may extend beyond the answer, but only by part of a word.
             assert gold in text
             assert len(text.split()) == len(gold.split())
             if name in ("gpt", "llama", "left"):
@@ -131,7 +134,7 @@ def test_windows_cover_the_context_and_point_at_the_answer(name, context, questi
 @pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
 @pytest.mark.parametrize("layout", [padded_batch, packed_batch])
 def test_loss_and_scores_are_those_of_transformers(family, layout):
-    """Against the family's own model, its head copied into ours, its logits restricted to the candidates."""
+    """The reference is the family's own model, its head copied into ours and its logits restricted to candidates."""
     tokenizer = getattr(support, {"llama": "byte_level"}.get(family, family))()
     config = tiny_config(family, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
     torch.manual_seed(0)
@@ -168,7 +171,7 @@ def test_gradients_are_finite_and_reach_every_candidate():
     torch.manual_seed(0)
     hidden = torch.randn(batch.input_ids.numel(), 8, requires_grad=True)
     readout = make().readout(support.bert(), 8, HeadSettings())
-    torch.nn.init.normal_(readout.head.layers[-1].weight)  # which starts at zero
+    torch.nn.init.normal_(readout.head.layers[-1].weight)  # its initial values are zero
     readout(lambda batch, positions: hidden[positions], batch).loss.backward()
     reached = hidden.grad.abs().sum(dim=1) > 0
     assert torch.isfinite(hidden.grad).all()
@@ -176,7 +179,7 @@ def test_gradients_are_finite_and_reach_every_candidate():
 
 
 def sure(window, span: tuple[int, int], height: float) -> torch.Tensor:
-    """Logits of a window that favour a span of candidates by ``height``."""
+    """Return logits of a window that favour a span of candidates by ``height``."""
     logits = torch.zeros(len(window.offsets), 2)
     logits[span[0], 0] = logits[span[1], 1] = height
     return logits
@@ -213,7 +216,7 @@ def test_best_span_is_that_of_all(tokens, longest, seed):
 
 
 def test_the_whole_way_back():
-    """Scores that follow the labels give the gold answers, through windows, and full marks."""
+    """Scores that follow the labels give, across windows, the gold answers and metrics of 100."""
     task = make(max_length=30, doc_stride=8)
     for name in support.ALL:
         examples = tokenized(make(max_length=50, doc_stride=16), support.ALL[name]())
@@ -241,7 +244,7 @@ def test_the_whole_way_back():
     ],
 )
 def test_metrics_are_squads(prediction, gold, exact, f1):
-    """Lower case, no punctuation, no articles; words as bags; no answer is an answer."""
+    """Case, punctuation and articles are ignored; words are compared as bags; an empty answer can be right."""
     rows = Dataset.from_list([{"question": "q", "context": f"{gold} is", "answers": gold}])
     metrics = make().metrics([{"answer": prediction}], rows)
     assert metrics == pytest.approx({"exact_match": 100 * exact, "f1": 100 * f1})

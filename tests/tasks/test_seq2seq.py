@@ -1,4 +1,4 @@
-"""Text from text: both sides' tokens, transformers' own loss, cuts, virtual tokens, prompts for generation."""
+"""Text from text: the tokens of both sides, transformers' own loss, truncation, virtual tokens, generation prompts."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_loss_is_that_of_transformers(family):
     model = tiny_model(family, vocab_size=len(tokenizer), decoder_start_token_id=start, **special)
     task = make()
     batch = padded_batch(tokenized(task, tokenizer), np.arange(3), tokenizer.pad_token_id)
-    # What the model's side does: only it knows the decoder's start token.
+    # In a run, the code that holds the model does this: only the model knows the decoder's start token.
     batch.input_ids[:, 0] = batch.input_ids[:, 0].where(batch.input_ids[:, 0] != tokenizer.pad_token_id, start)
 
     def run(batch, positions):
@@ -230,7 +230,7 @@ def test_raw_texts_are_whole_prompts():
 
 @pytest.mark.parametrize("where", ["config", "generation_config"])
 def test_the_decoder_starts_alike_in_training_and_generation(tmp_path, where):
-    """Whatever the config takes for padding, and wherever the model says what its decoder starts from."""
+    """The start token is the same for any padding token of the config, and whichever config of the model names it."""
     from ptd.distributed.ranks import Ranks
     from ptd.runs.generation import tokens_of
     from ptd.runs.scores import held_out_metrics

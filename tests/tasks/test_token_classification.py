@@ -1,4 +1,4 @@
-"""Token classification: labels on first sub-tokens, the loss of transformers' own heads, answers, seqeval's numbers."""
+"""Token classification: labels on first sub-tokens, the loss of transformers' own heads, answers, seqeval's metrics."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_label_sits_on_the_first_sub_token(name):
     tokens, labels = examples[0]
     places = np.flatnonzero(labels != IGNORE_INDEX)
     assert [LABELS[label] for label in labels[places]] == ROWS[0]["tags"]
-    # A word's tokens begin at its label: up to there stands the text of the words before it, and special tokens.
+    # A word's tokens begin at its label: the tokens before it are those of earlier words and special tokens.
     for word, place in enumerate(places):
         before = tokenizer.decode(tokens[:place].tolist(), skip_special_tokens=True)
         joined = "".join(ROWS[0]["tokens"][:word])
@@ -82,7 +82,7 @@ def test_label_positions_of_wordpiece():
 @pytest.mark.parametrize("family", ["bert", "roberta", "t5", "llama"])
 @pytest.mark.parametrize("layout", [padded_batch, packed_batch])
 def test_loss_and_scores_are_those_of_transformers(family, layout):
-    """Against the family's own model for token classification, its head copied into ours."""
+    """The reference is the family's own model for token classification, with its head copied into ours."""
     tokenizer = getattr(support, {"llama": "byte_level"}.get(family, family))()
     config = tiny_config(family, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_labels=4)
     torch.manual_seed(0)
@@ -148,7 +148,7 @@ def test_numbers_as_tags():
 
 
 def certain(task, tags: list[str]) -> torch.Tensor:
-    """Scores that are sure of these tags."""
+    """Return scores that give almost all probability to these tags."""
     choice = torch.tensor([task.labels.index(tag) for tag in tags])
     return torch.full((len(tags), len(task.labels)), -20.0).scatter(1, choice[:, None], 0.0)
 
@@ -172,7 +172,7 @@ def test_words_beyond_max_length_are_outside_and_count():
     tokens, labels = examples[0]
     assert len(tokens) == 7
     assert tokens[-1] == support.bert().sep_token_id
-    assert (labels != IGNORE_INDEX).sum() == 2  # anna in 4 tokens, lives
+    assert (labels != IGNORE_INDEX).sum() == 2  # anna (4 tokens) and lives
     answers = task.answers(
         [certain(task, ["B-PER", "B-PER"]), certain(task, ["B-LOC", "I-LOC"]), certain(task, ["O"])],
         examples,
@@ -180,7 +180,7 @@ def test_words_beyond_max_length_are_outside_and_count():
     assert answers[0]["tags"] == ["B-PER", "B-PER", "O", "O", "O"]
     assert answers[0]["probabilities"][2:] == [None] * 3
     assert answers[1]["tags"] == ["B-LOC", "I-LOC", "O"]
-    # Right: anna, in, the stop; new york lives; in. Wrong: lives, york.
+    # Right: anna, in, the full stop; new, york, lives; in. Wrong: lives, york.
     metrics = task.metrics(answers, Dataset.from_list(ROWS))
     assert metrics["accuracy"] == pytest.approx(100 * 7 / 9)
 
@@ -191,7 +191,7 @@ def test_span_metrics_of_a_hand_made_example():
         {"tokens": list("abc"), "tags": ["B-LOC", "O", "O"]},
     ]
     predicted = [{"tags": ["B-PER", "I-PER", "O", "O"]}, {"tags": ["B-LOC", "I-LOC", "B-PER"]}]
-    # Predicted spans: PER right, LOC too long, PER of nothing; gold spans: PER found, two LOC missed.
+    # Predicted spans: a right PER, a LOC that is too long, a PER that is not in gold. Gold: PER found, two LOC missed.
     metrics = make().metrics(predicted, Dataset.from_list(rows))
     assert metrics == pytest.approx({"accuracy": 100 * 4 / 7, "precision": 100 / 3, "recall": 100 / 3, "f1": 100 / 3})
 

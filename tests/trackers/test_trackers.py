@@ -1,4 +1,4 @@
-"""Trackers get a run's records, go on where it was continued, and never take it with them."""
+"""Trackers get a run's records, continue when the run continues, and never make the run fail."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tracked(folder: Path, after_step: int = 0) -> Tracked:
 
 
 def write(folder: Path, names: list[str], after_step: int, to: int) -> list[str]:
-    """A start of the run that goes on behind ``after_step`` up to step ``to``; returns what was said."""
+    """Start the run after ``after_step``, write its records up to step ``to``, and return the notes."""
     notes: list[str] = []
     trackers = start_trackers(names, tracked(folder, after_step), notes.append)
     with Records(folder, after_step, trackers=trackers) as records:
@@ -48,7 +48,7 @@ def write(folder: Path, names: list[str], after_step: int, to: int) -> list[str]
 
 
 def test_tensorboard_shows_a_continued_run_as_one(tmp_path: Path) -> None:
-    """The first start got to step 3, but its checkpoint is that of step 2."""
+    """A run that reached step 3 and continues from the checkpoint of step 2 is shown with one value per step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert write(tmp_path, ["tensorboard"], 0, 3) == []
@@ -67,7 +67,7 @@ def test_tensorboard_shows_a_continued_run_as_one(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_ends_tensorboard_and_nothing_else(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The largest file a process may write stands for the disk: it fails at the same call, after a part of it."""
+    """A limit on the file size represents a full disk: the same call fails, after it has written a part."""
     notes: list[str] = []
     (tracker,) = start_trackers(["tensorboard"], tracked(tmp_path), notes.append)
     signalled = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -96,7 +96,7 @@ def test_no_tracker_leaves_no_folder(tmp_path: Path) -> None:
 
 
 class Recorder:
-    """A tracker of the test's own; ``breaks`` at a call of this name."""
+    """A tracker that records its calls; the call named ``breaks`` fails."""
 
     def __init__(self, breaks: str = "", wait: threading.Event | None = None) -> None:
         self.calls: list[Any] = []
@@ -180,7 +180,7 @@ def test_every_start_of_a_run_has_its_id(tmp_path: Path) -> None:
     assert first.name == tmp_path.name
 
 
-# ---- the real clients, where they are installed: pip install 'ptd[wandb,mlflow]'
+# ---- the real clients, if they are installed: pip install 'ptd[wandb,mlflow]'
 
 
 @pytest.mark.filterwarnings("default")
@@ -229,7 +229,7 @@ print(run.id)
 
 
 def in_a_process(folder: Path, **environment: str) -> str:
-    """wandb keeps a service and its settings for as long as a process lives."""
+    """Run `OFFLINE` in a new process, because wandb keeps a service and its settings as long as a process lives."""
     done = subprocess.run(
         [sys.executable, "-c", OFFLINE, folder],
         cwd=Path(__file__).parents[2],
