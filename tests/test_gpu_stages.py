@@ -165,16 +165,23 @@ def test_two_processes_never_write_one_file(tmp_path: Path, monkeypatch: pytest.
     opened(tmp_path / "f.json").close()
 
 
-def test_code_is_told_apart_by_what_is_in_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digests_tell_code_apart_and_ignore_its_wording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "ROOT", tmp_path)
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "x.py").write_text("1")
-    before = rows.digest(["a"])
-    (tmp_path / "a" / "__pycache__").mkdir()
-    (tmp_path / "a" / "__pycache__" / "x.pyc").write_text("2")
-    assert rows.digest(["a"]) == before
-    (tmp_path / "a" / "x.py").write_text("2")
-    assert rows.digest(["a"]) != before
+    (tmp_path / "a" / "__pycache__").mkdir(parents=True)
+    python, other = tmp_path / "a" / "x.py", tmp_path / "a" / "x.yaml"
+
+    def digest(source: str, setting: str = "k: 1", note: str = "") -> str:
+        python.write_text(source)
+        other.write_text(setting)
+        (tmp_path / "a" / "README.md").write_text(note)
+        (tmp_path / "a" / "__pycache__" / "x.pyc").write_text(note)
+        return rows.digest(["a"])
+
+    code = 'def f(a):\n    """One."""\n    return "one"\n'
+    before = digest(code)
+    assert digest('"""Module."""\ndef f(a):  # noted\n    """Two."""\n\n    return "one"\n', note="other") == before
+    changed = [(code.replace('"one"', '"two"'),), (code.replace("(a)", "(b)"),), (code, "k: 2")]
+    assert len({digest(*each) for each in changed} | {before}) == 4
 
 
 def test_work_is_kept_for_the_next_start_of_the_same_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
