@@ -202,8 +202,9 @@ class TaskConfig(Section):
     )
     patterns: list[str] | None = Field(
         None,
-        description="`classification`: layouts of the sequence: text with `{column}` fields, `{mask}` in place of a "
-        "label's word and `{v:n}` for n virtual tokens; several patterns form an ensemble",
+        description="`classification`: layouts of the sequence: text with `{column}` fields (`{text}` and `{pair}` "
+        "follow `data.columns`), `{mask}` in place of a label's word and `{v:n}` for n virtual tokens; several patterns form "
+        "an ensemble",
     )
     verbalizer: dict[str, list[str]] | None = Field(
         None,
@@ -299,8 +300,9 @@ class DataConfig(Section):
     )
     prompt_template: str | None = Field(
         None,
-        description='builds the prompt from columns: `"Question: {question}\\nAnswer: "`; `{v:n}` places n virtual '
-        "tokens of `p_tuning`. If the template has a single field, `ptd generate` fills it with the given prompt",
+        description='builds the prompt from columns: `"Question: {question}\\nAnswer: "`; `{prompt}` is the column '
+        "that `data.columns` names; `{v:n}` places n virtual tokens of `p_tuning`. If the template has a single field, "
+        "`ptd generate` fills it with the given prompt",
     )
     max_length: int = Field(
         512,

@@ -8,7 +8,7 @@ special tokens. Spaces before a mark are dropped, because most tokenizers make t
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -101,13 +101,25 @@ class Template:
         """Return the template without the parts after ``{mask}``."""
         return Template(self.source, self.parts[: self.parts.index(Mask()) + 1], self.key)
 
+    def with_columns(self, columns: Mapping[str, str]) -> Template:
+        """Return the template with each field that ``columns`` names replaced by its column."""
+        parts = (
+            Field(columns[part.column]) if isinstance(part, Field) and part.column in columns else part
+            for part in self.parts
+        )
+        return Template(self.source, tuple(parts), self.key)
+
     def check_columns(self, columns: Sequence[str], what: str) -> None:
         """Raise `UserError` if a field is not one of ``columns``."""
         for name in self.fields:
             if name not in columns:
+                written = f"{{{name}}}" if f"{{{name}}}" in self.source else repr(name)
+                hint = ""
+                if name in ("prompt", "text"):
+                    hint = f" Name one of these columns in the template, or give data.columns: {{{name}: COLUMN}}."
                 raise UserError(
-                    f"{self.key}: {{{name}}} is not a column of {what}; it has {', '.join(columns)} "
-                    "(only plain {column} fields are allowed; write {{ for a brace)"
+                    f"{self.key}: {written} is not a column of {what}; it has {', '.join(columns)} "
+                    f"(only plain {{column}} fields are allowed; write {{{{ for a brace).{hint}"
                 )
 
     def values(self, columns: dict[str, list[Any]], first: int, what: str) -> list[tuple[str, ...]]:
@@ -176,16 +188,33 @@ def marks_of(templates: Sequence[str], key: str = "data.prompt_template") -> int
     return next(iter(counts.values()), 0)
 
 
+def parse_templates(
+    sources: Sequence[str], names: Sequence[str], data: DataConfig, key: str = "data.prompt_template"
+) -> tuple[Template, ...]:
+    """Parse templates whose fields ``names`` (those of the task) are read from the columns in ``data.columns``.
+
+    Every other field is the name of a column. Raises `UserError` as `parse_template` does, and if ``data.columns``
+    names a column for one of ``names`` that occurs in no template.
+    """
+    columns = {name: data.columns[name] for name in names if name in data.columns}
+    found = [parse_template(source, key) for source in sources]
+    for name in columns:
+        if found and all(name not in template.fields for template in found):
+            raise UserError(
+                f"data.columns.{name}: has no effect, because {key} has no field {{{name}}}; write {{{name}}} in it, "
+                "or remove the column"
+            )
+    return tuple(template.with_columns(columns) for template in found)
+
+
 def prompt_template(data: DataConfig, columns: Sequence[str], what: str) -> Template | None:
     """Return the parsed ``data.prompt_template``, checked against the data's columns; None if it is not set.
 
-    Raises `UserError` for a field that is not a column, for ``{mask}``, and if ``data.columns.prompt`` is set as well.
+    Raises `UserError` for a field that is not a column, for ``{mask}``, and as `parse_templates` does.
     """
     if data.prompt_template is None:
         return None
-    if "prompt" in data.columns:
-        raise UserError("data.columns.prompt: has no effect with data.prompt_template; remove one of them")
-    template = parse_template(data.prompt_template)
+    (template,) = parse_templates([data.prompt_template], ["prompt"], data)
     template.check_columns(columns, what)
     if template.masks:
         raise UserError(

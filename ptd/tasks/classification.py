@@ -13,7 +13,7 @@ from torch import Tensor
 from ptd.config import DataConfig, TaskConfig
 from ptd.data import marks_of
 from ptd.data.fields import Column, field_chunks
-from ptd.data.templates import Mask, Text, parse_template
+from ptd.data.templates import Mask, Text, parse_templates
 from ptd.readouts import Readout
 from ptd.readouts.cloze import Cloze, Word
 from ptd.readouts.heads import Head, PooledClassifier, Pooling
@@ -46,7 +46,7 @@ class Classification:
 
     def __init__(self, config: TaskConfig, data: DataConfig, architecture: Architecture) -> None:
         self.config, self.data, self.architecture = config, data, architecture
-        self.templates = tuple(parse_template(pattern, "task.patterns") for pattern in config.patterns or ())
+        self.templates = parse_templates(config.patterns or (), ("text", "pair"), data, "task.patterns")
         self.virtual_tokens = marks_of(config.patterns or [], "task.patterns")
         self.cloze = any(template.masks for template in self.templates)
         self.labels = tuple(config.labels or config.verbalizer or ())
@@ -174,12 +174,6 @@ def _check_layout(task: Classification) -> None:
         return
     if not task.templates:
         raise UserError("task.patterns: the list is empty; give at least one pattern, or remove the key")
-    for field in ("text", "pair"):
-        if field in task.data.columns:
-            raise UserError(
-                f"data.columns.{field}: has no effect with task.patterns, whose fields are columns of the data; "
-                "name the column in the pattern and remove this key"
-            )
     for template in task.templates:
         if not template.fields:
             raise UserError(

@@ -112,6 +112,10 @@ def test_columns_and_template(make_bytes):
     assert learned(tokenizer, example) == "yes</s>"
     (example,) = run(tokenizer, rows, columns={"completion": "a"}, prompt_template="fixed:")
     assert whole(tokenizer, example) == "fixed:yes</s>"
+    # {prompt} is the prompt's column, even if there is another column of that name.
+    columns = {"prompt": "q", "completion": "a"}
+    (example,) = run(tokenizer, [{**rows[0], "prompt": "no"}], columns=columns, prompt_template="{prompt} {n}: ")
+    assert whole(tokenizer, example) == "one 2: yes</s>"
 
 
 def test_cuts(make_bytes):
@@ -205,8 +209,18 @@ def test_prompts_and_references(make_bytes):
         ),
         (
             [pair("a", "b")],
-            {"prompt_template": "{prompt}", "columns": {"prompt": "prompt"}},
-            "data.columns.prompt: has no effect with data.prompt_template",
+            {"prompt_template": "{completion}", "columns": {"prompt": "prompt"}},
+            "data.columns.prompt: has no effect, because data.prompt_template has no field {prompt}",
+        ),
+        (
+            [pair("a", "b")],
+            {"prompt_template": "{prompt}", "columns": {"prompt": "q"}},
+            "data.prompt_template: 'q' is not a column of rows.jsonl; it has prompt, completion",
+        ),
+        (
+            [{"q": "a", "completion": "b"}],
+            {"prompt_template": "{prompt}: "},
+            "or give data.columns: {prompt: COLUMN}.",
         ),
     ],
 )

@@ -315,6 +315,16 @@ def test_patterns_without_masks_are_layouts_for_a_head():
     torch.testing.assert_close(torch.stack(reading.scores).exp(), log_p.exp().mean(dim=1))
 
 
+def test_fields_of_patterns_are_read_from_their_columns():
+    tokenizer = support.bert()
+    renamed = [{"words": row["text"], **{key: row[key] for key in row if key != "text"}} for row in ROWS]
+    task = make(patterns=PATTERNS, verbalizer=WORDS, columns={"text": "words"})
+    named = tokenized(task, tokenizer, renamed)
+    for got, want in zip(named, tokenized(make(patterns=PATTERNS, verbalizer=WORDS), tokenizer, ROWS), strict=True):
+        for each, expected in zip(got, want, strict=True):
+            np.testing.assert_array_equal(each, expected)
+
+
 def test_a_filler_runs_and_counts_nothing():
     tokenizer = support.bert()
     for task in (make(patterns=PATTERNS, verbalizer=WORDS), make(labels=LABELS)):
@@ -409,7 +419,10 @@ CLOZE: dict[str, Any] = {"patterns": ["{text} {mask}"], "verbalizer": {"a": ["in
         ({"labels": ["a"]}, "task.labels: ['a'] leaves nothing to choose from"),
         ({"labels": ["a", "b"], "class_weights": {"c": 1.0}}, "task.class_weights: 'c' is not a label"),
         ({"labels": ["a", "b"], "class_weights": {"a": 0.0}}, "task.class_weights.a: 0.0 is not a weight"),
-        ({**CLOZE, "columns": {"text": "body"}}, "data.columns.text: has no effect with task.patterns"),
+        (
+            {**CLOZE, "patterns": ["{body} {mask}"], "columns": {"text": "body"}},
+            "data.columns.text: has no effect, because task.patterns has no field {text}",
+        ),
         ({**CLOZE, "architecture": "encoder-decoder"}, "set task.kind: seq2seq_lm with the label's word as completion"),
         (
             {**CLOZE, "architecture": "decoder", "patterns": ["{mask}: {text}"]},

@@ -274,7 +274,7 @@ def test_refusals():
     assert "row 1 of rows.jsonl has a prompt without tokens" in said
     assert "{x} is not a column" in refusal(tokenized, make(prompt_template="{x}"), tokenizer)
     assert "{mask} has no meaning" in refusal(tokenized, make(prompt_template="{prompt} {mask}"), tokenizer)
-    both = make(prompt_template="{prompt}", columns={"prompt": "prompt"})
+    both = make(prompt_template="{completion}", columns={"prompt": "prompt"})
     assert "data.columns.prompt: has no effect" in refusal(tokenized, both, tokenizer)
     said = refusal(make_task, TaskConfig(kind="seq2seq_lm"), DataConfig(), "encoder")
     assert "the backbone is an encoder; set task.kind: classification" in said
