@@ -203,8 +203,8 @@ class TaskConfig(Section):
     patterns: list[str] | None = Field(
         None,
         description="`classification`: layouts of the sequence: text with `{column}` fields (`{text}` and `{pair}` "
-        "follow `data.columns`), `{mask}` in place of a label's word and `{v:n}` for n virtual tokens; several patterns form "
-        "an ensemble",
+        "follow `data.columns`), `{mask}` in place of a label's word and `{v:n}` for n virtual tokens; several "
+        "patterns form an ensemble",
     )
     verbalizer: dict[str, list[str]] | None = Field(
         None,
