@@ -39,7 +39,7 @@ def as_path(given: str | Path) -> Path:
         raise UserError(f"{given}: there is no such home folder; write the full path") from error
 
 
-def local(given: str) -> str:
+def expand_home(given: str) -> str:
     """Return ``given`` with a leading ``~`` resolved, for settings that are a path or a hub name."""
     return str(as_path(given)) if given.startswith("~") else given
 

@@ -17,7 +17,7 @@ from ptd.config import load_config, parse_config
 from ptd.config.deepspeed import apply_deepspeed
 from ptd.files import as_path, check_target, check_writable, decode_text, lines_of, read_text, write_text
 from ptd.launch.deepspeed import read_hostfile
-from ptd.methods.settings import read_text as init_text
+from ptd.methods.settings import initial_text
 from ptd.types import UserError
 
 NO_LINE_ENDS = "a\u2028b\u2029c\x0bd\x0ce\x1cf\x1dg\x1eh\x85i"
@@ -68,7 +68,7 @@ def test_a_pipe_is_read_once(tmp_path: Path) -> None:
 def test_other_encodings_are_named(tmp_path: Path, content: bytes, reason: str) -> None:
     file = tmp_path / "given"
     file.write_bytes(content)
-    for read in (read_prompts, read_hostfile, load_config, lambda path: init_text(InitText(path))):
+    for read in (read_prompts, read_hostfile, load_config, lambda path: initial_text(InitText(path))):
         said = refusal(read, file)
         assert str(file) in said
         assert f"it is not UTF-8 text ({reason if 'decode' not in reason else ''}" in said
@@ -99,7 +99,7 @@ def test_every_reader_strips_the_mark_and_knows_home(tmp_path: Path, monkeypatch
     config = load_config("~/run.yaml")
     assert config.deepspeed == str(tmp_path / "ds.json")
     apply_deepspeed(config)
-    assert init_text(InitText(Path("~/text.txt"))) == "one\ntwo"
+    assert initial_text(InitText(Path("~/text.txt"))) == "one\ntwo"
     assert [host.name for host in read_hostfile(Path("~/hosts"))] == ["node1", "node2"]
     assert read_text("~/text.txt", "cannot read") == "one\ntwo"
 

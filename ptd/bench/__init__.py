@@ -51,7 +51,7 @@ def bench(
     warmup: int = 3,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Time the steps of a run and return the report that `ptd.bench.report.write` saves.
+    """Time the steps of a run and return the report that `ptd.bench.report.write_bench_report` saves.
 
     With ``against="peft"``, PEFT's steps are timed in turns with ptd's, in ``settings`` (default: `settings_for`).
     Under a launcher all ranks call this together, without ``against``; rank 0's report counts. Raises `UserError` for a
@@ -214,7 +214,9 @@ def _report(
     }
 
 
-def sweep(key: str, values: Sequence[str], config_of: Callable[[str], RunConfig], **options: Any) -> dict[str, Any]:
+def bench_sweep(
+    key: str, values: Sequence[str], config_of: Callable[[str], RunConfig], **options: Any
+) -> dict[str, Any]:
     """Run `bench` with each of ``values`` of the configuration's ``key``; ``options`` are passed to `bench`."""
     reporter = _on_main(options.get("reporter"))
     points = []

@@ -15,7 +15,7 @@ LINES = {"ptd": "#d95f02", "peft": "#7570b3"}
 LINE_STYLES = {"best": "--", "compiled": ":"}
 
 
-def write(folder: Path, report: dict[str, Any], sweeps: Sequence[dict[str, Any]] = ()) -> list[Path]:
+def write_bench_report(folder: Path, report: dict[str, Any], sweeps: Sequence[dict[str, Any]] = ()) -> list[Path]:
     """Write a report and its ``sweeps`` as JSON and as plots; return the files. Raises `UserError` if that fails."""
     files = [folder / "bench.json", folder / "bench.png"]
     with writing(folder):

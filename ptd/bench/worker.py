@@ -17,7 +17,7 @@ from typing import Any
 from ptd.types import UserError
 
 
-def build(name: str, arguments: tuple[Any, ...]) -> Any:
+def build_side(name: str, arguments: tuple[Any, ...]) -> Any:
     """Build the side with this name."""
     if name == "ptd":
         from ptd.bench.ptd_side import PtdSide
@@ -38,7 +38,7 @@ def serve(pipe: Connection) -> None:
             return
         try:
             if side is None:
-                side, result = build(name, arguments), None
+                side, result = build_side(name, arguments), None
             else:
                 result = getattr(side, name)(*arguments)
             pipe.send(("done", result))

@@ -28,7 +28,7 @@ from torch import Tensor
 from ptd.checkpoint import peft_format
 from ptd.checkpoint.card import Subject, card, write_card
 from ptd.checkpoint.files import sync, write_json
-from ptd.checkpoint.layouts import Layout, misfit, read_layout, whole, write_layout
+from ptd.checkpoint.layouts import Layout, checked_size, misfit, read_layout, write_layout
 from ptd.files import as_path
 from ptd.types import BackboneShape, EmptyLayout, PromptState, UserError, same_backbone
 
@@ -157,7 +157,7 @@ def load_adapter(path: str | Path) -> Adapter:
     try:
         layout, virtual = read_layout(found["prompt"]) if ours else peft_format.read_config(found)
         rows = virtual if ours else peft_format.stored_rows(found)
-        shapes = {name: tuple(map(whole, shape)) for name, shape in found["head"].items()} if ours else {}
+        shapes = {name: tuple(map(checked_size, shape)) for name, shape in found["head"].items()} if ours else {}
         backbone = _name(found, "backbone" if ours else "base_model_name_or_path") or ""
         revision, task_type, peft_type = (_name(found, key) for key in ("revision", "task_type", "peft_type"))
         facts = _facts(found) if ours else {}

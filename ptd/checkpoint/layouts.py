@@ -26,18 +26,21 @@ def read_layout(prompt: Any) -> tuple[Layout, int]:
     """Return the layout and its number of virtual tokens. Raises `KeyError`, `TypeError` or `ValueError` if damaged."""
     if prompt["kind"] == "none":
         return EmptyLayout(), 0
-    virtual = whole(prompt["num_virtual_tokens"])
+    virtual = checked_size(prompt["num_virtual_tokens"])
     if prompt["kind"] == "soft_tokens":
         if not isinstance(prompt["in_front"], bool):
             raise TypeError(prompt)
-        return SoftLayout(whole(prompt["hidden_size"]), prompt["in_front"]), virtual
-    layers = [LayerShape(whole(heads), whole(key), whole(value), kind) for heads, key, value, kind in prompt["layers"]]
+        return SoftLayout(checked_size(prompt["hidden_size"]), prompt["in_front"]), virtual
+    layers = [
+        LayerShape(checked_size(heads), checked_size(key), checked_size(value), kind)
+        for heads, key, value, kind in prompt["layers"]
+    ]
     if prompt["kind"] != "prefix_kv" or any(layer.kind not in get_args(AttentionKind) for layer in layers):
         raise ValueError(prompt)
     return PrefixLayout(tuple(layers)), virtual
 
 
-def whole(value: Any) -> int:
+def checked_size(value: Any) -> int:
     """Return a size unchanged; raise `TypeError` or `ValueError` unless it is an integer above 0 and below 2³¹."""
     if type(value) is not int:
         raise TypeError(f"{value!r:.60} is not an integer")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ptd.checkpoint.layouts import Layout, whole
+from ptd.checkpoint.layouts import Layout, checked_size
 from ptd.types import EmptyLayout, LayerShape, PrefixLayout, SoftLayout, UserError
 
 PREFIX_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
@@ -96,7 +96,7 @@ def read_config(config: dict[str, Any]) -> tuple[Layout, int]:
             "together with the prompt; ptd's backbones do not have that head, and the prompt is useless without it; "
             f"use the adapter with PEFT, or train again with task.kind: {task} and method.name: p_tuning_v2"
         )
-    virtual, width = whole(config["num_virtual_tokens"]), whole(config["token_dim"])
+    virtual, width = checked_size(config["num_virtual_tokens"]), checked_size(config["token_dim"])
     if kind in SOFT_TYPES:
         return SoftLayout(width), virtual
     if config.get("task_type") == ENCODER_DECODER:
@@ -104,7 +104,7 @@ def read_config(config: dict[str, Any]) -> tuple[Layout, int]:
             f"it is a {kind} adapter of an encoder-decoder: PEFT has no prefix for the encoder or for cross-attention, "
             "and its decoder layers share one prefix by mistake; tune a prefix with ptd instead"
         )
-    heads, layers = whole(config["num_attention_heads"]), whole(config["num_layers"])
+    heads, layers = checked_size(config["num_attention_heads"]), checked_size(config["num_layers"])
     if layers > MOST_LAYERS or width % heads:
         raise ValueError(f"num_layers {layers} and token_dim {width} do not fit num_attention_heads {heads}")
     layer = LayerShape(heads, width // heads, width // heads)
@@ -116,12 +116,12 @@ def stored_rows(config: dict[str, Any]) -> int:
 
     Raises the same errors as `read_config`.
     """
-    virtual = whole(config["num_virtual_tokens"])
+    virtual = checked_size(config["num_virtual_tokens"])
     if config["peft_type"] in PREFIX_TYPES:
         return virtual
     encoder_decoder = config.get("task_type") == ENCODER_DECODER
     submodules = config.get("num_transformer_submodules")
-    submodules = 1 + encoder_decoder if submodules is None else whole(submodules)
+    submodules = 1 + encoder_decoder if submodules is None else checked_size(submodules)
     if not 1 <= submodules <= 1 + encoder_decoder:
         raise ValueError(f"num_transformer_submodules {submodules} with task_type {config.get('task_type')}")
     return virtual * submodules

@@ -30,7 +30,7 @@ Listing: TypeAlias = list[Any]
 """``[size in bytes, SHA-256]`` of a file, as in the manifest."""
 
 
-def tensors_of(trained: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def state_tensors(trained: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return all training state by name: the module's parameters and buffers, and AdamW's moments of each parameter.
 
     Missing optimizer state is created the way the optimizer's first step would create it, so that the same call serves
@@ -99,7 +99,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill ``tensors`` (from `tensors_of`) in place, resharded to the ranks of this run."""
+    """Fill ``tensors`` (from `state_tensors`) in place, resharded to the ranks of this run."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         reader = HuggingFaceStorageReader(str(folder))
@@ -107,7 +107,7 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
             load_distributed(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
-def listed(path: Path) -> Listing:
+def file_entry(path: Path) -> Listing:
     """Return the current size and SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -127,7 +127,7 @@ def _damage(folder: Path) -> str | None:
             path = folder / name
             if [path.stat().st_size] != listing[:1]:
                 return f"{name} is truncated"
-            if listed(path) != listing:
+            if file_entry(path) != listing:
                 return f"{name} is damaged"
         strange = {path.name for path in folder.glob("*.safetensors")} - manifest.keys()
         if strange:  # the reader would load every safetensors file

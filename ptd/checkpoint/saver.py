@@ -26,7 +26,17 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 from ptd.checkpoint.files import make_folders, sync, write_atomically, write_json
-from ptd.checkpoint.run_state import DELETED, FACTS, LATEST, MANIFEST, WRITING, Listing, checkpoints, listed, step_of
+from ptd.checkpoint.run_state import (
+    DELETED,
+    FACTS,
+    LATEST,
+    MANIFEST,
+    WRITING,
+    Listing,
+    checkpoints,
+    file_entry,
+    step_of,
+)
 from ptd.types import UserError
 
 Files: TypeAlias = dict[str, Listing]
@@ -178,7 +188,7 @@ class Saver:
         for path in set(temporary.iterdir()) - {temporary / name for name in files}:
             path.unlink()  # left by a process that was killed
         write_json(temporary / FACTS, {"step": write.step, **write.facts})
-        write_json(temporary / MANIFEST, {**files, FACTS: listed(temporary / FACTS)})
+        write_json(temporary / MANIFEST, {**files, FACTS: file_entry(temporary / FACTS)})
         if self.records is not None:
             sync(self.records)
         if final.exists():  # passed over as damaged when the run continued
@@ -224,7 +234,9 @@ def _write_part(folder: Path, plan: SavePlan, copies: dict[MetadataIndex, Tensor
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     writer.per_thread_copy_ahead = 0  # the copies are on the CPU already; a stream would create a CUDA context on GPU 0
     results = writer.write_data(plan, _Copies(copies)).wait()
-    return {name: listed(folder / name) for name in sorted({result.storage_data.relative_path for result in results})}
+    return {
+        name: file_entry(folder / name) for name in sorted({result.storage_data.relative_path for result in results})
+    }
 
 
 def _outcome(work: Future[Files]) -> Outcome:

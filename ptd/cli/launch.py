@@ -188,8 +188,7 @@ def slurm(
     dry_run: DryRun = False,
 ) -> None:
     """Submit the run to Slurm and print the job's id. --dry-run prints the sbatch script instead."""
-    from ptd.launch import Job, Program, directives, render, submit
-    from ptd.launch import sweep as combinations
+    from ptd.launch import Job, Program, directives, render_script, submit, sweep_overrides
 
     program = Program.of(run, overrides, overwrite=overwrite, retry=retry)
     config = program.config()
@@ -215,10 +214,10 @@ def slurm(
         chdir=Path.cwd(),
         log_dir=(log_dir or config.output_dir / "logs").absolute(),
         options={name: value for name, value in named.items() if value is not None} | directives(sbatch or []),
-        sweep=combinations(program, sweep or [], config.output_dir),
+        sweep=sweep_overrides(program, sweep or [], config.output_dir),
         requeue=requeue,
     )
-    script = render(job)
+    script = render_script(job)
     if dry_run:
         print(script, end="")
         return

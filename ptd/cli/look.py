@@ -159,8 +159,8 @@ def bench(
         check_writable(output, "--output")
     hush()
     from ptd.bench import bench as run_bench
-    from ptd.bench import sweep
-    from ptd.bench.report import parse_sweep, write
+    from ptd.bench import bench_sweep
+    from ptd.bench.report import parse_sweep, write_bench_report
     from ptd.console import print_bench
 
     options: dict[str, Any] = {
@@ -173,7 +173,12 @@ def bench(
     wanted = [parse_sweep(given) for given in sweeps or []]
     report = run_bench(config, **options)
     curves = [
-        sweep(key, values, lambda value, key=key: load_config(run, [*(overrides or []), f"{key}={value}"]), **options)  # type: ignore[misc]
+        bench_sweep(
+            key,
+            values,
+            lambda value, key=key: load_config(run, [*(overrides or []), f"{key}={value}"]),  # type: ignore[misc]
+            **options,
+        )
         for key, values in wanted
     ]
     if not is_main():
@@ -185,7 +190,7 @@ def bench(
         for curve in curves:
             for point in curve["points"]:
                 print_bench(point["report"], f"{curve['key']}={point['value']}")
-    done(quiet, dict.fromkeys(write(output, report, curves), ""), [])
+    done(quiet, dict.fromkeys(write_bench_report(output, report, curves), ""), [])
 
 
 def report(

@@ -21,7 +21,7 @@ from ptd.cli.common import (
     reporter_unless,
 )
 from ptd.errors import UserError
-from ptd.files import local
+from ptd.files import expand_home
 
 if TYPE_CHECKING:
     pass
@@ -79,15 +79,15 @@ def init(
         raise UserError(
             f"stdin is not a terminal, so ptd cannot ask: give {' and '.join(missing)}, or --yes for the usual choices"
         )
-    from ptd.commands.init import FILL_IN, draft, kind_of, kinds, render, suitable, usual_method
+    from ptd.commands.init import FILL_IN, draft, kind_of, kinds, render_run_file, suitable, usual_method
 
     if task is None:
         task = _choose("task", kinds(), "causal_lm") if asks else "causal_lm"
     kind = kind_of(task)
     if name is None:
         name = _choose("method", suitable(kind), usual_method(kind)) if asks else usual_method(kind)
-    backbone, data = (None if given is None else local(given) for given in (backbone, data))
-    text = render(draft(name, kind, backbone), run, backbone=backbone, data=data)
+    backbone, data = (None if given is None else expand_home(given) for given in (backbone, data))
+    text = render_run_file(draft(name, kind, backbone), run, backbone=backbone, data=data)
     try:
         run.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -218,7 +218,7 @@ def inspect_(
     settings = parse_settings(changes or [])
     hush()
     from ptd.console import print_inspection
-    from ptd.inspection import ADDS, output_folder, write
+    from ptd.inspection import ADDS, output_folder, write_inspection
     from ptd.inspection import inspect as run_inspection
     from ptd.inspection.tables import headline, sections
 
@@ -231,7 +231,7 @@ def inspect_(
     )
     if not is_main():
         return
-    write(found, folder)
+    write_inspection(found, folder)
     print_json(found) if as_json else print_inspection(headline(found), found["notes"], sections(found))
     if data is None and not quiet:
         print(ADDS, file=sys.stderr)

@@ -114,7 +114,7 @@ def draft(name: str, kind: TaskKind, backbone: str | None = None) -> Draft:
     raise refusals[0]
 
 
-def render(found: Draft, name: Path, *, backbone: str | None = None, data: str | None = None) -> str:
+def render_run_file(found: Draft, name: Path, *, backbone: str | None = None, data: str | None = None) -> str:
     """Return the text of the run file: the keys that are set, and every other key with its default, commented out.
 
     ``name``: path of the file, for the commands in its first lines. ``data``: the rows to train on (or, if the method

@@ -17,7 +17,7 @@ from pydantic import (
 
 from ptd.config.validation import parse_method, refuse_truth
 from ptd.errors import UserError
-from ptd.files import as_path, local
+from ptd.files import as_path, expand_home
 from ptd.values import name_of
 
 
@@ -37,7 +37,7 @@ class Section(BaseModel):
 def _home(value: Any) -> Any:
     """Resolve ``~`` in a setting that is a path, or may be one."""
     try:
-        return local(value) if isinstance(value, str) else as_path(value) if isinstance(value, Path) else value
+        return expand_home(value) if isinstance(value, str) else as_path(value) if isinstance(value, Path) else value
     except UserError as error:
         raise ValueError(str(error)) from error
 

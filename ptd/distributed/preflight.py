@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ptd.config import RunConfig
 from ptd.distributed.ranks import Ranks
-from ptd.distributed.rendezvous import listed
+from ptd.distributed.rendezvous import ranks_as_text
 from ptd.files import check_writable, existing
 from ptd.types import UserError
 from ptd.values import decimal_size, flattened
@@ -49,7 +49,7 @@ def check_same_config(config: RunConfig, ranks: Ranks) -> None:
         for rank, each in enumerate(everywhere):
             values.setdefault(repr(each.get(key)), []).append(rank)
         if len(values) > 1 and key not in PER_NODE:
-            said = ", ".join(f"{value[:80]} on {listed(holders, 'rank')}" for value, holders in values.items())
+            said = ", ".join(f"{value[:80]} on {ranks_as_text(holders, 'rank')}" for value, holders in values.items())
             raise UserError(
                 f"{key}: the ranks have different values: {said}; start every rank with the same RUN.yaml and "
                 "overrides, and check that files of the same name are equal on all nodes"
@@ -63,9 +63,9 @@ def same_fingerprint(own: str, ranks: Ranks) -> str:
         if other != everywhere[0]:
             holders = [index for index, each in enumerate(everywhere) if each == other]
             raise UserError(
-                f"backbone.path: {listed(holders, 'rank')} loaded a different backbone (fingerprint {other}) than "
-                f"rank 0 ({everywhere[0]}); put the same checkpoint under this path on the nodes of rank {rank} and "
-                "rank 0"
+                f"backbone.path: {ranks_as_text(holders, 'rank')} loaded a different backbone (fingerprint {other}) "
+                f"than rank 0 ({everywhere[0]}); put the same checkpoint under this path on the nodes of rank {rank} "
+                "and rank 0"
             )
     return own
 
@@ -91,8 +91,8 @@ def check_output(folder: Path, ranks: Ranks) -> None:
     blind = [rank for rank, there in enumerate(seen) if not there]
     if blind:
         raise UserError(
-            f"output_dir: {folder} is not the same folder on {listed(blind, 'rank')} as on rank 0, but all ranks write "
-            "and read the checkpoints; give an absolute path on a disk that all nodes share"
+            f"output_dir: {folder} is not the same folder on {ranks_as_text(blind, 'rank')} as on rank 0, but all "
+            "ranks write and read the checkpoints; give an absolute path on a disk that all nodes share"
         )
 
 

@@ -63,7 +63,7 @@ class Member:
         return f"rank {self.rank} on {self.host}"
 
 
-def join(member: Member, device: torch.device, world_size: int, timeout: timedelta) -> None:
+def join_group(member: Member, device: torch.device, world_size: int, timeout: timedelta) -> None:
     """Create the default process group of ``world_size`` ranks; this rank runs on ``device``.
 
     ``timeout`` is the timeout of collectives; `MEETING` and `TRIAL` limit the time to create the group. Raises
@@ -202,9 +202,9 @@ def _verdict(store: Store, world_size: int) -> str:
         hosts = sorted({_member(store, rank).host for rank in there})
         missing = sorted(set(range(world_size)) - set(there))
         return (
-            f"{listed(missing, 'rank')} of {world_size} did not join within {_seconds(MEETING)}; "
-            f"{listed(there, 'rank')} on {', '.join(hosts)} did. Look at the logs of the missing ranks: they did not "
-            "start, failed before this point, or cannot reach MASTER_ADDR:MASTER_PORT "
+            f"{ranks_as_text(missing, 'rank')} of {world_size} did not join within {_seconds(MEETING)}; "
+            f"{ranks_as_text(there, 'rank')} on {', '.join(hosts)} did. Look at the logs of the missing ranks: they "
+            "did not start, failed before this point, or cannot reach MASTER_ADDR:MASTER_PORT "
             f"({os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}) through a firewall"
         )
     return disagreement([_member(store, rank) for rank in range(world_size)]) or ""
@@ -235,9 +235,10 @@ def disagreement(members: Sequence[Member]) -> str | None:
         if len(users) > 1:
             first = users[0]
             return (
-                f"{listed([user.rank for user in users], 'rank')} on {first.host} would run on the same GPU ({gpu}): "
-                f"its node has {first.local_ranks} ranks, which see {first.gpus} of its GPUs. Start one rank per GPU, "
-                "number LOCAL_RANK from 0 on each node, and let each rank see all GPUs of its node or exactly one"
+                f"{ranks_as_text([user.rank for user in users], 'rank')} on {first.host} would run on the same GPU "
+                f"({gpu}): its node has {first.local_ranks} ranks, which see {first.gpus} of its GPUs. Start one rank "
+                "per GPU, number LOCAL_RANK from 0 on each node, and let each rank see all GPUs of its node or exactly "
+                "one"
             )
     return None
 
@@ -255,13 +256,13 @@ def _by_value(members: Sequence[Member], value: Callable[[Member], Any]) -> dict
 
 def _said(found: dict[Any, list[Member]]) -> str:
     return ", ".join(
-        f"{value} for {listed([member.rank for member in members], 'rank')} on "
+        f"{value} for {ranks_as_text([member.rank for member in members], 'rank')} on "
         f"{', '.join(sorted({member.host for member in members})[:4])}"
         for value, members in found.items()
     )
 
 
-def listed(numbers: Sequence[int], noun: str) -> str:
+def ranks_as_text(numbers: Sequence[int], noun: str) -> str:
     """Return the numbers as text, for example ``rank 3`` or ``ranks 0-2, 5``."""
     ranges: list[list[int]] = []
     for number in sorted(numbers):
@@ -296,7 +297,9 @@ def _stuck(store: Store, member: Member, world_size: int, backends: Mapping[str,
         return f"{begun}, and the store of rank 0 no longer answers. Look at the log of rank 0 and at its node"
     if absent:
         hosts = sorted({_member(own, rank).host for rank in absent})
-        return f"{begun}: {listed(absent, 'rank')} on {', '.join(hosts)} hung or died before that. Look at its log"
+        return (
+            f"{begun}: {ranks_as_text(absent, 'rank')} on {', '.join(hosts)} hung or died before that. Look at its log"
+        )
     return f"{begun}, so no data passes between them. {advice(backends)}"
 
 

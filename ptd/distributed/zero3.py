@@ -186,7 +186,7 @@ class Shards:
 
 
 @contextmanager
-def whole(parameter: Any) -> Iterator[None]:
+def gathered_parameter(parameter: Any) -> Iterator[None]:
     """Gather a sharded parameter on every rank while active. Every rank of its group enters together."""
     with deepspeed.zero.GatheredParameters([parameter]):
         yield

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ptd.async_copy import AsyncHostCopy, together
-from ptd.checkpoint.run_state import tensors_of
+from ptd.checkpoint.run_state import state_tensors
 from ptd.distributed.network_meter import NetworkMeter
 from ptd.distributed.ranks import Ranks
 from ptd.engine.loss_scale import LossScale
@@ -123,7 +123,7 @@ class PromptStep:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors that a resumed run needs, by name, to be saved or loaded in place."""
-        return tensors_of(self.trained, self.optimizer) | self.loss_scale.tensors()
+        return state_tensors(self.trained, self.optimizer) | self.loss_scale.tensors()
 
     def encode(self) -> PromptState:
         """Run the encoder; return the leaf, at which the micro-batches accumulate their gradients."""

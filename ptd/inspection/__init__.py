@@ -13,7 +13,7 @@ from ptd.data import load_rows
 from ptd.distributed.ranks import Ranks
 from ptd.files import as_path
 from ptd.inspection.effects import effects_on
-from ptd.inspection.geometry import nearest_tokens, tensors_of
+from ptd.inspection.geometry import describe_tensors, nearest_tokens
 from ptd.runs.tuned import Settings, Tuned, find_tuned
 from ptd.types import EmptyLayout, PrefixLayout, Reporter, SoftLayout, SoftTokens, UserError
 
@@ -52,13 +52,13 @@ def inspect(
             "those of the methods prefix and prompt"
         )
     if data is None and isinstance(found.layout, PrefixLayout):
-        return _heading(found) | {"tensors": tensors_of(found.state(), found.layout.layers), "nearest": None}
+        return _heading(found) | {"tensors": describe_tensors(found.state(), found.layout.layers), "nearest": None}
     reference, reporter = find_tuned(adapter, backbone, settings=settings), reporter or Reporter()
     ranks = reference.start_ranks()
     try:
         tuned = reference.load(ranks)
         result = _heading(found) | {
-            "tensors": tensors_of(found.state(), tuned.prepared.shape.layers),
+            "tensors": describe_tensors(found.state(), tuned.prepared.shape.layers),
             "nearest": _nearest(found, tuned),
         }
         return result if data is None else result | _on_rows(data, tuned, ranks, rows, batch_size, reporter)
@@ -101,13 +101,13 @@ def _on_rows(data: str, tuned: Tuned, ranks: Ranks, most: int, batch_size: int, 
     return {"data": facts, **effects_on(held_out, tuned, ranks, reporter)}
 
 
-def write(found: dict[str, Any], folder: str | Path) -> list[Path]:
+def write_inspection(found: dict[str, Any], folder: str | Path) -> list[Path]:
     """Write inspect.json, the figures and an HTML page with everything into ``folder``, and return the files.
 
     Raises `UserError` if the folder cannot be written.
     """
     from ptd.inspection.figures import save
-    from ptd.inspection.page import render
+    from ptd.inspection.page import render_inspection
 
     folder = as_path(folder)
     try:
@@ -118,7 +118,7 @@ def write(found: dict[str, Any], folder: str | Path) -> list[Path]:
             files.append(folder / f"{name}.png")
             files[-1].write_bytes(picture)
         files.append(folder / "index.html")
-        files[-1].write_text(render(found), encoding="utf-8")
+        files[-1].write_text(render_inspection(found), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output: cannot write into {folder}: {error.strerror or error}") from error
     return files
@@ -129,4 +129,4 @@ def output_folder(adapter: str) -> Path:
     return as_path(adapter) / "inspect"
 
 
-__all__ = ["ADDS", "inspect", "output_folder", "write"]
+__all__ = ["ADDS", "inspect", "output_folder", "write_inspection"]

@@ -30,12 +30,12 @@ def layer_names(layers: tuple[LayerShape, ...]) -> list[str]:
 
 
 @singledispatch
-def tensors_of(state: PromptState, layers: tuple[LayerShape, ...]) -> list[dict[str, Any]]:
+def describe_tensors(state: PromptState, layers: tuple[LayerShape, ...]) -> list[dict[str, Any]]:
     """Return an entry per tensor of the prompt: ``layer``, ``part`` and the numbers of `_describe`."""
     raise TypeError(f"a prompt of type {type(state).__name__} is not supported")
 
 
-@tensors_of.register
+@describe_tensors.register
 def _(state: PrefixKV, layers: tuple[LayerShape, ...]) -> list[dict[str, Any]]:
     return [
         {"layer": name, "part": part, **_describe(tensor)}
@@ -44,7 +44,7 @@ def _(state: PrefixKV, layers: tuple[LayerShape, ...]) -> list[dict[str, Any]]:
     ]
 
 
-@tensors_of.register
+@describe_tensors.register
 def _(state: SoftTokens, layers: tuple[LayerShape, ...]) -> list[dict[str, Any]]:
     return [{"layer": "input", "part": "embedding", **_describe(state.embeddings[:, None])}]
 
@@ -82,9 +82,9 @@ def _(state: SoftTokens, prepared: Prepared, tokenizer: Any) -> list[dict[str, A
     module = prepared.attachment.stacks[0].embeddings
     gathered: Any = nullcontext()
     if prepared.sharded:
-        from ptd.distributed.zero3 import whole  # importing deepspeed takes seconds
+        from ptd.distributed.zero3 import gathered_parameter  # importing deepspeed takes seconds
 
-        gathered = whole(module.weight)
+        gathered = gathered_parameter(module.weight)
     prompt = state.embeddings.detach().float().to(prepared.model.device)
     unit, norms = torch.nn.functional.normalize(prompt, dim=-1), prompt.norm(dim=-1).tolist()
     best: list[tuple[Tensor, Tensor]] = []

@@ -14,7 +14,7 @@ from ptd.report.html import filled_page
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
-def render(found: dict[str, Any]) -> str:
+def render_inspection(found: dict[str, Any]) -> str:
     """Return an HTML page with all results and the figures as SVG."""
     drawn = elements(found)
     parts = [

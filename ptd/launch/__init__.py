@@ -10,7 +10,7 @@ from ptd.launch.deepspeed import (
     read_hostfile,
 )
 from ptd.launch.program import Program
-from ptd.launch.slurm import Job, directives, render, submit, sweep
+from ptd.launch.slurm import Job, directives, render_script, submit, sweep_overrides
 
 __all__ = [
     "Cluster",
@@ -23,7 +23,7 @@ __all__ = [
     "no_ssh_command",
     "pdsh_command",
     "read_hostfile",
-    "render",
+    "render_script",
     "submit",
-    "sweep",
+    "sweep_overrides",
 ]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ptd.launch.program import Program
-from ptd.launch.slurm import Job, render
+from ptd.launch.slurm import Job, render_script
 from ptd.shipped import SLURM
 
 PROJECT = Path("/path/to/project")
@@ -35,4 +35,4 @@ EXAMPLES = {
 
 if __name__ == "__main__":
     for name, job in EXAMPLES.items():
-        (SLURM / name).write_text(render(job), encoding="utf-8")
+        (SLURM / name).write_text(render_script(job), encoding="utf-8")

@@ -62,7 +62,7 @@ class Job:
     python: str = sys.executable
 
 
-def render(job: Job) -> str:
+def render_script(job: Job) -> str:
     """Return the sbatch script; raise `UserError` for values that a script cannot hold."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(SLURM),
@@ -129,7 +129,7 @@ def directives(pairs: list[str]) -> dict[str, str | None]:
     return found
 
 
-def sweep(program: Program, settings: list[str], output_dir: Path) -> tuple[tuple[str, ...], ...]:
+def sweep_overrides(program: Program, settings: list[str], output_dir: Path) -> tuple[tuple[str, ...], ...]:
     """Return the overrides of every combination of the settings ``KEY=V1,V2,…``, each with its own output folder.
 
     The values are the items of a YAML list. Raises `UserError` for a malformed setting or an invalid combination.

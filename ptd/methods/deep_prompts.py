@@ -22,7 +22,7 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from ptd.methods import Conditioner
-from ptd.methods.settings import TextSettings, read_text
+from ptd.methods.settings import TextSettings, initial_text
 from ptd.types import BackboneShape, LayerShape, PrefixLayout, PromptEncoder, Units, UserError, matrix_rates
 
 MEASURED = 512
@@ -195,7 +195,7 @@ def started(
     """
     init, tokens = config.init, encoder.network().shape[0]
     if init == "text":
-        start = [_first(conditioner.token_ids(read_text(config), special=True), tokens)]
+        start = [_first(conditioner.token_ids(initial_text(config), special=True), tokens)]
     else:
         start = conditioner.chunks(tokens) if init == "chunks" else conditioner.rows(tokens)
     # Later tokens do not change a decoder's keys and values for the first P tokens.

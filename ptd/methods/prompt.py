@@ -23,8 +23,8 @@ from ptd.methods.settings import (
     check_start,
     check_text,
     from_nothing,
+    initial_text,
     key,
-    read_text,
 )
 from ptd.methods.soft_prompts import EMBEDDINGS, embeddings_of_rows, units_of
 from ptd.types import BackboneShape, PromptEncoder, SoftLayout, Units, UserError
@@ -96,7 +96,7 @@ def build(config: PromptConfig, shape: BackboneShape, conditioner: Conditioner, 
     elif config.init == "labels":
         origin = _labels(tokens, facts.labels, conditioner)
     else:
-        origin = conditioner.embeddings(_cycle(tokens, conditioner.token_ids(read_text(config))))
+        origin = conditioner.embeddings(_cycle(tokens, conditioner.token_ids(initial_text(config))))
     encoder = SoftPromptEncoder(units_of(rows, origin))
     if config.init == "random":
         nn.init.normal_(encoder.embedding, std=1 / EMBEDDINGS)

@@ -6,8 +6,7 @@ from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from ptd.files import as_path
-from ptd.files import read_text as text_of
+from ptd.files import as_path, read_text
 from ptd.methods import TaskFacts, refuse_marks
 from ptd.types import UserError
 
@@ -64,13 +63,13 @@ def check_text(config: TextSettings) -> None:
         raise UserError(f"method.{given[0]}: is given, but method.init is {config.init!r}; set method.init: text")
 
 
-def read_text(config: TextSettings) -> str:
+def initial_text(config: TextSettings) -> str:
     """Return the text of ``init: text``. Raises `UserError` for a file that cannot be read."""
     if config.init_text is not None:
         return config.init_text
     assert config.init_text_file is not None
     # The newline at the end of the file ends a line and is no part of the text.
-    return text_of(config.init_text_file, "method.init_text_file: cannot read").rstrip("\n")
+    return read_text(config.init_text_file, "method.init_text_file: cannot read").rstrip("\n")
 
 
 def check_start(config: TextSettings, facts: TaskFacts) -> None:
@@ -82,7 +81,7 @@ def check_start(config: TextSettings, facts: TaskFacts) -> None:
 def check_start_text(config: TextSettings) -> None:
     """Raise `UserError` if ``init: text`` names a file that cannot be read."""
     if config.init == "text":
-        read_text(config)
+        initial_text(config)
 
 
 def from_nothing(config: Any) -> Any:

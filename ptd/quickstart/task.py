@@ -66,7 +66,7 @@ def _make_row(rng: random.Random, held_out: bool) -> Row:
     return {"prompt": render_prompt(values), "completion": render_completion(values)}
 
 
-def make_task(seed: int = 0, train_rows: int = 400, eval_rows: int = 100) -> tuple[list[Row], list[Row]]:
+def make_rows(seed: int = 0, train_rows: int = 400, eval_rows: int = 100) -> tuple[list[Row], list[Row]]:
     """Return training and evaluation rows, each ``{"prompt", "completion"}``; no name occurs in both."""
     rng = random.Random(seed)
     train = [_make_row(rng, held_out=False) for _ in range(train_rows)]
@@ -78,7 +78,7 @@ def write_task(folder: str | Path) -> tuple[Path, Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "train.jsonl", folder / "eval.jsonl"
-    for path, rows in zip(paths, make_task(), strict=True):
+    for path, rows in zip(paths, make_rows(), strict=True):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return paths
 

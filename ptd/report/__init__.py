@@ -10,7 +10,7 @@ from ptd.checkpoint.files import make_folders, write_atomically
 from ptd.files import as_path
 from ptd.report import tables
 from ptd.report.data import read_run, read_runs
-from ptd.report.page import render
+from ptd.report.page import render_report
 from ptd.report.panels import panels
 from ptd.report.plots import plot_loss, save_pngs
 from ptd.types import UserError
@@ -34,7 +34,7 @@ def report(folders: Sequence[Path], output: Path | None = None, *, pngs: Path | 
     place: Path = target
     try:
         make_folders(target.parent)
-        write_atomically(target, render(runs, found))
+        write_atomically(target, render_report(runs, found))
         if pngs is not None:
             place = pngs
             files = save_pngs(found, pngs)
@@ -60,7 +60,7 @@ def leave_report(folder: Path) -> str | None:
         run = read_run(folder)
         found = panels([run])
         plot_loss(folder)
-        write_atomically(folder / REPORT, render([run], found))
+        write_atomically(folder / REPORT, render_report([run], found))
     except Exception as error:
         again = f"run ptd report {folder} to write it"
         return f"{REPORT} was not written ({type(error).__name__}: {error}); {again}"

@@ -20,7 +20,7 @@ CURVES = ("loss", "eval_loss", "learning_rate", "grad_norm", "loss_scale")
 SPEED = ("throughput", "step_time", SPLIT[0], "memory", "network")
 
 
-def render(runs: Sequence[RecordedRun], found: Sequence[Panel]) -> str:
+def render_report(runs: Sequence[RecordedRun], found: Sequence[Panel]) -> str:
     """Return the HTML of one run, or of several next to each other. Everything that comes from the runs is escaped."""
     several = len(runs) > 1
     figures = [

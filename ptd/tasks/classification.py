@@ -18,7 +18,7 @@ from ptd.readouts import Readout
 from ptd.readouts.cloze import Cloze, Word
 from ptd.readouts.heads import Head, PooledClassifier, Pooling
 from ptd.tasks import register
-from ptd.tasks.cloze import Variant, plan
+from ptd.tasks.cloze import Variant, plan_sequences
 from ptd.tasks.labels import Seen, name_at, names_of, number_of
 from ptd.tasks.layouts import Laid, pattern_sequences, text_sequences
 from ptd.tasks.weights import check_weights, learn_weights
@@ -165,7 +165,7 @@ class Classification:
 
     def _plan(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Variant], list[Word]]:
         assert self.config.verbalizer is not None
-        return plan(self.templates, self.config.verbalizer, self.labels, tokenizer, causal=self.causal)
+        return plan_sequences(self.templates, self.config.verbalizer, self.labels, tokenizer, causal=self.causal)
 
 
 def _check_layout(task: Classification) -> None:

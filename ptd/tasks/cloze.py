@@ -35,7 +35,7 @@ class Variant:
         return [*filled[:slot], *self.inserted, *filled[slot + 1 :]], range(begin, begin + self.width)
 
 
-def plan(
+def plan_sequences(
     templates: Sequence[Template],
     verbalizer: Mapping[str, Sequence[str]],
     labels: Sequence[str],

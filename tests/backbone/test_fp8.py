@@ -13,7 +13,7 @@ from ptd.config import BackboneConfig, parse_config
 from ptd.inject import Attachment, check_supported
 from ptd.methods.prefix import PrefixEncoder
 from ptd.quickstart import BACKBONE
-from ptd.quickstart.task import make_task
+from ptd.quickstart.task import make_rows
 from ptd.types import UserError, same_backbone
 
 CPU = torch.device("cpu")
@@ -120,7 +120,7 @@ def test_every_layer_is_rounded_and_gradients_pass(folders, family):
 
 
 def test_the_prompts_gradient_is_that_of_a_trained_backbone():
-    rows, _ = make_task(train_rows=4)
+    rows, _ = make_rows(train_rows=4)
     text = " ".join(f"{row['prompt']}\n{row['completion']}" for row in rows)
     ids = AutoTokenizer.from_pretrained(BACKBONE)(text, return_tensors="pt").input_ids
     found = []

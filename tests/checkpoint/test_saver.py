@@ -15,7 +15,7 @@ from torch import nn
 
 from ptd.checkpoint import Saver, latest_complete, load_tensors, saver
 from ptd.checkpoint.files import write_json
-from ptd.checkpoint.run_state import checkpoints, clean, read_facts, step_of, tensors_of
+from ptd.checkpoint.run_state import checkpoints, clean, read_facts, state_tensors, step_of
 from ptd.distributed.ranks import Ranks
 from ptd.types import UserError
 
@@ -35,7 +35,7 @@ def train(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def values(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in tensors_of(module, optimizer).items()}
+    return {name: tensor.detach().clone() for name, tensor in state_tensors(module, optimizer).items()}
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer = Saver(root, ALONE, keep=2)
     for step in (1, 2):
         train(module, optimizer)
-        writer.save(step, tensors_of(module, optimizer), {"best": {"loss": 1.5}})
+        writer.save(step, state_tensors(module, optimizer), {"best": {"loss": 1.5}})
     writer.wait()
     return root
 
@@ -70,14 +70,14 @@ def test_what_is_saved_is_what_was_there_at_the_boundary(root: Path, monkeypatch
     train(module, optimizer)
     then = values(module, optimizer)
     writer = Saver(root, ALONE, keep=2)
-    writer.save(1, tensors_of(module, optimizer), {"best": {}})
+    writer.save(1, state_tensors(module, optimizer), {"best": {}})
     train(module, optimizer)
     writer.poll()
     assert latest_complete(root) == (None, [])
     assert not root.exists()
     may_write.set()
     writer.wait()
-    loaded = tensors_of(*make())
+    loaded = state_tensors(*make())
     load_tensors(root / "step-000001", loaded)
     assert loaded.keys() == then.keys()
     assert all(torch.equal(loaded[name], then[name]) for name in then)
@@ -87,7 +87,7 @@ def test_what_is_saved_is_what_was_there_at_the_boundary(root: Path, monkeypatch
 def test_polling_completes_a_checkpoint(root: Path) -> None:
     module, optimizer = make()
     writer = Saver(root, ALONE, keep=2)
-    writer.save(3, tensors_of(module, optimizer), {"best": {"loss": 2.0}})
+    writer.save(3, state_tensors(module, optimizer), {"best": {"loss": 2.0}})
     for _ in range(6000):
         writer.poll()
         if (root / "latest").exists():
@@ -102,7 +102,7 @@ def test_the_newest_are_kept(root: Path) -> None:
     module, optimizer = make()
     writer = Saver(root, ALONE, keep=2)
     for step in range(1, 6):
-        writer.save(step, tensors_of(module, optimizer), {})
+        writer.save(step, state_tensors(module, optimizer), {})
     writer.close()  # in a single process, every save that was begun is completed
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step-000004", "step-000005"]
 
@@ -111,10 +111,10 @@ def test_one_that_is_held_stays_beside_the_newest(root: Path) -> None:
     module, optimizer = make()
     writer = Saver(root, ALONE, keep=2)
     for step in range(1, 8):
-        writer.save(step, tensors_of(module, optimizer), {}, hold=min(step, 3))
+        writer.save(step, state_tensors(module, optimizer), {}, hold=min(step, 3))
     writer.close()
     assert [step_of(path) for path in checkpoints(root)] == [7, 6, 3]
-    writer.save(8, tensors_of(module, optimizer), {}, hold=6)
+    writer.save(8, state_tensors(module, optimizer), {}, hold=6)
     writer.close()
     assert [step_of(path) for path in checkpoints(root)] == [8, 7, 6]
 
@@ -124,20 +124,20 @@ def test_a_failed_write_leaves_the_last_whole_one_and_says_what_to_do(
 ) -> None:
     module, optimizer = make()
     writer = Saver(root, ALONE, keep=1)
-    writer.save(1, tensors_of(module, optimizer), {})
+    writer.save(1, state_tensors(module, optimizer), {})
     writer.wait()
 
     def refuse(path: Path) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saver, "listed", refuse)
-    writer.save(2, tensors_of(module, optimizer), {})
+    monkeypatch.setattr(saver, "file_entry", refuse)
+    writer.save(2, state_tensors(module, optimizer), {})
     with pytest.raises(UserError, match=r"step 2 .*No space left.* continues from step-000001"):
         writer.wait()
     assert latest_complete(root) == (root / "step-000001", [])
     assert not list(root.glob(".*"))
     monkeypatch.undo()
-    writer.save(3, tensors_of(module, optimizer), {})
+    writer.save(3, state_tensors(module, optimizer), {})
     writer.wait()
     assert latest_complete(root) == (root / "step-000003", [])
 
@@ -146,7 +146,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     module, optimizer = make()
     writer = Saver(tmp_path / "file" / "checkpoints", ALONE, keep=1)
-    writer.save(1, tensors_of(module, optimizer), {})
+    writer.save(1, state_tensors(module, optimizer), {})
     with pytest.raises(UserError, match=r"step 1 .*File exists.*starts from the beginning"):
         writer.wait()
 
@@ -156,17 +156,17 @@ def test_what_a_killed_process_left_in_the_folder_is_not_taken_over(root: Path) 
     (root / ".writing-000001" / "shard-00002-model-00001-of-00001.safetensors").write_bytes(b"half")
     module, optimizer = make()
     writer = Saver(root, ALONE, keep=1)
-    writer.save(1, tensors_of(module, optimizer), {})
+    writer.save(1, state_tensors(module, optimizer), {})
     writer.wait()
     assert latest_complete(root) == (root / "step-000001", [])
-    load_tensors(root / "step-000001", tensors_of(module, optimizer))
+    load_tensors(root / "step-000001", state_tensors(module, optimizer))
 
 
 def test_a_defect_in_the_thread_is_no_users_error(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saver, "_write_part", lambda *args: 1 / 0)
     module, optimizer = make()
     writer = Saver(root, ALONE, keep=1)
-    writer.save(1, tensors_of(module, optimizer), {})
+    writer.save(1, state_tensors(module, optimizer), {})
     with pytest.raises(ZeroDivisionError):
         writer.wait()
 

@@ -57,7 +57,7 @@ def test_deepspeed_takes_the_only_gpu_that_a_rank_sees(monkeypatch: pytest.Monke
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-3"))
-    monkeypatch.setattr(ranks, "join", lambda *arguments: None)
+    monkeypatch.setattr(ranks, "join_group", lambda *arguments: None)
     place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_RANK": "3"}
     for name, value in (place | others).items():
         monkeypatch.setenv(name, value)

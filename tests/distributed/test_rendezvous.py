@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ptd.distributed import rendezvous
 from ptd.distributed.ranks import Ranks
-from ptd.distributed.rendezvous import Member, disagreement, listed
+from ptd.distributed.rendezvous import Member, disagreement, ranks_as_text
 from ptd.types import RankError, UserError
 
 WORKER = Path(__file__).with_name("worker_rendezvous.py")
@@ -51,9 +51,9 @@ def test_two_ranks_on_one_gpu() -> None:
 
 
 def test_numbers_are_listed_shortly() -> None:
-    assert listed([3], "rank") == "rank 3"
-    assert listed([5, 0, 1, 2], "rank") == "ranks 0-2, 5"
-    assert listed([], "rank") == "ranks "
+    assert ranks_as_text([3], "rank") == "rank 3"
+    assert ranks_as_text([5, 0, 1, 2], "rank") == "ranks 0-2, 5"
+    assert ranks_as_text([], "rank") == "ranks "
 
 
 @pytest.mark.parametrize("port", ["", "no", "70000"])

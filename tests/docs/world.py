@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ptd.quickstart import BACKBONE
-from ptd.quickstart.task import make_task
+from ptd.quickstart.task import make_rows
 
 ROOT = Path(__file__).parents[2]
 RUN = """\
@@ -36,7 +36,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def build(folder: Path) -> Path:
     """Write rows and a run file; ``ptd train trained.yaml`` there then creates what `settle` copies as ``out``."""
-    train, held_out = make_task(train_rows=12, eval_rows=4)
+    train, held_out = make_rows(train_rows=12, eval_rows=4)
     write_rows(folder / "train.jsonl", train)
     write_rows(folder / "eval.jsonl", held_out)
     write_rows(folder / "notes.jsonl", [{"text": row["completion"]} for row in held_out])
@@ -101,6 +101,6 @@ def _batches() -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(BACKBONE)
-    for row in make_task()[0]:
+    for row in make_rows()[0]:
         ids = tokenizer(f"{row['prompt']}\n{row['completion']}", return_tensors="pt")["input_ids"]
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}

@@ -30,7 +30,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from ptd.checkpoint import Saver
-from ptd.checkpoint.run_state import load_tensors, tensors_of
+from ptd.checkpoint.run_state import load_tensors, state_tensors
 from ptd.config import BackboneConfig, TrainConfig, parse_config
 from ptd.config.deepspeed import apply_deepspeed
 from ptd.data import Batches
@@ -391,7 +391,7 @@ def skipping_case(
         return ranks.rank == ranks.world_size - 1 and calls == 2 * 2 + 1
 
     def everything() -> dict[str, Tensor]:
-        return {name: whole(tensor) for name, tensor in tensors_of(step.trained, step.optimizer).items()}
+        return {name: whole(tensor) for name, tensor in state_tensors(step.trained, step.optimizer).items()}
 
     records, states, notes = [], [fingerprint(everything())], Notes()
 
@@ -442,13 +442,13 @@ def checkpoint_case(prepared: Prepared, batches: Batches, writers: Ranks, reader
     make_loop(prepared, step, batches, writers, lambda record: None).run(0, 2)
     folder = [tempfile.mkdtemp() if writers.is_main else ""]
     dist.broadcast_object_list(folder, src=0)
-    written = tensors_of(step.trained, step.optimizer)
+    written = state_tensors(step.trained, step.optimizer)
     saver = Saver(Path(folder[0]), writers, keep=1)
     saver.save(2, written, {"rows": 1})
     saver.wait()
     kept = Path(folder[0]) / "step-000002"
     other = make_step(make_encoder(prepared, "mlp"), readers)
-    read = tensors_of(other.trained, other.optimizer)
+    read = state_tensors(other.trained, other.optimizer)
     load_tensors(kept, read)
     same = {name: torch.equal(whole(read[name]), whole(written[name])) for name in written}
     return {"tensors": len(written), "different": [name for name, equal in same.items() if not equal]}

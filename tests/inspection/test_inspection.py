@@ -20,10 +20,10 @@ from peft import PromptTuningConfig, get_peft_model
 
 from ptd.checkpoint import Adapter, save_adapter
 from ptd.commands.evaluate import evaluate
-from ptd.inspection import inspect, write
+from ptd.inspection import inspect, write_inspection
 from ptd.inspection.effects import POINTS, enough, sizes_to_try
 from ptd.inspection.figures import figures
-from ptd.inspection.geometry import layer_names, tensors_of
+from ptd.inspection.geometry import describe_tensors, layer_names
 from ptd.inspection.tables import sections
 from ptd.types import EmptyLayout, LayerShape, PrefixKV, PrefixLayout, SoftLayout, UserError
 
@@ -40,7 +40,7 @@ def test_rank_and_norm() -> None:
     four = torch.eye(P, 16).view(P, 2, 8)
     two = torch.zeros(P, 2, 8)
     two[0, 0, 0], two[1, 0, 1] = 3.0, 1.0
-    found = tensors_of(PrefixKV((one, two), (four, one)), (SELF, SELF))
+    found = describe_tensors(PrefixKV((one, two), (four, one)), (SELF, SELF))
     by_name = {(each["layer"], each["part"]): each for each in found}
     flat, full, uneven = (by_name[key] for key in (("layer 0", "key"), ("layer 0", "value"), ("layer 1", "key")))
     assert (flat["effective_rank"], flat["rank_90"], flat["norm"]) == (pytest.approx(1), 1, pytest.approx(8**0.5))
@@ -82,7 +82,7 @@ def test_without_rows_a_prefix_needs_no_backbone(tmp_path: Path) -> None:
     assert (found["data"], found["nearest"]) == (None, None)
     assert "no vocabulary token" in found["notes"][0]
     assert [each["layer"] for each in found["tensors"]] == ["layer 0", "layer 0", "layer 1", "layer 1"]
-    assert {path.name for path in write(found, tmp_path / "out")} == {
+    assert {path.name for path in write_inspection(found, tmp_path / "out")} == {
         "inspect.json",
         "norms.png",
         "ranks.png",
@@ -206,7 +206,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_holds_everything(of_prefix: dict[str, Any], tmp_path: Path) -> None:
-    files = {path.name: path for path in write(of_prefix, tmp_path / "out" / "here")}
+    files = {path.name: path for path in write_inspection(of_prefix, tmp_path / "out" / "here")}
     names = {"keep", "tokens", "attention", "attention_supervised", "norms", "ranks"}
     assert set(files) == {"inspect.json", "index.html", *(f"{name}.png" for name in names)}
     assert json.loads(files["inspect.json"].read_text(encoding="utf-8")) == of_prefix
@@ -274,7 +274,7 @@ def test_an_adapter_without_a_prompt_is_refused(tmp_path: Path, head: dict[str, 
 def test_a_folder_that_cannot_be_written(of_prefix: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--output: cannot write into .*file"):
-        write(of_prefix, tmp_path / "file")
+        write_inspection(of_prefix, tmp_path / "file")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from browser import WINDOWS, Browser, check_page
 from families import save_backbone
 
-from ptd.inspection import inspect, write
+from ptd.inspection import inspect, write_inspection
 from ptd.inspection.effects import sizes_to_try
 from ptd.types import LayerShape, PrefixLayout, SoftLayout
 
@@ -59,7 +59,7 @@ def pages(
         "without rows": inspect(of_prefix["folder"]),
     }
     for name, result in found.items():
-        write(result, folder / name)
+        write_inspection(result, folder / name)
     return {name: folder / name / "index.html" for name in found}
 
 

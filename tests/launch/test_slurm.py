@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from user_project import HOSTILE, launch
 
-from ptd.launch import Program, directives, render, submit, sweep
+from ptd.launch import Program, directives, render_script, submit, sweep_overrides
 from ptd.launch.examples import EXAMPLES
 from ptd.runs.metrics_log import read_records
 from ptd.shipped import SLURM
@@ -147,19 +147,19 @@ def test_a_job_that_slurm_refuses_is_a_clean_error(slurm: Any, tmp_path: Path, m
     for name in ("PATH", "SLURM_CONF"):
         monkeypatch.setenv(name, slurm.environment[name])
     with pytest.raises(UserError, match=r"sbatch refused the job: .*invalid partition"):
-        submit(render(replace(JOB, options={"partition": "nowhere"})), tmp_path)
+        submit(render_script(replace(JOB, options={"partition": "nowhere"})), tmp_path)
     assert not list(tmp_path.iterdir())
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="--dry-run"):
-        submit(render(JOB), tmp_path)
+        submit(render_script(JOB), tmp_path)
 
 
 def test_shipped_scripts_are_what_the_template_renders() -> None:
     """The shipped scripts match the template; after a change of it, run python -m ptd.launch.examples."""
     assert {path.name for path in SLURM.glob("*.sbatch")} == EXAMPLES.keys()
     for name, job in EXAMPLES.items():
-        assert (SLURM / name).read_text(encoding="utf-8") == render(job), name
-        assert max(map(len, render(job).splitlines())) <= 120, name
+        assert (SLURM / name).read_text(encoding="utf-8") == render_script(job), name
+        assert max(map(len, render_script(job).splitlines())) <= 120, name
 
 
 def bash(script: str, **variables: str) -> str:
@@ -183,7 +183,7 @@ def test_the_command_of_every_array_task_is_its_own() -> None:
     job = replace(JOB, program=program, sweep=(("train.seed=1",), (f"train.seed={HOSTILE}",)))
     for task, requeued in ((0, "0"), (1, "2")):
         address, port, *command, end = bash(
-            render(job), SLURM_ARRAY_TASK_ID=str(task), SLURM_RESTART_COUNT=requeued
+            render_script(job), SLURM_ARRAY_TASK_ID=str(task), SLURM_RESTART_COUNT=requeued
         ).split("\0")
         assert (address, port, end) == ("node-a", "24567", "")
         assert command[:3] == [job.python, "-u", "-m"]
@@ -202,7 +202,7 @@ def test_the_command_of_every_array_task_is_its_own() -> None:
     ],
 )
 def test_the_cores_that_a_job_asks_for(options: dict[str, str | None], gpus: int, asked: str | None) -> None:
-    script = render(replace(JOB, gpus_per_node=gpus, options=options))
+    script = render_script(replace(JOB, gpus_per_node=gpus, options=options))
     assert re.findall(r"^#SBATCH (--cpus\S*|--exclusive)", script, re.MULTILINE) == ([asked] if asked else [])
 
 
@@ -218,7 +218,7 @@ def test_a_rank_has_its_cores(slurm: Any, tmp_path: Path, options: dict[str, str
         JOB, nodes=2, gpus_per_node=0, ranks_per_node=1, options=options, python=str(python), chdir=tmp_path,
         log_dir=tmp_path / "logs",
     )  # fmt: skip
-    (tmp_path / "job.sbatch").write_text(render(job))
+    (tmp_path / "job.sbatch").write_text(render_script(job))
     (tmp_path / "logs").mkdir()
     number = slurm.run("env", "-u", "OMP_NUM_THREADS", "sbatch", "--parsable", tmp_path / "job.sbatch").strip()
     finished_job(slurm, number, tmp_path / "logs")
@@ -228,9 +228,9 @@ def test_a_rank_has_its_cores(slurm: Any, tmp_path: Path, options: dict[str, str
 
 def test_what_a_script_cannot_hold_is_refused() -> None:
     with pytest.raises(UserError, match=r"--comment: .*one line"):
-        render(replace(JOB, options={"comment": "a\n#SBATCH --exclusive"}))
+        render_script(replace(JOB, options={"comment": "a\n#SBATCH --exclusive"}))
     with pytest.raises(UserError, match=r"--log-dir: .*pattern"):
-        render(replace(JOB, log_dir=Path("/100%/j")))
+        render_script(replace(JOB, log_dir=Path("/100%/j")))
     assert directives(["exclusive", "constraint=a100&nvlink", "--exclude=n[1-2]"]) == {
         "exclusive": None,
         "constraint": "a100&nvlink",
@@ -244,13 +244,14 @@ def test_what_a_script_cannot_hold_is_refused() -> None:
 def test_a_sweep_is_every_combination_as_it_was_written(project: Path) -> None:
     program = Program.of(project / "run.yaml")
     out = Path("runs")
-    assert sweep(program, ["train.learning_rate=1e-3,5e-3", 'method={name: prompt}, {name: "prefix"}'], out) == (
+    settings = ["train.learning_rate=1e-3,5e-3", 'method={name: prompt}, {name: "prefix"}']
+    assert sweep_overrides(program, settings, out) == (
         ("train.learning_rate=1e-3", "method={name: prompt}", "output_dir=runs/0"),
         ("train.learning_rate=1e-3", 'method={name: "prefix"}', "output_dir=runs/1"),
         ("train.learning_rate=5e-3", "method={name: prompt}", "output_dir=runs/2"),
         ("train.learning_rate=5e-3", 'method={name: "prefix"}', "output_dir=runs/3"),
     )
-    assert sweep(program, [], out) == ()
+    assert sweep_overrides(program, [], out) == ()
     for setting, message in (
         ("train.seed", "key=value,value"),
         ("train.seed=", "key=value,value"),
@@ -258,4 +259,4 @@ def test_a_sweep_is_every_combination_as_it_was_written(project: Path) -> None:
         ("train.sed=1", "did you mean train.seed"),
     ):
         with pytest.raises(UserError, match=message):
-            sweep(program, [setting], out)
+            sweep_overrides(program, [setting], out)

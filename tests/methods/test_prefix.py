@@ -12,7 +12,7 @@ from peft import PrefixTuningConfig, get_peft_model
 from ptd.config import parse_method
 from ptd.methods import method
 from ptd.methods.deep_prompts import INSIDE, KEYS, VALUES, PrefixEncoder, SeparatePrefixEncoder
-from ptd.methods.settings import read_text
+from ptd.methods.settings import initial_text
 from ptd.types import BackboneShape, LayerShape, PrefixLayout, UserError
 
 MIXED = (LayerShape(2, 8, 8), LayerShape(1, 4, 6), LayerShape(3, 2, 5))
@@ -299,7 +299,7 @@ def test_a_text_too_short_is_refused():
 def test_text_may_come_from_a_file(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("grüße", encoding="utf-8")
-    assert read_text(parse_method({"name": "prefix", "init": "text", "init_text_file": str(path)})) == "grüße"
+    assert initial_text(parse_method({"name": "prefix", "init": "text", "init_text_file": str(path)})) == "grüße"
     path.write_bytes(b"\xff\xfe\xff")
     for broken in (path, tmp_path / "none.txt"):
         with pytest.raises(UserError, match=r"method\.init_text_file: cannot read"):

@@ -187,9 +187,9 @@ def test_what_cudnn_is_asked_it_can_do(name: str, monkeypatch: pytest.MonkeyPatc
     recording = Kernel("cuDNN", forward, EAGER.backward, CUDNN.refuses, max_rows=None)
     sizes, options, refusal = CALLS[name]
     x = tensors(**sizes)
-    from ptd_kernels.prefix_attention.problem import check
+    from ptd_kernels.prefix_attention.problem import check_problem
 
-    problem = check(*x, **options)
+    problem = check_problem(*x, **options)
     reason = merge._refuses(problem, recording)
     assert (reason is None) == (refusal is None)
     assert refusal is None or refusal in str(reason)

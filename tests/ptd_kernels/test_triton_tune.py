@@ -14,7 +14,7 @@ from ptd_kernels.prefix_attention.fused.tuning import (
     NoTileFits,
     allowed,
     cache_file,
-    choose,
+    choose_candidate,
     run_first,
     size_class,
 )
@@ -29,8 +29,8 @@ def never(tile: Tile) -> float:
 
 def test_the_fastest_is_chosen_once_for_all_processes(tmp_path: Path) -> None:
     file = tmp_path / "made" / "tiles.json"
-    assert choose("a", [SLOW, BROKEN, FAST], TIMES.__getitem__, Choices(file)) == FAST
-    assert choose("a", [SLOW, BROKEN, FAST], never, Choices(file)) == FAST
+    assert choose_candidate("a", [SLOW, BROKEN, FAST], TIMES.__getitem__, Choices(file)) == FAST
+    assert choose_candidate("a", [SLOW, BROKEN, FAST], never, Choices(file)) == FAST
     assert list(file.parent.iterdir()) == [file]
 
 
@@ -45,28 +45,28 @@ def test_processes_keep_each_others_choices(tmp_path: Path) -> None:
 def test_a_tile_that_is_no_candidate_any_more_is_chosen_anew(tmp_path: Path) -> None:
     choices = Choices(tmp_path / "tiles.json")
     choices.put("a", BROKEN)
-    assert choose("a", [SLOW, FAST], TIMES.__getitem__, choices) == FAST
+    assert choose_candidate("a", [SLOW, FAST], TIMES.__getitem__, choices) == FAST
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": [1, 2]}', '{"a": null}'])
 def test_a_broken_file_is_no_file(tmp_path: Path, content: str) -> None:
     file = tmp_path / "tiles.json"
     file.write_text(content)
-    assert choose("a", [SLOW, FAST], TIMES.__getitem__, Choices(file)) == FAST
+    assert choose_candidate("a", [SLOW, FAST], TIMES.__getitem__, Choices(file)) == FAST
     assert Choices(file).get("a") == FAST
 
 
 def test_a_file_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     choices = Choices(tmp_path / "taken" / "tiles.json")
-    assert choose("a", [SLOW, FAST], TIMES.__getitem__, choices) == FAST
-    assert choose("a", [SLOW, FAST], never, choices) == FAST
+    assert choose_candidate("a", [SLOW, FAST], TIMES.__getitem__, choices) == FAST
+    assert choose_candidate("a", [SLOW, FAST], never, choices) == FAST
 
 
 def test_the_first_is_taken_where_nothing_may_or_can_be_measured(tmp_path: Path) -> None:
     choices = Choices(tmp_path / "tiles.json")
-    assert choose("a", [SLOW, FAST], never, choices, may_measure=False) == SLOW
-    assert choose("a", [BROKEN], TIMES.__getitem__, choices) == BROKEN
+    assert choose_candidate("a", [SLOW, FAST], never, choices, may_measure=False) == SLOW
+    assert choose_candidate("a", [BROKEN], TIMES.__getitem__, choices) == BROKEN
     assert choices.get("a") is None
 
 

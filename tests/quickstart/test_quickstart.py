@@ -12,7 +12,7 @@ import pytest
 
 from ptd.quickstart import BACKBONE
 from ptd.quickstart.names import is_held_out
-from ptd.quickstart.task import make_task, parse_prompt, render_completion, slot_accuracy
+from ptd.quickstart.task import make_rows, parse_prompt, render_completion, slot_accuracy
 
 
 def test_the_shipped_backbone_is_small_and_says_how_it_was_made() -> None:
@@ -26,7 +26,7 @@ def test_evaluation_names_are_new_to_the_backbone_and_to_the_tuning(monkeypatch:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools" / "quickstart_backbone"))
     from corpus import collections
 
-    train, held_out = make_task()
+    train, held_out = make_rows()
     names = {parse_prompt(row["prompt"])["name"] for row in held_out}
     assert all(is_held_out(name) for name in names)
     assert not names & {parse_prompt(row["prompt"])["name"] for row in train}
@@ -39,9 +39,9 @@ def test_evaluation_names_are_new_to_the_backbone_and_to_the_tuning(monkeypatch:
 
 
 def test_the_task_is_the_same_every_time_and_solvable_from_the_prompt() -> None:
-    assert make_task() == make_task()
-    assert make_task(seed=1) != make_task()
-    for row in make_task()[1]:
+    assert make_rows() == make_rows()
+    assert make_rows(seed=1) != make_rows()
+    for row in make_rows()[1]:
         assert render_completion(parse_prompt(row["prompt"])) == row["completion"]
         assert slot_accuracy(row["prompt"], row["completion"]) == 1
         assert slot_accuracy(row["prompt"], "") == 0

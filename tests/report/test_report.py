@@ -17,7 +17,7 @@ from matplotlib.colors import to_rgb
 from ptd.engine.phases import PHASES
 from ptd.report import leave_report, report
 from ptd.report.data import read_run, read_runs
-from ptd.report.page import render
+from ptd.report.page import render_report
 from ptd.report.panels import panels, thin
 from ptd.report.plots import COLUMNS, MEAN_SHARE, draw, running_mean
 from ptd.report.theme import DARK, LIGHT, Theme
@@ -248,7 +248,7 @@ def test_hundred_thousand_records(write_run: Any, tmp_path: Path) -> None:
 def test_many_runs_stay_small(write_run: Any, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=2000)
     runs = [read_run(folder, f"run {number}") for number in range(20)]
-    content = render(runs, panels(runs))
+    content = render_report(runs, panels(runs))
     assert len(content.encode()) < 5_000_000
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from ptd import cli
 from ptd.checkpoint.files import write_json
-from ptd.checkpoint.run_state import listed
+from ptd.checkpoint.run_state import file_entry
 from ptd.runs.metrics_log import read_records
 from ptd.types import UserError
 
@@ -229,6 +229,6 @@ def test_changed_backbone_or_data_under_the_same_name_is_refused(runs: Runs, tmp
     state = json.loads((checkpoint / "state.json").read_text())
     write_json(checkpoint / "state.json", {**state, what: "0" * 16})
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    write_json(checkpoint / "manifest.json", {**manifest, "state.json": listed(checkpoint / "state.json")})
+    write_json(checkpoint / "manifest.json", {**manifest, "state.json": file_entry(checkpoint / "state.json")})
     with pytest.raises(UserError, match=f"another {what}"):
         runs.continue_alone(folder)

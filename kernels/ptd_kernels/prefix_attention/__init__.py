@@ -1,6 +1,6 @@
 """Exact attention over [a shared trained prefix] + [each sequence's own tokens], without concatenating the two.
 
-A new backend is one file that ends with ``register(Backend(...))``, and one import below.
+A new backend is one file that ends with ``register_backend(Backend(...))``, and one import below.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ptd_kernels.prefix_attention import joined, merge, reference  # noqa: F401  (importing registers the backends)
 from ptd_kernels.prefix_attention.fused import backend as _  # noqa: F401
-from ptd_kernels.prefix_attention.problem import Prefix, available_backends, check, choose
+from ptd_kernels.prefix_attention.problem import Prefix, available_backends, check_problem, choose_backend
 
 __all__ = ["available_backends", "explain_backend", "prefix_attention"]
 
@@ -74,7 +74,7 @@ def prefix_attention(
     """
     device_type = q.device.type if isinstance(q, Tensor) else "cpu"
     checked = partial(
-        check, prefix_k=prefix_k, prefix_v=prefix_v, scale=scale, causal=causal, window=window, softcap=softcap,
+        check_problem, prefix_k=prefix_k, prefix_v=prefix_v, scale=scale, causal=causal, window=window, softcap=softcap,
         cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, mask=mask, bias=bias, prefix_index=prefix_index,
     )  # fmt: skip
     if torch.is_autocast_enabled(device_type):
@@ -83,9 +83,9 @@ def prefix_attention(
         q, k, v = (x.to(low) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in (q, k, v))
         with torch.autocast(device_type, enabled=False):
             problem = checked(q, k, v)
-            return choose(problem, backend).run(problem)
+            return choose_backend(problem, backend).run(problem)
     problem = checked(q, k, v)
-    return choose(problem, backend).run(problem)
+    return choose_backend(problem, backend).run(problem)
 
 
 def explain_backend(
@@ -111,9 +111,9 @@ def explain_backend(
     bias = torch.zeros(1, 1, 2, 2, device=device) if biased else None
     cu_seqlens = torch.tensor([0, 2], device=device, dtype=torch.int32) if packed else None
     prefix_k, prefix_v = (x[0, :, :1].expand(1, virtual_tokens, -1) for x in (q, v))
-    problem = check(
+    problem = check_problem(
         q, q, v, prefix_k, prefix_v, causal=not masked, softcap=softcap, cu_seqlens=cu_seqlens,
         max_seqlen=2 if packed else None, mask=mask, bias=bias,
     )  # fmt: skip
-    chosen = choose(problem, backend)
+    chosen = choose_backend(problem, backend)
     return chosen.name, chosen.explains(problem)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from ptd_kernels.prefix_attention.problem import Backend, Problem, register, stand_in
+from ptd_kernels.prefix_attention.problem import Backend, Problem, register_backend, stand_in
 from ptd_kernels.prefix_attention.segments.kernel import Rule, unit_stride
 from ptd_kernels.prefix_attention.segments.torch_flash_cpu import TORCH_FLASH_CPU, VECTOR, attend, attend_backward
 
@@ -232,4 +232,4 @@ def _explain(problem: Problem) -> str:
     return "the prefix is copied before each sequence's keys; one call of torch's flash attention (CPU) per tile"
 
 
-register(Backend("joined", joined_attention, _refuses, _explain, priority=20))
+register_backend(Backend("joined", joined_attention, _refuses, _explain, priority=20))

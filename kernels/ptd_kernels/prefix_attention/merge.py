@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ptd_kernels.prefix_attention.merge_decode import decode_forward, number_of_parts
-from ptd_kernels.prefix_attention.problem import Backend, Problem, register
+from ptd_kernels.prefix_attention.problem import Backend, Problem, register_backend
 from ptd_kernels.prefix_attention.reference import reference_attention
 from ptd_kernels.prefix_attention.segments import ON_REQUEST, Gradients, Kernel, Need, Rule, pick
 
@@ -384,9 +384,9 @@ def _refuses(problem: Problem, preferred: Kernel) -> str | None:
     return None if reason is None else f"{preferred.name}: {reason}"
 
 
-register(Backend("merge", merge_attention, refuses=lambda problem: None, explains=_explain, priority=10))
+register_backend(Backend("merge", merge_attention, refuses=lambda problem: None, explains=_explain, priority=10))
 for _kernel in ON_REQUEST:
-    register(
+    register_backend(
         Backend(
             f"merge-{_kernel.name.replace(' ', '-').lower()}",
             partial(merge_attention, preferred=_kernel),

@@ -1,4 +1,4 @@
-"""The input of a ``prefix_attention`` backend (`Problem`) and the registry of backends (`Backend`, `register`).
+"""The input of a ``prefix_attention`` backend (`Problem`) and the registry of backends (`Backend`, `register_backend`).
 
 Shapes, here and in every file of this folder: B batch; H heads (query heads for q, out and lse, key/value heads for k,
 v and the prefix; the number of query heads is a multiple of the number of key/value heads); S queries; T own keys;
@@ -35,7 +35,7 @@ def nvidia_capability(device: torch.device) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Problem:
-    """Checked arguments of one call. `check` builds it; backends may rely on everything that `check` verifies.
+    """Checked arguments of one call. `check_problem` builds it; backends may rely on everything that it verifies.
 
     With a `prefix_index`, the prefixes are concatenated along P: prefix n is the keys ``prefix_bounds[n]`` to
     ``prefix_bounds[n + 1]``, and ``prefix_index[i]`` is the prefix of sequence i (batch entry or packed sequence).
@@ -77,7 +77,7 @@ class Backend:
 _BACKENDS: dict[str, Backend] = {}
 
 
-def register(backend: Backend) -> Backend:
+def register_backend(backend: Backend) -> Backend:
     """Register `backend` under its name. Raises `ValueError` if the name is taken."""
     if backend.name in _BACKENDS or backend.name == "auto":
         raise ValueError(f"prefix_attention backend name {backend.name!r} is already taken; choose another name")
@@ -90,7 +90,7 @@ def available_backends() -> tuple[str, ...]:
     return tuple(sorted(_BACKENDS, key=lambda name: -_BACKENDS[name].priority))
 
 
-def choose(problem: Problem, requested: str) -> Backend:
+def choose_backend(problem: Problem, requested: str) -> Backend:
     """Return the backend to use. Raises `ValueError` if the name is unknown or the backend refuses the problem."""
     if requested == "auto":
         for name in available_backends():
@@ -104,7 +104,7 @@ def choose(problem: Problem, requested: str) -> Backend:
     return _BACKENDS[requested]
 
 
-def check(
+def check_problem(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ptd_kernels.prefix_attention.problem import Backend, Problem, register
+from ptd_kernels.prefix_attention.problem import Backend, Problem, register_backend
 
 
 def reference_attention(problem: Problem) -> Tensor:
@@ -96,7 +96,7 @@ def _round_like(prefix_HPX: Tensor, dtype: torch.dtype, work: torch.dtype) -> Te
     return exact + (exact.to(dtype).to(work) - exact).detach()
 
 
-register(
+register_backend(
     Backend(
         name="reference",
         run=reference_attention,

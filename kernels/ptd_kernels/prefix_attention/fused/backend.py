@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ptd_kernels.prefix_attention.problem import Backend, Problem, register
+from ptd_kernels.prefix_attention.problem import Backend, Problem, register_backend
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 # Triton reads this variable when it is imported, so a later change would have no effect.
@@ -71,4 +71,4 @@ def _explain(problem: Problem) -> str:
     return f"one fused kernel over prefix and own tokens, {how}"
 
 
-register(Backend("triton", triton_attention, refuses=refuses, explains=_explain, priority=-1))
+register_backend(Backend("triton", triton_attention, refuses=refuses, explains=_explain, priority=-1))

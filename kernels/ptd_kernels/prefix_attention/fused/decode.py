@@ -2,7 +2,7 @@
 
 One program takes all query rows of one key/value head (the heads of its group, S rows each) as one tile, so that each
 key is loaded once per group. Of the key tiles, the prefix's first, it takes one of `splits` equal parts. It writes its
-output and log-sum-exp as if no other keys existed; `join` is the merge of Flash-Decoding (Dao et al. 2023).
+output and log-sum-exp as if no other keys existed; `merge_parts` is the merge of Flash-Decoding (Dao et al. 2023).
 
 Legend of shapes: problem.py; M query rows and N keys of one tile.
 """
@@ -79,7 +79,7 @@ def decode_kernel(
     tl.store(out + at_M[:, None] * E + column_E[None, :], out_ME / sum_M[:, None], mask=inside_ME)
 
 
-def join(outs: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+def merge_parts(outs: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     """Merge the outputs and log-sum-exps over parts of the keys (first axis); -inf marks a row that saw no key."""
     lse = sums.logsumexp(0)
     share = (sums - lse.masked_fill(lse == -torch.inf, 0.0)).exp()

@@ -22,11 +22,18 @@ from ptd_kernels.prefix_attention.fused.backward import (
     prefix_gradient_kernel,
     query_gradient_kernel,
 )
-from ptd_kernels.prefix_attention.fused.decode import decode_kernel, join
+from ptd_kernels.prefix_attention.fused.decode import decode_kernel, merge_parts
 from ptd_kernels.prefix_attention.fused.forward import forward_kernel
 from ptd_kernels.prefix_attention.fused.tile_table import DELTA, Tile, decode_tile, decodes, tiles_for
 from ptd_kernels.prefix_attention.fused.tiles import padded, score_factors
-from ptd_kernels.prefix_attention.fused.tuning import Choices, allowed, cache_file, choose, run_first, size_class
+from ptd_kernels.prefix_attention.fused.tuning import (
+    Choices,
+    allowed,
+    cache_file,
+    choose_candidate,
+    run_first,
+    size_class,
+)
 
 # Programs per multiprocessor that the prefix's gradient, or decoding, is split into: enough to fill the device twice.
 _WAVES = 2
@@ -71,7 +78,7 @@ def _with_tile(name: str, common: dict[str, Any], q: Tensor, run: Callable[[Tile
             return math.inf
 
     capturing = torch.cuda.is_current_stream_capturing()
-    chosen = choose(key, candidates, measure, _choices(), may_measure=not capturing)
+    chosen = choose_candidate(key, candidates, measure, _choices(), may_measure=not capturing)
     others = [tile for tile in candidates if tile != chosen]
     return run_first(name, [chosen, *others], run, _asks_too_much)
 
@@ -231,7 +238,7 @@ def _decode(common: dict[str, Any], out: Tensor, lse: Tensor) -> None:
     wanted = {key: value for key, value in common.items() if key in decode_kernel.arg_names}
     wanted |= {"out": outs, "lse": sums, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
     decode_kernel[(splits, Hkv, B)](**wanted, num_warps=tile.warps, num_stages=tile.stages)
-    whole, total = join(outs, sums)
+    whole, total = merge_parts(outs, sums)
     out.copy_(whole)
     lse.copy_(total.masked_fill(total == -torch.inf, 0.0))
 

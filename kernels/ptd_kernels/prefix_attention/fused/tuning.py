@@ -107,7 +107,7 @@ def run_first(kernel: str, tiles: Sequence[Tile], run: Callable[[Tile], T], too_
     raise NoTileFits(f"none of the tiles of the Triton kernel {kernel} fits this GPU ({tried}); use backend='merge'")
 
 
-def choose(
+def choose_candidate(
     key: str, candidates: Sequence[Tile], measure: Callable[[Tile], float], choices: Choices, may_measure: bool = True
 ) -> Tile:
     """Return the candidate with the lowest `measure` (inf: it cannot run), measured now or earlier; else the first."""
