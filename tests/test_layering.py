@@ -196,6 +196,42 @@ def test_no_method_is_told_by_its_name_outside_the_methods() -> None:
     assert not found, "\n".join(found)
 
 
+INTERFACES = {
+    "ptd.methods": {"build", "check", "head"},
+    "ptd.tasks": {"build"},
+    "ptd.trackers": {"start"},
+}
+"""Package -> the functions that each of its modules may define, because the package calls all of them alike."""
+REGISTRIES = {"register"}
+"""Functions that packages define to register their methods, or their kinds of task."""
+PROGRAMS = {"main"}
+
+
+def homes() -> dict[str, list[str]]:
+    """Return the public functions and classes of ptd and its kernels: name -> the modules that define it."""
+    found: dict[str, list[str]] = {}
+    for path in [*PTD, *KERNELS]:
+        for node in tree_of(path).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(module_of(path))
+    return found
+
+
+def test_a_public_name_has_one_meaning() -> None:
+    """The commands of ``ptd.cli`` carry the names of the functions that they call."""
+    twice = {}
+    for name, modules in homes().items():
+        rest = [
+            module
+            for module in modules
+            if name not in PROGRAMS | REGISTRIES
+            and not any(within(module, package) and name in names for package, names in INTERFACES.items())
+        ]
+        if len(rest) > 1 and not (len(rest) == 2 and any(within(module, "ptd.cli") for module in rest)):
+            twice[name] = rest
+    assert not twice, f"rename all but one of {twice}"
+
+
 def test_kernels_is_no_package() -> None:
     """A regular package `kernels` here would shadow Hugging Face's package of that name."""
     assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -55,11 +55,13 @@ Run = tuple[Text | Field, ...]
 
 @dataclass(frozen=True)
 class Template:
-    """A parsed template; ``key`` is the configuration key that messages name."""
+    """A parsed template. ``key`` is the configuration key that messages name; ``mapped`` are the fields whose columns
+    ``data.columns`` may name."""
 
     source: str
     parts: tuple[Part, ...]
     key: str
+    mapped: tuple[str, ...] = ()
 
     @cached_property
     def fields(self) -> tuple[str, ...]:
@@ -99,7 +101,7 @@ class Template:
 
     def up_to_mask(self) -> Template:
         """Return the template without the parts after ``{mask}``."""
-        return Template(self.source, self.parts[: self.parts.index(Mask()) + 1], self.key)
+        return replace(self, parts=self.parts[: self.parts.index(Mask()) + 1])
 
     def with_columns(self, columns: Mapping[str, str]) -> Template:
         """Return the template with each field that ``columns`` names replaced by its column."""
@@ -107,7 +109,7 @@ class Template:
             Field(columns[part.column]) if isinstance(part, Field) and part.column in columns else part
             for part in self.parts
         )
-        return Template(self.source, tuple(parts), self.key)
+        return replace(self, parts=tuple(parts))
 
     def check_columns(self, columns: Sequence[str], what: str) -> None:
         """Raise `UserError` if a field is not one of ``columns``."""
@@ -115,7 +117,7 @@ class Template:
             if name not in columns:
                 written = f"{{{name}}}" if f"{{{name}}}" in self.source else repr(name)
                 hint = ""
-                if name in ("prompt", "text"):
+                if name in self.mapped:
                     hint = f" Name one of these columns in the template, or give data.columns: {{{name}: COLUMN}}."
                 raise UserError(
                     f"{self.key}: {written} is not a column of {what}; it has {', '.join(columns)} "
@@ -197,7 +199,7 @@ def parse_templates(
     names a column for one of ``names`` that occurs in no template.
     """
     columns = {name: data.columns[name] for name in names if name in data.columns}
-    found = [parse_template(source, key) for source in sources]
+    found = [replace(parse_template(source, key), mapped=tuple(names)) for source in sources]
     for name in columns:
         if found and all(name not in template.fields for template in found):
             raise UserError(

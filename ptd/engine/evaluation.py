@@ -58,7 +58,7 @@ class HeldOut:
         )
 
 
-def evaluate(
+def evaluate_held_out(
     held_out: HeldOut, prepared: Prepared, readout: Readout, ranks: Ranks, reporter: Reporter
 ) -> dict[str, Any]:
     """Return the mean loss over all predictions, and the metrics of the task or, for text, the perplexity.

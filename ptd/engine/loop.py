@@ -19,7 +19,7 @@ from ptd.config import TrainConfig
 from ptd.data import Batches, prefetch
 from ptd.distributed.network_meter import summary
 from ptd.distributed.ranks import Ranks
-from ptd.engine.evaluation import HeldOut, evaluate
+from ptd.engine.evaluation import HeldOut, evaluate_held_out
 from ptd.engine.guard import Divergence, Guard
 from ptd.engine.phases import OTHER, OWN, PHASES
 from ptd.engine.preemption import StopRequest
@@ -247,7 +247,7 @@ class Loop:
         found: dict[str, Any] = {}
         said = "the frozen backbone, without a prompt: "
         if self.held_out is not None:
-            metrics = evaluate(self.held_out, self.prepared, self.step.readout, self.ranks, self.reporter)
+            metrics = evaluate_held_out(self.held_out, self.prepared, self.step.readout, self.ranks, self.reporter)
             found = {f"frozen_{key}": value for key, value in metrics.items()}
             shown = [f"{key} {value:.4f}" for key, value in metrics.items() if isinstance(value, float)]
             said += f"held-out {'  '.join(shown)}  "
@@ -280,7 +280,7 @@ class Loop:
         if self.held_out is None:
             return
         self.prepared.attachment.set(self.step.state())
-        metrics = evaluate(self.held_out, self.prepared, self.step.readout, self.ranks, self.reporter)
+        metrics = evaluate_held_out(self.held_out, self.prepared, self.step.readout, self.ranks, self.reporter)
         self.step.meter.take()  # the gathers of an evaluation belong to no step
         shown = {key: value for key, value in metrics.items() if isinstance(value, float)}
         line = "eval " + "  ".join(f"{key} {value:.4f}" for key, value in shown.items())

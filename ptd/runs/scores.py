@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ptd.distributed.ranks import Ranks
-from ptd.engine.evaluation import evaluate as evaluate_held_out
+from ptd.engine.evaluation import evaluate_held_out
 from ptd.runs.decoding import Decoding
 from ptd.runs.generation import decode, decoding_notes
 from ptd.runs.tuned import Tuned

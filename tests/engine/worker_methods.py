@@ -24,7 +24,7 @@ from ptd.config import RunConfig, parse_config
 from ptd.data import load_rows
 from ptd.data.batches import padded_batch
 from ptd.distributed.ranks import Ranks
-from ptd.engine.evaluation import HeldOut, evaluate, scores_of
+from ptd.engine.evaluation import HeldOut, evaluate_held_out, scores_of
 from ptd.engine.loop import Loop
 from ptd.engine.prompt_step import Trained
 from ptd.engine.setup import Prepared, prepare
@@ -172,7 +172,7 @@ def compare(measured: Measured) -> dict[str, Any]:
     old = loop.held_out
     held_out = HeldOut(old.task, old.examples, rows, len(rows), False, old.pad_token_id)
     arguments = (held_out, reference.prepared, reference.trained.readout, ALONE, Reporter())
-    metrics = evaluate(*arguments)
+    metrics = evaluate_held_out(*arguments)
     scores = [] if old.task.generates else scores_of(*arguments)
     return {
         "gradient_error": errors[worst],

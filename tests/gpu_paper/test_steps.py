@@ -17,7 +17,7 @@ from reporting import Notes
 from ptd.backbone import load_model
 from ptd.config import BackboneConfig, parse_config
 from ptd.distributed.ranks import Ranks
-from ptd.engine.evaluation import evaluate
+from ptd.engine.evaluation import evaluate_held_out
 from ptd.engine.loop import Loop, Stopped
 from ptd.inject import Attachment, check_supported
 from ptd.inject.output_layer import OutputLayer
@@ -159,7 +159,7 @@ def test_an_evaluation_waits_once(
             built.prepared.attachment.set(built.step.state())
             held_out = built.material.held_out
             assert held_out is not None
-            work = partial(evaluate, held_out, built.prepared, built.step.readout, built.ranks, built.reporter)
+            work = partial(evaluate_held_out, held_out, built.prepared, built.step.readout, built.ranks, built.reporter)
             if device == GPU:
                 work()  # the first call loads kernels
             with watched() as seen:
