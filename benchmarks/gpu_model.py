@@ -36,7 +36,8 @@ CELLS = {
     "7B, 8 × 512, P = 32, checkpointing": Cell(B7, 8, 512, 32, checkpointing=True),
     "8B GQA, 8 × 512, P = 32": Cell(B8, 8, 512, 32),
 }
-SOURCES = ("benchmarks/gpu_model_trace.py", "benchmarks/gpu_model_roofline.py", "tests/gpu_paper")
+EMULATION = ("tests/gpu_paper/device.py", "tests/gpu_paper/device.cpp")
+SOURCES = ("benchmarks/gpu_model_trace.py", "benchmarks/gpu_model_roofline.py", *EMULATION)
 NONE = {"milliseconds": 0.0, "launches": 0}
 SHOWN = "H100"
 """The GPU of the table of parts, and of --operators."""
