@@ -153,7 +153,8 @@ class Rows:
         self._until = None if minutes is None else time.monotonic() + 60 * minutes
         code = digest((*common, f"benchmarks/{program}.py", *sources))
         found_by = {**evidence(*packages), "hardware": hardware(device)}
-        found_by["versions"] |= {"cuda": torch.version.cuda} if torch.version.cuda else {}
+        if torch.version.cuda and (device is None or device.type == "cuda"):
+            found_by["versions"]["cuda"] = torch.version.cuda
         found_by["versions"].pop("ptd", None)  # ptd may be installed in another version; the digest is exact
         self.evidence = {**found_by, "code": code, "settings": settings or {}, **(about or {})}
         self.records: list[dict[str, Any]] = []

@@ -7,7 +7,7 @@ import logging
 import re
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,6 +17,7 @@ from ptd.config import RunConfig
 from ptd.config.deepspeed import apply_deepspeed
 from ptd.distributed.ranks import Ranks
 from ptd.engine.forward import Forward
+from ptd.engine.prompt_step import Trained
 from ptd.engine.setup import Prepared
 from ptd.inject import Attachment, check_supported
 from ptd.methods import method
@@ -142,6 +143,14 @@ def plan(
     return Plan(of_run, estimates, best, reason, trace, machine, rows, accumulation, assumed, parameters)
 
 
+class Blank(NamedTuple):
+    """A run's backbone and trained modules without data, and the task that they are for."""
+
+    task: Task
+    prepared: Prepared
+    trained: Trained
+
+
 def trace_run(
     config: RunConfig, quantization: str = "none", *, capability: Capability, local_ranks: int, supervised: float = 1.0
 ) -> Trace:
@@ -150,6 +159,24 @@ def trace_run(
     if config.backbone.attention not in ("auto", "merge", "reference"):
         changed["attention"] = "merge"
     config = config.model_copy(update={"backbone": config.backbone.model_copy(update=changed)})
+    with without_data(capability) as seen:
+        task, prepared, trained = build_blank(config)
+        split_encoder(trained.encoder, local_ranks)
+        step = build_step(config, trained, Ranks(0, 1, 1, torch.device("cpu")), prepared.model.dtype)
+        packed = config.data.packing and prepared.attachment.packable
+        batch = sample_batch(config, task, trained.readout, rows_of(config), packed=packed, supervised=supervised)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return trace_step(
+                prepared, step, batch, seen, vocab_size=prepared.shape.vocab_size, on_gpu=capability is not None
+            )
+
+
+def build_blank(config: RunConfig) -> Blank:
+    """Build what the run trains, and its backbone, on the CPU without data. Call it inside `without_data`.
+
+    Raises `UserError`.
+    """
     config = config.model_copy(update={"task": with_assumed_labels(config.task)})
     task: Task = make_task(config.task, config.data, architecture_of(config.backbone))
     no_rows: Any = None  # the labels are given, so fitting reads no rows
@@ -157,21 +184,13 @@ def trace_run(
     chosen, facts = method(config.method_name), facts_of(config, task)
     chosen.check(config.method_config(), facts)
     tokenizer = _tokenizer(config, needed=facts.cloze)
-    ranks = Ranks(0, 1, 1, torch.device("cpu"))
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), without_data(capability) as seen:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # from initialisers that read the values that they have set
         model = blank_model(config.backbone, task.output, check=check_supported)
         attachment = Attachment(model, backend=config.backbone.attention)
-        prepared = Prepared(model, attachment, Forward(attachment, ranks.device), "")
-        trained = build_trained(config, prepared, task, tokenizer)
-        split_encoder(trained.encoder, local_ranks)
-        step = build_step(config, trained, ranks, model.dtype)
-        packed = config.data.packing and attachment.packable
-        batch = sample_batch(config, task, trained.readout, rows_of(config), packed=packed, supervised=supervised)
-        return trace_step(
-            prepared, step, batch, seen, vocab_size=prepared.shape.vocab_size, on_gpu=capability is not None
-        )
+        prepared = Prepared(model, attachment, Forward(attachment, torch.device("cpu")), "")
+        return Blank(task, prepared, build_trained(config, prepared, task, tokenizer))
 
 
 def _tokenizer(config: RunConfig, *, needed: bool) -> Any:

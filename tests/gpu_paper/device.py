@@ -3,7 +3,7 @@
 The GPU's memory is host memory (``device.cpp``, built once with the machine's C++ compiler) and its kernels are the
 CPU's, so every number is real. The emulation refuses what a GPU would refuse: an operation on tensors of two devices,
 the state of a fused optimizer on the host. `Seen` counts what a GPU would do: the operations launched, and those that
-make the host wait.
+make the host wait. `shapes_only` leaves the numbers out: models of any size then run in seconds and in little memory.
 
 Load this module before torch, which looks for CUDA only once: ``python -m pytest -p tests.gpu_paper.device …``.
 On a machine with a real GPU, nothing is emulated, and `Seen` counts the same operations there.
@@ -105,6 +105,9 @@ class Seen:
         """Count an operation."""
         self.launched[self.doing, name] += 1
 
+    def ran(self, op: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Do nothing; a subclass may inspect the tensors of an operation that the emulated GPU has run."""
+
     def wait(self, name: str) -> None:
         """Record that the host waits."""
         own = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename]
@@ -117,9 +120,9 @@ _watching: list[Seen] = []
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[Seen]:
-    """Yield a `Seen` that counts the operations inside this context."""
-    seen = Seen()
+def watched(seen: Seen | None = None) -> Iterator[Seen]:
+    """Yield ``seen`` (None: a new `Seen`), which counts the operations inside this context."""
+    seen = Seen() if seen is None else seen
     with contextlib.nullcontext() if EMULATED else Dispatched(seen):
         if EMULATED:
             _watching.append(seen)
@@ -134,9 +137,34 @@ def _launches(name: str) -> None:
         seen.launch(name)
 
 
+def _ran(op: Any, args: Any, kwargs: Any, out: Any) -> None:
+    for seen in _watching:
+        seen.ran(op, args, kwargs, out)
+
+
 def _waits(name: str) -> None:
     for seen in _watching:
         seen.wait(name)
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Compute no number on the emulated GPU inside this context: only shapes, strides and dtypes are right.
+
+    Operations launch and wait as they would with numbers. Memory is allocated but never touched, so it takes address
+    space only. Copies from and to the host still copy, and the operations for which the host waits still compute, on
+    arbitrary numbers: a result of them means nothing. Raises `RuntimeError` if nothing is emulated.
+    """
+    if not EMULATED:
+        raise RuntimeError("shapes_only needs the emulated GPU: a CPU build of torch, and a C++ compiler")
+    _without_numbers.append(True)
+    try:
+        yield
+    finally:
+        _without_numbers.pop()
+
+
+_without_numbers: list[bool] = []
 
 
 @contextlib.contextmanager
@@ -204,6 +232,17 @@ def _fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
     if _reads(packet, args, kwargs):
         _waits(str(packet))
     _launches(str(packet))
+    if _without_numbers and not _reads(packet, args, kwargs):
+        returned = _shapes(op, args, kwargs)
+    else:
+        returned = _numbers(op, args, kwargs)
+    _ran(op, args, kwargs, returned)
+    return returned
+
+
+def _numbers(op: Any, args: Any, kwargs: Any) -> Any:
+    """Return the operation's results, computed by the CPU."""
+    packet = op.overloadpacket
     host_args, host_kwargs = _numbers_as_tensors(op, _on_host(args), _on_host(kwargs))
     grown = {name for name in _written(op) if isinstance(kwargs.get(name), Tensor) and kwargs[name].numel() == 0}
     for name in grown:  # an output that the operation itself resizes
@@ -218,7 +257,30 @@ def _fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
     for name in grown:
         kwargs[name].resize_(host_kwargs[name].shape)
         _host(kwargs[name]).copy_(host_kwargs[name])
-    return _returned(op, out, args, kwargs)
+    return _returned(op, _on_device(out), args, kwargs)
+
+
+def _shapes(op: Any, args: Any, kwargs: Any) -> Any:
+    """Return results of the right shapes in memory that nobody has written."""
+
+    def described(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        if isinstance(value, list | tuple):
+            return type(value)(described(each) for each in value)
+        return torch.device("meta") if isinstance(value, torch.device) else value
+
+    def allocated(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+        return type(value)(map(allocated, value)) if isinstance(value, list | tuple) else value
+
+    given = {name: described(value) for name, value in kwargs.items() if name != "generator"}
+    out = op(*described(args), **given)
+    for name in _written(op):  # an output that the operation itself resizes
+        if isinstance(kwargs.get(name), Tensor) and kwargs[name].shape != given[name].shape:
+            kwargs[name].resize_(given[name].shape)
+    return _returned(op, allocated(out), args, kwargs)
 
 
 @contextlib.contextmanager
@@ -280,7 +342,7 @@ def _written(op: Any) -> list[str]:
 
 
 def _returned(op: Any, out: Any, args: Any, kwargs: Any) -> Any:
-    """Return the operation's results: the tensors that it wrote to, and new tensors on the GPU."""
+    """Return the operation's results: the tensors that it wrote to, and the new tensors in ``out``."""
     schema = op._schema
     many = isinstance(out, tuple)
     found = []
@@ -290,8 +352,6 @@ def _returned(op: Any, out: Any, args: Any, kwargs: Any) -> Any:
             for place, arg in enumerate(schema.arguments):
                 if arg.alias_info is not None and arg.alias_info.before_set == alias.before_set:
                     value = kwargs[arg.name] if arg.name in kwargs else args[place]
-        else:
-            value = _on_device(value)
         found.append(value)
     return tuple(found) if many else found[0] if found else None
 
@@ -335,7 +395,9 @@ def _copy(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         if not (non_blocking and on_host.is_pinned()):
             _waits("copy between host and GPU")
     _launches("aten.copy_")
-    _on_host(to).copy_(_on_host(source))
+    if not _without_numbers or to.device != source.device:
+        _on_host(to).copy_(_on_host(source))
+    _ran(aten.copy_.default, (to, source, non_blocking), {}, to)
     return to
 
 
@@ -438,7 +500,7 @@ def _emulate() -> None:
     own.impl("copy_", _copy, "CUDA")
     warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel", UserWarning)
     for name in torch._C._dispatch_get_all_op_names():  # torch would decompose them, but on a GPU they are one kernel
-        if name.startswith("aten::_foreach_") or name == "aten::_grouped_mm":
+        if name.startswith("aten::_foreach_") or name in ("aten::_grouped_mm", "aten::silu_backward"):
             packet, _, overload = name.removeprefix("aten::").partition(".")
             op = getattr(getattr(aten, packet), overload or "default")
             own.impl(name.removeprefix("aten::"), functools.partial(_fallback, op), "CUDA")
@@ -450,6 +512,8 @@ def _emulate() -> None:
 
         def launch(self: Any, *args: Any, **kwargs: Any) -> None:
             _launches(f"triton.{self.fn.__name__}")
+            if _without_numbers:
+                return
             with _unseen():  # the interpreter's own copies
                 interpret(self, *args, **kwargs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ptd.async_copy import AsyncHostCopy, to_device
-from tests.gpu_paper.device import EMULATED, Dispatched, Seen, watched
+from tests.gpu_paper.device import EMULATED, Dispatched, Seen, shapes_only, watched
 
 GPU = torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -76,6 +77,38 @@ def test_what_is_launched_is_counted_but_no_view() -> None:
         ("backward", "aten.threshold_backward"): 1,
         ("backward", "aten.mm"): 1,
     }
+
+
+def test_what_a_cpu_build_takes_apart_is_one_kernel() -> None:
+    there = torch.linspace(-3, 3, 7, device=GPU).requires_grad_()
+    with watched() as seen:
+        out = torch.nn.functional.silu(there).sum()
+        (found,) = torch.autograd.grad(out, there)
+    host = there.detach().cpu().requires_grad_()
+    (want,) = torch.autograd.grad(torch.nn.functional.silu(host).sum(), host)
+    torch.testing.assert_close(found.cpu(), want)
+    assert [seen.launched["", f"aten.{name}"] for name in ("silu", "silu_backward", "sigmoid")] == [1, 1, 0]
+
+
+@emulated
+def test_without_numbers_only_shapes_are_right() -> None:
+    """Operations launch, and results have the right shapes, dtypes and strides, in memory that is never touched."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with watched() as seen, shapes_only():
+        there = torch.zeros(1 << 14, 1 << 15, device=GPU)  # 2 GiB
+        product = there.bfloat16() @ there.t().bfloat16()
+        grown = torch.mm(product, product[:, :3], out=torch.empty(0, device=GPU, dtype=torch.bfloat16))
+        pairs = product.max(dim=1)
+        there[0, :2] = torch.ones(2)
+        copied = there[0, :2].cpu()
+    assert (product.shape, product.dtype, product.stride()) == ((1 << 14, 1 << 14), torch.bfloat16, (1 << 14, 1))
+    assert grown.shape == (1 << 14, 3)
+    assert [part.dtype for part in pairs] == [torch.bfloat16, torch.int64]
+    assert copied.tolist() == [1.0, 1.0]  # copies between host and GPU do copy
+    assert [seen.launched["", f"aten.{name}"] for name in ("zero_", "mm", "max")] == [1, 2, 1]
+    assert len(seen.waited) == 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
+    assert torch.ones(3, device=GPU).sum().item() == 3  # outside, numbers are computed again
 
 
 REFUSED: dict[str, Callable[[Tensor], Any]] = {

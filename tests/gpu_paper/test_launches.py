@@ -8,6 +8,7 @@ kernel for a call, plain torch computes the call in slices, and the number of sl
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ptd.config import BackboneConfig
 from ptd.engine.forward import Forward
 from ptd.inject import Attachment, check_supported
 from ptd.types import Batch, PrefixKV
-from tests.gpu_paper.device import EMULATED, Dispatched, Seen, watched
+from tests.gpu_paper.device import EMULATED, Dispatched, Seen, shapes_only, watched
 
 GPU = torch.device("cuda", 0)
 LENGTHS = (5, 7)
@@ -65,16 +66,17 @@ def prefix_of(attachment: Attachment, count: int = 4) -> PrefixKV:
     return PrefixKV(keys, values)
 
 
-def training_step(model: Any) -> Seen:
-    """Count the operations of forward and backward of a packed micro-batch."""
+def training_step(model: Any, numbers: AbstractContextManager[None] | None = None) -> Seen:
+    """Count the operations of forward and backward of a packed micro-batch, run inside the context ``numbers``."""
     attachment = Attachment(model)
     attachment.set(prefix_of(attachment))
     run, batch = Forward(attachment, GPU), packed()
-    with watched() as seen:
+    with watched() as seen, numbers or nullcontext():
         seen.doing = "forward"
         loss = run.cross_entropy(batch, torch.arange(4), torch.arange(4))
         seen.doing = "backward"
         loss.backward()
+    attachment.remove()
     return seen
 
 
@@ -94,8 +96,8 @@ def second_token(model: Any, padded: bool) -> Seen:
 
 
 LAYER: dict[tuple[str, str], tuple[int, int, int, int]] = {
-    ("llama", "float32"): (88, 112, 77, 79),
-    ("llama", "bfloat16"): (59, 97, 62, 77),
+    ("llama", "float32"): (88, 106, 77, 79),
+    ("llama", "bfloat16"): (59, 91, 62, 77),
     ("gemma2", "float32"): (114, 142, 103, 105),
     ("gemma2", "bfloat16"): (135, 163, 124, 126),
     ("gpt2", "float32"): (71, 65, 61, 63),
@@ -117,6 +119,16 @@ def test_a_layer_launches_no_more(of_layers: Callable[[str, int], Path], family:
     found = tuple((many - few) / 2 for few, many in zip(count(2), count(4), strict=True))
     share = 1 if EMULATED else 1.25  # the dispatcher also sees operations that only decompose others
     assert all(one <= share * most for one, most in zip(found, LAYER[family, dtype], strict=True)), found
+
+
+@pytest.mark.skipif(not EMULATED, reason="nothing is emulated")
+@pytest.mark.parametrize(("family", "dtype"), LAYER)
+def test_without_numbers_the_same_is_launched(of_layers: Callable[[str, int], Path], family: str, dtype: str) -> None:
+    config = BackboneConfig(path=str(of_layers(family, 2)), dtype=dtype)
+    model = load_model(config, device=GPU, check=check_supported)
+    with_numbers, without = training_step(model), training_step(model, shapes_only())
+    assert without.launched == with_numbers.launched
+    assert without.waited == with_numbers.waited == []
 
 
 OPERATOR: dict[str, tuple[tuple[int, ...], str, tuple[int, int]]] = {

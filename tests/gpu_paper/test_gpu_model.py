@@ -1,0 +1,191 @@
+"""The model of a step on GPUs (benchmarks/gpu_model.py): how much a step may launch, and sums that have to be right.
+
+`LAYER` and `STEP` are upper bounds at the sizes of 7B and 8B models. A change that launches less lowers them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.gpu_paper.device import EMULATED, watched
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from gpu_model import CELLS, comparison, report
+from gpu_model_roofline import GPUS, SHORTEST, prediction, seconds
+from gpu_model_trace import PARTS, Launch, Launches, launches_of, trace
+
+pytestmark = pytest.mark.skipif(not EMULATED, reason="nothing is emulated")
+
+GPU = torch.device("cuda", 0)
+traced = cache(trace)
+P32, P512, P2048, ONE_ROW, RECOMPUTED, B8 = CELLS
+LAYER = {
+    P32: {"GEMMs": 14, "attention": 3, "prefix gradient": 23, "merging": 22, "autograd elementwise": 56,
+          "transformers elementwise": 30, "optimizer": 2},
+    P512: {"GEMMs": 14, "attention": 3, "prefix gradient": 313, "merging": 22, "autograd elementwise": 56,
+           "transformers elementwise": 30, "optimizer": 2},
+    P2048: {"GEMMs": 14, "attention": 3, "prefix gradient": 1225, "merging": 22, "autograd elementwise": 56,
+            "transformers elementwise": 30, "optimizer": 2},
+    ONE_ROW: {"GEMMs": 14, "attention": 3, "prefix gradient": 23, "merging": 22, "autograd elementwise": 56,
+              "transformers elementwise": 30, "optimizer": 2},
+    RECOMPUTED: {"GEMMs": 20, "attention": 5, "prefix gradient": 23, "merging": 42, "autograd elementwise": 56,
+                 "transformers elementwise": 59, "optimizer": 2},
+    B8: {"GEMMs": 14, "attention": 3, "prefix gradient": 25, "merging": 22, "autograd elementwise": 56,
+         "transformers elementwise": 30, "optimizer": 2},
+}  # fmt: skip
+"""Launches of a layer of the middle, forward and backward, by part; none of the parts that are missing here. The two
+of the optimizer copy the gradients of keys and values into the flat gradient."""
+STEP = {
+    P32: {"GEMMs": 446, "attention": 95, "prefix gradient": 736, "merging": 702, "autograd elementwise": 1779,
+          "transformers elementwise": 978, "loss": 24, "optimizer": 109, "other": 16},
+    RECOMPUTED: {"GEMMs": 642, "attention": 160, "prefix gradient": 736, "merging": 1344, "autograd elementwise": 1821,
+                 "transformers elementwise": 1906, "loss": 24, "optimizer": 109, "other": 16},
+    B8: {"GEMMs": 446, "attention": 95, "prefix gradient": 800, "merging": 702, "autograd elementwise": 1779,
+         "transformers elementwise": 978, "loss": 40, "optimizer": 109, "other": 16},
+}  # fmt: skip
+"""Launches of a whole step, by part."""
+
+
+def sums(launches: Counter[Launch], value: Callable[[Launch], int] = lambda launch: 1) -> dict[str, int]:
+    """Return the sum of a value of the launches by part."""
+    found = dict.fromkeys(PARTS, 0)
+    for launch, count in launches.items():
+        found[launch.part] += count * value(launch)
+    return {part: total for part, total in found.items() if total}
+
+
+@pytest.mark.parametrize("name", LAYER)
+def test_a_layer_launches_no_more(name: str) -> None:
+    found = sums(traced(CELLS[name]).layer)
+    assert {part: count for part, count in found.items() if count > LAYER[name].get(part, 0)} == {}
+
+
+@pytest.mark.parametrize("name", STEP)
+def test_a_step_launches_no_more(name: str) -> None:
+    found = sums(traced(CELLS[name]).launches())
+    assert {part: count for part, count in found.items() if count > STEP[name][part]} == {}
+
+
+def test_layers_of_the_middle_are_all_alike() -> None:
+    """A trace of five layers has the launches, bytes and FLOPs that traces of two and three layers predict."""
+    cell = replace(CELLS[P32], sizes=replace(CELLS[P32].sizes, layers=5))
+    want, found = launches_of(cell), traced(CELLS[P32])._replace(cell=cell).launches()
+    for value in (lambda launch: 1, lambda launch: launch.read, lambda launch: launch.written, flops):
+        assert sums(found, value) == sums(want, value)
+
+
+def flops(launch: Launch) -> int:
+    return launch.flops
+
+
+@pytest.mark.parametrize("name", [P32, P2048, ONE_ROW, B8])
+def test_products_are_those_of_a_frozen_backbone(name: str) -> None:
+    """A layer computes 2 FLOPs per weight and token forward and 2 backward, and reads its weights in both passes."""
+    cell, step = CELLS[name], traced(CELLS[name])
+    weights = cell.sizes.layer_weights
+    assert sums(step.layer, flops)["GEMMs"] == 2 * 2 * weights * cell.tokens
+    assert sums(step.layer, lambda launch: launch.read)["GEMMs"] >= 2 * 2 * weights  # two passes, two bytes each
+    # The first layer has no gradient for its input, and the last layer computes half of the tokens.
+    whole = 2 * 2 * cell.sizes.layers * weights * cell.tokens
+    assert 0.97 * whole < sums(step.launches(), flops)["GEMMs"] < whole
+    half = cell.tokens // 2
+    assert sums(step.launches(), flops)["loss"] == 2 * 2 * half * cell.sizes.hidden * cell.sizes.vocabulary
+    assert sums(step.launches(), lambda launch: launch.read)["loss"] > 2 * 2 * cell.sizes.hidden * cell.sizes.vocabulary
+
+
+def test_checkpointing_computes_the_layers_again() -> None:
+    cell = CELLS[RECOMPUTED]
+    once = 2 * cell.sizes.layer_weights * cell.tokens
+    found = sums(traced(cell).layer, flops)["GEMMs"]
+    assert 2.5 * once < found <= 3 * once  # the output of the last product of a layer is not needed again
+
+
+@pytest.mark.parametrize("name", [P32, P512, ONE_ROW, B8])
+def test_attention_computes_its_pairs(name: str) -> None:
+    cell, found = CELLS[name], sums(traced(CELLS[name]).layer, flops)
+    own, prefix = cell.rows * cell.length * (cell.length + 1) // 2, cell.tokens * cell.virtual_tokens
+    assert found["attention"] == cell.sizes.hidden * ((4 + 10) * own + 4 * prefix)
+    assert found["prefix gradient"] == cell.sizes.hidden * 10 * prefix
+
+
+OPERATIONS: dict[str, tuple[Callable[[Tensor], Any], tuple[int, int, int]]] = {
+    "elementwise": (lambda x: x * x.t(), (128, 64, 0)),
+    "a tensor twice": (lambda x: x + x, (64, 64, 0)),
+    "in place": (lambda x: x.add_(torch.ones(4, device=GPU)), (80, 64, 0)),
+    "a copy": (lambda x: x.copy_(x[0].bfloat16()), (8, 64, 0)),
+    "a fill": (lambda x: x.zero_(), (0, 64, 0)),
+    "one row for all": (lambda x: x * x[:1].expand(4, 4), (80, 64, 0)),
+    "picked rows": (lambda x: x.index_select(0, torch.zeros(2, dtype=torch.int64, device=GPU)), (48, 32, 0)),
+    "a product": (lambda x: x[:2] @ x, (96, 32, 64)),
+    "into given memory": (lambda x: torch.mm(x[:2], x, out=torch.empty(2, 4, device=GPU)), (96, 32, 64)),
+}
+"""Operations on a matrix [4, 4] in fp32, and what the last launch reads, writes and computes."""
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_traffic_is_what_the_operation_needs(name: str) -> None:
+    operation, want = OPERATIONS[name]
+    x = torch.ones(4, 4, device=GPU)
+    seen = Launches()
+    with watched(seen):
+        operation(x)
+    last = list(seen.counts)[-1]
+    assert (last.read, last.written, last.flops) == want
+
+
+def test_a_launch_takes_as_long_as_its_slowest_limit() -> None:
+    rates = {"bf16": 1e12, "memory": 1e9}
+    memory = Launch("GEMMs", "aten.mm", "bf16", 5_000_000, 1_000_000, 10**9, "")
+    assert seconds(memory, rates) == pytest.approx(6e-3)
+    assert seconds(memory._replace(flops=10**10), rates) == pytest.approx(1e-2)
+    assert seconds(memory._replace(read=10, written=10, flops=0), rates) == SHORTEST
+
+
+def test_a_prediction_is_the_sum_of_its_parts() -> None:
+    found = {name: prediction(traced(CELLS[P32]), gpu) for name, gpu in GPUS.items()}
+    for name, each in found.items():
+        assert sum(part["milliseconds"] for part in each["parts"].values()) == pytest.approx(
+            each["milliseconds"], abs=0.01
+        )
+        assert 0 < each["share_of_floor"] < 1, name
+        assert each["tokens_per_second"] == pytest.approx(1e3 * 4096 / each["milliseconds"], rel=1e-3)
+    # 4 · N · tokens at 620 TFLOP/s, for the N = 6.61 billion weights of a Llama-2-7B without its embeddings
+    assert found["H100"]["share_of_floor"] * found["H100"]["milliseconds"] == pytest.approx(174.6, rel=2e-3)
+    assert found["H200"]["milliseconds"] < found["H100"]["milliseconds"] < found["A100"]["milliseconds"]
+
+
+def test_a_comparison_shows_what_changed_and_what_it_lacks() -> None:
+    parts = {"GEMMs": {"milliseconds": 100.0, "launches": 1}, "loss": {"milliseconds": 10.0, "launches": 1}}
+    row = {"cell": P32, "gpu": "H100", "outcome": "predicted", "milliseconds": 110.0, "parts": parts}
+    other = {"cell": P512, "gpu": "H100", "outcome": "predicted", "milliseconds": 1.0, "parts": {}}
+    measured = {"GEMMs": {"milliseconds": 120.0}, "copies": {"milliseconds": 3.0}}
+    before = {**row, "outcome": "measured", "milliseconds": 123.0, "parts": measured}
+    shown = comparison([row, other], [before])
+    assert "| step | 123.00 | 110.00 | -13.00 | -10.6% |" in shown
+    assert "| GEMMs | 120.00 | 100.00 | -20.00 | -16.7% |" in shown
+    assert "| loss | – | 10.00 | +10.00 | – |" in shown
+    assert "| copies | 3.00 | – | -3.00 | – |" in shown
+    assert f"Not compared: {P512} (H100)" in shown
+    only_total = {key: value for key, value in before.items() if key != "parts"}
+    assert "GEMMs" not in comparison([row], [only_total])
+    with pytest.raises(SystemExit, match="no row with the cell"):
+        comparison([other], [before])
+
+
+def test_the_report_has_every_predicted_row() -> None:
+    row = {"cell": P32, "gpu": "H100", "outcome": "predicted", **prediction(traced(CELLS[P32]), GPUS["H100"])}
+    failed = {"cell": P512, "gpu": "H100", "outcome": "failed", "reason": "…"}
+    shown = report([row, failed])
+    assert f"| {P32} | H100 | {row['milliseconds']:.0f} | {row['tokens_per_second']:,} |" in shown
+    assert P512 not in shown
