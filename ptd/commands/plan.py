@@ -17,6 +17,7 @@ from ptd.config import RunConfig
 from ptd.config.deepspeed import apply_deepspeed
 from ptd.distributed.ranks import Ranks
 from ptd.engine.forward import Forward
+from ptd.engine.optimizers import OPTIMIZERS
 from ptd.engine.setup import Prepared
 from ptd.inject import Attachment, check_supported
 from ptd.methods import method
@@ -157,6 +158,7 @@ def trace_run(
     chosen, facts = method(config.method_name), facts_of(config, task)
     chosen.check(config.method_config(), facts)
     tokenizer = _tokenizer(config, needed=facts.cloze)
+    OPTIMIZERS[config.train.optimizer].check("cpu")  # before the trace: it makes bitsandbytes' tables, with data
     ranks = Ranks(0, 1, 1, torch.device("cpu"))
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with warnings.catch_warnings(), without_data(capability) as seen:
