@@ -158,7 +158,7 @@ def trace_run(
     chosen, facts = method(config.method_name), facts_of(config, task)
     chosen.check(config.method_config(), facts)
     tokenizer = _tokenizer(config, needed=facts.cloze)
-    OPTIMIZERS[config.train.optimizer].check("cpu")  # before the trace: it makes bitsandbytes' tables, with data
+    OPTIMIZERS[config.train.optimizer].check(None)  # before the trace: it makes bitsandbytes' tables, with data
     ranks = Ranks(0, 1, 1, torch.device("cpu"))
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with warnings.catch_warnings(), without_data(capability) as seen:

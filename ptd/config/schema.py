@@ -358,7 +358,7 @@ class DataConfig(Section):
             raise ValueError(f"data.columns: {twice!r} is given for two fields; give each field its own column")
 
 
-LION: dict[str, Any] = {"learning_rate": 5e-2 / 4, "adam_beta2": 0.99}
+LION: dict[str, Any] = {"adam_beta2": 0.99}
 """Defaults of ``train`` that are different with ``optimizer: lion``."""
 
 
@@ -375,15 +375,14 @@ class TrainConfig(Section):
     optimizer: Literal["adamw", "adamw_8bit", "lion"] = Field(
         "adamw",
         description="`adamw` (state: 8 bytes per trained number), `adamw_8bit` (AdamW with bitsandbytes' 8-bit "
-        "moments, 2 bytes; `pip install 'ptd[quant]'`) or `lion` (4 bytes) ([when to use "
-        "which](methods.md#the-optimizer))",
+        "moments, 2 bytes; `pip install 'ptd[quant]'`) or `lion` (4 bytes; it moves numbers by half of "
+        "`learning_rate`) ([when to use which](methods.md#the-optimizer))",
     )
     learning_rate: float = Field(
         5e-2,
         gt=0,
         description="peak learning rate, in units of the backbone's own keys, values or embeddings. The default is "
-        "meant for every backbone, method, prompt length and width ([the learning rate](methods.md#the-learning-rate))"
-        f"; with `lion` it is {LION['learning_rate']:g}",
+        "meant for every backbone, method, prompt length and width ([the learning rate](methods.md#the-learning-rate))",
     )
     head_learning_rate: float | None = Field(
         None,
@@ -398,7 +397,7 @@ class TrainConfig(Section):
     warmup_steps: int | None = Field(
         None, ge=0, description="length of the warm-up in steps; takes precedence over `warmup_ratio`"
     )
-    weight_decay: float = Field(0.0, ge=0, description="weight decay, which is not part of the gradient")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="β₁ of AdamW and Lion")
     adam_beta2: float = Field(
         0.999, ge=0, lt=1, description=f"β₂ of AdamW and Lion; with `lion` the default is {LION['adam_beta2']:g}"

@@ -19,23 +19,24 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from ptd.engine.own_part import own_gradient, own_part
+from ptd.engine.own_part import own_gradient, own_part, slices
 from ptd.types import UserError
 
 BLOCK = 256
 """Numbers per block, fixed in bitsandbytes' kernels."""
 SMALLEST = 4096
 """Parameters with fewer numbers (biases, for example) have fp32 moments, as in bitsandbytes."""
-SLICE = 1 << 22
-"""Numbers per call of a kernel, a multiple of `BLOCK`. bitsandbytes' CPU kernel allocates 20 bytes per number."""
 STATE_BYTES = 2 + 2 * 4 / BLOCK
 """Bytes of state per number of a large parameter."""
 KERNELS = ("optimizer_update_8bit_blockwise", "optimizer_update_32bit")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def check(device: str) -> None:
-    """Raise `UserError` unless bitsandbytes is installed and has the kernels for this type of device."""
+def check(device: str | None) -> None:
+    """Raise `UserError` unless bitsandbytes is installed and has the kernels for this type of device.
+
+    None: check for no device, for a trace without data. bitsandbytes has the kernels for CPUs since version 0.50.
+    """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
             "train.optimizer: adamw_8bit needs bitsandbytes, which is not installed; pip install 'ptd[quant]', or set "
@@ -43,9 +44,8 @@ def check(device: str) -> None:
         )
     import bitsandbytes
 
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device, device.upper())
-    for name in KERNELS:
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"bitsandbytes::{name}", key):
+    for name in KERNELS if device is not None else ():
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"bitsandbytes::{name}", str(device).upper()):
             raise UserError(
                 f"train.optimizer: adamw_8bit needs bitsandbytes' kernel {name} for the device {device}, which "
                 f"bitsandbytes {bitsandbytes.__version__} does not have; install a newer bitsandbytes, or set "
@@ -110,21 +110,20 @@ def _absmax(parameter: Tensor) -> Tensor:
 
 
 def _update(parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    """Run bitsandbytes' kernel on this rank's part of the parameter, `SLICE` numbers at a time."""
+    """Run bitsandbytes' kernel on this rank's part of the parameter, slice by slice (a slice has whole blocks)."""
     from bitsandbytes.functional import optimizer_update_8bit_blockwise, optimizer_update_32bit
 
     step, (beta1, beta2) = int(state["step"]), group["betas"]
     rate, epsilon, decay = group["lr"], group["eps"], group["weight_decay"]
-    values, gradient = own_part(parameter).view(-1), own_gradient(parameter).contiguous().view(-1)
+    values, gradient = own_part(parameter).view(-1), own_gradient(parameter).reshape(-1)
     first, second = (own_part(state[name]).view(-1) for name in MOMENTS)
     absmax = [own_part(state[f"{name}_absmax"]).view(-1) for name in MOMENTS if f"{name}_absmax" in state]
-    for start in range(0, values.numel(), SLICE):
-        numbers = slice(start, start + SLICE)
-        g, p, m, v = gradient[numbers], values[numbers], first[numbers], second[numbers]
+    for part in slices(values):
+        g, p, m, v = gradient[part], values[part], first[part], second[part]
         if not absmax:
             optimizer_update_32bit("adam", g, p, m, beta1, epsilon, step, rate, v, beta2, weight_decay=decay)
             continue
-        scales = [part[start // BLOCK : start // BLOCK + -(-p.numel() // BLOCK)] for part in absmax]
+        scales = [of_all[part.start // BLOCK : -(-part.stop // BLOCK)] for of_all in absmax]
         tables_used = (state[f"{name}_table"] for name in MOMENTS)
         optimizer_update_8bit_blockwise(
             "adam", g, p, m, v, beta1, beta2, 0.0, 0.0, epsilon, step, rate, *tables_used, *scales, weight_decay=decay

@@ -12,10 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptd.engine.own_part import own_gradient, own_part
+from ptd.engine.own_part import own_gradient, own_part, slices
 
 STATE_BYTES = 4
 """Bytes of state per trained number."""
+RATE = 1 / 2
+"""Lion's learning rate per ``train.learning_rate``, which is AdamW's.
+
+AdamW's update of a number is at most about its rate, Lion's is exactly its rate (benchmarks/README.md).
+"""
 
 
 class Lion(torch.optim.Optimizer):
@@ -43,7 +48,9 @@ class Lion(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state.update(self.new_state(parameter))
-                own, gradient, moment = own_part(parameter), own_gradient(parameter), own_part(state["exp_avg"])
-                direction = torch.lerp(moment, gradient, 1 - beta1).sign_()
-                own.mul_(1 - rate * group["weight_decay"]).sub_(direction, alpha=rate)
-                moment.lerp_(gradient, 1 - beta2)
+                own, moment = own_part(parameter).view(-1), own_part(state["exp_avg"]).view(-1)
+                gradient = own_gradient(parameter).reshape(-1)
+                for part in slices(own):
+                    direction = torch.lerp(moment[part], gradient[part], 1 - beta1).sign_()
+                    own[part].mul_(1 - rate * group["weight_decay"]).sub_(direction, alpha=rate)
+                    moment[part].lerp_(gradient[part], 1 - beta2)

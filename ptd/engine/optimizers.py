@@ -42,12 +42,14 @@ class Offered:
     """An optimizer that ``train.optimizer`` can name.
 
     ``build``: makes it from parameter groups and settings. ``state_bytes``: bytes of state per trained number.
-    ``check``: raises `UserError` unless the optimizer runs on a device of this type.
+    ``rate``: its learning rate per ``train.learning_rate``, so that one setting suits every optimizer. ``check``:
+    raises `UserError` unless the optimizer runs on a device of this type; None: unless it is installed.
     """
 
     build: Callable[..., ResumableOptimizer]
     state_bytes: float
-    check: Callable[[str], None] = lambda device: None
+    rate: float = 1.0
+    check: Callable[[str | None], None] = lambda device: None
 
 
 def _adamw(groups: list[dict[str, Any]], *, epsilon: float, on_gpu: bool, **given: Any) -> AdamW:
@@ -66,6 +68,6 @@ def _lion(groups: list[dict[str, Any]], *, epsilon: float, on_gpu: bool, **given
 OPTIMIZERS = {
     "adamw": Offered(_adamw, state_bytes=8),
     "adamw_8bit": Offered(_adamw_8bit, state_bytes=adamw_8bit.STATE_BYTES, check=adamw_8bit.check),
-    "lion": Offered(_lion, state_bytes=lion.STATE_BYTES),
+    "lion": Offered(_lion, state_bytes=lion.STATE_BYTES, rate=lion.RATE),
 }
 """The values of ``train.optimizer``."""

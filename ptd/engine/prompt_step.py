@@ -244,9 +244,10 @@ def build_optimizer(
     """Return the optimizer ``name`` with one group per factor of the learning rate (`PromptEncoder.rates`).
 
     Split (DTensor) and whole parameters are in separate groups, because foreach kernels cannot mix them. The schedule's
-    learning rate is multiplied by the ``scale`` of a group. ``epsilon`` has no effect on Lion. Raises `UserError` if
-    ``name`` needs a package that is not installed.
+    learning rate is multiplied by the ``scale`` of a group, which includes the optimizer's own factor. ``epsilon`` has
+    no effect on Lion. Raises `UserError` if ``name`` needs a package that is not installed.
     """
+    offered = OPTIMIZERS[name]
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     parts: list[tuple[nn.Module, Mapping[str, float], float]] = [
         (trained.encoder, trained.encoder.rates(), 1.0),
@@ -255,11 +256,11 @@ def build_optimizer(
     for module, rates, share in parts:
         for key, parameter in module.named_parameters():
             if parameter.requires_grad:
-                group = isinstance(parameter, DTensor), share * rates.get(key, 1.0)
+                group = isinstance(parameter, DTensor), offered.rate * share * rates.get(key, 1.0)
                 groups.setdefault(group, []).append(parameter)
     # If nothing is trained, one empty group remains, because an optimizer requires one.
     used = groups or {(False, 1.0): []}
     given = [{"params": found, "lr": learning_rate * scale, "scale": scale} for (_, scale), found in used.items()]
     on_gpu = any(parameter.device.type == "cuda" for parameter in trained.parameters())
     settings = {"lr": learning_rate, "betas": betas, "epsilon": epsilon, "weight_decay": weight_decay}
-    return OPTIMIZERS[name].build(given, on_gpu=on_gpu, **settings)
+    return offered.build(given, on_gpu=on_gpu, **settings)

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ptd.engine import adamw_8bit
+from ptd.engine import own_part
 from ptd.engine.adamw_8bit import AdamW8bit
-from ptd.engine.lion import Lion
+from ptd.engine.lion import RATE, Lion
 from ptd.engine.optimizers import OPTIMIZERS
 from ptd.engine.prompt_step import Trained, build_optimizer
 from ptd.methods.prefix import PrefixEncoder
@@ -75,12 +75,25 @@ def test_lion_takes_the_steps_of_the_paper() -> None:
             torch.testing.assert_close(optimizer.state[parameter]["exp_avg"].double(), moment, rtol=1e-5, atol=1e-4)
 
 
-def test_lion_equals_that_of_bitsandbytes_on_a_cpu() -> None:
+@pytest.mark.parametrize("slice_", [own_part.SLICE, 100])
+def test_lion_equals_that_of_bitsandbytes_on_a_cpu(monkeypatch: pytest.MonkeyPatch, slice_: int) -> None:
+    monkeypatch.setattr(own_part, "SLICE", slice_)
     ours, theirs = parameters(), parameters()
     run(Lion(ours, **SETTINGS), ours, gradients())
     run(bitsandbytes.optim.Lion(theirs, **SETTINGS), theirs, gradients())
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_lions_rate_is_a_fixed_part_of_that_of_the_run() -> None:
+    """One ``train.learning_rate`` serves every optimizer; only the factor differs, the same in every group."""
+    encoder = PrefixEncoder([LayerShape(2, 8, 8)] * 2, 5, embedding_size=12, encoder_hidden_size=16)
+    trained = Trained(encoder, LanguageModel())
+    given: dict[str, Any] = {"learning_rate": 0.05, "betas": (0.9, 0.99), "epsilon": 1e-8, "weight_decay": 0.0}
+    adamw, eight, lion = (build_optimizer(trained, name, **given).param_groups for name in OPTIMIZERS)
+    assert [group["scale"] for group in eight] == [group["scale"] for group in adamw]
+    assert [group["scale"] for group in lion] == [RATE * group["scale"] for group in adamw]
+    assert all(group["lr"] == 0.05 * group["scale"] for group in (*adamw, *eight, *lion))
 
 
 # ---- AdamW
@@ -111,9 +124,9 @@ def test_adamw_is_torchs_bit_for_bit(first: bool) -> None:
 # ---- AdamW with 8-bit moments
 
 
-@pytest.mark.parametrize("slice_", [adamw_8bit.SLICE, 256, 5 * 256])
+@pytest.mark.parametrize("slice_", [own_part.SLICE, 256, 5 * 256])
 def test_8_bit_adamw_equals_bitsandbytes_bit_for_bit(monkeypatch: pytest.MonkeyPatch, slice_: int) -> None:
-    monkeypatch.setattr(adamw_8bit, "SLICE", slice_)
+    monkeypatch.setattr(own_part, "SLICE", slice_)
     ours, theirs = parameters(), parameters()
     optimizer = AdamW8bit(ours, eps=1e-8, **SETTINGS)
     reference = bitsandbytes.optim.AdamW8bit(theirs, eps=1e-8, **SETTINGS)
