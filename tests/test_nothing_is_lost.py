@@ -419,7 +419,7 @@ def test_doctor_knows_no_method(run: Any, tmp_path: Path, init: str) -> None:
     text = {"init_text": "a text of words"} if init == "text" else {}
     config = labelled(run, tmp_path, method={"name": "prompt", "num_virtual_tokens": 3, "init": init, **text})
     # 3 virtual tokens of 32 numbers, and a linear head of 32 weights and a bias for each of two labels.
-    needed = decimal_size(preflight.bytes_to_write(3 * 32 + 2 * 33, 3 * 32 + 2 * 33, 2))
+    needed = decimal_size(preflight.bytes_to_write(3 * 32 + 2 * 33, 3 * 32 + 2 * 33, 2, 8))
     found = checks(tmp_path / "run.yaml", config)
     assert {check.status for check in found.values()} == {"ok"}
     assert f"{needed} needed" in found["disk space"].found

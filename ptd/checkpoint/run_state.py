@@ -12,7 +12,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 from torch.distributed.tensor import DTensor
 
 from ptd.checkpoint.files import as_json
+from ptd.types import UserError
 
 MANIFEST, FACTS, LATEST = "manifest.json", "state.json", "latest"
 WRITING, DELETED = ".writing-", ".deleted-"
@@ -30,28 +31,29 @@ Listing: TypeAlias = list[Any]
 """``[size in bytes, SHA-256]`` of a file, as in the manifest."""
 
 
-def state_tensors(trained: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return all training state by name: the module's parameters and buffers, and AdamW's moments of each parameter.
+class ResumableOptimizer(Protocol):
+    """A ``torch.optim.Optimizer`` that can make a parameter's state before the first step."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    def new_state(self, parameter: Tensor) -> dict[str, Tensor]: ...
+    def step(self) -> Any: ...
+    def zero_grad(self, set_to_none: bool = ...) -> None: ...
+
+
+def state_tensors(trained: nn.Module, optimizer: ResumableOptimizer) -> dict[str, Tensor]:
+    """Return all training state by name: the module's parameters and buffers, and each parameter's optimizer state.
 
     Missing optimizer state is created the way the optimizer's first step would create it, so that the same call serves
     saving and loading in place.
     """
     tensors = dict(trained.state_dict())
-    # Fused and capturable AdamW reads the step count on the parameter's device; other variants read it on the CPU.
-    counted_there = {
-        parameter
-        for group in optimizer.param_groups
-        if group.get("fused") or group.get("capturable")
-        for parameter in group["params"]
-    }
     for name, parameter in trained.named_parameters():
         state = optimizer.state[parameter]
         if not state:
-            where = parameter.device if parameter in counted_there else torch.device("cpu")
-            state["step"] = torch.zeros((), dtype=torch.float32, device=where)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        tensors |= {f"optimizer.{key}.{name}": state[key] for key in ("step", "exp_avg", "exp_avg_sq")}
+            state.update(optimizer.new_state(parameter))
+        tensors |= {f"optimizer.{key}.{name}": tensor for key, tensor in state.items()}
     return {name: _whole_if_replicated(tensor) for name, tensor in tensors.items()}
 
 
@@ -99,12 +101,28 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill ``tensors`` (from `state_tensors`) in place, resharded to the ranks of this run."""
+    """Fill ``tensors`` (from `state_tensors`) in place, resharded to the ranks of this run.
+
+    Raises `UserError` if a tensor has another shape in the checkpoint.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         reader = HuggingFaceStorageReader(str(folder))
+        _check_shapes(folder, reader.read_metadata().state_dict_metadata, tensors)
         with torch.no_grad():
             load_distributed(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+
+
+def _check_shapes(folder: Path, saved: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Raise `UserError` if a tensor has another shape in the checkpoint: 8-bit moments cannot be resharded."""
+    for name, tensor in tensors.items():
+        size = getattr(saved.get(name), "size", tensor.shape)
+        if size != tensor.shape:
+            raise UserError(
+                f"output_dir: {folder} holds {name} in the shape {list(size)}, but this run needs "
+                f"{list(tensor.shape)}; with train.optimizer: adamw_8bit the blocks of a split layer belong to the "
+                "ranks that held it: continue on as many ranks per node as before, or --overwrite to start again"
+            )
 
 
 def file_entry(path: Path) -> Listing:

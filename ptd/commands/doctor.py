@@ -24,6 +24,7 @@ from ptd.data.tokens import check_special
 from ptd.distributed.preflight import bytes_to_write, check_space
 from ptd.distributed.ranks import Ranks
 from ptd.distributed.self_test import sum_here
+from ptd.engine.optimizers import OPTIMIZERS
 from ptd.files import as_path, check_writable
 from ptd.inject import Attachment, explain_attention
 from ptd.methods import method
@@ -224,7 +225,8 @@ def _bytes(source: str) -> int:
 
 def _space(config: RunConfig) -> str:
     trained, adapter = trained_numbers(config)
-    return check_space(config.output_dir, bytes_to_write(trained, adapter, config.train.save_total_limit))
+    state_bytes = OPTIMIZERS[config.train.optimizer].state_bytes
+    return check_space(config.output_dir, bytes_to_write(trained, adapter, config.train.save_total_limit, state_bytes))
 
 
 def trained_numbers(config: RunConfig) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from ptd.config import RunConfig
 from ptd.config.deepspeed import apply_deepspeed
 from ptd.distributed.ranks import Ranks
 from ptd.engine.forward import Forward
+from ptd.engine.optimizers import OPTIMIZERS
 from ptd.engine.prompt_step import Trained
 from ptd.engine.setup import Prepared
 from ptd.inject import Attachment, check_supported
@@ -159,6 +160,7 @@ def trace_run(
     if config.backbone.attention not in ("auto", "merge", "reference"):
         changed["attention"] = "merge"
     config = config.model_copy(update={"backbone": config.backbone.model_copy(update=changed)})
+    OPTIMIZERS[config.train.optimizer].check(None)  # before the trace: it makes bitsandbytes' tables, with data
     with without_data(capability) as seen:
         task, prepared, trained = build_blank(config)
         split_encoder(trained.encoder, local_ranks)

@@ -16,6 +16,7 @@ from ptd.distributed.preflight import bytes_to_write, check_before_run, check_sp
 from ptd.distributed.ranks import Ranks
 from ptd.engine.guard import Guard
 from ptd.engine.loop import Astray, Enough, Loop, Stopped, peak_memory_bytes, warmup_steps
+from ptd.engine.optimizers import OPTIMIZERS
 from ptd.engine.preemption import StopRequest
 from ptd.engine.watchdog import Watchdog, Watched
 from ptd.errors import Diverged
@@ -90,7 +91,12 @@ def _train(
         total = 0
 
     with torch.no_grad():
-        needed = bytes_to_write(step.trained.count(), step.flat().numel(), settings.save_total_limit)
+        needed = bytes_to_write(
+            step.trained.count(),
+            step.flat().numel(),
+            settings.save_total_limit,
+            OPTIMIZERS[settings.optimizer].state_bytes,
+        )
     ranks.on_main(lambda: check_space(config.output_dir, needed))
     artifacts = Artifacts(config, journal, prepared, material.task, step, ranks, settings, material.examples.digest())
     artifacts.learned_from = material.examples.report if material.trains else None

@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 
 from ptd.config.deepspeed_keys import (
     ADAM_KEYS,
-    ADAMW,
     BF16_KEYS,
     FP16_IGNORED,
     FP16_KEYS,
@@ -24,6 +23,7 @@ from ptd.config.deepspeed_keys import (
     IGNORED,
     NEUTRAL,
     OFFLOAD_PARAM_KEYS,
+    OPTIMIZERS,
     REFUSED,
     SCHEDULERS,
     ZERO_FLAGS,
@@ -297,9 +297,15 @@ def _flag(document: _Document, name: str, known: Iterable[str]) -> bool | None:
 def _take_optimizer(run: _Merge) -> None:
     document = run.document
     section = document.section("optimizer", ("type", "params", "legacy_fusion"))
-    name = section.get("type", "AdamW")
-    if not isinstance(name, str) or name.lower() not in ADAMW:
-        document.refuse("optimizer.type", f"{name!r} is not supported: AdamW trains the prompt encoder; use AdamW")
+    name = section.get("type")
+    if name is not None and (not isinstance(name, str) or name.lower() not in OPTIMIZERS):
+        document.refuse(
+            "optimizer.type",
+            f"{name!r} is not supported: AdamW or Lion trains the prompt encoder; use AdamW or Lion, or 'auto' for "
+            "train.optimizer",
+        )
+    if name is not None:
+        run.set("optimizer.type", OPTIMIZERS[name.lower()], "train.optimizer", written=name)
     params = document.section("optimizer.params", ADAM_KEYS)
     wanted = {"adam_w_mode": True, "bias_correction": True, "amsgrad": False}
     for key, value in wanted.items():

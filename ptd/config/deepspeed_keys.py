@@ -112,5 +112,8 @@ NEUTRAL: dict[str, Any] = {
     "zero_hpz_partition_size": 1,
 }
 
-ADAMW = frozenset({"adam", "adamw", "fusedadam", "deepspeedcpuadam", "cpuadam"})
+OPTIMIZERS = dict.fromkeys(("adam", "adamw", "fusedadam", "deepspeedcpuadam", "cpuadam"), "adamw") | dict.fromkeys(
+    ("lion", "fusedlion", "deepspeedcpulion", "cpulion"), "lion"
+)
+"""DeepSpeed's names of optimizers, in small letters -> ``train.optimizer``."""
 SCHEDULERS = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}

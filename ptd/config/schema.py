@@ -358,6 +358,10 @@ class DataConfig(Section):
             raise ValueError(f"data.columns: {twice!r} is given for two fields; give each field its own column")
 
 
+LION: dict[str, Any] = {"adam_beta2": 0.99}
+"""Defaults of ``train`` that are different with ``optimizer: lion``."""
+
+
 class TrainConfig(Section):
     """Optimisation, evaluation, checkpoints and trackers."""
 
@@ -368,6 +372,12 @@ class TrainConfig(Section):
         None, ge=1, description="rows per evaluation batch of each rank; default: `per_device_train_batch_size`"
     )
     gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches of each rank per optimizer step")
+    optimizer: Literal["adamw", "adamw_8bit", "lion"] = Field(
+        "adamw",
+        description="`adamw` (state: 8 bytes per trained number), `adamw_8bit` (AdamW with bitsandbytes' 8-bit "
+        "moments, 2 bytes; `pip install 'ptd[quant]'`) or `lion` (4 bytes; it moves numbers by half of "
+        "`learning_rate`) ([when to use which](methods.md#the-optimizer))",
+    )
     learning_rate: float = Field(
         5e-2,
         gt=0,
@@ -387,9 +397,11 @@ class TrainConfig(Section):
     warmup_steps: int | None = Field(
         None, ge=0, description="length of the warm-up in steps; takes precedence over `warmup_ratio`"
     )
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's β₁")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's β₂")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="β₁ of AdamW and Lion")
+    adam_beta2: float = Field(
+        0.999, ge=0, lt=1, description=f"β₂ of AdamW and Lion; with `lion` the default is {LION['adam_beta2']:g}"
+    )
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's ε")
     max_grad_norm: float = Field(1.0, ge=0, description="norm to which gradients are clipped; 0: no clipping")
     initial_scale_power: int = Field(
@@ -460,6 +472,15 @@ class TrainConfig(Section):
         "checkpoint, or to the start, with a third of the learning rate, at most three times "
         "([divergence](interruptions.md#divergence))",
     )
+
+    @model_validator(mode="after")
+    def _fits_the_optimizer(self) -> TrainConfig:
+        if self.optimizer == "lion":
+            if self.adam_epsilon != type(self).model_fields["adam_epsilon"].default:
+                raise ValueError("adam_epsilon: has no effect with optimizer: lion, which does not divide; remove it")
+            # Not by assignment, after which these keys would count as given by the run file.
+            self.__dict__.update({key: value for key, value in LION.items() if key not in self.model_fields_set})
+        return self
 
     @property
     def best_metric(self) -> str:

@@ -7,6 +7,7 @@ found, or raises `UserError` on all ranks together; `ptd doctor` shows a table o
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import shutil
 import time
@@ -23,8 +24,6 @@ PER_NODE = ("backbone.offload_folder",)
 """Keys that may differ between ranks: the path of a local disk may differ between nodes."""
 FLOAT = 4
 """Bytes per trained number, in a checkpoint and in an adapter."""
-COPIES = 3
-"""Numbers in a checkpoint per trained number: the number itself and Adam's two moments."""
 ADAPTERS = 3
 """Adapters on disk at the same time: ``adapter/``, ``best/``, and one that is being written."""
 PATIENCE = 30.0
@@ -106,13 +105,14 @@ def _appears(folder: Path, mark: str) -> bool:
     return True
 
 
-def bytes_to_write(trained: int, adapter: int, save_total_limit: int) -> int:
+def bytes_to_write(trained: int, adapter: int, save_total_limit: int, state_bytes: float) -> int:
     """Return the largest size of a run's folder in bytes: its adapters and checkpoints, one more during a save.
 
-    ``trained``: number of trained values; ``adapter``: number of values that an adapter stores.
+    ``trained``: number of trained values; ``adapter``: number of values that an adapter stores; ``state_bytes``: bytes
+    of optimizer state per trained value.
     """
-    checkpoint = COPIES * trained + adapter  # a checkpoint also holds the initial prompt
-    return FLOAT * (checkpoint * (save_total_limit + 1) + ADAPTERS * adapter)
+    checkpoint = (FLOAT + state_bytes) * trained + FLOAT * adapter  # a checkpoint also holds the initial prompt
+    return math.ceil(checkpoint * (save_total_limit + 1) + FLOAT * ADAPTERS * adapter)
 
 
 def check_space(folder: Path, needed: int) -> str:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ptd.async_copy import AsyncHostCopy, together
-from ptd.checkpoint.run_state import state_tensors
+from ptd.checkpoint.run_state import ResumableOptimizer, state_tensors
 from ptd.distributed.network_meter import NetworkMeter
 from ptd.distributed.ranks import Ranks
 from ptd.engine.loss_scale import LossScale
+from ptd.engine.optimizers import OPTIMIZERS
 from ptd.engine.phases import PhaseClock
 from ptd.readouts import Readout
 from ptd.types import PromptEncoder, PromptState
@@ -89,14 +90,14 @@ class PromptStep:
     with a summed loss; ``step.finish(loss_sum, weight, tokens, supervised_tokens)``. The step tells ``clock`` which of
     the `ptd.engine.phases.PHASES` begins.
 
-    On a GPU no method here makes the host wait: the fused optimizer decides on the GPU whether a step is skipped, and
-    the result is read later.
+    On a GPU no method here makes the host wait with fused AdamW: it decides on the GPU whether a step is skipped, and
+    the result is read later. With another optimizer, `finish` waits once for that decision.
     """
 
     def __init__(
         self,
         trained: Trained,
-        optimizer: torch.optim.Optimizer,
+        optimizer: ResumableOptimizer,
         ranks: Ranks,
         meter: NetworkMeter,
         max_grad_norm: float,
@@ -232,31 +233,34 @@ class PromptStep:
 
 def build_optimizer(
     trained: Trained,
+    name: str = "adamw",
     *,
     learning_rate: float,
     head_learning_rate: float | None = None,
     betas: tuple[float, float],
     epsilon: float,
     weight_decay: float,
-) -> torch.optim.AdamW:
-    """Return AdamW with one group per factor of the learning rate (`PromptEncoder.rates`).
+) -> ResumableOptimizer:
+    """Return the optimizer ``name`` with one group per factor of the learning rate (`PromptEncoder.rates`).
 
     Split (DTensor) and whole parameters are in separate groups, because foreach kernels cannot mix them. The schedule's
-    learning rate is multiplied by the ``scale`` of a group.
+    learning rate is multiplied by the ``scale`` of a group, which includes the optimizer's own factor. ``epsilon`` has
+    no effect on Lion. Raises `UserError` if ``name`` needs a package that is not installed.
     """
+    offered = OPTIMIZERS[name]
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     parts: list[tuple[nn.Module, Mapping[str, float], float]] = [
         (trained.encoder, trained.encoder.rates(), 1.0),
         (trained.readout, trained.readout_rates, (head_learning_rate or learning_rate) / learning_rate),
     ]
     for module, rates, share in parts:
-        for name, parameter in module.named_parameters():
+        for key, parameter in module.named_parameters():
             if parameter.requires_grad:
-                group = isinstance(parameter, DTensor), share * rates.get(name, 1.0)
+                group = isinstance(parameter, DTensor), offered.rate * share * rates.get(key, 1.0)
                 groups.setdefault(group, []).append(parameter)
     # If nothing is trained, one empty group remains, because an optimizer requires one.
     used = groups or {(False, 1.0): []}
     given = [{"params": found, "lr": learning_rate * scale, "scale": scale} for (_, scale), found in used.items()]
     on_gpu = any(parameter.device.type == "cuda" for parameter in trained.parameters())
-    fused = {"fused": True} if on_gpu else {"foreach": True}
-    return torch.optim.AdamW(given, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay, **fused)
+    settings = {"lr": learning_rate, "betas": betas, "epsilon": epsilon, "weight_decay": weight_decay}
+    return offered.build(given, on_gpu=on_gpu, **settings)

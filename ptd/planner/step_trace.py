@@ -21,6 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
+from ptd.checkpoint.run_state import ResumableOptimizer
 from ptd.engine.prompt_step import PromptStep
 from ptd.engine.setup import Prepared
 from ptd.inject import standing_in_for_gpu
@@ -87,7 +88,8 @@ def trace_step(
     parameters = list(step.trained.parameters())
     seen.own([parameters, list(step.trained.buffers())], "encoder")
     for group in step.optimizer.param_groups:
-        group.update(fused=on_gpu, foreach=not on_gpu)
+        if "fused" in group:  # torch's AdamW
+            group.update(fused=on_gpu, foreach=not on_gpu)
     _make_state(step.optimizer, seen)
     used = _Uses(prepared.model, weights, seen)
     seen.classify = lambda tensor: "logits" if tensor.ndim > 1 and tensor.shape[-1] == vocab_size else None
@@ -181,7 +183,7 @@ def _own(model: PreTrainedModel, seen: Allocations) -> tuple[dict[int, Weight], 
     return weights, sum(storages.values())
 
 
-def _make_state(optimizer: torch.optim.Optimizer, seen: Allocations) -> None:
+def _make_state(optimizer: ResumableOptimizer, seen: Allocations) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -280,13 +282,18 @@ def _gpu_workspaces() -> dict[Any, Callable[..., int]]:
 
 
 def _cpu_workspaces() -> dict[Any, Callable[..., int]]:
+    def adam_in_float32(name: str, gradient: Tensor, *rest: Any, **options: Any) -> int:
+        # Both moments, the scaled gradient, the denominator and its square root.
+        return 5 * 4 * gradient.numel()
+
     def in_float32(rows: Tensor, row_scale: Tensor, weight: Tensor, *rest: Any, **options: Any) -> int:
         # Both operands and the product in fp32.
         width = weight.shape[0] if rest else weight.shape[1]
         return 4 * (rows.numel() + weight.numel() + rows.shape[0] * width)
 
     fp8 = (torch.ops.ptd.fp8_linear, torch.ops.ptd.fp8_linear_input)
-    return dict.fromkeys(fp8, in_float32) | _bitsandbytes_workspaces() | _everywhere()
+    adam = _of_bitsandbytes({"optimizer_update_8bit_blockwise": adam_in_float32})
+    return dict.fromkeys(fp8, in_float32) | adam | _bitsandbytes_workspaces() | _everywhere()
 
 
 def _everywhere() -> dict[Any, Callable[..., int]]:

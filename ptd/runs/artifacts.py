@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ptd.checkpoint import Adapter, Saver, backbone_reference, save_adapter
 from ptd.checkpoint.files import writing
@@ -28,6 +27,7 @@ from ptd.config import RunConfig, TrainConfig
 from ptd.distributed.ranks import Ranks
 from ptd.engine.guard import Divergence, Guard
 from ptd.engine.loop import Astray, Stopped
+from ptd.engine.own_part import own_part
 from ptd.engine.preemption import StopRequest
 from ptd.engine.prompt_step import PromptStep
 from ptd.engine.setup import Prepared
@@ -91,8 +91,7 @@ class Artifacts:
         Raises `UserError` if the backbone or the training data differ from those of the checkpoint.
         """
         if self.settings.on_divergence == "retry":
-            tensors = self.step.tensors()
-            self._start = {name: _local(tensors[name]).to("cpu", copy=True) for name in tensors if not _moment(name)}
+            self._start = {name: own_part(value).to("cpu", copy=True) for name, value in self._values().items()}
         if self.folder.checkpoint is None:
             return 0
         facts = self.folder.facts()
@@ -300,13 +299,13 @@ class Artifacts:
         return latest_complete(root)[0]
 
     def _begin_again(self) -> None:
-        with torch.no_grad():
-            for name, tensor in self.step.tensors().items():
-                own = _local(tensor)
-                if _moment(name):
-                    own.zero_()
-                else:
-                    own.copy_(self._start[name])
+        self.step.optimizer.state.clear()  # the optimizer makes its initial state again
+        for name, value in self._values().items():
+            own_part(value).copy_(self._start[name])
+
+    def _values(self) -> dict[str, Tensor]:
+        """Return what a step changes, by name, without the optimizer's state."""
+        return {**self.step.trained.state_dict(), **self.step.loss_scale.tensors()}
 
     def keep_trained(self, number: int) -> None:
         """Write the adapter after step ``number``, before anything that may fail."""
@@ -398,13 +397,3 @@ def is_worse(result: dict[str, Any]) -> bool:
     """Return whether the held-out loss of a result is null, or above that of the backbone without a prompt."""
     alone, tuned = result.get("frozen_loss"), result.get("eval_loss", 0.0)
     return alone is not None and (tuned is None or tuned > alone)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of the tensor."""
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def _moment(name: str) -> bool:
-    """Return whether a tensor of `PromptStep.tensors` is optimizer state, which starts at zero."""
-    return name.startswith("optimizer.")

@@ -23,6 +23,7 @@ from ptd.distributed.network_meter import NetworkMeter
 from ptd.distributed.ranks import Ranks
 from ptd.engine.evaluation import HeldOut
 from ptd.engine.loss_scale import LossScale
+from ptd.engine.optimizers import OPTIMIZERS
 from ptd.engine.prompt_step import PromptStep, Trained, build_optimizer
 from ptd.engine.setup import Prepared, check_context, prepare
 from ptd.inject import check_backend, compile_layers, context_of
@@ -119,6 +120,7 @@ class RunMaterial:
 def read_material(config: RunConfig, ranks: Ranks, reporter: Reporter) -> RunMaterial:
     """Read and tokenise the run's rows. All ranks call this together. Raises `UserError`."""
     check_backend(config.backbone.attention)
+    OPTIMIZERS[config.train.optimizer].check(ranks.device.type)
     text_config = text_config_of(config.backbone)
     check_context(context_of(text_config), 0, config.data.max_length)  # `build_trained` checks it with the prompt
     tokenizer = load_tokenizer(config.backbone)
@@ -224,6 +226,7 @@ def build_step(config: RunConfig, trained: Trained, ranks: Ranks, dtype: torch.d
     """Build the step of optimizer and reduction for the trained parameters, on a backbone of this ``dtype``."""
     optimizer = build_optimizer(
         trained,
+        config.train.optimizer,
         learning_rate=config.train.learning_rate,
         head_learning_rate=config.train.head_learning_rate,
         betas=(config.train.adam_beta1, config.train.adam_beta2),

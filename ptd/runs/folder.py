@@ -114,6 +114,7 @@ def _previous(folder: Path) -> dict[str, Any] | None:
     try:
         found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         before = found["config"]
+        before["train"] = {"optimizer": "adamw", **before["train"]}  # the run may be from before the key
         # The run may be from before all methods had these keys.
         if not found.get("units") and before["method"]["name"] in FORMER_INIT:
             start = {"init": FORMER_INIT[before["method"]["name"]], "init_text": None, "init_text_file": None}

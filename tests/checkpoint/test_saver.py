@@ -17,24 +17,25 @@ from ptd.checkpoint import Saver, latest_complete, load_tensors, saver
 from ptd.checkpoint.files import write_json
 from ptd.checkpoint.run_state import checkpoints, clean, read_facts, state_tensors, step_of
 from ptd.distributed.ranks import Ranks
+from ptd.engine.optimizers import AdamW
 from ptd.types import UserError
 
 ALONE = Ranks(0, 1, 1, torch.device("cpu"))
 
 
-def make() -> tuple[nn.Module, torch.optim.AdamW]:
+def make() -> tuple[nn.Module, AdamW]:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
-    return module, torch.optim.AdamW(module.parameters())
+    return module, AdamW(module.parameters())
 
 
-def train(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def train(module: nn.Module, optimizer: AdamW) -> None:
     module(torch.ones(2, 5)).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
 
 
-def values(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def values(module: nn.Module, optimizer: AdamW) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in state_tensors(module, optimizer).items()}
 
 

@@ -91,7 +91,7 @@ def test_a_run_that_can_start(tmp_path: Path, backbone_dir: Path) -> None:
     assert list(checks) == ["run file", "output folder", "run folder", "data", "backbone", "rows", "disk space"]
     assert {check.status for check in checks.values()} == {"ok"}
     # The prefix has keys and values of 4 tokens for 2 layers with 2 heads of 8 numbers: 256 numbers.
-    assert f"{decimal_size(bytes_to_write(256, 256, 3))} needed" in checks["disk space"].found
+    assert f"{decimal_size(bytes_to_write(256, 256, 3, 8))} needed" in checks["disk space"].found
     assert not (tmp_path / "out").exists()
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ptd.config import RunConfig, load_config, parse_config
+from ptd.config import RunConfig, TrainConfig, load_config, parse_config
+from ptd.engine.optimizers import OPTIMIZERS
 from ptd.types import UserError
 
+OPTIMIZER = TrainConfig.model_fields["optimizer"].annotation
 MINIMAL = """
 backbone: {path: some/model}
 method: {name: prefix}
@@ -92,6 +94,18 @@ def test_numbers_are_read_as_people_write_them(tmp_path: Path, written: str, val
 def test_whole_scientific_numbers_are_counts(tmp_path: Path) -> None:
     assert load(tmp_path, MINIMAL, "train.max_steps=1e3").train.max_steps == 1000
     assert "max_steps" in refusal(tmp_path, MINIMAL, "train.max_steps=1e-3")
+
+
+def test_lion_has_a_default_of_its_own_which_does_not_count_as_given(tmp_path: Path) -> None:
+    adamw, eight, lion = (load(tmp_path, MINIMAL, f"train.optimizer={name}").train for name in get_args(OPTIMIZER))
+    assert (adamw.learning_rate, adamw.adam_beta2) == (eight.learning_rate, eight.adam_beta2) == (0.05, 0.999)
+    assert (lion.learning_rate, lion.adam_beta2) == (0.05, 0.99)
+    assert lion.model_fields_set == {"optimizer"}
+    assert load(tmp_path, MINIMAL, "train.optimizer=lion", "train.adam_beta2=0.999").train.adam_beta2 == 0.999
+
+
+def test_the_optimizers_of_the_run_file_are_those_of_the_engine() -> None:
+    assert list(get_args(OPTIMIZER)) == list(OPTIMIZERS)
 
 
 def test_samples_need_rows_to_answer_or_continue(tmp_path: Path) -> None:
@@ -172,6 +186,7 @@ def test_unknown_names_are_refused_with_the_nearest(tmp_path: Path, override: st
         ("train.num_train_epochs=.inf", "train.num_train_epochs: got inf"),
         ("train.adam_beta1=1", "train.adam_beta1: got 1"),
         ("train.lr_scheduler_type=cos", "train.lr_scheduler_type: got 'cos'"),
+        ("train.optimizer=adam8", "train.optimizer: got 'adam8'"),
         ("train=3", "train: got 3"),
         ("train=[1]", "train: got [1]"),
         ("backbone.dtype=float8", "backbone.dtype: got 'float8'"),
@@ -206,6 +221,7 @@ def test_wrong_types_and_values_name_their_path(tmp_path: Path, override: str, p
         (("data.max_tokens=64", "data.max_length=65"), "has to hold one sequence of max_length (65)"),
         (("data.format=text", "data.prompt_template='{a}'"), "prompt_template works with format prompt_completion"),
         (("data.format=messages", "data.columns.prompt=a"), "format messages has no field 'prompt'"),
+        (("train.optimizer=lion", "train.adam_epsilon=1e-6"), "adam_epsilon: has no effect with optimizer: lion"),
     ],
 )
 def test_impossible_combinations(tmp_path: Path, overrides: tuple[str, ...], said: str) -> None:

@@ -165,7 +165,29 @@ def test_auto_leaves_the_run_file_alone(section: dict[str, Any], key: str, value
     assert value_at(applied(automatic(section)), key) == value_at(run(), key)
 
 
+def test_lion() -> None:
+    train = applied({"optimizer": {"type": "Lion"}}).train
+    assert (train.optimizer, train.learning_rate, train.adam_beta2) == ("lion", 0.05, 0.99)
+    train = applied({"optimizer": {"type": "FusedLion", "params": {"lr": 3e-3, "betas": [0.8, 0.9]}}}).train
+    assert (train.optimizer, train.learning_rate, train.adam_beta1, train.adam_beta2) == ("lion", 3e-3, 0.8, 0.9)
+    assert applied({"optimizer": {"type": "Lion"}}, optimizer="lion", learning_rate=0.1).train.learning_rate == 0.1
+    assert "adam_epsilon: has no effect with optimizer: lion" in refusal(
+        {"optimizer": {"type": "Lion", "params": {"eps": 1e-6}}}
+    )
+    assert (
+        applied({"optimizer": {"type": "DeepSpeedCPULion", "params": {"weight_decay": 0.1}}}).train.weight_decay == 0.1
+    )
+
+
+def test_the_type_auto_leaves_the_optimizer_to_the_run_file() -> None:
+    assert applied({"optimizer": {"type": "auto", "params": {"lr": 0.1}}}, optimizer="adamw_8bit").train.optimizer == (
+        "adamw_8bit"
+    )
+
+
 CONFLICTS = [
+    ("optimizer.type", "Lion", "optimizer", "adamw"),
+    ("optimizer.type", "AdamW", "optimizer", "adamw_8bit"),
     ("train_micro_batch_size_per_gpu", 4, "per_device_train_batch_size", 8),
     ("gradient_accumulation_steps", 2, "gradient_accumulation_steps", 1),
     ("gradient_clipping", 0.5, "max_grad_norm", 1.0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -62,7 +63,8 @@ def test_output_where_nothing_can_be_written() -> None:
 
 
 def test_space_for_checkpoints(tmp_path: Path) -> None:
-    assert bytes_to_write(1000, 10, 2) == 4 * ((3 * 1000 + 10) * 3 + 3 * 10)
+    assert bytes_to_write(1000, 10, 2, 8) == 4 * ((3 * 1000 + 10) * 3 + 3 * 10)
+    assert bytes_to_write(1000, 10, 2, 2.03125) == math.ceil((6.03125 * 1000 + 40) * 3 + 3 * 40)
     free = shutil.disk_usage(tmp_path).free
     assert "needed" in check_space(tmp_path / "out", 1000)
     with pytest.raises(UserError, match=r"output_dir: .* free, but .* need .*; give a folder on another disk"):

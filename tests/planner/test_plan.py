@@ -92,12 +92,15 @@ def allocated_in_a_step(config: RunConfig) -> int:
     return most
 
 
+WIDE = {"name": "prefix", "prefix_projection": True, "encoder_hidden_size": 2000}
 CASES: dict[str, dict[str, Any]] = {
     "packed": {},
     "padded": {"data": {"packing": False}},
     "checkpointing": {"backbone": {"gradient_checkpointing": True}},
     "bfloat16": {"backbone": {"dtype": "bfloat16"}},
-    "wide projection": {"method": {"name": "prefix", "prefix_projection": True, "encoder_hidden_size": 2000}},
+    "wide projection": {"method": WIDE},
+    "wide projection, 8-bit AdamW": {"method": WIDE, "train": {"optimizer": "adamw_8bit"}},
+    "wide projection, Lion": {"method": WIDE, "train": {"optimizer": "lion"}},
     "soft tokens": {"method": {"name": "prompt", "num_virtual_tokens": 7}},
     "LSTM": {"method": {"name": "p_tuning", "num_virtual_tokens": 7}},
     "nf4": {"backbone": {"quantization": "nf4"}},
@@ -116,6 +119,23 @@ def test_a_traced_step_allocates_what_a_real_one_does(case: str, tmp_path: Path)
     config = run(tmp_path, **changes)
     trace = trace_run(config, quantization, capability=None, local_ranks=1)
     assert step_peak(trace) == pytest.approx(allocated_in_a_step(config), rel=0.1 if case == "LSTM" else 0.02)
+
+
+@pytest.mark.parametrize(("optimizer", "per_number"), [("adamw", 8), ("adamw_8bit", 2), ("lion", 4)])
+def test_the_optimizer_state_is_counted_exactly(optimizer: str, per_number: float, tmp_path: Path) -> None:
+    save_backbone(tmp_path)
+    config = run(tmp_path, method=WIDE, train={"optimizer": optimizer})
+    found = plan(config, device="cpu", memory="2GiB", alternatives=False)
+    material = make_task(config.task, config.data, "decoder")
+    trained = build_trained(config, prepare(config.backbone, Ranks(0, 1, 1, CPU)), material, None)
+    step = build_step(config, trained, Ranks(0, 1, 1, CPU), torch.float32)
+    for parameter in trained.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    step.optimizer.step()
+    held = sum(tensor.nbytes for state in step.optimizer.state.values() for tensor in state.values())
+    counts = 4 * len(step.optimizer.state)  # torch's own AdamW makes its step counts where the trace does not see them
+    assert found.own.items["optimizer"] == held - (counts if optimizer == "adamw" else 0)
+    assert held == pytest.approx(per_number * trained.count(), rel=0.1)
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4", "fp8"])
