@@ -32,8 +32,6 @@ CODE = ("data/*.py", "tasks/*.py", "config/schema.py", "types.py", "values.py")
 """The files of ptd that determine tokens, labels and reports."""
 NOT_READ = ("train", "eval", "train_split", "eval_split", "packing", "max_tokens", "cache")
 """Keys of the section ``data`` that have no effect on how given rows are tokenised."""
-PER_CALL = ("truncation", "padding")
-"""Keys of tokenizer.json that every call of a tokenizer sets again, so their values are those of the last call."""
 _ROWS_AT_ONCE = 10_000
 
 
@@ -88,13 +86,13 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     found = hashlib.sha256(json.dumps(said).encode())
     try:
         with tempfile.TemporaryDirectory(prefix="ptd-tokenizer-") as folder:
+            if tokenizer.is_fast:
+                # tokenizer.json has the truncation and padding of the last call; every call sets both again.
+                tokenizer.backend_tokenizer.no_truncation()
+                tokenizer.backend_tokenizer.no_padding()
             tokenizer.save_pretrained(folder)
             for path in _files(Path(folder)):
-                content = path.read_bytes()
-                if path.name == "tokenizer.json":
-                    saved = json.loads(content)
-                    content = json.dumps({key: saved[key] for key in saved if key not in PER_CALL}).encode()
-                _add(found, path.relative_to(folder).as_posix(), content)
+                _add(found, path.relative_to(folder).as_posix(), path.read_bytes())
     except Exception as error:  # a tokenizer may bring code of its own, and the folder for temporary files may be full
         raise CacheError(f"the tokenizer cannot be saved to compute its digest: {error}") from error
     return found.hexdigest()

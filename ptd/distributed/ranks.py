@@ -204,8 +204,8 @@ class Ranks:
 
     @property
     def first_of_node(self) -> int:
-        """The first rank of this rank's node."""
-        return self.rank - self.rank % self.local_world_size
+        """The first rank of this rank's node, as `nodes` counts them."""
+        return 0 if self.nodes == 1 else self.rank - self.rank % self.local_world_size
 
     def to_nodes(self, block: Tensor) -> None:
         """Send a CPU tensor of rank 0 to the first rank of every node, in place; the other ranks need not have it.
