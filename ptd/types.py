@@ -24,6 +24,9 @@ from ptd.errors import UserError as UserError
 IGNORE_INDEX = -100
 """Label of a position that carries no loss (the value Hugging Face and torch use)."""
 
+BLOCK = 2**18
+"""Tokens that are read at a time where all tokens of `Examples` are read."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Name in ``backbone.dtype`` -> dtype of the backbone's weights."""
 
@@ -420,6 +423,29 @@ class DataReport:
                 line += f"; {count:,} {name} truncated to the maximum length"
         return "; ".join((line, *self.notes))
 
+    def __add__(self, other: DataReport) -> DataReport:
+        """Return the report on the rows of both reports; a note or end that both have appears once."""
+        counts = {
+            name: getattr(self, name) + getattr(other, name)
+            for name in ("rows", "tokens", "supervised_tokens", "prompts_cut", "completions_cut", "texts_cut")
+        }
+        notes = tuple(dict.fromkeys((*self.notes, *other.notes)))
+        return DataReport(**counts, notes=notes, ends=tuple(sorted({*self.ends, *other.ends})))
+
+
+@dataclass(frozen=True, eq=False)
+class Summary:
+    """What is computed once from all tokens and labels of `Examples`, because it takes a pass over all of them.
+
+    ``supervised``: int32 ``[rows]``, the number of labels of each row. ``highest_token`` and ``highest_label``: the
+    largest values, at least -1. ``digest``: the result of `Examples.digest`.
+    """
+
+    supervised: np.ndarray
+    highest_token: int
+    highest_label: int
+    digest: str
+
 
 @dataclass(frozen=True, eq=False)
 class Examples:
@@ -429,8 +455,10 @@ class Examples:
     (negative: `virtual_id`). ``labels``: int32 ``[N]``, what to predict at each position, or `IGNORE_INDEX` for nothing
     (for language models the next token, so the last position of a sequence has no label). ``offsets``: int64
     ``[sequences + 1]``. ``token_types``: int8 ``[N]``, for backbones that distinguish two texts.
-    ``source``: what the encoder of an encoder-decoder reads, row for row. ``aside``: one item per row with whatever is
-    needed to turn scores back into answers.
+    ``source``: what the encoder of an encoder-decoder reads, row for row. ``aside``: arrays, by name, that the task
+    needs to turn scores back into answers. ``known``: the `summary` of arrays that are mapped from a file.
+
+    The arrays may be read-only maps of files (`ptd.data.cache`), so code that reads all of them does it in blocks.
     """
 
     tokens: np.ndarray
@@ -440,7 +468,8 @@ class Examples:
     group: int = 1
     token_types: np.ndarray | None = None
     source: Examples | None = None
-    aside: tuple[Any, ...] | None = None
+    aside: Mapping[str, np.ndarray] | None = None
+    known: Summary | None = None
 
     @classmethod
     def of_text(cls, tokens: np.ndarray, supervised: np.ndarray, offsets: np.ndarray, report: DataReport) -> Examples:
@@ -464,12 +493,41 @@ class Examples:
 
     def digest(self) -> str:
         """Return a short hash of the content: it is equal only for the same rows tokenised the same way."""
+        return self.summary.digest
+
+    @cached_property
+    def summary(self) -> Summary:
+        """The label counts, largest ids and digest. Without ``known``, they are computed in blocks of rows."""
+        if self.known is not None:
+            return self.known
+        bounds = self.offsets[:: self.group]
+        supervised = np.zeros(len(self), dtype=np.int32)
+        highest_token = highest_label = -1
+        for first, stop in self.blocks():
+            piece = slice(bounds[first], bounds[stop])
+            tokens, labels = self.tokens[piece], self.labels[piece]
+            counted = np.concatenate(([0], np.cumsum(labels != IGNORE_INDEX)))
+            supervised[first:stop] = np.diff(counted[bounds[first : stop + 1] - bounds[first]])
+            highest_token = max(highest_token, int(tokens.max(initial=-1)))
+            highest_label = max(highest_label, int(labels.max(initial=-1)))
         content = hashlib.sha256(str(self.group).encode())
-        for array in (self.tokens, self.labels, self.offsets, self.token_types):
-            content.update(b"" if array is None else array.tobytes())
+        types = [] if self.token_types is None else [self.token_types]
+        for array in (self.tokens, self.labels, self.offsets, *types):
+            for begin in range(0, len(array), BLOCK):
+                content.update(array[begin : begin + BLOCK].tobytes())
         if self.source is not None:
             content.update(self.source.digest().encode())
-        return content.hexdigest()[:16]
+        return Summary(supervised, highest_token, highest_label, content.hexdigest()[:16])
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Yield the first row and the end of consecutive blocks of rows with about `BLOCK` tokens."""
+        bounds = self.offsets[:: self.group]
+        first = 0
+        while first < len(self):
+            stop = int(np.searchsorted(bounds, bounds[first] + BLOCK, side="right")) - 1
+            stop = max(stop, first + 1)
+            yield first, stop
+            first = stop
 
     @cached_property
     def lengths(self) -> np.ndarray:

@@ -182,11 +182,12 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Make ``datasets`` use a cache folder of this session, in this process and in launched ranks."""
+    """Make ``datasets`` and ptd use cache folders of this session, in this process and in launched ranks."""
     import datasets
 
     folder = str(tmp_path_factory.mktemp("hf_cache"))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("xdg_cache")))
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
         patch.setenv("HF_DATASETS_CACHE", folder)
         yield

@@ -116,7 +116,8 @@ def answers(tuned: Tuned, rows: Any) -> list[Any]:
         return decode(tuned, prompts, Decoding(max_new_tokens=4), ranks, batch_size=4, reporter=Reporter())
     examples = tuned.task.tokenize(rows, tuned.tokenizer, what="rows", labelled=False)
     held_out = HeldOut(tuned.task, examples, rows, 4, tuned.task.data.packing, tuned.tokenizer.pad_token_id)
-    return tuned.task.answers(scores_of(held_out, tuned.prepared, tuned.readout, ranks, Reporter()), examples)
+    scores = scores_of(held_out, tuned.prepared, tuned.readout, ranks, Reporter())
+    return tuned.task.answers(scores, examples, rows)
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)

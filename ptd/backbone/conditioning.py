@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -150,7 +151,7 @@ class TextConditioner:
         parts = [side for side in (examples.source, examples) if side is not None]
         empty = 0
         while True:
-            order = list(range(len(examples)))
+            order = array("q", range(len(examples)))
             self._random.shuffle(order)
             for row in order:
                 sides = [[token for token in part[row][0].tolist() if token >= 0] for part in parts]

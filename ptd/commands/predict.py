@@ -40,7 +40,7 @@ def predict(
         scores = scores_of(held_out, tuned.prepared, tuned.readout, ranks, reporter)
         if not ranks.is_main:
             return []
-        answers = task.answers(scores, held_out.examples)
+        answers = task.answers(scores, held_out.examples, rows)
         return [_joined(row, answer) for row, answer in zip(rows.with_format(None), answers, strict=True)]
     finally:
         ranks.stop()

@@ -326,7 +326,14 @@ class DataConfig(Section):
         "`per_device_train_batch_size`",
     )
 
-    _paths = field_validator("train", "eval")(_home)
+    cache: str | None = Field(
+        None,
+        description="folder that holds the tokenised rows, so that a later start maps them into memory instead of "
+        "tokenising them again, and the ranks of a node share one copy ([many rows](your-data.md#many-rows)); `none`: "
+        "every rank holds the rows in its own memory; default: `~/.cache/ptd/rows`",
+    )
+
+    _paths = field_validator("train", "eval", "cache")(_home)
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:

@@ -1,7 +1,8 @@
 """Turn rows into tokens, and tokens into micro-batches.
 
-`load_rows` reads a file, a folder or a hub dataset. `tokenize` turns the rows into `ptd.types.Examples`. `Batches`
-assigns the examples to steps, ranks and micro-batches, and `prefetch` prepares the micro-batches in advance.
+`load_rows` reads a file, a folder or a hub dataset. `tokenize` turns the rows into `ptd.types.Examples`, piece by piece
+(`ptd.data.collecting`), in memory or in a folder (`ptd.data.cache`). `Batches` assigns the examples to steps, ranks and
+micro-batches, and `prefetch` prepares the micro-batches in advance.
 """
 
 from ptd.data.batches import Batches

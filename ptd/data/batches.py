@@ -83,8 +83,6 @@ class Batches:
         self.shuffle = shuffle
         self.pad_token_id = pad_token_id
         self.slots = world_size * gradient_accumulation_steps
-        first = examples.offsets[: -1 : examples.group]
-        self._labels = np.add.reduceat(examples.labels != IGNORE_INDEX, first, dtype=np.int64)
         # The prefetch thread and the training loop may request steps at the same time.
         self._lock = threading.RLock()
         self._plans: dict[int, EpochPlan] = {}
@@ -111,7 +109,7 @@ class Batches:
 
     def supervised_tokens(self, global_step: int) -> int:
         """Return the number of labels of the step over all ranks, the divisor of the sum of its losses."""
-        return int(self._labels[self._rows(global_step)].sum())
+        return int(self.examples.summary.supervised[self._rows(global_step)].sum(dtype=np.int64))
 
     def step(self, global_step: int) -> list[Batch]:
         """Return this rank's micro-batches of the step: always ``gradient_accumulation_steps`` of them.

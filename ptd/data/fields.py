@@ -15,14 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ptd.data.collecting import ROWS_PER_PIECE
 from ptd.types import UserError
 from ptd.values import is_blank, is_missing
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-_ROWS_AT_ONCE = 1000
 
 TEXT, TEXT_OR_NUMBER = "text", "text or a number"
 
@@ -54,8 +53,8 @@ def field_chunks(rows: Dataset, fields: Mapping[str, Column], what: str) -> Iter
             check_column(rows, field, column.name, what)
     present = {field: column for field, column in fields.items() if column.name in rows.column_names}
     rows = rows.select_columns(sorted({column.name for column in present.values()})).with_format(None)
-    for begin in range(0, len(rows), _ROWS_AT_ONCE):
-        piece = rows[begin : begin + _ROWS_AT_ONCE]
+    for begin in range(0, len(rows), ROWS_PER_PIECE):
+        piece = rows[begin : begin + ROWS_PER_PIECE]
         yield (
             begin + 1,
             {

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ptd.config import DataConfig
 from ptd.data.checks import ROWS, notes_on_rows
+from ptd.data.collecting import ROWS_PER_PIECE, Columns, InMemory, Pieces, batched, collect
 from ptd.data.filling import special_affixes
 from ptd.data.prompts import PromptFindings, Written, written
 from ptd.data.templates import marks_of
@@ -23,7 +25,13 @@ if TYPE_CHECKING:
 
 
 def tokenize(
-    rows: Dataset, config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, max_length: int, what: str
+    rows: Dataset,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    what: str,
+    columns: Columns = InMemory,
 ) -> Examples:
     """Tokenise all rows in ``config.format``; ``what`` names the rows in messages ("row 3 of ``what`` …").
 
@@ -37,15 +45,31 @@ def tokenize(
     without any, the last token of the prompt). Virtual tokens are never cut.
 
     The report describes where training on the first rows differs from what inference sends, and names the tokens that
-    end the texts. Raises `UserError`, naming the row, if a row cannot be used.
+    end the texts. ``columns``: where the arrays are stored. Raises `UserError`, naming the row, for a row that cannot
+    be used.
     """
     _check_room(config, tokenizer, max_length)
+    return collect(_pieces(rows, config, tokenizer, max_length, what), columns)
+
+
+def _pieces(
+    rows: Dataset, config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, what: str
+) -> Pieces:
+    found, first = PromptFindings(), list[Written]()
+    for some in batched(written(rows, config, tokenizer, what, found), ROWS_PER_PIECE):
+        first += some[: ROWS - len(first)]
+        yield _piece(some, max_length)
+    again = written(rows.select(range(len(first))), config, tokenizer, what, PromptFindings())
+    asked = [row.prompt for row in again]
+    notes = notes_on_rows(first, asked, tokenizer, what=what, continues=config.format != "text")
+    notes = [*found.notes(tokenizer.eos_token), *notes]
+    yield DataReport(0, 0, 0, notes=tuple(notes), ends=tuple(sorted(found.ends)))
+
+
+def _piece(rows: Sequence[Written], max_length: int) -> Examples:
     tokens, supervised, offsets = array("i"), bytearray(), array("q", [0])
     prompts_cut = completions_cut = 0
-    found, first = PromptFindings(), list[Written]()
-    for row in written(rows, config, tokenizer, what, found):
-        if len(first) < ROWS:
-            first.append(row)
+    for row in rows:
         whole = row.prompt + row.completion
         ids, mask, prompt_cut, completion_cut = _fit(whole, row.learned, len(row.prompt), row.leading, max_length)
         prompts_cut += prompt_cut
@@ -55,18 +79,7 @@ def tokenize(
         supervised[offsets[-1]] = 0
         offsets.append(len(tokens))
     learned = np.frombuffer(supervised, dtype=bool)
-    again = written(rows.select(range(len(first))), config, tokenizer, what, PromptFindings())
-    asked = [row.prompt for row in again]
-    notes = notes_on_rows(first, asked, tokenizer, what=what, continues=config.format != "text")
-    report = DataReport(
-        len(rows),
-        len(tokens),
-        int(learned.sum()),
-        prompts_cut,
-        completions_cut,
-        notes=(*found.notes(tokenizer.eos_token), *notes),
-        ends=tuple(sorted(found.ends)),
-    )
+    report = DataReport(len(rows), len(tokens), int(learned.sum()), prompts_cut, completions_cut)
     return Examples.of_text(
         np.frombuffer(tokens, dtype=np.int32), learned, np.frombuffer(offsets, dtype=np.int64), report
     )

@@ -46,7 +46,7 @@ def first_fit_starts(lengths: np.ndarray, slots: int, max_tokens: int) -> np.nda
     """Return where each step begins if steps are filled by `first_fit`: int64 ``[steps + 1]``, the last the end."""
     starts = [0]
     loads = np.zeros(slots, dtype=np.int64)
-    for index, length in enumerate(lengths.tolist()):
+    for index, length in enumerate(map(int, lengths)):  # no list: an epoch may have millions of rows
         fits = loads <= max_tokens - length
         slot = int(fits.argmax())
         if not fits[slot]:

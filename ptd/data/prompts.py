@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ptd.config import DataConfig, fields_of
 from ptd.data.chat import Chat, Talk, Turn
+from ptd.data.collecting import ROWS_PER_PIECE
 from ptd.data.continuations import Reader, continuations
 from ptd.data.fields import TEXT, Column, cell, check_column
 from ptd.data.filling import affixed, encode, fill, special_affixes
@@ -24,8 +25,6 @@ from ptd.types import UserError
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-_ROWS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -218,7 +217,7 @@ class _Chunk:
 def _chunks(
     rows: Dataset, config: DataConfig, tokenizer: PreTrainedTokenizerBase, what: str
 ) -> Iterator[tuple[int, _Chunk]]:
-    """Yield up to `_ROWS_AT_ONCE` checked rows at a time, with the first row's number (from 1)."""
+    """Yield up to `ROWS_PER_PIECE` checked rows at a time, with the first row's number (from 1)."""
     fields = fields_of("causal_lm", config.format)
     columns = {
         field: Column(
@@ -235,8 +234,8 @@ def _chunks(
         check_column(rows, field, column.name, what)
     used = {*(column.name for column in columns.values()), *(template.fields if template is not None else ())}
     rows = rows.select_columns(sorted(used)).with_format(None)
-    for begin in range(0, len(rows), _ROWS_AT_ONCE):
-        piece = rows[begin : begin + _ROWS_AT_ONCE]
+    for begin in range(0, len(rows), ROWS_PER_PIECE):
+        piece = rows[begin : begin + ROWS_PER_PIECE]
         chunk = {
             field: [cell(value, column, row, what) for row, value in enumerate(piece[column.name], begin + 1)]
             for field, column in columns.items()

@@ -24,7 +24,7 @@ from typing import Any, TextIO
 import datasets
 from datasets import Dataset, DatasetDict, Features, Json, Value, load_dataset
 
-from ptd.files import as_path, open_text
+from ptd.files import as_path, open_text, write_text
 from ptd.types import UserError
 
 Row = dict[str, Any]
@@ -210,14 +210,9 @@ def _to_commas(path: Path, separator: str) -> str:
 
 def _from_reader(reader: Callable[[Path, str], Iterator[Row]]) -> Callable[[Path, str], Dataset]:
     def load(path: Path, what: str) -> Dataset:
-        # A first pass raises the errors of the file with their lines, and finds the columns of all rows.
-        textual: dict[str, bool] = {}
-        for row in reader(path, what):
-            for key, value in row.items():
-                textual[key] = textual.get(key, True) and (value is None or isinstance(value, str))
-        if not textual:
-            raise UserError(_no_rows(path, what))
-        identity = json.dumps([_state_of(path), textual, "v3"])
+        state = [*_state_of(path), "v3"]
+        textual = _columns_of(path, state, reader, what)
+        identity = json.dumps([state, textual])
         return _guarded(
             lambda: Dataset.from_generator(
                 _typed_rows,
@@ -229,6 +224,30 @@ def _from_reader(reader: Callable[[Path, str], Iterator[Row]]) -> Callable[[Path
         )
 
     return load
+
+
+def _columns_of(
+    path: Path, state: list[Any], reader: Callable[[Path, str], Iterator[Row]], what: str
+) -> dict[str, bool]:
+    """Return for each column of a file whether it has only text and missing values.
+
+    This takes a pass over all rows, which raises the errors of the file with their lines. The result is stored next to
+    the rows in the cache of ``datasets``, so the next start with the same ``state`` of the file does without the pass.
+    """
+    name = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
+    store = Path(datasets.config.HF_DATASETS_CACHE) / "ptd-columns" / f"{name}.json"
+    with contextlib.suppress(OSError, ValueError):
+        stored: dict[str, bool] = json.loads(store.read_text(encoding="utf-8"))
+        return stored
+    found: dict[str, bool] = {}
+    for row in reader(path, what):
+        for key, value in row.items():
+            found[key] = found.get(key, True) and (value is None or isinstance(value, str))
+    if not found:
+        raise UserError(_no_rows(path, what))
+    with contextlib.suppress(UserError):  # the rows themselves do not need it
+        write_text(store, json.dumps(found), "HF_DATASETS_CACHE")
+    return found
 
 
 def _typed_rows(reader: Callable[[Path, str], Iterator[Row]], path: Path, textual: dict[str, bool]) -> Iterator[Row]:

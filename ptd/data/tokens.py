@@ -40,8 +40,11 @@ def check_ids(
         return
     check_special(tokenizer, embeddings)
     for side in (examples, examples.source):
-        if side is not None:
-            for ids in (side.tokens, *((side.labels,) if writes else ())):
+        if side is None:
+            continue
+        found = side.summary
+        for ids, highest in ((side.tokens, found.highest_token), (side.labels, found.highest_label if writes else -1)):
+            if highest >= embeddings:
                 _check(ids, side.offsets[:: side.group], tokenizer, embeddings, what)
 
 

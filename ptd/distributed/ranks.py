@@ -202,6 +202,21 @@ class Ranks:
             raise outcome[1]
         return cast(T, outcome[0])
 
+    @property
+    def first_of_node(self) -> int:
+        """The first rank of this rank's node, as `nodes` counts them."""
+        return 0 if self.nodes == 1 else self.rank - self.rank % self.local_world_size
+
+    def to_nodes(self, block: Tensor) -> None:
+        """Send a CPU tensor of rank 0 to the first rank of every node, in place; the other ranks need not have it.
+
+        Every rank calls this together, with a tensor of the same shape and dtype.
+        """
+        if self.nodes > 1:
+            group = self._counterparts
+            if self.rank == self.first_of_node:
+                dist.broadcast(block, src=0, group=group)
+
     @cached_property
     def _notes(self) -> Store:
         if self.world_size == 1:

@@ -70,7 +70,8 @@ def evaluate_held_out(
     if task.generates:
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "supervised_tokens": supervised}
     labelling = task
-    metrics = ranks.on_main(lambda: labelling.metrics(labelling.answers(scores, held_out.examples), held_out.rows))
+    rows = held_out.rows
+    metrics = ranks.on_main(lambda: labelling.metrics(labelling.answers(scores, held_out.examples, rows), rows))
     return {"loss": loss, **metrics, "rows": held_out.examples.report.rows}
 
 

@@ -356,7 +356,7 @@ class Artifacts:
                 "backbone_config": resolved["backbone"],
                 "method": resolved["method"],
                 "task": self.task.facts(),
-                "data": resolved["data"],
+                "data": {key: value for key, value in resolved["data"].items() if key != "cache"},
                 "training": {**learned, "evaluation": metrics},
                 "versions": versions(),
             },

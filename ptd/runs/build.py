@@ -28,7 +28,8 @@ from ptd.engine.prompt_step import PromptStep, Trained, build_optimizer
 from ptd.engine.setup import Prepared, check_context, prepare
 from ptd.inject import check_backend, compile_layers, context_of
 from ptd.methods import TaskFacts, method
-from ptd.tasks import Task, make_task
+from ptd.runs.shared_rows import Tokenising, share_examples
+from ptd.tasks import Task, identity, make_task
 from ptd.tasks.labels import some
 from ptd.types import Examples, Reporter, UserError
 
@@ -79,17 +80,20 @@ class _Source:
         split = self.config.train_split if which == "train" else self.config.eval_split
         rows: Any = None
 
-        def read() -> tuple[Task, Examples]:
+        def load() -> Task:
             nonlocal rows
             rows = load_rows(source, split, what=f"data.{which}")
-            fitted = task.fit(rows, source) if learn else task
-            examples = fitted.tokenize(rows, self.tokenizer, what=source)
-            check_ids(examples, self.tokenizer, self.embeddings, source, writes=task.generates)
-            return fitted, examples
+            return task.fit(rows, source) if learn else task
 
-        task, examples = self.ranks.on_main(read)
+        fitted = self.ranks.on_main(load)
+        job = Tokenising(
+            make=lambda columns: fitted.tokenize(rows, self.tokenizer, what=source, columns=columns),
+            identify=lambda: identity(fitted, rows, self.tokenizer),
+        )
+        examples = share_examples(job, self.config.cache, self.ranks, self.reporter)
+        self.ranks.on_main(lambda: check_ids(examples, self.tokenizer, self.embeddings, source, writes=task.generates))
         self.reporter.note(f"data.{which}: {examples.report}")
-        return task, examples, rows
+        return fitted, examples, rows
 
 
 def check_metric(config: RunConfig, task: Task) -> None:

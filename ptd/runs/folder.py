@@ -31,7 +31,7 @@ FREE_TO_CHANGE = {
         "offload",
         "offload_folder",
     },
-    "data": {"eval", "eval_split"},
+    "data": {"eval", "eval_split", "cache"},
     "train": {
         "logging_steps",
         "eval_steps",

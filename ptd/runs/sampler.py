@@ -151,7 +151,7 @@ class Answers:
         scores = scores_of(few, prepared, self.tuned.readout, self.ranks, self.reporter)
         if not self.ranks.is_main:
             return []
-        found = self.task.samples(self.task.answers(scores, few.examples), few.rows)
+        found = self.task.samples(self.task.answers(scores, few.examples, few.rows), few.rows)
         return [
             replace(each, prompt=_short(each.prompt), reference=_short(each.reference), text=_short(each.text))
             for each in found

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from torch import Tensor
 
 from ptd.config import DataConfig, TaskConfig
+from ptd.data.collecting import Columns, InMemory
+from ptd.data.identity import key_of
 from ptd.readouts import Readout
 from ptd.types import Architecture, Examples, HeadSettings, Output, Sample
 
@@ -25,11 +27,12 @@ if TYPE_CHECKING:
 class _Common(Protocol):
     """The interface of every kind of task.
 
-    ``data``: how the rows are read. ``labels``: the names that a prediction chooses from (none for text).
-    ``virtual_tokens``: the number of virtual tokens that ``{v:n}`` marks place in its sequences. ``cloze``: labels are
-    predicted as words of the language model.
+    ``config`` and ``data``: the sections ``task`` and ``data`` of the run. ``labels``: the names that a prediction
+    chooses from (none for text). ``virtual_tokens``: the number of virtual tokens that ``{v:n}`` marks place in its
+    sequences. ``cloze``: labels are predicted as words of the language model.
     """
 
+    config: TaskConfig
     data: DataConfig
     output: Output
     labels: tuple[str, ...]
@@ -46,9 +49,18 @@ class _Common(Protocol):
         ...
 
     def tokenize(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, what: str, labelled: bool = True
+        self,
+        rows: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        what: str,
+        labelled: bool = True,
+        columns: Columns = InMemory,
     ) -> Examples:
-        """Return all rows as sequences; without ``labelled`` the rows' labels are neither needed nor read."""
+        """Return all rows as sequences; without ``labelled`` the rows' labels are neither needed nor read.
+
+        ``columns``: where the arrays are stored while they grow (`ptd.data.collecting`).
+        """
         ...
 
     def readout(self, tokenizer: PreTrainedTokenizerBase, hidden_size: int, head: HeadSettings) -> Readout:
@@ -91,7 +103,7 @@ class LabellingTask(_Common, Protocol):
 
     generates: Literal[False]
 
-    def answers(self, scores: Sequence[Tensor], examples: Examples) -> list[dict[str, Any]]:
+    def answers(self, scores: Sequence[Tensor], examples: Examples, rows: Dataset) -> list[dict[str, Any]]:
         """Return the answer to each row of the data, as ``ptd predict`` writes it."""
         ...
 
@@ -108,6 +120,18 @@ Task = WritingTask | LabellingTask
 TEXT_METRICS = ("loss", "perplexity")
 LOWER_IS_BETTER = frozenset(TEXT_METRICS)
 """The only metrics for which lower is better; `ptd.engine.evaluation` computes them."""
+
+
+def identity(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the digest of all that determines the result of ``task.tokenize`` on these rows."""
+    settings = {
+        "config": task.config.model_dump(mode="json"),
+        "labels": task.labels,
+        "output": task.output,
+        "virtual_tokens": task.virtual_tokens,
+        "cloze": task.cloze,
+    }
+    return key_of(rows, tokenizer, settings, task.data, type(task))
 
 
 _KINDS: dict[str, Callable[[TaskConfig, DataConfig, Architecture], Task]] = {}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ptd.config import DataConfig, TaskConfig
 from ptd.data import marks_of, prompts_and_references, tokenize
 from ptd.data.chat import Chat, common_system
+from ptd.data.collecting import Columns, InMemory
 from ptd.data.typed import how_typed, typed
 from ptd.readouts.language_model import LanguageModel
 from ptd.tasks import TEXT_METRICS, register
@@ -40,9 +41,15 @@ class CausalLM:
         return self if system is None else CausalLM(self.config.model_copy(update={"system": system}), self.data)
 
     def tokenize(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, what: str, labelled: bool = True
+        self,
+        rows: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        what: str,
+        labelled: bool = True,
+        columns: Columns = InMemory,
     ) -> Examples:
-        return tokenize(rows, self.data, tokenizer, max_length=self.data.max_length, what=what)
+        return tokenize(rows, self.data, tokenizer, max_length=self.data.max_length, what=what, columns=columns)
 
     def readout(self, tokenizer: PreTrainedTokenizerBase, hidden_size: int, head: HeadSettings) -> LanguageModel:
         return LanguageModel()

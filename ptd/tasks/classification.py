@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ptd.config import DataConfig, TaskConfig
 from ptd.data import marks_of
+from ptd.data.collecting import Columns, InMemory, Pieces, collect
 from ptd.data.fields import Column, field_chunks
 from ptd.data.templates import Mask, Text, parse_templates
 from ptd.readouts import Readout
@@ -71,23 +72,34 @@ class Classification:
         return Classification(learned, self.data, self.architecture)
 
     def tokenize(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, what: str, labelled: bool = True
+        self,
+        rows: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        what: str,
+        labelled: bool = True,
+        columns: Columns = InMemory,
     ) -> Examples:
         """Return the rows as sequences; over ``data.max_length`` tokens the longest field (or text) loses its end."""
         assert self.labels, "fit comes first"
-        targets = self._targets(rows, what) if labelled else [0] * len(rows)
-        laid = self._layout(rows, tokenizer, what)
-        offsets = np.cumsum([0, *map(len, laid.sequences)], dtype=np.int64)
-        tokens = np.fromiter(chain.from_iterable(laid.sequences), dtype=np.int32, count=offsets[-1])
-        labels = np.full_like(tokens, IGNORE_INDEX)
-        group = len(laid.sequences) // len(rows)
-        for number, (begin, read) in enumerate(zip(offsets[:-1], laid.read, strict=True)):
-            labels[begin + read.start : begin + read.stop] = targets[number // group]
-        report = DataReport(len(rows), len(tokens), sum(map(len, laid.read)), texts_cut=laid.cut)
-        types = None
-        if laid.types is not None:
-            types = np.fromiter(chain.from_iterable(laid.types), dtype=np.int8, count=len(tokens))
-        return Examples(tokens, labels, offsets, report, group, types)
+        return collect(self._pieces(rows, tokenizer, what, labelled), columns)
+
+    def _pieces(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, what: str, labelled: bool) -> Pieces:
+        targets = self._targets(rows, what) if labelled else repeat(0)
+        for laid in self._layout(rows, tokenizer, what):
+            offsets = np.cumsum([0, *map(len, laid.sequences)], dtype=np.int64)
+            tokens = np.fromiter(chain.from_iterable(laid.sequences), dtype=np.int32, count=offsets[-1])
+            labels = np.full_like(tokens, IGNORE_INDEX)
+            group = len(laid.sequences) // laid.rows
+            target = 0
+            for number, (begin, read) in enumerate(zip(offsets[:-1], laid.read, strict=True)):
+                target = target if number % group else next(targets)
+                labels[begin + read.start : begin + read.stop] = target
+            report = DataReport(laid.rows, len(tokens), sum(map(len, laid.read)), texts_cut=laid.cut)
+            types = None
+            if laid.types is not None:
+                types = np.fromiter(chain.from_iterable(laid.types), dtype=np.int8, count=len(tokens))
+            yield Examples(tokens, labels, offsets, report, group, types)
 
     def readout(self, tokenizer: PreTrainedTokenizerBase, hidden_size: int, head: HeadSettings) -> Readout:
         given = self.config.class_weights
@@ -100,7 +112,7 @@ class Classification:
         pooling = _POOLING[self.architecture] if head.pooling == "auto" else head.pooling
         return PooledClassifier(Head(hidden_size, len(self.labels), head.hidden_sizes), pooling, weights)
 
-    def answers(self, scores: Sequence[Tensor], examples: Examples) -> list[dict[str, Any]]:
+    def answers(self, scores: Sequence[Tensor], examples: Examples, rows: Dataset) -> list[dict[str, Any]]:
         """Return each row's ``label`` and the ``probabilities`` of all labels."""
         found = []
         for row in scores:
@@ -149,13 +161,13 @@ class Classification:
             for row, value in enumerate(chunk["label"], first):
                 yield row, name_at(value, names, f"row {row} of {what}: {column!r}"), value
 
-    def _targets(self, rows: Dataset, what: str) -> list[int]:
+    def _targets(self, rows: Dataset, what: str) -> Iterator[int]:
+        """Yield the number of each row's label."""
         index = {label: number for number, label in enumerate(self.labels)}
-        return [
-            number_of(name, index, f"row {row} of {what} has the label") for row, name, _ in self._names(rows, what)
-        ]
+        for row, name, _ in self._names(rows, what):
+            yield number_of(name, index, f"row {row} of {what} has the label")
 
-    def _layout(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, what: str) -> Laid:
+    def _layout(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, what: str) -> Iterator[Laid]:
         limit = self.data.max_length
         if self.templates:
             variants = self._plan(tokenizer)[0] if self.cloze else None

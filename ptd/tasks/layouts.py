@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Laid:
-    """The sequences of all rows, row by row; the positions that are read in each; the number of rows that were cut.
+    """The sequences of some consecutive ``rows``, row by row; the positions that are read in each; how many were cut.
 
-    ``types``: token types, if the tokenizer distinguishes two texts with them.
+    ``types``: token types, if the tokenizer distinguishes two texts with them in any of these rows.
     """
 
+    rows: int
     sequences: list[list[int]]
     read: list[range]
     cut: int
@@ -37,16 +38,13 @@ def text_sequences(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     what: str,
-) -> Laid:
-    """Return one sequence per row, read at its first position: the tokenizer's encoding of ``text`` (and ``pair``).
+) -> Iterator[Laid]:
+    """Yield one sequence per row, read at its first position: the tokenizer's encoding of ``text`` (and ``pair``).
 
     ``fields``: field -> column; the column of ``pair`` is optional unless ``pair_given``. In a sequence over
     ``max_length`` tokens the longer text loses its end. Raises `UserError` for rows that are not text or have no
     tokens.
     """
-    sequences: list[list[int]] = []
-    types: list[list[int]] = []
-    cut = 0
     columns = {field: Column(name, may_lack=field == "pair" and not pair_given) for field, name in fields.items()}
     for first, chunk in field_chunks(rows, columns, what):
         texts = [chunk[field] for field in ("text", "pair") if field in chunk]
@@ -56,16 +54,16 @@ def text_sequences(
         with cut_on_the_right(tokenizer):
             encoded = tokenizer(*texts, truncation=True, max_length=max_length, return_attention_mask=False)
         ids = encoded["input_ids"]
+        cut = 0
         full = [place for place, row in enumerate(ids) if len(row) == max_length]
         if full:
             whole = tokenizer(*([column[place] for place in full] for column in texts), verbose=False)["input_ids"]
-            cut += sum(len(row) > max_length for row in whole)
+            cut = sum(len(row) > max_length for row in whole)
         for row, found in enumerate(ids, first):
             if not found:
                 raise UserError(f"row {row} of {what} has no tokens; remove the row")
-        sequences += ids
-        types += encoded.get("token_type_ids") or [[0] * len(row) for row in ids]
-    return Laid(sequences, [range(1)] * len(sequences), cut, types if any(map(any, types)) else None)
+        types = encoded.get("token_type_ids") or []
+        yield Laid(len(ids), ids, [range(1)] * len(ids), cut, types if any(map(any, types)) else None)
 
 
 def pattern_sequences(
@@ -77,8 +75,8 @@ def pattern_sequences(
     what: str,
     *,
     cut_tail: bool,
-) -> Laid:
-    """Return one sequence per row and variant, read at the mask; without ``variants``, one per row and pattern.
+) -> Iterator[Laid]:
+    """Yield one sequence per row and variant, read at the mask; without ``variants``, one per row and pattern.
 
     A sequence without variants is read at its first position. All variants of a pattern see the same text, cut so that
     the longest variant fits. ``cut_tail``: a causal model reads the pattern up to its mask, without closing special
@@ -97,8 +95,6 @@ def pattern_sequences(
         max((len(variant.inserted) for variant in variants or () if variant.pattern == number), default=0)
         for number in range(len(templates))
     ]
-    laid = Laid([], [], 0)
-    cut = 0
     for first, chunk in field_chunks(rows, columns, what):
         filled = [
             fill(
@@ -111,8 +107,9 @@ def pattern_sequences(
             )
             for template, width in zip(templates, widest, strict=True)
         ]
-        cut += max(rows_cut for _, rows_cut in filled)  # nearly always the longest pattern cuts these rows as well
-        for row in range(len(filled[0][0])):
+        cut = max(rows_cut for _, rows_cut in filled)  # nearly always the longest pattern cuts these rows as well
+        laid = Laid(len(filled[0][0]), [], [], cut)
+        for row in range(laid.rows):
             of_row = [made[row] for made, _ in filled]
             found = (
                 [(ids, range(1)) for ids in of_row]
@@ -127,4 +124,4 @@ def pattern_sequences(
                     )
                 laid.sequences.append(ids)
                 laid.read.append(read)
-    return Laid(laid.sequences, laid.read, cut)
+        yield laid

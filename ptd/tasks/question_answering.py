@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ptd.config import DataConfig, TaskConfig
+from ptd.data.collecting import Columns, InMemory, Pieces, collect
 from ptd.data.fields import Column, cut_on_the_right, field_chunks
 from ptd.readouts.spans import CANDIDATE, END, START, Spans
 from ptd.tasks import register
@@ -42,13 +43,13 @@ NONE = "(no answer)"
 class ContextWindow:
     """A row of the examples: its row of the data (from 0), the context, and the context's tokens in the window.
 
-    ``offsets`` int32 ``[candidates, 2]``: the range of characters of each candidate; the range of the first candidate,
-    which stands for "no answer", is empty.
+    ``characters`` int32 ``[candidates, 2]``: the range of characters of each candidate; the range of the first
+    candidate, which stands for "no answer", is empty.
     """
 
     row: int
     context: str
-    offsets: np.ndarray
+    characters: np.ndarray
 
 
 class QuestionAnswering:
@@ -75,18 +76,29 @@ class QuestionAnswering:
         return self
 
     def tokenize(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, what: str, labelled: bool = True
+        self,
+        rows: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        what: str,
+        labelled: bool = True,
+        columns: Columns = InMemory,
     ) -> Examples:
         """Return windows ``question, context`` of up to ``max_length`` tokens, with the tokenizer's special tokens.
 
         Labels: ``CANDIDATE``, ``START`` and ``END`` (`ptd.readouts.spans`) at the window's first token and at the
-        tokens of the context. Without ``labelled``, the answer of every window is its first token.
+        tokens of the context. Without ``labelled``, the answer of every window is its first token. The arrays ``row``
+        (per window), ``begin`` and ``end`` (per candidate) are those of `windows`.
         """
+        return collect(self._pieces(rows, tokenizer, what, labelled), columns)
+
+    def _pieces(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, what: str, labelled: bool) -> Pieces:
         split = window_splitter(tokenizer, self.data.max_length, self.config.doc_stride)
         fields = self.fields if labelled else {name: self.fields[name] for name in ("question", "context")}
-        tokens, types, labels, offsets = array("i"), array("b"), array("i"), array("q", [0])
-        aside: list[ContextWindow] = []
+        takes_types = "token_type_ids" in tokenizer.model_input_names
         for first, chunk in field_chunks(rows, fields, what):
+            tokens, types, labels, offsets = array("i"), array("b"), array("i"), array("q", [0])
+            row_of, begins, ends = array("i"), array("i"), array("i")
             places = [f"row {row} of {what}" for row in range(first, first + len(chunk["context"]))]
             for index, ids, type_ids, in_context, spans in split(chunk["question"], chunk["context"], places):
                 context = chunk["context"][index]
@@ -102,40 +114,55 @@ class QuestionAnswering:
                 types.extend(type_ids)
                 labels.extend(targets.tolist())
                 offsets.append(len(tokens))
-                aside.append(ContextWindow(first - 1 + index, context, np.array([(0, 0), *spans], dtype=np.int32)))
-        label_array = np.frombuffer(labels, dtype=np.int32)
-        type_array = np.frombuffer(types, dtype=np.int8)
-        takes_types = "token_type_ids" in tokenizer.model_input_names
-        return Examples(
-            np.frombuffer(tokens, dtype=np.int32),
-            label_array,
-            np.frombuffer(offsets, dtype=np.int64),
-            DataReport(len(rows), len(tokens), int((label_array != IGNORE_INDEX).sum())),
-            token_types=type_array if takes_types and type_array.any() else None,
-            aside=tuple(aside),
-        )
+                row_of.append(first - 1 + index)
+                begins.extend([0, *(begin for begin, _ in spans)])
+                ends.extend([0, *(end for _, end in spans)])
+            label_array = np.frombuffer(labels, dtype=np.int32)
+            type_array = np.frombuffer(types, dtype=np.int8)
+            aside = {"row": row_of, "begin": begins, "end": ends}
+            yield Examples(
+                np.frombuffer(tokens, dtype=np.int32),
+                label_array,
+                np.frombuffer(offsets, dtype=np.int64),
+                DataReport(len(places), len(tokens), int((label_array != IGNORE_INDEX).sum())),
+                token_types=type_array if takes_types and type_array.any() else None,
+                aside={name: np.frombuffer(values, dtype=np.int32) for name, values in aside.items()},
+            )
+
+    def windows(self, examples: Examples, rows: Dataset) -> Iterator[ContextWindow]:
+        """Yield the window of each row of the examples; ``rows``: the rows of the data."""
+        assert examples.aside is not None
+        row_of, begins, ends = (examples.aside[name] for name in ("row", "begin", "end"))
+        stops = np.cumsum(examples.summary.supervised, dtype=np.int64)
+        column = {"context": self.fields["context"]}
+        contexts = (context for _, chunk in field_chunks(rows, column, "the data") for context in chunk["context"])
+        context, current, start = "", -1, 0
+        for row, stop in zip(row_of.tolist(), stops.tolist(), strict=True):
+            while current < row:
+                context, current = next(contexts), current + 1
+            yield ContextWindow(row, context, np.stack([begins[start:stop], ends[start:stop]], axis=1))
+            start = stop
 
     def readout(self, tokenizer: PreTrainedTokenizerBase, hidden_size: int, head: HeadSettings) -> Spans:
         if head.pooling != "auto":
             raise UserError(f"method.pooling: {head.pooling} has no effect on task.kind question_answering; remove it")
         return Spans(hidden_size, head.hidden_sizes)
 
-    def answers(self, scores: Sequence[Tensor], examples: Examples) -> list[dict[str, Any]]:
+    def answers(self, scores: Sequence[Tensor], examples: Examples, rows: Dataset) -> list[dict[str, Any]]:
         """Return one answer per row of the *data*: ``answer`` ("" for none) and ``score``, its probability.
 
         The probability is that within a window. The most probable span of all windows is the answer, unless "no answer"
         is more probable in every window: its score is the lowest over the windows (the official evaluation of SQuAD
         2.0, with probabilities instead of logits).
         """
-        assert examples.aside is not None
         best: dict[int, tuple[float, str]] = {}
         null: dict[int, float] = {}
-        for window, logits in zip(examples.aside, scores, strict=True):
+        for window, logits in zip(self.windows(examples, rows), scores, strict=True):
             log_probs = logits.double().log_softmax(dim=0)
             null[window.row] = min(null.get(window.row, 0.0), float(log_probs[0].sum()))
             score, start, end = best_span(log_probs[1:], self.config.max_answer_length)
             if score > best.get(window.row, (-np.inf, ""))[0]:
-                begin, stop = window.offsets[start + 1][0], window.offsets[end + 1][1]
+                begin, stop = window.characters[start + 1][0], window.characters[end + 1][1]
                 best[window.row] = score, window.context[begin:stop]
         found = []
         for row, without in null.items():

@@ -7,8 +7,8 @@ special tokens. The decoder learns the completion as the tokenizer writes target
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from ptd.config import DataConfig, TaskConfig
 from ptd.data import marks_of
 from ptd.data.checks import ROWS, notes_on_texts
+from ptd.data.collecting import Columns, InMemory, Pieces, collect
 from ptd.data.continuations import Reader
 from ptd.data.fields import TEXT_OR_NUMBER, Column, check_column, cut_on_the_right, field_chunks
 from ptd.data.filling import affixed, encode, fill, special_affixes
@@ -47,7 +48,13 @@ class Seq2SeqLM:
         return self
 
     def tokenize(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, what: str, labelled: bool = True
+        self,
+        rows: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        what: str,
+        labelled: bool = True,
+        columns: Columns = InMemory,
     ) -> Examples:
         """Return the examples. ``source``: the prompts; ``labels``: the completions; ``tokens``: these, shifted right.
 
@@ -58,36 +65,30 @@ class Seq2SeqLM:
         Prompts are cut on the right to ``max_length`` (their fields, not the template's own text), completions to
         ``max_target_length``; special and virtual tokens stay.
         """
+        return collect(self._pieces(rows, tokenizer, what, labelled), columns)
+
+    def _pieces(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, what: str, labelled: bool) -> Pieces:
         language = target_language(tokenizer)
         start = next(token for token in (language, tokenizer.pad_token_id, 0) if token is not None)
         limit = self.data.max_target_length or self.data.max_length
-        sources, targets = _Side(), _Side()
-        prompts_cut = completions_cut = 0
         first_texts: list[str] = []
-        for first, prompts, cut, completions in _chunks(
+        for first, prompts, prompts_cut, completions in _chunks(
             rows, self.data, tokenizer, self.data.max_length, what, labelled
         ):
-            prompts_cut += cut
-            encoded, cut = target_tokens(completions, tokenizer, limit) if labelled else ([[]] * len(prompts), 0)
-            completions_cut += cut
+            empty = next((row for row, prompt in enumerate(prompts, first) if not prompt), None)
+            if empty is not None:
+                raise UserError(
+                    f"row {empty} of {what} has a prompt without tokens, but the encoder needs at least one; fill in "
+                    "the prompt or remove the row"
+                )
+            targets, cut = target_tokens(completions, tokenizer, limit) if labelled else ([[]] * len(prompts), 0)
             first_texts += completions[: ROWS - len(first_texts)]
-            for row, (prompt, target) in enumerate(zip(prompts, encoded, strict=True), first):
-                if not prompt:
-                    raise UserError(
-                        f"row {row} of {what} has a prompt without tokens, but the encoder needs at least one; fill in "
-                        "the prompt or remove the row"
-                    )
-                sources.add(prompt, [IGNORE_INDEX] * len(prompt))
-                targets.add([start, *target[:-1]], target or [IGNORE_INDEX])
-        source = sources.examples(DataReport(len(rows), len(sources.tokens), 0, prompts_cut=prompts_cut))
-        tokens = len(targets.tokens) + len(sources.tokens)
-        supervised = len(targets.tokens) if labelled else 0
-        notes = notes_on_texts(first_texts, tokenizer, what=what) if labelled else []
-        ends = self.ends(tokenizer) if labelled else ()
-        report = DataReport(
-            len(rows), tokens, supervised, prompts_cut, completions_cut, notes=tuple(notes), ends=tuple(ends)
-        )
-        return targets.examples(report, source)
+            tokens = [[start, *target[:-1]] for target in targets]
+            labels = [target or [IGNORE_INDEX] for target in targets]
+            yield _piece(prompts, tokens, labels, prompts_cut, cut, labelled)
+        if labelled:
+            notes = notes_on_texts(first_texts, tokenizer, what=what)
+            yield DataReport(0, 0, 0, notes=tuple(notes), ends=self.ends(tokenizer))
 
     def readout(self, tokenizer: PreTrainedTokenizerBase, hidden_size: int, head: HeadSettings) -> LanguageModel:
         return LanguageModel()
@@ -183,21 +184,25 @@ def _target_words(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     return first, str(tokenizer.eos_token or "")
 
 
-class _Side:
-    """Concatenates the sequences of one side, encoder or decoder."""
+def _piece(
+    prompts: list[list[int]],
+    tokens: list[list[int]],
+    labels: list[list[int]],
+    prompts_cut: int,
+    completions_cut: int,
+    labelled: bool,
+) -> Examples:
+    """Return the examples of consecutive rows, with the report on both sides."""
+    read, given, wanted = (np.fromiter(chain.from_iterable(side), dtype=np.int32) for side in (prompts, tokens, labels))
+    nothing = np.full_like(read, IGNORE_INDEX)
+    source = Examples(read, nothing, _offsets(prompts), DataReport(len(prompts), len(read), 0, prompts_cut=prompts_cut))
+    supervised = len(given) if labelled else 0
+    report = DataReport(len(prompts), len(given) + len(read), supervised, prompts_cut, completions_cut)
+    return Examples(given, wanted, _offsets(tokens), report, source=source)
 
-    def __init__(self) -> None:
-        self.tokens, self.labels, self.offsets = array("i"), array("i"), array("q", [0])
 
-    def add(self, tokens: list[int], labels: list[int]) -> None:
-        assert len(tokens) == len(labels)
-        self.tokens.extend(tokens)
-        self.labels.extend(labels)
-        self.offsets.append(len(self.tokens))
-
-    def examples(self, report: DataReport, source: Examples | None = None) -> Examples:
-        tokens, labels = (np.frombuffer(side, dtype=np.int32) for side in (self.tokens, self.labels))
-        return Examples(tokens, labels, np.frombuffer(self.offsets, dtype=np.int64), report, source=source)
+def _offsets(sequences: list[list[int]]) -> np.ndarray:
+    return np.cumsum([0, *map(len, sequences)], dtype=np.int64)
 
 
 def _chunks(

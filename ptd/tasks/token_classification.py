@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from torch import Tensor
 
 from ptd.config import DataConfig, TaskConfig
+from ptd.data.collecting import Columns, InMemory, Pieces, collect
 from ptd.data.fields import Column, cut_on_the_right, field_chunks
 from ptd.readouts.tags import Tags
 from ptd.tasks import register
@@ -25,14 +25,6 @@ if TYPE_CHECKING:
 
 _CHUNKED = re.compile(r"[BIES]-.+")
 OUTSIDE = "O"
-
-
-@dataclass(frozen=True)
-class Words:
-    """A row's words, and the indices of those that the backbone reads (not cut off by ``data.max_length``)."""
-
-    words: tuple[str, ...]
-    seen: tuple[int, ...]
 
 
 class TokenClassification:
@@ -87,20 +79,29 @@ class TokenClassification:
         return () if any(name.isdecimal() for name in names) else names
 
     def tokenize(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, what: str, labelled: bool = True
+        self,
+        rows: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        what: str,
+        labelled: bool = True,
+        columns: Columns = InMemory,
     ) -> Examples:
         """Tokenise each word as it would be in a text, and label its first sub-token; cut rows on the right.
 
-        The limit is ``max_length``. Without ``labelled``, the same positions have labels without a meaning.
+        The limit is ``max_length``. Without ``labelled``, the same positions have labels without a meaning. The array
+        ``seen`` has the index of the word of each label.
         """
         assert self.labels, "fit comes first"
+        return collect(self._pieces(rows, tokenizer, what, labelled), columns)
+
+    def _pieces(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, what: str, labelled: bool) -> Pieces:
         index_of = {label: index for index, label in enumerate(self.labels)}
         fields = self.fields if labelled else {"tokens": self.fields["tokens"]}
         names = self._names_of_data(rows) if labelled else ()
         encode = word_encoder(tokenizer, self.data.max_length)
-        tokens, labels, offsets = array("i"), array("i"), array("q", [0])
-        aside: list[Words] = []
         for first, chunk in field_chunks(rows, fields, what):
+            tokens, labels, offsets, seen = array("i"), array("i"), array("q", [0]), array("i")
             rows_words = [
                 _words(value, self.fields["tokens"].name, f"row {row} of {what}")
                 for row, value in enumerate(chunk["tokens"], first)
@@ -127,16 +128,14 @@ class TokenClassification:
                 tokens.extend(ids)
                 labels.extend(row)
                 offsets.append(len(tokens))
-                aside.append(Words(tuple(words), tuple(places)))
-        label_array = np.frombuffer(labels, dtype=np.int32)
-        supervised = int((label_array != IGNORE_INDEX).sum())
-        return Examples(
-            np.frombuffer(tokens, dtype=np.int32),
-            label_array,
-            np.frombuffer(offsets, dtype=np.int64),
-            DataReport(len(rows), len(tokens), supervised),
-            aside=tuple(aside),
-        )
+                seen.extend(places)
+            yield Examples(
+                np.frombuffer(tokens, dtype=np.int32),
+                np.frombuffer(labels, dtype=np.int32),
+                np.frombuffer(offsets, dtype=np.int64),
+                DataReport(len(rows_words), len(tokens), len(seen)),
+                aside={"seen": np.frombuffer(seen, dtype=np.int32)},
+            )
 
     def readout(self, tokenizer: PreTrainedTokenizerBase, hidden_size: int, head: HeadSettings) -> Tags:
         if head.pooling != "auto":
@@ -146,23 +145,25 @@ class TokenClassification:
             weights = [self.class_weights.get(label, 1.0) for label in self.labels]
         return Tags(hidden_size, len(self.labels), head.hidden_sizes, weights)
 
-    def answers(self, scores: Sequence[Tensor], examples: Examples) -> list[dict[str, Any]]:
+    def answers(self, scores: Sequence[Tensor], examples: Examples, rows: Dataset) -> list[dict[str, Any]]:
         """Return ``tags`` and ``probabilities``, one per word, and ``entities`` (words ``start:end``) if `chunked`.
 
         A word that the backbone did not read has the tag O (or else the first label), with probability None.
         """
         assert examples.aside is not None
         unseen = OUTSIDE if OUTSIDE in self.labels else self.labels[0]
-        found = []
-        for row, log_probs in zip(examples.aside, scores, strict=True):
+        found, begin = [], 0
+        for words, log_probs in zip(self._all_words(rows), scores, strict=True):
             best, choice = log_probs.max(dim=-1)
-            tags = [unseen] * len(row.words)
-            probabilities: list[float | None] = [None] * len(row.words)
-            for word, label, probability in zip(row.seen, choice.tolist(), best.exp().tolist(), strict=True):
+            seen = examples.aside["seen"][begin : begin + len(log_probs)].tolist()
+            begin += len(seen)
+            tags = [unseen] * len(words)
+            probabilities: list[float | None] = [None] * len(words)
+            for word, label, probability in zip(seen, choice.tolist(), best.exp().tolist(), strict=True):
                 tags[word], probabilities[word] = self.labels[label], probability
             answer: dict[str, Any] = {"tags": tags, "probabilities": probabilities}
             if self.chunked:
-                answer["entities"] = list(_entities(row.words, tags))
+                answer["entities"] = list(_entities(words, tags))
             found.append(answer)
         return found
 
@@ -188,14 +189,16 @@ class TokenClassification:
         without wrong tags, it is the lowest probability of a tag.
         """
         found = []
-        column = {"tokens": self.fields["tokens"]}
-        words = (each for _, chunk in field_chunks(rows, column, "the data") for each in chunk["tokens"])
-        for row, gold, answer in zip(words, self._gold(rows), answers, strict=True):
+        for row, gold, answer in zip(self._all_words(rows), self._gold(rows), answers, strict=True):
             given, probabilities = answer["tags"], answer["probabilities"]
             wrong = [sure or 0.0 for sure, one, other in zip(probabilities, given, gold, strict=True) if one != other]
             score = max(wrong) if wrong else min(sure for sure in probabilities if sure is not None)
             found.append(Sample(" ".join(row), self._told(row, gold), self._told(row, given), score, not wrong))
         return found
+
+    def _all_words(self, rows: Dataset) -> Iterator[list[str]]:
+        column = {"tokens": self.fields["tokens"]}
+        return (words for _, chunk in field_chunks(rows, column, "the data") for words in chunk["tokens"])
 
     def _told(self, words: Sequence[str], tags: list[str]) -> str:
         if not self.chunked:

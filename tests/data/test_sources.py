@@ -88,6 +88,29 @@ def test_a_changed_file_is_read_anew(tmp_path):
     assert load(source)["a"][:] == ["new"]
 
 
+def test_an_unchanged_file_is_not_parsed_again(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"b": "x", "a": 1}\n{"c": null}\n')
+    opened, open_text = [], sources.open_text
+    monkeypatch.setattr(
+        sources, "open_text", lambda *given, **named: opened.append(given) or open_text(*given, **named)
+    )
+    first = load_rows(str(path), "train", what="data.train")
+    assert len(opened) == 2  # the columns, then the rows
+    second = load_rows(str(path), "train", what="data.train")
+    assert len(opened) == 2
+    assert (list(first), first.features) == (list(second), second.features)
+    for stored in (Path(datasets.config.HF_DATASETS_CACHE) / "ptd-columns").iterdir():
+        stored.write_text(stored.read_text()[:5])  # as after a crash
+    assert list(load_rows(str(path), "train", what="data.train")) == list(first)
+    assert len(opened) == 3
+    path.write_text('{"b": "x", "a": "1"}\n{"c": null}\n')
+    assert list(load_rows(str(path), "train", what="data.train")) == [
+        {"b": "x", "a": "1", "c": None},
+        {"b": None, "a": None, "c": None},
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [

@@ -89,7 +89,7 @@ def run(raw: dict[str, Any], ranks: Ranks) -> Measured:
     found: list[Any] = [[], []]
     if not task.generates:
         scores = scores_of(held_out, loop.prepared, loop.step.readout, ranks, Reporter())
-        found = [task.answers(scores, held_out.examples) if ranks.is_main else [], scores]
+        found = [task.answers(scores, held_out.examples, held_out.rows) if ranks.is_main else [], scores]
         dist.broadcast_object_list(found, src=0)
     return Measured(
         config,
@@ -186,7 +186,9 @@ def compare(measured: Measured) -> dict[str, Any]:
             default=0.0,
         ),
         "answers": labels_of(measured.answers),
-        "expected_answers": [] if old.task.generates else labels_of(old.task.answers(scores, old.examples)),
+        "expected_answers": []
+        if old.task.generates
+        else labels_of(old.task.answers(scores, old.examples, held_out.rows)),
     }
 
 

@@ -388,7 +388,7 @@ def test_rows_without_labels_have_the_same_tokens():
 def test_answers_and_metrics():
     task = make(labels=LABELS)
     probabilities = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.6, 0.2, 0.2], [0.2, 0.3, 0.5]])
-    answers = task.answers(list(probabilities.log()), None)
+    answers = task.answers(list(probabilities.log()), None, None)
     assert [answer["label"] for answer in answers] == ["up", "down", "up", "flat"]
     assert answers[0]["probabilities"] == pytest.approx({"up": 0.5, "down": 0.3, "flat": 0.2})
     metrics = task.metrics(answers, Dataset.from_list(ROWS))

@@ -42,13 +42,17 @@ def tokenized(task, tokenizer, rows=ROWS, **options):
     return task.tokenize(Dataset.from_list(rows), tokenizer, what="rows.jsonl", **options)
 
 
+def windows_of(task, examples, rows=ROWS):
+    return list(task.windows(examples, Dataset.from_list(rows)))
+
+
 def refusal(call, *args, **options) -> str:
     with pytest.raises(UserError) as caught:
         call(*args, **options)
     return str(caught.value)
 
 
-def pointed_at(examples, index: int) -> str | None:
+def pointed_at(examples, index: int, windows) -> str | None:
     """Return the text that a window's labels point at; None if they point at its first token."""
     labels = examples[index][1]
     candidates = labels[labels != IGNORE_INDEX]
@@ -57,15 +61,16 @@ def pointed_at(examples, index: int) -> str | None:
     if start == 0:
         assert end == 0
         return None
-    window = examples.aside[index]
-    return window.context[window.offsets[start][0] : window.offsets[end][1]]
+    window = windows[index]
+    return window.context[window.characters[start][0] : window.characters[end][1]]
 
 
 @pytest.mark.parametrize("name", support.ALL)
 def test_labels_point_at_the_answer(name):
     examples = tokenized(make(max_length=96), support.ALL[name]())
-    assert [window.row for window in examples.aside] == [0, 1, 2]
-    assert [pointed_at(examples, index) for index in range(3)] == ["anna", "12 years", None]
+    windows = windows_of(make(), examples)
+    assert [window.row for window in windows] == [0, 1, 2]
+    assert [pointed_at(examples, index, windows) for index in range(3)] == ["anna", "12 years", None]
 
 
 def test_tokens_are_the_tokenizers_own_pair():
@@ -111,12 +116,13 @@ def test_windows_cover_the_context_and_point_at_the_answer(name, context, questi
     examples = tokenized(task, tokenizer, [row])
     covered: set[int] = set()
     found = 0
-    for index, window in enumerate(examples.aside):
+    windows = windows_of(task, examples, [row])
+    for index, window in enumerate(windows):
         tokens, _ = examples[index]
         assert len(tokens) <= task.data.max_length
-        spans = window.offsets[1:]
+        spans = window.characters[1:]
         covered.update(*(range(begin, end) for begin, end in spans))
-        text = pointed_at(examples, index)
+        text = pointed_at(examples, index, windows)
         whole = spans[0][0] <= start and stop <= spans[-1][1]
         assert (text is not None) == whole
         if text is not None:
@@ -180,7 +186,7 @@ def test_gradients_are_finite_and_reach_every_candidate():
 
 def sure(window, span: tuple[int, int], height: float) -> torch.Tensor:
     """Return logits of a window that favour a span of candidates by ``height``."""
-    logits = torch.zeros(len(window.offsets), 2)
+    logits = torch.zeros(len(window.characters), 2)
     logits[span[0], 0] = logits[span[1], 1] = height
     return logits
 
@@ -188,16 +194,17 @@ def sure(window, span: tuple[int, int], height: float) -> torch.Tensor:
 def test_answers_are_the_best_over_windows():
     task = make(max_length=24, doc_stride=8)
     examples = tokenized(task, support.bert())
-    mine = [index for index, window in enumerate(examples.aside) if window.row == 1]
+    windows = windows_of(task, examples)
+    mine = [index for index, window in enumerate(windows) if window.row == 1]
     assert len(mine) > 2
-    scores = [sure(window, (0, 0), 5.0) for window in examples.aside]
-    scores[mine[1]] = sure(examples.aside[mine[1]], (2, 3), 8.0)
-    scores[mine[2]] = sure(examples.aside[mine[2]], (1, 1), 6.0)
-    answers = task.answers(scores, examples)
+    scores = [sure(window, (0, 0), 5.0) for window in windows]
+    scores[mine[1]] = sure(windows[mine[1]], (2, 3), 8.0)
+    scores[mine[2]] = sure(windows[mine[2]], (1, 1), 6.0)
+    answers = task.answers(scores, examples, Dataset.from_list(ROWS))
     assert len(answers) == 3
-    window = examples.aside[mine[1]]
-    assert answers[1]["answer"] == CONTEXT[window.offsets[2][0] : window.offsets[3][1]]
-    size = len(window.offsets)
+    window = windows[mine[1]]
+    assert answers[1]["answer"] == CONTEXT[window.characters[2][0] : window.characters[3][1]]
+    size = len(window.characters)
     assert answers[1]["score"] == pytest.approx((np.exp(8) / (np.exp(8) + size - 1)) ** 2, rel=1e-6)
     assert (answers[0]["answer"], answers[2]["answer"]) == ("", "")
 
@@ -225,7 +232,7 @@ def test_the_whole_way_back():
             labels = torch.from_numpy(examples[index][1])
             flags = labels[labels != IGNORE_INDEX]
             scores.append(9.0 * torch.stack([flags & START != 0, flags & END != 0], dim=1))
-        answers = task.answers(scores, examples)
+        answers = task.answers(scores, examples, Dataset.from_list(ROWS))
         assert [answer["answer"] for answer in answers] == ["anna", "12 years", ""]
         assert task.metrics(answers, Dataset.from_list(ROWS)) == {"exact_match": 100.0, "f1": 100.0}
 
@@ -270,7 +277,7 @@ def test_without_labels_every_window_points_at_its_first_token():
     rows = [{"question": row["question"], "context": row["context"]} for row in ROWS]
     bare, whole = tokenized(make(), support.bert(), rows, labelled=False), tokenized(make(), support.bert())
     assert bare.tokens.tolist() == whole.tokens.tolist()
-    assert {pointed_at(bare, index) for index in range(len(bare))} == {None}
+    assert {pointed_at(bare, index, windows_of(make(), bare)) for index in range(len(bare))} == {None}
 
 
 def test_refusals():

@@ -156,7 +156,7 @@ def certain(task, tags: list[str]) -> torch.Tensor:
 def test_answers_and_their_entities():
     task = make()
     examples = tokenized(task, support.bert())
-    answers = task.answers([certain(task, row["tags"]) for row in ROWS], examples)
+    answers = task.answers([certain(task, row["tags"]) for row in ROWS], examples, Dataset.from_list(ROWS))
     assert [answer["tags"] for answer in answers] == [row["tags"] for row in ROWS]
     assert answers[0]["entities"] == [
         {"type": "PER", "start": 0, "end": 1, "text": "anna"},
@@ -176,6 +176,7 @@ def test_words_beyond_max_length_are_outside_and_count():
     answers = task.answers(
         [certain(task, ["B-PER", "B-PER"]), certain(task, ["B-LOC", "I-LOC"]), certain(task, ["O"])],
         examples,
+        Dataset.from_list(ROWS),
     )
     assert answers[0]["tags"] == ["B-PER", "B-PER", "O", "O", "O"]
     assert answers[0]["probabilities"][2:] == [None] * 3
@@ -200,7 +201,7 @@ def test_labels_that_do_not_chunk_have_accuracy_only():
     rows = [{"tokens": ["a", "b", "c"], "tags": ["NOUN", "VERB", "NOUN"]}]
     task = make(rows)
     examples = tokenized(task, support.bert(), rows)
-    answers = task.answers([certain(task, ["NOUN", "NOUN", "NOUN"])], examples)
+    answers = task.answers([certain(task, ["NOUN", "NOUN", "NOUN"])], examples, Dataset.from_list(rows))
     assert set(answers[0]) == {"tags", "probabilities"}
     assert task.metrics(answers, Dataset.from_list(rows)) == {"accuracy": pytest.approx(200 / 3)}
 
