@@ -18,7 +18,7 @@ import torch
 from ptd.data.cache import BLOCK_BYTES, CacheError, Damaged, RowsCache, default_folder
 from ptd.data.collecting import Columns, InMemory
 from ptd.distributed.ranks import Ranks
-from ptd.distributed.rendezvous import listed
+from ptd.distributed.rendezvous import ranks_as_text
 from ptd.files import as_path
 from ptd.types import Examples, Reporter
 
@@ -64,7 +64,7 @@ def share_examples(job: Tokenising, folder: str | None, ranks: Ranks, reporter: 
     lacking = [rank for rank, given in enumerate(reasons) if given is not None]
     if lacking and key is not None:
         reporter.note(
-            f"data.cache: {listed(lacking, 'rank')} cannot map the tokenised rows ({reasons[lacking[0]]}) and "
+            f"data.cache: {ranks_as_text(lacking, 'rank')} cannot map the tokenised rows ({reasons[lacking[0]]}) and "
             f"will hold them in memory; {ADVICE}"
         )
     received = ranks.on_main(lambda: made[0]) if lacking else None
