@@ -149,7 +149,6 @@ def test_metrics_are_complete(finished: Path) -> None:
         assert list(split) == [*PHASES, "other"]
         assert sum(split.values()) == pytest.approx(record["step_seconds"], rel=1e-9)
         assert all(split[phase] > 0 for phase in split)
-        assert split["forward"] + split["backward"] > split["other"]
         assert record["peak_memory_bytes"] > 2**20
         assert record["network_bytes"] == record["skipped_steps"] == 0
         assert record["network"] == {}
