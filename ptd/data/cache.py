@@ -113,7 +113,7 @@ class RowsCache:
         with _failing(self.folder):
             _discard(self.folder / key, self.folder / f".{key}.{secrets.token_hex(4)}{WRITING}")
 
-    def write(self, key: str) -> Draft:
+    def write(self, key: str) -> EntryDraft:
         """Begin an entry; raises `CacheError`. Leftovers of writers that no longer run are removed first."""
         with _failing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -122,10 +122,10 @@ class RowsCache:
                     shutil.rmtree(old, ignore_errors=True)
             place = self.folder / f".{key}.{secrets.token_hex(8)}{WRITING}"
             place.mkdir()
-            return Draft(self.folder / key, place)
+            return EntryDraft(self.folder / key, place)
 
 
-class Draft:
+class EntryDraft:
     """An entry that is being written. As a context manager it removes its files, unless `publish` renamed them.
 
     It is the `ptd.data.collecting.Columns` of its arrays. Every method raises `CacheError` if the file system refuses a
@@ -143,7 +143,7 @@ class Draft:
         self._columns[name] = InFile(self.place / f"{name}.bin", dtype)
         return self._columns[name]
 
-    def __enter__(self) -> Draft:
+    def __enter__(self) -> EntryDraft:
         return self
 
     def __exit__(
@@ -255,7 +255,7 @@ def _digest_of(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _described(examples: Examples, prefix: str, draft: Draft) -> dict[str, Any]:
+def _described(examples: Examples, prefix: str, draft: EntryDraft) -> dict[str, Any]:
     """Return the manifest's description of one side; adds the column of its label counts to ``draft``."""
     summary = examples.summary
     counts = draft(f"{prefix}supervised", DTYPES["supervised"])

@@ -38,7 +38,7 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield some
 
 
-class Column(Protocol):
+class TokenColumn(Protocol):
     """A one-dimensional array that grows."""
 
     def append(self, values: np.ndarray) -> None:
@@ -53,7 +53,7 @@ class Column(Protocol):
 class Columns(Protocol):
     """Where the columns of examples grow."""
 
-    def __call__(self, name: str, dtype: type[np.generic]) -> Column:
+    def __call__(self, name: str, dtype: type[np.generic]) -> TokenColumn:
         """Begin the column ``name``."""
         ...
 
@@ -93,12 +93,12 @@ class Side:
         self._length = 0
         self._tokens, self._labels, self._offsets = (self._column(name) for name in ("tokens", "labels", "offsets"))
         self._offsets.append(np.zeros(1, dtype=np.int64))
-        self._types: Column | None = None
-        self._aside: dict[str, Column] | None = None
+        self._types: TokenColumn | None = None
+        self._aside: dict[str, TokenColumn] | None = None
         self._source: Side | None = None
         self._source_report = DataReport(0, 0, 0)
 
-    def _column(self, name: str, dtype: type[np.generic] | None = None) -> Column:
+    def _column(self, name: str, dtype: type[np.generic] | None = None) -> TokenColumn:
         return self._begin(f"{self._prefix}{name}", dtype or DTYPES[name])
 
     def add(self, piece: Examples) -> None:

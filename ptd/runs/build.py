@@ -29,7 +29,7 @@ from ptd.engine.setup import Prepared, check_context, prepare
 from ptd.inject import check_backend, compile_layers, context_of
 from ptd.methods import TaskFacts, method
 from ptd.runs.shared_rows import Tokenising, share_examples
-from ptd.tasks import Task, identity, make_task
+from ptd.tasks import Task, make_task, rows_key
 from ptd.tasks.labels import some
 from ptd.types import Examples, Reporter, UserError
 
@@ -88,7 +88,7 @@ class _Source:
         fitted = self.ranks.on_main(load)
         job = Tokenising(
             make=lambda columns: fitted.tokenize(rows, self.tokenizer, what=source, columns=columns),
-            identify=lambda: identity(fitted, rows, self.tokenizer),
+            identify=lambda: rows_key(fitted, rows, self.tokenizer),
         )
         examples = share_examples(job, self.config.cache, self.ranks, self.reporter)
         self.ranks.on_main(lambda: check_ids(examples, self.tokenizer, self.embeddings, source, writes=task.generates))

@@ -122,7 +122,7 @@ LOWER_IS_BETTER = frozenset(TEXT_METRICS)
 """The only metrics for which lower is better; `ptd.engine.evaluation` computes them."""
 
 
-def identity(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
+def rows_key(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the digest of all that determines the result of ``task.tokenize`` on these rows."""
     settings = {
         "config": task.config.model_dump(mode="json"),

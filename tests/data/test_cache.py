@@ -21,8 +21,7 @@ from ptd.config import DataConfig, TaskConfig
 from ptd.data import Batches, identity, load_rows
 from ptd.data.cache import MANIFEST, CacheError, Damaged, RowsCache, default_folder
 from ptd.data.collecting import InMemory, collect
-from ptd.tasks import identity as key_of
-from ptd.tasks import make_task
+from ptd.tasks import make_task, rows_key
 from ptd.types import Architecture, DataReport, Examples
 
 KEY = "0" * 32
@@ -143,7 +142,7 @@ def base_of(array: Any) -> Any:
 def key(rows: Any = None, tokenizer: Any = None, task: dict[str, Any] | None = None, **data: Any) -> str:
     rows = Dataset.from_list(PAIRS) if rows is None else rows
     made = make_task(TaskConfig(**(task or {})), DataConfig(**data), "decoder")
-    return key_of(made, rows, tiny_tokenizer() if tokenizer is None else tokenizer)
+    return rows_key(made, rows, tiny_tokenizer() if tokenizer is None else tokenizer)
 
 
 def test_the_key_depends_on_the_rows_and_not_on_their_file(tmp_path: Path) -> None:

@@ -35,7 +35,11 @@ def test_learning_rates_are_transformers_own(name: str, warmup_steps: int) -> No
 
 
 @pytest.mark.parametrize("ratio", [0.01, 0.1, 0.3, 0.999])
-def test_warmup_ratio_is_rounded_as_transformers_does(ratio: float, tmp_path: object) -> None:
+def test_warmup_ratio_is_rounded_as_transformers_does(
+    ratio: float, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Set for DeepSpeed by a process group of an earlier test; TrainingArguments would start one of its own.
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     theirs = TrainingArguments(output_dir=str(tmp_path), warmup_steps=ratio).get_warmup_steps(STEPS)
     by_ratio = learning_rates(TrainConfig(warmup_ratio=ratio), STEPS)
     by_steps = learning_rates(TrainConfig(warmup_steps=theirs), STEPS)
