@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -142,6 +143,15 @@ def existing(folder: str | Path) -> Path:
     except OSError as error:  # for example a name that is too long
         raise UserError(f"{str(folder)[:200]} cannot be a folder: {error.strerror}") from error
     return place
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _check_beginning(beginning: bytes, saying: str) -> None:

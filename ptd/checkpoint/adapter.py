@@ -27,9 +27,9 @@ from torch import Tensor
 
 from ptd.checkpoint import peft_format
 from ptd.checkpoint.card import Subject, card, write_card
-from ptd.checkpoint.files import sync, write_json
+from ptd.checkpoint.files import write_json
 from ptd.checkpoint.layouts import Layout, checked_size, misfit, read_layout, write_layout
-from ptd.files import as_path
+from ptd.files import as_path, sync
 from ptd.types import BackboneShape, EmptyLayout, PromptState, UserError, same_backbone
 
 CONFIG, WEIGHTS, HEAD, EXTRA = "adapter_config.json", "adapter_model.safetensors", "head.safetensors", "ptd.json"

@@ -13,19 +13,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ptd.files import sync
 from ptd.types import UserError
 
 PATIENCE = 10.0
 """Seconds to wait for a process that is ending to release its folder."""
-
-
-def sync(path: Path) -> None:
-    """Force a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def make_folders(path: Path) -> None:

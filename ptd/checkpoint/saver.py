@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
-from ptd.checkpoint.files import make_folders, sync, write_atomically, write_json
+from ptd.checkpoint.files import make_folders, write_atomically, write_json
 from ptd.checkpoint.run_state import (
     DELETED,
     FACTS,
@@ -37,6 +37,7 @@ from ptd.checkpoint.run_state import (
     file_entry,
     step_of,
 )
+from ptd.files import sync
 from ptd.types import UserError
 
 Files: TypeAlias = dict[str, Listing]

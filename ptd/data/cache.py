@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from ptd.data.collecting import DTYPES
-from ptd.files import as_path
+from ptd.files import as_path, sync
 from ptd.types import DataReport, Examples, Summary
 
 MANIFEST = "manifest.json"
@@ -182,14 +182,14 @@ class EntryDraft:
                 json.dump({"sha256": _digest_of(manifest), **manifest}, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
-            _sync(self.place)
+            sync(self.place)
             try:
                 self.place.rename(self.final)
             except OSError:
                 if not self.final.is_dir():
                     raise
                 return  # another process was first
-            _sync(self.final.parent)
+            sync(self.final.parent)
 
 
 class InFile:
@@ -314,11 +314,3 @@ def _discard(place: Path, aside: Path) -> None:
     except FileNotFoundError:  # another process was first
         return
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
