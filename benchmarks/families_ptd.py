@@ -15,6 +15,7 @@ from ptd.data.batches import packed_batch, padded_batch
 from ptd.engine.forward import Forward
 from ptd.engine.setup import check_context
 from ptd.inject import Attachment
+from ptd.readouts import Ask
 from ptd.types import IGNORE_INDEX, Batch, DataReport, Examples, PrefixKV, SoftTokens
 
 CPU = torch.device("cpu")
@@ -44,7 +45,7 @@ class Attached:
         self._check(rows)
         batch = make_batch(rows, layout)
         with torch.no_grad():
-            whole = self.run(batch, None)
+            whole = self.run(batch)
         return [whole[start : start + length] for start, length in zip(batch.starts, batch.lengths, strict=True)]
 
     def generated(self, rows: Rows, order: list[int], eos: int | None) -> list[Written]:
@@ -68,8 +69,8 @@ class Attached:
         positions = torch.cat(places)
         if self.language_model:
             wanted = torch.cat([targets(row, len(place)) for row, place in enumerate(places)])
-            return self.run.cross_entropy(batch, positions, wanted)
-        read = self.run(batch, positions).split([len(place) for place in places])
+            return self.run(batch, Ask(positions, wanted)).sum()
+        read = self.run(batch, Ask(positions)).split([len(place) for place in places])
         return sum((loss_of(row, torch.cat([part[:1], part]), False) for row, part in enumerate(read)), torch.zeros(()))
 
 

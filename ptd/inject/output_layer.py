@@ -1,4 +1,4 @@
-"""The output layer of a language model: it computes logits, or the cross-entropy of given tokens without logits."""
+"""The output layer of a language model: it computes logits, or the cross-entropies of given tokens without logits."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import Tensor, nn
 
 @dataclass
 class PassOutput:
-    """What a forward pass computes at its end: goes in with ``positions`` and ``targets``, comes out with ``loss``.
+    """What a forward pass computes at its end: goes in with ``positions`` and ``targets``, comes out with ``losses``.
 
     ``positions`` ``[n]``: flattened positions at which the last hidden states are needed, each given once; all others
     are dropped. ``targets`` ``[n]``: the tokens at these positions; a language model with `OutputLayer.fuses` then
-    computes their cross-entropy (summed, fp32) as ``loss`` and returns no logits.
+    computes their cross-entropies (fp32 ``[n]``) as ``losses`` and returns no logits.
     """
 
     positions: Tensor
     targets: Tensor | None = None
-    loss: Tensor | None = None
+    losses: Tensor | None = None
 
 
 class OutputLayer:
     """Hooks on the layer whose output is, unchanged, the model's logits; ``module`` None: the model has no such layer.
 
-    In a pass with targets (``wanted``) they compute the cross-entropy from the layer's input, and the model returns no
-    logits. DeepSpeed's hooks run between the two hooks here. They see an input without rows or gradient, so the
+    In a pass with targets (``wanted``) they compute the cross-entropies from the layer's input, and the model returns
+    no logits. DeepSpeed's hooks run between the two hooks here. They see an input without rows or gradient, so the
     backward pass does not gather the weight again. After they have run, the weight is gathered.
     """
 
@@ -40,7 +40,7 @@ class OutputLayer:
 
     @property
     def fuses(self) -> bool:
-        """Whether the layer can compute a cross-entropy: its weight is frozen and of a dtype that needs no scale."""
+        """Whether the layer can compute cross-entropies: its weight is frozen and of a dtype that needs no scale."""
         return self.module is not None and self.module.weight.dtype in DTYPES and not self.module.weight.requires_grad
 
     def hook(self) -> None:
@@ -64,4 +64,6 @@ class OutputLayer:
         hidden, self._hidden = self._hidden, None
         if hidden is None or self.wanted is None or self.wanted.targets is None:
             return
-        self.wanted.loss = linear_cross_entropy(hidden.flatten(0, -2), module.weight, module.bias, self.wanted.targets)
+        self.wanted.losses = linear_cross_entropy(
+            hidden.flatten(0, -2), module.weight, module.bias, self.wanted.targets
+        )

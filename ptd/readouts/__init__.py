@@ -1,9 +1,7 @@
 """Readouts compute a batch's loss and scores from the output of the backbone. One file per readout; pure torch.
 
-A readout never sees a model, only ``run(batch, positions)``. It returns the output of the backbone (the logits of a
-language model, the last hidden states of a body) at the given flattened positions, ``[len(positions), width]``. Each
-position is given once; None: all positions. A run may also offer ``cross_entropy(batch, positions, targets)``: the fp32
-sum of a language model's cross-entropies, computed without holding logits.
+A readout never sees a model. It `asks` for the output at some positions of a batch, and `read` turns this output into a
+`Reading`. Between the two, one forward pass computes the output, which may serve several readouts at once.
 """
 
 from __future__ import annotations
@@ -16,7 +14,22 @@ from torch import Tensor, nn
 
 from ptd.types import Batch
 
-Run = Callable[[Batch, Tensor | None], Tensor]
+
+@dataclass(frozen=True)
+class Ask:
+    """What a readout needs from the forward pass of a batch.
+
+    ``positions``: int64 ``[n]``, flattened positions, each given once. ``targets``: int64 ``[n]``, the tokens whose
+    cross-entropies are needed; None: the backbone's own output is needed.
+    """
+
+    positions: Tensor
+    targets: Tensor | None = None
+
+
+Run = Callable[[Batch, Ask], Tensor]
+"""A forward pass. Without targets it returns the output of the backbone (the logits of a language model, the last
+hidden states of a body), ``[n, width]``; with targets the language model's cross-entropies, fp32 ``[n]``."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +60,33 @@ class Readout(nn.Module):
         """
         return {}
 
-    def read(self, run: Run, batch: Batch, scores: bool) -> Reading:
-        """Run a batch with at least one row, once, and return its `Reading`."""
+    def asks(self, batch: Batch) -> Ask:
+        """Return what `read` needs from the forward pass of a batch with at least one row."""
         raise NotImplementedError
 
-    def forward(self, run: Run, batch: Batch, scores: bool = False) -> Reading:
-        """Return loss, weight and, with ``scores``, the scores of each row. A batch without rows runs with weight 0."""
-        return self.read(run, batch, scores) if batch.rows else Reading(self.idle(run, batch), 0.0, [])
+    def read(self, output: Tensor, batch: Batch, scores: bool) -> Reading:
+        """Return the `Reading` of a batch with at least one row. ``output`` is what was asked for."""
+        raise NotImplementedError
 
-    def idle(self, run: Run, batch: Batch) -> Tensor:
-        """Return the loss of a batch without rows: 0, with a gradient of 0.
+    def ask(self, batch: Batch) -> Ask:
+        """Return what is needed from the forward pass of any batch.
 
-        The batch takes the same path through the backbone as other batches, because sharded ranks have to gather the
-        weights of the same modules in the same order, in the backward pass too.
+        A batch without rows takes the same path through the backbone as other batches, because sharded ranks have to
+        gather the weights of the same modules in the same order, in the backward pass too.
         """
-        output = run(batch, torch.zeros(1, dtype=torch.long))
-        return output[:, :0].float().sum()
+        return self.asks(batch) if batch.rows else self.idle()
+
+    def idle(self) -> Ask:
+        """Return what a batch without rows asks for, in place of `asks`."""
+        return Ask(torch.zeros(1, dtype=torch.long))
+
+    def reading(self, output: Tensor, batch: Batch, scores: bool = False) -> Reading:
+        """Return loss, weight and, with ``scores``, the scores of each row, from the ``output`` that was asked for.
+
+        The loss of a batch without rows is 0 with a gradient of 0, and its weight is 0.
+        """
+        return self.read(output, batch, scores) if batch.rows else Reading(output[..., :0].float().sum(), 0.0, [])
+
+    def forward(self, run: Run, batch: Batch, scores: bool = False) -> Reading:
+        """Run the batch and return its `reading`."""
+        return self.reading(run(batch, self.ask(batch)), batch, scores)

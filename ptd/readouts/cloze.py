@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptd.readouts import Reading, Readout, Run
+from ptd.readouts import Ask, Reading, Readout
 from ptd.readouts.heads import classify
 from ptd.types import IGNORE_INDEX, Batch
 
@@ -69,12 +69,14 @@ class Cloze(Readout):
     def token_ids(self) -> list[int]:
         return sorted(set(self.tokens.tolist()))
 
-    def read(self, run: Run, batch: Batch, scores: bool) -> Reading:
-        labels = batch.labels.flatten()
-        positions = (labels != IGNORE_INDEX).nonzero().flatten()
+    def asks(self, batch: Batch) -> Ask:
+        return Ask((batch.labels.flatten() != IGNORE_INDEX).nonzero().flatten())
+
+    def read(self, output: Tensor, batch: Batch, scores: bool) -> Reading:
+        labels = batch.labels[batch.labels != IGNORE_INDEX]
         rows = len(batch.rows)
-        targets = labels[positions].view(rows, -1)[:, 0]
-        logits = run(batch, positions).unflatten(0, (rows, -1))
+        targets = labels.view(rows, -1)[:, 0]
+        logits = output.unflatten(0, (rows, -1))
         log_norm = logits.float().logsumexp(dim=-1)
         log_q = logits[:, self.positions, self.tokens].float() - log_norm[:, self.positions]
         return classify((log_q @ self.mean).unflatten(1, (self.patterns, -1)), targets, self.class_weights, scores)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from ptd.async_copy import to_device
-from ptd.readouts import Reading, Readout, Run
+from ptd.readouts import Ask, Reading, Readout
 from ptd.types import Batch, matrix_rates
 
 Pooling = Literal["cls", "last", "mean"]
@@ -73,19 +73,23 @@ class PooledClassifier(HeadReadout):
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", class_weights, persistent=False)
 
-    def read(self, run: Run, batch: Batch, scores: bool) -> Reading:
+    def asks(self, batch: Batch) -> Ask:
+        if self.pooling != "mean":
+            return Ask(batch.starts + (batch.lengths - 1 if self.pooling == "last" else 0))
+        lengths = batch.lengths
+        begins = torch.repeat_interleave(batch.starts - (lengths.cumsum(0) - lengths), lengths)
+        return Ask(begins + torch.arange(len(begins), device=lengths.device))
+
+    def read(self, output: Tensor, batch: Batch, scores: bool) -> Reading:
         targets = batch.labels.flatten()[batch.starts].view(-1, batch.group)[:, 0]
-        logits = self.head(self.pool(run, batch))
+        logits = self.head(self.pool(output.float(), batch.lengths))
         return classify(logits.view(len(targets), batch.group, -1), targets, self.class_weights, scores)
 
-    def pool(self, run: Run, batch: Batch) -> Tensor:
-        """Return one fp32 vector per sequence: ``[sequences, hidden]``."""
+    def pool(self, hidden: Tensor, lengths: Tensor) -> Tensor:
+        """Return one vector per sequence, ``[sequences, hidden]``, from the hidden states that were asked for."""
         if self.pooling != "mean":
-            return run(batch, batch.starts + (batch.lengths - 1 if self.pooling == "last" else 0)).float()
-        lengths = batch.lengths
+            return hidden
         sequence = torch.repeat_interleave(lengths)
-        begins = torch.repeat_interleave(batch.starts - (lengths.cumsum(0) - lengths), lengths)
-        hidden = run(batch, begins + torch.arange(len(begins), device=lengths.device)).float()
         sums = hidden.new_zeros(len(lengths), hidden.shape[1]).index_add(0, to_device(sequence, hidden.device), hidden)
         return sums / to_device(lengths, hidden.device)[:, None]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from ptd.async_copy import to_device
-from ptd.readouts import Reading, Run
+from ptd.readouts import Ask, Reading
 from ptd.readouts.heads import Head, HeadReadout
 from ptd.readouts.tags import positions_by_row
 from ptd.types import Batch
@@ -26,9 +26,12 @@ class Spans(HeadReadout):
         super().__init__()
         self.head = Head(hidden_size, 2, hidden_sizes)
 
-    def read(self, run: Run, batch: Batch, scores: bool) -> Reading:
+    def asks(self, batch: Batch) -> Ask:
+        return Ask(positions_by_row(batch)[0])
+
+    def read(self, output: Tensor, batch: Batch, scores: bool) -> Reading:
         positions, counts = positions_by_row(batch)
-        logits = self.head(run(batch, positions))
+        logits = self.head(output)
         log_probs = log_softmax(_by_row(logits, counts), dim=1)
         flags = batch.labels.flatten()[positions]
         # Each flag occurs once per row, so this selects one start and one end of every row.

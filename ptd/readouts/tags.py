@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, nll_loss
 
 from ptd.async_copy import to_device
-from ptd.readouts import Reading, Run
+from ptd.readouts import Ask, Reading
 from ptd.readouts.heads import Head, HeadReadout
 from ptd.types import IGNORE_INDEX, Batch
 
@@ -46,9 +46,12 @@ class Tags(HeadReadout):
         self.class_weights: Tensor
         self.register_buffer("class_weights", weights, persistent=False)  # the adapter stores them by label name
 
-    def read(self, run: Run, batch: Batch, scores: bool) -> Reading:
+    def asks(self, batch: Batch) -> Ask:
+        return Ask(positions_by_row(batch)[0])
+
+    def read(self, output: Tensor, batch: Batch, scores: bool) -> Reading:
         positions, counts = positions_by_row(batch)
-        log_probs = log_softmax(self.head(run(batch, positions)), dim=-1)
+        log_probs = log_softmax(self.head(output), dim=-1)
         targets = to_device(batch.labels.flatten()[positions], log_probs.device)
         loss = nll_loss(log_probs, targets, weight=self.class_weights, reduction="sum")
         rows = list(log_probs.split(counts.tolist())) if scores else None

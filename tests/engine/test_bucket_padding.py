@@ -12,6 +12,7 @@ from ptd.engine.bucket_padding import pad_to_bucket, rounded
 from ptd.engine.forward import Forward
 from ptd.inject import Attachment
 from ptd.methods.prefix import PrefixEncoder
+from ptd.readouts import Ask
 from ptd.types import IGNORE_INDEX, DataReport, Examples, SoftTokens
 
 CPU, P = torch.device("cpu"), 3
@@ -71,10 +72,10 @@ def test_the_filling_changes_nothing(family, soft):
     for rounds in (False, True):
         run = Forward(attachment, CPU, rounds=rounds)
         flat.grad = None
-        loss = run.cross_entropy(batch, positions, labels[positions].long())
+        loss = run(batch, Ask(positions, labels[positions].long())).sum()
         loss.backward()
         with torch.no_grad():
-            found.append((loss.detach(), flat.grad, run(batch, positions), run(batch, None)))
+            found.append((loss.detach(), flat.grad, run(batch, Ask(positions)), run(batch)))
     for plain, filled in zip(*found, strict=True):
         assert plain.shape == filled.shape
         assert (plain - filled).abs().max() <= 2e-5 * plain.abs().max()

@@ -14,6 +14,7 @@ from ptd.config import DataConfig, TaskConfig
 from ptd.data.batches import Batches, packed_batch, padded_batch
 from ptd.engine.forward import Forward
 from ptd.inject import Attachment
+from ptd.readouts import Ask
 from ptd.readouts.language_model import LanguageModel
 from ptd.tasks import make_task
 from ptd.types import IGNORE_INDEX, DataReport, Examples
@@ -55,11 +56,11 @@ def test_every_row_sees_itself_alone(family, make):
     examples = EXAMPLES if family == "bert" else replace(EXAMPLES, token_types=None)
     batch, run = make(examples, ROWS), Forward(attachment, CPU)
     with torch.no_grad():
-        whole = run(batch, None)
+        whole = run(batch)
         for start, length, logits in zip(batch.starts, batch.lengths, want, strict=True):
             assert (whole[start : start + length] - logits).abs().max() < CLOSE
         last = batch.starts + batch.lengths - 1
-        assert (run(batch, last) - torch.stack([logits[-1] for logits in want])).abs().max() < CLOSE
+        assert (run(batch, Ask(last)) - torch.stack([logits[-1] for logits in want])).abs().max() < CLOSE
 
 
 @pytest.mark.parametrize("family", ENCODER_DECODERS)

@@ -41,7 +41,7 @@ from ptd.engine.loss_scale import LossScale
 from ptd.engine.prompt_step import PromptStep, Trained, build_optimizer
 from ptd.engine.setup import Prepared, prepare
 from ptd.methods.prefix import PrefixEncoder
-from ptd.readouts import Run
+from ptd.readouts import Ask, Run
 from ptd.readouts.language_model import LanguageModel
 from ptd.types import IGNORE_INDEX, Batch, DataReport, Examples, Reporter, UserError
 
@@ -366,14 +366,14 @@ def shard_groups_case(nodes: Ranks) -> dict[str, Any]:
 def poisoned(prepared: Prepared, when: Callable[[], bool], kind: str) -> Iterator[Run]:
     """Yield the model's ``run``; if ``when()`` is true, its loss is NaN or inf, or only its gradient is not finite."""
 
-    def run(batch: Batch, positions: Tensor | None) -> Tensor:
-        logits = prepared.run(batch, positions)
+    def run(batch: Batch, ask: Ask) -> Tensor:
+        output = prepared.run(batch, ask)
         if when():
             if kind == "gradient":
-                logits.register_hook(lambda gradient: gradient * math.inf)
+                output.register_hook(lambda gradient: gradient * math.inf)
             else:
-                logits = logits * (math.nan if kind == "nan" else -math.inf)
-        return logits
+                output = output * (math.nan if kind == "nan" else -math.inf)
+        return output
 
     yield run
 

@@ -25,6 +25,7 @@ from ptd.backbone import load_model
 from ptd.config import BackboneConfig
 from ptd.engine.forward import Forward
 from ptd.inject import Attachment, check_supported
+from ptd.readouts import Ask
 from ptd.types import Batch, PrefixKV
 from tests.gpu_paper.device import EMULATED, Dispatched, Seen, shapes_only, watched
 
@@ -73,7 +74,7 @@ def training_step(model: Any, numbers: AbstractContextManager[None] | None = Non
     run, batch = Forward(attachment, GPU), packed()
     with watched() as seen, numbers or nullcontext():
         seen.doing = "forward"
-        loss = run.cross_entropy(batch, torch.arange(4), torch.arange(4))
+        loss = run(batch, Ask(torch.arange(4), torch.arange(4))).sum()
         seen.doing = "backward"
         loss.backward()
     attachment.remove()

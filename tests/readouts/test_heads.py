@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from ptd.readouts import Ask
 from ptd.readouts.heads import Head, PooledClassifier, classify
 from ptd.types import Batch
 
@@ -35,9 +36,9 @@ def batch(packed: bool, labels: list[int]) -> Batch:
     )
 
 
-def run(given: Batch, positions: torch.Tensor) -> torch.Tensor:
+def run(given: Batch, ask: Ask) -> torch.Tensor:
     """Return hidden states that identify their token."""
-    token = given.input_ids.flatten()[positions].to(torch.bfloat16)
+    token = given.input_ids.flatten()[ask.positions].to(torch.bfloat16)
     return torch.stack([token, -token], dim=1)
 
 
@@ -83,7 +84,8 @@ def test_a_head_learns_alike_whatever_the_size_of_what_it_reads(factor):
 )
 def test_pooling_stays_within_the_sequence(packed, pooling, expected):
     readout = PooledClassifier(Head(2, 2), pooling)
-    pooled = readout.pool(run, batch(packed, [0, 1, 1]))
+    rows = batch(packed, [0, 1, 1])
+    pooled = readout.pool(run(rows, readout.asks(rows)).float(), rows.lengths)
     assert pooled.dtype == torch.float32
     assert pooled.tolist() == [[value, -value] for value in expected]
 

@@ -17,6 +17,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from ptd.readouts import Ask, Run
 from ptd.types import Batch
 
 LETTERS = string.ascii_lowercase + string.digits
@@ -83,10 +84,10 @@ def texts_of(tokenizer: PreTrainedTokenizerBase, ids: Any) -> list[str]:
     return list(tokenizer.convert_ids_to_tokens([int(token) for token in ids]))
 
 
-def plain_run(body: Callable[..., Any]) -> Callable[[Batch, torch.Tensor], torch.Tensor]:
+def plain_run(body: Callable[..., Any]) -> Run:
     """Return a ``run`` for readouts that lets a transformers body read one sequence at a time, without padding."""
 
-    def run(batch: Batch, positions: torch.Tensor) -> torch.Tensor:
+    def run(batch: Batch, ask: Ask) -> torch.Tensor:
         found: dict[int, torch.Tensor] = {}
         for start, length in zip(batch.starts.tolist(), batch.lengths.tolist(), strict=True):
             here = slice(start, start + length)
@@ -94,6 +95,6 @@ def plain_run(body: Callable[..., Any]) -> Callable[[Batch, torch.Tensor], torch
             if batch.token_type_ids is not None:
                 given["token_type_ids"] = batch.token_type_ids.flatten()[here][None]
             found |= dict(enumerate(body(**given).last_hidden_state[0], start))
-        return torch.stack([found[position] for position in positions.tolist()])
+        return torch.stack([found[position] for position in ask.positions.tolist()])
 
     return run

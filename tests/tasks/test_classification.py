@@ -334,9 +334,9 @@ def test_a_filler_runs_and_counts_nothing():
         ran: list[int] = []
         readout = task.readout(tokenizer, 32, HeadSettings())
 
-        def run(batch, positions, ran=ran):
-            ran.append(len(positions))
-            return torch.ones(len(positions), 32)
+        def run(batch, ask, ran=ran):
+            ran.append(len(ask.positions))
+            return torch.ones(len(ask.positions), 32)
 
         reading = readout(run, filler, True)
         assert ran == [1]

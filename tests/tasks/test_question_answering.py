@@ -178,7 +178,7 @@ def test_gradients_are_finite_and_reach_every_candidate():
     hidden = torch.randn(batch.input_ids.numel(), 8, requires_grad=True)
     readout = make().readout(support.bert(), 8, HeadSettings())
     torch.nn.init.normal_(readout.head.layers[-1].weight)  # its initial values are zero
-    readout(lambda batch, positions: hidden[positions], batch).loss.backward()
+    readout(lambda batch, ask: hidden[ask.positions], batch).loss.backward()
     reached = hidden.grad.abs().sum(dim=1) > 0
     assert torch.isfinite(hidden.grad).all()
     assert (reached == (batch.labels.flatten() != IGNORE_INDEX)).all()

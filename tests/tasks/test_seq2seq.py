@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from families import tiny_model
+from torch.nn.functional import cross_entropy
 
 from ptd.config import DataConfig, TaskConfig
 from ptd.data.batches import padded_batch
@@ -76,13 +77,13 @@ def test_the_loss_is_that_of_transformers(family):
     # In a run, the code that holds the model does this: only the model knows the decoder's start token.
     batch.input_ids[:, 0] = batch.input_ids[:, 0].where(batch.input_ids[:, 0] != tokenizer.pad_token_id, start)
 
-    def run(batch, positions):
+    def run(batch, ask):
         logits = model(
             input_ids=batch.source.input_ids,
             attention_mask=batch.source.attention_mask.long(),
             decoder_input_ids=batch.input_ids,
         ).logits
-        return logits.flatten(0, 1)[positions]
+        return cross_entropy(logits.flatten(0, 1)[ask.positions], ask.targets, reduction="none")
 
     with torch.no_grad():
         reading = task.readout(tokenizer, 32, HeadSettings())(run, batch)
@@ -255,7 +256,7 @@ def test_the_decoder_starts_alike_in_training_and_generation(tmp_path, where):
         source = torch.tensor([tokenizer(row["prompt"])["input_ids"]])
         with torch.no_grad():
             logits = model(input_ids=source, decoder_input_ids=decoder).logits
-        total += float(torch.nn.functional.cross_entropy(logits[0], target[0], reduction="sum"))
+        total += float(cross_entropy(logits[0], target[0], reduction="sum"))
         count += target.numel()
     assert found["loss"] == pytest.approx(total / count, rel=1e-4)
 

@@ -116,7 +116,7 @@ def test_class_weights_are_those_of_torch_and_scikit_learn():
     torch.manual_seed(1)
     hidden = torch.randn(batch.input_ids.numel(), 8)
     readout = task.readout(support.bert(), 8, HeadSettings(hidden_sizes=(5,)))
-    reading = readout(lambda batch, positions: hidden[positions], batch)
+    reading = readout(lambda batch, ask: hidden[ask.positions], batch)
     expected = torch.nn.functional.cross_entropy(
         readout.head(hidden), batch.labels.flatten(), weight=torch.tensor(balanced, dtype=torch.float32)
     )

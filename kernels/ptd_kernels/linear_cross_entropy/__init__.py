@@ -1,4 +1,4 @@
-"""Cross-entropy of a frozen output layer, without storing the logits; README.md has the maths."""
+"""Cross-entropies of a frozen output layer, without storing the logits; README.md has the maths."""
 
 from __future__ import annotations
 

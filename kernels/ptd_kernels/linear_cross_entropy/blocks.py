@@ -1,9 +1,9 @@
-"""Cross-entropy of a frozen output layer, ``Σ_n −log softmax(h_n Wᵀ + b)[t_n]``, without storing the logits.
+"""Cross-entropies of a frozen output layer, ``−log softmax(h_n Wᵀ + b)[t_n]``, without storing the logits.
 
 The layer is frozen, so only the hidden states have a gradient: ``dh = (softmax(logits) − onehot) W``. Up to the factor
-``dloss``, this gradient is known in the forward pass. Forward therefore computes it together with the loss, one block
-of rows at a time, in the memory of that block's logits. Liger-Kernel (Hsu et al. 2024, arXiv:2410.10989, §3) does the
-same for a trained layer. Plain autograd stores the logits, their log-softmax and the gradients of both.
+``dloss`` of each row, this gradient is known in the forward pass. Forward therefore computes it together with the loss,
+one block of rows at a time, in the memory of that block's logits. Liger-Kernel (Hsu et al. 2024, arXiv:2410.10989, §3)
+does the same for a trained layer. Plain autograd stores the logits, their log-softmax and the gradients of both.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, block_rows: int | None = None
 ) -> Tensor:
-    """Return the summed cross-entropy (fp32 scalar) of ``hidden [N, H]``, ``weight [V, H]`` and ``targets [N]``.
+    """Return the cross-entropies (fp32 ``[N]``) of ``hidden [N, H]``, ``weight [V, H]`` and ``targets [N]``.
 
-    A row with a negative target contributes nothing (like torch's ``ignore_index``). The logits have the dtype of
+    The cross-entropy of a row with a negative target is 0 (like torch's ``ignore_index``). The logits have the dtype of
     ``hidden`` (one of `DTYPES`); softmax and loss are fp32. ``weight`` and ``bias`` get no gradient. ``block_rows`` is
     the number of rows whose logits exist at a time; the default is as many as `BLOCK_BYTES` holds, at least
     `LEAST_ROWS`. Raises `ValueError` for another dtype, and if ``weight`` or ``bias`` requires a gradient.
@@ -50,8 +50,8 @@ def linear_cross_entropy(
         of_dtype = BLOCK_BYTES | BLOCK_BYTES_BF16 if hidden.dtype is torch.bfloat16 else BLOCK_BYTES
         block_bytes = of_dtype.get(hidden.device.type, BLOCK_BYTES["cpu"])
         block_rows = max(LEAST_ROWS, block_bytes // (4 * weight.shape[0]))
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, block_rows)
-    return loss
+    losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, block_rows)
+    return losses
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -73,13 +73,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[part])
         ctx.gradient = None if gradient is None else gradient.masked_fill_(nothing[:, None], 0.0)
-        return losses.masked_fill_(nothing, 0.0).sum()
+        return losses.masked_fill_(nothing, 0.0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.gradient is not None
-        return (ctx.gradient * dloss.to(ctx.gradient.dtype), *(None,) * 4)
+        return (ctx.gradient * dlosses.to(ctx.gradient.dtype)[:, None], *(None,) * 4)
 
 
 def _block(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, logits: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ from torch.nn.functional import cross_entropy, linear
 
 
 def reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Return the summed cross-entropy (fp32; fp64 for fp64 inputs) of ``hidden [N, H]`` with ``targets [N]``.
+    """Return the cross-entropies ``[N]`` (fp32; fp64 for fp64 inputs) of ``hidden [N, H]`` with ``targets [N]``.
 
-    A row with a negative target contributes nothing.
+    The cross-entropy of a row with a negative target is 0.
     """
     logits = linear(hidden, weight, bias)
     logits = logits if logits.dtype.itemsize > 4 else logits.float()
-    return cross_entropy(logits, targets.clamp(min=-1), ignore_index=-1, reduction="sum")
+    return cross_entropy(logits, targets.clamp(min=-1), ignore_index=-1, reduction="none")
