@@ -37,6 +37,7 @@ from ptd.config import RunConfig, parse_config
 from ptd.distributed.ranks import Ranks
 from ptd.engine.forward import Forward
 from ptd.engine.loop import Loop
+from ptd.engine.member import Member
 from ptd.engine.phases import PhaseClock
 from ptd.engine.prompt_step import Trained
 from ptd.engine.setup import Prepared
@@ -268,11 +269,10 @@ def launches_of(cell: Cell) -> Counter[Launch]:
         step = build_step(config, Trained(trained.encoder, trained.readout), ranks, prepared.model.dtype)
         step.clock = _Phases(seen)
         no_batches: Any = None
-        nothing = lambda *unused: None  # noqa: E731
-        loop = Loop(config.train, prepared, step, no_batches, None, ranks, Reporter(), nothing, nothing, nothing)
-        loop.take_step(0, [batch])  # creates the optimizer's state
+        loop = Loop(prepared, ranks, Reporter(), [Member(config.train, step, no_batches)])
+        loop.take_step(0, [[batch]])  # creates the optimizer's state
         with watched(seen):
-            loop.take_step(1, [batch])
+            loop.take_step(1, [[batch]])
     if seen.waited:
         raise RuntimeError(f"the step waits for the GPU, so its values matter: {seen.waited[0]}")
     return seen.counts

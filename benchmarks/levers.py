@@ -35,7 +35,7 @@ from ptd.distributed.ranks import Ranks
 from ptd.engine.bucket_padding import pays
 from ptd.engine.forward import Forward
 from ptd.engine.host_memory import keep_freed_memory
-from ptd.engine.prompt_step import PromptStep, Trained, build_optimizer
+from ptd.engine.prompt_step import PromptStep, StepSums, Trained, build_optimizer, finish_step
 from ptd.inject import Attachment, compile_layers
 from ptd.methods.prefix import PrefixEncoder
 from ptd.readouts.language_model import LanguageModel
@@ -120,7 +120,9 @@ class Step:
         (batch,) = self.batches.step(number)
         reading = self.step.readout(self.run, batch)
         reading.loss.backward()
-        return self.step.finish(reading.loss, reading.weight, batch.tokens, batch.supervised_tokens).read().loss
+        sums = StepSums.zero(DEVICE)
+        sums.add(reading, batch)
+        return finish_step([self.step], [sums])[0].read().loss
 
 
 def measure(args: argparse.Namespace, kind: str, dtype: torch.dtype, clock: Any, rows: Rows) -> None:

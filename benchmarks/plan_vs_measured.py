@@ -124,6 +124,7 @@ def take_steps(run: dict[str, Any], ranks: Any, steps: int, before_last: Any = l
     from ptd.config import parse_config
     from ptd.config.deepspeed import apply_deepspeed
     from ptd.engine.loop import Loop
+    from ptd.engine.member import Member
     from ptd.engine.prompt_step import Trained
     from ptd.engine.setup import prepare
     from ptd.planner.worst_case_batch import rows_of, sample_batch
@@ -144,12 +145,11 @@ def take_steps(run: dict[str, Any], ranks: Any, steps: int, before_last: Any = l
     batch = sample_batch(config, task, trained.readout, rows_of(config), packed=prepared.attachment.packable)
     ids = torch.randint(0, prepared.shape.vocab_size, batch.input_ids.shape)
     batch = batch.map(lambda tensor: ids if tensor is batch.input_ids else tensor)
-    nothing = lambda *unused: None  # noqa: E731
-    loop = Loop(config.train, prepared, step, None, None, ranks, Reporter(), nothing, nothing, nothing)  # type: ignore[arg-type]
+    loop = Loop(prepared, ranks, Reporter(), [Member(config.train, step, None)])  # type: ignore[arg-type]
     for index in range(steps):
         if index == steps - 1:
             before_last()
-        loop.take_step(index, [batch])
+        loop.take_step(index, [[batch]])
 
 
 def measure(run: dict[str, Any], small: str, ranks: int) -> list[dict[str, int]]:

@@ -221,7 +221,7 @@ def run_peft(job: Job) -> dict[str, Any]:
     from transformers import get_linear_schedule_with_warmup
 
     from ptd.data import Batches
-    from ptd.engine.loop import peak_memory_bytes
+    from ptd.engine.records import peak_memory_bytes
 
     cell = job.cell
     assert cell.learning_rate is not None

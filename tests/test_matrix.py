@@ -78,7 +78,8 @@ class WatchedLoop(Loop):
     before: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.before = copy_of(self.step.trained)
+        (self.only,) = self.members
+        self.before = copy_of(self.only.step.trained)
         loops.append(self)
 
 
@@ -143,13 +144,13 @@ def test_trains_its_own_parameters_and_comes_back(
 
     # The frozen backbone was measured where that is possible: without a head and without virtual tokens in the text.
     alone = [record for record in records if "frozen_loss" in record]
-    asked = method not in ("hard_prompt", "p_tuning-marks") and not list(loop.step.readout.parameters())
+    asked = method not in ("hard_prompt", "p_tuning-marks") and not list(loop.only.step.readout.parameters())
     assert [record["step"] for record in alone] == [0] * asked
     assert all(math.isfinite(record["frozen_train_loss"]) for record in alone)
 
     # Everything that is trained has changed, and nothing else has.
-    trained = {name for name, parameter in loop.step.trained.named_parameters() if parameter.requires_grad}
-    after = copy_of(loop.step.trained)
+    trained = {name for name, parameter in loop.only.step.trained.named_parameters() if parameter.requires_grad}
+    after = copy_of(loop.only.step.trained)
     assert {name for name, tensor in after.items() if not torch.equal(tensor, loop.before[name])} == trained
     assert sum(after[name].numel() for name in trained) == run["trained_parameters"]
     assert bool(trained) == (method != "hard_prompt")
@@ -164,9 +165,9 @@ def test_trains_its_own_parameters_and_comes_back(
     metrics = held_out_metrics(tuned, rows, Ranks.start(), batch_size=4, reporter=Reporter())
     evaluated = {key.removeprefix("eval_"): value for key, value in result.items() if key.startswith("eval_")}
     assert metrics == pytest.approx(evaluated, rel=1e-6)
-    loop.prepared.attachment.set(loop.step.state())
-    assert loop.held_out is not None
-    in_memory = Tuned(loop.prepared, tuned.tokenizer, None, loop.held_out.task, loop.step.readout)
+    loop.prepared.attachment.set(loop.only.step.state())
+    assert loop.only.held_out is not None
+    in_memory = Tuned(loop.prepared, tuned.tokenizer, None, loop.only.held_out.task, loop.only.step.readout)
     found = answers(tuned, rows)
     assert found == answers(in_memory, rows)
     assert len(found) == len(ROWS)

@@ -323,14 +323,15 @@ def test_the_adapter_before_a_run_that_diverges_is_kept(
     run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Ten consecutive steps with a NaN loss end a run; what the steps before them trained is saved."""
-    from ptd.engine.loop import MAX_SKIPPED, Loop
+    from ptd.engine.loop import Loop
+    from ptd.engine.member import MAX_SKIPPED
 
     take_step = Loop.take_step
 
-    def diverging(loop: Loop, index: int, batches: Any) -> Any:
+    def diverging(loop: Loop, index: int, *given: Any) -> Any:
         if index >= 2:
-            monkeypatch.setattr(loop.step.readout, "forward", lambda run, batch: nothing(batch))
-        return take_step(loop, index, batches)
+            monkeypatch.setattr(loop.members[0].step.readout, "forward", lambda run, batch: nothing(batch))
+        return take_step(loop, index, *given)
 
     def nothing(batch: Any) -> Any:
         from ptd.readouts import Reading

@@ -20,6 +20,7 @@ from ptd.distributed.network_meter import metered_deepspeed, summary
 from ptd.distributed.preflight import check_same_config
 from ptd.distributed.ranks import Ranks
 from ptd.engine.loop import Loop
+from ptd.engine.member import Member
 from ptd.methods import method
 from ptd.runs.artifacts import PEFT_TASKS
 from ptd.runs.build import build_engine, read_material
@@ -63,10 +64,7 @@ class PtdSide:
         self.prepared, self.step, self.batches = self.engine
         if config.backbone.sharded:
             self._open.enter_context(metered_deepspeed(self.step.meter))
-        nothing = lambda *unused: None  # noqa: E731
-        self.loop = Loop(
-            config.train, self.prepared, self.step, self.batches, None, ranks, Reporter(), nothing, nothing, nothing
-        )
+        self.loop = Loop(self.prepared, ranks, Reporter(), [Member(config.train, self.step, self.batches)])
         self.formula: Formula | None = None
         self.uncounted = self._count()
         self._taken = 0
@@ -142,7 +140,7 @@ class PtdSide:
         self.step.meter.take()
         self.step.clock.start("data")
         batches = self.batches.of(rows)
-        pending = self.loop.take_step(self._taken, batches)
+        (pending,) = self.loop.take_step(self._taken, [batches])
         seconds, phases = self.step.clock.stop()
         result = pending.read()
         self._taken += 1

@@ -15,9 +15,12 @@ from ptd.distributed.network_meter import metered_deepspeed
 from ptd.distributed.preflight import bytes_to_write, check_before_run, check_space
 from ptd.distributed.ranks import Ranks
 from ptd.engine.guard import Guard
-from ptd.engine.loop import Astray, Enough, Loop, Stopped, peak_memory_bytes, warmup_steps
+from ptd.engine.loop import Loop
+from ptd.engine.member import Astray, End, Enough, Failed, Member, Stopped, nothing
 from ptd.engine.optimizers import OPTIMIZERS
 from ptd.engine.preemption import StopRequest
+from ptd.engine.records import peak_memory_bytes
+from ptd.engine.schedule import warmup_steps
 from ptd.engine.watchdog import Watchdog, Watched
 from ptd.errors import Diverged
 from ptd.report import leave_report
@@ -29,7 +32,7 @@ from ptd.runs.run_json import Journal
 from ptd.runs.sampler import Sampler
 from ptd.runs.tuned import Tuned
 from ptd.tasks import Task
-from ptd.types import Reporter
+from ptd.types import Reporter, UserError
 from ptd.versions import versions
 
 
@@ -111,25 +114,28 @@ def _train(
     taught = material.examples.report.ends
     tuned = Tuned(prepared, material.tokenizer, None, material.task, step.readout, taught)
     sampler = Sampler.of(config, tuned, material.held_out, ranks, watched, watchdog.beat)
-    loop = Loop(
+    member = Member(
         settings,
-        prepared,
         step,
         batches,
         material.held_out,
-        ranks,
-        watched,
-        on_record=records.write if records is not None else lambda record: None,
+        on_record=records.write if records is not None else nothing,
         on_trained=artifacts.keep_trained,
         on_eval=artifacts.keep_best,
         on_save=artifacts.save_state,
-        on_boundary=lambda: artifacts.move_on(request),
-        request=request,
-        heartbeat=watchdog.beat,
         enough=lambda: artifacts.enough,
         guard=artifacts.guard,
         on_divergence=artifacts.has_diverged,
         rate_factor=artifacts.rate_factor,
+    )
+    loop = Loop(
+        prepared,
+        ranks,
+        watched,
+        [member],
+        on_boundary=lambda: artifacts.move_on(request),
+        request=request,
+        heartbeat=watchdog.beat,
     )
     with watchdog, artifacts.telling(reporter), ExitStack() as stack:
         stack.callback(artifacts.saver.close)
@@ -141,13 +147,15 @@ def _train(
             artifacts.preempt(start, None)
         fresh = folder.checkpoint is None
         if fresh and material.trains:
-            loop.measure_start(total, alone=alone_reads(material.task))
+            loop.measure_start([total], alone=alone_reads(material.task))
         if sampler is not None and fresh:
             sampler.keep(0, step.state())
             step.meter.take()
         ended = take_steps(loop, artifacts, records, start, total)
         if isinstance(ended, Stopped):
             artifacts.preempt(ended.step, ended)
+        if isinstance(ended, Failed):
+            raise UserError(ended.reason)
         watchdog.beat("writing the adapter")
         steps = total if ended is None else ended.step
         result = artifacts.keep_result({"steps": steps, "seconds": time.time() - began})
@@ -169,9 +177,7 @@ def _train(
         return result
 
 
-def take_steps(
-    loop: Loop, artifacts: Artifacts, records: Records | None, start: int, total: int
-) -> Stopped | Enough | Astray | None:
+def take_steps(loop: Loop, artifacts: Artifacts, records: Records | None, start: int, total: int) -> End | None:
     """Run the steps after ``start``. If the run diverges and may retry, run the steps after the last good one.
 
     Return why the run ended before step ``total``, or None if it did not.
@@ -180,12 +186,12 @@ def take_steps(
         return Enough(start)
     due = artifacts.evaluation_due
     while True:
-        ended = loop.run(start, total, evaluation_due=due)
+        (ended,) = loop.run(start, [total], evaluation_due=due)
         if not isinstance(ended, Astray) or not artifacts.may_retry:
             return ended
         loop.heartbeat("going back")
         start, due = artifacts.go_back(ended, records)
-        loop.rate_factor = artifacts.rate_factor
+        loop.members[0].rate_factor = artifacts.rate_factor
 
 
 def alone_reads(task: Task) -> bool:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ptd.data.packing import balance, first_fit, first_fit_starts
 from ptd.types import IGNORE_INDEX, Batch, Examples, UserError
@@ -231,6 +233,45 @@ def padded_batch(examples: Examples, rows: np.ndarray, pad_token_id: int = 0) ->
         types=None if examples.token_types is None else np.where(useful, examples.token_types[source], 0),
         source=None if examples.source is None else padded_batch(examples.source, rows, pad_token_id),
     )
+
+
+def join_batches(batches: Sequence[Batch], members: Sequence[int]) -> Batch:
+    """Return one batch with the sequences of all ``batches``, in order; ``members[i]`` is the prompt of ``batches[i]``.
+
+    All batches are packed, or all are padded. Padded ones get the width of the widest. The joined batch has no
+    ``rows``, because the rows of different batches may belong to different data.
+    """
+    sources = [batch.source for batch in batches if batch.source is not None]
+    assert len(sources) in (0, len(batches))
+    packed = batches[0].cu_seqlens is not None
+    assert all((batch.cu_seqlens is not None) == packed for batch in batches)
+    bounds = None
+    if packed:
+        lengths = torch.cat([batch.lengths for batch in batches])
+        bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
+    types = [batch.token_type_ids for batch in batches if batch.token_type_ids is not None]
+    return Batch(
+        input_ids=_side_by_side([batch.input_ids for batch in batches], packed, 0),
+        labels=_side_by_side([batch.labels for batch in batches], packed, IGNORE_INDEX),
+        position_ids=_side_by_side([batch.position_ids for batch in batches], packed, 0),
+        cu_seqlens=bounds,
+        max_seqlen=max(batch.max_seqlen for batch in batches),
+        tokens=sum(batch.tokens for batch in batches),
+        supervised_tokens=sum(batch.supervised_tokens for batch in batches),
+        lengths=torch.cat([batch.lengths for batch in batches]),
+        group=batches[0].group,
+        token_type_ids=_side_by_side(types, packed, 0) if types else None,
+        source=join_batches(sources, members) if sources else None,
+        members=tuple(member for batch, member in zip(batches, members, strict=True) for _ in batch.lengths),
+    )
+
+
+def _side_by_side(tensors: list[Tensor], packed: bool, fill: int) -> Tensor:
+    """Concatenate packed rows ``[1, N]`` to one row, or padded rows ``[B, S]`` to more rows."""
+    if packed:
+        return torch.cat(tensors, dim=1)
+    widest = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat([pad(tensor, (0, widest - tensor.shape[1]), value=fill) for tensor in tensors])
 
 
 def _sequences(examples: Examples, rows: np.ndarray) -> np.ndarray:

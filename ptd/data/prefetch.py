@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 
@@ -15,7 +15,9 @@ from ptd.types import Batch
 _Item = tuple[int, list[Batch]] | BaseException
 
 
-def prefetch(batches: Batches, start_step: int, stop_step: int, depth: int = 2) -> Iterator[tuple[int, list[Batch]]]:
+def prefetch(
+    batches: Batches, start_step: int, stop_step: int, depth: int = 2
+) -> Generator[tuple[int, list[Batch]], None, None]:
     """Yield ``(global_step, micro-batches)`` for the steps in order, with up to ``depth`` steps prepared in advance.
 
     An exception in the thread is raised here, at the step in which it occurred. The thread ends when no step is left or

@@ -7,11 +7,14 @@ Because the backward pass is linear, this equals ordinary data parallelism, what
 
 A readout with its own parameters (a trained head) depends on the data. Its gradients are summed over the ranks
 directly, in one flat buffer.
+
+Several prompts may be trained at once, each with its own `PromptStep`. Their backward passes end at different leaves,
+so nothing mixes; `finish_step` only sends their sums and gradients over the network together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +28,8 @@ from ptd.distributed.ranks import Ranks
 from ptd.engine.loss_scale import LossScale
 from ptd.engine.optimizers import OPTIMIZERS
 from ptd.engine.phases import PhaseClock
-from ptd.readouts import Readout
-from ptd.types import PromptEncoder, PromptState
+from ptd.readouts import Reading, Readout
+from ptd.types import Batch, PromptEncoder, PromptState
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,37 @@ class StepResult:
     loss_scale: float | None = None
     overflow: bool = False
     stop: bool = False
+
+
+@dataclass
+class StepSums:
+    """The sums of one step over the micro-batches of this rank.
+
+    ``loss``: fp64 scalar, without the loss scale; the mean loss of a step is its sum over all ranks divided by the sum
+    of their ``weight``. ``stop``: whether this rank was asked to stop.
+    """
+
+    loss: Tensor
+    weight: Tensor | float = 0.0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    stop: bool = False
+
+    @staticmethod
+    def zero(device: torch.device) -> StepSums:
+        return StepSums(torch.zeros((), dtype=torch.float64, device=device))
+
+    def tensor(self) -> Tensor:
+        """Return the fields in order, fp64 ``[5]``."""
+        return together([self.loss, self.weight, self.tokens, self.supervised_tokens, self.stop], self.loss.device)
+
+    def add(self, reading: Reading, batch: Batch) -> None:
+        """Add a micro-batch."""
+        weight = reading.weight
+        self.loss += reading.loss.detach()
+        self.weight = self.weight + (weight.detach().double() if isinstance(weight, Tensor) else weight)
+        self.tokens += batch.tokens
+        self.supervised_tokens += batch.supervised_tokens
 
 
 class PendingResult:
@@ -87,11 +121,11 @@ class PromptStep:
     """The trained modules, their optimizer, and the reduction over ranks.
 
     Usage: ``state = step.encode()``; run micro-batches with ``state``, each ``step.loss_scale.apply(loss).backward()``
-    with a summed loss; ``step.finish(loss_sum, weight, tokens, supervised_tokens)``. The step tells ``clock`` which of
-    the `ptd.engine.phases.PHASES` begins.
+    with a summed loss; ``finish_step([step], [sums])``. The steps of several prompts of a run share ``ranks``,
+    ``meter`` and ``clock``; the clock is told which of the `ptd.engine.phases.PHASES` begins.
 
     On a GPU no method here makes the host wait with fused AdamW: it decides on the GPU whether a step is skipped, and
-    the result is read later. With another optimizer, `finish` waits once for that decision.
+    the result is read later. With another optimizer, `finish_step` waits once for that decision.
     """
 
     def __init__(
@@ -135,45 +169,32 @@ class PromptStep:
             tensor.requires_grad_()
         return self._leaf
 
-    def finish(
-        self,
-        loss_sum: Tensor,
-        weight: Tensor | float,
-        tokens: int,
-        supervised_tokens: int,
-        *,
-        stop: bool = False,
-    ) -> PendingResult:
-        """Reduce, run the encoder's backward pass, clip and step.
-
-        All ranks skip the step if its loss or gradient is not finite. The mean loss of the step is the sum of
-        ``loss_sum`` (without the loss scale) over all ranks divided by the sum of their ``weight``. ``stop``: whether
-        this rank was asked to stop; the same all-reduce tells all ranks.
-        """
+    def backward(self, gradient: Tensor, divisor: Tensor) -> None:
+        """Run the encoder's backward pass, with the ``gradient`` of its flat output summed over all ranks."""
         assert self._flat is not None
-        self.clock.begin("reduce")
-        with self.meter:
-            own = together([loss_sum, weight, tokens, supervised_tokens, stop], loss_sum.device)
-            totals = self.ranks.all_reduce(own)
-            loss, scale = totals[0] / totals[1], self.loss_scale.now()
-            divisor = totals[1] * scale
-            if self._flat.requires_grad:
-                gradient = self.ranks.all_reduce(self.leaf_gradient())
-                self.clock.begin("encoder")
-                self._flat.backward(gradient.div_(divisor).to(self._flat.dtype))
-                self.clock.begin("reduce")
-            self._reduce_readout(divisor)
-            self.clock.begin("optimizer")
-            norm = self._grad_norm()
-            finite, finite_loss = norm.isfinite(), loss.isfinite()
-            # ``loss`` is the loss before scaling: if it is not finite, that says nothing about the loss scale.
-            overflow = self.loss_scale.update(finite=finite, known=finite_loss)
-            finite = finite & finite_loss
-            self._step(norm, finite)
-            self.optimizer.zero_grad(set_to_none=True)
+        self._flat.backward(gradient.div_(divisor).to(self._flat.dtype))
+
+    def update(self, totals: Tensor) -> PendingResult:
+        """Clip and step, with the gradients of all ranks. ``totals``: the fields of `StepSums` summed over all ranks.
+
+        All ranks skip the step if its loss or gradient is not finite.
+        """
+        loss, scale = totals[0] / totals[1], self.loss_scale.now()
+        norm = self._grad_norm()
+        finite, finite_loss = norm.isfinite(), loss.isfinite()
+        # ``loss`` is the loss before scaling: if it is not finite, that says nothing about the loss scale.
+        overflow = self.loss_scale.update(finite=finite, known=finite_loss)
+        finite = finite & finite_loss
+        self._step(norm, finite)
+        self.optimizer.zero_grad(set_to_none=True)
         self._flat = self._leaf = None
         numbers = torch.stack([x.double() for x in (loss, norm, *totals[2:].unbind(), finite, scale, overflow)])
         return PendingResult(numbers, self.loss_scale.used)
+
+    @property
+    def trains_a_prompt(self) -> bool:
+        """Whether the flat output that `encode` computed needs a gradient."""
+        return self._flat is not None and self._flat.requires_grad
 
     def _step(self, norm: Tensor, finite: Tensor) -> None:
         """Clip to ``max_grad_norm`` and step if ``finite``; otherwise leave parameters and moments unchanged."""
@@ -188,18 +209,21 @@ class PromptStep:
             self.optimizer.found_inf = 1 - counts  # type: ignore[attr-defined]
         self.optimizer.step()
 
-    def _reduce_readout(self, divisor: Tensor) -> None:
-        """Sum the readout's gradients over all ranks in one buffer, and divide them by ``divisor``."""
+    def head_gradient(self) -> Tensor | None:
+        """Return the gradient of all parameters of the readout, in one flat tensor; None if it has none."""
         parameters = list(self.readout.parameters())
         if not parameters:
-            return
-        sizes = [parameter.numel() for parameter in parameters]
-        flat = torch.zeros(sum(sizes), device=parameters[0].device)
-        parts = flat.split(sizes)
-        for part, parameter in zip(parts, parameters, strict=True):
+            return None
+        flat = torch.zeros(sum(parameter.numel() for parameter in parameters), device=parameters[0].device)
+        for part, parameter in zip(flat.split([each.numel() for each in parameters]), parameters, strict=True):
             if parameter.grad is not None:
                 part.copy_(parameter.grad.flatten())
-        self.ranks.all_reduce(flat).div_(divisor)
+        return flat
+
+    def set_head_gradient(self, flat: Tensor, divisor: Tensor) -> None:
+        """Give the parameters of the readout the gradient ``flat``, summed over all ranks, divided by ``divisor``."""
+        parameters = list(self.readout.parameters())
+        parts = flat.div_(divisor).split([parameter.numel() for parameter in parameters])
         for part, parameter in zip(parts, parameters, strict=True):
             parameter.grad = part.view_as(parameter)
 
@@ -229,6 +253,42 @@ class PromptStep:
     def _scale(self, factor: Tensor) -> None:
         for gradient in self._gradients():
             gradient.mul_(factor)
+
+
+def finish_step(steps: Sequence[PromptStep], sums: Sequence[StepSums]) -> list[PendingResult]:
+    """End a step of one or several prompts: reduce, run the encoders' backward passes, clip and update each.
+
+    The prompts of a step share their collectives, so their number does not change how many messages there are. Every
+    prompt is divided by the weight of its own rows, clipped by its own norm, and skipped by itself if its loss or
+    gradient is not finite.
+    """
+    ranks, meter, clock = steps[0].ranks, steps[0].meter, steps[0].clock
+    clock.begin("reduce")
+    with meter:
+        totals = ranks.all_reduce(torch.stack([each.tensor() for each in sums]))
+        divisors = [total[1] * step.loss_scale.now() for total, step in zip(totals, steps, strict=True)]
+        prompts = [index for index, step in enumerate(steps) if step.trains_a_prompt]
+        gradients = _summed([steps[index].leaf_gradient() for index in prompts], ranks)
+        clock.begin("encoder")
+        for index, gradient in zip(prompts, gradients, strict=True):
+            steps[index].backward(gradient, divisors[index])
+        clock.begin("reduce")
+        found = {index: each for index, step in enumerate(steps) if (each := step.head_gradient()) is not None}
+        for index, gradient in zip(found, _summed(list(found.values()), ranks), strict=True):
+            steps[index].set_head_gradient(gradient, divisors[index])
+        clock.begin("optimizer")
+        return [step.update(total) for step, total in zip(steps, totals, strict=True)]
+
+
+def _summed(tensors: list[Tensor], ranks: Ranks) -> list[Tensor]:
+    """Return the tensors summed over all ranks, in one collective."""
+    if len(tensors) == 1 or ranks.world_size == 1:
+        return [ranks.all_reduce(tensor) for tensor in tensors]
+    if not tensors:
+        return []
+    flat = ranks.all_reduce(torch.cat([tensor.flatten() for tensor in tensors]))
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def build_optimizer(

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
 from ptd.checkpoint.run_state import ResumableOptimizer
-from ptd.engine.prompt_step import PromptStep
+from ptd.engine.prompt_step import PromptStep, StepSums, finish_step
 from ptd.engine.setup import Prepared
 from ptd.inject import standing_in_for_gpu
 from ptd.planner.allocation_tracker import Allocations, Interval
@@ -112,7 +112,9 @@ def trace_step(
     flops = seen.flops
     seen.mark(None)
     with seen.kind("encoder"):
-        step.finish(reading.loss, reading.weight, batch.tokens, batch.supervised_tokens)
+        sums = StepSums.zero(torch.device("cpu"))
+        sums.add(reading, batch)
+        finish_step([step], [sums])
     seen.mark(None)
     used.remove()
     head = sum(parameter.numel() for parameter in step.readout.parameters())

@@ -26,7 +26,7 @@ from ptd.checkpoint.run_state import (
 from ptd.config import RunConfig, TrainConfig
 from ptd.distributed.ranks import Ranks
 from ptd.engine.guard import Divergence, Guard
-from ptd.engine.loop import Astray, Stopped
+from ptd.engine.member import Astray, Stopped
 from ptd.engine.own_part import own_part
 from ptd.engine.preemption import StopRequest
 from ptd.engine.prompt_step import PromptStep

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 
 from ptd.config import TrainConfig
-from ptd.engine.loop import learning_rates
+from ptd.engine.schedule import learning_rates
 
 TYPES = get_args(TrainConfig.model_fields["lr_scheduler_type"].annotation)
 STEPS = 23

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from ptd.config import parse_config
 from ptd.distributed.ranks import Ranks
 from ptd.engine.evaluation import mean_loss
-from ptd.engine.loop import learning_rates
+from ptd.engine.prompt_step import StepSums, finish_step
+from ptd.engine.schedule import learning_rates
 from ptd.quickstart import BACKBONE
 from ptd.quickstart.task import write_task
 from ptd.runs.build import build_engine, read_material
@@ -71,11 +72,9 @@ def trained(backbone, rows, *, units=True, learning_rate=0.05, **method):
         (batch,) = batches.step(index)
         reading = step.readout(prepared.run, batch)
         reading.loss.backward()
-        losses.append(
-            step.finish(reading.loss.detach().double(), reading.weight, batch.tokens, batch.supervised_tokens)
-            .read()
-            .loss
-        )
+        sums = StepSums.zero(ranks.device)
+        sums.add(reading, batch)
+        losses.append(finish_step([step], [sums])[0].read().loss)
     return frozen, start, losses, held_out_loss(step.state()), step.state()
 
 

@@ -47,12 +47,13 @@ class WatchedLoop(Loop):
 
     def __post_init__(self) -> None:
         loops.append(self)
-        self.step.optimizer.register_step_pre_hook(self._keep)
-        self.on_record = lambda record: self.losses.append(record["loss"]) if "loss" in record else None
-        self.on_eval = lambda number, metrics: self.metrics.update(metrics)
+        (self.only,) = self.members
+        self.only.step.optimizer.register_step_pre_hook(self._keep)
+        self.only.on_record = lambda record: self.losses.append(record["loss"]) if "loss" in record else None
+        self.only.on_eval = lambda number, metrics: self.metrics.update(metrics)
 
     def _keep(self, *_: Any) -> None:
-        named = dict(self.step.trained.named_parameters())
+        named = dict(self.only.step.trained.named_parameters())
         self.parameters.append({name: whole(parameter) for name, parameter in named.items()})
         self.gradients.append({name: whole(parameter.grad) for name, parameter in named.items()})
 
@@ -84,20 +85,20 @@ def run(raw: dict[str, Any], ranks: Ranks) -> Measured:
     config = parse_config(raw)
     ptd.commands.train.train(config)
     (loop,) = loops
-    task, held_out = loop.held_out.task, loop.held_out
-    loop.prepared.attachment.set(loop.step.state())
+    task, held_out = loop.only.held_out.task, loop.only.held_out
+    loop.prepared.attachment.set(loop.only.step.state())
     found: list[Any] = [[], []]
     if not task.generates:
-        scores = scores_of(held_out, loop.prepared, loop.step.readout, ranks, Reporter())
+        scores = scores_of(held_out, loop.prepared, loop.only.step.readout, ranks, Reporter())
         found = [task.answers(scores, held_out.examples, held_out.rows) if ranks.is_main else [], scores]
         dist.broadcast_object_list(found, src=0)
     return Measured(
         config,
         loop,
-        {name: whole(parameter) for name, parameter in loop.step.trained.named_parameters()},
+        {name: whole(parameter) for name, parameter in loop.only.step.trained.named_parameters()},
         *found,
-        fillers=sum(not batch.rows for index in range(len(loop.losses)) for batch in loop.batches.step(index)),
-        split=sum(isinstance(parameter, DTensor) for parameter in loop.step.trained.parameters()),
+        fillers=sum(not batch.rows for index in range(len(loop.losses)) for batch in loop.only.batches.step(index)),
+        split=sum(isinstance(parameter, DTensor) for parameter in loop.only.step.trained.parameters()),
         sharded=all(parameter.ds_tensor.numel() < parameter.ds_numel for parameter in big(loop.prepared)),
     )
 
@@ -140,15 +141,15 @@ class Reference:
 def compare(measured: Measured) -> dict[str, Any]:
     """Compare every step and the evaluation with the reference."""
     loop, config = measured.loop, measured.config
-    reference = Reference(config, loop.held_out.task, loop.step.readout)
-    if loop.step.encoder.units is not None:  # the units are measured on the rows
-        reference.trained.encoder.units.load_state_dict(loop.step.encoder.units.state_dict())
-    examples: Examples = loop.batches.examples
+    reference = Reference(config, loop.only.held_out.task, loop.only.step.readout)
+    if loop.only.step.encoder.units is not None:  # the units are measured on the rows
+        reference.trained.encoder.units.load_state_dict(loop.only.step.encoder.units.state_dict())
+    examples: Examples = loop.only.batches.examples
     errors: dict[str, float] = {}
     loss_errors, mean_of_means = [], []
     for index, (parameters, gradients) in enumerate(zip(loop.parameters, loop.gradients, strict=True)):
-        rows = torch.tensor(loop.batches.rows(index)).numpy()
-        loss, expected = reference.step(parameters, padded_batch(examples, rows, loop.batches.pad_token_id))
+        rows = torch.tensor(loop.only.batches.rows(index)).numpy()
+        loss, expected = reference.step(parameters, padded_batch(examples, rows, loop.only.batches.pad_token_id))
         assert expected.keys() == gradients.keys()
         total = norm_of(list(expected.values()))
         for name, gradient in gradients.items():
@@ -159,7 +160,9 @@ def compare(measured: Measured) -> dict[str, Any]:
             errors[f"step {index + 1}: {name}"] = error / (own if own > 1e-5 * total else total)
         loss_errors.append(abs(loop.losses[index] - loss) / abs(loss))
         alone = [
-            reference.step(parameters, padded_batch(examples, rows[place : place + 1], loop.batches.pad_token_id))[1]
+            reference.step(parameters, padded_batch(examples, rows[place : place + 1], loop.only.batches.pad_token_id))[
+                1
+            ]
             for place in range(len(rows))
         ]
         wrong = {name: sum(one[name] for one in alone) / len(alone) for name in expected}
@@ -169,7 +172,7 @@ def compare(measured: Measured) -> dict[str, Any]:
     rows = load_rows(config.data.eval, config.data.eval_split, what="data.eval")
     with torch.no_grad():
         reference.use(measured.trained)
-    old = loop.held_out
+    old = loop.only.held_out
     held_out = HeldOut(old.task, old.examples, rows, len(rows), False, old.pad_token_id)
     arguments = (held_out, reference.prepared, reference.trained.readout, ALONE, Reporter())
     metrics = evaluate_held_out(*arguments)

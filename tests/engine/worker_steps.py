@@ -38,6 +38,7 @@ from ptd.distributed.network_meter import NetworkMeter, metered_deepspeed
 from ptd.distributed.ranks import Ranks
 from ptd.engine.loop import Loop
 from ptd.engine.loss_scale import LossScale
+from ptd.engine.member import Failed, Member
 from ptd.engine.prompt_step import PromptStep, Trained, build_optimizer
 from ptd.engine.setup import Prepared, prepare
 from ptd.methods.prefix import PrefixEncoder
@@ -209,18 +210,8 @@ def make_loop(
     reporter: Reporter | None = None,
 ) -> Loop:
     config = TrainConfig(learning_rate=OPTIMIZER["learning_rate"], lr_scheduler_type="constant", logging_steps=1)
-    return Loop(
-        config,
-        prepared if run is None else replace(prepared, run=run),
-        step,
-        batches,
-        None,
-        ranks,
-        reporter or Reporter(),
-        on_record=on_record,
-        on_eval=lambda number, metrics: None,
-        on_save=lambda number: None,
-    )
+    member = Member(config, step, batches, on_record=on_record)
+    return Loop(prepared if run is None else replace(prepared, run=run), ranks, reporter or Reporter(), [member])
 
 
 # ---- cases
@@ -244,7 +235,7 @@ def training_case(
     step.optimizer.register_step_pre_hook(keep_gradients)
     records: list[dict[str, Any]] = []
     batches = make_batches(ranks, accumulation, packing)
-    make_loop(prepared, step, batches, ranks, records.append).run(0, STEPS)
+    make_loop(prepared, step, batches, ranks, records.append).run(0, [STEPS])
 
     errors = {
         f"step {index + 1}: {name}": relative(gradients[index][name], expected)
@@ -287,7 +278,7 @@ def relative_list(measured: list[float], expected: list[float]) -> float:
 def sharding_case(prepared: Prepared, batches: Batches, ranks: Ranks, hidden: int) -> dict[str, Any]:
     """Return the bytes of the wide layer's weight, and each rank's bytes of it and of AdamW's state after a step."""
     step = make_step(make_encoder(prepared, "mlp", hidden=hidden), ranks)
-    make_loop(prepared, step, batches, ranks, lambda record: None).run(0, 1)
+    make_loop(prepared, step, batches, ranks, lambda record: None).run(0, [1])
     weight = step.encoder.transform[2].weight
     held = {"weight": weight, **step.optimizer.state[weight]}
     local = {
@@ -322,7 +313,7 @@ def network_case(
 
         if placement == "zero3":
             stack.enter_context(metered_deepspeed(step.meter))
-        make_loop(prepared, step, batches, ranks, keep).run(0, 4)
+        make_loop(prepared, step, batches, ranks, keep).run(0, [4])
     kinds: dict[str, int] = {}
     for _, kind, _ in counted:
         kinds[kind] = kinds.get(kind, 0) + 1
@@ -401,7 +392,7 @@ def skipping_case(
 
     with poisoned(prepared, when, kind) as run:
         batches = make_batches(ranks, accumulation=2, packing=True)
-        make_loop(prepared, step, batches, ranks, on_record, run=run, reporter=notes).run(0, 5)
+        make_loop(prepared, step, batches, ranks, on_record, run=run, reporter=notes).run(0, [5])
     return {
         "changed": [before != after for before, after in itertools.pairwise(states)],
         "skipped": gather([record["skipped_steps"] for record in records]),
@@ -425,13 +416,10 @@ def giving_up_case(prepared: Prepared, ranks: Ranks, encoder: PrefixEncoder, bad
         return ranks.rank == 0 and calls - 1 in bad_steps
 
     records: list[dict[str, Any]] = []
-    raised = ""
     with poisoned(prepared, when, "nan") as run:
         loop = make_loop(prepared, step, make_batches(ranks, 1, True), ranks, records.append, run=run)
-        try:
-            loop.run(0, 14)
-        except UserError as error:
-            raised = str(error)
+        (ended,) = loop.run(0, [14])
+    raised = ended.reason if isinstance(ended, Failed) else ""
     return {"raised": gather(raised), "records": len(records)}
 
 
@@ -439,7 +427,7 @@ def checkpoint_case(prepared: Prepared, batches: Batches, writers: Ranks, reader
     """Write tensors with one arrangement of ranks, read them with another; return those that are not bit-identical."""
     encoder = make_encoder(prepared, "mlp")
     step = make_step(encoder, writers)
-    make_loop(prepared, step, batches, writers, lambda record: None).run(0, 2)
+    make_loop(prepared, step, batches, writers, lambda record: None).run(0, [2])
     folder = [tempfile.mkdtemp() if writers.is_main else ""]
     dist.broadcast_object_list(folder, src=0)
     written = state_tensors(step.trained, step.optimizer)

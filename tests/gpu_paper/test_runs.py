@@ -28,6 +28,7 @@ from ptd.data import load_rows
 from ptd.distributed.ranks import Ranks
 from ptd.engine.evaluation import scores_of
 from ptd.engine.loop import Loop
+from ptd.engine.member import Member
 from ptd.runs.generation import decode
 from ptd.runs.tuned import load_tuned
 from ptd.types import Preempted, Reporter
@@ -90,19 +91,19 @@ class SeenLoop(Loop):
     seen = Seen()
     stop_in: int | None = None
 
-    def take_step(self, index: int, micro_batches: Any) -> Any:
+    def take_step(self, index: int, micro_batches: Any, members: Any = None) -> Any:
         if index + 1 == self.stop_in:
             self.request.signal = 1  # type: ignore[assignment]
         self.seen.doing = f"step {index + 1}"
-        pending = super().take_step(index, micro_batches)
+        pending = super().take_step(index, micro_batches, members)
         self.seen.doing = "between steps"
-        for parameter, state in self.step.optimizer.state.items():
+        for parameter, state in self.members[0].step.optimizer.state.items():
             assert {tensor.device for tensor in state.values()} == {parameter.device}, state
         return pending
 
-    def evaluate(self, number: int) -> None:
+    def evaluate(self, number: int, member: Member) -> None:
         self.seen.doing = "evaluation"
-        super().evaluate(number)
+        super().evaluate(number, member)
         self.seen.doing = "between steps"
 
 

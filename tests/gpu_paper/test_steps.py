@@ -18,7 +18,9 @@ from ptd.backbone import load_model
 from ptd.config import BackboneConfig, parse_config
 from ptd.distributed.ranks import Ranks
 from ptd.engine.evaluation import evaluate_held_out
-from ptd.engine.loop import Loop, Stopped
+from ptd.engine.loop import Loop
+from ptd.engine.member import Member, Stopped
+from ptd.engine.prompt_step import StepSums, finish_step
 from ptd.inject import Attachment, check_supported
 from ptd.inject.output_layer import OutputLayer
 from ptd.methods.prefix import PrefixEncoder
@@ -88,11 +90,8 @@ class Run:
         self.prepared.attachment.stacks[0].left_obstacle = "as some do"  # then batches padded on the left are refused
         self.records: list[dict[str, Any]] = []
         self.reporter = Notes()
-        nothing = lambda *unused: None  # noqa: E731
-        self.loop = Loop(
-            config.train, self.prepared, self.step, batches, None, self.ranks, self.reporter, self.records.append,
-            nothing, nothing, **loop,
-        )  # fmt: skip
+        member = Member(config.train, self.step, batches, on_record=self.records.append)
+        self.loop = Loop(self.prepared, self.ranks, self.reporter, [member], **loop)
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +116,10 @@ def run(backbones: Callable[[str], Path], labelled_rows: Path, monkeypatch: pyte
 def test_no_step_waits(run: Callable[..., Run], case: str) -> None:
     with watched() as seen:
         built = run(case, heartbeat=lambda doing: setattr(seen, "doing", doing))
-        built.loop.run(0, LOGGED)  # the first steps load kernels and create the optimizer's state
+        built.loop.run(0, [LOGGED])  # the first steps load kernels and create the optimizer's state
         seen.waited.clear()
         with strictly():
-            built.loop.run(LOGGED, STEPS)
+            built.loop.run(LOGGED, [STEPS])
     assert [record["step"] for record in built.records] == [LOGGED, STEPS]
     assert all(seen.launches(f"step {number}") for number in range(1, STEPS + 1))
     assert seen.waited == []
@@ -136,9 +135,9 @@ def test_no_familys_step_waits(family: str, labelled_rows: Path, tmp_path: Path)
     with watched() as seen:
         built = Run(save_backbone(tmp_path, family), labelled_rows, changes)
         built.loop.heartbeat = lambda doing: setattr(seen, "doing", doing)
-        built.loop.run(0, 1)
+        built.loop.run(0, [1])
         seen.waited.clear()
-        built.loop.run(1, 2)
+        built.loop.run(1, [2])
     assert seen.launches("step 2")
     assert seen.waited == []
 
@@ -176,7 +175,7 @@ def test_results_read_later_are_the_same(run: Callable[..., Run]) -> None:
     """
     at_once, later = (run("float16, lowered", behind=behind) for behind in (0, 1))
     for built in (at_once, later):
-        built.loop.run(0, STEPS)
+        built.loop.run(0, [STEPS])
     kept = ("step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "skipped_steps", "loss_scale")
     # Compared as text, because NaN does not equal NaN.
     series = [[str([record[key] for key in kept]) for record in built.records] for built in (later, at_once)]
@@ -192,19 +191,19 @@ def test_a_request_to_stop_is_seen_as_late_as_results_are(
 ) -> None:
     built = run("packed", behind=behind)
     built.loop.request.signal = signal.SIGTERM
-    assert built.loop.run(0, STEPS) == Stopped(stopped, evaluation_due=False)
+    assert built.loop.run(0, [STEPS]) == [Stopped(stopped, evaluation_due=False)]
 
 
 def test_the_fused_optimizer_skips_as_the_host_would(run: Callable[..., Run]) -> None:
     """A step whose loss is not finite changes nothing: no parameter, no moment, no step count."""
     built = run("packed")
-    built.loop.run(0, LOGGED)
+    built.loop.run(0, [LOGGED])
     before = {name: tensor.clone() for name, tensor in built.step.tensors().items()}
     state = built.step.encode()
     built.prepared.attachment.set(state)
     loss = sum(tensor.square().sum() for tensor in state.tensors()) * torch.nan
     loss.backward()
-    result = built.step.finish(loss, 1.0, 1, 1).read()
+    result = finish_step([built.step], [StepSums(loss.detach().double(), 1.0, 1, 1)])[0].read()
     assert result.skipped
     after = built.step.tensors()
     assert after.keys() == before.keys()
@@ -215,7 +214,7 @@ def test_the_fused_optimizer_skips_as_the_host_would(run: Callable[..., Run]) ->
 def test_what_a_resumed_run_is_to_load_lies_where_the_optimizer_wants_it(run: Callable[..., Run], case: str) -> None:
     """Optimizer state is on its parameter's device, before any step (when a resumed run loads it) and after steps."""
     resumed, trained = run(case), run(case)
-    trained.loop.run(0, STEPS)
+    trained.loop.run(0, [STEPS])
     for step in (resumed.step, trained.step):
         step.tensors()
         for parameter in step.trained.parameters():
@@ -226,7 +225,7 @@ def test_what_a_resumed_run_is_to_load_lies_where_the_optimizer_wants_it(run: Ca
         other = trained.step.tensors()[name]
         assert (tensor.device, tensor.dtype, tensor.shape) == (other.device, other.dtype, other.shape), name
         tensor.data.copy_(other)
-    resumed.loop.run(STEPS, STEPS + 1)
+    resumed.loop.run(STEPS, [STEPS + 1])
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])

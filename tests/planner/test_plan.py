@@ -19,7 +19,7 @@ from ptd.cli import main
 from ptd.commands.plan import GPU, parse_size, plan, trace_run
 from ptd.config import BackboneConfig, RunConfig, parse_config
 from ptd.distributed.ranks import Ranks
-from ptd.engine.prompt_step import Trained
+from ptd.engine.prompt_step import StepSums, Trained, finish_step
 from ptd.engine.setup import prepare
 from ptd.planner.placement import ITEMS
 from ptd.planner.step_trace import Trace
@@ -79,7 +79,9 @@ def allocated_in_a_step(config: RunConfig) -> int:
         prepared.attachment.set(step.encode())
         reading = step.readout(prepared.run, batch)
         reading.loss.backward()
-        step.finish(reading.loss, reading.weight, batch.tokens, batch.supervised_tokens)
+        sums = StepSums.zero(CPU)
+        sums.add(reading, batch)
+        finish_step([step], [sums])
 
     once()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

@@ -28,7 +28,7 @@ import ptd.commands.train  # noqa: F401
 from ptd.checkpoint import Saver, saver
 from ptd.cli import main
 from ptd.engine.loop import Loop
-from ptd.engine.prompt_step import PromptStep
+from ptd.engine.prompt_step import PromptStep, StepSums
 from ptd.runs.metrics_log import Records
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -62,7 +62,7 @@ class Now:
 
 
 def follow_steps() -> None:
-    def note(loop: Loop, index: int, micro_batches: Any) -> None:
+    def note(loop: Loop, index: int, *given: Any) -> None:
         Now.number = index + 1
 
     before(Loop, "take_step", note)
@@ -70,13 +70,15 @@ def follow_steps() -> None:
 
 def nan_on_one_rank(rank: int) -> None:
     """Make the loss of the last rank NaN in one step; this happens in all runs."""
-    finish = PromptStep.finish
+    tensor = StepSums.tensor
 
-    def spoiled(self: PromptStep, loss_sum: Any, *args: Any, **kwargs: Any) -> Any:
-        return finish(self, loss_sum * float("nan") if Now.number == NAN_STEP else loss_sum, *args, **kwargs)
+    def spoiled(self: StepSums) -> Any:
+        if Now.number == NAN_STEP:
+            self.loss = self.loss * float("nan")
+        return tensor(self)
 
     if rank == int(os.environ["WORLD_SIZE"]) - 1:
-        PromptStep.finish = spoiled  # type: ignore[method-assign]
+        StepSums.tensor = spoiled  # type: ignore[method-assign]
 
 
 def in_step(number: int, victim: int = 1) -> Fault:

@@ -179,7 +179,7 @@ def test_gradients_reach_what_the_backbone_puts_out():
     task = make(patterns=PATTERNS, verbalizer=WORDS)
     batch = padded_batch(tokenized(task, tokenizer), np.arange(4))
     output = torch.randn(int((batch.labels != IGNORE_INDEX).sum()), len(tokenizer), requires_grad=True)
-    task.readout(tokenizer, 32, HeadSettings())(lambda batch, positions: output, batch).loss.backward()
+    task.readout(tokenizer, 32, HeadSettings())(lambda batch, ask: output, batch).loss.backward()
     assert (output.grad.abs().sum(dim=1) > 0).all()
 
 
@@ -307,7 +307,7 @@ def test_patterns_without_masks_are_layouts_for_a_head():
     assert np.flatnonzero(examples[1][1] != IGNORE_INDEX).tolist() == [0, 6]
     hidden = torch.randn(6, 32)
     readout = task.readout(tokenizer, 32, HeadSettings())
-    reading = readout(lambda batch, positions: hidden, padded_batch(examples, np.arange(3)), True)
+    reading = readout(lambda batch, ask: hidden, padded_batch(examples, np.arange(3)), True)
     log_p = readout.head(hidden).log_softmax(dim=-1).view(3, 2, 2)
     targets = torch.tensor([1, 0, 1])
     losses = [cross_entropy(log_p[:, pattern], targets, reduction="sum") for pattern in range(2)]
