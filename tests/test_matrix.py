@@ -128,7 +128,7 @@ def test_trains_its_own_parameters_and_comes_back(
     method, family, task = case
     out = tmp_path / "out"
     loops.clear()
-    monkeypatch.setattr("ptd.commands.train.Loop", WatchedLoop)
+    monkeypatch.setattr("ptd.runs.training.Loop", WatchedLoop)
     # The curve is drawn in the same way whatever was trained, and takes half as long again as everything else.
     monkeypatch.setattr("ptd.commands.train.leave_report", lambda folder: None)
     result = train(parse_config(settings(method, task, backbones[family], rows_file, out)))

@@ -226,7 +226,8 @@ def _bytes(source: str) -> int:
 def _space(config: RunConfig) -> str:
     trained, adapter = trained_numbers(config)
     state_bytes = OPTIMIZERS[config.train.optimizer].state_bytes
-    return check_space(config.output_dir, bytes_to_write(trained, adapter, config.train.save_total_limit, state_bytes))
+    needed = bytes_to_write(trained, adapter, config.train.save_total_limit, state_bytes)
+    return check_space([config.output_dir], needed)
 
 
 def trained_numbers(config: RunConfig) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import math
 import secrets
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from ptd.config import RunConfig
@@ -115,13 +116,14 @@ def bytes_to_write(trained: int, adapter: int, save_total_limit: int, state_byte
     return math.ceil(checkpoint * (save_total_limit + 1) + FLOAT * ADAPTERS * adapter)
 
 
-def check_space(folder: Path, needed: int) -> str:
-    """Raise `UserError` if the disk of ``folder`` has fewer than ``needed`` bytes for the run.
+def check_space(folders: Sequence[Path], needed: int) -> str:
+    """Raise `UserError` if the disk of ``folders`` has fewer than ``needed`` bytes for the runs in them.
 
-    Counts the free space and the checkpoints that the run already has there.
+    Counts the free space and the checkpoints that the runs already have there.
     """
-    place = existing(folder)
-    own = sum(path.stat().st_size for path in folder.glob("checkpoints/*/*") if path.is_file())
+    place = existing(folders[0])
+    found = (path for folder in folders for path in folder.glob("checkpoints/*/*"))
+    own = sum(path.stat().st_size for path in found if path.is_file())
     free = shutil.disk_usage(place).free
     if free + own < needed:
         raise UserError(

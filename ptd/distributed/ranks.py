@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.functional import pad
 
 from ptd.config import BackboneConfig
-from ptd.distributed.rendezvous import Member, join_group
+from ptd.distributed.rendezvous import Participant, join_group
 from ptd.types import PromptEncoder, UserError
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class Ranks:
         if joins:
             if world_size == 1:
                 _describe_single_process()
-            join_group(Member.this(rank, local_world_size, device), device, world_size, collective_timeout())
+            join_group(Participant.this(rank, local_world_size, device), device, world_size, collective_timeout())
         if world_size > 1:
             # If nodes have different numbers of ranks, all ranks use their greatest common divisor.
             sizes: list[Any] = [None] * world_size

@@ -39,7 +39,7 @@ _meetings = count()
 
 
 @dataclass(frozen=True)
-class Member:
+class Participant:
     """A rank's description of itself: its host, its package versions and its GPU.
 
     ``gpu``: the UUID of its GPU; None: it runs on the CPU. ``gpus``: the number of GPUs it sees; ``local_ranks``: the
@@ -54,7 +54,7 @@ class Member:
     local_ranks: int
 
     @classmethod
-    def this(cls, rank: int, local_ranks: int, device: torch.device) -> Member:
+    def this(cls, rank: int, local_ranks: int, device: torch.device) -> Participant:
         """Describe the calling process."""
         gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
         return cls(rank, socket.gethostname(), versions(), gpu, torch.cuda.device_count(), local_ranks)
@@ -63,7 +63,7 @@ class Member:
         return f"rank {self.rank} on {self.host}"
 
 
-def join_group(member: Member, device: torch.device, world_size: int, timeout: timedelta) -> None:
+def join_group(member: Participant, device: torch.device, world_size: int, timeout: timedelta) -> None:
     """Create the default process group of ``world_size`` ranks; this rank runs on ``device``.
 
     ``timeout`` is the timeout of collectives; `MEETING` and `TRIAL` limit the time to create the group. Raises
@@ -129,7 +129,7 @@ def _try_out(world_size: int, device: torch.device) -> None:
         raise RuntimeError(f"the ranks' numbers arrived as {found} with the sum {int(total)}, which is wrong")
 
 
-def _store(member: Member, world_size: int) -> Store:
+def _store(member: Participant, world_size: int) -> Store:
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
     if not address or not port.isdecimal() or int(port) >= 2**16:
         raise RankError(
@@ -159,7 +159,7 @@ def _store(member: Member, world_size: int) -> Store:
         raise RankError(f"{member} cannot join the other ranks at {address}:{port}: {reason}. {what}") from error
 
 
-def _meet(store: Store, member: Member, world_size: int) -> None:
+def _meet(store: Store, member: Participant, world_size: int) -> None:
     """Wait for the description of every rank and compare them; every rank raises what rank 0 found."""
     try:
         if store.add(f"taken/{member.rank}", 1) > 1:
@@ -183,7 +183,7 @@ def _meet(store: Store, member: Member, world_size: int) -> None:
         raise UserError(verdict)
 
 
-def _leave(store: Store, member: Member, world_size: int) -> None:
+def _leave(store: Store, member: Participant, world_size: int) -> None:
     """Let the other ranks read the verdict before rank 0 exits, because the store ends with rank 0."""
     store.set(f"left/{member.rank}", "")
     if member.rank == 0:
@@ -210,11 +210,11 @@ def _verdict(store: Store, world_size: int) -> str:
     return disagreement([_member(store, rank) for rank in range(world_size)]) or ""
 
 
-def _member(store: Store, rank: int) -> Member:
-    return Member(**json.loads(store.get(f"member/{rank}")))
+def _member(store: Store, rank: int) -> Participant:
+    return Participant(**json.loads(store.get(f"member/{rank}")))
 
 
-def disagreement(members: Sequence[Member]) -> str | None:
+def disagreement(members: Sequence[Participant]) -> str | None:
     """Return why these ranks cannot work together; None: they can."""
     names = sorted({name for member in members for name in member.versions})
     for name in names:
@@ -243,18 +243,18 @@ def disagreement(members: Sequence[Member]) -> str | None:
     return None
 
 
-def _version(name: str, member: Member) -> str:
+def _version(name: str, member: Participant) -> str:
     return member.versions.get(name, "missing")
 
 
-def _by_value(members: Sequence[Member], value: Callable[[Member], Any]) -> dict[Any, list[Member]]:
-    found: dict[Any, list[Member]] = {}
+def _by_value(members: Sequence[Participant], value: Callable[[Participant], Any]) -> dict[Any, list[Participant]]:
+    found: dict[Any, list[Participant]] = {}
     for member in members:
         found.setdefault(value(member), []).append(member)
     return found
 
 
-def _said(found: dict[Any, list[Member]]) -> str:
+def _said(found: dict[Any, list[Participant]]) -> str:
     return ", ".join(
         f"{value} for {ranks_as_text([member.rank for member in members], 'rank')} on "
         f"{', '.join(sorted({member.host for member in members})[:4])}"
@@ -285,7 +285,7 @@ def advice(backends: Mapping[str, str]) -> str:
     )
 
 
-def _stuck(store: Store, member: Member, world_size: int, backends: Mapping[str, str]) -> str:
+def _stuck(store: Store, member: Participant, world_size: int, backends: Mapping[str, str]) -> str:
     """Return the message of a rank whose self-test exceeded `TRIAL`."""
     begun = f"{member}: all ranks joined, but did not sum one number within {_seconds(TRIAL)} over {_names(backends)}"
     try:

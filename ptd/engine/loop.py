@@ -54,24 +54,37 @@ class Loop:
     behind: int | None = None
     together: int | None = None
 
-    def run(self, start: int, stops: Sequence[int], *, evaluation_due: bool = False) -> list[End | None]:
+    def run(
+        self,
+        start: int,
+        stops: Sequence[int],
+        *,
+        evaluation_due: bool = False,
+        ended: Sequence[End | None] | None = None,
+    ) -> list[End | None]:
         """Run the optimizer steps with indices ``start`` … ``stops[m] − 1`` of every member m; 0: only evaluate it.
 
-        Records number the steps from 1. ``evaluation_due``: first evaluate the state after step ``start``. When the
-        ``request`` of any rank asks to stop, all ranks stop after the same step; the caller then saves the state.
-        Returns what ended each member before its last step, the same on all ranks; None if it is complete.
+        Records number the steps from 1. ``evaluation_due``: first evaluate the state after step ``start``. ``ended``:
+        what ended members before step ``start``. When the ``request`` of any rank asks to stop, all ranks stop after
+        the same step; the caller then saves the state. Returns what ended each member before its last step, the same on
+        all ranks; None if it is complete.
         """
+        ended = ended or [None] * len(stops)
         for member, stop in zip(self.members, stops, strict=True):
             if stop == 0:
                 self.evaluate(0, member)
-        progress = [Progress(member, stop) for member, stop in zip(self.members, stops, strict=True) if stop]
+        progress = [
+            Progress(member, stop, end=end)
+            for member, stop, end in zip(self.members, stops, ended, strict=True)
+            if stop
+        ]
         last = max(stops)
         if last == 0:
             return [None] * len(stops)
         self.reporter.start("train", last, start)
         if evaluation_due:
             for each in progress:
-                if each.stop >= start:
+                if each.stop >= start and each.end is None:
                     self.evaluate(start, each.member)
                     self._stop_if_enough(each, start)
         self.prepared.forget_passes()
@@ -120,7 +133,7 @@ class Loop:
             for each in active:
                 each.window.add_phases(phases)
         for each in active:
-            self._close_step(each, index, logs=logs[id(each)], astray=judged[id(each)], stops=stops)
+            self._close_step(each, index, logs=logs[id(each)], stops=stops)
 
     def _judge(self, each: Progress, number: int) -> bool:
         """Read the results that are due; return whether the member's training has diverged and ends."""
@@ -139,10 +152,11 @@ class Loop:
         for note in each.read(behind):
             self.reporter.note(note)
 
-    def _close_step(self, each: Progress, index: int, *, logs: bool, astray: bool, stops: bool) -> None:
+    def _close_step(self, each: Progress, index: int, *, logs: bool, stops: bool) -> None:
         member, number = each.member, index + 1
         if isinstance(each.end, Failed):
             member.on_trained(number)  # the skipped steps have not changed the parameters
+            member.on_end(each.end)
             return
         evaluates = each.due(number, member.config.eval_steps) and member.held_out is not None
         if number == each.stop or evaluates:
@@ -156,7 +170,8 @@ class Loop:
             line = member.said(f"loss {each.last.loss:.4f}  lr {each.rate(index):.2e}  {shown}")
             each.window.clear()
         self.reporter.advance("train", number, line)
-        if astray:
+        if isinstance(each.end, Astray):
+            member.on_end(each.end)
             return
         if stops:  # before the evaluation, which may take longer than the time left
             each.end = Stopped(number, evaluates)
@@ -170,8 +185,9 @@ class Loop:
 
     def _stop_if_enough(self, each: Progress, number: int) -> None:
         if number < each.stop and each.member.enough():
-            self._save(each.member, number)
             each.end = Enough(number)
+            each.member.on_end(each.end)
+            self._save(each.member, number)
 
     def _save(self, member: Member, number: int) -> None:
         self.heartbeat(f"saving after step {number}")

@@ -64,7 +64,8 @@ class Member:
 
     ``on_record`` receives each record, ``on_eval`` each evaluation, ``on_save`` each step whose state is to be saved.
     ``on_trained`` is called before each evaluation, and after the last step before anything else: it saves the trained
-    parameters before anything that may fail. ``enough`` is called after each evaluation and returns whether the
+    parameters before anything that may fail. ``on_end`` is called when the training has ended before its last step,
+    unless it was stopped on request. ``enough`` is called after each evaluation and returns whether the
     training ends there. ``guard`` receives the loss of each step when it is read; ``on_divergence`` receives the
     verdict of the guard and returns whether the training ends. ``rate_factor`` multiplies the learning rates of the
     schedule. ``name``: distinguishes the prompts of a run in its messages; empty if there is only one.
@@ -79,6 +80,7 @@ class Member:
     on_eval: Callable[[int, dict[str, float]], None] = nothing
     on_save: Callable[[int], None] = nothing
     on_trained: Callable[[int], None] = nothing
+    on_end: Callable[[Enough | Astray | Failed], None] = nothing
     enough: Callable[[], bool] = lambda: False
     guard: Guard | None = None
     on_divergence: Callable[[Divergence], bool] = lambda verdict: False

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from ptd.checkpoint.run_state import (
 from ptd.config import RunConfig, TrainConfig
 from ptd.distributed.ranks import Ranks
 from ptd.engine.guard import Divergence, Guard
-from ptd.engine.member import Astray, Stopped
+from ptd.engine.member import Astray, Enough, Failed, Stopped
 from ptd.engine.own_part import own_part
 from ptd.engine.preemption import StopRequest
 from ptd.engine.prompt_step import PromptStep
@@ -73,6 +73,10 @@ class Artifacts:
     guard: Guard | None = None
     waited: int = 0
     """Number of consecutive evaluations that were no better than the best one."""
+    ended: dict[str, Any] = field(default_factory=dict)
+    """How the training ended while other runs of the same process went on; empty: it has not."""
+    total: int | None = None
+    """Number of steps of the whole run."""
     diverged: dict[str, Any] = field(default_factory=dict)
     retries: list[dict[str, Any]] = field(default_factory=list)
     """``diverged`` and ``retries`` have the form of run.json; empty: no divergence, no retry."""
@@ -102,7 +106,7 @@ class Artifacts:
                     f"there, {value} here) under the same name; restore the old one, or give --overwrite to start again"
                 )
         load_tensors(self.folder.checkpoint, self.step.tensors())
-        self.best = facts["best"]
+        self.best, self.ended = facts["best"], facts.get("ended", {})
         self.diverged, self.retries = facts.get("diverged", {}), facts.get("retries", [])
         self._take_up(facts)
         return int(facts["step"])
@@ -149,17 +153,30 @@ class Artifacts:
         """Whether the checkpoint was written before the evaluation that belongs to its step."""
         return bool(self.folder.facts().get("evaluation_due"))
 
-    def preempt(self, number: int, stopped: Stopped | None) -> NoReturn:
-        """Save the state where the run ``stopped`` (None: it took no step, so there is no state to save).
-
-        Raises `Preempted`.
-        """
+    def leave_off(self, stopped: Stopped | None) -> None:
+        """Save the state where the run ``stopped``; None: there is no state to save."""
         if stopped is not None:
-            self.save_state(number, evaluation_due=stopped.evaluation_due)
-            self.saver.wait()
-        self.journal.end("preempted", step=number)
-        self.ranks.barrier()
-        raise Preempted(f"stopped after step {number}, as requested; run the same command again to continue")
+            self.save_state(stopped.step, evaluation_due=stopped.evaluation_due)
+        self.saver.wait()
+
+    def has_ended(self, end: Enough | Astray | Failed) -> None:
+        """Record that this run has ended while others of the same process go on, so that a resume knows it."""
+        self.ended = {"how": type(end).__name__, "step": end.step}
+        if isinstance(end, Failed):
+            self.ended["reason"] = end.reason
+        if isinstance(end, Astray):
+            self.ended["verdict"] = vars(end.verdict)
+        if not isinstance(end, Enough):  # the loop saves the state of a run that stops early
+            self.save_state(end.step)
+
+    def end_before(self) -> Enough | Astray | Failed | None:
+        """Return how the run had ended before the step from which the others continue."""
+        if not self.ended:
+            return None
+        how, step = self.ended["how"], self.ended["step"]
+        if how == "Failed":
+            return Failed(step, self.ended["reason"])
+        return Astray(step, Divergence(**self.ended["verdict"])) if how == "Astray" else Enough(step)
 
     def save_state(self, number: int, *, evaluation_due: bool = False) -> None:
         """Start to write a checkpoint from which to continue after step ``number``. All ranks call this together.
@@ -173,6 +190,8 @@ class Artifacts:
             "best": self.best,
             "units": self.step.trained.units,
             "waited": self.waited,
+            "total": self.total,
+            **({"ended": self.ended} if self.ended else {}),
             **also,
             **self._happened(),
             **self._origin(),
@@ -262,7 +281,7 @@ class Artifacts:
         Return the step to continue after, and whether the evaluation of that step is due.
         """
         self.saver.wait()
-        found = self.ranks.on_main(lambda: self._last_good(ended.verdict.good))
+        found = self.ranks.on_main(lambda: self.last_good(ended.verdict.good))
         facts: dict[str, Any] = {}
         if found is not None:
             load_tensors(found, self.step.tensors())
@@ -287,7 +306,7 @@ class Artifacts:
         self.keep_trained(start)
         return start, due
 
-    def _last_good(self, step: int) -> Path | None:
+    def last_good(self, step: int) -> Path | None:
         """Return the newest complete checkpoint up to ``step``, and remove the later ones (rank 0)."""
         root = self.folder.checkpoints
         with writing(root):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -176,20 +177,47 @@ def build_engine(
 
     ``units``: train the prompt in units of the backbone's own values (`ptd.types.Units`), not as raw values.
     """
-    prepared = prepare(config.backbone, ranks, zero3, output=material.task.output)
-    prepared.attachment.inputs.placeholder = material.tokenizer.pad_token_id or 0
-    held_out = material.held_out.examples if material.held_out is not None else material.examples
+    prepared = load_backbone(config, zero3, ranks, [material])
+    step, batches = build_member(config, prepared, ranks, settings, material, units=units)
+    compile_backbone(config, prepared)
+    return Engine(prepared, step, batches)
+
+
+def load_backbone(
+    config: RunConfig, zero3: dict[str, Any] | None, ranks: Ranks, materials: Sequence[RunMaterial]
+) -> Prepared:
+    """Load the backbone, and check the rows of all ``materials`` against it. All ranks call this together."""
+    prepared = prepare(config.backbone, ranks, zero3, output=materials[0].task.output)
+    prepared.attachment.inputs.placeholder = materials[0].tokenizer.pad_token_id or 0
     # `read_material` checked the ids only if the backbone's config gives the number of embeddings.
-    for what, examples in (("data.train", material.examples), ("data.eval", held_out)):
-        size = embeddings_of(prepared.model)
-        check_ids(examples, material.tokenizer, size, what, writes=material.task.generates)
-    built = build_trained(config, prepared, material.task, material.tokenizer, material.examples, units=units)
-    if config.backbone.compile:  # after the code that inspects the layers
+    size = embeddings_of(prepared.model)
+    for material in materials:
+        held_out = material.held_out.examples if material.held_out is not None else material.examples
+        for what, examples in (("data.train", material.examples), ("data.eval", held_out)):
+            check_ids(examples, material.tokenizer, size, what, writes=material.task.generates)
+    return prepared
+
+
+def compile_backbone(config: RunConfig, prepared: Prepared) -> None:
+    """Compile the backbone if the configuration says so. Call it after `build_member`, which inspects the layers."""
+    if config.backbone.compile:
         compile_layers(prepared.model)
+
+
+def build_member(
+    config: RunConfig,
+    prepared: Prepared,
+    ranks: Ranks,
+    settings: TrainConfig,
+    material: RunMaterial,
+    *,
+    units: bool = True,
+) -> tuple[PromptStep, Batches]:
+    """Build what one prompt of a run trains, and its batches; arguments as for `build_engine`."""
+    built = build_trained(config, prepared, material.task, material.tokenizer, material.examples, units=units)
     trained = Trained(ranks.distribute(built.encoder), built.readout.to(ranks.device), built.readout_rates)
     step = build_step(config, trained, ranks, prepared.model.dtype)
-    batches = _batches(config.data, settings, material.examples, material.tokenizer, prepared, ranks)
-    return Engine(prepared, step, batches)
+    return step, _batches(config.data, settings, material.examples, material.tokenizer, prepared, ranks)
 
 
 def facts_of(config: RunConfig, task: Task) -> TaskFacts:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ptd.checkpoint.files import make_folders, write_json, writing
-from ptd.checkpoint.run_state import latest_complete, read_facts
+from ptd.checkpoint.run_state import checkpoints, latest_complete, read_facts
 from ptd.config import RunConfig
 from ptd.runs.restarts import Attempt, check_attempts, settled
 from ptd.types import UserError
@@ -177,6 +178,24 @@ def open_run(config: RunConfig, *, overwrite: bool, retry: bool = False) -> RunF
     attempts = settled(attempts, found.step, forgive=retry)
     check_attempts(attempts, found.step, config.train.max_restarts, folder)
     return replace(found, attempts=tuple(attempts))
+
+
+def at_a_common_step(folders: Sequence[RunFolder]) -> list[RunFolder]:
+    """Let runs that were trained together continue after the same step; without one, all start again.
+
+    A run that had ended earlier (it is complete, stopped early, diverged or failed) keeps its last checkpoint.
+    """
+    facts = [folder.facts() for folder in folders]
+    over = ["ended" in each or (each and each["step"] == each.get("total")) for each in facts]
+    going = [folder.step for folder, ended in zip(folders, over, strict=True) if not ended]
+    step = min(going) if going else max(folder.step for folder in folders)
+    found = []
+    for folder, ended in zip(folders, over, strict=True):
+        kept = folder.checkpoint if ended and folder.step <= step else folder.checkpoints / f"step-{step:06d}"
+        if step == 0 or kept is None or kept not in checkpoints(folder.checkpoints):
+            return [replace(folder, checkpoint=None, notes=()) for folder in folders]
+        found.append(replace(folder, checkpoint=kept, notes=()))
+    return found
 
 
 def _check_goes_on(config: RunConfig, then: str | None, diverged: dict[str, Any]) -> None:

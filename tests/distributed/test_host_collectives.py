@@ -14,7 +14,7 @@ from torch.distributed.distributed_c10d import BackendConfig
 
 from ptd.distributed import rendezvous
 from ptd.distributed.ranks import collective_timeout
-from ptd.distributed.rendezvous import Member, backends_for, join_group
+from ptd.distributed.rendezvous import Participant, backends_for, join_group
 
 WORKER = Path(__file__).with_name("worker_host.py")
 GPU = torch.device("cuda", 1)
@@ -75,7 +75,7 @@ def test_the_process_group_of_ranks_on_gpus(
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "=lo")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that monkeypatch removes the value that join_group sets
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    join_group(Member(0, "node-a", {}, "GPU-1", 2, 2), GPU, world_size, collective_timeout())
+    join_group(Participant(0, "node-a", {}, "GPU-1", 2, 2), GPU, world_size, collective_timeout())
     assert BackendConfig(asked["backend"]).get_device_backend_map() == {"cpu": "gloo", "cuda": "nccl"}
     assert (asked["device_id"], tried) == (bound, ["cpu", "cuda"])
     assert rendezvous.os.environ["GLOO_SOCKET_IFNAME"] == "lo"

@@ -66,9 +66,9 @@ def test_space_for_checkpoints(tmp_path: Path) -> None:
     assert bytes_to_write(1000, 10, 2, 8) == 4 * ((3 * 1000 + 10) * 3 + 3 * 10)
     assert bytes_to_write(1000, 10, 2, 2.03125) == math.ceil((6.03125 * 1000 + 40) * 3 + 3 * 40)
     free = shutil.disk_usage(tmp_path).free
-    assert "needed" in check_space(tmp_path / "out", 1000)
+    assert "needed" in check_space([tmp_path / "out"], 1000)
     with pytest.raises(UserError, match=r"output_dir: .* free, but .* need .*; give a folder on another disk"):
-        check_space(tmp_path, 2 * free + 10**9)
+        check_space([tmp_path], 2 * free + 10**9)
     assert [decimal_size(number) for number in (5, 1500, 12_340_000, 2 * 10**13)] == [
         "5 B",
         "1.5 kB",
@@ -82,7 +82,7 @@ def test_a_run_writes_no_more_than_was_reckoned(
 ) -> None:
     """A run writes no more than the estimate, and the space of its own checkpoints counts as free."""
     seen = []
-    monkeypatch.setattr("ptd.commands.train.check_space", lambda folder, needed: seen.append(needed))
+    monkeypatch.setattr("ptd.runs.training.check_space", lambda folders, needed: seen.append(needed))
     run = {
         "backbone": {"path": str(backbone_dir), "dtype": "float32"},
         "method": {"name": "prefix", "num_virtual_tokens": 64},
@@ -97,6 +97,6 @@ def test_a_run_writes_no_more_than_was_reckoned(
     assert 0.5 * seen[0] < kept < seen[0]
     own = sum(path.stat().st_size for path in tmp_path.glob("out/checkpoints/*/*"))
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
-    assert "needed" in check_space(tmp_path / "out", own + 1000)
+    assert "needed" in check_space([tmp_path / "out"], own + 1000)
     with pytest.raises(UserError):
-        check_space(tmp_path / "out", own + 1001)
+        check_space([tmp_path / "out"], own + 1001)

@@ -15,11 +15,11 @@ import torch.distributed as dist
 
 from ptd.distributed import rendezvous
 from ptd.distributed.ranks import Ranks
-from ptd.distributed.rendezvous import Member, disagreement, ranks_as_text
+from ptd.distributed.rendezvous import Participant, disagreement, ranks_as_text
 from ptd.types import RankError, UserError
 
 WORKER = Path(__file__).with_name("worker_rendezvous.py")
-HERE = Member(0, "node-a", {"torch": "2.13.0", "ptd": "0.1"}, None, 0, 2)
+HERE = Participant(0, "node-a", {"torch": "2.13.0", "ptd": "0.1"}, None, 0, 2)
 ON_GPU = replace(HERE, gpu="GPU-1", gpus=2)
 
 
@@ -39,7 +39,7 @@ def test_ranks_that_fit_together() -> None:
         (replace(ON_GPU, rank=1), "a CPU only for rank 0 on node-a, a GPU for rank 1 on node-a.*CUDA_VISIBLE_DEVICES"),
     ],
 )
-def test_ranks_that_do_not(other: Member, said: str) -> None:
+def test_ranks_that_do_not(other: Participant, said: str) -> None:
     assert re.search(said, disagreement([HERE, other]) or "")
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import ptd.commands.train
+import ptd.runs.training
 from ptd.backbone import TextConditioner
 from ptd.config import RunConfig, parse_config
 from ptd.data import load_rows
@@ -214,7 +215,7 @@ def main(cases_file: str, results_file: str) -> None:
     torch.set_num_threads(1)
     ranks = Ranks.start(needs_group=True)
     Ranks.stop = lambda self: None  # type: ignore[method-assign]  # one group for all runs
-    ptd.commands.train.Loop = WatchedLoop  # type: ignore[misc]
+    ptd.runs.training.Loop = WatchedLoop  # type: ignore[misc]
     ptd.commands.train.leave_report = lambda folder: None  # every run would draw the same report
     cases = json.loads(Path(cases_file).read_text())
     measured = {name: run(raw, ranks) for name, raw in cases.items()}

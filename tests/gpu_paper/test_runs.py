@@ -161,7 +161,7 @@ def test_a_run_is_a_cpus_and_waits_for_nothing(
         }  # fmt: skip
         return parse_config(raw)
 
-    monkeypatch.setattr("ptd.commands.train.Loop", SeenLoop)
+    monkeypatch.setattr("ptd.runs.training.Loop", SeenLoop)
     monkeypatch.setattr("ptd.commands.train.leave_report", lambda folder: None)
     out, reference = tmp_path / "gpu", tmp_path / "cpu"
     trains = method != "hard_prompt"
