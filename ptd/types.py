@@ -24,6 +24,9 @@ from ptd.errors import UserError as UserError
 IGNORE_INDEX = -100
 """Label of a position that carries no loss (the value Hugging Face and torch use)."""
 
+NO_MEMBER = -1
+"""In place of a prompt's number: a sequence that reads no prompt."""
+
 BLOCK = 2**18
 """Tokens that are read at a time where all tokens of `Examples` are read."""
 
@@ -126,6 +129,29 @@ class NoPrompt:
 
 PromptState = PrefixKV | SoftTokens | NoPrompt
 """What a prompt encoder passes to the injection. The injection dispatches on the type; the engine does not."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Several prompts, of which each sequence of a batch reads one or none (``Batch.members``).
+
+    All ``members`` are keys and values, or all are soft tokens; those without a prompt (`NoPrompt`) fit both. They may
+    have different numbers of virtual tokens. Raises `UserError` for prompts of both kinds.
+    """
+
+    members: tuple[PromptState, ...]
+
+    def __post_init__(self) -> None:
+        kinds = {type(member) for member in self.members} - {NoPrompt}
+        if len(kinds) > 1:
+            raise UserError(
+                "one batch cannot have prompts of two kinds, keys and values (prefix, p_tuning_v2) and soft tokens "
+                "(prompt, p_tuning); use prompts of one kind together"
+            )
+
+    def tensors(self) -> Iterator[Tensor]:
+        for member in self.members:
+            yield from member.tensors()
 
 
 def virtual_id(index: int) -> int:
@@ -338,7 +364,8 @@ class Batch:
     ``labels``: what to predict *at* each position (for a language model, the next token), or `IGNORE_INDEX` for
     nothing. ``lengths``: int64 ``[sequences]``. ``rows``: the rows of the data that the sequences belong to; each row
     has ``group`` consecutive sequences. A batch without rows is a padding batch, whose forward pass runs only because
-    other ranks need it. ``source``: the encoder's side of an encoder-decoder batch, with the same rows.
+    other ranks need it. ``source``: the encoder's side of an encoder-decoder batch, with the same rows. ``members``:
+    for each sequence, the number of the prompt that it reads, or `NO_MEMBER`; None: all read the only prompt.
     """
 
     input_ids: Tensor
@@ -353,6 +380,7 @@ class Batch:
     group: int = 1
     token_type_ids: Tensor | None = None
     source: Batch | None = None
+    members: tuple[int, ...] | None = None
 
     @property
     def starts(self) -> Tensor:
@@ -457,6 +485,7 @@ class Examples:
     ``[sequences + 1]``. ``token_types``: int8 ``[N]``, for backbones that distinguish two texts.
     ``source``: what the encoder of an encoder-decoder reads, row for row. ``aside``: arrays, by name, that the task
     needs to turn scores back into answers. ``known``: the `summary` of arrays that are mapped from a file.
+    ``members``: int64 ``[rows]``, which of several prompts a row reads, or `NO_MEMBER`; None: there is one prompt.
 
     The arrays may be read-only maps of files (`ptd.data.cache`), so code that reads all of them does it in blocks.
     """
@@ -470,6 +499,7 @@ class Examples:
     source: Examples | None = None
     aside: Mapping[str, np.ndarray] | None = None
     known: Summary | None = None
+    members: np.ndarray | None = None
 
     @classmethod
     def of_text(cls, tokens: np.ndarray, supervised: np.ndarray, offsets: np.ndarray, report: DataReport) -> Examples:
@@ -511,8 +541,8 @@ class Examples:
             highest_token = max(highest_token, int(tokens.max(initial=-1)))
             highest_label = max(highest_label, int(labels.max(initial=-1)))
         content = hashlib.sha256(str(self.group).encode())
-        types = [] if self.token_types is None else [self.token_types]
-        for array in (self.tokens, self.labels, self.offsets, *types):
+        further = [array for array in (self.token_types, self.members) if array is not None]
+        for array in (self.tokens, self.labels, self.offsets, *further):
             for begin in range(0, len(array), BLOCK):
                 content.update(array[begin : begin + BLOCK].tobytes())
         if self.source is not None:
