@@ -255,10 +255,10 @@ class Attachment:
             return self.extra_positions
         return 0 if member == NO_MEMBER else self.positions_of(self.prompts[member])
 
-    def _choose(self, stack: Stack, sequences: int, tokens: Tensor, cached: bool) -> None:
+    def _choose(self, stack: Stack, sequences: int, tokens: Tensor, cache: Any) -> None:
         """Give the stack the prompts that the sequences of its next pass read."""
         if self.members is not None:
-            members = self._rows.members(self.members, sequences, tokens, cached=cached)
+            members = self._rows.members(self.members, sequences, tokens, cache)
             self._take(stack, PassPrompts.of(self.prompts, members))
         elif len(self.prompts) > 1:
             raise UserError(

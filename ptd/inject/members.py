@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,14 +96,16 @@ class RowsOfPass:
     def __init__(self) -> None:
         self._repeated: Tensor | None = None  # the tokens of the last pass with repeated rows
 
-    def members(self, given: Sequence[int], sequences: int, tokens: Tensor, *, cached: bool) -> tuple[int, ...]:
-        """Return each sequence's prompt. ``tokens`` ``[B, S]``: this pass's; ``cached``: it continues an earlier pass.
+    def members(self, given: Sequence[int], sequences: int, tokens: Tensor, cache: Any) -> tuple[int, ...]:
+        """Return each sequence's prompt. ``tokens`` ``[B, S]`` and ``cache`` are the pass's.
 
-        The tokens are compared only if the number of rows differs: repeated rows begin with the same tokens.
+        They are read only if the number of rows differs: repeated rows begin with the same tokens, and a pass that
+        continues a cache has the rows of the pass that filled it.
         """
         if sequences == len(given):
             return tuple(given)
         times, rest = divmod(sequences, max(1, len(given)))
+        cached = not rest and times > 0 and cache is not None and bool(cache.get_seq_length() > 0)
         if rest or not times or not (cached or self._begins_repeated(tokens, times)):
             raise UserError(
                 f"a batch has {sequences} sequences, but prompts are assigned to {len(given)}; name one prompt (or "

@@ -32,7 +32,7 @@ class Stack:
     embeddings of virtual tokens, which are inserted before the sequences or replace the ids of `virtual_id`. A sequence
     reads those from ``start`` on, as many as ``size``; None: all of them. ``front``: number inserted before each
     sequence. ``source_front``: the same before the sequences of the other stack, to which this stack attends.
-    ``choose`` is called before every forward pass, with the number of its sequences and its tokens, and sets these.
+    ``choose`` is called before every forward pass, with its number of sequences, tokens and cache, and sets these.
     ``keep``: flattened positions to return, each given once. ``tail``: modules that run only at these positions.
     ``trusted``: the caller gives the boundaries of packed rows and pads only on the right. ``refresh`` is called before
     every forward pass.
@@ -48,7 +48,7 @@ class Stack:
         self.takes_positions = "position_ids" in self.parameters
         self.first_position = _first_position(module)
         self.slots: dict[int, LayerSlot] = {}  # the number of each of its attention layers, and the layer's slot
-        self.choose: Callable[[Stack, int, Tensor, bool], None] = lambda *_: None
+        self.choose: Callable[[Stack, int, Tensor, Any], None] = lambda *_: None
         self.shift = PerSequence()
         self.soft: Tensor | None = None
         self.start: PerSequence | None = None
@@ -85,9 +85,9 @@ class Stack:
         self._check_padding(kwargs.get("attention_mask"))
         if self.inserts and not self.trusted and kwargs.get("attention_mask") is None:
             kwargs |= self._packing_by_positions(kwargs)
-        tokens, bounds, cache = _tokens_of(kwargs), kwargs.get("cu_seq_lens_q"), kwargs.get("past_key_values")
-        seen = cache.get_seq_length() if cache is not None else 0
-        self.choose(self, tokens.shape[0] if bounds is None else len(bounds) - 1, tokens, seen > 0)
+        tokens, bounds = _tokens_of(kwargs), kwargs.get("cu_seq_lens_q")
+        sequences = tokens.shape[0] if bounds is None else len(bounds) - 1
+        self.choose(self, sequences, tokens, kwargs.get("past_key_values"))
         if bounds is not None:
             self._packed = packed_forward.set(True)
         further = self.front if self.front.most else self.shift
@@ -98,7 +98,7 @@ class Stack:
         if self.start is not None and kwargs.get("input_ids") is not None:
             kwargs["input_ids"] = self._own_marks(kwargs["input_ids"], bounds)
         if self.front.most:
-            kwargs = self._put_in_front(kwargs, seen)
+            kwargs = self._put_in_front(kwargs)
         mask, source = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
         if self.source_front.most and source is not None:
             kwargs["encoder_attention_mask"] = self._with_source(mask, source)
@@ -195,14 +195,14 @@ class Stack:
             hidden = hidden.flatten(0, 1)[keep][None]
         output.last_hidden_state = hidden
 
-    def _put_in_front(self, kwargs: dict[str, Any], seen: int) -> dict[str, Any]:
+    def _put_in_front(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Insert virtual tokens directly before the first own token of every sequence.
 
         They come after padding on the left and not before it, where they could be outside an attention window. If some
         sequences have fewer than others, padding makes the rows equally long: before their virtual tokens, or in the
         encoder of an encoder-decoder at the end, because BART's positions are columns. Such a batch always has a mask.
-        In cached generation the cache holds the virtual tokens after the first pass, of ``seen`` tokens in all; every
-        pass extends the mask by them. Raises `UserError` for masks and caches into which they cannot be inserted.
+        In cached generation the cache holds the virtual tokens after the first pass; every pass extends the mask by
+        them. Raises `UserError` for masks and caches into which they cannot be inserted.
         """
         assert self.soft is not None
         count, ragged = self.front.most, self.front.each is not None
@@ -221,6 +221,7 @@ class Stack:
         ids: Tensor | None = kwargs.get("input_ids")
         given: Tensor = kwargs["inputs_embeds"] if ids is None else ids
         rows, columns = given.shape[:2]
+        seen = cache.get_seq_length() if cache is not None else 0
         if seen > 0:
             self._check_cache(seen, columns, mask, kwargs.get("position_ids"))
         if kwargs.get("cu_seq_lens_q") is not None and not seen:

@@ -25,7 +25,7 @@ from ptd.runs.tuned import (
     find_tuned,
     task_of,
 )
-from ptd.types import NO_MEMBER, Prompts, UserError
+from ptd.types import NO_MEMBER, Prompts, Reporter, UserError
 
 Adapters = str | Mapping[str, str] | None
 """An adapter's folder; name -> folder of several; None: the backbone alone."""
@@ -118,7 +118,7 @@ class SeveralReference:
         """Join the processes of a launcher."""
         return self.first.start_ranks()
 
-    def load(self, ranks: Ranks) -> Several:
+    def load(self, ranks: Ranks, reporter: Reporter) -> Several:
         """Load the backbone and attach all adapters. All ranks call this together. Raises `UserError`."""
         if not self.named:
             return Several({name: each.load(ranks) for name, each in self.by_name.items()}, named=False)
@@ -126,16 +126,17 @@ class SeveralReference:
         found: dict[str | None, Tuned] = {}
         states = []
         for name, each in self.by_name.items():
-            with_name = f"--adapter {name}: "
             if each.adapter is None:
                 found[name] = each.on(prepared, NO_MEMBER)
                 continue
             try:
                 found[name] = each.on(prepared, len(states))
             except UserError as error:
-                raise UserError(f"{with_name}{error}") from error
+                raise UserError(f"--adapter {name}: {error}") from error
             states.append(each.adapter.state_on(ranks.device))
         prepared.attachment.set(Prompts(tuple(states)))
+        if prepared.attachment.note_on_several is not None and len(states) > 1:
+            reporter.note(prepared.attachment.note_on_several)
         return Several(found, named=True)
 
 

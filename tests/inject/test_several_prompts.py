@@ -82,8 +82,9 @@ def examples_of(rows):
     return Examples.of_text(tokens, tokens >= 0, np.cumsum([0, *map(len, rows)]), DataReport(len(rows), len(tokens), 0))
 
 
-def batch_of(attachment, kind, numbers=range(len(ROWS)), reads=None, *, packed=False):
-    """Return these rows as a batch; in an encoder-decoder, the first tokens of a row are also its target."""
+def batch_of(attachment, kind, numbers=None, reads=None, *, packed=False):
+    """Return these rows (None: all) as a batch; in an encoder-decoder, a row's first tokens are also its target."""
+    numbers = range(len(ROWS)) if numbers is None else numbers
     examples = examples_of([rows_for(kind)[number] for number in numbers])
     if len(attachment.stacks) == 2:
         examples = replace(examples_of([[7, *ROWS[number][:3]] for number in numbers]), source=examples)
