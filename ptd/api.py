@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,25 +18,44 @@ from ptd.checkpoint import Adapter, backbone_reference, load_adapter, save_adapt
 from ptd.config import parse_method
 from ptd.inject import Attachment
 from ptd.methods import method
-from ptd.types import DataReport, EmptyLayout, Examples, PromptEncoder, UserError
+from ptd.types import NO_MEMBER, DataReport, EmptyLayout, Examples, PromptEncoder, Prompts, UserError
 
 SUBMODULE = "prompt_encoder"
 
 
 class TunedModel:
-    """A Hugging Face model with a prompt, made by `attach` or `load`.
+    """A Hugging Face model with a prompt, or with several by name, made by `attach` or `load`.
 
     Use the model as before (``model(...)``, ``model.generate(...)``, HF ``Trainer``). Its own parameters are frozen.
     The only trainable parameters belong to `encoder`, which is the model's submodule ``prompt_encoder``.
     """
 
-    def __init__(self, model: PreTrainedModel, attachment: Attachment, method: dict[str, Any]) -> None:
-        self.model, self.attachment, self.method = model, attachment, method
+    def __init__(
+        self, model: PreTrainedModel, attachment: Attachment, method: dict[str, Any], names: Sequence[str] = ()
+    ) -> None:
+        self.model, self.attachment, self.method, self.names = model, attachment, method, tuple(names)
 
     @property
     def encoder(self) -> PromptEncoder | None:
         """The trainable prompt encoder; None for a loaded adapter, which cannot be trained."""
         return getattr(self.model, SUBMODULE, None)
+
+    @contextmanager
+    def use(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Let the rows of every batch in this block read these adapters, one name per row; None: the backbone alone.
+
+        For ``model.generate`` they are the names of the prompts; beams and several answers of a prompt read its
+        adapter. Raises `UserError` for an unknown name, and in a pass over another number of rows.
+        """
+        if not self.names:
+            raise UserError("use: this model has a single prompt; load several adapters as load(model, {name: folder})")
+        if isinstance(names, str):
+            raise UserError(f"use: got the string {names!r}; give a list with one name for each row of the batch")
+        unknown = [name for name in names if name is not None and name not in self.names]
+        if unknown:
+            raise UserError(f"use: there is no adapter {unknown[0]!r}; the adapters are {', '.join(self.names)}")
+        with self.attachment.reading([NO_MEMBER if name is None else self.names.index(name) for name in names]):
+            yield
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """Return the parameter groups for your optimizer, as in ``torch.optim.AdamW(tuned.parameter_groups(2e-2))``.
@@ -151,23 +171,44 @@ def _rows_of(texts: Sequence[str], tokenizer: Any, model: PreTrainedModel) -> Ex
     return replace(rows, source=rows) if model.config.is_encoder_decoder else rows
 
 
-def load(model: PreTrainedModel, adapter: str | Path, *, attention: str = "auto") -> TunedModel:
+def load(
+    model: PreTrainedModel, adapter: str | Path | Mapping[str, str | Path], *, attention: str = "auto"
+) -> TunedModel:
     """Attach the prompt of a saved adapter (ptd's or PEFT's) to ``model``, in place, for evaluation and generation.
 
-    Raises `UserError` if the adapter has no prompt or was made for another backbone.
+    Several adapters (name -> folder) are attached at once; `TunedModel.use` says which one each row of a batch reads.
+    They may differ in everything but the backbone and the kind of prompt.
+
+    Raises `UserError` if an adapter has no prompt or was made for another backbone, or if some have keys and values and
+    others soft tokens.
     """
-    found = load_adapter(adapter)
+    named = isinstance(adapter, Mapping)
+    folders = dict(adapter) if isinstance(adapter, Mapping) else {"": adapter}
+    if not folders:
+        raise UserError("load: got no adapter; give at least one folder")
+    found = {name: load_adapter(folder) for name, folder in folders.items()}
+    for name, one in found.items():
+        if isinstance(one.layout, EmptyLayout):
+            raise UserError(f"the adapter {folders[name]} has a trained head and no prompt; use it with ptd predict")
+    Prompts(tuple(one.state() for one in found.values()))  # raises for prompts of two kinds
     model = _transformers_model(model)
     attachment = Attachment(model, backend=attention)
     try:
-        if isinstance(found.layout, EmptyLayout):
-            raise UserError(f"the adapter {adapter} has a trained head and no prompt; use it with ptd predict")
-        found.check_fits(attachment.shape, fingerprint(model), path=model.name_or_path)
+        identity = fingerprint(model)
+        for name, one in found.items():
+            try:
+                one.check_fits(attachment.shape, identity, path=model.name_or_path)
+            except UserError as error:
+                raise UserError(f"{name}: {error}" if named else str(error)) from error
+        states = [one.state_on(model.device) for one in found.values()]
+        attachment.set(Prompts(tuple(states)) if named else states[0])
     except BaseException:
         attachment.remove()
         raise
-    attachment.set(found.layout.state(found.flat.to(model.device)))
-    return TunedModel(model, attachment, dict(found.facts.get("method", {})))
+    if attachment.note_on_several is not None and len(states) > 1:
+        warnings.warn(attachment.note_on_several, stacklevel=2)
+    method = {} if named else dict(next(iter(found.values())).facts.get("method", {}))
+    return TunedModel(model, attachment, method, tuple(found) if named else ())
 
 
 def _transformers_model(model: Any) -> PreTrainedModel:

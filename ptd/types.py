@@ -142,6 +142,8 @@ class Prompts:
     members: tuple[PromptState, ...]
 
     def __post_init__(self) -> None:
+        if not self.members:
+            raise ValueError("there are no prompts; give at least one")
         kinds = {type(member) for member in self.members} - {NoPrompt}
         if len(kinds) > 1:
             raise UserError(

@@ -71,6 +71,10 @@ class Adapter:
         """Return the prompt in the form that `ptd.inject` takes."""
         return self.layout.state(self.flat)
 
+    def state_on(self, device: torch.device) -> PromptState:
+        """Return `state` on a device."""
+        return self.layout.state(self.flat.to(device))
+
     def peft_obstacle(self) -> str | None:
         """Return why PEFT's format cannot hold the prompt; None if it can."""
         return peft_format.obstacle(self.layout, self.peft_type, self.task_type)

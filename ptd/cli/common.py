@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ptd.cli import completion
+from ptd.errors import UserError
 from ptd.files import as_path
 
 if TYPE_CHECKING:
@@ -48,7 +49,17 @@ Overrides = Annotated[
 Overwrite = Annotated[bool, typer.Option(help="Replace an existing run in output_dir.")]
 Retry = Annotated[bool, typer.Option("--retry", help="Continue a run even if it has failed repeatedly.")]
 Adapter = Annotated[
-    str | None, typer.Option("--adapter", "-a", help="Adapter folder (ptd's or PEFT's), or a run's output folder.")
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        "-a",
+        metavar="[NAME=]FOLDER",
+        help="Adapter folder (ptd's or PEFT's), or a run's output folder. Repeat it as NAME=FOLDER to use several "
+        "adapters at once: each row names its own.",
+    ),
+]
+AdapterColumn = Annotated[
+    str, typer.Option("--adapter-column", help="Column in which a row names its adapter; empty: the backbone alone.")
 ]
 Backbone = Annotated[
     str | None,
@@ -89,6 +100,34 @@ FromModel = Annotated[
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print only the result and errors, without progress and advice.")
 ]
+
+
+def adapters_of(given: list[str] | None) -> str | dict[str, str] | None:
+    """Return the folder of the only adapter, or name -> folder of those given as NAME=FOLDER; None without adapters.
+
+    Raises `UserError` for several adapters that do not all have names of their own.
+    """
+    from ptd.runs.several import check_names
+
+    if not given:
+        return None
+    named = [_named(each) for each in given]
+    if len(given) == 1 and named[0] is None:
+        return given[0]
+    for each, pair in zip(given, named, strict=True):
+        if pair is None:
+            raise UserError(f"--adapter {each}: has no name, but one of several adapters needs it; write NAME=FOLDER")
+    return check_names([pair for pair in named if pair is not None])
+
+
+def _named(given: str) -> tuple[str, str] | None:
+    """Return name and folder of NAME=FOLDER; None for a folder, whose path may contain an equals sign too."""
+    name, sign, folder = given.partition("=")
+    if not sign or "/" in name or as_path(given).is_dir():
+        return None
+    if not name.strip() or not folder:
+        raise UserError(f"--adapter {given}: write it as NAME=FOLDER")
+    return name.strip(), folder
 
 
 def reporter_unless(quiet: bool) -> Reporter | None:

@@ -12,6 +12,7 @@ import typer
 
 from ptd.cli.common import (
     Adapter,
+    AdapterColumn,
     Backbone,
     BatchSize,
     Changes,
@@ -20,6 +21,7 @@ from ptd.cli.common import (
     MaxNewTokens,
     NumBeams,
     Quiet,
+    adapters_of,
     at_home,
     done,
     hush,
@@ -35,6 +37,7 @@ from ptd.files import check_target, check_writable, write_text
 def evaluate(
     data: Annotated[str, typer.Option("--data", "-d", help="Rows to evaluate on: file, dataset folder or hub name.")],
     adapter: Adapter = None,
+    adapter_column: AdapterColumn = "adapter",
     backbone: Backbone = None,
     changes: Changes = None,
     generate: Annotated[
@@ -48,7 +51,7 @@ def evaluate(
 ) -> None:
     """Measure an adapter on data. Print the loss, the task's metrics and, with --generate, text metrics as JSON.
 
-    Without --adapter, the frozen backbone is evaluated without a prompt.
+    Without --adapter, the frozen backbone is evaluated without a prompt. With several, the result has those of each.
     """
     from ptd.config import parse_settings
 
@@ -62,7 +65,8 @@ def evaluate(
     decoding = Decoding(max_new_tokens, num_beams=num_beams, generation_config=generation_config.value)
     result = run_evaluation(
         data,
-        adapter=adapter,
+        adapter=adapters_of(adapter),
+        column=adapter_column,
         backbone=backbone,
         settings=settings,
         decoding=decoding if generate else None,
@@ -76,6 +80,14 @@ def evaluate(
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; default: one per line from stdin.")] = None,
     adapter: Adapter = None,
+    use: Annotated[
+        str | None, typer.Option("--use", help="Name of the adapter that continues the prompts, one of several.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", "-d", help="Rows whose prompts to continue: file, dataset folder or hub name."),
+    ] = None,
+    adapter_column: AdapterColumn = "adapter",
     backbone: Backbone = None,
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="Text file with one prompt per line.", callback=at_home)
@@ -109,28 +121,51 @@ def generate(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Continue prompts with the tuned backbone. Print one completion per line.
+    """Continue prompts with the tuned backbone. Print one completion per line; with --data, each row as JSON.
 
     After training on chats (data.format: messages), each prompt is a user message in the tokenizer's chat template.
     """
     from ptd.commands.generate import generate as run_generation
+    from ptd.commands.generate import generate_rows
     from ptd.config import parse_settings
     from ptd.runs.decoding import Decoding
 
     settings = parse_settings(changes or [])
-    prompts = _prompts(prompts, file) if is_main() else []
+    adapters = adapters_of(adapter)
+    if data is not None and (prompts or file is not None or raw or use is not None or as_json):
+        raise UserError(
+            "--data: rows have prompts and names of their own; remove prompts, --file, --raw, --use, --json"
+        )
+    typed = _prompts(prompts, file) if is_main() and data is None else []
     hush()
+    decoding = Decoding(max_new_tokens, temperature, top_p, top_k, num_beams, seed, generation_config.value)
+    reporter = reporter_unless(quiet)
+    if data is not None:
+        rows = generate_rows(
+            data,
+            adapter=adapters,
+            column=adapter_column,
+            backbone=backbone,
+            settings=settings,
+            decoding=decoding,
+            batch_size=batch_size,
+            reporter=reporter,
+        )
+        for row in rows:
+            print(json.dumps(valid(row), ensure_ascii=False, default=str))
+        return
     texts = run_generation(
-        prompts,
-        adapter=adapter,
+        typed,
+        adapter=adapters,
+        use=use,
         backbone=backbone,
         settings=settings,
-        decoding=Decoding(max_new_tokens, temperature, top_p, top_k, num_beams, seed, generation_config.value),
+        decoding=decoding,
         raw=raw,
         batch_size=batch_size,
-        reporter=reporter_unless(quiet),
+        reporter=reporter,
     )
-    for prompt, text in zip(prompts, texts, strict=True):
+    for prompt, text in zip(typed, texts, strict=True):
         print(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False) if as_json else text)
 
 
@@ -150,7 +185,16 @@ def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
 
 def predict(
     data: Annotated[str, typer.Option("--data", "-d", help="Rows to label: file, dataset folder or hub name.")],
-    adapter: Annotated[str, typer.Option("--adapter", "-a", help="Adapter folder, or a run's output folder.")],
+    adapter: Annotated[
+        list[str],
+        typer.Option(
+            "--adapter",
+            "-a",
+            metavar="[NAME=]FOLDER",
+            help="Adapter folder, or a run's output folder; repeatable as NAME=FOLDER.",
+        ),
+    ],
+    adapter_column: AdapterColumn = "adapter",
     backbone: Backbone = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSONL file to write; default: stdout.", callback=at_home)
@@ -170,7 +214,8 @@ def predict(
 
     found = run_prediction(
         data,
-        adapter=adapter,
+        adapter=adapters_of(adapter),
+        column=adapter_column,
         backbone=backbone,
         settings=settings,
         batch_size=batch_size,
@@ -186,7 +231,7 @@ def predict(
         done(
             quiet,
             {output: f"{len(lines)} rows"},
-            [f"ptd eval --adapter {shlex.quote(adapter)} --data ROWS_WITH_ANSWERS"],
+            [f"ptd eval {' '.join(f'--adapter {shlex.quote(each)}' for each in adapter)} --data ROWS_WITH_ANSWERS"],
         )
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from ptd.data import load_rows
-from ptd.engine.evaluation import scores_of
-from ptd.runs.tuned import Settings, find_tuned
+from ptd.runs.several import COLUMN, Adapters, find_adapters
+from ptd.runs.several_scores import answers_of_parts, measure_parts
+from ptd.runs.tuned import Settings
 from ptd.types import Reporter, UserError
 
 
 def predict(
     data: str,
     *,
-    adapter: str,
+    adapter: Adapters,
+    column: str = COLUMN,
     backbone: str | None = None,
     settings: Settings | None = None,
     batch_size: int = 16,
@@ -23,24 +25,24 @@ def predict(
 
     The rows need no labels. The backbone and the rows are treated as in training, except for the keys in ``settings``
     (sections ``backbone`` and ``data``). If a row already has a field of the prediction, such as its own label, the
-    prediction's field is added as ``predicted_…``. Under a launcher, the ranks share the rows; rank 0 returns them and
-    the other ranks return an empty list. Raises `UserError`, also for an adapter that generates text.
+    prediction's field is added as ``predicted_…``. Of several adapters by name, each row is labelled by the one that
+    its ``column`` names. Under a launcher, the ranks share the rows; rank 0 returns them and the other ranks return an
+    empty list. Raises `UserError`, also for an adapter that generates text.
     """
-    found, reporter = find_tuned(adapter, backbone, settings=settings), reporter or Reporter()
+    found, reporter = find_adapters(adapter, backbone, settings=settings), reporter or Reporter()
     ranks = found.start_ranks()
     try:
-        task = found.task
+        task = found.first.task
         if task.generates:
             raise UserError("the adapter was trained to generate text, not to label rows; use ptd generate")
         rows = load_rows(data, task.data.eval_split, what="--data")
-        tuned = found.load(ranks)
-        held_out = tuned.held_out(rows, batch_size, what=data, labelled=False)
-        report = held_out.examples.report
-        reporter.note(f"--data: {report.rows:,} rows, {report.tokens:,} tokens")
-        scores = scores_of(held_out, tuned.prepared, tuned.readout, ranks, reporter)
+        several = found.load(ranks, reporter)
+        parts = several.parts(rows, column, data)
+        options = {"batch_size": batch_size, "reporter": reporter, "what": data}
+        measured = measure_parts(several, parts, ranks, **options, labelled=False, want_scores=True)
         if not ranks.is_main:
             return []
-        answers = task.answers(scores, held_out.examples, rows)
+        answers = answers_of_parts(parts, measured)
         return [_joined(row, answer) for row, answer in zip(rows.with_format(None), answers, strict=True)]
     finally:
         ranks.stop()

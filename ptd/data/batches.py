@@ -303,4 +303,5 @@ def _batch(
         group=examples.group,
         token_type_ids=None if types is None else torch.from_numpy(types.astype(np.int64)),
         source=source,
+        members=None if examples.members is None else tuple(examples.members[rows].repeat(examples.group).tolist()),
     )

@@ -31,7 +31,8 @@ def pad_to_bucket(batch: Batch, read: int) -> tuple[Batch, Tensor]:
     """Append a padding sequence to a packed batch of which ``read`` positions are read, so that both sizes are round.
 
     Returns the batch and the padding positions to read in addition: int64 ``[rounded(read) − read]``. In the batch,
-    ``lengths`` includes the padding sequence, and ``supervised_tokens`` counts all positions read, padding included.
+    ``lengths`` includes the padding sequence, which reads the same prompt as the last sequence, and
+    ``supervised_tokens`` counts all positions read, padding included.
     """
     assert batch.cu_seqlens is not None
     tokens = batch.input_ids.shape[1]
@@ -54,5 +55,6 @@ def pad_to_bucket(batch: Batch, read: int) -> tuple[Batch, Tensor]:
         max_seqlen=max(batch.max_seqlen, extra),
         lengths=torch.cat([batch.lengths, batch.lengths.new_tensor([extra])]),
         supervised_tokens=read + also_read,
+        members=None if batch.members is None else (*batch.members, batch.members[-1]),
     )
     return filled, torch.arange(tokens, tokens + also_read)

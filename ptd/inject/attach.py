@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import singledispatchmethod
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,14 +22,25 @@ from ptd.inject.attention import (
     states_of_layers,
     take_slot,
 )
-from ptd.inject.explain import check_backend
+from ptd.inject.explain import check_backend, obstacle_to_several
 from ptd.inject.inputs import Inputs
 from ptd.inject.last_layer import ModuleProbe, Tail
+from ptd.inject.members import PassPrompts, PerSequence, RowsOfPass
 from ptd.inject.output_layer import OutputLayer, PassOutput
 from ptd.inject.probe import layer_shapes, probe, shape_of
 from ptd.inject.self_check import SelfCheck, Verdict
 from ptd.inject.stack import Stack, stacks_of
-from ptd.types import Batch, NoPrompt, PrefixKV, PromptEncoder, SoftTokens, UserError
+from ptd.types import (
+    NO_MEMBER,
+    Batch,
+    NoPrompt,
+    PrefixKV,
+    PromptEncoder,
+    Prompts,
+    PromptState,
+    SoftTokens,
+    UserError,
+)
 
 ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 WRONG_UPSTREAM = {
@@ -75,6 +87,9 @@ class Attachment:
     again; the other passes reuse the prompt until the encoder's parameters change. In models that take positions, the
     model's own tokens (those of the text) are shifted by P positions, as in PEFT.
 
+    Several `Prompts` can be attached at once; ``note_on_several``: a note for the user if the attention backend cannot
+    compute batches whose sequences read different ones, so that they use another.
+
     Attaching runs one forward pass over a few tokens, which finds the attention layers and their sizes (``shape``), and
     short passes through the first layers, which verify that the model computes the same with ptd's attention as with
     its own (`ptd.inject.self_check`). ``verdict`` says what the model cannot do. Under ZeRO-3 all ranks have to attach
@@ -107,6 +122,10 @@ class Attachment:
         self.stacks: list[Stack] = []
         self.verdict = Verdict()
         self.extra_positions = 0
+        self.prompts: tuple[PromptState, ...] = (NoPrompt(),)
+        self.members: tuple[int, ...] | None = None  # the prompt of each sequence; None: all read the only prompt
+        self.note_on_several: str | None = None
+        self._rows = RowsOfPass()
         self._encoded_at: tuple[int, ...] | None = None
         self._previous = {module: module.config._attn_implementation for module in _models(model)}
         self._use(IMPLEMENTATION)
@@ -121,6 +140,14 @@ class Attachment:
             self.slots = [
                 give_slot(call, backend, cross=layer.kind == "cross") for call, layer in zip(calls, layers, strict=True)
             ]
+            for stack in self.stacks:
+                stack.choose = self._choose
+                stack.slots = {
+                    number: slot
+                    for number, (call, slot) in enumerate(zip(calls, self.slots, strict=True))
+                    if call.module in stack.members
+                }
+            self._note_on_several(backend, layers[0].key_dim)
             self.inputs = Inputs(model, self.stacks[0], sees_padding=any(layer.kind == "encoder" for layer in layers))
             check = SelfCheck(self, calls)
             forget_passes()
@@ -182,52 +209,118 @@ class Attachment:
                 delattr(module, _WARNING)
             self._use(IMPLEMENTATION)
 
-    @singledispatchmethod
-    def set(self, state: Any) -> None:
-        """Use ``state`` from now on; None or `NoPrompt` removes the prompt."""
-        raise TypeError(f"no injection for a prompt of type {type(state).__name__}")
+    def set(self, state: PromptState | Prompts | None) -> None:
+        """Use ``state`` from now on; None or `NoPrompt` removes the prompt.
 
-    @set.register
-    def _(self, state: PrefixKV) -> None:
-        self._check_takes("a prefix", self.verdict.prefix)
-        self.set(None)
-        self.shift(state.num_virtual_tokens)
-        for slot, key, value in zip(self.slots, state.keys, state.values, strict=True):
-            slot.key, slot.value = key, value
-
-    @set.register
-    def _(self, state: SoftTokens) -> None:
-        if state.in_front:
-            self._check_takes("virtual tokens before the sequences", self.verdict.soft)
-        else:
-            self._check_takes("virtual tokens among those of a sequence", self.verdict.marks)
-        self.set(None)
-        reader = self.stacks[0]
-        reader.soft, reader.in_front = state.embeddings, state.in_front
-        if state.in_front:
-            self.extra_positions = state.num_virtual_tokens
-            for stack in self.stacks[1:]:
-                stack.source_extra = state.num_virtual_tokens
-
-    @set.register(type(None))
-    @set.register
-    def _(self, state: NoPrompt) -> None:
-        self.shift(0)
-        for slot in self.slots:
-            slot.key = slot.value = None
+        Of several `Prompts`, the sequences of a pass read those that ``Batch.members`` or `reading` names.
+        """
+        prompts = state.members if isinstance(state, Prompts) else (NoPrompt() if state is None else state,)
+        for prompt in prompts:
+            self._check_takes(prompt)
+        self.prompts = prompts
+        self.extra_positions = max(map(self.positions_of, prompts))
+        only = PassPrompts.of(prompts, None) if len(prompts) == 1 else PassPrompts(())
         for stack in self.stacks:
-            stack.soft, stack.in_front, stack.source_extra = None, False, 0
+            stack.inserts = any(map(_inserted, prompts))
+            self._take(stack, only)
+
+    @contextmanager
+    def reading(self, members: Sequence[int] | None) -> Iterator[None]:
+        """Let the sequences of the passes in this block read these prompts: numbers in `Prompts`, or `NO_MEMBER`.
+
+        ``generate`` may repeat each row (beams, several answers). With gradient checkpointing, the backward pass has
+        to come before the next forward pass; it may come after this block. ``members`` None changes nothing. Raises
+        `UserError` for a number without a prompt.
+        """
+        wrong = {*(members or ())} - {NO_MEMBER, *range(len(self.prompts))}
+        if wrong:
+            raise UserError(f"there are {len(self.prompts)} prompts, numbered from 0; there is no prompt {min(wrong)}")
+        before = self.members
+        if members is not None:
+            self.members = tuple(members)
+        try:
+            yield
+        finally:
+            self.members = before
+
+    def positions_of(self, prompt: PromptState) -> int:
+        """Return the number of positions that a prompt takes from the context, in addition to its sequences."""
+        if isinstance(prompt, SoftTokens):
+            return _inserted(prompt)
+        return prompt.num_virtual_tokens if any(stack.takes_positions for stack in self.stacks) else 0
+
+    def extra_for(self, member: int | None) -> int:
+        """Return `positions_of` the prompt with this number; None: of the only prompt, or the most of all prompts."""
+        if member is None:
+            return self.extra_positions
+        return 0 if member == NO_MEMBER else self.positions_of(self.prompts[member])
+
+    def _choose(self, stack: Stack, sequences: int, tokens: Tensor, cache: Any) -> None:
+        """Give the stack the prompts that the sequences of its next pass read."""
+        if self.members is not None:
+            members = self._rows.members(self.members, sequences, tokens, cache)
+            self._take(stack, PassPrompts.of(self.prompts, members))
+        elif len(self.prompts) > 1:
+            raise UserError(
+                f"this model has {len(self.prompts)} prompts, and nothing says which of them each sequence reads; name "
+                "them, for example with tuned.use([…])"
+            )
+
+    def _take(self, stack: Stack, read: PassPrompts) -> None:
+        prefixes = [state for state in read.states if isinstance(state, PrefixKV)]
+        index = torch.tensor(read.index) if prefixes and read.index is not None else None
+        for layer, slot in stack.slots.items():
+            slot.take(prefixes, layer, index)
+        stack.shift = read.sizes() if prefixes else PerSequence()
+        soft = [state.embeddings for state in read.states if isinstance(state, SoftTokens)]
+        inserted = read.per_sequence([_inserted(state) for state in read.states])
+        if stack is not self.stacks[0]:
+            stack.source_front = inserted
+            return
+        stack.front, stack.start = inserted, None
+        stack.soft = soft[0] if len(soft) == 1 else torch.cat(soft) if soft else None
+        if soft and read.index is not None:
+            stack.start = read.per_sequence([*accumulate(map(len, soft[:-1]), initial=0)])
+            stack.size = read.sizes()
+
+    @singledispatchmethod
+    def _check_takes(self, prompt: Any) -> None:
+        """Raise `UserError` if the model cannot take this type of prompt."""
+        raise TypeError(f"no injection for a prompt of type {type(prompt).__name__}")
+
+    @_check_takes.register
+    def _(self, prompt: PrefixKV) -> None:
+        self._check_verdict("a prefix", self.verdict.prefix)
+        if not len(prompt.keys) == len(prompt.values) == len(self.slots):
+            raise ValueError(
+                f"a prefix for {len(prompt.keys)} attention layers cannot be attached to a model with {len(self.slots)}"
+            )
+
+    @_check_takes.register
+    def _(self, prompt: SoftTokens) -> None:
+        if prompt.in_front:
+            self._check_verdict("virtual tokens before the sequences", self.verdict.soft)
+        else:
+            self._check_verdict("virtual tokens among those of a sequence", self.verdict.marks)
+
+    @_check_takes.register
+    def _(self, prompt: NoPrompt) -> None:
+        pass
 
     def run(self, batch: Batch, wanted: PassOutput | None = None) -> Any:
         """Return the model's output for a batch on its device; with ``wanted`` as `only` explains.
 
         The model runs without masks if each layer's own rule is sufficient.
         """
+        members = self.members if batch.members is None else batch.members
         inputs = self.inputs.of(batch, self.first_position)
+        ragged = members is not None and len({self._inserted_for(member) for member in members}) > 1
+        if ragged and batch.cu_seqlens is None:  # virtual tokens make rows of different lengths
+            inputs.setdefault("attention_mask", batch.attention_mask.long())
         self.stacks[0].trusted = True
-        padded = padded_forward.set((batch.source or batch).has_padding)
+        padded = padded_forward.set(ragged or (batch.source or batch).has_padding)
         try:
-            with self.only(wanted):
+            with self.reading(batch.members), self.only(wanted):
                 if "attention_mask" in inputs or not self.packable:
                     return self.model(**inputs)
                 with self._without_masks():
@@ -235,6 +328,9 @@ class Attachment:
         finally:
             padded_forward.reset(padded)
             self.stacks[0].trusted = False
+
+    def _inserted_for(self, member: int) -> int:
+        return 0 if member == NO_MEMBER else _inserted(self.prompts[member])
 
     @contextmanager
     def any_backend(self) -> Iterator[None]:
@@ -280,12 +376,23 @@ class Attachment:
             take_slot(module)
         self._use(None)
 
+    def _note_on_several(self, backend: str, head_dim: int) -> None:
+        """Let passes with several prefixes use any backend if ``backend`` cannot compute them, and note that."""
+        parameter = next(self.model.parameters())
+        reason = obstacle_to_several(backend, parameter.device, self.model.dtype, head_dim)
+        for slot in self.slots:
+            slot.backend_of_several = backend if reason is None else "auto"
+        if reason is not None:
+            self.note_on_several = (
+                f"backbone.attention: batches whose sequences read different prompts use backend auto, because {reason}"
+            )
+
     def _hook(self) -> None:
         self.head.hook()
         for stack in self.stacks:
             stack.hook()
 
-    def _check_takes(self, what: str, obstacle: str | None) -> None:
+    def _check_verdict(self, what: str, obstacle: str | None) -> None:
         if obstacle is not None:
             raise UserError(
                 f"method.name: {type(self.model).__name__} does not support {what}, because {obstacle}; use another "
@@ -301,7 +408,7 @@ class Attachment:
         """Shift the model's own tokens by ``count`` positions, in models that take positions."""
         self.extra_positions = count if any(stack.takes_positions for stack in self.stacks) else 0
         for stack in self.stacks:
-            stack.shift = count
+            stack.shift = PerSequence(count)
 
     def _refresh(self) -> None:
         """Encode the prompt again if it is out of date. The first stack calls this before every forward pass."""
@@ -311,6 +418,11 @@ class Attachment:
         if torch.is_grad_enabled() or version != self._encoded_at:
             self.set(self.encoder.state(self.encoder()))
             self._encoded_at = None if torch.is_grad_enabled() else version
+
+
+def _inserted(prompt: PromptState) -> int:
+    """Return how many virtual tokens a prompt puts before each sequence that reads it."""
+    return prompt.num_virtual_tokens if isinstance(prompt, SoftTokens) and prompt.in_front else 0
 
 
 def _unasked(*args: Any) -> None:

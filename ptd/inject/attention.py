@@ -8,7 +8,7 @@ packing and cached generation, and no model code is patched. A layer's prefix is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from ptd.types import UserError
+from ptd.types import PrefixKV, UserError
 
 IMPLEMENTATION = "ptd_prefix"
 MASKLESS = "ptd_prefix_maskless"
@@ -48,6 +48,9 @@ def packing_arguments(bounds: Tensor, longest: int) -> dict[str, Any]:
 class LayerSlot:
     """A layer's prefix, stored in its attention module: ``key``, ``value`` ``[P, H, D]``; None without a prefix.
 
+    With ``index`` (int64 ``[sequences]``, on the CPU), ``key`` and ``value`` are those of several prefixes, and each
+    sequence reads the one that the index names, computed by ``backend_of_several``.
+
     ``causal``: whether the layer attends causally to its own keys if it gets no mask. ``told``: the argument
     ``is_causal`` with which the model family calls attention; a different argument comes from the caller of the model
     and overrides ``causal``.
@@ -57,8 +60,19 @@ class LayerSlot:
     cross: bool = False
     causal: bool = True
     told: bool | None = None
-    key: Tensor | None = None
-    value: Tensor | None = None
+    key: Tensor | tuple[Tensor, ...] | None = None
+    value: Tensor | tuple[Tensor, ...] | None = None
+    index: Tensor | None = None
+    backend_of_several: str = "auto"
+
+    def take(self, states: Sequence[PrefixKV], layer: int, index: Tensor | None) -> None:
+        """Use the keys and values of ``layer`` of the prompts; without ``index``, of the only prompt or of none."""
+        keys, values = (tuple(state.keys[layer] for state in states), tuple(state.values[layer] for state in states))
+        if index is None:
+            self.key, self.value = (keys[0], values[0]) if states else (None, None)
+        else:  # a prefix without tokens, for the sequences that read none
+            self.key, self.value = (*keys, keys[0][:0].detach()), (*values, values[0][:0].detach())
+        self.index = index
 
 
 @dataclass(frozen=True)
@@ -214,8 +228,8 @@ def attention_forward(
         query,
         key,
         value,
-        None if slot.key is None else slot.key.transpose(0, 1),
-        None if slot.value is None else slot.value.transpose(0, 1),
+        _heads_first(slot.key),
+        _heads_first(slot.value),
         scale=scaling,
         # A mask contains the whole rule (causal, window, padding); without a mask the module's own rule applies. An
         # encoder's window always comes as a mask, unless the window is wider than the sequence.
@@ -226,9 +240,17 @@ def attention_forward(
         max_seqlen=max_length_q,
         mask=attention_mask,
         bias=bias,
-        backend=slot.backend,
+        prefix_index=slot.index,
+        backend=slot.backend if slot.index is None else slot.backend_of_several,
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _heads_first(prefix: Tensor | tuple[Tensor, ...] | None) -> Tensor | list[Tensor] | None:
+    """Return ``[H, P, D]`` views of one prefix ``[P, H, D]`` or of several."""
+    if isinstance(prefix, tuple):
+        return [each.transpose(0, 1) for each in prefix]
+    return None if prefix is None else prefix.transpose(0, 1)
 
 
 def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 from ptd_kernels import available_backends, explain_backend, stand_in
+from ptd_kernels.prefix_attention.problem import check_problem, choose_backend
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ptd.types import UserError
 
@@ -24,6 +26,28 @@ def check_backend(name: str) -> None:
     if name not in ("auto", *available_backends()):
         known = ", ".join(["auto", *available_backends()])
         raise UserError(f"backbone.attention: there is no backend {name!r}; available: {known}")
+
+
+def obstacle_to_several(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Return why ``backend`` cannot give each sequence a prefix of its own, although it can give all the same one.
+
+    None: it can, or it can do neither.
+    """
+    with unset_fake_temporarily():
+        q = torch.zeros(1, 1, 2, head_dim, device=device, dtype=dtype)
+        prefix = q[0, :, :1]
+        packed = {"cu_seqlens": torch.tensor([0, 1, 2], device=device, dtype=torch.int32), "max_seqlen": 1}
+        one = check_problem(q, q, q, prefix, prefix, **packed)
+        several = check_problem(q, q, q, [prefix] * 2, [prefix] * 2, prefix_index=torch.tensor([0, 1]), **packed)
+    try:
+        choose_backend(one, backend)
+    except ValueError:
+        return None
+    try:
+        choose_backend(several, backend)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def explain_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, dict[str, str]]:

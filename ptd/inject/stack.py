@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
-from ptd.inject.attention import packed_forward, packing_arguments
+from ptd.inject.attention import LayerSlot, packed_forward, packing_arguments
 from ptd.inject.last_layer import Tail
+from ptd.inject.members import PerSequence
 from ptd.types import UserError, virtual_id
 
 POSITIONS_FROM_MASK = {"biogpt", "opt"}
@@ -27,9 +28,11 @@ POSITIONS_FROM_MASK = {"biogpt", "opt"}
 class Stack:
     """Hooks on one stack.
 
-    ``shift``: number of positions by which its own tokens are shifted. ``soft`` ``[P, hidden]``: embeddings of virtual
-    tokens, which are inserted before every sequence (``in_front``) or replace the ids of `virtual_id`.
-    ``source_extra``: number of virtual tokens before the sequences of the other stack, to which this stack attends.
+    ``shift``: number of positions by which each sequence's own tokens are shifted. ``soft`` ``[P, hidden]``:
+    embeddings of virtual tokens, which are inserted before the sequences or replace the ids of `virtual_id`. A sequence
+    reads those from ``start`` on, as many as ``size``; None: all of them. ``front``: number inserted before each
+    sequence. ``source_front``: the same before the sequences of the other stack, to which this stack attends.
+    ``choose`` is called before every forward pass, with its number of sequences, tokens and cache, and sets these.
     ``keep``: flattened positions to return, each given once. ``tail``: modules that run only at these positions.
     ``trusted``: the caller gives the boundaries of packed rows and pads only on the right. ``refresh`` is called before
     every forward pass.
@@ -44,10 +47,15 @@ class Stack:
         self.parameters = list(inspect.signature(module.forward).parameters)
         self.takes_positions = "position_ids" in self.parameters
         self.first_position = _first_position(module)
-        self.shift = 0
+        self.slots: dict[int, LayerSlot] = {}  # the number of each of its attention layers, and the layer's slot
+        self.choose: Callable[[Stack, int, Tensor, Any], None] = lambda *_: None
+        self.shift = PerSequence()
         self.soft: Tensor | None = None
-        self.in_front = False
-        self.source_extra = 0
+        self.start: PerSequence | None = None
+        self.size = PerSequence()
+        self.front = PerSequence()
+        self.source_front = PerSequence()
+        self.inserts = False  # whether any of the prompts has virtual tokens before the sequences
         self.left_obstacle: str | None = None  # why rows must not be padded on the left
         self.packing_obstacle: str | None = None  # why rows must not be packed
         self.trusted = False  # whether the caller gives the boundaries of packed rows
@@ -75,22 +83,59 @@ class Stack:
         self.refresh()
         kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         self._check_padding(kwargs.get("attention_mask"))
-        front = self.soft.shape[0] if self.soft is not None and self.in_front else 0
-        if front and not self.trusted and kwargs.get("attention_mask") is None:
+        if self.inserts and not self.trusted and kwargs.get("attention_mask") is None:
             kwargs |= self._packing_by_positions(kwargs)
-        if kwargs.get("cu_seq_lens_q") is not None:
+        tokens, bounds = _tokens_of(kwargs), kwargs.get("cu_seq_lens_q")
+        sequences = tokens.shape[0] if bounds is None else len(bounds) - 1
+        self.choose(self, sequences, tokens, kwargs.get("past_key_values"))
+        if bounds is not None:
             self._packed = packed_forward.set(True)
-        if (front or self.shift) and self.takes_positions:
+        further = self.front if self.front.most else self.shift
+        if further.most and self.takes_positions:
             positions = kwargs.get("position_ids")
             positions = self._default_positions(kwargs) if positions is None else positions
-            kwargs["position_ids"] = positions + (front or self.shift)
-        if front:
-            kwargs = self._put_in_front(front, kwargs)
+            kwargs["position_ids"] = positions + further.over_tokens(tokens.shape[1], bounds, tokens.device)
+        if self.start is not None and kwargs.get("input_ids") is not None:
+            kwargs["input_ids"] = self._own_marks(kwargs["input_ids"], bounds)
+        if self.front.most:
+            kwargs = self._put_in_front(kwargs)
         mask, source = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
-        if self.source_extra and mask is not None and source is not None and mask.shape[1] < source.shape[1]:
-            kwargs["encoder_attention_mask"] = _with_virtual(mask, self.source_extra)
+        if self.source_front.most and source is not None:
+            kwargs["encoder_attention_mask"] = self._with_source(mask, source)
         self._begin_tail(kwargs)
         return (), kwargs
+
+    @property
+    def in_front(self) -> bool:
+        """Whether virtual tokens precede the sequences of this pass."""
+        return self.front.most > 0
+
+    def _own_marks(self, ids: Tensor, bounds: Tensor | None) -> Tensor:
+        """Return the ids with each sequence's virtual tokens numbered as in ``soft``, which has those of all prompts.
+
+        Raises `UserError` for a virtual token that the sequence's prompt does not have; on a GPU, where no value is
+        read, its embedding fails instead.
+        """
+        assert self.soft is not None
+        assert self.start is not None
+        start, size = (each.over_tokens(ids.shape[1], bounds, ids.device) for each in (self.start, self.size))
+        number = virtual_id(0) - ids
+        foreign = number >= size
+        if ids.device.type == "cpu" and bool(foreign.any()):
+            raise UserError(
+                "a sequence contains a virtual token that its prompt does not have; fill the template of the prompt "
+                "that the sequence reads"
+            )
+        number = torch.where(foreign, self.soft.shape[0], number + start)
+        return torch.where(ids < 0, virtual_id(0) - number, ids)
+
+    def _with_source(self, mask: Tensor | None, source: Tensor) -> Tensor | None:
+        """Extend the mask of the other stack's sequences by their virtual tokens, if it lacks them."""
+        if mask is None:
+            if self.source_front.each is None:
+                return None
+            mask = source.new_ones(source.shape[0], source.shape[1] - self.source_front.most, dtype=torch.long)
+        return mask if mask.shape[1] >= source.shape[1] else _with_virtual(mask, self.source_front, at_end=True)
 
     def _packing_by_positions(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the boundaries of rows that are packed without explicit boundaries: their positions restart.
@@ -127,8 +172,7 @@ class Stack:
 
     def _begin_tail(self, kwargs: dict[str, Any]) -> None:
         """Tell the tail which of the tokens that run are read."""
-        ids = kwargs.get("input_ids")
-        tokens = kwargs["inputs_embeds"][..., 0] if ids is None else ids
+        tokens = _tokens_of(kwargs)
         every_state = kwargs.get("output_hidden_states") or getattr(self.module.config, "output_hidden_states", False)
         if self.keep is None or every_state:
             self.tail.begin(tokens, None)
@@ -151,14 +195,17 @@ class Stack:
             hidden = hidden.flatten(0, 1)[keep][None]
         output.last_hidden_state = hidden
 
-    def _put_in_front(self, count: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _put_in_front(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Insert virtual tokens directly before the first own token of every sequence.
 
-        They come after padding on the left and not before it, where they could be outside an attention window. In
-        cached generation the cache holds the virtual tokens after the first pass; every pass extends the mask by them.
-        Raises `UserError` for masks and caches into which they cannot be inserted.
+        They come after padding on the left and not before it, where they could be outside an attention window. If some
+        sequences have fewer than others, padding makes the rows equally long: before their virtual tokens, or in the
+        encoder of an encoder-decoder at the end, because BART's positions are columns. Such a batch always has a mask.
+        In cached generation the cache holds the virtual tokens after the first pass; every pass extends the mask by
+        them. Raises `UserError` for masks and caches into which they cannot be inserted.
         """
         assert self.soft is not None
+        count, ragged = self.front.most, self.front.each is not None
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         if getattr(cache, "is_compileable", False):
             raise UserError(
@@ -171,14 +218,25 @@ class Stack:
                 "before the sequences cannot be inserted into it; pass a 2-dimensional attention_mask, use the text "
                 "model's own checkpoint instead of a multimodal one, or use method prefix, which adds no tokens"
             )
-        if mask is not None:
-            kwargs["attention_mask"] = _with_virtual(mask, count)
         ids: Tensor | None = kwargs.get("input_ids")
         given: Tensor = kwargs["inputs_embeds"] if ids is None else ids
         rows, columns = given.shape[:2]
         seen = cache.get_seq_length() if cache is not None else 0
         if seen > 0:
-            self._check_cache(count, seen, columns, mask, kwargs.get("position_ids"))
+            self._check_cache(seen, columns, mask, kwargs.get("position_ids"))
+        if kwargs.get("cu_seq_lens_q") is not None and not seen:
+            return self._put_in_front_of_packed(kwargs)
+        at_end = self.feeds_other
+        if ragged and not at_end and self.left_obstacle is not None:
+            raise UserError(
+                "the prompts of a batch have different numbers of virtual tokens, so rows would be padded on the left, "
+                f"which gives wrong results on this backbone: {self.left_obstacle}; use prompts of equal length"
+            )
+        if ragged and mask is None:
+            mask = given.new_ones(rows, columns + max(0, seen - count), dtype=torch.long)
+        if mask is not None:
+            kwargs["attention_mask"] = _with_virtual(mask, self.front, at_end=at_end)
+        if seen > 0:
             return kwargs
         if cache is not None and mask is not None and not bool(mask.any(dim=1).all()):
             raise UserError(
@@ -186,37 +244,54 @@ class Stack:
                 "batch padded on the left, so the row's virtual tokens have no place; generate without "
                 "prefill_chunk_size, give each batch prompts of equal length, or use method prefix"
             )
-        if kwargs.get("cu_seq_lens_q") is not None:
-            return self._put_in_front_of_packed(count, kwargs)
-        number = torch.arange(count, device=self.soft.device)
-        first_B = number.new_zeros(rows) if mask is None else _first_of(mask)
-        places_BT = _places(first_B, columns, count)
-        column_S = torch.arange(columns, device=number.device)
-        begin_B1 = (columns + count) * torch.arange(rows, device=number.device)[:, None]
-        self._own = begin_B1 + column_S + count * (column_S >= first_B[:, None])
+        column_P = torch.arange(count, device=self.soft.device)
+        first_B = column_P.new_zeros(rows) if mask is None else _first_of(mask)
+        between_B = self.front.tensor(rows, column_P.device) if at_end else torch.full_like(first_B, count)
+        places_BT = _places(first_B, columns, count, between_B)
+        column_S = torch.arange(columns, device=column_P.device)
+        begin_B1 = (columns + count) * torch.arange(rows, device=column_P.device)[:, None]
+        self._own = begin_B1 + column_S + between_B[:, None] * (column_S >= first_B[:, None])
+        numbers_BP = self._numbers(column_P, rows, between_B)
         if ids is not None:
-            kwargs["input_ids"] = _interleaved(ids, virtual_id(0) - number, places_BT)
+            block = torch.where(numbers_BP < 0, 0, virtual_id(0) - numbers_BP)
+            kwargs["input_ids"] = _interleaved(ids, block, places_BT)
         else:
-            both = torch.cat([self.soft.expand(rows, -1, -1).to(given.dtype), given], dim=1)
+            soft = torch.where((numbers_BP < 0)[..., None], 0.0, embedding(numbers_BP.clamp(min=0), self.soft))
+            both = torch.cat([soft.expand(rows, -1, -1).to(given.dtype), given], dim=1)
             kwargs["inputs_embeds"] = both.gather(1, places_BT[..., None].expand(-1, -1, given.shape[-1]))
         if kwargs.get("token_type_ids") is not None:
-            kwargs["token_type_ids"] = _interleaved(kwargs["token_type_ids"], torch.zeros_like(number), places_BT)
+            kwargs["token_type_ids"] = _interleaved(kwargs["token_type_ids"], torch.zeros_like(column_P), places_BT)
         if kwargs.get("position_ids") is not None:
             own = kwargs["position_ids"].expand(*kwargs["position_ids"].shape[:-2], rows, columns)
-            begin = own.gather(-1, first_B[:, None].expand(*own.shape[:-1], 1)) - count
-            kwargs["position_ids"] = _interleaved(own, begin + number, places_BT)
+            begin = own.gather(-1, first_B[:, None].expand(*own.shape[:-1], 1)) - between_B[:, None]
+            before = begin + column_P
+            kwargs["position_ids"] = _interleaved(own, before.clamp(min=0) if ragged else before, places_BT)
         return kwargs
 
-    def _check_cache(self, count: int, seen: int, columns: int, mask: Tensor | None, positions: Tensor | None) -> None:
+    def _numbers(self, column_P: Tensor, rows: int, between_B: Tensor) -> Tensor:
+        """Return the number of the virtual token in each column of the rows' blocks, ``[B or 1, P]``; -1 for padding.
+
+        A row's virtual tokens are the last of the first ``between_B`` columns of its block.
+        """
+        if self.start is None:
+            return column_P[None]
+        start_B, count_B = (each.tensor(rows, column_P.device) for each in (self.start, self.front))
+        place_BP = column_P - (between_B - count_B)[:, None]
+        real_BP = (place_BP >= 0) & (place_BP < count_B[:, None])
+        return torch.where(real_BP, start_B[:, None] + place_BP, -1)
+
+    def _check_cache(self, seen: int, columns: int, mask: Tensor | None, positions: Tensor | None) -> None:
         """Raise `UserError` unless ``columns`` new tokens continue the cache.
 
-        The cache holds ``seen`` tokens, ``count`` of them virtual; ``positions`` include the virtual tokens. For a
+        The cache holds ``seen`` tokens, of which those in front are virtual; ``positions`` include them. For a
         cache from an earlier call, ``generate`` counts the virtual tokens as tokens of the text, and cuts off that
         number of new tokens.
         """
+        count = self.front.most
         fits = mask is None or mask.shape[1] + count == seen + columns
         if fits and mask is None and positions is not None and positions.dim() == 2:
-            fits = int(positions[0, 0]) - seen in (0, self.first_position)
+            own = count if self.front.each is None else self.front.each[0]
+            fits = int(positions[0, 0]) - own - (seen - count) in (0, self.first_position)
         if not fits:
             raise UserError(
                 f"the new tokens do not continue the {seen} tokens of the cache, {count} of which are the prompt's "
@@ -224,37 +299,43 @@ class Stack:
                 "continued; pass the whole text without past_key_values, or use method prefix"
             )
 
-    def _put_in_front_of_packed(self, count: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _put_in_front_of_packed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         assert self.soft is not None
         bounds: Tensor = kwargs["cu_seq_lens_q"]
         ids: Tensor | None = kwargs.get("input_ids")
         given: Tensor = kwargs["inputs_embeds"] if ids is None else ids
         tokens, sequences, device = given.shape[1], len(bounds) - 1, bounds.device
-        number = torch.arange(sequences, device=device)
-        sequence = torch.repeat_interleave(number, bounds.diff(), output_size=tokens)
-        own = torch.arange(tokens, device=device) + count * (sequence + 1)
-        new_bounds = bounds + count * torch.arange(sequences + 1, dtype=torch.int32, device=device)
-        virtual = torch.arange(count, device=device)
-        places = (new_bounds[:-1, None] + virtual).flatten()
+        inserted = self.front.total(sequences)
+        count_B = self.front.tensor(sequences, device)
+        through_B = count_B.cumsum(0)  # virtual tokens before the end of each sequence
+        row = torch.arange(sequences, device=device)
+        row_of_own = torch.repeat_interleave(row, bounds.diff(), output_size=tokens)
+        row_of_virtual = torch.repeat_interleave(row, count_B, output_size=inserted)
+        number = torch.arange(inserted, device=device)
+        within = number - (through_B - count_B)[row_of_virtual]
+        own = torch.arange(tokens, device=device) + through_B[row_of_own]
+        places = bounds[:-1].long()[row_of_virtual] + number
+        new_bounds = bounds + torch.nn.functional.pad(through_B, (1, 0)).to(torch.int32)
+        start_B = torch.zeros_like(row) if self.start is None else self.start.tensor(sequences, device)
+        which = within + start_B[row_of_virtual]
         self._own = own[None]
 
         def joined(values: Tensor, virtual: Tensor, dim: int = -1) -> Tensor:
             shape = list(values.shape)
-            shape[dim] = tokens + sequences * count
+            shape[dim] = tokens + inserted
             return values.new_empty(shape).index_copy(dim, own, values).index_copy(dim, places, virtual)
 
         if ids is not None:
-            kwargs["input_ids"] = joined(ids, (virtual_id(0) - virtual).repeat(sequences)[None])
+            kwargs["input_ids"] = joined(ids, (virtual_id(0) - which)[None])
         else:
-            soft = self.soft.expand(sequences, -1, -1).to(given.dtype)
-            kwargs["inputs_embeds"] = joined(given, soft.flatten(0, 1)[None], dim=1)
+            kwargs["inputs_embeds"] = joined(given, embedding(which, self.soft).to(given.dtype)[None], dim=1)
         if kwargs.get("token_type_ids") is not None:
             kwargs["token_type_ids"] = joined(kwargs["token_type_ids"], torch.zeros_like(places)[None])
         positions = kwargs.get("position_ids")
         if positions is not None:
-            begin = positions.index_select(-1, bounds[:-1].long())[..., None] - count
-            kwargs["position_ids"] = joined(positions, (begin + virtual).flatten(-2))
-        return kwargs | packing_arguments(new_bounds, kwargs["max_length_q"] + count)
+            begin = positions.index_select(-1, bounds[:-1].long()) - count_B
+            kwargs["position_ids"] = joined(positions, begin.index_select(-1, row_of_virtual) + within)
+        return kwargs | packing_arguments(new_bounds, kwargs["max_length_q"] + self.front.most)
 
     def _before_embedding(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self.soft is None or args[0].is_floating_point():
@@ -276,9 +357,8 @@ class Stack:
         ids, cache, mask = kwargs.get("input_ids"), kwargs.get("past_key_values"), kwargs.get("attention_mask")
         tokens = kwargs["inputs_embeds"] if ids is None else ids
         seen = cache.get_seq_length() if cache is not None else 0
-        if cache is not None and self.in_front and seen:
-            assert self.soft is not None
-            seen -= self.soft.shape[0]
+        if cache is not None and seen:
+            seen -= self.front.most
         assert isinstance(self.module, PreTrainedModel)
         if self.module.config.model_type in POSITIONS_FROM_MASK and mask is not None and mask.ndim == 2:
             counted: Tensor = mask.long().cumsum(1) - 1
@@ -331,14 +411,17 @@ def _first_position(module: nn.Module) -> int:
     return 0
 
 
-def _places(first_B: Tensor, columns: int, count: int) -> Tensor:
-    """Return ``[B, P + S]``: for each column of a row, an index into the row's [virtual, own] tokens, concatenated.
+def _places(first_B: Tensor, columns: int, count: int, between_B: Tensor) -> Tensor:
+    """Return ``[B, P + S]``: for each column of a row, an index into the row's [block, own tokens], concatenated.
 
-    Row b has ``columns`` own tokens and ``count`` virtual tokens before its token ``first_B[b]``.
+    Row b has ``columns`` own tokens. The first ``between_B[b]`` columns of its block of ``count`` columns come before
+    its token ``first_B[b]``, the rest of the block at its end.
     """
     column = torch.arange(columns + count, device=first_B.device)
-    behind = column - first_B[:, None]
-    return torch.where(behind < 0, column + count, torch.where(behind < count, behind, column))
+    behind, between = column - first_B[:, None], between_B[:, None]
+    own = torch.where(behind < between, behind, column - between + count)
+    own = torch.where(behind < 0, column + count, own)
+    return torch.where(column >= columns + between, column - columns, own)
 
 
 def _interleaved(own: Tensor, virtual: Tensor, places: Tensor) -> Tensor:
@@ -352,6 +435,22 @@ def _first_of(mask: Tensor) -> Tensor:
     return mask.bool().int().argmax(dim=1)
 
 
-def _with_virtual(mask: Tensor, count: int) -> Tensor:
-    """Extend the mask ``[B, S]`` to ``[B, P + S]``, by ``count`` virtual tokens before each row's first token."""
-    return _interleaved(mask, mask.new_ones(count), _places(_first_of(mask), mask.shape[1], count))
+def _with_virtual(mask: Tensor, front: PerSequence, *, at_end: bool) -> Tensor:
+    """Extend the mask ``[B, S]`` to ``[B, P + S]``, by each row's virtual tokens before its first token.
+
+    A row with fewer virtual tokens than another has padding before them, or ``at_end`` of the row.
+    """
+    most, first_B = front.most, _first_of(mask)
+    between_B, block = torch.full_like(first_B, most), mask.new_ones(most)
+    if front.each is not None:
+        column, count_B = torch.arange(most, device=mask.device), front.tensor(len(mask), mask.device)
+        between_B = count_B if at_end else between_B
+        place = column - (between_B - count_B)[:, None]
+        block = ((place >= 0) & (place < count_B[:, None])).to(mask.dtype)
+    return _interleaved(mask, block, _places(first_B, mask.shape[1], most, between_B))
+
+
+def _tokens_of(kwargs: dict[str, Any]) -> Tensor:
+    """Return the token ids of a pass, ``[B, S]``; of given embeddings, their first numbers."""
+    ids: Tensor | None = kwargs.get("input_ids")
+    return kwargs["inputs_embeds"][..., 0] if ids is None else ids

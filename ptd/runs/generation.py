@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -20,7 +20,7 @@ from ptd.types import Reporter, UserError
 
 
 def decode(
-    tuned: Tuned,
+    tuned: Tuned | Sequence[Tuned],
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     ranks: Ranks,
@@ -30,6 +30,8 @@ def decode(
 ) -> list[str]:
     """Continue each prompt (token ids, the same on all ranks); return only the new texts, in the order of the prompts.
 
+    ``tuned``: what continues the prompts; a sequence names one for each prompt, all on the same backbone.
+
     Prompts of similar length form a batch, padded on the left (for an encoder on the right). The ranks share the
     batches. The batches and their random seeds do not depend on the number of ranks, so neither do the texts. Rank 0
     returns the texts, the other ranks an empty list. Raises `UserError` for a prompt without tokens, and for one that
@@ -37,17 +39,22 @@ def decode(
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise UserError("a prompt has no tokens; give at least one token")
-    rooms = [tuned.room(len(prompt)) for prompt in prompts]
+    by = [tuned] * len(prompts) if isinstance(tuned, Tuned) else list(tuned)
+    if not by:
+        return []
+    rooms = [each.room(len(prompt)) for each, prompt in zip(by, prompts, strict=True)]
     limits = [decoding.max_new_tokens if room is None else min(room, decoding.max_new_tokens) for room in rooms]
-    if min(limits, default=1) < 1:
+    if min(limits) < 1:
         longest = max(len(prompt) for prompt in prompts)
         raise UserError(
             f"a prompt of {longest} tokens leaves no room in the backbone's context for an answer; shorten the prompt"
         )
-    together = tuned.prepared.sharded and ranks.world_size > 1
-    one_length = tuned.prepared.attachment.verdict.left is not None
-    batches = batches_of([len(prompt) for prompt in prompts], limits, batch_size, one_length=one_length)
-    tokens, _ = tokens_of(tuned)
+    together = by[0].prepared.sharded and ranks.world_size > 1
+    one_length = by[0].prepared.attachment.verdict.left is not None
+    tokens_by = {id(each): tokens_of(each)[0] for each in by}
+    kinds = [tokens_by[id(each)] for each in by]  # a text ends where its writer learned to end
+    batches = batches_of([len(prompt) for prompt in prompts], limits, batch_size, one_length=one_length, kinds=kinds)
+    batches = [sorted(batch, key=lambda index: by[index].member or 0) for batch in batches]
     found: dict[int, str] = {}
     reporter.start("generate", len(prompts))
     for begin in range(0, len(batches), ranks.world_size):
@@ -55,25 +62,36 @@ def decode(
         if number < len(batches):
             torch.manual_seed(int(np.random.SeedSequence([decoding.seed, number]).generate_state(1)[0]))
             chosen = [prompts[index] for index in batches[number]]
-            new_tokens = limits[batches[number][0]]
-            texts = _continue(tuned, chosen, decoding, tokens, new_tokens, synced=together)
+            first = batches[number][0]
+            writers = [by[index] for index in batches[number]]
+            texts = _continue(writers, chosen, decoding, kinds[first], limits[first], synced=together)
             found |= zip(batches[number], texts, strict=True)
         elif together:  # this rank has no batch left, but the others need its shards in every forward pass
-            _continue(tuned, [prompts[batches[-1][-1]]], Decoding(), tokens, 1, synced=True)
+            last = batches[-1][-1]
+            _continue([by[last]], [prompts[last]], Decoding(), kinds[last], 1, synced=True)
         reporter.advance("generate", sum(map(len, batches[: begin + ranks.world_size])))
     reporter.finish("generate")
     return in_order(found, ranks)
 
 
-def batches_of(lengths: Sequence[int], limits: Sequence[int], batch_size: int, *, one_length: bool) -> list[list[int]]:
+def batches_of(
+    lengths: Sequence[int],
+    limits: Sequence[int],
+    batch_size: int,
+    *,
+    one_length: bool,
+    kinds: Sequence[Hashable] | None = None,
+) -> list[list[int]]:
     """Return the indices of the prompts in each batch, longest prompts first.
 
     The prompts of a batch have the same limit of new tokens, so that no long prompt shortens the answer to another.
-    With ``one_length`` they also have the same length.
+    With ``one_length`` they also have the same length. ``kinds``: prompts of different kinds share no batch.
     """
     batches: list[list[int]] = []
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    for _, alike in groupby(order, key=lambda index: (limits[index], lengths[index] if one_length else 0)):
+    numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds or ()))}
+    kind_of = [numbers[kind] for kind in kinds] if kinds is not None else [0] * len(lengths)
+    order = sorted(range(len(lengths)), key=lambda index: (kind_of[index], -lengths[index]))
+    for _, alike in groupby(order, key=lambda i: (kind_of[i], limits[i], lengths[i] if one_length else 0)):
         members = list(alike)
         batches += [members[begin : begin + batch_size] for begin in range(0, len(members), batch_size)]
     return batches
@@ -81,7 +99,7 @@ def batches_of(lengths: Sequence[int], limits: Sequence[int], batch_size: int, *
 
 @torch.no_grad()
 def _continue(
-    tuned: Tuned,
+    writers: Sequence[Tuned],
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     tokens: Tokens,
@@ -89,7 +107,12 @@ def _continue(
     *,
     synced: bool,
 ) -> list[str]:
-    """Return the new texts of one batch. ``synced``: run as many forward passes as the rank that needs the most."""
+    """Return the new texts of one batch, each by its own writer.
+
+    ``synced``: run as many forward passes as the rank that needs the most.
+    """
+    tuned = writers[0]
+    members = None if tuned.member is None else [each.member or 0 for each in writers]
     model, of_encoder = tuned.prepared.model, tuned.task.output == "seq2seq_lm"
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), tokens.pad, device=model.device)
@@ -101,7 +124,7 @@ def _continue(
     try:
         config = generation_config(decoding, model.generation_config, tokens, new_tokens)
         also = {"tokenizer": tuned.tokenizer} if config.stop_strings else {}
-        with put_away(model):
+        with put_away(model), tuned.prepared.attachment.reading(members):
             inputs = tuned.prepared.attachment.generation_inputs(ids, mask)
             output = model.generate(**inputs, generation_config=config, synced_gpus=synced, **also)
     except ValueError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ptd.distributed.ranks import Ranks
@@ -35,17 +36,18 @@ def held_out_metrics(
     return evaluate_held_out(held_out, tuned.prepared, tuned.readout, ranks, reporter)
 
 
-def continue_rows(
-    tuned: Tuned,
-    rows: Any,
-    decoding: Decoding,
-    ranks: Ranks,
-    *,
-    batch_size: int,
-    reporter: Reporter,
-    what: str = "--data",
-) -> tuple[list[str], list[str]]:
-    """Return the text generated for each row's prompt (rank 0; an empty list elsewhere), and each row's reference."""
+@dataclass(frozen=True)
+class RowsToContinue:
+    """Rows as prompts (token ids), with the text that should follow each."""
+
+    prompts: list[list[int]]
+    references: list[str]
+
+
+def rows_to_continue(
+    tuned: Tuned, rows: Any, decoding: Decoding, reporter: Reporter, what: str = "--data"
+) -> RowsToContinue:
+    """Return the prompts and references of ``rows`` as the task writes them, with notes on what does not fit."""
     task = check_writes(tuned.task)
     room = tuned.room(decoding.max_new_tokens)
     longest = task.data.max_length if room is None else max(1, min(task.data.max_length, room))
@@ -65,7 +67,23 @@ def continue_rows(
         )
     for note in decoding_notes(tuned, decoding):
         reporter.note(note)
-    return decode(tuned, prompts, decoding, ranks, batch_size=batch_size, reporter=reporter), references
+    return RowsToContinue(prompts, references)
+
+
+def continue_rows(
+    tuned: Tuned,
+    rows: Any,
+    decoding: Decoding,
+    ranks: Ranks,
+    *,
+    batch_size: int,
+    reporter: Reporter,
+    what: str = "--data",
+) -> tuple[list[str], list[str]]:
+    """Return the text generated for each row's prompt (rank 0; an empty list elsewhere), and each row's reference."""
+    found = rows_to_continue(tuned, rows, decoding, reporter, what)
+    texts = decode(tuned, found.prompts, decoding, ranks, batch_size=batch_size, reporter=reporter)
+    return texts, found.references
 
 
 def text_metrics(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:

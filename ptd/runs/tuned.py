@@ -41,7 +41,8 @@ AS_TRAINED = ("dtype", "quantization", "int8_threshold")
 class Tuned:
     """A backbone with an adapter (or without one), its tokenizer, and the task with its readout.
 
-    ``taught``: the tokens that ended the adapter's training texts, as far as they are known.
+    ``taught``: the tokens that ended the adapter's training texts, as far as they are known. ``member``: which of the
+    backbone's prompts is the adapter's, or `NO_MEMBER`; None: the backbone has only this prompt.
     """
 
     prepared: Prepared
@@ -50,20 +51,21 @@ class Tuned:
     task: Task
     readout: Readout
     taught: tuple[int, ...] = ()
+    member: int | None = None
 
     def held_out(self, rows: Any, batch_size: int, *, what: str, labelled: bool = True) -> HeldOut:
         """Tokenise ``rows`` (``what`` in messages); raises `UserError`, also for tokens that the backbone lacks."""
         task, tokenizer = self.task, self.tokenizer
         examples = task.tokenize(rows, tokenizer, what=what, labelled=labelled)
         check_ids(examples, tokenizer, embeddings_of(self.prepared.model), what, writes=task.generates)
-        return HeldOut(task, examples, rows, batch_size, task.data.packing, tokenizer.pad_token_id)
+        return HeldOut(task, examples, rows, batch_size, task.data.packing, tokenizer.pad_token_id, self.member)
 
     def room(self, used: int) -> int | None:
         """Return how many tokens fit the context after the prompt and ``used`` other tokens; None: no known limit."""
         context = self.prepared.shape.context
         if context is None or self.task.output == "seq2seq_lm":  # the encoder's input takes no room in the decoder
             return context
-        return context - self.prepared.attachment.extra_positions - used
+        return context - self.prepared.attachment.extra_for(self.member) - used
 
 
 def backbone_of(adapter: Adapter | None, path: str | None, changes: dict[str, Any] | None = None) -> BackboneConfig:
@@ -98,16 +100,30 @@ class TunedReference:
 
     def load(self, ranks: Ranks) -> Tuned:
         """Load the backbone and attach the adapter. All ranks call this together. Raises `UserError`."""
+        prepared = self.prepare(ranks)
+        tuned = self.on(prepared)
+        if self.adapter is not None:
+            prepared.attachment.set(self.adapter.state_on(ranks.device))
+        return tuned
+
+    def prepare(self, ranks: Ranks) -> Prepared:
+        """Load the backbone, without the adapter. All ranks call this together."""
         prepared = prepare(self.config, ranks, zero3_config(self.config), output=self.task.output)
         prepared.attachment.inputs.placeholder = self.tokenizer.pad_token_id or 0
+        return prepared
+
+    def on(self, prepared: Prepared, member: int | None = None) -> Tuned:
+        """Return the adapter with its task and readout on a loaded backbone, without attaching its prompt.
+
+        Raises `UserError` if the adapter was made for another backbone.
+        """
         readout = self.task.readout(self.tokenizer, prepared.shape.hidden_size, self.head)
         check_words(readout.token_ids(), self.tokenizer, embeddings_of(prepared.model))
         if self.adapter is not None:
             self.adapter.check_fits(prepared.shape, prepared.fingerprint, path=self.config.path)
-            prepared.attachment.set(self.adapter.layout.state(self.adapter.flat.to(ranks.device)))
             _load_head(readout, self.adapter)
-        taught = _taught(self.adapter)
-        return Tuned(prepared, self.tokenizer, self.adapter, self.task, readout.to(ranks.device), taught)
+        readout = readout.to(prepared.run.device)
+        return Tuned(prepared, self.tokenizer, self.adapter, self.task, readout, _taught(self.adapter), member)
 
 
 def find_tuned(adapter: str | None, backbone: str | None, *, settings: Settings | None = None) -> TunedReference:
@@ -118,22 +134,35 @@ def find_tuned(adapter: str | None, backbone: str | None, *, settings: Settings 
     architecture. Raises `UserError` if nothing names a backbone, the adapter was made for another backbone, or a
     setting is not valid.
     """
-    settings = settings or {}
+    check_sections(settings or {})
+    found = load_adapter(adapter) if adapter is not None else None
+    config = backbone_of(found, backbone, (settings or {}).get("backbone"))
+    task, head = task_of(found, config, (settings or {}).get("data", {}))
+    return TunedReference(found, config, task, head, load_tokenizer(config))
+
+
+def check_sections(settings: Settings) -> None:
+    """Raise `UserError` if ``settings`` change any section but ``backbone`` and ``data``."""
     unknown = sorted(set(settings) - {"backbone", "data"})
     if unknown:
         raise UserError(f"settings: the section {unknown[0]!r} cannot be changed here; only backbone and data can")
-    found = load_adapter(adapter) if adapter is not None else None
-    config = backbone_of(found, backbone, settings.get("backbone"))
+
+
+def task_of(adapter: Adapter | None, config: BackboneConfig, changes: dict[str, Any]) -> tuple[Task, HeadSettings]:
+    """Return the task that the adapter was trained for, with ``changes`` to its data section, and its head settings.
+
+    Without an adapter, or with one that PEFT wrote, it is the text task of the backbone's architecture. Raises
+    `UserError`.
+    """
     architecture = architecture_of(config)
     check_backend(config.attention)
-    task_section, data, head = sections_of(found, settings.get("data", {}))
+    task_section, data, head = sections_of(adapter, changes)
     task_section = task_section or TaskConfig(kind=_text_task(architecture, config.path))
     try:
         data.check_task(task_section.kind)
     except ValueError as error:
         raise UserError(str(error)) from error
-    task = make_task(task_section, data, architecture)
-    return TunedReference(found, config, task, head, load_tokenizer(config))
+    return make_task(task_section, data, architecture), head
 
 
 def load_tuned(adapter: str | None, backbone: str | None, ranks: Ranks, *, settings: Settings | None = None) -> Tuned:

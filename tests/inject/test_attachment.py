@@ -202,7 +202,7 @@ def test_an_unknown_kind_of_prompt_is_a_programming_error():
 def test_a_prompt_for_another_number_of_layers_is_refused():
     _, attachment = prefixed("llama")
     kv = torch.zeros(P, 2, 8)
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="a model with 2"):
         attachment.set(PrefixKV((kv,), (kv,)))
 
 

@@ -18,6 +18,9 @@ def reference_attention(problem: Problem) -> Tensor:
     """Solve `problem` in float64 if its tensors are float64, else in float32."""
     if problem.prefix_index is not None and problem.prefix_index.numel():
         return _sequence_by_sequence(problem, problem.prefix_index.tolist())
+    if problem.offsets is not None and len(problem.offsets) > 2:
+        # Separate, not masked: a weight of 0 times a value that is not finite would reach another sequence.
+        return _sequence_by_sequence(problem, None)
     q, k, v = problem.q_BHSD, problem.k_BHTD, problem.v_BHTE
     B, Hq = q.shape[:2]
     work = torch.promote_types(q.dtype, torch.float32)
@@ -64,16 +67,16 @@ def own_bias(problem: Problem, dtype: torch.dtype) -> Tensor:
     return torch.where(visible, bias, -torch.inf)
 
 
-def _sequence_by_sequence(problem: Problem, prefixes: list[int]) -> Tensor:
-    """Solve `problem` one sequence at a time, each with the prefix that the index assigns to it."""
+def _sequence_by_sequence(problem: Problem, prefixes: list[int] | None) -> Tensor:
+    """Solve `problem` one sequence at a time, each with its own prefix (the place of each); None: all with the same."""
     p = problem
-    assert p.prefix_bounds is not None
-    assert p.prefix_k_HPD is not None
-    assert p.prefix_v_HPE is not None
     bounds = list(pairwise(p.cu_seqlens.tolist())) if p.cu_seqlens is not None else [(0, p.q_BHSD.shape[2])]
     outs = []
-    for i, prefix in enumerate(prefixes):
-        first, last = p.prefix_bounds[prefix], p.prefix_bounds[prefix + 1]
+    for i, prefix in enumerate(prefixes or [0] * len(bounds)):
+        keys_of = slice(None)
+        if prefixes is not None and p.prefix_bounds is not None:
+            keys_of = slice(p.prefix_bounds[prefix], p.prefix_bounds[prefix + 1])
+        prefix_k, prefix_v = (None if x is None else x[:, keys_of] for x in (p.prefix_k_HPD, p.prefix_v_HPE))
         batch, (start, end) = (0, bounds[i]) if p.cu_seqlens is not None else (i, bounds[0])
         one, rows = slice(batch, batch + 1), slice(start, end)
         keys = rows if p.cu_seqlens is not None else slice(None)
@@ -83,7 +86,7 @@ def _sequence_by_sequence(problem: Problem, prefixes: list[int]) -> Tensor:
         mask, bias = scores
         alone = replace(
             p, q_BHSD=p.q_BHSD[one, :, rows], k_BHTD=p.k_BHTD[one, :, keys], v_BHTE=p.v_BHTE[one, :, keys],
-            prefix_k_HPD=p.prefix_k_HPD[:, first:last], prefix_v_HPE=p.prefix_v_HPE[:, first:last],
+            prefix_k_HPD=prefix_k, prefix_v_HPE=prefix_v,
             cu_seqlens=None, offsets=None, mask=mask, bias=bias, prefix_index=None, prefix_bounds=None,
         )  # fmt: skip
         outs.append(reference_attention(alone))
