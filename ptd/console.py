@@ -222,3 +222,18 @@ def print_inspection(head: str, notes: Sequence[str], sections: Sequence[Any]) -
             console.print(f"… and {len(section.rows) - MOST_ROWS} more rows in inspect.json")
     for note in notes:
         console.print(Text(f"\nnote: {note}"), soft_wrap=True)
+
+
+def print_sweep(found: dict[str, Any]) -> None:
+    """Print the runs of a sweep on stderr, best first."""
+    metric, cells = found["metric"], found["cells"]
+    keys = list(cells[0]["changes"])
+    table = Table(*[key.rpartition(".")[2] for key in keys], metric, "after step", "", box=None, pad_edge=False)
+    best = found["best"]["name"] if found["best"] else None
+    place = {name: index for index, name in enumerate(found["ranking"])}
+    for cell in sorted(cells, key=lambda cell: place.get(cell["name"], len(place))):
+        shown = "–" if cell["value"] is None else f"{cell['value']:.4f}"
+        state = "best" if cell["name"] == best else "" if cell["status"] == "finished" else str(cell["status"])
+        step = "–" if cell["step"] is None else str(cell["step"])
+        table.add_row(*[str(cell["changes"][key]) for key in keys], shown, step, state)
+    Console(stderr=True).print(table)

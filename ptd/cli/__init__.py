@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from ptd.cli import launch, look, start, train, use
+from ptd.cli import launch, look, start, sweep, train, use
 from ptd.cli.common import is_main
 from ptd.errors import INTERRUPTED, Diverged, Preempted, RankError, UserError
 
@@ -36,6 +36,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan": look.plan,
     "bench": look.bench,
     "train": train.train,
+    "sweep": sweep.sweep,
     "report": look.report,
     "eval": use.evaluate,
     "generate": use.generate,

@@ -13,6 +13,7 @@ from ptd.config.load import (
     load_config,
     parse_config,
     parse_settings,
+    read_run_file,
     task_config,
 )
 from ptd.config.schema import (
@@ -28,6 +29,7 @@ from ptd.config.schema import (
     fields_of,
     without_evaluation,
 )
+from ptd.config.sweep import SweepCell, parse_varied, sweep_cells
 from ptd.config.validation import parse_method
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "DataConfig",
     "RunConfig",
     "Section",
+    "SweepCell",
     "TaskConfig",
     "TaskKind",
     "TrainConfig",
@@ -48,6 +51,9 @@ __all__ = [
     "parse_config",
     "parse_method",
     "parse_settings",
+    "parse_varied",
+    "read_run_file",
+    "sweep_cells",
     "task_config",
     "without_evaluation",
 ]

@@ -26,6 +26,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
     Raises `UserError` with one line per mistake.
     """
+    return parse_config(read_run_file(path, overrides), source=str(path))
+
+
+def read_run_file(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Return the plain values of RUN.yaml (or the shipped recipe of that name) with the overrides applied."""
     text = read_text(find_recipe(path), "cannot read the run file")
     try:
         raw = yaml.safe_load(text)
@@ -37,7 +42,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         )
     for override in overrides or []:
         _apply_override(raw, override)
-    return parse_config(raw, source=str(path))
+    return raw
 
 
 LARGEST, DEEPEST = 100_000, 50
@@ -137,6 +142,15 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, sign, value = override.partition("=")
     if not sign or not key:
         raise UserError(f"override {override!r}: write it as key=value, e.g. train.learning_rate=3e-3")
+    try:
+        read = yaml.safe_load(value)
+    except NOT_YAML as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    set_key(raw, key, read, said=f"override {override!r}")
+
+
+def set_key(raw: dict[str, Any], key: str, value: Any, *, said: str) -> None:
+    """Set ``a.b.c`` in a run file's plain values, in place. Raises `UserError`, which begins with ``said``."""
     node = raw
     *parents, last = key.split(".")
     for index, name in enumerate(parents):
@@ -144,9 +158,6 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             node[name] = {}
         child = node[name]
         if not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {'.'.join(parents[: index + 1])} is not a section")
+            raise UserError(f"{said}: {'.'.join(parents[: index + 1])} is not a section")
         node = child
-    try:
-        node[last] = yaml.safe_load(value)
-    except NOT_YAML as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    node[last] = value
