@@ -233,7 +233,11 @@ def print_sweep(found: dict[str, Any]) -> None:
     place = {name: index for index, name in enumerate(found["ranking"])}
     for cell in sorted(cells, key=lambda cell: place.get(cell["name"], len(place))):
         shown = "–" if cell["value"] is None else f"{cell['value']:.4f}"
-        state = "best" if cell["name"] == best else "" if cell["status"] == "finished" else str(cell["status"])
+        state = "" if cell["status"] == "finished" else str(cell["status"])
+        if cell["dropped_after"] is not None:
+            state = f"dropped after step {cell['dropped_after']}"
+        if cell["name"] == best:
+            state = "best"
         step = "–" if cell["step"] is None else str(cell["step"])
         table.add_row(*[str(cell["changes"][key]) for key in keys], shown, step, state)
     Console(stderr=True).print(table)

@@ -28,6 +28,9 @@ def sweep(
     at_once: Annotated[
         int | None, typer.Option(min=1, help="Train so many runs at a time; without it, all at once.")
     ] = None,
+    halving: Annotated[
+        bool, typer.Option("--halving", help="Drop the worse half of the runs several times on the way.")
+    ] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
@@ -49,7 +52,14 @@ def sweep(
     from ptd.console import print_sweep
 
     try:
-        found = run_sweep(cells, at_once=at_once, overwrite=overwrite, reporter=reporter_unless(quiet), request=request)
+        found = run_sweep(
+            cells,
+            at_once=at_once,
+            halving=halving,
+            overwrite=overwrite,
+            reporter=reporter_unless(quiet),
+            request=request,
+        )
     except Preempted:
         request.ignore_more()
         raise

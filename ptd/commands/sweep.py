@@ -24,26 +24,29 @@ from ptd.tasks import LOWER_IS_BETTER
 from ptd.types import Reporter, UserError
 
 SWEEP = "sweep.json"
-SETTLED = ("finished", "diverged", "failed")
-"""Ends of a run after which a sweep does not train it again."""
+RUN = "run.json"
 
 
 def sweep(
     cells: Sequence[SweepCell],
     *,
     at_once: int | None = None,
+    halving: bool = False,
     overwrite: bool = False,
     reporter: Reporter | None = None,
     request: StopRequest | None = None,
 ) -> dict[str, Any]:
     """Train all ``cells`` together, compare them, and return what sweep.json holds.
 
-    ``at_once``: the number of runs that train together; the others wait for the next turn. None: all. Every run gets
+    ``at_once``: the number of runs that train together; the others wait for the next turn. None: all. ``halving``: at
+    some steps only the better half of the runs goes on. Every run gets
     the folder that ``ptd train`` would write; the folder of the sweep gets sweep.json, report.html and, as ``best/``, a
     copy of the best adapter. The same call continues an interrupted sweep. Raises `UserError`, and `Preempted` if a
     stop was requested on any rank.
     """
     root = cells[0].config.output_dir.parent
+    if halving and cells[0].config.data.eval is None:
+        raise UserError("--halving: compares held-out rows, and there are none; set data.eval, or remove it")
     resolved = [apply_deepspeed(cell.config) for cell in cells]
     configs = {cell.name: config for cell, (config, _) in zip(cells, resolved, strict=True)}
     zero3 = resolved[0][1]
@@ -57,7 +60,7 @@ def sweep(
             ranks.on_main(lambda: _check_same(root, cells))
         waiting = list(configs)
         if not overwrite:
-            settled = ranks.on_main(lambda: [name for name in configs if _status(root / name) in SETTLED])
+            settled = ranks.on_main(lambda: [name for name in configs if "result" in _read(root / name / RUN)])
             waiting = [name for name in configs if name not in settled]
         size = at_once or len(cells)
         turns = [waiting[begin : begin + size] for begin in range(0, len(waiting), size)]
@@ -66,7 +69,7 @@ def sweep(
                 reporter.note(f"turn {number} of {len(turns)}: {len(names)} runs")
             _train(
                 {name: configs[name] for name in names}, zero3, ranks, root, reporter, request or StopRequest(),
-                overwrite=overwrite,
+                overwrite=overwrite, halving=halving,
             )  # fmt: skip
         return ranks.on_main(lambda: _conclude(root, cells, reporter))
     finally:
@@ -82,6 +85,7 @@ def _train(
     request: StopRequest,
     *,
     overwrite: bool,
+    halving: bool,
 ) -> None:
     folders = ranks.on_main(lambda: [open_run(config, overwrite=overwrite) for config in configs.values()])
     plans = [
@@ -92,7 +96,7 @@ def _train(
         for plan in plans:
             stack.enter_context(plan.journal.attempt())
             ranks.on_main(plan.journal.begin)
-        outcomes = train_runs(plans, zero3, ranks, root, reporter, request, on_end=leave_report)
+        outcomes = train_runs(plans, zero3, ranks, root, reporter, request, on_end=leave_report, halving=halving)
     for outcome in outcomes:
         if outcome.error is not None:
             reporter.note(str(outcome.error))
@@ -113,10 +117,6 @@ def _read(file: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
-
-
-def _status(folder: Path) -> str | None:
-    return _read(folder / "run.json").get("status")
 
 
 def _conclude(root: Path, cells: Sequence[SweepCell], reporter: Reporter) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def _conclude(root: Path, cells: Sequence[SweepCell], reporter: Reporter) -> dic
 
 
 def _result(root: Path, cell: SweepCell, metric: str) -> dict[str, Any]:
-    content = _read(root / cell.name / "run.json")
+    content = _read(root / cell.name / RUN)
     result = content.get("result") or {}
     best = result.get("best") or {}
     value = best.get(metric)
@@ -152,6 +152,7 @@ def _result(root: Path, cell: SweepCell, metric: str) -> dict[str, Any]:
         "status": content.get("status"),
         "value": value if isinstance(value, float | int) and math.isfinite(value) else None,
         "step": best.get("step"),
+        "dropped_after": result.get("dropped_after"),
         "frozen": result.get(f"frozen_{metric}"),
     }
 

@@ -12,6 +12,7 @@ import yaml
 
 from ptd.config.load import parse_config, set_key
 from ptd.config.schema import RunConfig
+from ptd.config.validation import repair_scientific
 from ptd.errors import UserError
 
 COMMON = {
@@ -65,7 +66,7 @@ def _values(key: str, text: str) -> list[Any]:
     twice = [value for index, value in enumerate(values) if value in values[:index]]
     if twice:
         raise UserError(f"--vary {key}: has the value {twice[0]!r} twice; remove one")
-    return list(values)
+    return [repair_scientific(value) for value in values]
 
 
 def sweep_cells(raw: dict[str, Any], varied: Mapping[str, Sequence[Any]], source: str) -> list[SweepCell]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ from ptd.data import prefetch
 from ptd.distributed.ranks import Ranks
 from ptd.engine.evaluation import HeldOut, evaluate_held_out
 from ptd.engine.joint_pass import Part, read_jointly
-from ptd.engine.member import Astray, End, Enough, Failed, Member, Progress, Stopped
+from ptd.engine.member import Astray, Dropped, End, Enough, Failed, Member, Progress, Stopped
 from ptd.engine.preemption import StopRequest
 from ptd.engine.prompt_step import PendingResult, StepSums, finish_step
 from ptd.engine.setup import Prepared
@@ -41,7 +41,9 @@ class Loop:
 
     ``on_boundary`` is called after every step except the last. ``heartbeat`` receives the name of the work that begins,
     at least once per micro-batch. ``behind``: the number of steps after which the result of a step is read, unless a
-    record, an evaluation or a checkpoint is due; None: `BEHIND` on a GPU, 0 on a CPU.
+    record, an evaluation or a checkpoint is due; None: `BEHIND` on a GPU, 0 on a CPU. ``rungs``: after these steps all
+    members are evaluated, and only so many of them, the best ones, go on (successive halving, Jamieson & Talwalkar
+    2016, https://proceedings.mlr.press/v51/jamieson16.html).
     """
 
     prepared: Prepared
@@ -53,6 +55,7 @@ class Loop:
     heartbeat: Callable[[str], None] = lambda doing: None
     behind: int | None = None
     together: int | None = None
+    rungs: Mapping[int, int] = field(default_factory=dict)
 
     def run(
         self,
@@ -134,12 +137,22 @@ class Loop:
                 each.window.add_phases(phases)
         for each in active:
             self._close_step(each, index, logs=logs[id(each)], stops=stops)
+        if number in self.rungs and not stops:
+            self._drop(active, number, self.rungs[number])
+
+    def _drop(self, active: list[Progress], number: int, keep: int) -> None:
+        """Let only the best members go on."""
+        left = [each for each in active if each.runs(number)]
+        for each in sorted(left, key=lambda each: each.member.standing())[keep:]:
+            each.end = Dropped(number)
+            each.member.on_end(each.end)
+            self.reporter.note(each.member.said(f"dropped after step {number}"))
 
     def _judge(self, each: Progress, number: int) -> bool:
         """Read the results that are due; return whether the member's training has diverged and ends."""
         config = each.member.config
         intervals = (config.logging_steps, config.eval_steps, config.save_steps)
-        due = any(each.due(number, every) for every in intervals)
+        due = any(each.due(number, every) for every in intervals) or number in self.rungs
         on_gpu = self.ranks.device.type == "cuda"
         self._read(each, 0 if due else self.behind if self.behind is not None else BEHIND if on_gpu else 0)
         verdict, each.verdict = each.verdict, None
@@ -158,7 +171,8 @@ class Loop:
             member.on_trained(number)  # the skipped steps have not changed the parameters
             member.on_end(each.end)
             return
-        evaluates = each.due(number, member.config.eval_steps) and member.held_out is not None
+        evaluates = each.due(number, member.config.eval_steps) or number in self.rungs
+        evaluates = evaluates and member.held_out is not None
         if number == each.stop or evaluates:
             member.on_trained(number)
         line = None

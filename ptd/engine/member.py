@@ -51,7 +51,16 @@ class Failed:
     reason: str
 
 
-End = Stopped | Enough | Astray | Failed
+@dataclass(frozen=True)
+class Dropped:
+    """The training was dropped after ``step``, because others that are trained with it were better there."""
+
+    step: int
+
+
+OwnEnd = Enough | Astray | Failed | Dropped
+"""Ways in which the training of one prompt ends while others go on."""
+End = Stopped | OwnEnd
 
 
 def nothing(*unused: Any) -> None:
@@ -65,10 +74,11 @@ class Member:
     ``on_record`` receives each record, ``on_eval`` each evaluation, ``on_save`` each step whose state is to be saved.
     ``on_trained`` is called before each evaluation, and after the last step before anything else: it saves the trained
     parameters before anything that may fail. ``on_end`` is called when the training has ended before its last step,
-    unless it was stopped on request. ``enough`` is called after each evaluation and returns whether the
-    training ends there. ``guard`` receives the loss of each step when it is read; ``on_divergence`` receives the
-    verdict of the guard and returns whether the training ends. ``rate_factor`` multiplies the learning rates of the
-    schedule. ``name``: distinguishes the prompts of a run in its messages; empty if there is only one.
+    unless it was stopped on request. ``standing``: how good the last evaluation was; lower is better. ``enough`` is
+    called after each evaluation and returns whether the training ends there. ``guard`` receives the loss of each step
+    when it is read; ``on_divergence`` receives the verdict of the guard and returns whether the training ends.
+    ``rate_factor`` multiplies the learning rates of the schedule. ``name``: distinguishes the prompts of a run in its
+    messages; empty if there is only one.
     """
 
     config: TrainConfig
@@ -80,7 +90,8 @@ class Member:
     on_eval: Callable[[int, dict[str, float]], None] = nothing
     on_save: Callable[[int], None] = nothing
     on_trained: Callable[[int], None] = nothing
-    on_end: Callable[[Enough | Astray | Failed], None] = nothing
+    on_end: Callable[[OwnEnd], None] = nothing
+    standing: Callable[[], float] = lambda: 0.0
     enough: Callable[[], bool] = lambda: False
     guard: Guard | None = None
     on_divergence: Callable[[Divergence], bool] = lambda verdict: False

@@ -26,7 +26,7 @@ from ptd.checkpoint.run_state import (
 from ptd.config import RunConfig, TrainConfig
 from ptd.distributed.ranks import Ranks
 from ptd.engine.guard import Divergence, Guard
-from ptd.engine.member import Astray, Enough, Failed, Stopped
+from ptd.engine.member import Astray, Dropped, Enough, Failed, OwnEnd, Stopped
 from ptd.engine.own_part import own_part
 from ptd.engine.preemption import StopRequest
 from ptd.engine.prompt_step import PromptStep
@@ -67,6 +67,8 @@ class Artifacts:
     data_digest: str
     learned_from: DataReport | None = None
     best: dict[str, Any] = field(default_factory=dict)
+    latest: dict[str, Any] = field(default_factory=dict)
+    """The metrics of the last evaluation."""
     kept: int | None = None
     """The step after which the adapter was last written."""
     reporter: Reporter = field(default_factory=Reporter)
@@ -159,7 +161,7 @@ class Artifacts:
             self.save_state(stopped.step, evaluation_due=stopped.evaluation_due)
         self.saver.wait()
 
-    def has_ended(self, end: Enough | Astray | Failed) -> None:
+    def has_ended(self, end: OwnEnd) -> None:
         """Record that this run has ended while others of the same process go on, so that a resume knows it."""
         self.ended = {"how": type(end).__name__, "step": end.step}
         if isinstance(end, Failed):
@@ -169,14 +171,22 @@ class Artifacts:
         if not isinstance(end, Enough):  # the loop saves the state of a run that stops early
             self.save_state(end.step)
 
-    def end_before(self) -> Enough | Astray | Failed | None:
+    def end_before(self) -> OwnEnd | None:
         """Return how the run had ended before the step from which the others continue."""
         if not self.ended:
             return None
         how, step = self.ended["how"], self.ended["step"]
         if how == "Failed":
             return Failed(step, self.ended["reason"])
-        return Astray(step, Divergence(**self.ended["verdict"])) if how == "Astray" else Enough(step)
+        if how == "Astray":
+            return Astray(step, Divergence(**self.ended["verdict"]))
+        return Dropped(step) if how == "Dropped" else Enough(step)
+
+    def standing(self) -> float:
+        """Return how good the last evaluation was, by ``train.metric_for_best_model``; lower is better."""
+        value = self.latest.get(self.settings.best_metric, math.nan)
+        sign = 1 if self.settings.best_metric in LOWER_IS_BETTER else -1
+        return sign * value if math.isfinite(value) else math.inf
 
     def save_state(self, number: int, *, evaluation_due: bool = False) -> None:
         """Start to write a checkpoint from which to continue after step ``number``. All ranks call this together.
@@ -209,7 +219,7 @@ class Artifacts:
 
     def keep_best(self, number: int, metrics: dict[str, Any]) -> None:
         """Write the adapter to ``best`` if this evaluation is the best so far by ``train.metric_for_best_model``."""
-        name = self.settings.best_metric
+        self.latest, name = metrics, self.settings.best_metric
         sign = -1 if name in LOWER_IS_BETTER else 1
         self.waited += 1
         if math.isfinite(metrics[name]) and (not self.best or sign * metrics[name] > sign * self.best[name]):

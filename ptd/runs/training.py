@@ -20,7 +20,7 @@ from ptd.distributed.preflight import bytes_to_write, check_space
 from ptd.distributed.ranks import Ranks
 from ptd.engine.guard import Guard
 from ptd.engine.loop import Loop
-from ptd.engine.member import Astray, End, Enough, Failed, Member, Stopped, nothing
+from ptd.engine.member import Astray, Dropped, End, Enough, Failed, Member, Stopped, nothing
 from ptd.engine.optimizers import OPTIMIZERS
 from ptd.engine.preemption import StopRequest
 from ptd.engine.prompt_step import PromptStep
@@ -87,12 +87,14 @@ def train_runs(
     request: StopRequest,
     *,
     on_end: Callable[[Path], str | None] = lambda folder: None,
+    halving: bool = False,
 ) -> list[Outcome]:
     """Train all ``plans`` together, write their artifacts, and return their outcomes. All ranks call this together.
 
     The runs have the same backbone section. ``home``: folder for the logs of the process. ``on_end``, called on rank 0
-    with the folder of each run that has ended, returns a note for the user. Raises `UserError` if nothing can be
-    trained, and `Preempted` if a stop was requested on any rank.
+    with the folder of each run that has ended, returns a note for the user. ``halving``: successive halving
+    (`rungs_of`) drops runs on the way. Raises `UserError` if nothing can be trained, and `Preempted` if a stop was
+    requested on any rank.
     """
     began = time.time()
     _from_a_common_step(plans, ranks, reporter)
@@ -118,6 +120,7 @@ def train_runs(
         on_boundary=lambda: _move_on(runs, request),
         request=request,
         heartbeat=watchdog.beat,
+        rungs=rungs_of([run.total for run in runs]) if halving else {},
     )
     with watchdog, ExitStack() as stack:
         if len(runs) == 1:
@@ -224,6 +227,7 @@ def _begin(
         on_eval=artifacts.keep_best,
         on_save=artifacts.save_state,
         on_end=artifacts.has_ended if run.plan.name else nothing,
+        standing=artifacts.standing,
         enough=lambda: artifacts.enough,
         guard=artifacts.guard,
         on_divergence=artifacts.has_diverged,
@@ -293,8 +297,9 @@ def _finish(
         failed = UserError(name(end.reason))
         if not run.plan.name:
             raise failed
-        run.plan.journal.end("failed", error=end.reason)
-        return Outcome({"steps": end.step}, failed)
+        result = {"steps": end.step, "error": end.reason}
+        artifacts.finish(result, "failed")
+        return Outcome(result, failed)
     steps = run.total if end is None else end.step
     result = artifacts.keep_result({"steps": steps, "seconds": seconds})
     if isinstance(end, Enough):
@@ -305,6 +310,8 @@ def _finish(
                 f"evaluation after step {artifacts.best.get('step')} (train.early_stopping_patience)"
             )
         )
+    if isinstance(end, Dropped):
+        result["dropped_after"] = end.step
     if run.sampler is not None and run.total and not isinstance(end, Astray):
         run.sampler.keep(steps, run.step.state())
     result["peak_memory_bytes"] = peak_memory_bytes()
@@ -313,6 +320,21 @@ def _finish(
         reporter.note(name(note))
     ranks.barrier()
     return Outcome(result, Diverged(name(artifacts.last_words(end))) if isinstance(end, Astray) else None)
+
+
+def rungs_of(totals: Sequence[int]) -> dict[int, int]:
+    """Return the rungs of successive halving: step -> number of runs that go on, for runs of so many steps.
+
+    At each rung the better half goes on, until one is left: with N runs of T steps, after T / 2^⌈log₂ N⌉ steps …, T / 4
+    and T / 2 steps.
+    """
+    left, shortest = len(totals), min(totals)
+    keeps = []
+    while left > 1:
+        left = -(-left // 2)
+        keeps.append(left)
+    steps = [max(1, shortest >> (len(keeps) - place)) for place in range(len(keeps))]
+    return dict(zip(steps, keeps, strict=True))
 
 
 def alone_reads(task: Task) -> bool:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from reporting import Notes, Stopped
 from safetensors.torch import load_file
 
 from ptd.commands.sweep import sweep
 from ptd.commands.train import train
-from ptd.config import parse_varied, sweep_cells
+from ptd.config import SweepCell, parse_varied, sweep_cells
 from ptd.runs.metrics_log import read_records
+from ptd.types import UserError
 
 KINDS: dict[str, dict[str, Any]] = {
     "direct": {"name": "prefix", "num_virtual_tokens": 4},
@@ -75,3 +79,102 @@ def test_runs_together_are_as_each_alone(raw: Any, kind: str, packing: bool, tmp
         alone = cell.config.model_copy(update={"output_dir": tmp_path / f"alone-{cell.name}"})
         train(alone)
         assert_alike(cell.config.output_dir, alone.output_dir)
+
+
+def everything(folder: Path) -> dict[str, Any]:
+    """Return what a sweep has left, without what depends on time: records, adapters, how the runs ended."""
+    found: dict[str, Any] = {}
+    for place in sorted(folder.glob("*/run.json")):
+        name = place.parent.name
+        found[name] = [{key: record.get(key) for key in ("step", *SAME)} for record in read_records(place.parent)]
+        found[f"{name}/adapter"] = (place.parent / "adapter" / "adapter_model.safetensors").read_bytes()
+        content = json.loads(place.read_text())
+        found[f"{name}/end"] = content["status"], content["result"].get("dropped_after"), content["result"]["steps"]
+    return found
+
+
+RATES = ["train.learning_rate=5e-2,2e-2,1e-2", "method.num_virtual_tokens=3,5"]
+
+
+@pytest.fixture
+def cells_in(raw: Any) -> Callable[..., list[SweepCell]]:
+    def build(folder: Path, vary: list[str] = RATES, **train: Any) -> list[SweepCell]:
+        return sweep_cells({**raw("direct", **train), "output_dir": str(folder)}, parse_varied(vary), "run.yaml")
+
+    return build
+
+
+@pytest.mark.parametrize("halving", [False, True], ids=["all", "halving"])
+@pytest.mark.parametrize("stop", [3, 6])
+def test_an_interrupted_sweep_ends_as_it_would_have(cells_in: Any, tmp_path: Path, halving: bool, stop: int) -> None:
+    """All runs continue after the newest checkpoint that they have in common, bit for bit."""
+    sweep(cells_in(tmp_path / "whole"), halving=halving)
+    again = cells_in(tmp_path / "again")
+    with pytest.raises(Stopped):
+        sweep(again, halving=halving, reporter=Notes(stop))
+    if stop == 6:  # as if the process had been killed between the saves of two runs
+        newest = max((tmp_path / "again" / again[0].name / "checkpoints").glob("step-*"))
+        shutil.rmtree(newest)
+    sweep(again, halving=halving)
+    assert everything(tmp_path / "again") == everything(tmp_path / "whole")
+
+
+def test_the_better_half_goes_on(cells_in: Any, tmp_path: Path) -> None:
+    found = sweep(cells_in(tmp_path / "out"), halving=True)
+    ends = sorted(cell["dropped_after"] or 8 for cell in found["cells"])
+    assert ends == [1, 1, 1, 2, 4, 8]
+    last = [cell["name"] for cell in found["cells"] if cell["dropped_after"] is None]
+    at = {
+        name: {
+            record["step"]: record["eval_loss"]
+            for record in read_records(tmp_path / "out" / name)
+            if "eval_loss" in record
+        }
+        for name in (cell["name"] for cell in found["cells"])
+    }
+    for rung, keep in ((1, 3), (2, 2), (4, 1)):
+        losses = {name: steps[rung] for name, steps in at.items() if rung in steps}
+        gone = {cell["name"] for cell in found["cells"] if cell["dropped_after"] == rung}
+        assert set(sorted(losses, key=lambda name: losses[name])[keep:]) == gone
+    assert len(last) == 1
+
+
+def test_a_run_that_diverges_leaves_the_others_as_they_are(cells_in: Any, tmp_path: Path) -> None:
+    """A run whose gradients are NaN, and one that ends early, do not change a bit of the others."""
+    quiet = ["train.learning_rate=5e-2,2e-2,1e-2"]
+    sweep(cells_in(tmp_path / "quiet", quiet, max_steps=12))
+    vary = ["train.learning_rate=5e-2,2e-2,1e-2,1e30"]
+    found = sweep(cells_in(tmp_path / "loud", vary, max_steps=12))
+    status = {cell["name"]: cell["status"] for cell in found["cells"]}
+    assert status.pop("learning_rate=1e+30") in ("failed", "diverged")
+    assert set(status.values()) == {"finished"}
+    before, after = everything(tmp_path / "quiet"), everything(tmp_path / "loud")
+    for name in status:
+        records = zip(before[name], after[name], strict=True)
+        assert all(close(one[key], other[key]) for one, other in records for key in SAME if one[key] is not None), name
+
+
+WRONG = {
+    "backbone.dtype=float32,bfloat16": r"--vary backbone\.dtype: cannot differ.*share one backbone",
+    "train.save_steps=1,2": "cannot differ.*continue together",
+    "train.learning_rates=1,2": r"train\.learning_rates: unknown key.*learning_rate",
+    "train.learning_rate": r"write it as KEY=VALUE,VALUE",
+    "train.seed=1,1": "has the value 1 twice",
+    "train.seed=1,[": "is not a list of YAML values",
+    "train.on_divergence=stop,retry": "goes back to an earlier step",
+    "method.num_virtual_tokens=3,none": "num_virtual_tokens",
+}
+
+
+@pytest.mark.parametrize("given", WRONG)
+def test_what_cannot_vary_is_refused(cells_in: Any, tmp_path: Path, given: str) -> None:
+    with pytest.raises(UserError, match=WRONG[given]):
+        cells_in(tmp_path / "out", [given])
+
+
+def test_a_folder_with_another_sweep_is_refused(cells_in: Any, tmp_path: Path) -> None:
+    sweep(cells_in(tmp_path / "out", ["train.seed=0,1"], max_steps=1))
+    with pytest.raises(UserError, match="holds a sweep over other values"):
+        sweep(cells_in(tmp_path / "out", ["train.seed=0,2"], max_steps=1))
+    found = sweep(cells_in(tmp_path / "out", ["train.seed=0,1"], max_steps=1))  # finished: only compared again
+    assert {cell["status"] for cell in found["cells"]} == {"finished"}
