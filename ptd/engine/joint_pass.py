@@ -18,7 +18,7 @@ from ptd.types import Batch
 
 
 @dataclass(frozen=True)
-class Part:
+class JointPart:
     """A batch of the prompt number ``member``, and its readout."""
 
     readout: Readout
@@ -26,7 +26,7 @@ class Part:
     member: int
 
 
-def read_jointly(run: Run, parts: Sequence[Part]) -> list[Reading]:
+def read_jointly(run: Run, parts: Sequence[JointPart]) -> list[Reading]:
     """Return the reading of each part, from a single forward pass.
 
     All batches are packed, or all are padded. All readouts ask for the same kind of output: all for cross-entropies, or

@@ -15,7 +15,7 @@ from torch import Tensor
 from ptd.data import prefetch
 from ptd.distributed.ranks import Ranks
 from ptd.engine.evaluation import HeldOut, evaluate_held_out
-from ptd.engine.joint_pass import Part, read_jointly
+from ptd.engine.joint_pass import JointPart, read_jointly
 from ptd.engine.member import Astray, Dropped, End, Enough, Failed, Member, Progress, Stopped
 from ptd.engine.preemption import StopRequest
 from ptd.engine.prompt_step import PendingResult, StepSums, finish_step
@@ -227,7 +227,7 @@ class Loop:
             for places in _chunks(here, self.together):
                 self.heartbeat(f"step {index + 1}")
                 clock.begin("forward")
-                parts = [Part(members[place].step.readout, micro_batches[place][turn], place) for place in places]
+                parts = [JointPart(members[place].step.readout, micro_batches[place][turn], place) for place in places]
                 readings = read_jointly(self.prepared.run, parts)
                 clock.begin("backward")
                 # If only a head is trained, the loss of a padding batch does not depend on any trained parameter.

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from reporting import Notes, Stopped
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from ptd.cli import app
 from ptd.commands.sweep import sweep
 from ptd.commands.train import train
 from ptd.config import SweepCell, parse_varied, sweep_cells
@@ -207,3 +209,20 @@ def test_heads_and_clozes_together_are_as_each_alone(raw: Any, kind: str, tmp_pa
         alone = cell.config.model_copy(update={"output_dir": tmp_path / f"alone-{cell.name}"})
         train(alone)
         assert_alike(cell.config.output_dir, alone.output_dir)
+
+
+def test_the_command_prints_a_table_and_the_best_run(raw: Any, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(raw("direct", max_steps=2)), encoding="utf-8")
+    command = ["sweep", str(file), "train.eval_steps=1", "--vary", "train.learning_rate=5e-2,1e-3", "--halving"]
+    found = CliRunner().invoke(app, command)
+    assert found.exit_code == 0, found.output
+    shown = json.loads(found.stdout)
+    assert shown["ranking"][0] == shown["best"]["name"]
+    assert (tmp_path / "sweep" / "report.html").is_file()
+    assert f"best: {shown['best']['name']} (loss" in found.stderr
+    assert "dropped after step 1" in found.stderr
+    assert load_file(tmp_path / "sweep" / "best" / "adapter_model.safetensors").keys() == {"prompt_embeddings"}
+    nothing = CliRunner().invoke(app, ["sweep", str(file)])
+    assert isinstance(nothing.exception, UserError)
+    assert "--vary: is missing" in str(nothing.exception)
