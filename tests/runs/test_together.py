@@ -14,6 +14,7 @@ from reporting import Notes, Stopped
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from ptd import cli
 from ptd.cli import app
 from ptd.commands.sweep import sweep
 from ptd.commands.train import train
@@ -46,23 +47,23 @@ def raw(backbone_dir: Path, rows_file: Path, tmp_path: Path) -> Callable[..., di
     return build
 
 
-def close(one: Any, other: Any) -> bool:
-    return bool(one == other if isinstance(one, int) else abs(one - other) <= 1e-6 * max(1.0, abs(other)))
+def close(one: Any, other: Any, rounding: float = 1e-6) -> bool:
+    return bool(one == other if isinstance(one, int) else abs(one - other) <= rounding * max(1.0, abs(other)))
 
 
-def assert_alike(together: Path, alone: Path) -> None:
+def assert_alike(together: Path, alone: Path, rounding: float = 1e-6) -> None:
     """Check losses, norms, evaluations and the adapter of a run against those of the same run alone."""
     found, want = read_records(together), read_records(alone)
     assert [record["step"] for record in found] == [record["step"] for record in want]
     for here, there in zip(found, want, strict=True):
         assert {key for key in SAME if key in here} == {key for key in SAME if key in there}
-        assert all(close(here[key], there[key]) for key in SAME if key in here), (here, there)
+        assert all(close(here[key], there[key], rounding) for key in SAME if key in here), (here, there)
     for name in ("adapter", "best"):
         for file in sorted(path.name for path in (alone / name).glob("*.safetensors")):
             mine, theirs = (load_file(folder / name / file) for folder in (together, alone))
             assert mine.keys() == theirs.keys()
             for key, tensor in theirs.items():
-                assert (mine[key] - tensor).abs().max() <= 2e-6 * max(1.0, float(tensor.abs().max())), key
+                assert (mine[key] - tensor).abs().max() <= 2 * rounding * max(1.0, float(tensor.abs().max())), key
 
 
 VARIED = ["train.learning_rate=5e-2,2e-2", "train.seed=0,3", "method.num_virtual_tokens=3,5"]
@@ -226,3 +227,32 @@ def test_the_command_prints_a_table_and_the_best_run(raw: Any, tmp_path: Path) -
     nothing = CliRunner().invoke(app, ["sweep", str(file)])
     assert isinstance(nothing.exception, UserError)
     assert "--vary: is missing" in str(nothing.exception)
+
+
+@pytest.mark.parametrize(("kind", "sharding"), [("direct", "none"), ("mlp", "node")])
+def test_ranks_share_a_sweep(launch: Any, raw: Any, tmp_path: Path, kind: str, sharding: str) -> None:
+    """On two ranks each run learns as alone, and what crosses the network is the sum of the prompts, to the byte.
+
+    The layers of an MLP are split over the ranks, which exchange more.
+    """
+    file = tmp_path / "run.yaml"
+    whole = raw(kind, max_steps=4, per_device_train_batch_size=2)
+    whole["backbone"]["sharding"] = sharding
+    file.write_text(json.dumps(whole), encoding="utf-8")
+    vary = ["train.learning_rate=5e-2,2e-2", "method.num_virtual_tokens=3,5"]
+    options = [word for pair in vary for word in ("--vary", pair)]
+    launch(2, Path(cli.__file__).with_name("__main__.py"), "sweep", file, *options)
+    whole["backbone"]["sharding"] = "none"
+    whole["train"]["per_device_train_batch_size"] = 4
+    cells = sweep_cells(whole, parse_varied(vary), "run.yaml")
+    numbers = 0
+    for cell in cells:
+        alone = cell.config.model_copy(update={"output_dir": tmp_path / f"alone-{cell.name}"})
+        train(alone)
+        assert_alike(cell.config.output_dir, alone.output_dir, 1e-5)
+        adapter = load_file(alone.output_dir / "adapter" / "adapter_model.safetensors")
+        numbers += adapter["prompt_embeddings"].numel()
+    for cell in cells if kind == "direct" else []:
+        sent = [record["network_bytes_prompt"] for record in read_records(cell.config.output_dir) if "loss" in record]
+        ring = 2 * (2 - 1)  # an all-reduce of n ranks sends 2 (n - 1) / n of its bytes from each of them
+        assert set(sent) == {ring * (4 * numbers + 8 * 5 * len(cells))}
