@@ -21,7 +21,7 @@ from ptd.cli.common import (
     print_json,
     reporter_unless,
 )
-from ptd.errors import Diverged, Preempted
+from ptd.errors import Diverged, Preempted, UserError
 
 if TYPE_CHECKING:
     from ptd.config import RunConfig
@@ -43,23 +43,43 @@ def train(
 
     request = StopRequest.listen()  # before the slow imports, during which a signal may arrive
 
-    from ptd.config import load_config
+    from ptd.config import runs_of_file
 
-    config = load_config(run, overrides)
+    runs = runs_of_file(run, overrides)
+    config = runs[0].config
     hush()
     from ptd.commands.train import train as run_training
+    from ptd.commands.train import train_members
 
+    given: dict[str, Any] = {"overwrite": overwrite, "reporter": reporter_unless(quiet), "request": request}
     try:
-        result = run_training(
-            config, overwrite=overwrite, retry=retry, reporter=reporter_unless(quiet), request=request
-        )
+        if runs[0].name:
+            if retry:
+                raise UserError("--retry: has no effect on a run file with members; remove it")
+            found = train_members(runs, **given)
+        else:
+            result = run_training(config, retry=retry, **given)
     except (Preempted, Diverged):
         request.ignore_more()
         raise
-    if is_main():
+    if is_main() and runs[0].name:
+        root = config.output_dir.parent
+        print_json({"output_dir": str(root), "members": found})
+        done(
+            quiet,
+            {root / name: "everything that ptd train writes" for name in found},
+            [f"ptd generate {' '.join(f'--adapter {name}={root / name}' for name in found)} --data ROWS.jsonl"],
+            found=[line for name, each in found.items() for line in _of_member(name, each)],
+        )
+    elif is_main():
         print_json({"output_dir": str(config.output_dir), **result})
         then = _instead(config, result) if result.get("worse_than_frozen") else _uses(config)
         done(quiet, left_by(config.output_dir), then, found=_found(result))
+
+
+def _of_member(name: str, member: dict[str, Any]) -> list[str]:
+    said = _found(member["result"]) if member["status"] == "finished" else [str(member["status"])]
+    return [f"{name}: {line}" for line in said]
 
 
 def _found(result: dict[str, Any]) -> list[str]:

@@ -5,26 +5,22 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ptd.checkpoint.files import make_folders, write_json, writing
-from ptd.config import RunConfig, SweepCell
-from ptd.config.deepspeed import apply_deepspeed, check_batch_size
-from ptd.distributed.preflight import check_before_run
+from ptd.config import SweepCell
 from ptd.distributed.ranks import Ranks
 from ptd.engine.preemption import StopRequest
 from ptd.report import leave_report, report
-from ptd.runs.folder import open_run
+from ptd.runs.folder import read_run_json
 from ptd.runs.metrics_log import METRICS
-from ptd.runs.training import PlannedRun, journal_of, train_runs
+from ptd.runs.training import train_cells
 from ptd.tasks import LOWER_IS_BETTER
 from ptd.types import Reporter, UserError
 
 SWEEP = "sweep.json"
-RUN = "run.json"
 
 
 def sweep(
@@ -47,76 +43,36 @@ def sweep(
     root = cells[0].config.output_dir.parent
     if halving and cells[0].config.data.eval is None:
         raise UserError("--halving: compares held-out rows, and there are none; set data.eval, or remove it")
-    resolved = [apply_deepspeed(cell.config) for cell in cells]
-    configs = {cell.name: config for cell, (config, _) in zip(cells, resolved, strict=True)}
-    zero3 = resolved[0][1]
-    ranks = Ranks.start(needs_group=resolved[0][0].backbone.sharded)
+    ranks = Ranks.start(needs_group=cells[0].config.backbone.sharded)
     reporter = reporter if reporter is not None and ranks.is_main else Reporter()
     try:
-        for config in configs.values():
-            check_batch_size(config, ranks.world_size)
-            check_before_run(config, ranks)
         if not overwrite:
             ranks.on_main(lambda: _check_same(root, cells))
-        waiting = list(configs)
-        if not overwrite:
-            settled = ranks.on_main(lambda: [name for name in configs if "result" in _read(root / name / RUN)])
-            waiting = [name for name in configs if name not in settled]
         size = at_once or len(cells)
-        turns = [waiting[begin : begin + size] for begin in range(0, len(waiting), size)]
-        for number, names in enumerate(turns, 1):
+        turns = [cells[begin : begin + size] for begin in range(0, len(cells), size)]
+        for number, turn in enumerate(turns, 1):
             if len(turns) > 1:
-                reporter.note(f"turn {number} of {len(turns)}: {len(names)} runs")
-            _train(
-                {name: configs[name] for name in names}, zero3, ranks, root, reporter, request or StopRequest(),
-                overwrite=overwrite, halving=halving,
+                reporter.note(f"turn {number} of {len(turns)}: {len(turn)} runs")
+            train_cells(
+                turn, ranks, reporter, request or StopRequest(), overwrite=overwrite, halving=halving,
+                on_end=leave_report,
             )  # fmt: skip
         return ranks.on_main(lambda: _conclude(root, cells, reporter))
     finally:
         ranks.stop()
 
 
-def _train(
-    configs: Mapping[str, RunConfig],
-    zero3: dict[str, Any] | None,
-    ranks: Ranks,
-    root: Path,
-    reporter: Reporter,
-    request: StopRequest,
-    *,
-    overwrite: bool,
-    halving: bool,
-) -> None:
-    folders = ranks.on_main(lambda: [open_run(config, overwrite=overwrite) for config in configs.values()])
-    plans = [
-        PlannedRun(name, config, journal_of(config, folder, ranks))
-        for (name, config), folder in zip(configs.items(), folders, strict=True)
-    ]
-    with ExitStack() as stack:
-        for plan in plans:
-            stack.enter_context(plan.journal.attempt())
-            ranks.on_main(plan.journal.begin)
-        outcomes = train_runs(plans, zero3, ranks, root, reporter, request, on_end=leave_report, halving=halving)
-    for outcome in outcomes:
-        if outcome.error is not None:
-            reporter.note(str(outcome.error))
-
-
 def _check_same(root: Path, cells: Sequence[SweepCell]) -> None:
     """Raise `UserError` if the folder holds a sweep over other values."""
-    before = _read(root / SWEEP)
-    if before and before.get("cells") and {cell["name"] for cell in before["cells"]} != {cell.name for cell in cells}:
+    try:
+        before = {cell["name"] for cell in json.loads((root / SWEEP).read_text(encoding="utf-8"))["cells"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if before != {cell.name for cell in cells}:
         raise UserError(
             f"output_dir: {root} holds a sweep over other values; choose another output_dir, or --overwrite to replace "
             "it"
         )
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
 
 
 def _conclude(root: Path, cells: Sequence[SweepCell], reporter: Reporter) -> dict[str, Any]:
@@ -142,7 +98,7 @@ def _conclude(root: Path, cells: Sequence[SweepCell], reporter: Reporter) -> dic
 
 
 def _result(root: Path, cell: SweepCell, metric: str) -> dict[str, Any]:
-    content = _read(root / cell.name / RUN)
+    content = read_run_json(root / cell.name)
     result = content.get("result") or {}
     best = result.get("best") or {}
     value = best.get(metric)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from ptd.config import RunConfig
+from ptd.config import RunConfig, SweepCell
 from ptd.config.deepspeed import apply_deepspeed, check_batch_size
 from ptd.distributed.preflight import check_before_run
 from ptd.distributed.ranks import Ranks
 from ptd.engine.preemption import StopRequest
 from ptd.report import leave_report
-from ptd.runs.folder import as_begun, open_run
-from ptd.runs.training import PlannedRun, journal_of, train_runs
+from ptd.runs.folder import as_begun, open_run, read_run_json
+from ptd.runs.training import PlannedRun, journal_of, train_cells, train_runs
 from ptd.types import Reporter
 
 
@@ -48,5 +49,30 @@ def train(
             if outcome.error is not None:
                 raise outcome.error
             return outcome.result
+    finally:
+        ranks.stop()
+
+
+def train_members(
+    members: Sequence[SweepCell],
+    *,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+    request: StopRequest | None = None,
+) -> dict[str, Any]:
+    """Train all members of a run file at once over one backbone; return name -> status and result of run.json.
+
+    Every member gets the folder that it would have alone, ``output_dir/NAME``. The same call continues an interrupted
+    run. Raises `UserError`, and `Preempted` if a stop was requested on any rank.
+    """
+    ranks = Ranks.start(needs_group=members[0].config.backbone.sharded)
+    reporter = reporter if reporter is not None and ranks.is_main else Reporter()
+    try:
+        train_cells(members, ranks, reporter, request or StopRequest(), overwrite=overwrite, on_end=leave_report)
+        found = {}
+        for member in members:
+            content = read_run_json(member.config.output_dir)
+            found[member.name] = {"status": content.get("status"), "result": content.get("result")}
+        return found
     finally:
         ranks.stop()

@@ -29,7 +29,7 @@ from ptd.config.schema import (
     fields_of,
     without_evaluation,
 )
-from ptd.config.sweep import SweepCell, parse_varied, sweep_cells
+from ptd.config.sweep import SweepCell, member_cells, parse_varied, runs_of_file, sweep_cells
 from ptd.config.validation import parse_method
 
 __all__ = [
@@ -48,11 +48,13 @@ __all__ = [
     "data_config",
     "fields_of",
     "load_config",
+    "member_cells",
     "parse_config",
     "parse_method",
     "parse_settings",
     "parse_varied",
     "read_run_file",
+    "runs_of_file",
     "sweep_cells",
     "task_config",
     "without_evaluation",

@@ -67,6 +67,11 @@ def _check_size(raw: Any, source: str) -> None:
 def parse_config(raw: dict[str, Any], *, source: str = "the configuration") -> RunConfig:
     """Validate a plain mapping into a `RunConfig`; raises `UserError`."""
     _check_size(raw, source)
+    if "members" in raw:
+        raise UserError(
+            f"{source}: members: only ptd train, under any launcher, reads several members; for this command, "
+            "write a run file of one of them"
+        )
     try:
         config = RunConfig.model_validate(repair_scientific(raw))
     except ValidationError as error:

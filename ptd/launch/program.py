@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptd.config import RunConfig, load_config
+from ptd.config import RunConfig, runs_of_file
 from ptd.config.deepspeed import apply_deepspeed
 from ptd.shipped import find_recipe
 
@@ -34,12 +34,15 @@ class Program:
         return cls(find_recipe(run_file).absolute(), tuple(overrides or ()), tuple(flags))
 
     def config(self) -> RunConfig:
-        """Return the configuration as every rank will read it.
+        """Return the configuration as every rank will read it; if the file has members, that of the first one.
 
         Raises `UserError` for mistakes that can be found without the backbone.
         """
-        config, _ = apply_deepspeed(load_config(self.run_file, list(self.overrides)))
-        return config
+        runs = runs_of_file(self.run_file, list(self.overrides))
+        configs = [apply_deepspeed(run.config)[0] for run in runs]
+        if not runs[0].name:
+            return configs[0]
+        return configs[0].model_copy(update={"output_dir": configs[0].output_dir.parent})
 
     @property
     def arguments(self) -> list[str]:

@@ -180,6 +180,19 @@ def open_run(config: RunConfig, *, overwrite: bool, retry: bool = False) -> RunF
     return replace(found, attempts=tuple(attempts))
 
 
+def read_run_json(folder: Path) -> dict[str, Any]:
+    """Return the content of run.json; empty if it does not exist or cannot be read."""
+    try:
+        return dict(json.loads((folder / "run.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def has_result(folder: Path) -> bool:
+    """Return whether the run in this folder has ended, however it ended."""
+    return "result" in read_run_json(folder)
+
+
 def at_a_common_step(folders: Sequence[RunFolder]) -> list[RunFolder]:
     """Let runs that were trained together continue after the same step; without one, all start again.
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from ptd.config import RunConfig
+from ptd.config import RunConfig, SweepCell
+from ptd.config.deepspeed import apply_deepspeed, check_batch_size
 from ptd.data import Batches
 from ptd.distributed.network_meter import metered_deepspeed
-from ptd.distributed.preflight import bytes_to_write, check_space
+from ptd.distributed.preflight import bytes_to_write, check_before_run, check_space
 from ptd.distributed.ranks import Ranks
 from ptd.engine.guard import Guard
 from ptd.engine.loop import Loop
@@ -31,13 +32,13 @@ from ptd.engine.watchdog import Watchdog, Watched
 from ptd.errors import Diverged
 from ptd.runs.artifacts import Artifacts
 from ptd.runs.build import RunMaterial, build_member, compile_backbone, fit_batch, load_backbone, read_material
-from ptd.runs.folder import RunFolder, at_a_common_step
+from ptd.runs.folder import RunFolder, at_a_common_step, has_result, open_run
 from ptd.runs.metrics_log import Records
 from ptd.runs.run_json import Journal
 from ptd.runs.sampler import Sampler
 from ptd.runs.tuned import Tuned
 from ptd.tasks import Task
-from ptd.types import Preempted, Reporter, UserError
+from ptd.types import Preempted, Prompts, Reporter, UserError
 from ptd.versions import versions
 
 
@@ -103,6 +104,7 @@ def train_runs(
     first = plans[0].config
     prepared = load_backbone(first, zero3, ranks, list({id(each): each for each in materials}.values()))
     runs = [_build(plan, material, prepared, ranks, reporter) for plan, material in zip(plans, materials, strict=True)]
+    _check_alike(runs, prepared)
     compile_backbone(first, prepared)
     for run in runs[1:]:  # one meter and one clock for all
         run.step.meter, run.step.clock = runs[0].step.meter, runs[0].step.clock
@@ -187,6 +189,23 @@ def _build(plan: PlannedRun, material: RunMaterial, prepared: Prepared, ranks: R
     if material.trains:
         artifacts.guard = Guard(total, warmup)
     return _Run(plan, material, step, batches, artifacts, total)
+
+
+def _check_alike(runs: Sequence[_Run], prepared: Prepared) -> None:
+    """Raise `UserError` if the runs cannot share a forward pass."""
+    if len(runs) == 1:
+        return
+    outputs = {run.material.task.output for run in runs}
+    if len(outputs) > 1:
+        raise UserError(
+            f"runs that are trained together read the same output of the backbone, but these read {sorted(outputs)}: "
+            "train labels by a head and labels by words separately"
+        )
+    still = [run.plan.name for run in runs if not run.material.trains]
+    if still:
+        raise UserError(f"{still[0]}: its method trains nothing; evaluate it separately, with ptd eval")
+    with torch.no_grad():
+        prepared.attachment.set(Prompts(tuple(run.step.state() for run in runs)))
 
 
 def _check_room(runs: Sequence[_Run], ranks: Ranks) -> None:
@@ -341,6 +360,47 @@ def alone_reads(task: Task) -> bool:
     """Return whether the backbone can do the task without a prompt: the task trains no head, and no row has virtual
     tokens."""
     return task.output != "body" and task.virtual_tokens == 0
+
+
+def train_cells(
+    cells: Sequence[SweepCell],
+    ranks: Ranks,
+    reporter: Reporter,
+    request: StopRequest,
+    *,
+    overwrite: bool = False,
+    halving: bool = False,
+    on_end: Callable[[Path], str | None] = lambda folder: None,
+) -> None:
+    """Train runs together that have names, each in a folder of its own. Runs that have ended before are left out.
+
+    The other arguments are those of `train_runs`, which says what is raised.
+    """
+    root = cells[0].config.output_dir.parent
+    resolved = {cell.name: apply_deepspeed(cell.config) for cell in cells}
+    for config, _ in resolved.values():
+        check_batch_size(config, ranks.world_size)
+        check_before_run(config, ranks)
+    if not overwrite:
+        over = ranks.on_main(lambda: [name for name in resolved if has_result(root / name)])
+        resolved = {name: each for name, each in resolved.items() if name not in over}
+    if not resolved:
+        return
+    configs = {name: config for name, (config, _) in resolved.items()}
+    zero3 = next(iter(resolved.values()))[1]
+    folders = ranks.on_main(lambda: [open_run(config, overwrite=overwrite) for config in configs.values()])
+    plans = [
+        PlannedRun(name, config, journal_of(config, folder, ranks))
+        for (name, config), folder in zip(configs.items(), folders, strict=True)
+    ]
+    with ExitStack() as stack:
+        for plan in plans:
+            stack.enter_context(plan.journal.attempt())
+            ranks.on_main(plan.journal.begin)
+        outcomes = train_runs(plans, zero3, ranks, root, reporter, request, on_end=on_end, halving=halving)
+    for outcome in outcomes:
+        if outcome.error is not None:
+            reporter.note(str(outcome.error))
 
 
 def journal_of(config: RunConfig, folder: RunFolder, ranks: Ranks) -> Journal:

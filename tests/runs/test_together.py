@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 from ptd import cli
 from ptd.cli import app
 from ptd.commands.sweep import sweep
-from ptd.commands.train import train
-from ptd.config import SweepCell, parse_varied, sweep_cells
+from ptd.commands.train import train, train_members
+from ptd.config import SweepCell, load_config, parse_varied, runs_of_file, sweep_cells
+from ptd.launch.program import Program
 from ptd.runs.metrics_log import read_records
 from ptd.types import UserError
 
@@ -256,3 +257,56 @@ def test_ranks_share_a_sweep(launch: Any, raw: Any, tmp_path: Path, kind: str, s
         sent = [record["network_bytes_prompt"] for record in read_records(cell.config.output_dir) if "loss" in record]
         ring = 2 * (2 - 1)  # an all-reduce of n ranks sends 2 (n - 1) / n of its bytes from each of them
         assert set(sent) == {ring * (4 * numbers + 8 * 5 * len(cells))}
+
+
+def test_members_have_rows_and_keys_of_their_own(raw: Any, rows_file: Path, tmp_path: Path) -> None:
+    """``members`` of a run file: each learns from its own rows what it would learn alone."""
+    half = tmp_path / "half.jsonl"
+    half.write_text("".join(rows_file.read_text(encoding="utf-8").splitlines(keepends=True)[::2]), encoding="utf-8")
+    whole = raw("direct")
+    members = {
+        "anna": {"data": {"train": str(half)}, "train": {"learning_rate": 0.02}},
+        "ben": {"data": {"max_length": 40}, "train": {"max_steps": 5, "lr_scheduler_type": "cosine"}},
+        "eve": None,
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps({**whole, "members": members}), encoding="utf-8")
+    found = CliRunner().invoke(app, ["train", str(file)])
+    assert found.exit_code == 0, found.output
+    assert set(json.loads(found.stdout)["members"]) == set(members)
+    assert "anna: held-out loss: frozen backbone" in found.stderr
+    for member in runs_of_file(file):
+        alone = member.config.model_copy(update={"output_dir": tmp_path / f"alone-{member.name}"})
+        train(alone)
+        assert_alike(member.config.output_dir, alone.output_dir)
+    assert Program.of(file).config().output_dir == tmp_path / "sweep"
+
+
+MEMBERS: dict[str, tuple[Any, str]] = {
+    "another backbone": (
+        {"anna": {"backbone": {"path": "x"}}},
+        r"members\.anna\.backbone\.path: cannot differ.*one back",
+    ),
+    "a folder elsewhere": ({"../anna": None}, r"members\.\.\./anna: is the name of a folder"),
+    "no members": ({}, "has to map names to changed keys"),
+    "no sections": ({"anna": {"data": "rows.jsonl"}}, r"members\.anna: has to hold sections with keys"),
+    "an unknown key": ({"anna": {"train": {"rate": 1}}}, r"members\.anna: train\.rate: unknown key"),
+    "two kinds": ({"anna": {"method": {"name": "prompt"}}, "ben": None}, "one batch cannot have prompts of two kinds"),
+}
+
+
+@pytest.mark.parametrize("case", MEMBERS)
+def test_members_that_cannot_be_trained_together_are_refused(raw: Any, tmp_path: Path, case: str) -> None:
+    given, said = MEMBERS[case]
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps({**raw("direct"), "members": given}), encoding="utf-8")
+    with pytest.raises(UserError, match=said):
+        train_members(runs_of_file(file))
+    assert not (tmp_path / "sweep" / "ben" / "adapter").exists()
+
+
+def test_other_commands_say_that_a_file_has_members(raw: Any, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps({**raw("direct"), "members": {"anna": None}}), encoding="utf-8")
+    with pytest.raises(UserError, match="only ptd train, under any launcher, reads several members"):
+        load_config(file)
