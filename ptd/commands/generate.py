@@ -102,8 +102,11 @@ def generate_rows(
         rows = load_rows(data, found.first.task.data.eval_split, what="--data")
         several = found.load(ranks, reporter)
         parts = [replace(part, rows=_completed(part)) for part in several.parts(rows, column, data)]
-        decoding, reporter = decoding or Decoding(), OnceReporter(reporter)
-        return continue_parts(several, parts, decoding, ranks, batch_size=batch_size, reporter=reporter, what=data)[0]
+        decoding = decoding or Decoding()
+        texts, _ = continue_parts(several, parts, decoding, ranks, batch_size=batch_size, reporter=reporter, what=data)
+        if not ranks.is_main:
+            return []
+        return [row | {GENERATED: text} for row, text in zip(rows.with_format(None), texts, strict=True)]
     finally:
         ranks.stop()
 

@@ -151,9 +151,7 @@ def test_labels_are_those_of_each_adapter_alone(tmp_path: Path, classifiers: dic
     losses = [metrics["adapters"][name]["loss"] for name in classifiers]
     assert metrics["loss"] == pytest.approx(sum(losses) / 3, rel=1e-6)
     assert "accuracy" not in metrics, "the adapters have different labels"
-    with pytest.raises(
-        UserError, match="names no adapter, but without one the backbone has no trained head"
-    ):
+    with pytest.raises(UserError, match="names no adapter, but without one the backbone has no trained head"):
         predict(write(tmp_path / "none.jsonl", [{"text": "a", "adapter": ""}]), adapter=classifiers)
 
 
