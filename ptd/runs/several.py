@@ -149,6 +149,8 @@ def find_adapters(adapters: Adapters, backbone: str | None, *, settings: Setting
     """
     if not isinstance(adapters, Mapping):
         return SeveralReference({None: find_tuned(adapters, backbone, settings=settings)}, named=False)
+    if not adapters:
+        raise UserError("--adapter: no adapter is given; give at least one as NAME=FOLDER")
     settings = settings or {}
     check_sections(settings)
     loaded: dict[str, Adapter] = {}
