@@ -25,7 +25,7 @@ from ptd.runs.tuned import (
     find_tuned,
     task_of,
 )
-from ptd.types import NO_MEMBER, Prompts, Reporter, UserError
+from ptd.types import NO_MEMBER, Prompts, PromptState, Reporter, UserError
 
 Adapters = str | Mapping[str, str] | None
 """An adapter's folder; name -> folder of several; None: the backbone alone."""
@@ -124,7 +124,7 @@ class SeveralReference:
             return Several({name: each.load(ranks) for name, each in self.by_name.items()}, named=False)
         prepared = self.first.prepare(ranks)
         found: dict[str | None, Tuned] = {}
-        states = []
+        states: list[PromptState] = []
         for name, each in self.by_name.items():
             if each.adapter is None:
                 found[name] = each.on(prepared, NO_MEMBER)
