@@ -61,11 +61,13 @@ def generate(
             names: list[str | None] = [use] * len(prompts) if use is None or isinstance(use, str) else list(use)
             if len(names) != len(prompts):
                 raise UserError(f"use: got {len(names)} names for {len(prompts)} prompts; give one name for each")
-            ids: list[list[int]] = []
-            for prompt, name in zip(prompts, names, strict=True):
+            ids: dict[int, list[int]] = {}
+            for name in dict.fromkeys(names):
                 task = check_writes(several.use(name, "--use").task)
-                ids += task.prompts([prompt], tuned.tokenizer, raw=raw)
-            return ids, names
+                own = [number for number, other in enumerate(names) if other == name]
+                found = task.prompts([prompts[number] for number in own], tuned.tokenizer, raw=raw)
+                ids |= zip(own, found, strict=True)
+            return [ids[number] for number in range(len(prompts))], names
 
         ids, names = ranks.on_main(read)
         by = [several.use(name, "--use") for name in names]
@@ -102,8 +104,11 @@ def generate_rows(
         rows = load_rows(data, found.first.task.data.eval_split, what="--data")
         several = found.load(ranks, reporter)
         parts = [replace(part, rows=_completed(part)) for part in several.parts(rows, column, data)]
-        decoding, reporter = decoding or Decoding(), OnceReporter(reporter)
-        return continue_parts(several, parts, decoding, ranks, batch_size=batch_size, reporter=reporter, what=data)[0]
+        decoding = decoding or Decoding()
+        texts, _ = continue_parts(several, parts, decoding, ranks, batch_size=batch_size, reporter=reporter, what=data)
+        if not ranks.is_main:
+            return []
+        return [row | {GENERATED: text} for row, text in zip(rows.with_format(None), texts, strict=True)]
     finally:
         ranks.stop()
 

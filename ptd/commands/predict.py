@@ -38,8 +38,16 @@ def predict(
         rows = load_rows(data, task.data.eval_split, what="--data")
         several = found.load(ranks, reporter)
         parts = several.parts(rows, column, data)
-        options = {"batch_size": batch_size, "reporter": reporter, "what": data}
-        measured = measure_parts(several, parts, ranks, **options, labelled=False, want_scores=True)
+        measured = measure_parts(
+            several,
+            parts,
+            ranks,
+            batch_size=batch_size,
+            reporter=reporter,
+            what=data,
+            labelled=False,
+            want_scores=True,
+        )
         if not ranks.is_main:
             return []
         answers = answers_of_parts(parts, measured)

@@ -34,19 +34,20 @@ def obstacle_to_several(backend: str, device: torch.device, dtype: torch.dtype, 
     None: it can, or it can do neither.
     """
     with unset_fake_temporarily():
-        q = torch.zeros(1, 1, 2, head_dim, device=device, dtype=dtype)
-        prefix = q[0, :, :1]
-        packed = {"cu_seqlens": torch.tensor([0, 1, 2], device=device, dtype=torch.int32), "max_seqlen": 1}
-        one = check_problem(q, q, q, prefix, prefix, **packed)
-        several = check_problem(q, q, q, [prefix] * 2, [prefix] * 2, prefix_index=torch.tensor([0, 1]), **packed)
-    try:
-        choose_backend(one, backend)
-    except ValueError:
-        return None
-    try:
-        choose_backend(several, backend)
-    except ValueError as error:
-        return str(error)
+        try:
+            q = torch.zeros(1, 1, 2, head_dim, device=device, dtype=dtype)
+            prefix = q[0, :, :1]
+            bounds = torch.tensor([0, 1, 2], device=device, dtype=torch.int32)
+            choose_backend(check_problem(q, q, q, prefix, prefix, cu_seqlens=bounds, max_seqlen=1), backend)
+        except ValueError:
+            return None
+        several, index = [prefix] * 2, torch.tensor([0, 1])
+        try:
+            choose_backend(
+                check_problem(q, q, q, several, several, cu_seqlens=bounds, max_seqlen=1, prefix_index=index), backend
+            )
+        except ValueError as error:
+            return str(error)
     return None
 
 

@@ -48,7 +48,7 @@ class PassPrompts:
     def per_sequence(self, numbers: Sequence[int]) -> PerSequence:
         """Return each sequence's number, given one number for each of `states`; 0 for a sequence without a prompt."""
         if self.index is None:
-            return PerSequence(*numbers)
+            return PerSequence(numbers[0] if numbers else 0)
         every = [*numbers, 0]
         return PerSequence.each_of([every[place] for place in self.index])
 

@@ -17,6 +17,7 @@ from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
 from ptd.inject.attention import LayerSlot, packed_forward, packing_arguments
+from ptd.inject.insertion import first_tokens, interleaved, layout_of_block, mask_with_block
 from ptd.inject.last_layer import Tail
 from ptd.inject.members import PerSequence
 from ptd.types import UserError, virtual_id
@@ -135,7 +136,7 @@ class Stack:
             if self.source_front.each is None:
                 return None
             mask = source.new_ones(source.shape[0], source.shape[1] - self.source_front.most, dtype=torch.long)
-        return mask if mask.shape[1] >= source.shape[1] else _with_virtual(mask, self.source_front, at_end=True)
+        return mask if mask.shape[1] >= source.shape[1] else mask_with_block(mask, self.source_front, at_end=True)
 
     def _packing_by_positions(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the boundaries of rows that are packed without explicit boundaries: their positions restart.
@@ -235,7 +236,7 @@ class Stack:
         if ragged and mask is None:
             mask = given.new_ones(rows, columns + max(0, seen - count), dtype=torch.long)
         if mask is not None:
-            kwargs["attention_mask"] = _with_virtual(mask, self.front, at_end=at_end)
+            kwargs["attention_mask"] = mask_with_block(mask, self.front, at_end=at_end)
         if seen > 0:
             return kwargs
         if cache is not None and mask is not None and not bool(mask.any(dim=1).all()):
@@ -245,27 +246,27 @@ class Stack:
                 "prefill_chunk_size, give each batch prompts of equal length, or use method prefix"
             )
         column_P = torch.arange(count, device=self.soft.device)
-        first_B = column_P.new_zeros(rows) if mask is None else _first_of(mask)
+        first_B = column_P.new_zeros(rows) if mask is None else first_tokens(mask)
         between_B = self.front.tensor(rows, column_P.device) if at_end else torch.full_like(first_B, count)
-        places_BT = _places(first_B, columns, count, between_B)
+        places_BT = layout_of_block(first_B, columns, count, between_B)
         column_S = torch.arange(columns, device=column_P.device)
         begin_B1 = (columns + count) * torch.arange(rows, device=column_P.device)[:, None]
         self._own = begin_B1 + column_S + between_B[:, None] * (column_S >= first_B[:, None])
         numbers_BP = self._numbers(column_P, rows, between_B)
         if ids is not None:
             block = torch.where(numbers_BP < 0, 0, virtual_id(0) - numbers_BP)
-            kwargs["input_ids"] = _interleaved(ids, block, places_BT)
+            kwargs["input_ids"] = interleaved(ids, block, places_BT)
         else:
             soft = torch.where((numbers_BP < 0)[..., None], 0.0, embedding(numbers_BP.clamp(min=0), self.soft))
             both = torch.cat([soft.expand(rows, -1, -1).to(given.dtype), given], dim=1)
             kwargs["inputs_embeds"] = both.gather(1, places_BT[..., None].expand(-1, -1, given.shape[-1]))
         if kwargs.get("token_type_ids") is not None:
-            kwargs["token_type_ids"] = _interleaved(kwargs["token_type_ids"], torch.zeros_like(column_P), places_BT)
+            kwargs["token_type_ids"] = interleaved(kwargs["token_type_ids"], torch.zeros_like(column_P), places_BT)
         if kwargs.get("position_ids") is not None:
             own = kwargs["position_ids"].expand(*kwargs["position_ids"].shape[:-2], rows, columns)
             begin = own.gather(-1, first_B[:, None].expand(*own.shape[:-1], 1)) - between_B[:, None]
             before = begin + column_P
-            kwargs["position_ids"] = _interleaved(own, before.clamp(min=0) if ragged else before, places_BT)
+            kwargs["position_ids"] = interleaved(own, before.clamp(min=0) if ragged else before, places_BT)
         return kwargs
 
     def _numbers(self, column_P: Tensor, rows: int, between_B: Tensor) -> Tensor:
@@ -409,45 +410,6 @@ def _first_position(module: nn.Module) -> int:
         if hasattr(part, "create_position_ids_from_input_ids"):
             return int(part.padding_idx) + 1  # type: ignore[arg-type]
     return 0
-
-
-def _places(first_B: Tensor, columns: int, count: int, between_B: Tensor) -> Tensor:
-    """Return ``[B, P + S]``: for each column of a row, an index into the row's [block, own tokens], concatenated.
-
-    Row b has ``columns`` own tokens. The first ``between_B[b]`` columns of its block of ``count`` columns come before
-    its token ``first_B[b]``, the rest of the block at its end.
-    """
-    column = torch.arange(columns + count, device=first_B.device)
-    behind, between = column - first_B[:, None], between_B[:, None]
-    own = torch.where(behind < between, behind, column - between + count)
-    own = torch.where(behind < 0, column + count, own)
-    return torch.where(column >= columns + between, column - columns, own)
-
-
-def _interleaved(own: Tensor, virtual: Tensor, places: Tensor) -> Tensor:
-    """Return ``own`` ``[…, B, S]`` and ``virtual`` ``[P]`` or ``[…, B, P]`` in the layout of `_places`."""
-    both = torch.cat([virtual.to(own.dtype).expand(*own.shape[:-1], virtual.shape[-1]), own], dim=-1)
-    return both.gather(-1, places.expand(*both.shape[:-2], *places.shape))
-
-
-def _first_of(mask: Tensor) -> Tensor:
-    """Return the column of the first token of each row, ``[B]``."""
-    return mask.bool().int().argmax(dim=1)
-
-
-def _with_virtual(mask: Tensor, front: PerSequence, *, at_end: bool) -> Tensor:
-    """Extend the mask ``[B, S]`` to ``[B, P + S]``, by each row's virtual tokens before its first token.
-
-    A row with fewer virtual tokens than another has padding before them, or ``at_end`` of the row.
-    """
-    most, first_B = front.most, _first_of(mask)
-    between_B, block = torch.full_like(first_B, most), mask.new_ones(most)
-    if front.each is not None:
-        column, count_B = torch.arange(most, device=mask.device), front.tensor(len(mask), mask.device)
-        between_B = count_B if at_end else between_B
-        place = column - (between_B - count_B)[:, None]
-        block = ((place >= 0) & (place < count_B[:, None])).to(mask.dtype)
-    return _interleaved(mask, block, _places(first_B, mask.shape[1], most, between_B))
 
 
 def _tokens_of(kwargs: dict[str, Any]) -> Tensor:

@@ -25,7 +25,7 @@ from ptd.runs.tuned import (
     find_tuned,
     task_of,
 )
-from ptd.types import NO_MEMBER, Prompts, Reporter, UserError
+from ptd.types import NO_MEMBER, Prompts, PromptState, Reporter, UserError
 
 Adapters = str | Mapping[str, str] | None
 """An adapter's folder; name -> folder of several; None: the backbone alone."""
@@ -124,7 +124,7 @@ class SeveralReference:
             return Several({name: each.load(ranks) for name, each in self.by_name.items()}, named=False)
         prepared = self.first.prepare(ranks)
         found: dict[str | None, Tuned] = {}
-        states = []
+        states: list[PromptState] = []
         for name, each in self.by_name.items():
             if each.adapter is None:
                 found[name] = each.on(prepared, NO_MEMBER)
@@ -149,6 +149,8 @@ def find_adapters(adapters: Adapters, backbone: str | None, *, settings: Setting
     """
     if not isinstance(adapters, Mapping):
         return SeveralReference({None: find_tuned(adapters, backbone, settings=settings)}, named=False)
+    if not adapters:
+        raise UserError("--adapter: no adapter is given; give at least one as NAME=FOLDER")
     settings = settings or {}
     check_sections(settings)
     loaded: dict[str, Adapter] = {}

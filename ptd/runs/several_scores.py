@@ -103,8 +103,10 @@ def continue_parts(
 
     Rows of different adapters share batches.
     """
-    noted = OnceReporter(reporter)
-    found = [rows_to_continue(part.tuned, part.rows, decoding, noted, several.named_in(part, what)) for part in parts]
+    reporter = OnceReporter(reporter)
+    found = [
+        rows_to_continue(part.tuned, part.rows, decoding, reporter, several.named_in(part, what)) for part in parts
+    ]
     prompts = in_row_order(parts, [each.prompts for each in found])
     references = in_row_order(parts, [each.references for each in found])
     writers = in_row_order(parts, [[part.tuned] * len(part.numbers) for part in parts])
@@ -123,12 +125,22 @@ def text_metrics_of_parts(
 
 
 class OnceReporter(Reporter):
-    """Passes each note on once, however many adapters it holds for."""
+    """Passes everything on, but each note only once, however many adapters it holds for."""
 
     def __init__(self, reporter: Reporter) -> None:
-        self._reporter, self._noted = reporter, set[str]()
+        self._reporter = reporter
+        self._noted: set[str] = set()
 
     def note(self, text: str) -> None:
         if text not in self._noted:
             self._noted.add(text)
             self._reporter.note(text)
+
+    def start(self, task: str, total: int, done: int = 0) -> None:
+        self._reporter.start(task, total, done)
+
+    def advance(self, task: str, done: int, line: str | None = None) -> None:
+        self._reporter.advance(task, done, line)
+
+    def finish(self, task: str) -> None:
+        self._reporter.finish(task)

@@ -361,6 +361,38 @@ def test_an_unread_prefix_has_a_zero_gradient(backend: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["ragged", "equal", "packed", "packed, bias", "decode", "mask and bias"])
+def test_values_that_are_not_finite_stay_in_the_sequences_that_read_them(backend: str, name: str) -> None:
+    """NaN in a prefix, or in the tokens of its readers, changes no bit of other sequences and of other prefixes."""
+    several = SEVERAL[name]
+    skip_if_refused(backend, options=several.case.options)
+    own, prefixes = several.own(), several.prefixes()
+    bad = several.index[0]
+    bounds = several.case.options.get("cu_seqlens", torch.arange(several.case.B + 1)).tolist()
+    at = 2 if several.case.B == 1 else 0  # where sequences lie: packed along the tokens, or in the batch
+    reads_bad = torch.tensor(several.index).eq(bad).repeat_interleave(torch.tensor(bounds).diff())
+    readers, others = (
+        reads_bad.nonzero()[:, 0].to(own[0].device),
+        reads_bad.logical_not().nonzero()[:, 0].to(own[0].device),
+    )
+
+    def outputs(own: list[Tensor], prefixes: list[list[Tensor]]) -> list[Tensor]:
+        out = several.call(own, prefixes, backend=backend)
+        gradients = gradients_of(out, own, prefixes)
+        of_prefixes = [x for i, x in enumerate(gradients[3:]) if i % len(several.lengths) != bad]
+        return [*(x.index_select(at, others) for x in (out, *gradients[:3])), *of_prefixes]
+
+    want = outputs(own, prefixes)
+    poisoned = [[torch.full_like(x, torch.nan) if i == bad else x for i, x in enumerate(some)] for some in prefixes]
+    poisoned = [[x.detach().requires_grad_() for x in some] for some in poisoned]
+    bad_own = [x.detach().index_fill(at, readers, torch.nan).requires_grad_() for x in own]
+    for poison in ((own, poisoned), (bad_own, prefixes)):
+        for one, other in zip(outputs(*poison), want, strict=True):
+            assert torch.isfinite(one).all()
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("prefix_dtype", [torch.float32, torch.float16])
 def test_several_prefixes_in_half_precision(backend: str, prefix_dtype: torch.dtype) -> None:
     skip_if_refused(backend, torch.float16)
