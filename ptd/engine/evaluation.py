@@ -44,9 +44,7 @@ class HeldOut:
 
         Raises `UserError` if a row is longer than the context of the backbone.
         """
-        sides = [side for side in (self.examples, self.examples.source) if side is not None]
-        longest = max(int((side.offsets[1:] - side.offsets[:-1]).max()) for side in sides)
-        check_context(prepared.shape.context, prepared.attachment.extra_positions, longest)
+        check_context(prepared.shape.context, prepared.attachment.extra_positions, self.examples.longest_sequence)
         return Batches(
             self.examples,
             rank=ranks.rank,

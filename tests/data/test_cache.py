@@ -21,6 +21,7 @@ from ptd.config import DataConfig, TaskConfig
 from ptd.data import Batches, identity, load_rows
 from ptd.data.cache import MANIFEST, CacheError, Damaged, RowsCache, default_folder
 from ptd.data.collecting import InMemory, collect
+from ptd.data.identity import rows_digest
 from ptd.tasks import make_task, rows_key
 from ptd.types import Architecture, DataReport, Examples
 
@@ -142,7 +143,7 @@ def base_of(array: Any) -> Any:
 def key(rows: Any = None, tokenizer: Any = None, task: dict[str, Any] | None = None, **data: Any) -> str:
     rows = Dataset.from_list(PAIRS) if rows is None else rows
     made = make_task(TaskConfig(**(task or {})), DataConfig(**data), "decoder")
-    return rows_key(made, rows, tiny_tokenizer() if tokenizer is None else tokenizer)
+    return rows_key(made, rows_digest(rows), tiny_tokenizer() if tokenizer is None else tokenizer)
 
 
 def test_the_key_depends_on_the_rows_and_not_on_their_file(tmp_path: Path) -> None:
@@ -219,7 +220,9 @@ def test_the_key_depends_on_settings_that_matter() -> None:
         key(task={"kind": "token_classification", "labels": ["O", "X"]}),
     ]
     assert len(set(found)) == len(found)
-    assert key(packing=False) == key(max_tokens=5000) == key(train="a.csv", eval="b.csv", cache="x") == key()
+    assert (
+        key(packing=False) == key(max_tokens=5000) == key(train="a.csv", eval="b.csv", cache="x", cache_gb=9) == key()
+    )
 
 
 def test_the_key_depends_on_code_and_versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
