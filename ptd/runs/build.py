@@ -92,7 +92,7 @@ class _Source:
             rows = load_rows(source, split, what=f"data.{which}")
             return self._fit(task, rows, source, digest, found) if learn else task
 
-        fitted = self.ranks.on_main(load)
+        fitted = self.ranks.on_main(load, long=True)
         job = Tokenising(
             make=lambda columns: fitted.tokenize(rows, self.tokenizer, what=source, columns=columns),
             identify=lambda: rows_key(fitted, digest(), self.tokenizer),

@@ -51,7 +51,7 @@ def share_examples(job: Tokenising, cache: RowsCache | None, ranks: Ranks, repor
     Raises the `UserError` of ``job.make`` on every rank. If a cache folder cannot be used, a note gives the reason.
     """
     if cache is None:
-        return ranks.on_main(lambda: job.make(InMemory))
+        return ranks.on_main(lambda: job.make(InMemory), long=True)
     made: list[Examples] = []
 
     def make() -> str | None:
@@ -59,7 +59,7 @@ def share_examples(job: Tokenising, cache: RowsCache | None, ranks: Ranks, repor
         made.append(examples)
         return key
 
-    key = ranks.on_main(make)
+    key = ranks.on_main(make, long=True)
     if ranks.world_size == 1:
         return made[0]
     own = made[0] if ranks.is_main else None
