@@ -156,7 +156,7 @@ def measure(args: argparse.Namespace, kind: str, dtype: torch.dtype, clock: Any,
                 if name == "none":
                     raise SystemExit(f"{kind}: the plain step failed, so nothing can be compared with it") from None
     plain, batches = seconds["none"], runs["none"].batches
-    tokens = [int(examples.lengths[batches.rows(number)].sum()) for number in range(total)]
+    tokens = [int(examples.lengths(np.array(batches.rows(number))).sum()) for number in range(total)]
     cells = []
     for name in named:
         spent = seconds[name][warm_up:]

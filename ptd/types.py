@@ -553,16 +553,37 @@ class Examples:
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Yield the first row and the end of consecutive blocks of rows with about `BLOCK` tokens."""
-        bounds = self.offsets[:: self.group]
         first = 0
         while first < len(self):
-            stop = int(np.searchsorted(bounds, bounds[first] + BLOCK, side="right")) - 1
+            end = self.offsets[first * self.group] + BLOCK
+            stop = (int(np.searchsorted(self.offsets, end, side="right")) - 1) // self.group
             stop = max(stop, first + 1)
             yield first, stop
             first = stop
 
+    def lengths(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Return the number of tokens of ``rows``, including the encoder's side; int64 ``[rows]``.
+
+        A slice has no step. Nothing is stored: all lengths of millions of rows would take more memory than a batch.
+        """
+        bounds = self.offsets[:: self.group]
+        if isinstance(rows, slice):
+            first, stop, _ = rows.indices(len(self))
+            own = np.diff(bounds[first : stop + 1])
+        else:
+            own = bounds[rows + 1] - bounds[rows]
+        return own if self.source is None else own + self.source.lengths(rows)
+
     @cached_property
-    def lengths(self) -> np.ndarray:
-        """Number of tokens of each row, including the encoder's side; int64 ``[rows]``."""
-        own = np.diff(self.offsets[:: self.group])
-        return own if self.source is None else own + self.source.lengths
+    def longest(self) -> int:
+        """Number of tokens of the longest row, including the encoder's side."""
+        return max(int(self.lengths(slice(first, stop)).max()) for first, stop in self.blocks())
+
+    @cached_property
+    def longest_sequence(self) -> int:
+        """Number of tokens of the longest sequence, of either side."""
+        own = max(
+            int(np.diff(self.offsets[first * self.group : stop * self.group + 1]).max())
+            for first, stop in self.blocks()
+        )
+        return own if self.source is None else max(own, self.source.longest_sequence)

@@ -30,7 +30,7 @@ def test_rows_have_the_tokens_asked_for(throughput: ModuleType, tmp_path: Path) 
     config = parse_config(folders.config(cell))
     examples = read_material(config, Ranks.start(), Reporter()).examples
     asked = throughput.instructions(np.random.default_rng(throughput.SEED), throughput.ROWS)
-    assert examples.lengths.tolist() == asked.tolist()
+    assert examples.lengths().tolist() == asked.tolist()
     assert examples.report.supervised_tokens / examples.report.tokens == pytest.approx(throughput.SUPERVISED, abs=0.01)
     assert folders.rows("128", 4).read_text().count("\n") == 4
 

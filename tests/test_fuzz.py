@@ -366,7 +366,7 @@ def read_data(folder: Path, suffix: str, content: bytes, kinds: Any) -> None:
                     )
                     examples = task.fit(rows, "rows").tokenize(rows, TOKENIZER, what="rows")
                     assert len(examples) >= len(rows)
-                    assert (examples.lengths > 0).all()
+                    assert (examples.lengths() > 0).all()
     finally:
         path.unlink()
 

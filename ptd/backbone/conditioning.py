@@ -24,6 +24,8 @@ CHUNK = 16
 """Tokens per chunk that is drawn from the rows."""
 FREQUENT = 5000
 """Size of the set of most frequent tokens to draw from; vocabularies are roughly sorted by frequency."""
+DRAWN = 2**16
+"""Rows of which text is drawn, if there are more. They stand in random order in memory."""
 
 
 class Attached(Protocol):
@@ -151,7 +153,10 @@ class TextConditioner:
         parts = [side for side in (examples.source, examples) if side is not None]
         empty = 0
         while True:
-            order = array("q", range(len(examples)))
+            some = range(len(examples))
+            if len(some) > DRAWN:
+                some = self._random.sample(some, DRAWN)
+            order = array("q", some)
             self._random.shuffle(order)
             for row in order:
                 sides = [[token for token in part[row][0].tolist() if token >= 0] for part in parts]
@@ -160,7 +165,7 @@ class TextConditioner:
                     yield sides
                     continue
                 empty += 1
-                if empty > len(examples):  # no row has own tokens
+                if empty > len(order):  # no row has own tokens
                     yield [self.frequent(AT_ONCE)] * self._sides
 
     def _inputs(self, sides: Sequence[Sequence[Sequence[int]]]) -> dict[str, Tensor]:

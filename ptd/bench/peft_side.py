@@ -121,7 +121,7 @@ class PeftSide:
         return StepTiming(
             seconds,
             phases,
-            int(self.examples.lengths[rows].sum()),
+            int(self.examples.lengths(rows).sum()),
             sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches),
             float(loss) if value is None else value,
             self.memory.peak(),
@@ -134,7 +134,7 @@ class PeftSide:
 
         The longest rows of the data have to fit. Returns the choice, and the tokens/s of what was tried.
         """
-        longest = np.argsort(-self.examples.lengths, kind="stable")
+        longest = np.argsort(-self.examples.lengths(), kind="stable")
         typical = longest[len(longest) // 2 :]
         tried: dict[str, dict[int, float]] = {}
         best: tuple[float, str, int] = (0.0, self.attention, self.micro_rows)
@@ -170,7 +170,7 @@ class PeftSide:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             if repetition == 1:
-                return int(self.examples.lengths[rows].sum()) / (time.perf_counter() - began)
+                return int(self.examples.lengths(rows).sum()) / (time.perf_counter() - began)
         raise AssertionError
 
     def _batches(self, rows: np.ndarray) -> list[dict[str, Tensor]]:

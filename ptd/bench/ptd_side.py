@@ -111,7 +111,7 @@ class PtdSide:
 
     def lengths(self) -> np.ndarray:
         """Return the number of tokens of each row."""
-        return self.material.examples.lengths
+        return self.material.examples.lengths()
 
     def rows(self, step: int) -> np.ndarray:
         """Return the rows that ``ptd train`` uses in this step."""

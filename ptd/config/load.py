@@ -89,6 +89,7 @@ NOT_SETTABLE = {
     "data.train_split": "has no effect because this command does not train; remove it",
     "data.max_tokens": "has no effect because batches have --batch-size rows here; remove it",
     "data.cache": "has no effect because this command tokenises its rows in memory; remove it",
+    "data.cache_gb": "has no effect because this command tokenises its rows in memory; remove it",
     "data.eval": "cannot be set here; give the rows as --data",
 }
 """Keys that `parse_settings` refuses, with the reason."""

@@ -332,6 +332,12 @@ class DataConfig(Section):
         "tokenising them again, and the ranks of a node share one copy ([many rows](your-data.md#many-rows)); `none`: "
         "every rank holds the rows in its own memory; default: `~/.cache/ptd/rows`",
     )
+    cache_gb: float = Field(
+        50.0,
+        ge=0,
+        description="GB (10⁹ bytes) that the folder `data.cache` may have: at the start of a run, ptd removes what was "
+        "not used for the longest time, except what a run is using",
+    )
 
     _paths = field_validator("train", "eval", "cache")(_home)
 

@@ -18,20 +18,29 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ptd.data.order import InOrder, Order, Shuffled
 from ptd.data.packing import balance, first_fit, first_fit_starts
 from ptd.types import IGNORE_INDEX, Batch, Examples, UserError
+
+ROWS_PLANNED = 2**16
+"""Rows whose lengths are read at a time to divide an epoch into steps by their tokens."""
 
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """The rows of an epoch by step: step ``s`` uses the rows ``order[starts[s]:starts[s + 1]]``."""
+    """The rows of an epoch by step: step ``s`` begins at the place ``starts[s]`` of ``order``."""
 
-    order: np.ndarray
-    starts: np.ndarray
+    order: Order
+    starts: range | np.ndarray
 
     @property
     def steps(self) -> int:
-        return len(self.starts) - 1
+        return len(self.starts)
+
+    def rows(self, step: int) -> np.ndarray:
+        """Return the rows of a step of this epoch, int64."""
+        last = step + 1 == self.steps
+        return self.order.between(int(self.starts[step]), self.order.rows if last else int(self.starts[step + 1]))
 
 
 class Batches:
@@ -60,19 +69,17 @@ class Batches:
         pad_token_id: int = 0,
     ) -> None:
         assert len(examples) > 0
-        assert np.diff(examples.offsets).min() > 0, "every sequence has at least one token"
         assert 0 <= rank < world_size
         assert min(per_device_batch_size, gradient_accumulation_steps) >= 1
         if max_tokens is not None:
-            longest = int(examples.lengths.max())
             if not packing:
                 raise UserError(
                     "max_tokens is the token budget of a packed micro-batch; set packing: true or remove it"
                 )
-            if longest > max_tokens:
+            if examples.longest > max_tokens:
                 raise UserError(
-                    f"max_tokens is {max_tokens}, but the longest row has {longest} tokens and a row is never split; "
-                    "raise max_tokens or lower max_length"
+                    f"max_tokens is {max_tokens}, but the longest row has {examples.longest} tokens and a row is never "
+                    "split; raise max_tokens or lower max_length"
                 )
         self.examples = examples
         self.rank = rank
@@ -137,8 +144,8 @@ class Batches:
             while global_step >= self._end_of_epoch(epoch):
                 epoch += 1
             step = global_step - (self._end_of_epoch(epoch - 1) if epoch else 0)
-        plan = self._plan(epoch)
-        return plan.order[plan.starts[step] : plan.starts[step + 1]]
+        with self._lock:
+            return self._plan(epoch).rows(step)
 
     def _end_of_epoch(self, epoch: int) -> int:
         with self._lock:
@@ -153,23 +160,22 @@ class Batches:
                 # Keep two plans: at the end of an epoch the prefetch thread is already in the next epoch.
                 self._plans = {key: self._plans[key] for key in list(self._plans)[-1:]}
                 order = self._order(epoch)
-                if self.max_tokens is None:
-                    starts = np.arange(0, len(order), self.per_device_batch_size * self.slots)
-                    starts = np.append(starts, len(order))
-                else:
-                    starts = first_fit_starts(self.examples.lengths[order], self.slots, self.max_tokens)
+                starts: range | np.ndarray = range(0, order.rows, self.per_device_batch_size * self.slots)
+                if self.max_tokens is not None:
+                    blocks = (
+                        self.examples.lengths(order.between(first, min(first + ROWS_PLANNED, order.rows)))
+                        for first in range(0, order.rows, ROWS_PLANNED)
+                    )
+                    starts = first_fit_starts(blocks, self.slots, self.max_tokens)
                 self._plans[epoch] = EpochPlan(order, starts)
             return self._plans[epoch]
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(len(self.examples))
-        # Sort raw draws instead of calling Generator.permutation: NumPy guarantees only raw draws across versions.
-        draws = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self.examples))
-        return np.argsort(draws, kind="stable")
+    def _order(self, epoch: int) -> Order:
+        rows = len(self.examples)
+        return Shuffled(rows, self.seed, epoch) if self.shuffle else InOrder(rows)
 
     def _pack(self, rows: np.ndarray) -> list[np.ndarray]:
-        lengths = self.examples.lengths[rows]
+        lengths = self.examples.lengths(rows)
         slots, loads = balance(lengths, self.slots)
         if self.max_tokens is not None and loads.max() > self.max_tokens:
             # Balancing may exceed max_tokens in a slot, whereas first fit, which planned the step, does not.
@@ -177,7 +183,7 @@ class Batches:
         return [rows[slots[index]] for index in np.argsort(-loads, kind="stable")]
 
     def _chunk(self, rows: np.ndarray) -> list[np.ndarray]:
-        longest_first = rows[np.argsort(-self.examples.lengths[rows], kind="stable")]
+        longest_first = rows[np.argsort(-self.examples.lengths(rows), kind="stable")]
         return np.array_split(longest_first, self.slots)
 
     def _make(self, rows: np.ndarray) -> Batch:
@@ -196,7 +202,7 @@ def packed_batch(examples: Examples, rows: np.ndarray) -> Batch:
     """Return the sequences of ``rows``, concatenated: ``[1, N]``."""
     assert examples.source is None, "an encoder-decoder runs padded batches"
     sequences = _sequences(examples, rows)
-    lengths = np.diff(examples.offsets)[sequences]
+    lengths = examples.offsets[sequences + 1] - examples.offsets[sequences]
     ends = np.cumsum(lengths)
     begins = ends - lengths
     position = np.arange(int(ends[-1]))
@@ -219,7 +225,7 @@ def padded_batch(examples: Examples, rows: np.ndarray, pad_token_id: int = 0) ->
     ``position_ids`` continue through the padding; under a causal mask no real token attends to it.
     """
     sequences = _sequences(examples, rows)
-    lengths = np.diff(examples.offsets)[sequences]
+    lengths = examples.offsets[sequences + 1] - examples.offsets[sequences]
     column = np.arange(int(lengths.max()))
     useful = column < lengths[:, None]
     source = np.where(useful, examples.offsets[sequences][:, None] + column, 0)
@@ -290,6 +296,7 @@ def _batch(
     cu_seqlens: Tensor | None = None,
     source: Batch | None = None,
 ) -> Batch:
+    assert lengths.min() > 0, "every sequence has at least one token"
     return Batch(
         input_ids=torch.from_numpy(ids.astype(np.int64)),
         labels=torch.from_numpy(labels.astype(np.int64)),

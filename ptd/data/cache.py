@@ -12,12 +12,12 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import mmap
+import math
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,15 +25,16 @@ from typing import Any
 import numpy as np
 
 from ptd.data.collecting import DTYPES
-from ptd.files import as_path, sync
-from ptd.types import DataReport, Examples, Summary
+from ptd.data.trimming import MONTH, UNFINISHED, discard, mapped_file, mark_used, trim
+from ptd.files import as_path, sync, write_text
+from ptd.types import DataReport, Examples, Summary, UserError
 
 MANIFEST = "manifest.json"
 VERSION = 1
 """Version of the form of an entry. An entry with another version counts as damaged and is written again."""
-WRITING = ".writing"
-"""Ending of the name of a folder that is being written."""
 LOCK = "lock"
+LEARNED = ".learned.json"
+"""Ending of the name of a file that says what a task has learned from rows."""
 FRESH = 600.0
 """Seconds without a change after which a temporary folder may be a leftover. Its lock alone does not say so: some
 network file systems hold locks on one machine only."""
@@ -65,10 +66,10 @@ def _failing(place: Path) -> Iterator[None]:
 
 
 class RowsCache:
-    """The entries in a folder, which does not have to exist yet."""
+    """The entries in a folder, which does not have to exist yet. ``limit``: bytes that they may have (`trim`)."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, limit: float = math.inf) -> None:
+        self.folder, self.limit = folder, limit
 
     def read(self, key: str, *, verify: bool) -> Examples | None:
         """Return the entry's examples as read-only maps of its files; None if there is no such entry.
@@ -80,10 +81,13 @@ class RowsCache:
         manifest = self.manifest(key)
         if manifest is None:
             return None
+        mark_used(place)
         with _failing(place):
             arrays = {
                 name: _mapped(place / f"{name}.bin", facts, verify=verify) for name, facts in manifest["arrays"].items()
             }
+            if not (place / MANIFEST).exists():  # removed before its files were locked (`ptd.data.trimming`)
+                return None
         return _assembled(manifest["examples"], arrays, "")
 
     def manifest(self, key: str) -> dict[str, Any] | None:
@@ -111,16 +115,43 @@ class RowsCache:
     def remove(self, key: str) -> None:
         """Remove an entry. Processes that have mapped it keep their maps. Raises `CacheError`."""
         with _failing(self.folder):
-            _discard(self.folder / key, self.folder / f".{key}.{secrets.token_hex(4)}{WRITING}")
+            discard(self.folder / key)
+
+    def trim(self, keep: str) -> None:
+        """Remove what is beyond the limit, except the entry ``keep`` and others in use."""
+        with contextlib.suppress(OSError):  # a folder that cannot be listed
+            trim(self.folder, self.limit, keep)
+            for old in self.folder.glob(f"*{LEARNED}"):
+                if time.time() - old.stat().st_mtime > MONTH:
+                    old.unlink()
+
+    def learned(self, key: str, learn: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return what a task learns from rows: what is stored under ``key``, or else the result of ``learn``.
+
+        The result, plain values, is stored if the folder can be written.
+        """
+        path = self.folder / f"{key}{LEARNED}"
+        try:
+            stored: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+            if stored["sha256"] == _digest_of([key, stored["learned"]]):
+                with contextlib.suppress(OSError):  # of another user, or on a read-only disk
+                    path.touch()
+                return stored["learned"]
+        except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
+            pass
+        found = learn()
+        with contextlib.suppress(UserError):
+            write_text(path, json.dumps({"sha256": _digest_of([key, found]), "learned": found}), "data.cache")
+        return found
 
     def write(self, key: str) -> EntryDraft:
         """Begin an entry; raises `CacheError`. Leftovers of writers that no longer run are removed first."""
         with _failing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            for old in self.folder.glob(f".*{WRITING}"):
+            for old in self.folder.glob(f".*{UNFINISHED}"):
                 if _abandoned(old):
                     shutil.rmtree(old, ignore_errors=True)
-            place = self.folder / f".{key}.{secrets.token_hex(8)}{WRITING}"
+            place = self.folder / f".{key}.{secrets.token_hex(8)}{UNFINISHED}"
             place.mkdir()
             return EntryDraft(self.folder / key, place)
 
@@ -211,7 +242,7 @@ class InFile:
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 self._file.close()
-            return _map(self.path, self.dtype)
+            return mapped_file(self.path, self.dtype)
 
     def described(self) -> dict[str, Any]:
         """Return what the manifest says of the file, after `array`."""
@@ -222,13 +253,6 @@ class InFile:
         """Close the file, whose content no longer matters."""
         with contextlib.suppress(OSError):  # what is still in its buffer may not fit the disk either
             self._file.close()
-
-
-def _map(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
-    with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:  # cannot be mapped
-            return np.empty(0, dtype=dtype)
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=dtype)
 
 
 def _mapped(path: Path, facts: dict[str, Any], *, verify: bool) -> np.ndarray:
@@ -243,7 +267,7 @@ def _mapped(path: Path, facts: dict[str, Any], *, verify: bool) -> np.ndarray:
         raise Damaged(f"{path} has {size:,} bytes instead of {wanted:,}")
     if verify and _digest(path) != facts["sha256"]:
         raise Damaged(f"{path} has other content than was written")
-    return _map(path, dtype)
+    return mapped_file(path, dtype)
 
 
 def _digest(path: Path) -> str:
@@ -251,8 +275,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest_of(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def _digest_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _described(examples: Examples, prefix: str, draft: EntryDraft) -> dict[str, Any]:
@@ -305,12 +329,3 @@ def _abandoned(place: Path) -> bool:
         return True
     except OSError:  # locked, without locks, or already removed
         return False
-
-
-def _discard(place: Path, aside: Path) -> None:
-    """Remove a folder that others may be opening: rename it first, so that nobody sees a part of it."""
-    try:
-        place.rename(aside)
-    except FileNotFoundError:  # another process was first
-        return
-    shutil.rmtree(aside, ignore_errors=True)

@@ -30,29 +30,30 @@ PACKAGES = ("datasets", "jinja2", "numpy", "sentencepiece", "tiktoken", "tokeniz
 """Packages that read rows, render conversations or tokenise."""
 CODE = ("data/*.py", "tasks/*.py", "config/schema.py", "types.py", "values.py")
 """The files of ptd that determine tokens, labels and reports."""
-NOT_READ = ("train", "eval", "train_split", "eval_split", "packing", "max_tokens", "cache")
+NOT_READ = ("train", "eval", "train_split", "eval_split", "packing", "max_tokens", "cache", "cache_gb")
 """Keys of the section ``data`` that have no effect on how given rows are tokenised."""
 _ROWS_AT_ONCE = 10_000
 
 
 def key_of(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any], data: DataConfig, kind: type
+    rows: str, tokenizer: PreTrainedTokenizerBase | None, settings: dict[str, Any], data: DataConfig, kind: type
 ) -> str:
     """Return the digest, 32 hexadecimal digits.
 
+    ``rows``: their `rows_digest`. ``tokenizer``: None for what a task learns from the rows, which no tokenizer affects.
     ``settings``: what a task knows besides the section ``data``, as plain values; ``kind``: the class of the task.
     Raises `CacheError` for a tokenizer that cannot be saved.
     """
     parts: dict[str, Any] = {
-        "rows": rows_digest(rows),
-        "tokenizer": tokenizer_digest(tokenizer),
+        "rows": rows,
+        "tokenizer": None if tokenizer is None else tokenizer_digest(tokenizer),
         "task": [kind.__qualname__, settings],
         "data": {key: value for key, value in data.model_dump(mode="json").items() if key not in NOT_READ},
-        "code": code_digest([kind, type(tokenizer)]),
+        "code": code_digest([kind] if tokenizer is None else [kind, type(tokenizer)]),
         "versions": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version_tuple()[:2],
     }
-    if "strftime_now" in json.dumps(tokenizer.chat_template):
+    if tokenizer is not None and "strftime_now" in json.dumps(tokenizer.chat_template):
         parts["date"] = date.today().isoformat()  # the chat template may write the current date
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

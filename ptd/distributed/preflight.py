@@ -21,8 +21,8 @@ from ptd.files import check_writable, existing
 from ptd.types import UserError
 from ptd.values import decimal_size, flattened
 
-PER_NODE = ("backbone.offload_folder", "data.cache")
-"""Keys that may differ between ranks: the path of a local disk may differ between nodes."""
+PER_NODE = ("backbone.offload_folder", "data.cache", "data.cache_gb")
+"""Keys that may differ between ranks: the path and the size of a local disk may differ between nodes."""
 FLOAT = 4
 """Bytes per trained number, in a checkpoint and in an adapter."""
 ADAPTERS = 3

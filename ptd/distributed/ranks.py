@@ -6,10 +6,11 @@ import json
 import math
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
+from itertools import count
 from typing import Any, TypeVar, cast
 
 import torch
@@ -22,6 +23,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.functional import pad
 
 from ptd.config import BackboneConfig
+from ptd.distributed.long_work import LongWork
 from ptd.distributed.rendezvous import Participant, join_group
 from ptd.types import PromptEncoder, UserError
 
@@ -47,6 +49,7 @@ class Ranks:
     joined: bool = False
     """Whether `start` joined the process group, so that `stop` has to leave it."""
     _groups: dict[int, ProcessGroup] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _long_works: Iterator[int] = field(default_factory=count, init=False, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -180,15 +183,21 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
-    def on_main(self, work: Callable[[], T]) -> T:
+    def on_main(self, work: Callable[[], T], *, long: bool = False) -> T:
         """Run ``work`` on rank 0; return its result, or raise its `UserError`, on every rank.
 
-        Any other exception of ``work`` is a `RuntimeError` on the other ranks.
+        Any other exception of ``work`` is a `RuntimeError` on the other ranks. ``long``: the work may take longer than
+        a collective waits, so the other ranks wait as long as rank 0 is alive.
         """
         outcome: list[Any] = [None, None]
+        waiting = None
+        if long and self.world_size > 1:
+            waiting = LongWork(self._notes, next(self._long_works), collective_timeout().total_seconds())
+            if not self.is_main:
+                waiting.wait()
         if self.is_main:
             try:
-                outcome[0] = work()
+                outcome[0] = work() if waiting is None else waiting.run(work)
             except UserError as error:
                 outcome[1] = error
             except Exception as error:  # the other ranks wait for an outcome of any kind

@@ -44,9 +44,8 @@ class HeldOut:
 
     def check_context(self, prepared: Prepared) -> None:
         """Raise `UserError` if a row is longer than the context of the backbone."""
-        sides = [side for side in (self.examples, self.examples.source) if side is not None]
-        longest = max(int((side.offsets[1:] - side.offsets[:-1]).max()) for side in sides)
-        check_context(prepared.shape.context, prepared.attachment.extra_for(self.member), longest)
+        extra = prepared.attachment.extra_for(self.member)
+        check_context(prepared.shape.context, extra, self.examples.longest_sequence)
 
     def batches(self, prepared: Prepared, ranks: Ranks) -> Batches:
         """Return batches of all rows, each row once and in order, distributed over the ranks."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,8 +18,10 @@ from ptd.backbone import (
     text_config_of,
     vocabulary_of,
 )
-from ptd.config import DataConfig, RunConfig, TrainConfig
+from ptd.config import DataConfig, RunConfig, TrainConfig, task_config
 from ptd.data import Batches, load_rows
+from ptd.data.cache import RowsCache
+from ptd.data.identity import rows_digest
 from ptd.data.tokens import check_ids, check_words, rows_in_both
 from ptd.distributed.network_meter import NetworkMeter
 from ptd.distributed.ranks import Ranks
@@ -29,10 +32,10 @@ from ptd.engine.prompt_step import PromptStep, Trained, build_optimizer
 from ptd.engine.setup import Prepared, check_context, prepare
 from ptd.inject import check_backend, compile_layers, context_of
 from ptd.methods import TaskFacts, method
-from ptd.runs.shared_rows import Tokenising, share_examples
+from ptd.runs.shared_rows import Tokenising, cache_of, share_examples
 from ptd.tasks import Task, make_task, rows_key
 from ptd.tasks.labels import some
-from ptd.types import Examples, Reporter, UserError
+from ptd.types import Architecture, Examples, Reporter, UserError
 
 
 def fit_batch(run: RunConfig, world_size: int, rows_per_step: int | None, reporter: Reporter) -> TrainConfig:
@@ -68,6 +71,7 @@ class _Source:
     """Reads the rows of a run. ``embeddings``: number of embeddings of the backbone, if its config gives it."""
 
     config: DataConfig
+    architecture: Architecture
     tokenizer: Any
     embeddings: int | None
     ranks: Ranks
@@ -80,21 +84,32 @@ class _Source:
             raise UserError(f"data.{which}: is missing; name the file to read")
         split = self.config.train_split if which == "train" else self.config.eval_split
         rows: Any = None
+        digest = cache(lambda: rows_digest(rows))
+        found = cache_of(self.config)
 
         def load() -> Task:
             nonlocal rows
             rows = load_rows(source, split, what=f"data.{which}")
-            return task.fit(rows, source) if learn else task
+            return self._fit(task, rows, source, digest, found) if learn else task
 
-        fitted = self.ranks.on_main(load)
+        fitted = self.ranks.on_main(load, long=True)
         job = Tokenising(
             make=lambda columns: fitted.tokenize(rows, self.tokenizer, what=source, columns=columns),
-            identify=lambda: rows_key(fitted, rows, self.tokenizer),
+            identify=lambda: rows_key(fitted, digest(), self.tokenizer),
         )
-        examples = share_examples(job, self.config.cache, self.ranks, self.reporter)
+        examples = share_examples(job, found, self.ranks, self.reporter)
         self.ranks.on_main(lambda: check_ids(examples, self.tokenizer, self.embeddings, source, writes=task.generates))
         self.reporter.note(f"data.{which}: {examples.report}")
         return fitted, examples, rows
+
+    def _fit(self, task: Task, rows: Any, source: str, digest: Callable[[], str], found: RowsCache | None) -> Task:
+        """Return the task with what it learns from the rows, or has learned from the same rows at an earlier start."""
+
+        def learn() -> dict[str, Any]:
+            return task.fit(rows, source).facts()
+
+        learned = learn() if found is None else found.learned(rows_key(task, digest(), None), learn)
+        return make_task(task_config(learned), self.config, self.architecture)
 
 
 def check_metric(config: RunConfig, task: Task) -> None:
@@ -129,12 +144,13 @@ def read_material(config: RunConfig, ranks: Ranks, reporter: Reporter) -> RunMat
     text_config = text_config_of(config.backbone)
     check_context(context_of(text_config), 0, config.data.max_length)  # `build_trained` checks it with the prompt
     tokenizer = load_tokenizer(config.backbone)
-    task = make_task(config.task, config.data, architecture_of(config.backbone))
+    architecture = architecture_of(config.backbone)
+    task = make_task(config.task, config.data, architecture)
     chosen, facts = method(config.method_name), facts_of(config, task)
     chosen.check(config.method_config(), facts)
     trains = chosen.has_prompt or facts.trained_head
     learned_from: Literal["train", "eval"] = "train" if trains else "eval"
-    source = _Source(config.data, tokenizer, vocabulary_of(text_config), ranks, reporter)
+    source = _Source(config.data, architecture, tokenizer, vocabulary_of(text_config), ranks, reporter)
     told = task.labels
     task, examples, rows = source.read(learned_from, task, learn=True)
     if task.labels != told:

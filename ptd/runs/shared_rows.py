@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ptd.config import DataConfig
 from ptd.data.cache import BLOCK_BYTES, CacheError, Damaged, RowsCache, default_folder
 from ptd.data.collecting import Columns, InMemory
 from ptd.distributed.ranks import Ranks
@@ -36,14 +37,21 @@ class Tokenising:
     identify: Callable[[], str]
 
 
-def share_examples(job: Tokenising, folder: str | None, ranks: Ranks, reporter: Reporter) -> Examples:
-    """Return the examples on every rank. ``folder``: the value of ``data.cache``. All ranks call this together.
+def cache_of(config: DataConfig) -> RowsCache | None:
+    """Return the cache that ``data.cache`` names; None if it is ``none``."""
+    if config.cache == "none":
+        return None
+    folder = default_folder() if config.cache is None else as_path(config.cache)
+    return RowsCache(folder, config.cache_gb * 1e9)
+
+
+def share_examples(job: Tokenising, cache: RowsCache | None, ranks: Ranks, reporter: Reporter) -> Examples:
+    """Return the examples on every rank; without a cache, in the memory of each. All ranks call this together.
 
     Raises the `UserError` of ``job.make`` on every rank. If a cache folder cannot be used, a note gives the reason.
     """
-    if folder == "none":
-        return ranks.on_main(lambda: job.make(InMemory))
-    cache = RowsCache(default_folder() if folder is None else as_path(folder))
+    if cache is None:
+        return ranks.on_main(lambda: job.make(InMemory), long=True)
     made: list[Examples] = []
 
     def make() -> str | None:
@@ -51,7 +59,7 @@ def share_examples(job: Tokenising, folder: str | None, ranks: Ranks, reporter: 
         made.append(examples)
         return key
 
-    key = ranks.on_main(make)
+    key = ranks.on_main(make, long=True)
     if ranks.world_size == 1:
         return made[0]
     own = made[0] if ranks.is_main else None
@@ -82,6 +90,7 @@ def _make(job: Tokenising, cache: RowsCache, reporter: Reporter) -> tuple[Exampl
             with cache.write(key) as draft:
                 draft.publish(job.make(draft))
             found = cache.read(key, verify=False)
+        cache.trim(keep=key)
         if found is None:
             raise CacheError(f"{cache.folder / key} was removed")
         return found, key
@@ -131,6 +140,7 @@ def _copy_to_nodes(cache: RowsCache, key: str, ranks: Ranks, reporter: Reporter)
         if lacks:
             with cache.write(key) as draft:
                 draft.receive(manifest, blocks)
+            cache.trim(keep=key)
     except CacheError as error:
         reason = str(error)
     for _ in blocks:  # a rank that stores none, or no more, still takes part in sending them

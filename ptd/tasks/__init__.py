@@ -122,8 +122,11 @@ LOWER_IS_BETTER = frozenset(TEXT_METRICS)
 """The only metrics for which lower is better; `ptd.engine.evaluation` computes them."""
 
 
-def rows_key(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the digest of all that determines the result of ``task.tokenize`` on these rows."""
+def rows_key(task: Task, rows: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Return the digest of all that determines the result of ``task.tokenize`` on the rows with this digest.
+
+    Without a tokenizer: of all that determines the result of ``task.fit``.
+    """
     settings = {
         "config": task.config.model_dump(mode="json"),
         "labels": task.labels,

@@ -21,6 +21,8 @@ from ptd.config import DataConfig, TaskConfig
 from ptd.data import Batches, identity, load_rows
 from ptd.data.cache import MANIFEST, CacheError, Damaged, RowsCache, default_folder
 from ptd.data.collecting import InMemory, collect
+from ptd.data.identity import rows_digest
+from ptd.data.tokens import rows_in_both
 from ptd.tasks import make_task, rows_key
 from ptd.types import Architecture, DataReport, Examples
 
@@ -119,16 +121,23 @@ def anonymous_kib() -> int:
     return int(found)
 
 
-def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
-    """The arrays have 128 MB; writing and reading them, and making batches, needs a small part of that."""
+@pytest.mark.parametrize(("rows", "length"), [(160_000, 100), (3_000_000, 2)])
+def test_memory_does_not_grow_with_the_rows(rows: int, length: int, tmp_path: Path) -> None:
+    """The arrays have at least 84 MB, of which 36 MB per row; writing and reading them, and making batches, needs less.
+
+    An array with one number per row (24 MB) would exceed the limit.
+    """
     cache, before = RowsCache(tmp_path), anonymous_kib()
-    found = written(cache, lambda columns: collect(pieces(160_000, 100), columns))
-    assert sum(array.nbytes for array in arrays_of(found).values()) > 128e6
-    batches = Batches(found, rank=0, world_size=2, per_device_batch_size=8)
-    for step in (0, 77, 9000):
-        assert batches.supervised_tokens(step) > 0
-        batches.step(step)
-    assert anonymous_kib() - before < 24 * 1024
+    found = written(cache, lambda columns: collect(pieces(rows, length), columns))
+    assert sum(array.nbytes for array in arrays_of(found).values()) > 70e6
+    assert found.longest == found.longest_sequence == length
+    for max_tokens in (None, 10_000):
+        batches = Batches(found, rank=0, world_size=2, per_device_batch_size=8, max_tokens=max_tokens)
+        for step in (0, 77, batches.steps_in_epoch(0) - 1, batches.steps_in_epoch(0)):
+            assert batches.supervised_tokens(step) > 0
+            batches.step(step)
+    assert rows_in_both(found, collect(pieces(1000, length))) == 1000
+    assert anonymous_kib() - before < 22 * 1024
     assert isinstance(base_of(found.tokens), mmap.mmap)
     assert str(tmp_path / KEY / "tokens.bin") in Path("/proc/self/maps").read_text()
 
@@ -142,7 +151,7 @@ def base_of(array: Any) -> Any:
 def key(rows: Any = None, tokenizer: Any = None, task: dict[str, Any] | None = None, **data: Any) -> str:
     rows = Dataset.from_list(PAIRS) if rows is None else rows
     made = make_task(TaskConfig(**(task or {})), DataConfig(**data), "decoder")
-    return rows_key(made, rows, tiny_tokenizer() if tokenizer is None else tokenizer)
+    return rows_key(made, rows_digest(rows), tiny_tokenizer() if tokenizer is None else tokenizer)
 
 
 def test_the_key_depends_on_the_rows_and_not_on_their_file(tmp_path: Path) -> None:
@@ -219,7 +228,9 @@ def test_the_key_depends_on_settings_that_matter() -> None:
         key(task={"kind": "token_classification", "labels": ["O", "X"]}),
     ]
     assert len(set(found)) == len(found)
-    assert key(packing=False) == key(max_tokens=5000) == key(train="a.csv", eval="b.csv", cache="x") == key()
+    assert (
+        key(packing=False) == key(max_tokens=5000) == key(train="a.csv", eval="b.csv", cache="x", cache_gb=9) == key()
+    )
 
 
 def test_the_key_depends_on_code_and_versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_prompt_and_completion(make_bytes):
         follows = np.append(tokens[1:], IGNORE_INDEX)
         assert (labels[labels != IGNORE_INDEX] == follows[labels != IGNORE_INDEX]).all()
     assert examples.offsets.tolist() == [0, 7, 11]
-    assert examples.lengths.tolist() == [7, 4]
+    assert examples.lengths().tolist() == [7, 4]
     assert len(examples) == 2
     assert str(examples.report) == "2 rows, 11 tokens, 6 of them supervised"
 

@@ -36,6 +36,7 @@ def test_what_is_on_the_host_goes_through_the_hosts_backend(found: list[dict[str
             "said by 0",
             "no",
         )
+        assert here["long"] == ["said by 0", True]
         assert here["left"] == [[0, 10], None]
         assert here["of a group"] == ["cpu:gloo,cuda:fake", [0, 1]]
 

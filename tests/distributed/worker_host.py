@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,16 @@ def talk(ranks: Ranks) -> dict[str, Any]:
     ranks.leave("name", ranks.rank * 10)
     ranks.barrier()
     try:
-        ranks.on_main(refuse)
+        ranks.on_main(refuse, long=True)
     except UserError as error:
         raised = str(error)
+    began = time.monotonic()
+    said = ranks.on_main(lambda: time.sleep(0.5) or "said by 0", long=True)
     return {
         "gathered": ranks.gather(ranks.rank),
         "any": [ranks.any(ranks.rank == 1), ranks.any(False)],
         "on main": ranks.on_main(lambda: "said by 0"),
+        "long": [said, time.monotonic() - began >= 0.5],
         "raised": raised,
         "left": [ranks.left("name"), ranks.left("other")],
     }

@@ -266,7 +266,7 @@ def training_case(
         "fillers": sum(gather(fillers)),
         "supervised": [record["supervised_tokens"] for record in records],
         "tokens": [record["tokens"] for record in records],
-        "expected_tokens": [int(EXAMPLES.lengths[batches.rows(index)].sum()) for index in range(STEPS)],
+        "expected_tokens": [int(EXAMPLES.lengths(np.array(batches.rows(index))).sum()) for index in range(STEPS)],
         "expected_supervised": [batches.supervised_tokens(index) for index in range(STEPS)],
     }
 

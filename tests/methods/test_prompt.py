@@ -13,6 +13,7 @@ from families import BOS, VOCAB, tiny_config, tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import T5EncoderModel
 
+from ptd.backbone import conditioning
 from ptd.backbone.conditioning import AT_ONCE, FREQUENT, TextConditioner
 from ptd.config import parse_method
 from ptd.methods import TaskFacts, method
@@ -126,6 +127,18 @@ def test_rows_are_the_tokens_of_training_rows_in_a_drawn_order():
             left = left[len(piece) :]
         assert sorted(seen) == [12, 21, 31]  # no row occurs twice before every row has occurred once
     assert len(starts) > 3
+
+
+def test_rows_are_drawn_from_a_sample_if_there_are_many(monkeypatch):
+    monkeypatch.setattr(conditioning, "DRAWN", 4)
+    offsets = np.arange(31)
+    tokens = np.arange(30, dtype=np.int32)
+    conditioner = TextConditioner(
+        bare(backbone("llama")), None, Examples(tokens, tokens, offsets, DataReport(30, 30, 30))
+    )
+    first, second = conditioner.rows(4)[0], conditioner.rows(4)[0]
+    assert len({*first}) == len({*second}) == 4
+    assert {*first} != {*second}  # the next sample is another one
 
 
 def test_the_size_of_embeddings_is_measured_as_the_layer_puts_them_out():

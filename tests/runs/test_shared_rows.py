@@ -19,11 +19,12 @@ from datasets import Dataset
 from families import tiny_tokenizer
 from reporting import Notes
 
-from ptd.config import DataConfig, TaskConfig
+from ptd.config import DataConfig, TaskConfig, parse_config
 from ptd.data.cache import CacheError
 from ptd.distributed.ranks import Ranks
+from ptd.runs import build
 from ptd.runs.metrics_log import read_records
-from ptd.runs.shared_rows import Tokenising, share_examples
+from ptd.runs.shared_rows import Tokenising, cache_of, share_examples
 from ptd.tasks import make_task
 from ptd.types import Examples
 
@@ -46,7 +47,9 @@ class Counted:
 
     def share(self, folder: Path | str, identify: Callable[[], str] = lambda: "a" * 32) -> tuple[Examples, list[str]]:
         notes = Notes()
-        return share_examples(Tokenising(self.make, identify), str(folder), ALONE, notes), notes.lines
+        return share_examples(
+            Tokenising(self.make, identify), cache_of(DataConfig(cache=str(folder))), ALONE, notes
+        ), notes.lines
 
 
 def test_the_second_start_does_not_tokenise(tmp_path: Path) -> None:
@@ -142,6 +145,65 @@ def test_notes_say_which_ranks_hold_the_rows_in_memory(shared: list[dict[str, An
     assert all(not case["notes"] for name, case in shared[0].items() if name not in ("unusable on node 1",))
 
 
+LEARNED: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]] = {
+    "classification": (
+        {"task": {"kind": "classification", "class_weights": "balanced"}},
+        [{"text": "ab", "label": "x"}, {"text": "cd", "label": "y"}, {"text": "ef", "label": "y"}],
+        {"labels": ["x", "y"], "class_weights": {"x": 1.5, "y": 0.75}},
+    ),
+    "token_classification": (
+        {"task": {"kind": "token_classification"}},
+        [{"tokens": ["Anna", "lives"], "tags": ["B-PER", "O"]}, {"tokens": ["Rome"], "tags": ["B-LOC"]}],
+        {"labels": ["B-LOC", "B-PER", "O"]},
+    ),
+    "messages": (
+        {"data": {"format": "messages"}},
+        [
+            {
+                "messages": [
+                    {"role": "system", "content": "be brief"},
+                    {"role": "user", "content": f"{number}?"},
+                    {"role": "assistant", "content": "yes"},
+                ]
+            }
+            for number in range(3)
+        ],
+        {"system": "be brief"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_the_second_start_does_not_learn_again(
+    name: str, backbone_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections, rows, wanted = LEARNED[name]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = str(tmp_path / "rows.jsonl")
+    data = {"train": file, "eval": file, "max_length": 64, **sections.get("data", {})}
+    trained = "p_tuning_v2" if "task" in sections else "prefix"
+    raw = {"backbone": {"path": str(backbone_dir)}, "method": {"name": trained}, "output_dir": str(tmp_path / "out")}
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for each in messages %}<s>{{ each.role }}: {{ each.content }}</s>{% endfor %}"
+    monkeypatch.setattr(build, "load_tokenizer", lambda backbone: tokenizer)
+
+    def start(cache: Path | str) -> build.RunMaterial:
+        config = parse_config({**raw, **sections, "data": {**data, "cache": str(cache)}})
+        return build.read_material(config, ALONE, Notes())
+
+    memory, first = start("none"), start(tmp_path / "cache")
+    monkeypatch.setattr(type(first.task), "fit", lambda *_: pytest.fail("fits again"))
+    second = start(tmp_path / "cache")
+    for each in (memory, first, second):
+        assert {key: each.task.facts()[key] for key in wanted} == wanted
+        assert each.examples.digest() == memory.examples.digest()
+        assert each.task.facts() == memory.task.facts()
+    rows[1] = rows[0]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(pytest.fail.Exception, match="fits again"):
+        start(tmp_path / "cache")
+
+
 def test_a_run_is_the_same_with_and_without_the_cache(
     train_here: Any, backbone_dir: Path, rows_file: Path, tmp_path: Path
 ) -> None:
@@ -161,6 +223,7 @@ def test_a_run_is_the_same_with_and_without_the_cache(
         assert "cache" not in json.dumps(described)
     assert losses[0] == losses[1] == losses[2]
     assert notes[0] == notes[1] == notes[2]
-    assert len(list((tmp_path / "rows").iterdir())) == 1  # the two files of rows are one file, with the same content
+    (entry,) = (path for path in (tmp_path / "rows").iterdir() if path.is_dir())  # both files have the same content
+    assert (entry / "tokens.bin").exists()
     run = json.loads((tmp_path / "first" / "run.json").read_text())
     assert run["config"]["data"]["cache"] == str(tmp_path / "rows")

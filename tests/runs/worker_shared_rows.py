@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ptd.config import DataConfig
 from ptd.data.collecting import collect
 from ptd.distributed.ranks import Ranks
-from ptd.runs.shared_rows import Tokenising, share_examples
+from ptd.runs.shared_rows import Tokenising, cache_of, share_examples
 from ptd.types import DataReport, Examples, Reporter
 
 KEY = "a" * 32
@@ -52,7 +53,7 @@ class Rows(Reporter):
         return collect(pieces, columns)
 
     def share(self, folder: Path | str, ranks: Ranks) -> Examples:
-        return share_examples(Tokenising(self.make, lambda: KEY), str(folder), ranks, self)
+        return share_examples(Tokenising(self.make, lambda: KEY), cache_of(DataConfig(cache=str(folder))), ranks, self)
 
 
 class Metered(Ranks):

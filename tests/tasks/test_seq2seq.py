@@ -105,7 +105,7 @@ def test_cuts_keep_the_special_tokens(family):
         assert examples.source[index][0].tolist() == whole
         target = tokenizer(text_target=row["completion"], truncation=True, max_length=5)["input_ids"]
         assert examples[index][1].tolist() == target
-    assert max(examples.source.lengths) == 6
+    assert examples.source.longest == 6
     assert np.diff(examples.offsets).max() == 5
 
 
@@ -136,7 +136,7 @@ def test_virtual_tokens_stand_in_the_encoders_text():
         text = tokenizer.decode(source[2:-2]).strip()
         assert text.startswith("old ")
         assert kept in text
-    assert examples.source.lengths.max() == 14
+    assert examples.source.longest == 14
     assert examples.report.prompts_cut == 1
     assert (examples.tokens >= 0).all()
 
