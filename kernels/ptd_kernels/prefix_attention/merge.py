@@ -27,9 +27,10 @@ from ptd_kernels.prefix_attention.merge_groups import (
     unfold,
 )
 from ptd_kernels.prefix_attention.merge_outputs import finite_sums, merge_outputs
-from ptd_kernels.prefix_attention.problem import Backend, Problem, register_backend
+from ptd_kernels.prefix_attention.problem import Backend, Problem, nvidia_capability, register_backend
 from ptd_kernels.prefix_attention.reference import reference_attention
 from ptd_kernels.prefix_attention.segments import ON_REQUEST, Gradients, Kernel, Need, Rule, pick
+from ptd_kernels.prefix_attention.segments.shared_keys import unusable
 
 # The fewest rows of a call of plain torch on a pack whose offsets are unknown; many short calls would cost more.
 _FEWEST_ROWS = 512
@@ -371,9 +372,10 @@ def _explain(problem: Problem, preferred: Kernel | None = None) -> str:
     prefix, prefix_backward = (
         pick(Need(q, keys, head_size, _everything(rule), exact), preferred) for exact in (False, True)
     )
+    missing = unusable(q) if nvidia_capability(q.device) is not None else None
     return (
         f"one call per segment, merged by log-sum-exp; own tokens: {own.name}; prefix: {prefix.name}; "
-        f"gradient of the prefix: {prefix_backward.name}"
+        f"gradient of the prefix: {prefix_backward.name}" + (f" (Triton cannot be used: {missing})" if missing else "")
     )
 
 

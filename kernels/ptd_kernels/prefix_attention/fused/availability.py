@@ -13,9 +13,14 @@ INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def triton_refuses(device: torch.device) -> str | None:
     """Return why Triton cannot run the kernels on `device`, or None."""
+    return _refusal(device)
+
+
+@functools.cache
+def _refusal(device: torch.device) -> str | None:
     if not INSTALLED:
         return "Triton is not installed (pip install triton; Linux only)"
     if INTERPRETED:
