@@ -304,9 +304,9 @@ class _Merge(torch.autograd.Function):
         groups, preferred = ctx.groups, ctx.preferred
         needs_own = need_q or need_k or need_v
         kernel = None
-        if prefix_k is not None and groups and (need_q or need_prefix_k or need_prefix_v):
+        if groups and (need_q or need_prefix_k or need_prefix_v):
             kernel = _prefix_kernel(fold(q), prefix_v, rule, groups, preferred, exact=True)
-        elif prefix_k is not None:
+        elif prefix_k is not None and not groups:
             dprefix_k, dprefix_v = torch.zeros_like(prefix_k), torch.zeros_like(prefix_v)
 
         def own(dq: Tensor | None) -> Gradients:
