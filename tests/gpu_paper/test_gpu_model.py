@@ -31,27 +31,27 @@ GPU = torch.device("cuda", 0)
 traced = cache(trace)
 P32, P512, P2048, ONE_ROW, RECOMPUTED, B8 = CELLS
 LAYER = {
-    P32: {"GEMMs": 14, "attention": 3, "prefix gradient": 23, "merging": 22, "autograd elementwise": 56,
+    P32: {"GEMMs": 14, "attention": 3, "prefix gradient": 4, "merging": 3, "autograd elementwise": 56,
           "transformers elementwise": 30, "optimizer": 2},
-    P512: {"GEMMs": 14, "attention": 3, "prefix gradient": 313, "merging": 22, "autograd elementwise": 56,
+    P512: {"GEMMs": 14, "attention": 3, "prefix gradient": 6, "merging": 3, "autograd elementwise": 56,
            "transformers elementwise": 30, "optimizer": 2},
-    P2048: {"GEMMs": 14, "attention": 3, "prefix gradient": 1225, "merging": 22, "autograd elementwise": 56,
+    P2048: {"GEMMs": 14, "attention": 3, "prefix gradient": 5, "merging": 3, "autograd elementwise": 56,
             "transformers elementwise": 30, "optimizer": 2},
-    ONE_ROW: {"GEMMs": 14, "attention": 3, "prefix gradient": 23, "merging": 22, "autograd elementwise": 56,
+    ONE_ROW: {"GEMMs": 14, "attention": 3, "prefix gradient": 4, "merging": 3, "autograd elementwise": 56,
               "transformers elementwise": 30, "optimizer": 2},
-    RECOMPUTED: {"GEMMs": 20, "attention": 5, "prefix gradient": 23, "merging": 42, "autograd elementwise": 56,
+    RECOMPUTED: {"GEMMs": 20, "attention": 5, "prefix gradient": 4, "merging": 6, "autograd elementwise": 56,
                  "transformers elementwise": 59, "optimizer": 2},
-    B8: {"GEMMs": 14, "attention": 3, "prefix gradient": 25, "merging": 22, "autograd elementwise": 56,
+    B8: {"GEMMs": 14, "attention": 3, "prefix gradient": 4, "merging": 3, "autograd elementwise": 56,
          "transformers elementwise": 30, "optimizer": 2},
 }  # fmt: skip
 """Launches of a layer of the middle, forward and backward, by part; none of the parts that are missing here. The two
 of the optimizer copy the gradients of keys and values into the flat gradient."""
 STEP = {
-    P32: {"GEMMs": 446, "attention": 95, "prefix gradient": 736, "merging": 702, "autograd elementwise": 1779,
+    P32: {"GEMMs": 446, "attention": 95, "prefix gradient": 128, "merging": 96, "autograd elementwise": 1779,
           "transformers elementwise": 978, "loss": 24, "optimizer": 109, "other": 16},
-    RECOMPUTED: {"GEMMs": 642, "attention": 160, "prefix gradient": 736, "merging": 1344, "autograd elementwise": 1821,
+    RECOMPUTED: {"GEMMs": 642, "attention": 160, "prefix gradient": 128, "merging": 192, "autograd elementwise": 1821,
                  "transformers elementwise": 1906, "loss": 24, "optimizer": 109, "other": 16},
-    B8: {"GEMMs": 446, "attention": 95, "prefix gradient": 800, "merging": 702, "autograd elementwise": 1779,
+    B8: {"GEMMs": 446, "attention": 95, "prefix gradient": 128, "merging": 96, "autograd elementwise": 1779,
          "transformers elementwise": 978, "loss": 40, "optimizer": 109, "other": 16},
 }  # fmt: skip
 """Launches of a whole step, by part."""

@@ -185,12 +185,13 @@ def _sum_keys(x_BHTX: Tensor, cut: list[MergedTile], parts: list[Tensor]) -> Ten
 
 
 def _prefix_kernel(
-    q_1HND: Tensor, prefix_v: Tensor, rule: Rule, groups: list[Group], preferred: Kernel | None, exact: bool
+    q: Tensor, prefix_v: Tensor, rule: Rule, groups: list[Group], preferred: Kernel | None, exact: bool
 ) -> Kernel:
     """Return the kernel for the prefix: one for the call with the fewest keys and for the call with the fewest rows."""
     keys = min(group.last_key - group.first_key for group in groups)
     rows = min(sum(last - first for first, last in group.rows) for group in groups)
-    return pick(Need(q_1HND[:, :, :rows], keys, prefix_v.shape[2], _everything(rule), exact), preferred)
+    shape_of_rows = q[:1, :, :1].expand(-1, -1, rows, -1)
+    return pick(Need(shape_of_rows, keys, prefix_v.shape[2], _everything(rule), exact), preferred)
 
 
 def _prefix_forward(
@@ -201,7 +202,7 @@ def _prefix_forward(
     The log-sum-exp is -inf where a sequence has no prefix.
     """
     q_1HND = fold(q)
-    kernel = _prefix_kernel(q_1HND, prefix_v, rule, groups, preferred, exact=False)
+    kernel = _prefix_kernel(q, prefix_v, rule, groups, preferred, exact=False)
     outs, sums = [], []
     for group in groups:
         rows, key, value = _prefix_segment(q_1HND, prefix_k, prefix_v, group)
@@ -305,7 +306,7 @@ class _Merge(torch.autograd.Function):
         needs_own = need_q or need_k or need_v
         kernel = None
         if groups and (need_q or need_prefix_k or need_prefix_v):
-            kernel = _prefix_kernel(fold(q), prefix_v, rule, groups, preferred, exact=True)
+            kernel = _prefix_kernel(q, prefix_v, rule, groups, preferred, exact=True)
         elif prefix_k is not None and not groups:
             dprefix_k, dprefix_v = torch.zeros_like(prefix_k), torch.zeros_like(prefix_v)
 

@@ -24,11 +24,11 @@ from ptd_kernels.prefix_attention.fused.tiles import (
     load_bias,
     load_tile,
     product,
-    rounded,
     score,
     seeing_rows,
     seen_keys,
     store_tile,
+    to_nearest,
     visible,
 )
 
@@ -72,7 +72,7 @@ def _query_gradient(
             weight_MN *= slope_MN
         dweight_MN = product(dout_ME, tl.trans(v_NE))
         dscore_MN = weight_MN * (dweight_MN - delta_M[:, None])
-        dq_MD = product(rounded(dscore_MN, k_ND.dtype), k_ND, dq_MD)
+        dq_MD = product(to_nearest(dscore_MN, k_ND.dtype), k_ND, dq_MD)
     return dq_MD
 
 
@@ -131,11 +131,11 @@ def query_gradient_kernel(
 @triton.jit
 def add_keys(dk_ND, dv_NE, v_NE, q_MD, dout_ME, weight_NM, slope_NM, delta_M, SOFTCAP: tl.constexpr):
     """Add to dk (without the scale) and dv the share of the rows with these weights; also return their dS."""
-    dv_NE = product(rounded(weight_NM, dout_ME.dtype), dout_ME, dv_NE)
+    dv_NE = product(to_nearest(weight_NM, dout_ME.dtype), dout_ME, dv_NE)
     if SOFTCAP:
         weight_NM *= slope_NM
     dweight_NM = product(v_NE, tl.trans(dout_ME))
-    dscore_NM = rounded(weight_NM * (dweight_NM - delta_M[None, :]), q_MD.dtype)
+    dscore_NM = to_nearest(weight_NM * (dweight_NM - delta_M[None, :]), q_MD.dtype)
     return product(dscore_NM, q_MD, dk_ND), dv_NE, dscore_NM
 
 

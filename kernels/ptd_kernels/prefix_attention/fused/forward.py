@@ -22,10 +22,10 @@ from ptd_kernels.prefix_attention.fused.tiles import (
     load_bias,
     load_tile,
     product,
-    rounded,
     score,
     seen_keys,
     store_tile,
+    to_nearest,
     visible,
 )
 
@@ -54,7 +54,7 @@ def attend(
         shrink_M = tl.exp2(top_M - base_M)
         sum_M = sum_M * shrink_M + tl.sum(weight_MN, 1)
         v_NE = load_tile(v, v_t, key, keys, E, BLOCK_N, BLOCK_E)
-        out_ME = product(rounded(weight_MN, v_NE.dtype), v_NE, out_ME * shrink_M[:, None])
+        out_ME = product(to_nearest(weight_MN, v_NE.dtype), v_NE, out_ME * shrink_M[:, None])
         top_M = new_top_M
     return out_ME, sum_M, top_M
 

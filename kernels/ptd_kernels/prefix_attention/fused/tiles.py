@@ -141,7 +141,7 @@ def store_tile(base, stride, first, length, tile, SIZE: tl.constexpr, BLOCK: tl.
     index = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, BLOCK_SIZE)[None, :]
     pointers = base + tl.cast(first, tl.int64) * stride + (index * stride + column)
-    tl.store(pointers, rounded(tile, base.dtype.element_ty), mask=(first + index < length) & (column < SIZE))
+    tl.store(pointers, to_nearest(tile, base.dtype.element_ty), mask=(first + index < length) & (column < SIZE))
 
 
 @triton.jit
@@ -152,7 +152,7 @@ def load_bias(bias, stride, row_M, key_N, rows, keys):
 
 
 @triton.jit
-def rounded(x, dtype: tl.constexpr):
+def to_nearest(x, dtype: tl.constexpr):
     """Return the fp32 tile `x` in another type, rounded to nearest; by itself, the interpreter truncates to bf16."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
