@@ -25,6 +25,7 @@ from tests.gpu_paper.device import Seen, shapes_only, watched
 import ptd_kernels
 import torch
 import transformers
+from gpu_model_triton import work_of
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -142,6 +143,14 @@ class Launches(Seen):
         flops, rate = _computation(packet, args, kwargs, out)
         place = f"{Path(frames[0].f_code.co_filename).name}:{frames[0].f_lineno}" if frames else ""
         launch = Launch(self._part(packet, frames), str(packet), rate, read, written, flops, place)
+        self.counts[launch] += 1
+
+    def ran_triton(self, name: str, arguments: dict[str, Any], grid: tuple[int, ...]) -> None:
+        frames = list(_own_frames(sys._getframe(1)))
+        work = work_of(name, arguments)
+        read, written = (sum(map(_bytes, {id(x): x for x in some}.values())) for some in (work.read, work.written))
+        place = f"{Path(frames[0].f_code.co_filename).name}:{frames[0].f_lineno}" if frames else ""
+        launch = Launch(self._part(None, frames), f"triton.{name}", work.rate, read, written, work.flops, place)
         self.counts[launch] += 1
 
     def _part(self, packet: Any, frames: list[FrameType]) -> str:

@@ -32,6 +32,8 @@ from ptd.types import Batch, PromptEncoder
 aten = torch.ops.aten
 Capability = tuple[int, int] | None
 """Compute capability of the NVIDIA GPU to trace for; None: a CPU."""
+MULTIPROCESSORS, KEYS_PER_PROGRAM = 132, 128
+"""Those of a Hopper GPU, and the most keys of a program of the prefix's gradient (fused/tile_table.py)."""
 CUDA_GRANULARITY = 512
 """torch's CUDA allocator rounds allocations up to multiples of these bytes
 (kMinBlockSize, c10/cuda/CUDACachingAllocator.cpp)."""
@@ -280,7 +282,17 @@ def _gpu_workspaces() -> dict[Any, Callable[..., int]]:
             _numbers(weight) + 4 * weight.shape[1]
         ),
     }
+    found[torch.ops.ptd_kernels.shared_keys_backward] = _shared_keys_backward
     return found | _bitsandbytes_workspaces() | _everywhere()
+
+
+def _shared_keys_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> int:
+    """Return the bytes of the splits' partial sums: the rows are split until there are two programs per multiprocessor.
+
+    With many keys there is one split, and the row sums of dout * out are stored.
+    """
+    splits = max(1, math.ceil(2 * MULTIPROCESSORS / (k.shape[1] * math.ceil(k.shape[2] / KEYS_PER_PROGRAM))))
+    return 4 * (splits * (k.numel() + v.numel()) + q.numel() // q.shape[3])
 
 
 def _cpu_workspaces() -> dict[Any, Callable[..., int]]:
@@ -372,6 +384,8 @@ def _flop_formulas() -> dict[Any, Callable[..., int]]:
         aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
         aten._flash_attention_forward: flash,
         aten._flash_attention_backward: flash_backward,
+        torch.ops.ptd_kernels.shared_keys: attention,
+        torch.ops.ptd_kernels.shared_keys_backward: attention_backward,
     }
     return formulas | _of_bitsandbytes({"gemm_4bit": four_bit, "int8_scaled_mm": eight_bit})
 

@@ -16,6 +16,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import inspect
 import os
 import shutil
 import subprocess
@@ -107,6 +108,9 @@ class Seen:
 
     def ran(self, op: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Do nothing; a subclass may inspect the tensors of an operation that the emulated GPU has run."""
+
+    def ran_triton(self, name: str, arguments: dict[str, Any], grid: tuple[int, ...]) -> None:
+        """Do nothing; a subclass may inspect a launch of a Triton kernel, its arguments by name and its grid."""
 
     def wait(self, name: str) -> None:
         """Record that the host waits."""
@@ -512,6 +516,10 @@ def _emulate() -> None:
 
         def launch(self: Any, *args: Any, **kwargs: Any) -> None:
             _launches(f"triton.{self.fn.__name__}")
+            given = inspect.getcallargs(self.fn, *args, **{k: v for k, v in kwargs.items() if k in self.arg_names})
+            grid = self.grid(given) if callable(self.grid) else self.grid
+            for seen in _watching:
+                seen.ran_triton(self.fn.__name__, given, grid)
             if _without_numbers:
                 return
             with _unseen():  # the interpreter's own copies

@@ -8,7 +8,7 @@ kernel for a call, plain torch computes the call in slices, and the number of sl
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,9 @@ def operator(sizes: tuple[int, ...], kind: str) -> tuple[int, int]:
     B, S, T, Hq, Hkv, D, P = sizes
     options: dict[str, Any] = {}
     seen = Seen()
-    with FakeTensorMode(), Dispatched(seen):
+    with ExitStack() as stack:
+        for context in (shapes_only(), watched(seen)) if EMULATED else (FakeTensorMode(), Dispatched(seen)):
+            stack.enter_context(context)
 
         def make(batch: int, length: int, heads: int) -> Tensor:
             return (

@@ -19,8 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from ptd_kernels.prefix_attention.fused import backward, decode, forward
-from ptd_kernels.prefix_attention.fused.tile_table import DELTA, WIDTHS, Tile, decode_tile, decodes, tiles_for
+from ptd_kernels.prefix_attention.fused import backward, decode, forward, merge, short_prefix
+from ptd_kernels.prefix_attention.fused.tile_table import (
+    DELTA,
+    MERGE,
+    WIDTHS,
+    Tile,
+    decode_tile,
+    decodes,
+    short_prefix_tile,
+    tiles_for,
+)
 from ptd_kernels.prefix_attention.fused.tiles import padded
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -32,6 +41,8 @@ SOURCES = {
     "prefix_gradient": backward.prefix_gradient_kernel,
     "decode": decode.decode_kernel,
     "delta": backward.delta_kernel,
+    "short_prefix": short_prefix.short_prefix_kernel,
+    "merge": merge.merge_kernel,
 }
 FEATURES = ("CAUSAL", "WINDOW", "SOFTCAP", "PACKED", "BIAS", "SEVERAL")
 VARIANTS = {
@@ -43,11 +54,12 @@ VARIANTS = {
     "bias": ("BIAS",),
     "several": ("CAUSAL", "PACKED", "SEVERAL"),
     "all": FEATURES,
+    "merge": ("ADD",),
 }
-FP32_RESULTS = {("prefix_gradient", "dk"), ("prefix_gradient", "dv"), ("decode", "out")}
+FP32_RESULTS = {("decode", "out")}
 SCALARS = {
     **dict.fromkeys(("inner", "outer", "scale"), "fp32"),
-    **dict.fromkeys(("lse", "delta"), "*fp32"),
+    **dict.fromkeys(("lse", "delta", "partial", "first_lse", "second_lse"), "*fp32"),
     **dict.fromkeys(
         ("cu_seqlens", "prefix_index", "prefix_bounds", "item_bounds", "item_sequence", "item_row"), "*i32"
     ),
@@ -79,8 +91,11 @@ def signature(name: str, dtype: str) -> tuple[dict[str, str], dict[tuple[int], l
 
 def candidates(name: str, arch: int, dtype: str, D: int, E: int, variant: str) -> tuple[Tile, ...]:
     """Return the tiles that such a call may get; the first one is the tile of the table."""
-    if name == "delta":
-        return (DELTA,)
+    if name in ("delta", "merge"):
+        return (DELTA if name == "delta" else MERGE,)
+    if name == "short_prefix":
+        tiles = (short_prefix_tile(keys, arch, max(D, E)) for keys in (32, 64))
+        return () if dtype == "fp32" else tuple(tile for tile in tiles if tile is not None)
     if name == "decode":
         half = dtype != "fp32"
         rows = max(group for group in range(1, 129) if decodes(1, group, half))
@@ -94,6 +109,7 @@ def compile_kernel(
     """Return the registers, spilled bytes, shared memory and use of wgmma of one kernel."""
     tile = tile or candidates(name, arch, dtype, D, E, variant)[0]
     constants: dict[str, Any] = {feature: feature in VARIANTS[variant] for feature in FEATURES}
+    constants |= {"ADD": "ADD" in VARIANTS[variant], "QUERIES": True}
     constants |= {"D": D, "E": E, "BLOCK_D": padded(D), "BLOCK_E": padded(E)}
     constants |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
     types, attributes = signature(name, dtype)
@@ -127,7 +143,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def summary(rows: list[dict[str, Any]]) -> str:
     """Return the table's own tiles with the compiler's worst numbers over all head sizes, dtypes and variants."""
-    columns = [name for name in SOURCES if name != "delta"]
+    columns = [name for name in SOURCES if name not in ("delta", "merge")]
     lines = [f"| GPU, type | head size | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
     for biased in (False, True):
         for arch, half, width in product((90, 80), (True, False), WIDTHS):

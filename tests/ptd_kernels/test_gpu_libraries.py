@@ -16,9 +16,12 @@ import pytest
 import torch
 from ptd_kernels import explain_backend, prefix_attention
 from ptd_kernels.prefix_attention import merge
+from ptd_kernels.prefix_attention.fused import availability
+from ptd_kernels.prefix_attention.fused.availability import INSTALLED, INTERPRETED
 from ptd_kernels.prefix_attention.problem import stand_in
 from ptd_kernels.prefix_attention.segments import CUDNN, EAGER, FLASH_ATTN_4, Kernel, Need, Rule, flash_attn_4
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 LENGTHS = (3, 40, 17)
 SIZE = 64
@@ -54,6 +57,23 @@ def test_a_backend_is_explained_by_what_a_training_step_asks() -> None:
     assert "prefix: torch flash (CUDA)" in explain_backend(virtual_tokens=1, **options)[1]
 
 
+@pytest.mark.skipif(INTERPRETED or not INSTALLED, reason="what is said where Triton compiles")
+def test_why_the_prefix_gradient_is_plain_torch_is_explained() -> None:
+    """Triton cannot launch a kernel on tensors on the CPU, which here represent those on a GPU."""
+    said = explain_backend(dtype=torch.bfloat16, head_dim=SIZE, backend="merge")[1]
+    assert "gradient of the prefix: plain torch (Triton cannot be used: Triton needs a GPU" in said
+    assert "Triton cannot compile a kernel on this machine (" in str(availability._trial(torch.device("cpu")))
+
+
+def test_a_plan_for_a_gpu_has_its_triton_kernels() -> None:
+    with FakeTensorMode():
+        said = explain_backend(dtype=torch.bfloat16, head_dim=SIZE, backend="merge")[1]
+        x = tensors()
+        found = out_and_gradients(x, backend="merge")
+    assert ("gradient of the prefix: Triton" in said) == INSTALLED
+    assert [(y.shape, y.dtype) for y in found[1:]] == [(y.shape, y.dtype) for y in x]
+
+
 def test_of_several_prefixes_the_shortest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The shortest prefix counts: cuDNN is not called for a prefix of one key only because another prefix has more."""
     asked: list[int] = []
@@ -61,7 +81,7 @@ def test_of_several_prefixes_the_shortest_counts(monkeypatch: pytest.MonkeyPatch
     q, k, v, *_ = tensors(B=2, S=8)
     prefixes = [[torch.randn(2, P, SIZE, dtype=torch.bfloat16) for P in (9, 1)] for _ in range(2)]
     prefix_attention(q, k, v, *prefixes, prefix_index=torch.tensor([0, 1]), backend="merge").sum().backward()
-    assert asked == [8, 1, 1, 8]
+    assert asked == [8, 1, 1, 8]  # own keys and prefix, in the backward pass in reverse
 
 
 class Recorder(ModuleType):

@@ -34,6 +34,7 @@ from hypothesis import strategies as st
 from ptd_kernels import available_backends, explain_backend
 from ptd_kernels import prefix_attention as attend
 from ptd_kernels.prefix_attention import merge, merge_decode, segments
+from ptd_kernels.prefix_attention.problem import stand_in
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -665,14 +666,17 @@ def test_backward_keeps_only_inputs_output_and_lse() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"window": 9}, {"causal": False}, {"softcap": 2.0}])
 @pytest.mark.parametrize("rows", [7, 10**6])
-def test_packing_whose_offsets_stay_on_the_device(options: dict[str, Any], rows: int) -> None:
+@pytest.mark.parametrize("longest", [None, 32, 40])
+def test_packing_whose_offsets_stay_on_the_device(options: dict[str, Any], rows: int, longest: int | None) -> None:
     case, cu_seqlens = Case(B=1, S=53, T=53, P=0), offsets(20, 1, 0, 32)
     q, k, v, *_ = leaves = case.tensors(torch.float64)
     expected = out_and_gradients(leaves, backend="reference", cu_seqlens=cu_seqlens, **options)
     kernel = replace(segments.EAGER, max_rows=lambda *_: rows)
     offset = 0 if options.get("causal", True) else None
-    rule = segments.Rule(0.25, options.get("softcap"), offset, options.get("window"), cu_seqlens=cu_seqlens)
+    rule = segments.Rule(0.25, options.get("softcap"), offset, options.get("window"), None, None, cu_seqlens, longest)
     cut = merge.tiles(kernel, q, k, rule, None)
+    if longest is not None and rows == 7:
+        assert min(tile.k1 - tile.k0 for tile in cut) < longest + 7  # never all keys of the pack
     out, lse = merge.segment_forward(kernel, q, k, v, cut)
     dout = incoming(out)
     gradients = merge.segment_backward(kernel, dout, q, k, v, out, lse, cut)
@@ -730,6 +734,17 @@ def test_keys_split_for_decoding(kernel: segments.Kernel, parts: int, T: int, sc
     expected, total = segments.EAGER.forward(q, k, v, rule)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(lse, total, rtol=1e-5, atol=1e-6)
+
+
+def test_slices_of_plain_torch_depend_on_the_device() -> None:
+    """On a CPU 4 M scores; for a GPU of 80 GB, whose place CPU tensors take in a plan, twenty times as many."""
+    of = lambda: segments.EAGER.max_rows(torch.device("cpu"), 32, 1 << 12, False)  # noqa: E731
+    assert of() == 32
+    token = stand_in.set((9, 0))
+    try:
+        assert of() == 20 * 32
+    finally:
+        stand_in.reset(token)
 
 
 def test_explain_backend() -> None:

@@ -34,7 +34,7 @@ runs = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="needs a G
 def test_in_the_interpreter() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rfE", "-k", "triton",
-         str(HERE / "test_prefix_attention.py"), __file__],
+         str(HERE / "test_prefix_attention.py"), str(HERE / "test_shared_keys.py"), __file__],
         env={**os.environ, "TRITON_INTERPRET": "1", "PTD_TEST_DEVICE": "cpu"}, cwd=HERE.parent.parent,
         capture_output=True, text=True,
     )  # fmt: skip
@@ -50,7 +50,7 @@ def test_triton_is_never_chosen_unasked() -> None:
 @interpreted
 @pytest.mark.parametrize(
     ("says", "options"),
-    [("no mask", {"masked": True}), ("not in fp64", {"dtype": torch.float64}), ("no bf16", {"dtype": torch.bfloat16})],
+    [("no mask", {"masked": True}), ("not in fp64", {"dtype": torch.float64})],
 )
 def test_what_triton_refuses(says: str, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"'triton' cannot do this: .*{says}"):
@@ -59,7 +59,7 @@ def test_what_triton_refuses(says: str, options: dict[str, Any]) -> None:
 
 @interpreted
 def test_what_triton_accepts() -> None:
-    for dtype in (torch.float32, torch.float16):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for options in ({}, {"packed": True}, {"softcap": 2.0}, {"head_dim": 192, "value_head_dim": 128}):
             assert explain_backend(backend="triton", dtype=dtype, **options)[0] == "triton"
 
@@ -207,17 +207,17 @@ def test_triton_under_torch_compile(index: Tensor | None) -> None:
 def test_triton_computes_only_the_gradients_needed(
     wanted: list[int], launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ptd_kernels.prefix_attention.fused import operator as triton_op
+    from ptd_kernels.prefix_attention.fused import launch
 
     x = [y.detach().requires_grad_(i in wanted) for i, y in enumerate(leaves(9, 3, 8, 8, torch.float32))]
     out = prefix_attention(*x, backend="triton")
-    seen, launch = [], triton_op._with_tile
+    seen, with_tile = [], launch.with_tile
 
     def record(name: str, *rest: Any) -> Any:
         seen.append(name)
-        return launch(name, *rest)
+        return with_tile(name, *rest)
 
-    monkeypatch.setattr(triton_op, "_with_tile", record)
+    monkeypatch.setattr(launch, "with_tile", record)
     out.sum().backward()
     assert seen == launched
     assert [i for i, y in enumerate(x) if y.grad is not None] == wanted
@@ -246,21 +246,21 @@ def test_triton_goes_on_with_the_next_tile(
     failure: str, timed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """If the wide tile of each kernel cannot be launched, the next tile runs, whether or not tiles are timed."""
-    from ptd_kernels.prefix_attention.fused import operator as triton_op
+    from ptd_kernels.prefix_attention.fused import launch
     from ptd_kernels.prefix_attention.fused.tuning import Choices
 
-    launch, refused = triton_op._run, []
+    run_kernel, refused = launch.run_kernel, []
 
     def run(kernel: Any, grid: tuple[int, ...], common: dict[str, Any], tile: Tile) -> None:
         if tile == WIDE:
             refused.append(kernel)
             raise FAILURES[failure]()
-        launch(kernel, grid, common, tile)
+        run_kernel(kernel, grid, common, tile)
 
-    monkeypatch.setattr(triton_op, "_run", run)
-    monkeypatch.setattr(triton_op, "tiles_for", lambda *_: (WIDE, NARROW))
-    monkeypatch.setattr(triton_op, "allowed", lambda: timed)
-    monkeypatch.setattr(triton_op, "_choices", lambda: Choices(tmp_path / "tiles.json"))
+    monkeypatch.setattr(launch, "run_kernel", run)
+    monkeypatch.setattr(launch, "tiles_for", lambda *_: (WIDE, NARROW))
+    monkeypatch.setattr(launch, "allowed", lambda: timed)
+    monkeypatch.setattr(launch, "_choices", lambda: Choices(tmp_path / "tiles.json"))
     if DEVICE == "cpu":  # nothing is timed on a CPU
         monkeypatch.setattr("triton.testing.do_bench", lambda work, **options: (work(), 1.0)[1])
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")

@@ -7,7 +7,7 @@ kernel's own backward with the merged o and L. Legend of shapes: problem.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -17,9 +17,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ptd_kernels.prefix_attention.merge_decode import decode_forward, number_of_parts
-from ptd_kernels.prefix_attention.problem import Backend, Problem, register_backend
+from ptd_kernels.prefix_attention.merge_groups import (
+    Group,
+    fold,
+    groups_of,
+    place_rows,
+    put_rows,
+    take_rows,
+    unfold,
+)
+from ptd_kernels.prefix_attention.merge_outputs import finite_sums, merge_outputs
+from ptd_kernels.prefix_attention.problem import Backend, Problem, nvidia_capability, register_backend
 from ptd_kernels.prefix_attention.reference import reference_attention
 from ptd_kernels.prefix_attention.segments import ON_REQUEST, Gradients, Kernel, Need, Rule, pick
+from ptd_kernels.prefix_attention.segments.shared_keys import unusable
+
+# The fewest rows of a call of plain torch on a pack whose offsets are unknown; many short calls would cost more.
+_FEWEST_ROWS = 512
 
 
 class MergedTile(NamedTuple):
@@ -40,28 +54,30 @@ def tiles(kernel: Kernel, q: Tensor, k: Tensor, rule: Rule, offsets: Sequence[in
     B, Hq, S, _ = q.shape
     if kernel.max_rows is None:
         return [MergedTile(0, S, 0, k.shape[2], rule)]
+    most = partial(kernel.max_rows, q.device, B * Hq)
     if rule.cu_seqlens is not None and offsets is None:
         sequence_S = torch.searchsorted(rule.cu_seqlens, torch.arange(S, device=q.device), right=True)
         rule = rule._replace(cu_seqlens=None, sequences=(sequence_S, sequence_S))
     if offsets is None:
-        return _sequence_tiles(kernel, B * Hq, (0, S), (0, k.shape[2]), rule)
+        return _sequence_tiles(most, (0, S), (0, k.shape[2]), rule)
     rule = rule._replace(cu_seqlens=None)
     cut: list[MergedTile] = []
     for bounds in pairwise(offsets):
-        cut += _sequence_tiles(kernel, B * Hq, bounds, bounds, rule)
+        cut += _sequence_tiles(most, bounds, bounds, rule)
     return cut
 
 
 def _sequence_tiles(
-    kernel: Kernel, heads: int, rows: tuple[int, int], keys: tuple[int, int], rule: Rule
+    most: Callable[[int, bool], int], rows: tuple[int, int], keys: tuple[int, int], rule: Rule
 ) -> list[MergedTile]:
+    """Cut these rows into calls. ``most``: the most rows of a call, by its number of keys and whether it is bounded."""
     (q0, q1), (k0, k1) = rows, keys
     num_rows, num_keys, offset, window = q1 - q0, k1 - k0, rule.offset, rule.window
     if offset is not None:
         if offset < 0:
             # More queries than keys: the first rows see no key.
             dead = min(-offset, num_rows)
-            rest = _sequence_tiles(kernel, heads, (q0 + dead, q1), keys, rule._replace(offset=0))
+            rest = _sequence_tiles(most, (q0 + dead, q1), keys, rule._replace(offset=0))
             return [MergedTile(q0, q0 + dead, k0, k0, rule), *rest]
         if window is not None and window >= offset + num_rows:
             window = None
@@ -69,16 +85,22 @@ def _sequence_tiles(
             offset = None
     rule = rule._replace(offset=offset, window=window)
     bounded = rule.bias is not None or (offset is not None and (offset > 0 or window is not None))
-    step = kernel.max_rows(1, heads, num_keys, bounded) if kernel.max_rows else num_rows
+    step = most(num_keys, bounded)
+    # Of a pack whose offsets are unknown, a row sees no key farther away than the longest sequence is long.
+    reach = rule.max_seqlen if rule.sequences is not None else None
+    if reach is not None:
+        step = min(step, max(2 * reach, _FEWEST_ROWS))
     if num_rows <= step and window is None:
         return [MergedTile(q0, q1, k0, k1, _part(rule, q0, q1, k0, k1))] if num_rows else []
     cut = []
     for first in range(0, num_rows, step):
-        last, low, high, part = min(first + step, num_rows), 0, num_keys, rule
+        last, low, high = min(first + step, num_rows), 0, num_keys
         if offset is not None:
             high = min(num_keys, offset + last)
             low = 0 if window is None else max(0, offset + first - window + 1)
-            part = rule._replace(offset=offset + first - low)
+        if reach is not None:
+            low, high = max(low, first - reach + 1), min(high, last + reach - 1)
+        part = rule if offset is None else rule._replace(offset=offset + first - low)
         tile = q0 + first, q0 + last, k0 + low, k0 + high
         cut.append(MergedTile(*tile, _part(part, *tile)))
     return cut
@@ -162,72 +184,14 @@ def _sum_keys(x_BHTX: Tensor, cut: list[MergedTile], parts: list[Tensor]) -> Ten
     return total
 
 
-def _fold(x_BHSX: Tensor) -> Tensor:
-    """Fold the batch into the query axis: ``[1, H, B*S, X]``, a view if the memory layout is [B, S, H, X]."""
-    if x_BHSX.shape[0] == 1:
-        return x_BHSX
-    return x_BHSX.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
-
-
-def _unfold(x_1HNX: Tensor, batch: int) -> Tensor:
-    if batch == 1:
-        return x_1HNX
-    _, H, N, X = x_1HNX.shape
-    return x_1HNX[0].transpose(0, 1).reshape(batch, N // batch, H, X).transpose(1, 2)
-
-
-class Group(NamedTuple):
-    """A prefix and its readers: the range of its keys, and the ranges of folded query rows that read it, ascending."""
-
-    first_key: int
-    last_key: int
-    rows: list[tuple[int, int]]
-
-
-def _fewest_keys(groups: list[Group]) -> int:
-    return min(group.last_key - group.first_key for group in groups)
-
-
-def _take(x_1HNX: Tensor, rows: list[tuple[int, int]]) -> Tensor:
-    """Return these rows; a view if they are consecutive."""
-    if len(rows) == 1:
-        return x_1HNX[:, :, rows[0][0] : rows[0][1]]
-    return torch.cat([x_1HNX[:, :, a:b].transpose(1, 2) for a, b in rows], dim=1).transpose(1, 2)
-
-
-def _place(parts: list[Tensor], groups: list[Group], length: int, fill: float) -> Tensor:
-    """Undo `_take` for all groups: return ``[1, H, length, X]``, with `fill` in the rows that belong to no group."""
-    if len(groups) == 1 and groups[0].rows == [(0, length)]:
-        return parts[0]
-    _, H, _, X = parts[0].shape
-    placed = parts[0].new_full((1, length, H, X), fill).transpose(1, 2)
-    for part, group in zip(parts, groups, strict=True):
-        pieces = part.split_with_sizes([b - a for a, b in group.rows], dim=2)
-        for (a, b), piece in zip(group.rows, pieces, strict=True):
-            placed[:, :, a:b] = piece
-    return placed
-
-
-def _groups(problem: Problem) -> list[Group]:
-    """Return the prefixes that have keys and readers. Waits for the GPU if `prefix_index` (or cu_seqlens) is on it."""
-    p = problem
-    if p.prefix_k_HPD is None:
-        return []
-    B, _, S, _ = p.q_BHSD.shape
-    if p.prefix_index is None or p.prefix_bounds is None:
-        keys = p.prefix_k_HPD.shape[1]
-        return [Group(0, keys, [(0, B * S)])] if keys else []
-    bounds = [i * S for i in range(B + 1)]
-    if p.cu_seqlens is not None:
-        bounds = list(p.offsets or p.cu_seqlens.tolist())
-    groups = [Group(first, last, []) for first, last in pairwise(p.prefix_bounds)]
-    for prefix, (first, last) in zip(p.prefix_index.tolist(), pairwise(bounds), strict=True):
-        rows = groups[prefix].rows
-        if rows and rows[-1][1] == first:
-            rows[-1] = (rows[-1][0], last)
-        elif first < last:
-            rows.append((first, last))
-    return [group for group in groups if group.rows and group.first_key < group.last_key]
+def _prefix_kernel(
+    q: Tensor, prefix_v: Tensor, rule: Rule, groups: list[Group], preferred: Kernel | None, exact: bool
+) -> Kernel:
+    """Return the kernel for the prefix: one for the call with the fewest keys and for the call with the fewest rows."""
+    keys = min(group.last_key - group.first_key for group in groups)
+    rows = min(sum(last - first for first, last in group.rows) for group in groups)
+    shape_of_rows = q[:1, :, :1].expand(-1, -1, rows, -1)
+    return pick(Need(shape_of_rows, keys, prefix_v.shape[2], _everything(rule), exact), preferred)
 
 
 def _prefix_forward(
@@ -237,43 +201,68 @@ def _prefix_forward(
 
     The log-sum-exp is -inf where a sequence has no prefix.
     """
-    kernel = pick(Need(q, _fewest_keys(groups), prefix_v.shape[2], _everything(rule)), preferred)
-    q_1HND = _fold(q)
+    q_1HND = fold(q)
+    kernel = _prefix_kernel(q, prefix_v, rule, groups, preferred, exact=False)
     outs, sums = [], []
     for group in groups:
         rows, key, value = _prefix_segment(q_1HND, prefix_k, prefix_v, group)
         out, lse = segment_forward(kernel, rows, key, value, tiles(kernel, rows, key, _everything(rule), None))
         outs.append(out)
         sums.append(lse[..., None])
-    out_1HNE, lse_1HN1 = (_place(x, groups, q_1HND.shape[2], fill) for x, fill in ((outs, 0.0), (sums, -torch.inf)))
-    return _unfold(out_1HNE, q.shape[0]), _unfold(lse_1HN1, q.shape[0])[..., 0]
+    out_1HNE, lse_1HN1 = (place_rows(x, groups, q_1HND.shape[2], fill) for x, fill in ((outs, 0.0), (sums, -torch.inf)))
+    return unfold(out_1HNE, q.shape[0]), unfold(lse_1HN1, q.shape[0])[..., 0]
 
 
 def _prefix_backward(
-    dout: Tensor, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, out: Tensor, lse: Tensor, rule: Rule,
-    groups: list[Group], preferred: Kernel | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the prefix's share of dq, dprefix_k and dprefix_v; a prefix without readers gets zeros."""
-    kernel = pick(Need(q, _fewest_keys(groups), prefix_v.shape[2], _everything(rule), exact_keys=True), preferred)
-    folded = [_fold(x) for x in (dout, q, out, lse[..., None])]
-    dqs: list[Tensor] = []
-    dprefix_k, dprefix_v = torch.zeros_like(prefix_k), torch.zeros_like(prefix_v)
+    kernel: Kernel, dout: Tensor, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, out: Tensor, lse: Tensor, rule: Rule,
+    groups: list[Group], dq: Tensor | None,
+) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """Return dq, dprefix_k and dprefix_v; a prefix without readers gets zeros.
+
+    A kernel that adds to dq needs `dq`, the own keys' share, and returns the sum; without `dq` it computes none. For
+    every other kernel, the returned dq is the prefix's share.
+    """
+    batch, keys = q.shape[0], prefix_k.shape[1]
+    folded = [fold(x) for x in (dout, q, out, lse[..., None])]
+    total = None if dq is None else fold(dq)
+    dqs, dks, dvs = [], [], []
     for group in groups:
-        dout_rows, q_rows, out_rows, lse_rows = (_take(x, group.rows) for x in folded)
+        dout_rows, q_rows, out_rows, lse_rows = (take_rows(x, group.rows) for x in folded)
         _, key, value = _prefix_segment(folded[1], prefix_k, prefix_v, group)
-        cut = tiles(kernel, q_rows, key, _everything(rule), None)
-        part = segment_backward(kernel, dout_rows, q_rows, key, value, out_rows, lse_rows[..., 0], cut)
-        dqs.append(part.q)
-        dprefix_k[:, group.first_key : group.last_key] = part.k[0]
-        dprefix_v[:, group.first_key : group.last_key] = part.v[0]
-    return _unfold(_place(dqs, groups, folded[1].shape[2], 0.0), q.shape[0]), dprefix_k, dprefix_v
+        given = dout_rows, q_rows, key, value, out_rows, lse_rows[..., 0]
+        if kernel.add_backward is not None:
+            dq_rows = None if total is None else take_rows(total, group.rows)
+            dk, dv = kernel.add_backward(*given, _everything(rule), dq_rows)
+            if total is not None and dq_rows is not None and len(group.rows) > 1:
+                put_rows(total, group.rows, dq_rows)
+        else:
+            part = segment_backward(kernel, *given, tiles(kernel, q_rows, key, _everything(rule), None))
+            dqs.append(part.q)
+            dk, dv = part.k, part.v
+        dks.append(dk[0])
+        dvs.append(dv[0])
+    if kernel.add_backward is None:
+        total = place_rows(dqs, groups, folded[1].shape[2], 0.0)
+    ranges = [(group.first_key, group.last_key) for group in groups]
+    dprefix_k, dprefix_v = (_all_keys(x, ranges, like, keys) for x, like in ((dks, prefix_k), (dvs, prefix_v)))
+    return None if total is None else unfold(total, batch), dprefix_k, dprefix_v
+
+
+def _all_keys(parts: list[Tensor], ranges: list[tuple[int, int]], like_HPX: Tensor, keys: int) -> Tensor:
+    """Return the gradient of all prefixes, given those of some ranges of their keys; it is zero elsewhere."""
+    if ranges == [(0, keys)]:
+        return parts[0].to(like_HPX.dtype)
+    whole = torch.zeros_like(like_HPX)
+    for (first, last), part in zip(ranges, parts, strict=True):
+        whole[:, first:last] = part
+    return whole
 
 
 def _prefix_segment(q_1HND: Tensor, prefix_k: Tensor, prefix_v: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     """Return the queries, keys and values of `group`, each with batch size 1."""
     keys = slice(group.first_key, group.last_key)
     key, value = (x[:, keys].to(q_1HND.dtype)[None] for x in (prefix_k, prefix_v))
-    return _take(q_1HND, group.rows), key, value
+    return take_rows(q_1HND, group.rows), key, value
 
 
 class _Merge(torch.autograd.Function):
@@ -296,14 +285,11 @@ class _Merge(torch.autograd.Function):
         else:
             out, lse = segment_forward(own, q, k, v, tiles(own, q, k, rule, offsets))
         if prefix_k is not None and prefix_v is not None and groups:
-            prefix_out, prefix_lse = _prefix_forward(q, prefix_k, prefix_v, rule, groups, preferred)
-            # A sequence without a prefix has prefix_lse -inf; the prefix's share is 0, even if all own keys are hidden.
-            prefix_share = torch.sigmoid(prefix_lse - lse).masked_fill_(prefix_lse == -torch.inf, 0.0)[..., None]
-            out = out.to(prefix_share.dtype).lerp_(prefix_out.to(prefix_share.dtype), prefix_share)
-            lse = torch.logaddexp(lse, prefix_lse)
-        # A row that sees no key has lse -inf; its weights exp(-inf - lse) must be 0, not NaN.
-        lse = lse.masked_fill(lse == -torch.inf, 0.0)
-        out = out.to(q.dtype)
+            out, lse = merge_outputs(
+                out, lse, *_prefix_forward(q, prefix_k, prefix_v, rule, groups, preferred), q.dtype
+            )
+        else:
+            out, lse = out.to(q.dtype), finite_sums(lse)
         ctx.save_for_backward(q, k, v, prefix_k, prefix_v, out, lse, rule.mask, rule.bias, rule.cu_seqlens)
         ctx.rule, ctx.offsets, ctx.groups = rule._replace(mask=None, bias=None, cu_seqlens=None), offsets, groups
         ctx.preferred = preferred
@@ -316,16 +302,31 @@ class _Merge(torch.autograd.Function):
         rule = ctx.rule._replace(mask=mask, bias=bias, cu_seqlens=cu_seqlens)
         need_q, need_k, need_v, need_prefix_k, need_prefix_v = ctx.needs_input_grad[:5]
         dq = dk = dv = dprefix_k = dprefix_v = None
-        if prefix_k is not None and not ctx.groups:
+        groups, preferred = ctx.groups, ctx.preferred
+        needs_own = need_q or need_k or need_v
+        kernel = None
+        if groups and (need_q or need_prefix_k or need_prefix_v):
+            kernel = _prefix_kernel(q, prefix_v, rule, groups, preferred, exact=True)
+        elif prefix_k is not None and not groups:
             dprefix_k, dprefix_v = torch.zeros_like(prefix_k), torch.zeros_like(prefix_v)
-        elif prefix_k is not None and (need_q or need_prefix_k or need_prefix_v):
-            dq, dprefix_k, dprefix_v = _prefix_backward(
-                dout, q, prefix_k, prefix_v, out, lse, rule, ctx.groups, ctx.preferred
-            )
-        if need_q or need_k or need_v:
-            own = pick(Need(q, k.shape[2], v.shape[3], rule), ctx.preferred)
-            cut = tiles(own, q, k, rule, ctx.offsets)
-            dq, dk, dv = segment_backward(own, dout, q, k, v, out, lse, cut, dq)
+
+        def own(dq: Tensor | None) -> Gradients:
+            of_own = pick(Need(q, k.shape[2], v.shape[3], rule), preferred)
+            return segment_backward(of_own, dout, q, k, v, out, lse, tiles(of_own, q, k, rule, ctx.offsets), dq)
+
+        def prefix(dq: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
+            assert kernel is not None
+            return _prefix_backward(kernel, dout, q, prefix_k, prefix_v, out, lse, rule, groups, dq)
+
+        if kernel is not None and kernel.add_backward is not None:  # adds to the own keys' dq
+            if needs_own:
+                dq, dk, dv = own(None)
+            dq, dprefix_k, dprefix_v = prefix(dq if need_q else None)
+        else:
+            if kernel is not None:
+                dq, dprefix_k, dprefix_v = prefix(None)
+            if needs_own:
+                dq, dk, dv = own(dq)
         return (
             dq.to(q.dtype) if need_q and dq is not None else None,
             dk.to(k.dtype) if need_k and dk is not None else None,
@@ -361,7 +362,7 @@ def merge_attention(problem: Problem, preferred: Kernel | None = None) -> Tensor
     if p.q_BHSD.numel() == 0:
         return reference_attention(problem)
     tensors = p.q_BHSD, p.k_BHTD, p.v_BHTE, p.prefix_k_HPD, p.prefix_v_HPE
-    out: Tensor = _Merge.apply(*tensors, _rule(p), p.offsets, _groups(p), preferred)
+    out: Tensor = _Merge.apply(*tensors, _rule(p), p.offsets, groups_of(p), preferred)
     return out
 
 
@@ -372,9 +373,10 @@ def _explain(problem: Problem, preferred: Kernel | None = None) -> str:
     prefix, prefix_backward = (
         pick(Need(q, keys, head_size, _everything(rule), exact), preferred) for exact in (False, True)
     )
+    missing = unusable(q) if nvidia_capability(q.device) is not None else None
     return (
         f"one call per segment, merged by log-sum-exp; own tokens: {own.name}; prefix: {prefix.name}; "
-        f"gradient of the prefix: {prefix_backward.name}"
+        f"gradient of the prefix: {prefix_backward.name}" + (f" (Triton cannot be used: {missing})" if missing else "")
     )
 
 

@@ -23,10 +23,12 @@ from ptd_kernels.prefix_attention.fused.tiles import (
     find_tile,
     load_bias,
     load_tile,
+    product,
     score,
     seeing_rows,
     seen_keys,
     store_tile,
+    to_nearest,
     visible,
 )
 
@@ -58,7 +60,7 @@ def _query_gradient(
     for key in tl.range(low, high, BLOCK_N):
         k_ND = load_tile(k, k_t, key, keys, D, BLOCK_N, BLOCK_D)
         v_NE = load_tile(v, v_t, key, keys, E, BLOCK_N, BLOCK_E)
-        score_MN, slope_MN = score(tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee"), inner, outer, SOFTCAP)
+        score_MN, slope_MN = score(product(q_MD, tl.trans(k_ND)), inner, outer, SOFTCAP)
         key_N = key + tl.arange(0, BLOCK_N)
         if OWN and BIAS:
             score_MN += load_bias(bias, bias_s, row_M[:, None], key_N[None, :], rows, keys)
@@ -68,9 +70,9 @@ def _query_gradient(
             weight_MN = tl.where(seen_MN, weight_MN, 0.0)
         if SOFTCAP:
             weight_MN *= slope_MN
-        dweight_MN = tl.dot(dout_ME, tl.trans(v_NE), input_precision="ieee")
+        dweight_MN = product(dout_ME, tl.trans(v_NE))
         dscore_MN = weight_MN * (dweight_MN - delta_M[:, None])
-        dq_MD = tl.dot(dscore_MN.to(k_ND.dtype), k_ND, dq_MD, input_precision="ieee")
+        dq_MD = product(to_nearest(dscore_MN, k_ND.dtype), k_ND, dq_MD)
     return dq_MD
 
 
@@ -82,10 +84,10 @@ def query_gradient_kernel(
     num_sequences, S, T, P, window, group, inner, outer, scale,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PACKED: tl.constexpr,
-    BIAS: tl.constexpr, SEVERAL: tl.constexpr,
+    BIAS: tl.constexpr, SEVERAL: tl.constexpr, ADD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles or slots, query heads, batch). Writes dq; like the forward kernel, it reads the prefix first."""
+    """Grid (tiles or slots, query heads, batch). Writes dq (ADD: adds to it); it reads the prefix first, as forward."""
     slot = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -119,7 +121,22 @@ def query_gradient_kernel(
             row_M, rows, window, bias, bias_s, inner, outer,
             D, E, BLOCK_D, BLOCK_E, BLOCK_N, True, CAUSAL, WINDOW, SOFTCAP, BIAS,
         )  # fmt: skip
-        store_tile(dq + batch * dq_b + head * dq_h + start * dq_s, dq_s, row, rows, dq_MD * scale, D, BLOCK_M, BLOCK_D)
+        dq_MD *= scale
+        dq += batch * dq_b + head * dq_h + start * dq_s
+        if ADD:
+            dq_MD += load_tile(dq, dq_s, row, rows, D, BLOCK_M, BLOCK_D).to(tl.float32)
+        store_tile(dq, dq_s, row, rows, dq_MD, D, BLOCK_M, BLOCK_D)
+
+
+@triton.jit
+def add_keys(dk_ND, dv_NE, v_NE, q_MD, dout_ME, weight_NM, slope_NM, delta_M, SOFTCAP: tl.constexpr):
+    """Add to dk (without the scale) and dv the share of the rows with these weights; also return their dS."""
+    dv_NE = product(to_nearest(weight_NM, dout_ME.dtype), dout_ME, dv_NE)
+    if SOFTCAP:
+        weight_NM *= slope_NM
+    dweight_NM = product(v_NE, tl.trans(dout_ME))
+    dscore_NM = to_nearest(weight_NM * (dweight_NM - delta_M[None, :]), q_MD.dtype)
+    return product(dscore_NM, q_MD, dk_ND), dv_NE, dscore_NM
 
 
 @triton.jit
@@ -136,7 +153,7 @@ def _key_gradient(
     row_M = row + tl.arange(0, BLOCK_M)
     q_MD = load_tile(q, q_s, row, rows, D, BLOCK_M, BLOCK_D)
     lse2_M = tl.load(lse + row_M, mask=row_M < rows, other=0.0) * 1.4426950408889634
-    score_NM, slope_NM = score(tl.dot(k_ND, tl.trans(q_MD), input_precision="ieee"), inner, outer, SOFTCAP)
+    score_NM, slope_NM = score(product(k_ND, tl.trans(q_MD)), inner, outer, SOFTCAP)
     if OWN and BIAS:
         score_NM += load_bias(bias, bias_s, row_M[None, :], key_N[:, None], rows, keys)
     weight_NM = tl.exp2(score_NM - lse2_M[None, :])
@@ -145,13 +162,8 @@ def _key_gradient(
             seen_NM = visible(row_M[None, :], key_N[:, None], rows, keys, window, OWN, CAUSAL, WINDOW)
             weight_NM = tl.where(seen_NM, weight_NM, 0.0)
     dout_ME = load_tile(dout, dout_s, row, rows, E, BLOCK_M, BLOCK_E)
-    dv_NE = tl.dot(weight_NM.to(dout_ME.dtype), dout_ME, dv_NE, input_precision="ieee")
-    if SOFTCAP:
-        weight_NM *= slope_NM
     delta_M = tl.load(delta + row_M, mask=row_M < rows, other=0.0)
-    dweight_NM = tl.dot(v_NE, tl.trans(dout_ME), input_precision="ieee")
-    dscore_NM = weight_NM * (dweight_NM - delta_M[None, :])
-    dk_ND = tl.dot(dscore_NM.to(q_MD.dtype), q_MD, dk_ND, input_precision="ieee")
+    dk_ND, dv_NE, _ = add_keys(dk_ND, dv_NE, v_NE, q_MD, dout_ME, weight_NM, slope_NM, delta_M, SOFTCAP)
     return dk_ND, dv_NE
 
 
@@ -197,15 +209,29 @@ def key_gradient_kernel(
         store_tile(dv + batch * dv_b + kv_head * dv_h + start * dv_t, dv_t, key, keys, dv_NE, E, BLOCK_N, BLOCK_E)
 
 
+@triton.jit
+def store_partial(
+    partial, part, kv_head, heads, first, key, keys, P, dk_ND, dv_NE,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Store a split's sums of dk and dv for a tile of keys, in fp32: a split has dk ``[P, Hkv, D]``, then dv."""
+    BLOCK_N: tl.constexpr = dk_ND.shape[0]
+    partial += tl.cast(part, tl.int64) * P * heads * (D + E)
+    at = first * heads + kv_head
+    store_tile(partial + at * D, heads * D, key, keys, dk_ND, D, BLOCK_N, BLOCK_D)
+    partial += tl.cast(P, tl.int64) * heads * D
+    store_tile(partial + at * E, heads * E, key, keys, dv_NE, E, BLOCK_N, BLOCK_E)
+
+
 @triton.jit(do_not_specialize=["num_prefixes", "S", "P", "group", "tiles", "last_item"])
 def prefix_gradient_kernel(
-    q, prefix_k, prefix_v, dout, dk, dv, lse, delta, cu_seqlens, prefix_bounds, item_bounds, item_sequence, item_row,
+    q, prefix_k, prefix_v, dout, partial, lse, delta, cu_seqlens, prefix_bounds, item_bounds, item_sequence, item_row,
     q_b, q_h, q_s, pk_h, pk_p, pv_h, pv_p, dout_b, dout_h, dout_s, num_prefixes, S, P, group, tiles, last_item,
     inner, outer, scale,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, SOFTCAP: tl.constexpr,
     PACKED: tl.constexpr, SEVERAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (prefix tiles or slots, kv heads, splits). Writes the partial sums dk and dv ``[splits, Hkv, P, D or E]``.
+    """Grid (prefix tiles or slots, kv heads, splits). Writes each split's partial sums (see `store_partial`).
 
     An item is one tile of rows of one query head of the group. All items read a single shared prefix: `tiles` items per
     batch entry and query head, regardless of packing. Of several prefixes, prefix n is read by the row tiles
@@ -251,6 +277,5 @@ def prefix_gradient_kernel(
                 0, 0, rows, keys, 0, q, 0, inner, outer,
                 D, E, BLOCK_D, BLOCK_E, BLOCK_M, False, False, False, SOFTCAP, False,
             )  # fmt: skip
-        at = (tl.cast(part, tl.int64) * tl.num_programs(1) + kv_head) * P + first
-        store_tile(dk + at * D, D, key, keys, dk_ND * scale, D, BLOCK_N, BLOCK_D)
-        store_tile(dv + at * E, E, key, keys, dv_NE, E, BLOCK_N, BLOCK_E)
+        heads = tl.num_programs(1)
+        store_partial(partial, part, kv_head, heads, first, key, keys, P, dk_ND * scale, dv_NE, D, E, BLOCK_D, BLOCK_E)

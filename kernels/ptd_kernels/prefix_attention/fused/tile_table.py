@@ -89,6 +89,17 @@ DECODE: dict[tuple[bool, int], Tile] = {
     (False, 256): Tile(0, 16, 8, 1),
 }
 DELTA = Tile(32, 0, 4, 1)
+MERGE = Tile(32, 0, 4, 1)
+# For the kernel of a prefix that fits into one tile: (architecture, largest head size) -> tiles by number of keys.
+SHORT_PREFIX: dict[tuple[int, int], tuple[Tile, ...]] = {
+    (90, 64): (Tile(64, 32, 8, 3), Tile(64, 64, 8, 3)),
+    (90, 128): (Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+    (90, 256): (Tile(32, 32, 8, 2),),
+    (80, 64): (Tile(32, 32, 4, 3), Tile(32, 64, 4, 2)),
+    (80, 128): (Tile(32, 32, 4, 2), Tile(32, 64, 8, 2)),
+    (80, 256): (Tile(32, 32, 8, 2),),
+    (0, 256): (Tile(16, 32, 4, 1), Tile(32, 64, 4, 1)),
+}
 WIDTHS = (32, 64, 128, 256)
 
 
@@ -108,6 +119,14 @@ def tiles_for(kernel: str, architecture: int, half: bool, head_size: int, biased
         wide = [tile for tile in tiles if tile is tiles[0] or tile.keys >= 64]
         tiles = tuple(tile._replace(keys=max(16, tile.keys // 2)) for tile in wide)
     return tuple(dict.fromkeys(tiles))
+
+
+def short_prefix_tile(keys: int, architecture: int, head_size: int) -> Tile | None:
+    """Return the tile that holds a prefix of so many keys in 16-bit precision, or None if none of the tiles does."""
+    if architecture:
+        architecture = 90 if architecture // 10 == 9 else 80
+    width = min(w for arch, w in SHORT_PREFIX if arch == architecture and head_size <= w)
+    return next((tile for tile in SHORT_PREFIX[architecture, width] if keys <= tile.keys), None)
 
 
 def _alternatives(kernel: str, architecture: int, half: bool, width: int) -> tuple[Tile, ...]:

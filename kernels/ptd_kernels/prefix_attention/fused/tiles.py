@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = math.log2(math.e)
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
@@ -140,7 +141,7 @@ def store_tile(base, stride, first, length, tile, SIZE: tl.constexpr, BLOCK: tl.
     index = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, BLOCK_SIZE)[None, :]
     pointers = base + tl.cast(first, tl.int64) * stride + (index * stride + column)
-    tl.store(pointers, tile.to(base.dtype.element_ty), mask=(first + index < length) & (column < SIZE))
+    tl.store(pointers, to_nearest(tile, base.dtype.element_ty), mask=(first + index < length) & (column < SIZE))
 
 
 @triton.jit
@@ -148,6 +149,24 @@ def load_bias(bias, stride, row_M, key_N, rows, keys):
     """Load the own keys' bias, in base 2 like the scores; `row_M` and `key_N` broadcast against each other."""
     pointers = bias + row_M.to(tl.int64) * stride + key_N
     return tl.load(pointers, mask=(row_M < rows) & (key_N < keys), other=0.0).to(tl.float32) * 1.4426950408889634
+
+
+@triton.jit
+def to_nearest(x, dtype: tl.constexpr):
+    """Return the fp32 tile `x` in another type, rounded to nearest; by itself, the interpreter truncates to bf16."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def product(a, b, total=None):
+    """Return ``total + a b``, summed in fp32. The interpreter multiplies bf16 as integers, so it gets fp32."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit

@@ -10,16 +10,17 @@ from ptd_kernels.prefix_attention.segments.eager import EAGER
 from ptd_kernels.prefix_attention.segments.flash_attn_2 import FLASH_ATTN_2
 from ptd_kernels.prefix_attention.segments.flash_attn_4 import FLASH_ATTN_4
 from ptd_kernels.prefix_attention.segments.kernel import Gradients, Kernel, Need, Rule
+from ptd_kernels.prefix_attention.segments.shared_keys import SHARED_KEYS
 from ptd_kernels.prefix_attention.segments.torch_flash_cpu import TORCH_FLASH_CPU
 from ptd_kernels.prefix_attention.segments.torch_flash_cuda import TORCH_FLASH_CUDA
 
 __all__ = [
-    "CUDNN", "EAGER", "FLASH_ATTN_2", "FLASH_ATTN_4", "ON_REQUEST", "TORCH_FLASH_CPU", "TORCH_FLASH_CUDA", "Gradients",
-    "Kernel", "Need", "Rule", "pick",
+    "CUDNN", "EAGER", "FLASH_ATTN_2", "FLASH_ATTN_4", "ON_REQUEST", "SHARED_KEYS", "TORCH_FLASH_CPU",
+    "TORCH_FLASH_CUDA", "Gradients", "Kernel", "Need", "Rule", "pick",
 ]  # fmt: skip
 
 # `pick` chooses the first kernel that does not refuse. Plain torch refuses nothing.
-_PREFERENCE = (TORCH_FLASH_CPU, TORCH_FLASH_CUDA, EAGER)
+_PREFERENCE = (TORCH_FLASH_CPU, TORCH_FLASH_CUDA, SHARED_KEYS, EAGER)
 # Chosen only on request: these libraries are optional, and no adapter to them has been timed.
 ON_REQUEST = (FLASH_ATTN_2, FLASH_ATTN_4, CUDNN)
 

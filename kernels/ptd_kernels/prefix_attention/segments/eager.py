@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ptd_kernels.prefix_attention.problem import stand_in
 from ptd_kernels.prefix_attention.segments.kernel import Gradients, Kernel, Rule, visible_keys
 
 
@@ -60,10 +61,23 @@ def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: T
     return Gradients(dq, dscores_BHGT.mT @ q_BHGD, dv_BHTE)
 
 
-EAGER = Kernel(
-    "plain torch",
-    _forward,
-    _backward,
-    lambda need: None,
-    max_rows=lambda batch, heads, keys, bounded: max(1, (1 << 22) // max(1, batch * heads * keys)),
-)
+CPU_SCORES = 1 << 22
+"""Scores of a slice on a CPU: 16 MiB in fp32, so that the caches keep some of them."""
+SHARE = 1 << 10
+"""On a GPU, bytes of its memory per score of a slice. Up to four fp32 tensors of scores are alive at once, so a slice
+takes up to 1/64 of the memory. The memory that is free does not count: the sum over slices has to be the same whatever
+else is allocated."""
+STAND_IN_MEMORY = 80 << 30
+"""Memory of the GPU that CPU tensors without data represent."""
+
+
+def _max_rows(device: torch.device, heads: int, keys: int, bounded: bool) -> int:
+    scores = CPU_SCORES
+    if device.type == "cuda":
+        scores = torch.cuda.get_device_properties(device).total_memory // SHARE
+    elif stand_in.get() is not None:
+        scores = STAND_IN_MEMORY // SHARE
+    return max(1, scores // max(1, heads * keys))
+
+
+EAGER = Kernel("plain torch", _forward, _backward, lambda need: None, _max_rows)

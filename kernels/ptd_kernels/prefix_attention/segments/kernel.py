@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -52,6 +52,9 @@ class Need(NamedTuple):
     exact_keys: bool = False
 
 
+Pair: TypeAlias = tuple[Tensor, Tensor]
+
+
 class Gradients(NamedTuple):
     """Gradients of one segment's queries, keys and values, in the kernel's dtype."""
 
@@ -62,15 +65,18 @@ class Gradients(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel for one segment. `refuses` returns why it cannot meet a need, or None. `max_rows(batch, heads, keys,
+    """A kernel for one segment. `refuses` returns why it cannot meet a need, or None. `max_rows(device, heads, keys,
     bounded)` returns how many query rows one call should get; `bounded` is true if the rule has a bias, or a bound
-    other than plain causal. `max_rows` None: one call gets all rows of all packed sequences."""
+    other than plain causal. `max_rows` None: one call gets all rows of all packed sequences. `add_backward`, where a
+    kernel has it, takes dq of the other segment as a further argument, adds to it in place (None: computes no dq), and
+    returns dk and dv."""
 
     name: str
     forward: Callable[[Tensor, Tensor, Tensor, Rule], tuple[Tensor, Tensor]]
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Rule], Gradients]
     refuses: Callable[[Need], str | None]
-    max_rows: Callable[[int, int, int, bool], int] | None
+    max_rows: Callable[[torch.device, int, int, bool], int] | None
+    add_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Rule, Tensor | None], Pair] | None = None
 
 
 def refuses_on_gpu(need: Need, *, different_values: bool = False, softcap: bool = False) -> str | None:
@@ -135,3 +141,10 @@ def to_flash_layout(x_BHSX: Tensor, packed: bool) -> Tensor:
 def from_flash_layout(x: Tensor, packed: bool) -> Tensor:
     """Undo `to_flash_layout`."""
     return (x[None] if packed else x).transpose(1, 2)
+
+
+def split_keys(both: Tensor, k_HPD: Tensor, v_HPE: Tensor) -> Pair:
+    """Return views ``[H, P, D]`` and ``[H, P, E]`` of a flat tensor with dk ``[P, H, D]``, then dv ``[P, H, E]``."""
+    H, P, _ = k_HPD.shape
+    dk, dv = both.split_with_sizes([k_HPD.numel(), v_HPE.numel()])
+    return dk.view(P, H, -1).transpose(0, 1), dv.view(P, H, -1).transpose(0, 1)

@@ -74,5 +74,5 @@ TORCH_FLASH_CPU = Kernel(
     _backward,
     _refuses,
     # A bound that needs a bias gets it in slices of rows, so that its memory stays linear in the number of keys.
-    max_rows=lambda batch, heads, keys, bounded: 256 if bounded else 1 << 62,
+    max_rows=lambda device, heads, keys, bounded: 256 if bounded else 1 << 62,
 )

@@ -31,8 +31,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tenso
         *(to_flash_layout(x, packed) for x in (q, k, v)), cu_seqlens, cu_seqlens, max_q, max_k, 0.0,
         rule.offset is not None, False, scale=rule.scale, **_window(rule),
     )  # fmt: skip
-    # The kernel returns +inf for rows without a key (more queries than keys).
-    lse = lse.masked_fill(lse == torch.inf, -torch.inf)
+    if k.shape[2] == 0 or (rule.offset is not None and rule.offset < 0):  # some row sees no key: the kernel says +inf
+        lse = lse.masked_fill(lse == torch.inf, -torch.inf)
     return from_flash_layout(out, packed), lse[None] if packed else lse
 
 

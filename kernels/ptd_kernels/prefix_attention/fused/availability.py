@@ -1,0 +1,47 @@
+"""Whether Triton can compute on a device. The first question about a GPU imports Triton and launches a kernel there."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+INSTALLED = importlib.util.find_spec("triton") is not None
+# Triton reads this variable when it is imported, so a later change would have no effect.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+@torch.compiler.assume_constant_result
+def triton_refuses(device: torch.device) -> str | None:
+    """Return why Triton cannot run the kernels on `device`, or None."""
+    return _refusal(device)
+
+
+@functools.cache
+def _refusal(device: torch.device) -> str | None:
+    if not INSTALLED:
+        return "Triton is not installed (pip install triton; Linux only)"
+    if INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return f"Triton needs a GPU, but the tensors are on {device}; TRITON_INTERPRET=1 runs it slowly without one"
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return "the Triton kernel needs an NVIDIA GPU of the Ampere generation (sm_80) or newer"
+    return _trial(device)
+
+
+def _trial(device: torch.device) -> str | None:
+    """Launch the smallest kernel. Return why that fails: Triton needs a C compiler and Python's headers at run time."""
+    try:
+        from ptd_kernels.prefix_attention.fused.segment import launch_merge
+
+        out, lse = torch.zeros(1, 1, 1, 16, device=device), torch.zeros(1, 1, 1, device=device)
+        launch_merge(out, lse, out, lse, torch.empty_like(out), torch.empty_like(lse))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        return f"Triton cannot compile a kernel on this machine ({type(error).__name__}: {reason})"
+    return None
