@@ -15,20 +15,23 @@ from ptd.inject.attention import (
     IMPLEMENTATION,
     MASKLESS,
     WRITTEN_OUT,
+    LayerSlot,
     give_slot,
     has_slot,
+    occupy,
     padded_forward,
     states_of_layers,
     take_slot,
 )
-from ptd.inject.explain import check_backend
+from ptd.inject.explain import CACHE, check_backend
 from ptd.inject.inputs import Inputs
 from ptd.inject.last_layer import ModuleProbe, Tail
+from ptd.inject.model_cache import PrefixCache, states_in_cache, window_of
 from ptd.inject.output_layer import OutputLayer, PassOutput
-from ptd.inject.probe import layer_shapes, probe, shape_of
+from ptd.inject.probe import cache_shapes, layer_shapes, probe, shape_of
 from ptd.inject.self_check import SelfCheck, Verdict
 from ptd.inject.stack import Stack, stacks_of
-from ptd.types import Batch, NoPrompt, PrefixKV, PromptEncoder, SoftTokens, UserError
+from ptd.types import Batch, LayerShape, NoPrompt, PrefixKV, PromptEncoder, SoftTokens, UserError
 
 ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 WRONG_UPSTREAM = {
@@ -40,12 +43,14 @@ SUPPORTED = (
     "use a decoder such as llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, gpt2, gpt_neox, opt or mixtral, an "
     "encoder such as bert, roberta, distilbert or modernbert, or an encoder-decoder such as t5, bart or mbart"
 )
+OTHERS = {"soft": "prompt", "marks": "p_tuning", "prefix": "prefix"}
+"""Capability in a `Verdict` -> the method that needs nothing else."""
 
 
 def check_supported(model_class: type[PreTrainedModel] | None, config: Any) -> None:
-    """Raise `UserError` for a model family that a prompt cannot reach, before its weights are loaded.
+    """Raise `UserError` for a model family that is known to be wrong, or unknown, before its weights are loaded.
 
-    The message names the family and the supported families.
+    The message names the family and families to use instead.
     """
     model_type = config.model_type
     if model_class is None:
@@ -54,17 +59,16 @@ def check_supported(model_class: type[PreTrainedModel] | None, config: Any) -> N
         raise UserError(
             f"backbone.path: model type {model_type!r} is not supported: {WRONG_UPSTREAM[model_type]}; {SUPPORTED}"
         )
-    if not model_class._can_set_attn_implementation():
-        raise UserError(
-            f"backbone.path: model type {model_type!r} does not compute attention through transformers' "
-            f"AttentionInterface, which ptd needs to attach any kind of prompt; {SUPPORTED}"
-        )
-    foreign = set(getattr(config.get_text_config(), "layer_types", None) or []) - ATTENTION_LAYER_TYPES
+
+
+def own_attention(model: PreTrainedModel) -> str | None:
+    """Return why a model has to keep its own attention code; None: ptd can replace it."""
+    if not model._can_set_attn_implementation():
+        return "does not compute attention through transformers' AttentionInterface"
+    foreign = set(getattr(model.config.get_text_config(), "layer_types", None) or []) - ATTENTION_LAYER_TYPES
     if foreign:
-        raise UserError(
-            f"backbone.path: model type {model_type!r} has layers without softmax attention "
-            f"({', '.join(sorted(foreign))}), whose state ptd cannot keep separate for each row; {SUPPORTED}"
-        )
+        return f"has layers without softmax attention ({', '.join(sorted(foreign))})"
+    return None
 
 
 class Attachment:
@@ -79,6 +83,10 @@ class Attachment:
     short passes through the first layers, which verify that the model computes the same with ptd's attention as with
     its own (`ptd.inject.self_check`). ``verdict`` says what the model cannot do. Under ZeRO-3 all ranks have to attach
     at the same time; ``forget_passes`` is called before passes that run other modules than the passes before them.
+
+    A model that cannot take a prefix through ptd's attention keeps its own attention code, and gets the prefix through
+    its cache of keys and values (`ptd.inject.model_cache`), or only soft prompts if it has no such cache. ``notice``
+    then says so. ``backend`` "cache" chooses this for any model; a backend of `prefix_attention` excludes it.
     Raises `UserError`, with the reason, for a model to which a prompt cannot be attached.
     """
 
@@ -106,29 +114,55 @@ class Attachment:
         self.head = OutputLayer(None)
         self.stacks: list[Stack] = []
         self.verdict = Verdict()
+        self.notice: str | None = None
         self.extra_positions = 0
+        self.layers: tuple[LayerShape, ...] = ()
+        self.slots: list[LayerSlot] = []
         self._encoded_at: tuple[int, ...] | None = None
+        self._forget_passes = forget_passes
         self._previous = {module: module.config._attn_implementation for module in _models(model)}
-        self._use(IMPLEMENTATION)
+        self._choose(backend)
+        self.shape = shape_of(model, self.layers, self.stacks[0], self.verdict.prefix)
+
+    def _choose(self, backend: str) -> None:
+        """Attach through ptd's attention if that takes a prefix, else with the model's own attention."""
+        own = None if backend == CACHE else own_attention(self.model)
+        if own is not None and backend != "auto":
+            raise UserError(
+                f"backbone.attention: {type(self.model).__name__} {own}, so the backend {backend!r} cannot replace its "
+                f"attention; set attention: auto or {CACHE}"
+            )
+        refused: UserError | None = None
+        if backend != CACHE and own is None:
+            try:
+                self._attach(lambda: self._with_attention(backend))
+            except UserError as error:
+                if backend != "auto":
+                    raise
+                refused = error
+            else:
+                if backend != "auto" or self.verdict.prefix is None:
+                    return
+                self.remove()
         try:
-            with ModuleProbe(model) as watch:
-                calls, output = probe(model)
-            modules = [call.module for call in calls]
-            self.stacks = stacks_of(model, modules, self._refresh)
-            layers = layer_shapes(model, calls, self.stacks)
-            self.head = OutputLayer(watch.head_of(output))
-            self.stacks[-1].tail = Tail(watch.behind_attention(self.stacks[-1].members))
-            self.slots = [
-                give_slot(call, backend, cross=layer.kind == "cross") for call, layer in zip(calls, layers, strict=True)
-            ]
-            self.inputs = Inputs(model, self.stacks[0], sees_padding=any(layer.kind == "encoder" for layer in layers))
-            check = SelfCheck(self, calls)
-            forget_passes()
-            self._use(WRITTEN_OUT)
-            check.read_plain()
-            self._use(IMPLEMENTATION)
-            self._hook()
-            self.verdict = check.run()
+            self._attach(self._with_own_attention)
+        except UserError as error:
+            if own is not None or backend == CACHE:
+                raise
+            if refused is not None:
+                raise refused from error
+        if own is None and refused is None and backend != CACHE and self.verdict.prefix is not None:
+            self.remove()  # ptd's attention can do more
+            self._attach(lambda: self._with_attention(backend))
+            return
+        self.notice = self._explained(own or (str(refused) if refused else ""))
+
+    def _attach(self, connect: Callable[[], SelfCheck]) -> None:
+        """Find the layers with ``connect``, and check the model. Raises `UserError`."""
+        self.stacks, self.verdict, self.head = [], Verdict(), OutputLayer(None)
+        self._forget_passes()
+        try:
+            self.verdict = connect().run()
             self.stacks[0].left_obstacle = self.verdict.left
             self.stacks[0].packing_obstacle = self.verdict.packed
         except BaseException as error:
@@ -136,10 +170,68 @@ class Attachment:
             if isinstance(error, UserError) or not isinstance(error, Exception):
                 raise
             raise UserError(
-                f"backbone.path: {type(model).__name__} fails when ptd runs it on a few tokens of text: "
+                f"backbone.path: {type(self.model).__name__} fails when ptd runs it on a few tokens of text: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        self.shape = shape_of(model, layers, self.stacks[0])
+
+    def _with_attention(self, backend: str) -> SelfCheck:
+        """Connect ptd's attention; return the check, which has read what the model computes without it."""
+        self._use(IMPLEMENTATION)
+        with ModuleProbe(self.model) as watch:
+            calls, output = probe(self.model)
+        self.stacks = stacks_of(self.model, [call.module for call in calls], self._refresh)
+        self.layers = layer_shapes(self.model, calls, self.stacks)
+        self.head = OutputLayer(watch.head_of(output))
+        self.stacks[-1].tail = Tail(watch.behind_attention(self.stacks[-1].members))
+        self.slots = [
+            give_slot(call, backend, cross=layer.kind == "cross")
+            for call, layer in zip(calls, self.layers, strict=True)
+        ]
+        bidirectional = any(layer.kind == "encoder" for layer in self.layers)
+        self.inputs = Inputs(self.model, self.stacks[0], sees_padding=bidirectional)
+        check = SelfCheck(self, calls)
+        self._forget_passes()
+        self._use(WRITTEN_OUT)
+        check.read_plain()
+        self._use(IMPLEMENTATION)
+        self._hook()
+        return check
+
+    def _with_own_attention(self) -> SelfCheck:
+        """Connect the model's cache, and leave its attention as it is; return the check."""
+        with ModuleProbe(self.model) as watch:
+            found, output = cache_shapes(self.model)
+        self.stacks = stacks_of(self.model, [self.model.get_input_embeddings()], self._refresh)
+        self.layers = () if isinstance(found, str) else found
+        self.head = OutputLayer(watch.head_of(output))
+        self.slots = [LayerSlot(CACHE) for _ in self.layers]
+        reader = self.stacks[-1]
+        reader.cache = PrefixCache(reader.module, self.slots)
+        occupy(self.model)
+        self.inputs = Inputs(self.model, self.stacks[0], sees_padding=True)
+        check = SelfCheck(self, [], no_prefix=found if isinstance(found, str) else None)
+        self._forget_passes()
+        if self.model._can_set_attn_implementation():
+            self._use(WRITTEN_OUT)
+        check.read_plain()
+        self._use(None)
+        self._hook()
+        return check
+
+    def _explained(self, why: str) -> str:
+        """Return what a run gets that keeps the model's own attention code, and why it does."""
+        name = type(self.model).__name__
+        why = why.removeprefix("backbone.path: ").split("; ")[0]
+        begin = f"{why if why.startswith(name) else f'{name} {why}'}; ptd leaves its attention as it is: " if why else ""
+        padded = "" if len(self.stacks) == 2 else ", and rows are padded, not packed"
+        if self.verdict.prefix is not None:
+            return f"{begin}no prefix can be attached ({self.verdict.prefix}){padded}"
+        window = window_of(self.model.config)
+        clipped = "" if window is None else f"; tokens further than its window of {window} from the prefix do not see it"
+        return (
+            f"{begin}a prefix goes through the model's own cache, which is slower than ptd's attention: every row gets a "
+            f"copy of it{padded}{clipped}"
+        )
 
     @property
     def packable(self) -> bool:
@@ -248,6 +340,11 @@ class Attachment:
             for slot, backend in zip(self.slots, chosen, strict=True):
                 slot.backend = backend
 
+    @property
+    def replaces_attention(self) -> bool:
+        """Whether attention runs through ptd's function; if not, the model's own cache carries a prefix."""
+        return self.stacks[-1].cache is None
+
     @contextmanager
     def bare(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """Remove the prompt, for passes over a sequence of text without a prompt, with any backend.
@@ -257,7 +354,10 @@ class Attachment:
         their keys and values one after the other.
         """
         self.set(None)
-        with self.any_backend(), states_of_layers() as seen:
+        if not self.replaces_attention and not self.layers:
+            yield []
+            return
+        with self.any_backend(), states_of_layers() if self.replaces_attention else states_in_cache(self.model) as seen:
             yield seen
 
     def generation_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
@@ -287,9 +387,11 @@ class Attachment:
 
     def _check_takes(self, what: str, obstacle: str | None) -> None:
         if obstacle is not None:
+            works = [name for ability, name in OTHERS.items() if getattr(self.verdict, ability) is None]
             raise UserError(
-                f"method.name: {type(self.model).__name__} does not support {what}, because {obstacle}; use another "
-                "method, or a backbone of another family"
+                f"method.name: {type(self.model).__name__} does not support {what}, because {obstacle}; use "
+                f"{' or '.join(f'method {name}' for name in works) or 'a trained head alone (method head)'}, or a "
+                "backbone of another family"
             )
 
     def _use(self, implementation: str | None) -> None:
@@ -298,8 +400,9 @@ class Attachment:
             module.config._attn_implementation = implementation or previous
 
     def shift(self, count: int) -> None:
-        """Shift the model's own tokens by ``count`` positions, in models that take positions."""
-        self.extra_positions = count if any(stack.takes_positions for stack in self.stacks) else 0
+        """Shift the model's own tokens by ``count`` positions, in models that take or count positions."""
+        moved = not self.replaces_attention or any(stack.takes_positions for stack in self.stacks)
+        self.extra_positions = count if moved else 0
         for stack in self.stacks:
             stack.shift = count
 

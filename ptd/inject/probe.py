@@ -6,6 +6,7 @@ A layer's rule (causal or not, its window) is read from the mask that the model 
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers import PreTrainedModel
 
 from ptd.inject.attention import Call, Probe, probed
+from ptd.inject.model_cache import cached_layers
 from ptd.inject.stack import Stack, sides_of
 from ptd.types import AttentionKind, BackboneShape, LayerShape, UserError
 
@@ -40,6 +42,27 @@ def probe(model: PreTrainedModel) -> tuple[list[Call], Any]:
     finally:
         probed.reset(token)
     return [_as_masked(call) for call in seen.calls], output
+
+
+@torch.no_grad()
+def cache_shapes(model: PreTrainedModel) -> tuple[tuple[LayerShape, ...] | str, Any]:
+    """Return the layers of the model's cache, or why it cannot hold a prefix, and the output of a pass over two tokens.
+
+    Under ZeRO-3 all ranks have to call this function at the same time.
+    """
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    inputs = {"input_ids": tokens, "attention_mask": tokens + 1}
+    if len(sides_of(model)) == 2:
+        output = model(**inputs, decoder_input_ids=tokens)
+        return "ptd's prefix of an encoder-decoder is in its encoder, too, which has no cache", output
+    takes = inspect.signature(model.forward).parameters
+    if "past_key_values" not in takes and not any(each.kind is each.VAR_KEYWORD for each in takes.values()):
+        return "it takes no cache of keys and values", model(**inputs)
+    output = model(**inputs, use_cache=True)
+    found = cached_layers(output.get("past_key_values"), tokens.shape[1])
+    if not isinstance(found, str) and (wide := max(max(each.key_dim, each.value_dim) for each in found)) > MAX_HEAD_SIZE:
+        return f"its heads of size {wide} are larger than {MAX_HEAD_SIZE}", output
+    return found, output
 
 
 def _as_masked(call: Call) -> Call:
@@ -110,13 +133,15 @@ def layer_shapes(model: PreTrainedModel, calls: list[Call], stacks: list[Stack])
     return tuple(_layer(call, within_encoder=call.module in stacks[0].members, two=len(stacks) == 2) for call in calls)
 
 
-def shape_of(model: PreTrainedModel, layers: tuple[LayerShape, ...], reader: Stack) -> BackboneShape:
-    """Return the sizes of the model; the stack ``reader`` embeds its tokens."""
+def shape_of(
+    model: PreTrainedModel, layers: tuple[LayerShape, ...], reader: Stack, no_prefix: str | None
+) -> BackboneShape:
+    """Return the sizes of the model; the stack ``reader`` embeds its tokens. ``no_prefix``: why it takes no prefix."""
     config = model.config.get_text_config()
     context = context_of(config)
     context = None if context is None else context - reader.first_position
     width: int = reader.embeddings.embedding_dim
-    return BackboneShape(config.model_type, config.hidden_size, config.vocab_size, context, layers, width)
+    return BackboneShape(config.model_type, config.hidden_size, config.vocab_size, context, layers, width, no_prefix)
 
 
 def _layer(call: Call, within_encoder: bool, two: bool) -> LayerShape:

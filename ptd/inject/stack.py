@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ptd.inject.attention import packed_forward, packing_arguments
 from ptd.inject.last_layer import Tail
+from ptd.inject.model_cache import PrefixCache
 from ptd.types import UserError, virtual_id
 
 POSITIONS_FROM_MASK = {"biogpt", "opt"}
@@ -53,6 +54,7 @@ class Stack:
         self.trusted = False  # whether the caller gives the boundaries of packed rows
         self.keep: Tensor | None = None  # flattened positions whose hidden states the current pass needs
         self.tail = Tail([])
+        self.cache: PrefixCache | None = None  # what puts a prefix into the cache of a model with its own attention
         self._own: Tensor | None = None  # [B, S]: flattened index of each own token among all tokens that ran
         self._ids: Tensor | None = None
         self._packed: Any = None
@@ -76,9 +78,11 @@ class Stack:
         kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         self._check_padding(kwargs.get("attention_mask"))
         front = self.soft.shape[0] if self.soft is not None and self.in_front else 0
-        if front and not self.trusted and kwargs.get("attention_mask") is None:
+        cached = 0 if self.cache is None else self.cache.count
+        if (front or cached) and not self.trusted and kwargs.get("attention_mask") is None:
             kwargs |= self._packing_by_positions(kwargs)
         if kwargs.get("cu_seq_lens_q") is not None:
+            self._check_packable()
             self._packed = packed_forward.set(True)
         if (front or self.shift) and self.takes_positions:
             positions = kwargs.get("position_ids")
@@ -86,6 +90,8 @@ class Stack:
             kwargs["position_ids"] = positions + (front or self.shift)
         if front:
             kwargs = self._put_in_front(front, kwargs)
+        if cached:
+            kwargs = self._put_into_cache(cached, kwargs)
         mask, source = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
         if self.source_extra and mask is not None and source is not None and mask.shape[1] < source.shape[1]:
             kwargs["encoder_attention_mask"] = _with_virtual(mask, self.source_extra)
@@ -115,6 +121,13 @@ class Stack:
         longest = int(bounds.diff().max())
         return packing_arguments(bounds.to(torch.int32), longest)
 
+    def _check_packable(self) -> None:
+        if self.cache is not None:
+            raise UserError(
+                f"{type(self.module).__name__} keeps its own attention code, which does not keep the rows of a packed "
+                "batch separate; give each sequence its own row, pad the rows, and do not pass cu_seq_lens_q"
+            )
+
     def _check_padding(self, mask: Any) -> None:
         # A trusted batch is padded on the right; inspecting its mask would make the host wait for a GPU.
         if self.trusted or self.left_obstacle is None or not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -139,6 +152,8 @@ class Stack:
         if self._packed is not None:
             packed_forward.reset(self._packed)
             self._packed = None
+        if self.cache is not None:
+            self.cache.taken_from(output)
         own, keep, self._own = self._own, self.keep, None
         if output is None or (own is None and keep is None):  # None: the pass failed
             return
@@ -207,6 +222,34 @@ class Stack:
             kwargs["position_ids"] = _interleaved(own, begin + number, places_BT)
         return kwargs
 
+    def _put_into_cache(self, count: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Put the prefix into the cache, once per sequence, and extend every mask by its ``count`` tokens.
+
+        Raises `UserError` for masks and caches into which the prefix cannot be put.
+        """
+        assert self.cache is not None
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if getattr(cache, "is_compileable", False):
+            raise UserError(
+                "a prefix in the model's own cache needs a cache that grows, but this cache has a fixed size; generate "
+                "without cache_implementation"
+            )
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            raise UserError(
+                f"{type(self.module).__name__} received a mask that is not a 2-dimensional tensor, into which a prefix "
+                "in its cache cannot be inserted; pass a 2-dimensional attention_mask, or use method prompt"
+            )
+        ids: Tensor | None = kwargs.get("input_ids")
+        rows, columns = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
+        seen = cache.get_seq_length() if cache is not None else 0
+        if seen > 0:
+            self._check_cache(count, seen, columns, mask, kwargs.get("position_ids"))
+        else:
+            self.cache.put_into(kwargs, rows)
+        if mask is not None:
+            kwargs["attention_mask"] = torch.cat([mask.new_ones(rows, count), mask], dim=1)
+        return kwargs
+
     def _check_cache(self, count: int, seen: int, columns: int, mask: Tensor | None, positions: Tensor | None) -> None:
         """Raise `UserError` unless ``columns`` new tokens continue the cache.
 
@@ -221,7 +264,7 @@ class Stack:
             raise UserError(
                 f"the new tokens do not continue the {seen} tokens of the cache, {count} of which are the prompt's "
                 "virtual tokens: a cache that was filled without this prompt, or by an earlier generate, cannot be "
-                "continued; pass the whole text without past_key_values, or use method prefix"
+                "continued; pass the whole text without past_key_values"
             )
 
     def _put_in_front_of_packed(self, count: int, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -276,9 +319,9 @@ class Stack:
         ids, cache, mask = kwargs.get("input_ids"), kwargs.get("past_key_values"), kwargs.get("attention_mask")
         tokens = kwargs["inputs_embeds"] if ids is None else ids
         seen = cache.get_seq_length() if cache is not None else 0
-        if cache is not None and self.in_front and seen:
-            assert self.soft is not None
-            seen -= self.soft.shape[0]
+        if cache is not None and seen:
+            seen -= self.soft.shape[0] if self.soft is not None and self.in_front else 0
+            seen -= 0 if self.cache is None else self.cache.count
         assert isinstance(self.module, PreTrainedModel)
         if self.module.config.model_type in POSITIONS_FROM_MASK and mask is not None and mask.ndim == 2:
             counted: Tensor = mask.long().cumsum(1) - 1
