@@ -33,7 +33,7 @@ def evaluate(
         if decoding is not None:
             check_writes(found.task)
         rows = load_rows(data, found.task.data.eval_split, what="--data")
-        tuned = found.load(ranks)
+        tuned = found.load(ranks, reporter)
         result = held_out_metrics(tuned, rows, ranks, batch_size=batch_size, reporter=reporter, what=data)
         if decoding is not None:
             outputs, references = continue_rows(

@@ -39,7 +39,7 @@ def generate(
         task = found.task
         if not task.generates:
             raise UserError("the adapter was trained to label rows, not to generate text; use ptd predict")
-        tuned = found.load(ranks)
+        tuned = found.load(ranks, reporter)
         ids = ranks.on_main(lambda: task.prompts(prompts, tuned.tokenizer, raw=raw))
         check_prompts(ids, tuned.tokenizer, embeddings_of(tuned.prepared.model), "the prompts")
         decoding = decoding or Decoding()

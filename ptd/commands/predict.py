@@ -33,7 +33,7 @@ def predict(
         if task.generates:
             raise UserError("the adapter was trained to generate text, not to label rows; use ptd generate")
         rows = load_rows(data, task.data.eval_split, what="--data")
-        tuned = found.load(ranks)
+        tuned = found.load(ranks, reporter)
         held_out = tuned.held_out(rows, batch_size, what=data, labelled=False)
         report = held_out.examples.report
         reporter.note(f"--data: {report.rows:,} rows, {report.tokens:,} tokens")

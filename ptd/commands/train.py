@@ -79,6 +79,8 @@ def _train(
     material = read_material(config, ranks, reporter)
     units = folder.checkpoint is None or bool(folder.facts().get("units"))
     prepared, step, batches = build_engine(config, zero3, ranks, settings, material, units=units)
+    if prepared.attachment.notice is not None:
+        reporter.note(f"backbone.attention: {prepared.attachment.notice}")
     total = settings.max_steps or batches.total_steps(settings.num_train_epochs)
     warmup = warmup_steps(settings, total)
     if material.trains and warmup >= total:

@@ -28,12 +28,11 @@ from ptd.inject.inputs import Inputs
 from ptd.inject.last_layer import ModuleProbe, Tail
 from ptd.inject.model_cache import PrefixCache, states_in_cache, window_of
 from ptd.inject.output_layer import OutputLayer, PassOutput
-from ptd.inject.probe import cache_shapes, layer_shapes, probe, shape_of
+from ptd.inject.probe import SOFTMAX, cache_shapes, layer_shapes, layer_types, probe, shape_of
 from ptd.inject.self_check import SelfCheck, Verdict
 from ptd.inject.stack import Stack, stacks_of
 from ptd.types import Batch, LayerShape, NoPrompt, PrefixKV, PromptEncoder, SoftTokens, UserError
 
-ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 WRONG_UPSTREAM = {
     "moshi": "beyond its attention window, transformers itself generates other tokens with a cache than without one"
 }
@@ -65,7 +64,7 @@ def own_attention(model: PreTrainedModel) -> str | None:
     """Return why a model has to keep its own attention code; None: ptd can replace it."""
     if not model._can_set_attn_implementation():
         return "does not compute attention through transformers' AttentionInterface"
-    foreign = set(getattr(model.config.get_text_config(), "layer_types", None) or []) - ATTENTION_LAYER_TYPES
+    foreign = layer_types(model.config) - SOFTMAX
     if foreign:
         return f"has layers without softmax attention ({', '.join(sorted(foreign))})"
     return None
@@ -120,6 +119,7 @@ class Attachment:
         self.slots: list[LayerSlot] = []
         self._encoded_at: tuple[int, ...] | None = None
         self._forget_passes = forget_passes
+        self._guard: Any = None
         self._previous = {module: module.config._attn_implementation for module in _models(model)}
         self._choose(backend)
         self.shape = shape_of(model, self.layers, self.stacks[0], self.verdict.prefix)
@@ -133,6 +133,7 @@ class Attachment:
                 f"attention; set attention: auto or {CACHE}"
             )
         refused: UserError | None = None
+        without_prefix = ""
         if backend != CACHE and own is None:
             try:
                 self._attach(lambda: self._with_attention(backend))
@@ -143,6 +144,7 @@ class Attachment:
             else:
                 if backend != "auto" or self.verdict.prefix is None:
                     return
+                without_prefix = self.verdict.prefix
                 self.remove()
         try:
             self._attach(self._with_own_attention)
@@ -151,11 +153,11 @@ class Attachment:
                 raise
             if refused is not None:
                 raise refused from error
-        if own is None and refused is None and backend != CACHE and self.verdict.prefix is not None:
+        if without_prefix and self.verdict.prefix is not None:
             self.remove()  # ptd's attention can do more
             self._attach(lambda: self._with_attention(backend))
             return
-        self.notice = self._explained(own or (str(refused) if refused else ""))
+        self.notice = self._explained(own or (without_prefix if refused is None else str(refused)))
 
     def _attach(self, connect: Callable[[], SelfCheck]) -> None:
         """Find the layers with ``connect``, and check the model. Raises `UserError`."""
@@ -216,13 +218,15 @@ class Attachment:
         check.read_plain()
         self._use(None)
         self._hook()
+        self._guard = self.model.register_forward_pre_hook(_refuse_packed, with_kwargs=True)
         return check
 
     def _explained(self, why: str) -> str:
         """Return what a run gets that keeps the model's own attention code, and why it does."""
         name = type(self.model).__name__
         why = why.removeprefix("backbone.path: ").split("; ")[0]
-        begin = f"{why if why.startswith(name) else f'{name} {why}'}; ptd leaves its attention as it is: " if why else ""
+        named = why if name in why or why[:1].isupper() else f"{name} {why}"
+        begin = f"{named}; ptd leaves its attention as it is: " if why else ""
         padded = "" if len(self.stacks) == 2 else ", and rows are padded, not packed"
         if self.verdict.prefix is not None:
             return f"{begin}no prefix can be attached ({self.verdict.prefix}){padded}"
@@ -360,20 +364,24 @@ class Attachment:
         with self.any_backend(), states_of_layers() if self.replaces_attention else states_in_cache(self.model) as seen:
             yield seen
 
-    def generation_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+    def generation_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
         """Return the arguments of ``model.generate`` for prompts ``[B, S]`` that are padded on the left.
 
         For a model that takes positions they include ``position_ids``, because otherwise transformers counts positions
-        from 0 in every family.
+        from 0 in every family. A model that caches other states than keys and values generates without a cache.
         """
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if "position_ids" in self.inputs.names and not self.model.config.is_encoder_decoder:
             inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0) + self.first_position
+        if self.stacks[0].keeps_other_states:
+            inputs["use_cache"] = False
         return inputs
 
     def remove(self) -> None:
         """Restore the model to its state before the attachment."""
         self.head.unhook()
+        if self._guard is not None:
+            self._guard.remove()
         for stack in self.stacks:
             stack.unhook()
         for module in self.model.modules():
@@ -418,6 +426,14 @@ class Attachment:
 
 def _unasked(*args: Any) -> None:
     """Do nothing in place of transformers' warning about possible padding: ptd knows whether there is padding."""
+
+
+def _refuse_packed(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("cu_seq_lens_q") is not None:
+        raise UserError(
+            f"{type(model).__name__} keeps its own attention code, which does not keep the rows of a packed batch "
+            "separate; give each sequence its own row, pad the rows, and do not pass cu_seq_lens_q"
+        )
 
 
 def _models(model: PreTrainedModel) -> list[PreTrainedModel]:

@@ -20,8 +20,17 @@ from ptd.inject.model_cache import cached_layers
 from ptd.inject.stack import Stack, sides_of
 from ptd.types import AttentionKind, BackboneShape, LayerShape, UserError
 
+SOFTMAX = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Types of layers, in a config's ``layer_types``, in which each query attends to keys of single tokens."""
+RECURRENT = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mlp", "moe"}
+"""Types of layers that read a row token by token, or each token alone: what padding does to them shows at once."""
 FAR = 1_000_000
 """Position of a query, beyond every window, at which a mask's rule is evaluated."""
+
+
+def layer_types(config: Any) -> set[str]:
+    """Return the types of layers that the text model's config names; empty if it names none."""
+    return set(getattr(config.get_text_config(), "layer_types", None) or [])
 
 
 @torch.no_grad()
@@ -58,11 +67,11 @@ def cache_shapes(model: PreTrainedModel) -> tuple[tuple[LayerShape, ...] | str, 
     takes = inspect.signature(model.forward).parameters
     if "past_key_values" not in takes and not any(each.kind is each.VAR_KEYWORD for each in takes.values()):
         return "it takes no cache of keys and values", model(**inputs)
-    output = model(**inputs, use_cache=True)
-    found = cached_layers(output.get("past_key_values"), tokens.shape[1])
-    if not isinstance(found, str) and (wide := max(max(each.key_dim, each.value_dim) for each in found)) > MAX_HEAD_SIZE:
-        return f"its heads of size {wide} are larger than {MAX_HEAD_SIZE}", output
-    return found, output
+    try:
+        output = model(**inputs, use_cache=True)
+    except Exception as error:  # a model without a cache may still take a soft prompt
+        return f"its cache cannot be filled ({type(error).__name__}: {error})", model(**inputs, use_cache=False)
+    return cached_layers(output.get("past_key_values"), tokens.shape[1]), output
 
 
 def _as_masked(call: Call) -> Call:
@@ -166,7 +175,7 @@ def context_of(config: Any) -> int | None:
     if hasattr(config, "relative_attention_num_buckets"):
         return None
     named = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
-    limits = [limit for limit in named if isinstance(limit, int)][:1]
+    limits = [limit for limit in named if isinstance(limit, int) and limit > 0][:1]  # XLNet's is -1: none
     rope = getattr(config, "rope_parameters", None) or {}
     for kind in (rope, *(each for each in rope.values() if isinstance(each, dict))):  # one entry per type of layer
         original = kind.get("original_max_position_embeddings")

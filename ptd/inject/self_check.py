@@ -29,7 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptd.inject.attention import Call
 from ptd.inject.model_cache import window_of
-from ptd.inject.probe import ordinary_tokens, packing_obstacle
+from ptd.inject.probe import RECURRENT, SOFTMAX, layer_types, ordinary_tokens, packing_obstacle
 from ptd.types import IGNORE_INDEX, Batch, SoftTokens, UserError, is_partitioned, virtual_id
 
 if TYPE_CHECKING:
@@ -117,9 +117,9 @@ class SelfCheck:
                 self._read_plain()
 
     def _read_plain(self) -> None:
-        seen: list[Tensor] = []
+        seen: list[tuple[Tensor, Tensor]] = []
         embeddings: nn.Module = self.attachment.stacks[0].embeddings
-        hook = embeddings.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+        hook = embeddings.register_forward_hook(lambda module, args, output: seen.append((args[0], output.clone())))
         cache = DynamicCache()  # without a config, no layer drops keys outside its window
         caching = {"past_key_values": cache, "use_cache": True}
         caches = self.causal and not self.two and caching.keys() <= self.attachment.inputs.takes
@@ -135,8 +135,14 @@ class SelfCheck:
                 self.causal = bool(moved <= self.allowed)
         finally:
             hook.remove()
-        self.embedded = seen[0][0, :SHARED].float() if seen and seen[0].dim() == 3 else None
+        self.embedded = self._embeddings_in(*seen[0]) if seen else None
         self.cached = self._cached(cache)
+
+    def _embeddings_in(self, ids: Tensor, output: Tensor) -> Tensor | None:
+        """Return the embeddings of the shared tokens, wherever they are in a batch; None if they are not vectors."""
+        if output.shape[:-1] != ids.shape:
+            return None
+        return torch.stack([output[ids == token][0] for token in self.rows[0].tokens[:SHARED]]).float()
 
     def _cached(self, cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
         """Return the cached keys and values of the shared tokens in every layer that ran; empty if any are missing."""
@@ -230,6 +236,8 @@ class SelfCheck:
     def _left(self, *, prefix: bool) -> str | None:
         if self.two or not self.causal:
             return None
+        if self.own and (grouped := layer_types(self.model.config) - SOFTMAX - RECURRENT):
+            return f"its layers of type {', '.join(sorted(grouped))} group tokens by their place in the row, with padding"
         if prefix and self.own and (window := window_of(self.model.config)) is not None:
             return f"its window of {window} tokens counts padding, and would hide the prefix from more tokens"
         skip = SHARED if prefix else 0
@@ -319,7 +327,9 @@ class SelfCheck:
 
     def _alone(self, row: _Row) -> dict[str, Any]:
         times = TOKENS // len(row.tokens)
-        inputs = {"input_ids": torch.tensor([row.tokens] * times, device=self.device)}
+        inputs: dict[str, Any] = {"input_ids": torch.tensor([row.tokens] * times, device=self.device)}
+        if "use_cache" in self.attachment.inputs.takes:
+            inputs["use_cache"] = False
         if row.target is not None:
             inputs["decoder_input_ids"] = torch.tensor([row.target] * times, device=self.device)
         return inputs

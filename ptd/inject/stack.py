@@ -44,6 +44,7 @@ class Stack:
         self.members = set(module.modules())
         self.parameters = list(inspect.signature(module.forward).parameters)
         self.takes_positions = "position_ids" in self.parameters
+        self.keeps_other_states = not feeds_other and "past_key_values" not in self.parameters
         self.first_position = _first_position(module)
         self.shift = 0
         self.soft: Tensor | None = None
@@ -82,7 +83,6 @@ class Stack:
         if (front or cached) and not self.trusted and kwargs.get("attention_mask") is None:
             kwargs |= self._packing_by_positions(kwargs)
         if kwargs.get("cu_seq_lens_q") is not None:
-            self._check_packable()
             self._packed = packed_forward.set(True)
         if (front or self.shift) and self.takes_positions:
             positions = kwargs.get("position_ids")
@@ -120,13 +120,6 @@ class Stack:
         bounds[-1] = positions.shape[1]
         longest = int(bounds.diff().max())
         return packing_arguments(bounds.to(torch.int32), longest)
-
-    def _check_packable(self) -> None:
-        if self.cache is not None:
-            raise UserError(
-                f"{type(self.module).__name__} keeps its own attention code, which does not keep the rows of a packed "
-                "batch separate; give each sequence its own row, pad the rows, and do not pass cu_seq_lens_q"
-            )
 
     def _check_padding(self, mask: Any) -> None:
         # A trusted batch is padded on the right; inspecting its mask would make the host wait for a GPU.
@@ -175,6 +168,11 @@ class Stack:
         """
         assert self.soft is not None
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if self.keeps_other_states and kwargs.get("use_cache"):
+            raise UserError(
+                f"{type(self.module).__name__} does not keep its state in past_key_values, so virtual tokens before the "
+                "sequences would be read again with every new token; pass use_cache=False"
+            )
         if getattr(cache, "is_compileable", False):
             raise UserError(
                 "virtual tokens before the sequences need a cache that grows, but this cache has a fixed size; "
@@ -307,7 +305,8 @@ class Stack:
 
     def _after_embedding(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if self._ids is None:
-            return None
+            # Gradient checkpointing makes it require a gradient, and GIT adds its positions to it in place.
+            return output.clone() if output.is_leaf and output.requires_grad else None
         ids, self._ids = self._ids, None
         assert self.soft is not None
         # Look up in the prompt's own precision, so that its gradient is summed over the batch in that precision.

@@ -184,6 +184,11 @@ def build_engine(
         size = embeddings_of(prepared.model)
         check_ids(examples, material.tokenizer, size, what, writes=material.task.generates)
     built = build_trained(config, prepared, material.task, material.tokenizer, material.examples, units=units)
+    if config.backbone.compile and not prepared.attachment.replaces_attention:
+        raise UserError(
+            f"backbone.compile: a {prepared.shape.model_type} backbone keeps its own attention code and cache, which ptd "
+            "does not compile; set compile: false"
+        )
     if config.backbone.compile:  # after the code that inspects the layers
         compile_layers(prepared.model)
     trained = Trained(ranks.distribute(built.encoder), built.readout.to(ranks.device), built.readout_rates)

@@ -27,7 +27,7 @@ from ptd.inject import check_backend
 from ptd.methods import method
 from ptd.readouts import Readout
 from ptd.tasks import Task, make_task
-from ptd.types import Architecture, HeadSettings, UserError
+from ptd.types import Architecture, HeadSettings, Reporter, UserError
 
 Settings = Mapping[str, dict[str, Any]]
 """Section (``backbone`` or ``data``) -> key -> value: changes to those sections of the adapter's run."""
@@ -96,9 +96,11 @@ class TunedReference:
         """Join the processes of a launcher. A single process joins a process group only to shard the backbone."""
         return Ranks.start(needs_group=self.config.sharded)
 
-    def load(self, ranks: Ranks) -> Tuned:
+    def load(self, ranks: Ranks, reporter: Reporter | None = None) -> Tuned:
         """Load the backbone and attach the adapter. All ranks call this together. Raises `UserError`."""
         prepared = prepare(self.config, ranks, zero3_config(self.config), output=self.task.output)
+        if reporter is not None and prepared.attachment.notice is not None:
+            reporter.note(f"backbone.attention: {prepared.attachment.notice}")
         prepared.attachment.inputs.placeholder = self.tokenizer.pad_token_id or 0
         readout = self.task.readout(self.tokenizer, prepared.shape.hidden_size, self.head)
         check_words(readout.token_ids(), self.tokenizer, embeddings_of(prepared.model))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from families_configs import FIRST_WORD, LAST_WORD, PAD
+from sheet.configs import FIRST_WORD, LAST_WORD, PAD
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 

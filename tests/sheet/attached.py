@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from families_cases import NEW_TOKENS, Rows, Written, generated, loss_of, targets
-from families_configs import PAD
+from sheet.cases import NEW_TOKENS, Rows, Written, generated, loss_of, targets
+from sheet.configs import PAD
 from torch import Tensor
 from transformers import PreTrainedModel
 
