@@ -2,7 +2,7 @@
 
     python tests/family_sheet.py                      all types: docs/families.md and tests/sheet/families.json
     python tests/family_sheet.py --only llama,bloom   these types again
-    python tests/family_sheet.py --check --fifth      a fifth, and what has changed; compared with the sheet, not written
+    python tests/family_sheet.py --check --fifth      a fifth, and what has changed, compared with the sheet
 
 For each model type and kind of output (causal_lm, seq2seq_lm, masked_lm, or the body that a trained head reads), every
 method runs in every layout on a tiny model (`sheet.measure`). Each type has a time limit, and a process that crashes is
@@ -93,23 +93,30 @@ class Worker:
         """Return the record of a model type; if the process dies or hangs, a record that says so."""
         asked = {"type": model_type, "kind": kind}
         if self.process is None:
-            self.process = subprocess.Popen(
-                [sys.executable, __file__, "--worker"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1,
-            )  # fmt: skip
-            if self._answer() is None:
-                raise SystemExit("the worker does not start; try: python tests/family_sheet.py --worker")
+            self.start()
+        assert self.process is not None
         assert self.process.stdin is not None
-        print(json.dumps(asked), file=self.process.stdin, flush=True)
-        answer = self._answer()
-        if answer is not None:
+        try:
+            print(json.dumps(asked), file=self.process.stdin, flush=True)
+            answer = self._answer()
+        except BrokenPipeError:
+            answer = ""
+        if answer:
             found: dict[str, Any] = json.loads(answer)
             return found
-        dead = self.process.poll()
+        dead = self.process.wait() if answer is not None else None
         self.stop()
         reason = f"no answer in {WAIT:.0f} s" if dead is None else f"the process ended with {dead}"
         reason = f"more than {LIMIT} s" if dead == -signal.SIGXCPU else reason
         return {**asked, "outcome": "crashed", "reason": reason}
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--worker"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1,
+        )  # fmt: skip
+        if not self._answer():
+            raise SystemExit("the worker does not start; try: python tests/family_sheet.py --worker")
 
     def stop(self) -> None:
         if self.process is not None:
@@ -118,10 +125,11 @@ class Worker:
             self.process = None
 
     def _answer(self) -> str | None:
+        """Return the next line of the process; empty: it has ended; None: there was no answer in `WAIT`."""
         assert self.process is not None
         assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], WAIT)
-        return (self.process.stdout.readline() or None) if ready else None
+        return self.process.stdout.readline() if ready else None
 
 
 def measured(

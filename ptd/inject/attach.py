@@ -26,7 +26,7 @@ from ptd.inject.attention import (
 from ptd.inject.explain import CACHE, check_backend
 from ptd.inject.inputs import Inputs
 from ptd.inject.last_layer import ModuleProbe, Tail
-from ptd.inject.model_cache import PrefixCache, states_in_cache, window_of
+from ptd.inject.model_cache import PrefixCache, said_at_start, states_in_cache
 from ptd.inject.output_layer import OutputLayer, PassOutput
 from ptd.inject.probe import SOFTMAX, cache_shapes, layer_shapes, layer_types, probe, shape_of
 from ptd.inject.self_check import SelfCheck, Verdict
@@ -157,7 +157,8 @@ class Attachment:
             self.remove()  # ptd's attention can do more
             self._attach(lambda: self._with_attention(backend))
             return
-        self.notice = self._explained(own or (without_prefix if refused is None else str(refused)))
+        why = own or (without_prefix if refused is None else str(refused))
+        self.notice = said_at_start(self.model, why, self.verdict.prefix, padded=len(self.stacks) == 1)
 
     def _attach(self, connect: Callable[[], SelfCheck]) -> None:
         """Find the layers with ``connect``, and check the model. Raises `UserError`."""
@@ -220,22 +221,6 @@ class Attachment:
         self._hook()
         self._guard = self.model.register_forward_pre_hook(_refuse_packed, with_kwargs=True)
         return check
-
-    def _explained(self, why: str) -> str:
-        """Return what a run gets that keeps the model's own attention code, and why it does."""
-        name = type(self.model).__name__
-        why = why.removeprefix("backbone.path: ").split("; ")[0]
-        named = why if name in why or why[:1].isupper() else f"{name} {why}"
-        begin = f"{named}; ptd leaves its attention as it is: " if why else ""
-        padded = "" if len(self.stacks) == 2 else ", and rows are padded, not packed"
-        if self.verdict.prefix is not None:
-            return f"{begin}no prefix can be attached ({self.verdict.prefix}){padded}"
-        window = window_of(self.model.config)
-        clipped = "" if window is None else f"; tokens further than its window of {window} from the prefix do not see it"
-        return (
-            f"{begin}a prefix goes through the model's own cache, which is slower than ptd's attention: every row gets a "
-            f"copy of it{padded}{clipped}"
-        )
 
     @property
     def packable(self) -> bool:

@@ -94,8 +94,8 @@ class SharesOfPrompt:
     def __init__(self, attachment: Attachment) -> None:
         if not attachment.replaces_attention:
             raise UserError(
-                f"{type(attachment.model).__name__} keeps its own attention code, so the shares of its attention cannot "
-                "be measured; inspect the prompt without --data, or compare losses with ptd eval"
+                f"{type(attachment.model).__name__} keeps its own attention code, so the shares of its attention "
+                "cannot be measured; inspect the prompt without --data, or compare losses with ptd eval"
             )
         self.layers: dict[int, LayerShares] = {}
         self._attachment = attachment

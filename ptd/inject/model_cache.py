@@ -1,10 +1,10 @@
 """A prefix in the model's own cache of keys and values, for models whose attention ptd cannot replace.
 
-The model finds the prefix in ``past_key_values``, expanded over the rows of the batch, as if it had read P tokens before
-the text (Li & Liang 2021; PEFT does the same). No attention code is replaced, so this works for every family whose cache
-is a list of keys and values. It costs more than ptd's attention: every row gets a copy of the prefix, each layer
-concatenates it with the row's own keys, and rows are padded. A sliding window treats the prefix as text: tokens beyond
-the window do not see it.
+The model finds the prefix in ``past_key_values``, expanded over the rows of the batch, as if it had read P tokens
+before the text (Li & Liang 2021; PEFT does the same). No attention code is replaced, so this works for every family
+whose cache is a list of keys and values. It costs more than ptd's attention: every row gets a copy of the prefix, each
+layer concatenates it with the row's own keys, and rows are padded. A sliding window treats the prefix as text: tokens
+beyond the window do not see it.
 """
 
 from __future__ import annotations
@@ -157,3 +157,23 @@ def window_of(config: Any) -> int | None:
     text = config.get_text_config()
     windows = [getattr(text, name, None) for name in WINDOWS]
     return min((window for window in windows if isinstance(window, int) and window > 0), default=None)
+
+
+def said_at_start(model: PreTrainedModel, why: str, no_prefix: str | None, *, padded: bool) -> str:
+    """Return what a run gets whose model keeps its own attention code, and why.
+
+    ``no_prefix``: why the model takes no prefix, if so. ``padded``: rows could otherwise be packed.
+    """
+    name = type(model).__name__
+    why = why.removeprefix("backbone.path: ").split("; ")[0]
+    named = why if name in why or why[:1].isupper() else f"{name} {why}"
+    begin = f"{named}; ptd leaves its attention as it is: " if why else ""
+    rows = ", and rows are padded, not packed" if padded else ""
+    if no_prefix is not None:
+        return f"{begin}no prefix can be attached ({no_prefix}){rows}"
+    window = window_of(model.config)
+    clipped = "" if window is None else f"; tokens further than its window of {window} from the prefix do not see it"
+    return (
+        f"{begin}a prefix goes through the model's own cache, which is slower than ptd's attention: every row gets a "
+        f"copy of it{rows}{clipped}"
+    )

@@ -9,9 +9,9 @@ result when the rows run
 - packed;
 - with their first two tokens as soft tokens, and with the keys and values of these two tokens as a prefix.
 
-A model that keeps its own attention code is checked in the same way, but for packing, and also in two passes with a
-cache, as in generation. The check is cheap, because only as many layers run as there are kinds of layers (at least two). Under ZeRO-3 every rank
-has to take part.
+A model that keeps its own attention code is checked in the same way, but not packed, and also in two passes with a
+cache, as in generation. The check is cheap, because only as many layers run as there are kinds of layers
+(`ptd.inject.shortened`). Under ZeRO-3 every rank has to take part.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers import DynamicCache, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptd.inject.attention import Call
 from ptd.inject.model_cache import window_of
 from ptd.inject.probe import RECURRENT, SOFTMAX, layer_types, ordinary_tokens, packing_obstacle
+from ptd.inject.shortened import shorter, spared_modules
 from ptd.types import IGNORE_INDEX, Batch, SoftTokens, UserError, is_partitioned, virtual_id
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ class _Row:
 class SelfCheck:
     """Comparison of a model with itself: `read_plain` runs with the family's attention code, `run` with ptd's.
 
-    ``calls``: the model's attention calls; none if it keeps its own attention code. ``no_prefix``: why the model's cache
-    cannot hold a prefix.
+    ``calls``: the model's attention calls; none if it keeps its own attention code. ``no_prefix``: why the model's
+    cache cannot hold a prefix.
     """
 
     def __init__(self, attachment: Attachment, calls: list[Call], no_prefix: str | None = None) -> None:
@@ -87,7 +87,7 @@ class SelfCheck:
         self.allowed = ALLOWED_ELSE if quantised else ALLOWED.get(dtype, ALLOWED_ELSE)
         self.blank = isinstance(parameter, FakeTensor)
         self.sharded = is_partitioned(parameter)
-        self.spared = [] if self.blank else _spared(self.model, calls, attachment.head.module)
+        self.spared = [] if self.blank else spared_modules(self.model, calls, attachment.head.module)
         text = self.model.config.get_text_config()
         vocabulary = getattr(attachment.stacks[0].embeddings, "num_embeddings", None) or text.vocab_size
         t = ordinary_tokens(text, vocabulary, 16)
@@ -108,7 +108,7 @@ class SelfCheck:
             return
         with self._quietly():
             try:
-                with _shorter(self.spared):
+                with shorter(self.spared):
                     self._read_plain()
             except Exception:  # a model may count its layers elsewhere than in the shortened list
                 if not self.spared:
@@ -162,7 +162,7 @@ class SelfCheck:
 
     def run(self) -> Verdict:
         """Return the verdict. Raises `UserError` for a model whose results differ even in a padded batch."""
-        with self._quietly(), self.attachment.any_backend(), _shorter(self.spared):
+        with self._quietly(), self.attachment.any_backend(), shorter(self.spared):
             packed = self._packing_obstacle()
             self.attachment.verdict = Verdict(packed)  # decides how batches run
             if self.blank:
@@ -237,7 +237,9 @@ class SelfCheck:
         if self.two or not self.causal:
             return None
         if self.own and (grouped := layer_types(self.model.config) - SOFTMAX - RECURRENT):
-            return f"its layers of type {', '.join(sorted(grouped))} group tokens by their place in the row, with padding"
+            return (
+                f"its layers of type {', '.join(sorted(grouped))} group tokens by their place in the row, with padding"
+            )
         if prefix and self.own and (window := window_of(self.model.config)) is not None:
             return f"its window of {window} tokens counts padding, and would hide the prefix from more tokens"
         skip = SHARED if prefix else 0
@@ -441,60 +443,3 @@ def _batch_of(
         rows=tuple(range(len(rows))),
         source=source,
     )
-
-
-@dataclass(frozen=True)
-class _Spared:
-    """A module that the checks replace by a cheaper module."""
-
-    parent: nn.Module
-    name: str
-    instead: nn.Module
-
-
-def _spared(model: PreTrainedModel, calls: list[Call], head: nn.Module | None) -> list[_Spared]:
-    """Return the head and the lists of layers that the checks replace.
-
-    Each outermost list of layers with attention is cut to its first layers, as many as include every kind of layer, and
-    at least two. Where no attention calls are known, this is each list of layers that transformers can checkpoint.
-    """
-    call_of = {call.module: call for call in calls}
-    found: list[_Spared] = []
-    inside: set[nn.Module] = set()
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if child is head:
-                found.append(_Spared(parent, name, nn.Identity()))
-            if not isinstance(child, nn.ModuleList) or child in inside:
-                continue
-            kinds = [_kind(layer, call_of) for layer in child]
-            layers = [bool(attends) if calls else isinstance(layer, GradientCheckpointingLayer)
-                      for layer, (_, attends) in zip(child, kinds, strict=True)]
-            if not kinds or not all(layers):
-                continue
-            inside |= set(child.modules())
-            enough = max(2, 1 + max(kinds.index(kind) for kind in kinds))
-            if enough < len(child):
-                found.append(_Spared(parent, name, nn.ModuleList(list(child)[:enough])))
-    return found
-
-
-def _kind(layer: nn.Module, call_of: dict[nn.Module, Call]) -> tuple[Any, tuple[Any, ...]]:
-    """Return the types of a layer's modules, and the rules and sizes of its attention calls."""
-    modules = list(layer.modules())
-    attends = [call_of[module] for module in modules if module in call_of]
-    rules = tuple((call.causal, call.window, call.kv_heads, call.key_dim, call.value_dim) for call in attends)
-    return tuple(type(module) for module in modules), rules
-
-
-@contextmanager
-def _shorter(spared: list[_Spared]) -> Iterator[None]:
-    """Run the model with the cheaper modules."""
-    whole = [getattr(each.parent, each.name) for each in spared]
-    try:
-        for each in spared:
-            setattr(each.parent, each.name, each.instead)
-        yield
-    finally:
-        for each, module in zip(spared, whole, strict=True):
-            setattr(each.parent, each.name, module)

@@ -170,8 +170,8 @@ class Stack:
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         if self.keeps_other_states and kwargs.get("use_cache"):
             raise UserError(
-                f"{type(self.module).__name__} does not keep its state in past_key_values, so virtual tokens before the "
-                "sequences would be read again with every new token; pass use_cache=False"
+                f"{type(self.module).__name__} does not keep its state in past_key_values, so virtual tokens before "
+                "the sequences would be read again with every new token; pass use_cache=False"
             )
         if getattr(cache, "is_compileable", False):
             raise UserError(

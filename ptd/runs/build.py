@@ -186,8 +186,8 @@ def build_engine(
     built = build_trained(config, prepared, material.task, material.tokenizer, material.examples, units=units)
     if config.backbone.compile and not prepared.attachment.replaces_attention:
         raise UserError(
-            f"backbone.compile: a {prepared.shape.model_type} backbone keeps its own attention code and cache, which ptd "
-            "does not compile; set compile: false"
+            f"backbone.compile: a {prepared.shape.model_type} backbone keeps its own attention code and cache, which "
+            "ptd does not compile; set compile: false"
         )
     if config.backbone.compile:  # after the code that inspects the layers
         compile_layers(prepared.model)

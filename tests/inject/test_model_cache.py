@@ -1,4 +1,4 @@
-"""A prefix in the model's own cache: it is what the model caches for a text, it is read by every layer, or it is refused.
+"""A prefix in the model's own cache is what the model caches for a text; every layer reads it, or ptd refuses.
 
 Parity with PEFT is in test_peft_parity.py, and every family in test_family_sheet.py.
 """
@@ -60,7 +60,9 @@ def test_a_layer_that_does_not_read_the_prefix_is_noticed(monkeypatch):
     checkpoint_layers(model)
     model(input_ids=ROW[None])
     monkeypatch.setattr(model_cache, "_MAY_READ", "_another_name")  # transformers then drops the cache of such a layer
-    with pytest.raises(UserError, match=r"did not read the prefix from its cache in layers 0, 1.*gradient_checkpointing"):
+    with pytest.raises(
+        UserError, match=r"did not read the prefix from its cache in layers 0, 1.*gradient_checkpointing"
+    ):
         model(input_ids=ROW[None])
 
 

@@ -34,7 +34,10 @@ CASES = [
     *((family, "cache") for family in ("llama", "gpt2", "opt")),
 ]
 ROWS_OF_CASES = [
-    (*case, make) for case in CASES for make in ("padded", "packed") if make == "padded" or case[1] not in ("auto", "cache")
+    (*case, make)
+    for case in CASES
+    for make in ("padded", "packed")
+    if make == "padded" or case[1] not in ("auto", "cache")
 ]
 
 CPU = torch.device("cpu")

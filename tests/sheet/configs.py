@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from sheet.special import SPECIAL, TOWERS, VARIANTS
 from transformers import (
     CONFIG_MAPPING,
     MODEL_MAPPING,
@@ -25,6 +24,8 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto import modeling_auto
+
+from sheet.special import SPECIAL, TOWERS, VARIANTS
 
 VOCAB, PAD, BOS, EOS = 320, 1, 0, 2
 FIRST_WORD, LAST_WORD = 5, 260

@@ -1,8 +1,8 @@
 """Compare ptd with `sheet.plain` on one family and kind of output: every method in every layout.
 
-The methods are none (of a body: head), prefix, prompt (virtual tokens before the others) and marks (virtual tokens among
-the others). The layouts are packed, padded, generated and checkpointed (the gradient, with gradient checkpointing). A
-cell is *right* if
+The methods are none (of a body: head), prefix, prompt (virtual tokens before the others) and marks (virtual tokens
+among the others). The layouts are packed, padded, generated and checkpointed (the gradient, with gradient
+checkpointing). A cell is *right* if
 
 - outputs, loss and gradient are within 1e-4 (in units of the right values' root mean square) of those of plain
   transformers on each row by itself,
@@ -20,15 +20,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sheet.attached import Attached
-from sheet.cases import P, Rows, distance, draw_prefix, draw_rows, draw_soft, loss_of, misses
-from sheet.configs import PAD, base, part, tiny_model
-from sheet.plain import SHOWS, NoReference, Plain
 from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
 from ptd.backbone.load import checkpoint_layers
 from ptd.inject import check_supported
 from ptd.types import SoftTokens, UserError
+from sheet.attached import Attached
+from sheet.cases import P, Rows, distance, draw_prefix, draw_rows, draw_soft, loss_of, misses
+from sheet.configs import PAD, base, part, tiny_model
+from sheet.plain import SHOWS, NoReference, Plain
 
 INSTALLED = sysconfig.get_path("purelib") + "/"
 """The folder of the installed packages, which is removed from reasons."""
@@ -135,7 +135,9 @@ class Comparison:
             except NoReference as error:
                 found += [record(method, layout, "no reference", str(error)) for layout in places]
                 continue
-            found += [self._cell(attached, method, layout, *known[method]) for layout in places if layout != "checkpointed"]
+            found += [
+                self._cell(attached, method, layout, *known[method]) for layout in places if layout != "checkpointed"
+            ]
         return found + self._checkpointed(attached, known)
 
     def _refusal(self, attached: Attached, method: str) -> UserError | None:

@@ -6,8 +6,9 @@ import re
 from collections import defaultdict
 from typing import Any
 
-from sheet.configs import base
 from transformers import CONFIG_MAPPING
+
+from sheet.configs import base
 
 FINE = ("right", "runs padded")
 KINDS = {
@@ -19,21 +20,27 @@ KINDS = {
 HEAD = """\
 # Families of models
 
-`make families` writes this page. It builds every text family that transformers can build, at a tiny size, and compares ptd
-with plain transformers: outputs, loss, gradient and greedily generated text of three rows of different lengths, each of
-which plain transformers runs alone, without padding. A prefix is compared with the model's attention over it, or with the
-model reading it from its own cache; a soft prompt with the same embeddings in `inputs_embeds`.
+`make families` writes this page. It builds every text family that transformers can build, at a tiny size, and
+compares ptd with plain transformers: the outputs, the loss, the gradient and the greedily generated text of three
+rows of different lengths. Plain transformers runs each row alone, without padding. It reads a prefix through the
+textbook formula of attention, or from the model's own cache, and it takes a soft prompt in `inputs_embeds`. Values
+are equal if they differ by less than 1e-4 of their root mean square, in fp32. Models are 32 wide and have 2 layers,
+or one layer of each kind.
 
 {evidence}
 
-- **prefix**: *attention*: ptd's attention reads it (packed rows, no copy). *cache*: the model's own cache holds it, with a
-  copy per row (`backbone.attention: cache`); padded rows. –: not possible, use `prompt` or `p_tuning`.
-- **soft prompt**: *yes*: virtual tokens before the text and at marks (`prompt`, `p_tuning`). *before* or *marks*: only that.
-- **packed**: rows share one line without seeing each other; *padded*: ptd pads them instead.
-- **generation**: *yes*: prompts of several lengths in one batch. *one length*: ptd puts prompts of one length into a batch.
-- **checkpointing**: gradients with `backbone.gradient_checkpointing`.
+- **prefix**: with *attention*, ptd's attention reads the prefix in place. With *cache*, the model's own cache holds
+  it, with a copy per row (`backbone.attention: cache`). A dash: use `prompt` or `p_tuning` instead.
+- **soft prompt**: *yes* means virtual tokens before the text and at marks (`prompt`, `p_tuning`); *before* and
+  *marks* mean only one of the two.
+- **packed**: *yes* means that rows share a line without seeing each other; *padded* means that ptd pads them instead.
+- **generation**: *yes* means that a batch has prompts of several lengths; with *one length*, ptd generates for
+  prompts of one length together.
+- **checkpointing** means the gradient with `backbone.gradient_checkpointing`.
 
-A dash is a refusal with the reason, never another number. Numbers in a note point to the list at the end.
+Where there is a dash, ptd refuses with the reason. The numbers in the last column point to the [notes](#notes). A
+type with a slash is a family with settings that its default config lacks. CI compares a fifth of the types, and all
+that have changed, with this page (`make families-test`).
 """
 REFUSED = "refused"
 
@@ -43,7 +50,7 @@ def page(records: list[dict[str, Any]], evidence: dict[str, Any]) -> str:
     versions = evidence["versions"]
     said = (
         f"Measured with transformers {versions['transformers']} and torch {versions['torch']}, fp32, on "
-        f"{evidence['hardware']}, {evidence['date']}; every line is of the code beside it (`tests/sheet/families.json`)."
+        f"{evidence['hardware']}, {evidence['date']}. `tests/sheet/families.json` has every cell."
     )
     notes = _Notes()
     texts = {each["type"] for each in records if each["kind"] != "body" and "cells" in each}
@@ -137,7 +144,9 @@ def _all(cells: dict[str, str], layout: str) -> str:
         for name, outcome in cells.items()
         if name.endswith(f" {layout}") and cells.get(f"{name.split()[0]} padded") != REFUSED
     }
-    return "–" if not found or REFUSED in found else "yes" if found == {"right"} else ", ".join(sorted(found - {"right"}))
+    return (
+        "–" if not found or REFUSED in found else "yes" if found == {"right"} else ", ".join(sorted(found - {"right"}))
+    )
 
 
 def _failed(cells: dict[str, str], cell: str) -> str:
@@ -160,6 +169,8 @@ def _general(reason: str) -> str:
     """Return a reason without class names and figures, so that families share it."""
     reason = re.sub(r"^(attach|run): (backbone\.path: |method\.name: )?", "", reason)
     reason = re.sub(r"`{1,2}", "", reason).replace("|", "/").replace("<", "‹").replace(">", "›")
-    reason = re.sub(r"\b[A-Z]\w*(Model|LM|Attention|Encoder|Decoder|Stack|Generation|Config|Text)\b", "the model", reason)
+    reason = re.sub(
+        r"\b[A-Z]\w*(Model|LM|Attention|Encoder|Decoder|Stack|Generation|Config|Text)\b", "the model", reason
+    )
     reason = re.sub(r"\ban? [\w.-]+ backbone\b", "the backbone", reason)
     return re.sub(r"\b\d+\.\d+%", "…%", reason)

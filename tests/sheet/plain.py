@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from sheet.attention import NAME, Pass, running
-from sheet.cases import NEW_TOKENS, P, Rows, Written, distance, generated
-from sheet.configs import FIRST_WORD, PAD
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from ptd.types import virtual_id
+from sheet.attention import NAME, Pass, running
+from sheet.cases import NEW_TOKENS, P, Rows, Written, distance, generated
+from sheet.configs import FIRST_WORD, PAD
 
 SAME = 1e-5
 SHOWS = 1e-2
@@ -244,7 +244,7 @@ class Plain:
 
     @torch.no_grad()
     def give_prefix_by_cache(self) -> None:
-        """From now on compute with the family's own attention, and put a prefix into a cache that the model then reads."""
+        """From now on compute with the family's own attention, and put a prefix into a cache that it reads."""
         self._switch("eager")
         self.by_cache, self.why_no_prefix, self.shapes = True, "", []
         ids = self.rows.ids[0]

@@ -1,8 +1,8 @@
 """The records of the family sheet: one per model type and kind of output, in families.json, one per line.
 
 ``cells``: "method layout" -> right, refused, … ; ``why``: reason -> the cells that have it. A type that could not be
-compared has ``outcome`` and ``reason`` instead. ``digest``: of the code and settings that the record depends on, without
-comments and docstrings.
+compared has ``outcome`` and ``reason`` instead. ``digest``: of the code (without comments
+and docstrings) and settings that the record depends on.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from sheet.configs import base
-from sheet.page import page
-from sheet.special import SPECIAL, TOWERS, VARIANTS
 from transformers import CONFIG_MAPPING
 
 from ptd.bench.machine import evidence
+from sheet.configs import base
+from sheet.page import page
+from sheet.special import SPECIAL, TOWERS, VARIANTS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -44,9 +44,9 @@ def folded(found: list[dict[str, Any]]) -> dict[str, Any]:
         cells[name] = each["outcome"]
         facts |= {fact: each[fact] for fact in FACTS if fact in each}
         if each.get("reason"):
-            why.setdefault(each["reason"].split("; ")[0] if each["outcome"] == "refused" else each["reason"], []).append(
-                name
-            )
+            why.setdefault(
+                each["reason"].split("; ")[0] if each["outcome"] == "refused" else each["reason"], []
+            ).append(name)
     return {"cells": cells, "why": why, **facts}
 
 
@@ -102,7 +102,9 @@ def write(records: list[dict[str, Any]]) -> None:
 @cache
 def code_digest() -> str:
     """Return a digest of ptd's code for prompts in models, and of the sheet's own, without comments and docstrings."""
-    files = [file for folder in CODE for file in sorted((ROOT / folder).rglob("*.py")) if file.name not in NOT_MEASURING]
+    files = [
+        file for folder in CODE for file in sorted((ROOT / folder).rglob("*.py")) if file.name not in NOT_MEASURING
+    ]
     return _digest(*(_code(file.read_bytes()) for file in files))
 
 
@@ -112,7 +114,7 @@ def digest_of(model_type: str) -> str:
     name = base(model_type)
     module = CONFIG_MAPPING[name].__module__.rsplit(".", 1)[0].removeprefix("transformers.").replace(".", "/")
     folder = Path(transformers.__file__).parent / module
-    settings = [SPECIAL.get(name), TOWERS.get(name), VARIANTS.get(model_type)]
+    settings = [transformers.__version__, SPECIAL.get(name), TOWERS.get(name), VARIANTS.get(model_type)]
     files = sorted([*folder.glob("modeling_*.py"), *folder.glob("configuration_*.py")])
     return _digest(code_digest().encode(), json.dumps(settings).encode(), *(file.read_bytes() for file in files))
 
