@@ -5,8 +5,9 @@
 # make docs-test  that site in a browser, and every command and piece of code in README.md and docs/ (minutes)
 # make check  style, types, formatting
 # make fuzz   run files, data files and adapters of anything, for minutes
-# make sweep  every text family that transformers can build, at a tiny size, beside plain transformers (minutes)
-# make sweep-test  the same into a temporary folder; fails if any value is wrong
+# make families  every text family that transformers can build, at a tiny size, beside plain transformers: docs/families.md
+#             (minutes; what has not changed since the last time is not measured again)
+# make families-test  a fifth of them, chosen by the commit, and what has changed; fails if a result is not that of the page
 # make test-gpu-paper  whole runs, steps and the attention kernels on an emulated GPU; on a real one where there is one
 # make gpu-1  on one NVIDIA GPU, some eight minutes each, with nothing installed or fetched: a resume, no step that waits,
 #             the attention kernels' tests; gpu-2 the attention benchmark; gpu-3 a 7B backbone in every placement;
@@ -19,7 +20,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-oldest check docs docs-test fuzz sweep sweep-test test-gpu-paper gpu gpu-1 gpu-2 gpu-3 gpu-4
+.PHONY: demo test test-oldest check docs docs-test fuzz families families-test test-gpu-paper gpu gpu-1 gpu-2 gpu-3 gpu-4
 demo: $(INSTALLED)
 	$(BIN)/ptd quickstart --output quickstart --overwrite
 
@@ -47,11 +48,11 @@ docs-test: docs
 fuzz: $(INSTALLED)
 	PTD_FUZZ=1 $(BIN)/python -m pytest tests/test_fuzz.py
 
-sweep: $(INSTALLED)
-	$(BIN)/python benchmarks/families.py --again --output benchmarks/results/families.json
+families: $(INSTALLED)
+	$(BIN)/python tests/family_sheet.py --workers $(WORKERS)
 
-sweep-test: $(INSTALLED)
-	PTD_SWEEP=1 $(BIN)/python -m pytest tests/inject/test_families_sweep.py -k every_family
+families-test: $(INSTALLED)
+	$(BIN)/python tests/family_sheet.py --check --fifth --workers $(WORKERS)
 
 test-gpu-paper: $(INSTALLED)
 	PYTEST_PLUGINS=tests.gpu_paper.device $(BIN)/python -m pytest -n $(WORKERS) tests/gpu_paper

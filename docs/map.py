@@ -19,6 +19,7 @@ OTHERS = {
     "launch/slurm/": "job scripts for Slurm, and the template that `ptd launch slurm` fills in",
     "docs/": "this site, built by `make docs`; `configuration.py` and `map.py` write the pages of the same name",
     "tests/": "mirror `ptd/`; `docs/` runs every command and code block of the documentation (`make docs-test`)",
+    "tests/family_sheet.py": "every text family beside plain transformers; writes [families](families.md)",
     "tests/gpu_paper/": "an emulated GPU, and whole runs on it (`make test-gpu-paper`)",
     "tests/oldest.py": "the oldest versions that pyproject.toml allows (`make test-oldest`)",
     ".ci/run": "everything that has to pass on a clean clone",

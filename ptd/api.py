@@ -124,7 +124,7 @@ def attach(
         texts: rows of your data, each written as the model reads it (prompt and completion). The method's default,
             ``init="rows"``, initialises the prompt from a sample of them; without ``texts`` it uses frequent tokens.
         seed: seed of the prompt's initial values.
-        attention: backend of `ptd_kernels.prefix_attention`.
+        attention: backend of `ptd_kernels.prefix_attention`, or ``cache``: put a prefix into the model's own cache.
         settings: the method's own keys, as in the ``method`` section of RUN.yaml (``num_virtual_tokens=16`` …).
 
     Raises:
@@ -134,7 +134,7 @@ def attach(
     section = {"name": name, **settings}
     config = parse_method(section)
     model = _transformers_model(model)
-    attachment = Attachment(model, backend=attention)
+    attachment = _attached(model, attention)
     try:
         conditioner = TextConditioner(attachment, tokenizer, _rows_of(texts, tokenizer, model), seed=seed)
         encoder = method(name).build(config, attachment.shape, conditioner, seed=seed)
@@ -153,6 +153,13 @@ def attach(
     model.add_module(SUBMODULE, encoder.to(model.device))
     attachment.encoder = encoder
     return TunedModel(model, attachment, section)
+
+
+def _attached(model: PreTrainedModel, attention: str) -> Attachment:
+    attachment = Attachment(model, backend=attention)
+    if attachment.notice is not None:
+        warnings.warn(attachment.notice, stacklevel=3)
+    return attachment
 
 
 def _rows_of(texts: Sequence[str], tokenizer: Any, model: PreTrainedModel) -> Examples | None:
@@ -192,7 +199,7 @@ def load(
             raise UserError(f"the adapter {folders[name]} has a trained head and no prompt; use it with ptd predict")
     Prompts(tuple(one.state() for one in found.values()))  # raises for prompts of two kinds
     model = _transformers_model(model)
-    attachment = Attachment(model, backend=attention)
+    attachment = _attached(model, attention)
     try:
         identity = fingerprint(model)
         for name, one in found.items():

@@ -63,7 +63,8 @@ class LayerShape:
 class BackboneShape:
     """All that a method may know of the backbone: plain sizes, no transformers object.
 
-    ``layers``: the attention layers in the order in which a forward pass calls them.
+    ``layers``: the attention layers in the order in which a forward pass calls them. ``no_prefix``: why the backbone
+    takes no prefix.
     """
 
     model_type: str
@@ -72,6 +73,16 @@ class BackboneShape:
     context: int | None
     layers: tuple[LayerShape, ...]
     embedding_size: int | None = None
+    no_prefix: str | None = None
+
+    def prefix_layers(self) -> tuple[LayerShape, ...]:
+        """Return ``layers``. Raises `UserError` if the backbone takes no prefix."""
+        if self.no_prefix is not None:
+            raise UserError(
+                f"method.name: a {self.model_type} backbone takes no prefix, because {self.no_prefix}; use method "
+                "prompt, p_tuning or head"
+            )
+        return self.layers
 
     @property
     def input_size(self) -> int:

@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-SHARED = ("families", "browser", "attention_cases", "matrix", "reporting")
+SHARED = ("families", "family_sheet", "browser", "attention_cases", "matrix", "reporting")
 for name in SHARED:  # imported by file: this folder on sys.path would shadow ptd_kernels
     if name in sys.modules:
         continue

@@ -58,6 +58,13 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 }
 FAMILIES: tuple[str, ...] = tuple(_SETTINGS)
 """The decoders."""
+_OWN_ATTENTION_SETTINGS: dict[str, dict[str, Any]] = {
+    "bloom": {},
+    "falcon": {"multi_query": False, "alibi": False, "new_decoder_architecture": False},
+    "gptj": {"rotary_dim": 4, "n_inner": 48},
+}
+OWN_ATTENTION: tuple[str, ...] = tuple(_OWN_ATTENTION_SETTINGS)
+"""Decoders whose attention ptd cannot replace: a prefix goes through their own cache."""
 _QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _ENCODER_SETTINGS: dict[str, dict[str, Any]] = {
     "bert": _QUIET,
@@ -90,7 +97,7 @@ def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
     if family in ENCODER_DECODERS:
         common = {key: _COMMON[key] for key in ("vocab_size", "max_position_embeddings")}
         return AutoConfig.for_model(family, **{**common, **_ENCODER_DECODER_SETTINGS[family], **special, **changes})
-    settings = _ENCODER_SETTINGS.get(family) or _SETTINGS.get(family, {})
+    settings = {**_ENCODER_SETTINGS, **_SETTINGS, **_OWN_ATTENTION_SETTINGS}.get(family, {})
     return AutoConfig.for_model(family, **{**_COMMON, **settings, **special, **changes})
 
 

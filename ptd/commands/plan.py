@@ -20,7 +20,7 @@ from ptd.engine.forward import Forward
 from ptd.engine.optimizers import OPTIMIZERS
 from ptd.engine.prompt_step import Trained
 from ptd.engine.setup import Prepared
-from ptd.inject import Attachment, check_supported
+from ptd.inject import CACHE, Attachment, check_supported
 from ptd.methods import method
 from ptd.planner.placement import FRAGMENTATION, GIB, GPU_CONTEXT_BYTES, ITEMS, Estimate, Machine, Placement, estimate
 from ptd.planner.step_trace import Capability, Trace, split_encoder, trace_step, without_data
@@ -157,7 +157,7 @@ def trace_run(
 ) -> Trace:
     """Trace one step of one micro-batch of the run, with the backbone in this ``quantization``. Raises `UserError`."""
     changed = {"quantization": quantization}
-    if config.backbone.attention not in ("auto", "merge", "reference"):
+    if config.backbone.attention not in ("auto", "merge", "reference", CACHE):
         changed["attention"] = "merge"
     config = config.model_copy(update={"backbone": config.backbone.model_copy(update=changed)})
     OPTIMIZERS[config.train.optimizer].check(None)  # before the trace: it makes bitsandbytes' tables, with data

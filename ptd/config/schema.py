@@ -98,7 +98,9 @@ class BackboneConfig(Section):
         "auto",
         description="backend of `ptd_kernels.prefix_attention`: `auto`, `merge`, `joined` (on CPUs), `triton` (not "
         "measured on a GPU yet), `reference`, or `merge` with a library of your choice: `merge-cudnn`, "
-        "`merge-flash-attn-2`, `merge-flash-attn-4` (not run yet)",
+        "`merge-flash-attn-2`, `merge-flash-attn-4` (not run yet). `cache` leaves attention to the model and puts a "
+        "prefix into the model's own cache, which is slower; `auto` does so for families that take a prefix in no "
+        "other way",
     )
     allow_pickle: bool = Field(
         False,

@@ -138,7 +138,13 @@ def measure(
         examples = joined_examples([part.examples for part in parts], [part.member for part in parts])
     joint = replace(parts[0], examples=examples, packing=all(part.packing for part in parts))
     batches = joint.batches(prepared, ranks)
-    mixed = MixedReads([part.examples for part in parts], readouts, packed=batches.packing, pad=joint.pad_token_id or 0)
+    mixed = MixedReads(
+        [part.examples for part in parts],
+        readouts,
+        [part.member for part in parts],
+        packed=batches.packing,
+        pad=joint.pad_token_id or 0,
+    )
     sums = [_Sums(ranks.device) for _ in parts]
     unread: deque[_Scores] = deque()
     found: dict[int, Tensor] = {}

@@ -26,19 +26,19 @@ class JointPart:
     member: int
 
 
-def read_jointly(run: Run, parts: Sequence[JointPart]) -> list[Reading]:
-    """Return the reading of each part, from a single forward pass.
+def read_jointly(run: Run, parts: Sequence[JointPart], scores: bool = False) -> list[Reading]:
+    """Return the reading of each part, from a single forward pass; ``scores`` as for `Readout.reading`.
 
     All batches are packed, or all are padded. All readouts ask for the same kind of output: all for cross-entropies, or
     all for the backbone's own output.
     """
     if len(parts) == 1:
-        return [parts[0].readout(run, parts[0].batch)]
+        return [parts[0].readout(run, parts[0].batch, scores)]
     asks = [part.readout.ask(part.batch) for part in parts]
     whole = join_batches([part.batch for part in parts], [part.member for part in parts])
     output = run(whole, _joined(asks, [part.batch for part in parts], whole))
     pieces = output.split([len(ask.positions) for ask in asks])
-    return [part.readout.reading(piece, part.batch) for part, piece in zip(parts, pieces, strict=True)]
+    return [part.readout.reading(piece, part.batch, scores) for part, piece in zip(parts, pieces, strict=True)]
 
 
 def _joined(asks: Sequence[Ask], batches: Sequence[Batch], whole: Batch) -> Ask:

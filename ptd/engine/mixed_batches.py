@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ptd.data.batches import packed_batch, padded_batch
-from ptd.readouts import Reading, Run
+from ptd.engine.joint_pass import JointPart, read_jointly
+from ptd.readouts import Reading, Readout, Run
 from ptd.types import NO_MEMBER, Batch, DataReport, Examples, UserError
 
 Reads = Callable[[Run, Batch, bool], Reading]
@@ -52,60 +51,50 @@ def joined_examples(parts: Sequence[Examples], members: Sequence[int | None]) ->
     )
 
 
-class _Asked(Exception):
-    """Raised by the first run of a readout: the positions that it reads."""
-
-    def __init__(self, positions: Tensor | None) -> None:
-        self.positions = positions
-
-
 class MixedReads:
     """Reads each batch with the readouts of the parts whose rows it has.
 
-    ``parts``: the parts' examples, whose rows are numbered consecutively; ``packed`` and ``pad``: how batches are laid
-    out.
+    ``parts``: the parts' examples, whose rows are numbered consecutively; ``members``: the prompt that each part reads;
+    ``packed`` and ``pad``: how batches are laid out.
     """
 
-    def __init__(self, parts: Sequence[Examples], readouts: Sequence[Reads], *, packed: bool, pad: int) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Examples],
+        readouts: Sequence[Reads],
+        members: Sequence[int | None],
+        *,
+        packed: bool,
+        pad: int,
+    ) -> None:
         self.parts, self.readouts, self.packed, self.pad = parts, readouts, packed, pad
+        self.members = [NO_MEMBER if member is None else member for member in members]
         self.first_rows = np.cumsum([0, *map(len, parts)])
 
     def __call__(self, run: Run, batch: Batch, scores: bool) -> Iterator[tuple[int, Batch, tuple[int, ...], Reading]]:
-        """Run the batch once; yield each part in it: its place, its own batch, its rows' numbers, its reading."""
+        """Run the batch once; yield each part in it: its place, its own batch, its rows' numbers, its reading.
+
+        A readout that reads rows next to those of other parts has to be a `Readout`.
+        """
         owners = np.searchsorted(self.first_rows, batch.rows, side="right") - 1
         places = np.unique(owners).tolist()
         if len(places) < 2:  # a batch without rows belongs to any part
             place = places[0] if places else 0
             yield place, batch, batch.rows, self.readouts[place](run, batch, scores)
             return
-        own = {place: self._own(place, np.array(batch.rows)[owners == place]) for place in places}
-        asked = {place: self._asked(place, own[place], scores) for place in places}
-        sequences = np.repeat(owners, batch.group)
-        wanted = [_among(batch, own[place], np.flatnonzero(sequences == place), asked[place]) for place in places]
-        outputs = run(batch, torch.cat(wanted)).split([len(each) for each in wanted])
-        for place, output in zip(places, outputs, strict=True):
-            rows = tuple(np.array(batch.rows)[owners == place].tolist())
-            yield place, own[place], rows, self.readouts[place](lambda *_, given=output: given, own[place], scores)
+        rows = {place: np.array(batch.rows)[owners == place] for place in places}
+        joint = [
+            JointPart(self._readout(place), self._own(place, rows[place]), self.members[place]) for place in places
+        ]
+        for place, part, reading in zip(places, joint, read_jointly(run, joint, scores), strict=True):
+            yield place, part.batch, tuple(rows[place].tolist()), reading
+
+    def _readout(self, place: int) -> Readout:
+        found = self.readouts[place]
+        assert isinstance(found, Readout)
+        return found
 
     def _own(self, place: int, rows: np.ndarray) -> Batch:
         local = rows - self.first_rows[place]
         examples = self.parts[place]
         return packed_batch(examples, local) if self.packed else padded_batch(examples, local, self.pad)
-
-    def _asked(self, place: int, own: Batch, scores: bool) -> Tensor:
-        """Return the positions that the part's readout reads in its own batch."""
-
-        def ask(batch: Batch, positions: Tensor | None) -> Tensor:
-            raise _Asked(positions)
-
-        try:
-            self.readouts[place](ask, own, scores)
-        except _Asked as found:
-            return torch.arange(own.input_ids.numel()) if found.positions is None else found.positions
-        raise AssertionError("a readout runs its batch")
-
-
-def _among(batch: Batch, own: Batch, sequences: np.ndarray, positions: Tensor) -> Tensor:
-    """Return where ``positions`` of ``own``, whose sequences are these of ``batch``, are in ``batch``."""
-    sequence = torch.searchsorted(own.starts, positions, right=True) - 1
-    return batch.starts[torch.from_numpy(sequences)][sequence] + positions - own.starts[sequence]

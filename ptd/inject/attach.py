@@ -16,23 +16,27 @@ from ptd.inject.attention import (
     IMPLEMENTATION,
     MASKLESS,
     WRITTEN_OUT,
+    LayerSlot,
     give_slot,
     has_slot,
+    occupy,
     padded_forward,
     states_of_layers,
     take_slot,
 )
-from ptd.inject.explain import check_backend, obstacle_to_several
+from ptd.inject.explain import CACHE, check_backend, obstacle_to_several
 from ptd.inject.inputs import Inputs
 from ptd.inject.last_layer import ModuleProbe, Tail
 from ptd.inject.members import PassPrompts, PerSequence, RowsOfPass
+from ptd.inject.model_cache import PrefixCache, said_at_start, states_in_cache
 from ptd.inject.output_layer import OutputLayer, PassOutput
-from ptd.inject.probe import layer_shapes, probe, shape_of
+from ptd.inject.probe import SOFTMAX, cache_shapes, layer_shapes, layer_types, probe, shape_of
 from ptd.inject.self_check import SelfCheck, Verdict
 from ptd.inject.stack import Stack, stacks_of
 from ptd.types import (
     NO_MEMBER,
     Batch,
+    LayerShape,
     NoPrompt,
     PrefixKV,
     PromptEncoder,
@@ -42,7 +46,6 @@ from ptd.types import (
     UserError,
 )
 
-ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 WRONG_UPSTREAM = {
     "moshi": "beyond its attention window, transformers itself generates other tokens with a cache than without one"
 }
@@ -52,12 +55,14 @@ SUPPORTED = (
     "use a decoder such as llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, gpt2, gpt_neox, opt or mixtral, an "
     "encoder such as bert, roberta, distilbert or modernbert, or an encoder-decoder such as t5, bart or mbart"
 )
+OTHERS = {"soft": "prompt", "marks": "p_tuning", "prefix": "prefix"}
+"""Capability in a `Verdict` -> the method that needs nothing else."""
 
 
 def check_supported(model_class: type[PreTrainedModel] | None, config: Any) -> None:
-    """Raise `UserError` for a model family that a prompt cannot reach, before its weights are loaded.
+    """Raise `UserError` for a model family that is known to be wrong, or unknown, before its weights are loaded.
 
-    The message names the family and the supported families.
+    The message names the family and families to use instead.
     """
     model_type = config.model_type
     if model_class is None:
@@ -66,17 +71,16 @@ def check_supported(model_class: type[PreTrainedModel] | None, config: Any) -> N
         raise UserError(
             f"backbone.path: model type {model_type!r} is not supported: {WRONG_UPSTREAM[model_type]}; {SUPPORTED}"
         )
-    if not model_class._can_set_attn_implementation():
-        raise UserError(
-            f"backbone.path: model type {model_type!r} does not compute attention through transformers' "
-            f"AttentionInterface, which ptd needs to attach any kind of prompt; {SUPPORTED}"
-        )
-    foreign = set(getattr(config.get_text_config(), "layer_types", None) or []) - ATTENTION_LAYER_TYPES
+
+
+def own_attention(model: PreTrainedModel) -> str | None:
+    """Return why a model has to keep its own attention code; None: ptd can replace it."""
+    if not model._can_set_attn_implementation():
+        return "does not compute attention through transformers' AttentionInterface"
+    foreign = layer_types(model.config) - SOFTMAX
     if foreign:
-        raise UserError(
-            f"backbone.path: model type {model_type!r} has layers without softmax attention "
-            f"({', '.join(sorted(foreign))}), whose state ptd cannot keep separate for each row; {SUPPORTED}"
-        )
+        return f"has layers without softmax attention ({', '.join(sorted(foreign))})"
+    return None
 
 
 class Attachment:
@@ -94,6 +98,10 @@ class Attachment:
     short passes through the first layers, which verify that the model computes the same with ptd's attention as with
     its own (`ptd.inject.self_check`). ``verdict`` says what the model cannot do. Under ZeRO-3 all ranks have to attach
     at the same time; ``forget_passes`` is called before passes that run other modules than the passes before them.
+
+    A model that cannot take a prefix through ptd's attention keeps its own attention code, and gets the prefix through
+    its cache of keys and values (`ptd.inject.model_cache`), or only soft prompts if it has no such cache. ``notice``
+    then says so. ``backend`` "cache" chooses this for any model; a backend of `prefix_attention` excludes it.
     Raises `UserError`, with the reason, for a model to which a prompt cannot be attached.
     """
 
@@ -121,41 +129,63 @@ class Attachment:
         self.head = OutputLayer(None)
         self.stacks: list[Stack] = []
         self.verdict = Verdict()
+        self.notice: str | None = None
         self.extra_positions = 0
         self.prompts: tuple[PromptState, ...] = (NoPrompt(),)
         self.members: tuple[int, ...] | None = None  # the prompt of each sequence; None: all read the only prompt
         self.note_on_several: str | None = None
         self._rows = RowsOfPass()
+        self.layers: tuple[LayerShape, ...] = ()
+        self.slots: list[LayerSlot] = []
         self._encoded_at: tuple[int, ...] | None = None
+        self._forget_passes = forget_passes
+        self._guard: Any = None
         self._previous = {module: module.config._attn_implementation for module in _models(model)}
-        self._use(IMPLEMENTATION)
+        self._connect(backend)
+        self.shape = shape_of(model, self.layers, self.stacks[0], self.verdict.prefix)
+
+    def _connect(self, backend: str) -> None:
+        """Attach through ptd's attention if that takes a prefix, else with the model's own attention."""
+        own = None if backend == CACHE else own_attention(self.model)
+        if own is not None and backend != "auto":
+            raise UserError(
+                f"backbone.attention: {type(self.model).__name__} {own}, so the backend {backend!r} cannot replace its "
+                f"attention; set attention: auto or {CACHE}"
+            )
+        refused: UserError | None = None
+        without_prefix = ""
+        if backend != CACHE and own is None:
+            try:
+                self._attach(lambda: self._with_attention(backend))
+            except UserError as error:
+                if backend != "auto":
+                    raise
+                refused = error
+            else:
+                if backend != "auto" or self.verdict.prefix is None:
+                    return
+                without_prefix = self.verdict.prefix
+                self.remove()
         try:
-            with ModuleProbe(model) as watch:
-                calls, output = probe(model)
-            modules = [call.module for call in calls]
-            self.stacks = stacks_of(model, modules, self._refresh)
-            layers = layer_shapes(model, calls, self.stacks)
-            self.head = OutputLayer(watch.head_of(output))
-            self.stacks[-1].tail = Tail(watch.behind_attention(self.stacks[-1].members))
-            self.slots = [
-                give_slot(call, backend, cross=layer.kind == "cross") for call, layer in zip(calls, layers, strict=True)
-            ]
-            for stack in self.stacks:
-                stack.choose = self._choose
-                stack.slots = {
-                    number: slot
-                    for number, (call, slot) in enumerate(zip(calls, self.slots, strict=True))
-                    if call.module in stack.members
-                }
-            self._note_on_several(backend, layers[0].key_dim)
-            self.inputs = Inputs(model, self.stacks[0], sees_padding=any(layer.kind == "encoder" for layer in layers))
-            check = SelfCheck(self, calls)
-            forget_passes()
-            self._use(WRITTEN_OUT)
-            check.read_plain()
-            self._use(IMPLEMENTATION)
-            self._hook()
-            self.verdict = check.run()
+            self._attach(self._with_own_attention)
+        except UserError as error:
+            if own is not None or backend == CACHE:
+                raise
+            if refused is not None:
+                raise refused from error
+        if without_prefix and self.verdict.prefix is not None:
+            self.remove()  # ptd's attention can do more
+            self._attach(lambda: self._with_attention(backend))
+            return
+        why = own or (without_prefix if refused is None else str(refused))
+        self.notice = said_at_start(self.model, why, self.verdict.prefix, padded=len(self.stacks) == 1)
+
+    def _attach(self, connect: Callable[[], SelfCheck]) -> None:
+        """Find the layers with ``connect``, and check the model. Raises `UserError`."""
+        self.stacks, self.verdict, self.head = [], Verdict(), OutputLayer(None)
+        self._forget_passes()
+        try:
+            self.verdict = connect().run()
             self.stacks[0].left_obstacle = self.verdict.left
             self.stacks[0].packing_obstacle = self.verdict.packed
         except BaseException as error:
@@ -163,10 +193,65 @@ class Attachment:
             if isinstance(error, UserError) or not isinstance(error, Exception):
                 raise
             raise UserError(
-                f"backbone.path: {type(model).__name__} fails when ptd runs it on a few tokens of text: "
+                f"backbone.path: {type(self.model).__name__} fails when ptd runs it on a few tokens of text: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        self.shape = shape_of(model, layers, self.stacks[0])
+
+    def _with_attention(self, backend: str) -> SelfCheck:
+        """Connect ptd's attention; return the check, which has read what the model computes without it."""
+        self._use(IMPLEMENTATION)
+        with ModuleProbe(self.model) as watch:
+            calls, output = probe(self.model)
+        self.stacks = stacks_of(self.model, [call.module for call in calls], self._refresh)
+        self.layers = layer_shapes(self.model, calls, self.stacks)
+        self.head = OutputLayer(watch.head_of(output))
+        self.stacks[-1].tail = Tail(watch.behind_attention(self.stacks[-1].members))
+        self.slots = [
+            give_slot(call, backend, cross=layer.kind == "cross")
+            for call, layer in zip(calls, self.layers, strict=True)
+        ]
+        for stack in self.stacks:
+            stack.choose = self._choose
+            stack.slots = {
+                number: slot
+                for number, (call, slot) in enumerate(zip(calls, self.slots, strict=True))
+                if call.module in stack.members
+            }
+        self._note_on_several(backend, self.layers[0].key_dim)
+        bidirectional = any(layer.kind == "encoder" for layer in self.layers)
+        self.inputs = Inputs(self.model, self.stacks[0], sees_padding=bidirectional)
+        check = SelfCheck(self, calls)
+        self._forget_passes()
+        self._use(WRITTEN_OUT)
+        check.read_plain()
+        self._use(IMPLEMENTATION)
+        self._hook()
+        return check
+
+    def _with_own_attention(self) -> SelfCheck:
+        """Connect the model's cache, and leave its attention as it is; return the check."""
+        with ModuleProbe(self.model) as watch:
+            found, output = cache_shapes(self.model)
+        self.stacks = stacks_of(self.model, [self.model.get_input_embeddings()], self._refresh)
+        self.layers = () if isinstance(found, str) else found
+        self.head = OutputLayer(watch.head_of(output))
+        self.slots = [LayerSlot(CACHE) for _ in self.layers]
+        for stack in self.stacks:
+            stack.choose = self._choose
+        reader = self.stacks[-1]
+        reader.slots = dict(enumerate(self.slots))
+        reader.cache = PrefixCache(reader.module, self.slots)
+        occupy(self.model)
+        self.inputs = Inputs(self.model, self.stacks[0], sees_padding=True)
+        check = SelfCheck(self, [], no_prefix=found if isinstance(found, str) else None)
+        self._forget_passes()
+        if self.model._can_set_attn_implementation():
+            self._use(WRITTEN_OUT)
+        check.read_plain()
+        self._use(None)
+        self._hook()
+        self._guard = self.model.register_forward_pre_hook(_refuse_packed, with_kwargs=True)
+        return check
 
     @property
     def packable(self) -> bool:
@@ -247,7 +332,8 @@ class Attachment:
         """Return the number of positions that a prompt takes from the context, in addition to its sequences."""
         if isinstance(prompt, SoftTokens):
             return _inserted(prompt)
-        return prompt.num_virtual_tokens if any(stack.takes_positions for stack in self.stacks) else 0
+        moved = not self.replaces_attention or any(stack.takes_positions for stack in self.stacks)
+        return prompt.num_virtual_tokens if moved else 0
 
     def extra_for(self, member: int | None) -> int:
         """Return `positions_of` the prompt with this number; None: of the only prompt, or the most of all prompts."""
@@ -268,6 +354,11 @@ class Attachment:
 
     def _take(self, stack: Stack, read: PassPrompts) -> None:
         prefixes = [state for state in read.states if isinstance(state, PrefixKV)]
+        if prefixes and read.index is not None and not self.replaces_attention:
+            raise UserError(
+                f"{type(self.model).__name__} keeps its own attention code, and its cache takes one prefix for all "
+                "sequences of a batch; run each adapter's rows in batches of their own, or use method prompt"
+            )
         index = torch.tensor(read.index) if prefixes and read.index is not None else None
         for layer, slot in stack.slots.items():
             slot.take(prefixes, layer, index)
@@ -344,6 +435,11 @@ class Attachment:
             for slot, backend in zip(self.slots, chosen, strict=True):
                 slot.backend = backend
 
+    @property
+    def replaces_attention(self) -> bool:
+        """Whether attention runs through ptd's function; if not, the model's own cache carries a prefix."""
+        return self.stacks[-1].cache is None
+
     @contextmanager
     def bare(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """Remove the prompt, for passes over a sequence of text without a prompt, with any backend.
@@ -353,23 +449,30 @@ class Attachment:
         their keys and values one after the other.
         """
         self.set(None)
-        with self.any_backend(), states_of_layers() as seen:
+        if not self.replaces_attention and not self.layers:
+            yield []
+            return
+        with self.any_backend(), states_of_layers() if self.replaces_attention else states_in_cache(self.model) as seen:
             yield seen
 
-    def generation_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+    def generation_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
         """Return the arguments of ``model.generate`` for prompts ``[B, S]`` that are padded on the left.
 
         For a model that takes positions they include ``position_ids``, because otherwise transformers counts positions
-        from 0 in every family.
+        from 0 in every family. A model that caches other states than keys and values generates without a cache.
         """
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if "position_ids" in self.inputs.names and not self.model.config.is_encoder_decoder:
             inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0) + self.first_position
+        if self.stacks[0].keeps_other_states:
+            inputs["use_cache"] = False
         return inputs
 
     def remove(self) -> None:
         """Restore the model to its state before the attachment."""
         self.head.unhook()
+        if self._guard is not None:
+            self._guard.remove()
         for stack in self.stacks:
             stack.unhook()
         for module in self.model.modules():
@@ -394,9 +497,11 @@ class Attachment:
 
     def _check_verdict(self, what: str, obstacle: str | None) -> None:
         if obstacle is not None:
+            works = [name for ability, name in OTHERS.items() if getattr(self.verdict, ability) is None]
             raise UserError(
-                f"method.name: {type(self.model).__name__} does not support {what}, because {obstacle}; use another "
-                "method, or a backbone of another family"
+                f"method.name: {type(self.model).__name__} does not support {what}, because {obstacle}; use "
+                f"{' or '.join(f'method {name}' for name in works) or 'a trained head alone (method head)'}, or a "
+                "backbone of another family"
             )
 
     def _use(self, implementation: str | None) -> None:
@@ -405,8 +510,9 @@ class Attachment:
             module.config._attn_implementation = implementation or previous
 
     def shift(self, count: int) -> None:
-        """Shift the model's own tokens by ``count`` positions, in models that take positions."""
-        self.extra_positions = count if any(stack.takes_positions for stack in self.stacks) else 0
+        """Shift the model's own tokens by ``count`` positions, in models that take or count positions."""
+        moved = not self.replaces_attention or any(stack.takes_positions for stack in self.stacks)
+        self.extra_positions = count if moved else 0
         for stack in self.stacks:
             stack.shift = PerSequence(count)
 
@@ -427,6 +533,14 @@ def _inserted(prompt: PromptState) -> int:
 
 def _unasked(*args: Any) -> None:
     """Do nothing in place of transformers' warning about possible padding: ptd knows whether there is padding."""
+
+
+def _refuse_packed(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("cu_seq_lens_q") is not None:
+        raise UserError(
+            f"{type(model).__name__} keeps its own attention code, which does not keep the rows of a packed batch "
+            "separate; give each sequence its own row, pad the rows, and do not pass cu_seq_lens_q"
+        )
 
 
 def _models(model: PreTrainedModel) -> list[PreTrainedModel]:

@@ -140,6 +140,11 @@ def give_slot(call: Call, backend: str, *, cross: bool) -> LayerSlot:
     return slot
 
 
+def occupy(model: nn.Module) -> None:
+    """Mark a model that has a prompt without slots in its attention modules."""
+    object.__setattr__(model, _SLOT, None)
+
+
 def has_slot(module: nn.Module) -> bool:
     """Return whether a prompt is attached to this attention module."""
     return _SLOT in vars(module)

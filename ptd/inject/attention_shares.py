@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ptd.inject.attach import Attachment
 from ptd.inject.attention import LayerSlot, watched
-from ptd.types import IGNORE_INDEX, Batch, virtual_id
+from ptd.types import IGNORE_INDEX, Batch, UserError, virtual_id
 
 ALL, SUPERVISED = 0, 1
 """The two sets of queries: all own tokens of a sequence, and its own tokens at supervised positions."""
@@ -92,6 +92,11 @@ class SharesOfPrompt:
     """
 
     def __init__(self, attachment: Attachment) -> None:
+        if not attachment.replaces_attention:
+            raise UserError(
+                f"{type(attachment.model).__name__} keeps its own attention code, so the shares of its attention "
+                "cannot be measured; inspect the prompt without --data, or compare losses with ptd eval"
+            )
         self.layers: dict[int, LayerShares] = {}
         self._attachment = attachment
         self._index = {id(slot): index for index, slot in enumerate(attachment.slots)}

@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ptd.types import UserError
 
+CACHE = "cache"
+"""The backend that leaves attention to the model, and gives it the prefix in its own cache of keys and values."""
 CASES: dict[str, dict[str, bool]] = {
     "packed": {"packed": True},
     "padded": {"masked": True},
@@ -23,8 +25,8 @@ CASES: dict[str, dict[str, bool]] = {
 
 def check_backend(name: str) -> None:
     """Raise `UserError` unless ``backbone.attention`` names a backend, or ``auto``."""
-    if name not in ("auto", *available_backends()):
-        known = ", ".join(["auto", *available_backends()])
+    if name not in ("auto", CACHE, *available_backends()):
+        known = ", ".join(["auto", *available_backends(), CACHE])
         raise UserError(f"backbone.attention: there is no backend {name!r}; available: {known}")
 
 

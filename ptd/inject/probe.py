@@ -6,6 +6,7 @@ A layer's rule (causal or not, its window) is read from the mask that the model 
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +16,21 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers import PreTrainedModel
 
 from ptd.inject.attention import Call, Probe, probed
+from ptd.inject.model_cache import cached_layers
 from ptd.inject.stack import Stack, sides_of
 from ptd.types import AttentionKind, BackboneShape, LayerShape, UserError
 
+SOFTMAX = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Types of layers, in a config's ``layer_types``, in which each query attends to keys of single tokens."""
+RECURRENT = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mlp", "moe"}
+"""Types of layers that read a row token by token, or each token alone: what padding does to them shows at once."""
 FAR = 1_000_000
 """Position of a query, beyond every window, at which a mask's rule is evaluated."""
+
+
+def layer_types(config: Any) -> set[str]:
+    """Return the types of layers that the text model's config names; empty if it names none."""
+    return set(getattr(config.get_text_config(), "layer_types", None) or [])
 
 
 @torch.no_grad()
@@ -40,6 +51,27 @@ def probe(model: PreTrainedModel) -> tuple[list[Call], Any]:
     finally:
         probed.reset(token)
     return [_as_masked(call) for call in seen.calls], output
+
+
+@torch.no_grad()
+def cache_shapes(model: PreTrainedModel) -> tuple[tuple[LayerShape, ...] | str, Any]:
+    """Return the layers of the model's cache, or why it cannot hold a prefix, and the output of a pass over two tokens.
+
+    Under ZeRO-3 all ranks have to call this function at the same time.
+    """
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    inputs = {"input_ids": tokens, "attention_mask": tokens + 1}
+    if len(sides_of(model)) == 2:
+        output = model(**inputs, decoder_input_ids=tokens)
+        return "ptd's prefix of an encoder-decoder is in its encoder, too, which has no cache", output
+    takes = inspect.signature(model.forward).parameters
+    if "past_key_values" not in takes and not any(each.kind is each.VAR_KEYWORD for each in takes.values()):
+        return "it takes no cache of keys and values", model(**inputs)
+    try:
+        output = model(**inputs, use_cache=True)
+    except Exception as error:  # a model without a cache may still take a soft prompt
+        return f"its cache cannot be filled ({type(error).__name__}: {error})", model(**inputs, use_cache=False)
+    return cached_layers(output.get("past_key_values"), tokens.shape[1]), output
 
 
 def _as_masked(call: Call) -> Call:
@@ -110,13 +142,15 @@ def layer_shapes(model: PreTrainedModel, calls: list[Call], stacks: list[Stack])
     return tuple(_layer(call, within_encoder=call.module in stacks[0].members, two=len(stacks) == 2) for call in calls)
 
 
-def shape_of(model: PreTrainedModel, layers: tuple[LayerShape, ...], reader: Stack) -> BackboneShape:
-    """Return the sizes of the model; the stack ``reader`` embeds its tokens."""
+def shape_of(
+    model: PreTrainedModel, layers: tuple[LayerShape, ...], reader: Stack, no_prefix: str | None
+) -> BackboneShape:
+    """Return the sizes of the model; the stack ``reader`` embeds its tokens. ``no_prefix``: why it takes no prefix."""
     config = model.config.get_text_config()
     context = context_of(config)
     context = None if context is None else context - reader.first_position
     width: int = reader.embeddings.embedding_dim
-    return BackboneShape(config.model_type, config.hidden_size, config.vocab_size, context, layers, width)
+    return BackboneShape(config.model_type, config.hidden_size, config.vocab_size, context, layers, width, no_prefix)
 
 
 def _layer(call: Call, within_encoder: bool, two: bool) -> LayerShape:
@@ -141,7 +175,7 @@ def context_of(config: Any) -> int | None:
     if hasattr(config, "relative_attention_num_buckets"):
         return None
     named = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
-    limits = [limit for limit in named if isinstance(limit, int)][:1]
+    limits = [limit for limit in named if isinstance(limit, int) and limit > 0][:1]  # XLNet's is -1: none
     rope = getattr(config, "rope_parameters", None) or {}
     for kind in (rope, *(each for each in rope.values() if isinstance(each, dict))):  # one entry per type of layer
         original = kind.get("original_max_position_embeddings")

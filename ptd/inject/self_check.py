@@ -9,8 +9,9 @@ result when the rows run
 - packed;
 - with their first two tokens as soft tokens, and with the keys and values of these two tokens as a prefix.
 
-The check is cheap, because only as many layers run as there are kinds of layers (at least two). Under ZeRO-3 every rank
-has to take part.
+A model that keeps its own attention code is checked in the same way, but not packed, and also in two passes with a
+cache, as in generation. The check is cheap, because only as many layers run as there are kinds of layers
+(`ptd.inject.shortened`). Under ZeRO-3 every rank has to take part.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from ptd.inject.attention import Call
-from ptd.inject.probe import ordinary_tokens, packing_obstacle
+from ptd.inject.model_cache import window_of
+from ptd.inject.probe import RECURRENT, SOFTMAX, layer_types, ordinary_tokens, packing_obstacle
+from ptd.inject.shortened import shorter, spared_modules
 from ptd.types import IGNORE_INDEX, Batch, SoftTokens, UserError, is_partitioned, virtual_id
 
 if TYPE_CHECKING:
@@ -67,19 +70,24 @@ class _Row:
 
 
 class SelfCheck:
-    """Comparison of a model with itself: `read_plain` runs with the family's attention code, `run` with ptd's."""
+    """Comparison of a model with itself: `read_plain` runs with the family's attention code, `run` with ptd's.
 
-    def __init__(self, attachment: Attachment, calls: list[Call]) -> None:
-        self.attachment, self.model, self.calls = attachment, attachment.model, calls
+    ``calls``: the model's attention calls; none if it keeps its own attention code. ``no_prefix``: why the model's
+    cache cannot hold a prefix.
+    """
+
+    def __init__(self, attachment: Attachment, calls: list[Call], no_prefix: str | None = None) -> None:
+        self.attachment, self.model, self.calls, self.no_prefix = attachment, attachment.model, calls, no_prefix
         self.two = len(attachment.stacks) == 2
-        self.causal = self.two or all(call.causal for call in calls)
+        self.own = not attachment.replaces_attention
+        self.causal = self.two or all(call.causal for call in calls)  # of a model's own attention `read_plain` tells
         parameter = next(self.model.parameters())
         self.device, dtype = parameter.device, self.model.dtype
         quantised = any(weight.element_size() == 1 for weight in self.model.parameters())
         self.allowed = ALLOWED_ELSE if quantised else ALLOWED.get(dtype, ALLOWED_ELSE)
         self.blank = isinstance(parameter, FakeTensor)
         self.sharded = is_partitioned(parameter)
-        self.spared = [] if self.blank else _spared(self.model, calls, attachment.head.module)
+        self.spared = [] if self.blank else spared_modules(self.model, calls, attachment.head.module)
         text = self.model.config.get_text_config()
         vocabulary = getattr(attachment.stacks[0].embeddings, "num_embeddings", None) or text.vocab_size
         t = ordinary_tokens(text, vocabulary, 16)
@@ -100,7 +108,7 @@ class SelfCheck:
             return
         with self._quietly():
             try:
-                with _shorter(self.spared):
+                with shorter(self.spared):
                     self._read_plain()
             except Exception:  # a model may count its layers elsewhere than in the shortened list
                 if not self.spared:
@@ -109,47 +117,62 @@ class SelfCheck:
                 self._read_plain()
 
     def _read_plain(self) -> None:
-        seen: list[Tensor] = []
+        seen: list[tuple[Tensor, Tensor]] = []
         embeddings: nn.Module = self.attachment.stacks[0].embeddings
-        hook = embeddings.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+        hook = embeddings.register_forward_hook(lambda module, args, output: seen.append((args[0], output.clone())))
         cache = DynamicCache()  # without a config, no layer drops keys outside its window
         caching = {"past_key_values": cache, "use_cache": True}
         caches = self.causal and not self.two and caching.keys() <= self.attachment.inputs.takes
+        caches = caches and self.no_prefix is None
         try:
             self.plain = [
                 self._hidden(self.model, self._alone(row) | (caching if caches and not number else {}))[0]
                 for number, row in enumerate(self.rows[:2])
             ]
+            if self.own and not self.two:
+                changed = self._hidden(self.model, self._alone(self.rows[2]))[0]
+                moved = (changed[:-1] - self.plain[0][:-1]).norm(dim=-1).max() / self.plain[0].norm(dim=-1).mean()
+                self.causal = bool(moved <= self.allowed)
         finally:
             hook.remove()
-        self.embedded = seen[0][0, :SHARED].float() if seen and seen[0].dim() == 3 else None
+        self.embedded = self._embeddings_in(*seen[0]) if seen else None
         self.cached = self._cached(cache)
+
+    def _embeddings_in(self, ids: Tensor, output: Tensor) -> Tensor | None:
+        """Return the embeddings of the shared tokens, wherever they are in a batch; None if they are not vectors."""
+        if output.shape[:-1] != ids.shape:
+            return None
+        return torch.stack([output[ids == token][0] for token in self.rows[0].tokens[:SHARED]]).float()
 
     def _cached(self, cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
         """Return the cached keys and values of the shared tokens in every layer that ran; empty if any are missing."""
-        ran = set(self.model.modules())
-        if len(cache.layers) != sum(call.module in ran for call in self.calls):  # some layers share their keys
-            return []
+        if not self.own:
+            ran = set(self.model.modules())
+            if len(cache.layers) != sum(call.module in ran for call in self.calls):  # some layers share their keys
+                return []
         found = []
-        for call, layer in zip(self.calls, cache.layers, strict=False):
+        for shape, layer in zip(self.attachment.layers, cache.layers, strict=False):
             key, value = getattr(layer, "keys", None), getattr(layer, "values", None)
             if not isinstance(key, Tensor) or not isinstance(value, Tensor) or not key.numel():
                 return []
-            if (*key.shape[1:], value.shape[-1]) != (call.kv_heads, LONG, call.key_dim, call.value_dim):
+            if (*key.shape[1:], value.shape[-1]) != (shape.kv_heads, LONG, shape.key_dim, shape.value_dim):
                 return []
             found.append((key[0, :, :SHARED].transpose(0, 1), value[0, :, :SHARED].transpose(0, 1)))
         return found
 
     def run(self) -> Verdict:
         """Return the verdict. Raises `UserError` for a model whose results differ even in a padded batch."""
-        with self._quietly(), self.attachment.any_backend(), _shorter(self.spared):
+        with self._quietly(), self.attachment.any_backend(), shorter(self.spared):
             packed = self._packing_obstacle()
             self.attachment.verdict = Verdict(packed)  # decides how batches run
             if self.blank:
-                return Verdict(packed or self._packed())
+                return Verdict(packed or self._packed(), prefix=self.no_prefix)
             self._padded()
             packed = packed or self._packed()
             soft, marks, prefix = self._soft(packed=False), self._marks(), self._prefix(packed=False)
+            if self.own:
+                prefix = prefix or self._continued()
+                return Verdict(packed, self._left(prefix=prefix is None), soft, marks, prefix)
             if packed is None and soft is None:
                 packed = self._soft(packed=True)
             if packed is None and prefix is None:
@@ -187,6 +210,8 @@ class SelfCheck:
         )
 
     def _packing_obstacle(self) -> str | None:
+        if self.own:
+            return "it keeps its own attention code, which does not keep packed rows separate"
         if self.two or not self.attachment.stacks[0].takes_positions:
             return "it takes no position_ids that could restart in each row"
         if any(not call.causal and call.window is not None for call in self.calls):
@@ -211,6 +236,12 @@ class SelfCheck:
     def _left(self, *, prefix: bool) -> str | None:
         if self.two or not self.causal:
             return None
+        if self.own and (grouped := layer_types(self.model.config) - SOFTMAX - RECURRENT):
+            return (
+                f"its layers of type {', '.join(sorted(grouped))} group tokens by their place in the row, with padding"
+            )
+        if prefix and self.own and (window := window_of(self.model.config)) is not None:
+            return f"its window of {window} tokens counts padding, and would hide the prefix from more tokens"
         skip = SHARED if prefix else 0
         rows = [row.tokens[skip:] for row in self.rows]
         pads = [LONG - len(row) for row in rows]
@@ -246,12 +277,28 @@ class SelfCheck:
         return self._said(self._apart(hidden, skip=SHARED if in_front else 0), what, packed)
 
     def _prefix(self, *, packed: bool) -> str | None:
+        if self.no_prefix is not None:
+            return self.no_prefix
         if not self.cached:  # nothing to compare with: an encoder's keys depend on later tokens
-            return None
+            return "its cache was not filled by a pass over a few tokens" if self.own else None
         rows = [_Row(row.tokens[SHARED:]) for row in self.rows]
         with self._cached_as_prefix():
             hidden = self._run(self._batch(rows, packed=packed))
         return self._said(self._apart(hidden, skip=SHARED), "whose first tokens are given as a prefix", packed)
+
+    def _continued(self) -> str | None:
+        """Check generation with a prefix: the first row's tokens behind it in two passes, the second from the cache."""
+        tokens, middle = self.rows[0].tokens[SHARED:], (LONG - SHARED) // 2
+        found, cache = [], DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        with self._cached_as_prefix():
+            for part in (slice(0, middle), slice(middle, len(tokens))):
+                ids = torch.tensor([tokens[part]] * SHORT, device=self.device)
+                mask = torch.ones(SHORT, part.stop, dtype=torch.long, device=self.device)
+                inputs = self.attachment.generation_inputs(ids, mask)
+                if "position_ids" in inputs:
+                    inputs["position_ids"] = inputs["position_ids"][:, part]
+                found.append(self._hidden(self.model, inputs | {"past_key_values": cache, "use_cache": True})[0])
+        return self._said(self._apart([torch.cat(found)], skip=SHARED), "in two passes behind a prefix in its cache")
 
     @contextmanager
     def _cached_as_prefix(self) -> Iterator[None]:
@@ -282,7 +329,9 @@ class SelfCheck:
 
     def _alone(self, row: _Row) -> dict[str, Any]:
         times = TOKENS // len(row.tokens)
-        inputs = {"input_ids": torch.tensor([row.tokens] * times, device=self.device)}
+        inputs: dict[str, Any] = {"input_ids": torch.tensor([row.tokens] * times, device=self.device)}
+        if "use_cache" in self.attachment.inputs.takes:
+            inputs["use_cache"] = False
         if row.target is not None:
             inputs["decoder_input_ids"] = torch.tensor([row.target] * times, device=self.device)
         return inputs
@@ -394,58 +443,3 @@ def _batch_of(
         rows=tuple(range(len(rows))),
         source=source,
     )
-
-
-@dataclass(frozen=True)
-class _Spared:
-    """A module that the checks replace by a cheaper module."""
-
-    parent: nn.Module
-    name: str
-    instead: nn.Module
-
-
-def _spared(model: PreTrainedModel, calls: list[Call], head: nn.Module | None) -> list[_Spared]:
-    """Return the head and the lists of layers that the checks replace.
-
-    Each outermost list of layers with attention is cut to its first layers, as many as include every kind of layer, and
-    at least two.
-    """
-    call_of = {call.module: call for call in calls}
-    found: list[_Spared] = []
-    inside: set[nn.Module] = set()
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if child is head:
-                found.append(_Spared(parent, name, nn.Identity()))
-            if not isinstance(child, nn.ModuleList) or child in inside:
-                continue
-            kinds = [_kind(layer, call_of) for layer in child]
-            if not kinds or not all(attends for _, attends in kinds):
-                continue
-            inside |= set(child.modules())
-            enough = max(2, 1 + max(kinds.index(kind) for kind in kinds))
-            if enough < len(child):
-                found.append(_Spared(parent, name, nn.ModuleList(list(child)[:enough])))
-    return found
-
-
-def _kind(layer: nn.Module, call_of: dict[nn.Module, Call]) -> tuple[Any, tuple[Any, ...]]:
-    """Return the types of a layer's modules, and the rules and sizes of its attention calls."""
-    modules = list(layer.modules())
-    attends = [call_of[module] for module in modules if module in call_of]
-    rules = tuple((call.causal, call.window, call.kv_heads, call.key_dim, call.value_dim) for call in attends)
-    return tuple(type(module) for module in modules), rules
-
-
-@contextmanager
-def _shorter(spared: list[_Spared]) -> Iterator[None]:
-    """Run the model with the cheaper modules."""
-    whole = [getattr(each.parent, each.name) for each in spared]
-    try:
-        for each in spared:
-            setattr(each.parent, each.name, each.instead)
-        yield
-    finally:
-        for each, module in zip(spared, whole, strict=True):
-            setattr(each.parent, each.name, module)

@@ -20,6 +20,7 @@ from ptd.inject.attention import LayerSlot, packed_forward, packing_arguments
 from ptd.inject.insertion import first_tokens, interleaved, layout_of_block, mask_with_block
 from ptd.inject.last_layer import Tail
 from ptd.inject.members import PerSequence
+from ptd.inject.model_cache import PrefixCache
 from ptd.types import UserError, virtual_id
 
 POSITIONS_FROM_MASK = {"biogpt", "opt"}
@@ -47,6 +48,7 @@ class Stack:
         self.members = set(module.modules())
         self.parameters = list(inspect.signature(module.forward).parameters)
         self.takes_positions = "position_ids" in self.parameters
+        self.keeps_other_states = not feeds_other and "past_key_values" not in self.parameters
         self.first_position = _first_position(module)
         self.slots: dict[int, LayerSlot] = {}  # the number of each of its attention layers, and the layer's slot
         self.choose: Callable[[Stack, int, Tensor, Any], None] = lambda *_: None
@@ -62,6 +64,7 @@ class Stack:
         self.trusted = False  # whether the caller gives the boundaries of packed rows
         self.keep: Tensor | None = None  # flattened positions whose hidden states the current pass needs
         self.tail = Tail([])
+        self.cache: PrefixCache | None = None  # what puts a prefix into the cache of a model with its own attention
         self._own: Tensor | None = None  # [B, S]: flattened index of each own token among all tokens that ran
         self._ids: Tensor | None = None
         self._packed: Any = None
@@ -84,7 +87,7 @@ class Stack:
         self.refresh()
         kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         self._check_padding(kwargs.get("attention_mask"))
-        if self.inserts and not self.trusted and kwargs.get("attention_mask") is None:
+        if (self.inserts or self.cached) and not self.trusted and kwargs.get("attention_mask") is None:
             kwargs |= self._packing_by_positions(kwargs)
         tokens, bounds = _tokens_of(kwargs), kwargs.get("cu_seq_lens_q")
         sequences = tokens.shape[0] if bounds is None else len(bounds) - 1
@@ -100,11 +103,18 @@ class Stack:
             kwargs["input_ids"] = self._own_marks(kwargs["input_ids"], bounds)
         if self.front.most:
             kwargs = self._put_in_front(kwargs)
+        if self.cached:
+            kwargs = self._put_into_cache(self.cached, kwargs)
         mask, source = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
         if self.source_front.most and source is not None:
             kwargs["encoder_attention_mask"] = self._with_source(mask, source)
         self._begin_tail(kwargs)
         return (), kwargs
+
+    @property
+    def cached(self) -> int:
+        """Number of virtual tokens that this pass reads from the model's own cache."""
+        return 0 if self.cache is None else self.cache.count
 
     @property
     def in_front(self) -> bool:
@@ -184,6 +194,8 @@ class Stack:
         if self._packed is not None:
             packed_forward.reset(self._packed)
             self._packed = None
+        if self.cache is not None:
+            self.cache.taken_from(output)
         own, keep, self._own = self._own, self.keep, None
         if output is None or (own is None and keep is None):  # None: the pass failed
             return
@@ -208,6 +220,11 @@ class Stack:
         assert self.soft is not None
         count, ragged = self.front.most, self.front.each is not None
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if self.keeps_other_states and kwargs.get("use_cache"):
+            raise UserError(
+                f"{type(self.module).__name__} does not keep its state in past_key_values, so virtual tokens before "
+                "the sequences would be read again with every new token; pass use_cache=False"
+            )
         if getattr(cache, "is_compileable", False):
             raise UserError(
                 "virtual tokens before the sequences need a cache that grows, but this cache has a fixed size; "
@@ -224,7 +241,7 @@ class Stack:
         rows, columns = given.shape[:2]
         seen = cache.get_seq_length() if cache is not None else 0
         if seen > 0:
-            self._check_cache(seen, columns, mask, kwargs.get("position_ids"))
+            self._check_cache(count, seen, columns, mask, kwargs.get("position_ids"))
         if kwargs.get("cu_seq_lens_q") is not None and not seen:
             return self._put_in_front_of_packed(kwargs)
         at_end = self.feeds_other
@@ -281,14 +298,41 @@ class Stack:
         real_BP = (place_BP >= 0) & (place_BP < count_B[:, None])
         return torch.where(real_BP, start_B[:, None] + place_BP, -1)
 
-    def _check_cache(self, seen: int, columns: int, mask: Tensor | None, positions: Tensor | None) -> None:
+    def _put_into_cache(self, count: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Put the prefix into the cache, once per sequence, and extend every mask by its ``count`` tokens.
+
+        Raises `UserError` for masks and caches into which the prefix cannot be put.
+        """
+        assert self.cache is not None
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if getattr(cache, "is_compileable", False):
+            raise UserError(
+                "a prefix in the model's own cache needs a cache that grows, but this cache has a fixed size; generate "
+                "without cache_implementation"
+            )
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            raise UserError(
+                f"{type(self.module).__name__} received a mask that is not a 2-dimensional tensor, into which a prefix "
+                "in its cache cannot be inserted; pass a 2-dimensional attention_mask, or use method prompt"
+            )
+        ids: Tensor | None = kwargs.get("input_ids")
+        rows, columns = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
+        seen = cache.get_seq_length() if cache is not None else 0
+        if seen > 0:
+            self._check_cache(count, seen, columns, mask, kwargs.get("position_ids"))
+        else:
+            self.cache.put_into(kwargs, rows)
+        if mask is not None:
+            kwargs["attention_mask"] = torch.cat([mask.new_ones(rows, count), mask], dim=1)
+        return kwargs
+
+    def _check_cache(self, count: int, seen: int, columns: int, mask: Tensor | None, positions: Tensor | None) -> None:
         """Raise `UserError` unless ``columns`` new tokens continue the cache.
 
-        The cache holds ``seen`` tokens, of which those in front are virtual; ``positions`` include them. For a
+        The cache holds ``seen`` tokens, ``count`` of them virtual; ``positions`` include the virtual tokens. For a
         cache from an earlier call, ``generate`` counts the virtual tokens as tokens of the text, and cuts off that
         number of new tokens.
         """
-        count = self.front.most
         fits = mask is None or mask.shape[1] + count == seen + columns
         if fits and mask is None and positions is not None and positions.dim() == 2:
             own = count if self.front.each is None else self.front.each[0]
@@ -297,7 +341,7 @@ class Stack:
             raise UserError(
                 f"the new tokens do not continue the {seen} tokens of the cache, {count} of which are the prompt's "
                 "virtual tokens: a cache that was filled without this prompt, or by an earlier generate, cannot be "
-                "continued; pass the whole text without past_key_values, or use method prefix"
+                "continued; pass the whole text without past_key_values"
             )
 
     def _put_in_front_of_packed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -346,7 +390,8 @@ class Stack:
 
     def _after_embedding(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if self._ids is None:
-            return None
+            # Gradient checkpointing makes it require a gradient, and GIT adds its positions to it in place.
+            return output.clone() if output.is_leaf and output.requires_grad else None
         ids, self._ids = self._ids, None
         assert self.soft is not None
         # Look up in the prompt's own precision, so that its gradient is summed over the batch in that precision.
@@ -359,7 +404,7 @@ class Stack:
         tokens = kwargs["inputs_embeds"] if ids is None else ids
         seen = cache.get_seq_length() if cache is not None else 0
         if cache is not None and seen:
-            seen -= self.front.most
+            seen -= self.front.most + self.cached
         assert isinstance(self.module, PreTrainedModel)
         if self.module.config.model_type in POSITIONS_FROM_MASK and mask is not None and mask.ndim == 2:
             counted: Tensor = mask.long().cumsum(1) - 1

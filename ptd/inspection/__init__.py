@@ -56,7 +56,7 @@ def inspect(
     reference, reporter = find_tuned(adapter, backbone, settings=settings), reporter or Reporter()
     ranks = reference.start_ranks()
     try:
-        tuned = reference.load(ranks)
+        tuned = reference.load(ranks, reporter)
         result = _heading(found) | {
             "tensors": describe_tensors(found.state(), tuned.prepared.shape.layers),
             "nearest": _nearest(found, tuned),

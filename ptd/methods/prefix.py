@@ -63,7 +63,7 @@ def build(
     """Build and initialise the encoder for a backbone of ``shape``; raises `UserError` as `started` does."""
     projection = config.prefix_projection
     encoder = prefix_encoder(
-        shape.layers,
+        shape.prefix_layers(),
         config.num_virtual_tokens,
         embedding_size=(config.embedding_size or shape.hidden_size) if projection else None,
         encoder_hidden_size=(config.encoder_hidden_size or shape.hidden_size) if projection else None,

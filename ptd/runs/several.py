@@ -121,8 +121,8 @@ class SeveralReference:
     def load(self, ranks: Ranks, reporter: Reporter) -> Several:
         """Load the backbone and attach all adapters. All ranks call this together. Raises `UserError`."""
         if not self.named:
-            return Several({name: each.load(ranks) for name, each in self.by_name.items()}, named=False)
-        prepared = self.first.prepare(ranks)
+            return Several({name: each.load(ranks, reporter) for name, each in self.by_name.items()}, named=False)
+        prepared = self.first.prepare(ranks, reporter)
         found: dict[str | None, Tuned] = {}
         states: list[PromptState] = []
         for name, each in self.by_name.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ptd.data import joined_rows
 from ptd.distributed.ranks import Ranks
 from ptd.engine.evaluation import HeldOut, Measured, measure, metrics_of, text_loss
 from ptd.runs.decoding import Decoding
@@ -66,10 +67,8 @@ def metrics_of_parts(
 
 
 def _metrics_in_all(task: LabellingTask, found: Sequence[tuple[HeldOut, Measured]]) -> dict[str, float]:
-    from datasets import concatenate_datasets
-
     answers = [answer for held_out, measured in found for answer in _answers(held_out, measured)]
-    return task.metrics(answers, concatenate_datasets([held_out.rows for held_out, _ in found]))
+    return task.metrics(answers, joined_rows([held_out.rows for held_out, _ in found]))
 
 
 def _answers(held_out: HeldOut, measured: Measured) -> list[dict[str, Any]]:

@@ -103,6 +103,8 @@ def train_runs(
     materials = [_material(plan.config, ranks, reporter, known) for plan in plans]
     first = plans[0].config
     prepared = load_backbone(first, zero3, ranks, list({id(each): each for each in materials}.values()))
+    if prepared.attachment.notice is not None:
+        reporter.note(f"backbone.attention: {prepared.attachment.notice}")
     runs = [_build(plan, material, prepared, ranks, reporter) for plan, material in zip(plans, materials, strict=True)]
     _check_alike(runs, prepared)
     compile_backbone(first, prepared)

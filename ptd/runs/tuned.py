@@ -27,7 +27,7 @@ from ptd.inject import check_backend
 from ptd.methods import method
 from ptd.readouts import Readout
 from ptd.tasks import Task, make_task
-from ptd.types import Architecture, HeadSettings, UserError
+from ptd.types import Architecture, HeadSettings, Reporter, UserError
 
 Settings = Mapping[str, dict[str, Any]]
 """Section (``backbone`` or ``data``) -> key -> value: changes to those sections of the adapter's run."""
@@ -98,17 +98,19 @@ class TunedReference:
         """Join the processes of a launcher. A single process joins a process group only to shard the backbone."""
         return Ranks.start(needs_group=self.config.sharded)
 
-    def load(self, ranks: Ranks) -> Tuned:
+    def load(self, ranks: Ranks, reporter: Reporter | None = None) -> Tuned:
         """Load the backbone and attach the adapter. All ranks call this together. Raises `UserError`."""
-        prepared = self.prepare(ranks)
+        prepared = self.prepare(ranks, reporter)
         tuned = self.on(prepared)
         if self.adapter is not None:
             prepared.attachment.set(self.adapter.state_on(ranks.device))
         return tuned
 
-    def prepare(self, ranks: Ranks) -> Prepared:
+    def prepare(self, ranks: Ranks, reporter: Reporter | None = None) -> Prepared:
         """Load the backbone, without the adapter. All ranks call this together."""
         prepared = prepare(self.config, ranks, zero3_config(self.config), output=self.task.output)
+        if reporter is not None and prepared.attachment.notice is not None:
+            reporter.note(f"backbone.attention: {prepared.attachment.notice}")
         prepared.attachment.inputs.placeholder = self.tokenizer.pad_token_id or 0
         return prepared
 

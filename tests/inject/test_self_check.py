@@ -131,7 +131,7 @@ def test_packed_rows_given_by_hand_to_such_a_family_are_refused():
 def test_a_window_that_layers_do_not_hand_on_keeps_rows_padded():
     """Rows of qwen2_moe run padded: only its mask has the window, which rows shorter than the window would not show."""
     model = tiny_model(
-        "qwen2_moe", num_key_value_heads=2, use_sliding_window=True, sliding_window=4, max_window_layers=0,
+        "qwen2_moe", num_key_value_heads=2, use_sliding_window=True, sliding_window=8, max_window_layers=0,
         layer_types=["sliding_attention"] * 2, num_experts=4, moe_intermediate_size=16,
         shared_expert_intermediate_size=16,
     )  # fmt: skip
@@ -172,21 +172,29 @@ def test_positions_that_start_elsewhere_are_found():
     assert attachment.first_position == 2
 
 
-def test_a_mask_that_is_learned_through_is_refused():
-    with pytest.raises(UserError, match="computes a mask from its hidden states"):
-        Attachment(made(AutoModelForCausalLM, "doge", num_key_value_heads=2, keep_window_size=4))
+DOGE = {"num_key_value_heads": 2, "keep_window_size": 4}
 
 
-def test_two_attentions_in_one_module_are_refused_with_the_reason():
-    with pytest.raises(UserError, match="4 times per forward pass in 2 modules"):
-        Attachment(made(AutoModelForCausalLM, "diffllama"))
+@pytest.mark.parametrize(
+    ("family", "settings", "reason"),
+    [
+        ("doge", DOGE, "computes a mask from its hidden states"),
+        ("diffllama", {}, "4 times per forward pass in 2 modules"),
+    ],
+)
+def test_attention_that_cannot_be_replaced_is_left_to_the_model_with_the_reason(family, settings, reason):
+    with pytest.raises(UserError, match=reason):
+        Attachment(made(AutoModelForCausalLM, family, **settings), backend="merge")
+    attachment = assert_right(made(AutoModelForCausalLM, family, **settings))
+    assert reason in attachment.notice
+    assert "a prefix goes through the model's own cache" in attachment.notice
 
 
 def test_a_refused_model_is_left_as_it_came():
-    model = made(AutoModelForCausalLM, "doge", num_key_value_heads=2, keep_window_size=4)
+    model = made(AutoModelForCausalLM, "doge", **DOGE)
     before, layers = alone(model, ROWS[0]), len(model.model.layers)
     with pytest.raises(UserError):
-        Attachment(model)
+        Attachment(model, backend="merge")
     assert len(model.model.layers) == layers
     assert model.config._attn_implementation != IMPLEMENTATION
     assert torch.equal(alone(model, ROWS[0]), before)
@@ -268,7 +276,8 @@ def test_wrong_attention_is_found(monkeypatch):
     right = attention.prefix_attention
     monkeypatch.setattr(attention, "prefix_attention", lambda *args, **rule: right(*args, **rule | {"scale": 1.0}))
     with pytest.raises(UserError, match="hidden states of two short rows differ by"):
-        Attachment(tiny_model("llama"))
+        Attachment(tiny_model("llama"), backend="merge")
+    assert "hidden states of two short rows differ by" in Attachment(tiny_model("llama")).notice
     monkeypatch.setattr(
         attention, "prefix_attention", lambda *args, **rule: right(*args, **rule | {"cu_seqlens": None})
     )

@@ -1,4 +1,4 @@
-"""The inputs of the sweep, the same for every family and both sides: a few rows, a prefix, a soft prompt and a loss."""
+"""The inputs of the family sheet, the same for every family and both sides: rows, a prefix, a soft prompt, a loss."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from families_configs import FIRST_WORD, LAST_WORD, PAD
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ptd.types import virtual_id
+from sheet.configs import FIRST_WORD, LAST_WORD, PAD
 
 LENGTHS = (5, 11, 3)
 """Tokens per row: all lengths differ, and one row is longer than the windows."""

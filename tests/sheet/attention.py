@@ -26,7 +26,7 @@ class Pass:
     modules: list[nn.Module] = field(default_factory=list)
 
 
-running: ContextVar[Pass] = ContextVar("sweep_pass")
+running: ContextVar[Pass] = ContextVar("sheet_pass")
 
 
 def attend(

@@ -1,7 +1,7 @@
 """The right values, computed by transformers without ptd: each row by itself, without padding, packing or a cache.
 
 A soft prompt is concatenated before the embeddings (``inputs_embeds``). A prefix is concatenated before the keys and
-values that the model passes to `families_attention.attend`. Two checks show that this function is the family's own
+values that the model passes to `sheet.attention.attend`. Two checks show that this function is the family's own
 attention: without a prefix it must equal "eager" attention; with one, its distance from a cache filled with the prefix
 is recorded.
 """
@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from families_attention import NAME, Pass, running
-from families_cases import NEW_TOKENS, P, Rows, Written, distance, generated
-from families_configs import FIRST_WORD, PAD
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from ptd.types import virtual_id
+from sheet.attention import NAME, Pass, running
+from sheet.cases import NEW_TOKENS, P, Rows, Written, distance, generated
+from sheet.configs import FIRST_WORD, PAD
 
 SAME = 1e-5
 SHOWS = 1e-2
@@ -52,6 +52,7 @@ class Plain:
     def __init__(self, model: PreTrainedModel, rows: Rows) -> None:
         self.model = copy.deepcopy(model)
         self.rows = rows
+        self.by_cache = False
         self._switch("eager")
         with torch.no_grad():
             self.without = [self.run(row) for row in range(len(rows.ids))]
@@ -67,12 +68,13 @@ class Plain:
             self.why_no_prefix = str(reason)
 
     def run(self, row: int, *, rows: Rows | None = None, ids: Tensor | None = None, soft: Tensor | None = None,
-            prefix: list[tuple[Tensor, Tensor]] | None = None, by_cache: bool = False) -> Tensor:  # fmt: skip
+            prefix: list[tuple[Tensor, Tensor]] | None = None, by_cache: bool | None = None) -> Tensor:  # fmt: skip
         """Return the outputs at the row's own tokens (or at ``ids`` in their place), ``[S, width]``.
 
         ``soft`` is placed before the row, or at the row's marks if it has any.
         """
         rows = rows or self.rows
+        by_cache = self.by_cache if by_cache is None else by_cache
         ids = rows.ids[row] if ids is None else ids
         inputs: dict[str, Any] = {}
         takes = inspect.signature(self.model.forward).parameters
@@ -149,7 +151,7 @@ class Plain:
         try:
             return generated(self.model, self.rows, [0, 1], eos)
         finally:
-            if not self.why_no_prefix:
+            if not self.why_no_prefix and not self.by_cache:
                 self._switch(NAME)
 
     def _switch(self, name: str) -> bool:
@@ -240,8 +242,24 @@ class Plain:
             self._switch("eager")
             raise NoReference("no layer calls the attention interface")
 
+    @torch.no_grad()
+    def give_prefix_by_cache(self) -> None:
+        """From now on compute with the family's own attention, and put a prefix into a cache that it reads."""
+        self._switch("eager")
+        self.by_cache, self.why_no_prefix, self.shapes = True, "", []
+        ids = self.rows.ids[0]
+        try:
+            found = self.model(input_ids=ids[None], use_cache=True).past_key_values
+            self.shapes = [(each.keys.shape[1], each.keys.shape[3], each.values.shape[3]) for each in found.layers]
+        except Exception as error:
+            self.why_no_prefix = f"no cache can be filled: {type(error).__name__}: {error}"
+
     def _cache(self, prefix: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
         cache = DynamicCache()
+        if self.by_cache:
+            for index, (key, value) in enumerate(prefix):
+                cache.update(key.transpose(0, 1)[None], value.transpose(0, 1)[None], index)
+            return {"past_key_values": cache, "use_cache": True}
         for module, (key, value) in zip(self.modules, prefix, strict=True):
             index = getattr(module, "layer_idx", None)
             if index is None:

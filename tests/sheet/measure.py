@@ -1,4 +1,16 @@
-"""Compare ptd with `families_plain` on one family and kind of output: every method in every layout."""
+"""Compare ptd with `sheet.plain` on one family and kind of output: every method in every layout.
+
+The methods are none (of a body: head), prefix, prompt (virtual tokens before the others) and marks (virtual tokens
+among the others). The layouts are packed, padded, generated and checkpointed (the gradient, with gradient
+checkpointing). A cell is *right* if
+
+- outputs, loss and gradient are within 1e-4 (in units of the right values' root mean square) of those of plain
+  transformers on each row by itself,
+- a change of a row's last token changes no earlier output, and
+- greedy decoding of a batch has the logits of an argmax loop without a cache.
+
+A cell is *refused* if ptd says why it cannot run it; otherwise it is *wrong* or *crashed*.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +20,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from families_cases import Rows, distance, draw_prefix, draw_rows, draw_soft, loss_of, misses
-from families_configs import PAD, base, part, tiny_model
-from families_plain import SHOWS, NoReference, Plain
-from families_ptd import Attached
 from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
+from ptd.backbone.load import checkpoint_layers
 from ptd.inject import check_supported
-from ptd.types import UserError
+from ptd.types import SoftTokens, UserError
+from sheet.attached import Attached
+from sheet.cases import P, Rows, distance, draw_prefix, draw_rows, draw_soft, loss_of, misses
+from sheet.configs import PAD, base, part, tiny_model
+from sheet.plain import SHOWS, NoReference, Plain
 
 INSTALLED = sysconfig.get_path("purelib") + "/"
 """The folder of the installed packages, which is removed from reasons."""
@@ -81,10 +94,12 @@ def cells(kind: str, encoder_decoder: bool) -> list[tuple[str, str]]:
     """Return the (method, layout) pairs of a kind of output."""
     layouts = ["padded"] if encoder_decoder else ["packed", "padded"]
     layouts += ["generated"] if kind in ("causal_lm", "seq2seq_lm") else []
+    layouts += ["checkpointed"]
     return [
         (method, layout)
         for method in ("head" if kind == "body" else "none", "prefix", "prompt", "marks")
         for layout in layouts
+        if layout != "checkpointed" or method not in ("head", "none")  # nothing in front of the layers to learn
     ]
 
 
@@ -103,17 +118,53 @@ class Comparison:
             attached = Attached(self.model, self.language_model)
         except Exception as error:
             return [record(method, layout, *_failure(error, "attach")) for method, layout in self.cells]
-        found = []
+        attachment = attached.attachment
+        self.facts |= {"way": "attention" if attachment.replaces_attention else "cache" if attachment.layers else "own"}
+        self.facts |= {"one_length": attachment.verdict.left is not None}
+        if not attachment.replaces_attention:
+            self.plain.give_prefix_by_cache()
+        found, known = [], {}
         for method in dict(self.cells):
             places = [layout for name, layout in self.cells if name == method]
+            refused = self._refusal(attached, method)
+            if refused is not None:
+                found += [record(method, layout, "refused", f"run: {refused}") for layout in places]
+                continue
             try:
-                prompt, right = self._right(method, attached)
+                known[method] = self._right(method, attached)
             except NoReference as error:
                 found += [record(method, layout, "no reference", str(error)) for layout in places]
                 continue
-            for layout in places:
-                found.append(self._cell(attached, method, layout, prompt, right))
-        return found
+            found += [
+                self._cell(attached, method, layout, *known[method]) for layout in places if layout != "checkpointed"
+            ]
+        return found + self._checkpointed(attached, known)
+
+    def _refusal(self, attached: Attached, method: str) -> UserError | None:
+        """Return ptd's refusal of a method on this model, before any row runs."""
+        attachment = attached.attachment
+        try:
+            if method == "prefix":
+                attachment.shape.prefix_layers()
+            elif method in ("prompt", "marks"):
+                attachment.set(SoftTokens(torch.zeros(P, attachment.shape.input_size), method == "prompt"))
+        except UserError as error:
+            return error
+        finally:
+            attachment.set(None)
+        return None
+
+    def _checkpointed(self, attached: Attached, known: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the cells with gradient checkpointing, which stays on."""
+        methods = [method for method, layout in self.cells if layout == "checkpointed" and method in known]
+        try:
+            checkpoint_layers(self.model)
+        except Exception as error:
+            return [record(method, "checkpointed", *_failure(error, "run")) for method in methods]
+        for stack in attached.attachment.stacks:  # a run checkpoints the layers before ptd hooks them
+            stack.unhook()
+            stack.hook()
+        return [self._cell(attached, method, "checkpointed", *known[method]) for method in methods]
 
     def _right(self, method: str, attached: Attached) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the prompt and the right values: outputs of each row, loss, gradient of the loss, tokens written."""
@@ -125,7 +176,8 @@ class Comparison:
             if plain.why_no_prefix:
                 raise NoReference(plain.why_no_prefix)
             prompt = {"prefix": draw_prefix(plain.shapes)}
-            right["by_cache"] = plain.prefix_by_cache(prompt["prefix"], _window(self.model.config))
+            if not plain.by_cache:
+                right["by_cache"] = plain.prefix_by_cache(prompt["prefix"], _window(self.model.config))
         elif method in ("prompt", "marks"):
             prompt = {"soft": draw_soft(attached.attachment.shape.input_size)}
         leaves = _leaves(prompt)
@@ -162,7 +214,8 @@ class Comparison:
         try:
             attached.give(prompt, in_front=right["in_front"])
             compare: Callable[..., dict[str, Any]] = self._written if layout == "generated" else self._values
-            figures |= compare(attached, layout, prompt, right)
+            as_run = layout if layout != "checkpointed" else "packed" if attached.attachment.packable else "padded"
+            figures |= compare(attached, as_run, prompt, right)
         except Exception as error:
             return record(method, layout, *_failure(error, "run"), **figures)
         finally:

@@ -1,4 +1,4 @@
-"""Settings that some families need at the tiny size in addition to `families_configs.SIZES`, by model type.
+"""Settings that some families need at the tiny size in addition to `sheet.configs.SIZES`, by model type.
 
 Sub-configs are included. A model has layers of every kind in the family's checkpoints; this file names them if the
 default config has only one kind.

@@ -1,4 +1,4 @@
-"""ptd's side of the sweep, as in a run: an attachment, batches of several rows, and training's forward pass."""
+"""ptd's side of the family sheet, as in a run: an attachment, batches of several rows, and training's forward pass."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from families_cases import NEW_TOKENS, Rows, Written, generated, loss_of, targets
-from families_configs import PAD
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,6 +15,8 @@ from ptd.engine.setup import check_context
 from ptd.inject import Attachment
 from ptd.readouts import Ask
 from ptd.types import IGNORE_INDEX, Batch, DataReport, Examples, PrefixKV, SoftTokens
+from sheet.cases import NEW_TOKENS, Rows, Written, generated, loss_of, targets
+from sheet.configs import PAD
 
 CPU = torch.device("cpu")
 MAKE = {"packed": packed_batch, "padded": padded_batch}

@@ -1,7 +1,7 @@
 """Tiny random models of every text family in transformers: 2 layers or a few more, 32 wide, 320 tokens.
 
 A family keeps its own config; every field that is named in `SIZES` gets that size (also in sub-configs). The model has
-one layer of each kind that the family has at full size. families_special.py lists the exceptions by hand.
+one layer of each kind that the family has at full size. special.py lists the exceptions by hand.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from families_special import SPECIAL, TOWERS, VARIANTS
 from transformers import (
     CONFIG_MAPPING,
     MODEL_MAPPING,
@@ -25,6 +24,8 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto import modeling_auto
+
+from sheet.special import SPECIAL, TOWERS, VARIANTS
 
 VOCAB, PAD, BOS, EOS = 320, 1, 0, 2
 FIRST_WORD, LAST_WORD = 5, 260
