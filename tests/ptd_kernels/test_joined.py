@@ -172,8 +172,8 @@ def test_it_is_chosen_for_packed_batches_on_a_cpu() -> None:
 
 REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "not packed": ("needs a packed batch", {}, {"cu_seqlens": None}),
-    "no prefix": ("one prefix of 1 to", {"P": 0}, {}),
-    "long prefix": ("one prefix of 1 to", {"P": LONGEST_PREFIX + 1}, {}),
+    "no prefix": ("prefixes of 1 to", {"P": 0}, {}),
+    "long prefix": ("prefixes of 1 to", {"P": LONGEST_PREFIX + 1}, {}),
     "window": ("no window", {}, {"window": 3}),
     "softcap": ("no window, softcap", {}, {"softcap": 2.0}),
     "bias": ("no window, softcap or bias", {}, {"bias": torch.zeros(1, 1, 29, 29)}),
@@ -200,9 +200,61 @@ def test_sequences_beyond_the_strip_are_refused(monkeypatch: pytest.MonkeyPatch)
         prefix_attention(*case.tensors(), backend="joined", **options)
 
 
-def test_several_prefixes_are_refused() -> None:
-    case, options = packed(20, 9)
-    q, k, v, *prefix = case.tensors()
-    several = [torch.stack([x, x]) for x in prefix]
-    with pytest.raises(ValueError, match="needs one prefix"):
-        prefix_attention(q, k, v, *several, prefix_index=torch.tensor([0, 1]), backend="joined", **options)
+SEVERAL = {
+    "of different lengths": ([3, 20, 1], [1, 0, 2, 1]),
+    "one reads none": ([5, 0], [0, 1, 0, 1]),
+    "one for all": ([4, 7], [1, 1, 1, 1]),
+    "the longest": ([LONGEST_PREFIX, 9], [0, 1, 1, 0]),
+}
+
+
+def several(lengths: list[int], index: list[int], dtype: torch.dtype) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """Return q, k, v of four packed sequences, then keys and values of several prefixes, and the options."""
+    case, options = packed(20, 9, ROWS + 3, 1, D=8, E=8)
+    leaves = case.tensors(dtype=dtype)[:3]
+    for size in (case.D, case.E):
+        leaves += [torch.randn(n, case.Hkv, size, dtype=dtype).transpose(0, 1).requires_grad_() for n in lengths]
+    return leaves, {**options, "prefix_index": torch.tensor(index)}
+
+
+def attend_several(leaves: list[torch.Tensor], count: int, backend: str, options: dict[str, Any]) -> list[torch.Tensor]:
+    """Return the output and all gradients."""
+    for leaf in leaves:
+        leaf.grad = None
+    prefixes = leaves[3 : 3 + count], leaves[3 + count :]
+    out = prefix_attention(*leaves[:3], *prefixes, backend=backend, **options)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    (out * weights).sum().backward()
+    return [out.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)]
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 2e-5)], ids=["fp64", "fp32"])
+def test_several_prefixes_equal_the_reference(name: str, causal: bool, dtype: torch.dtype, rtol: float) -> None:
+    lengths, index = SEVERAL[name]
+    leaves, options = several(lengths, index, dtype)
+    options["causal"] = causal
+    mine, want = (attend_several(leaves, len(lengths), backend, options) for backend in ("joined", "reference"))
+    for one, other in zip(mine, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=rtol * max(1.0, float(other.detach().norm(torch.inf)) if other.numel() else 0.0))
+
+
+def test_a_prefix_of_nan_reaches_no_sequence_that_does_not_read_it() -> None:
+    """Not in the output, nor in the gradients of other sequences and prefixes, bit for bit."""
+    lengths, index = SEVERAL["of different lengths"]
+    leaves, options = several(lengths, index, torch.float32)
+    clean = attend_several(leaves, len(lengths), "joined", options)
+    with torch.no_grad():
+        for place in (3, 3 + len(lengths)):
+            leaves[place].fill_(torch.nan)
+    dirty = attend_several(leaves, len(lengths), "joined", options)
+    bounds = options["cu_seqlens"].tolist()
+    read = slice(bounds[1], bounds[2])  # the sequence that reads the first prefix
+    for number, (one, other) in enumerate(zip(dirty, clean, strict=True)):
+        if number < 4:
+            assert torch.equal(one[:, :, : read.start], other[:, :, : read.start])
+            assert torch.equal(one[:, :, read.stop :], other[:, :, read.stop :])
+            assert one[:, :, read].isnan().any()
+        elif number not in (4, 4 + len(lengths)):
+            assert torch.equal(one, other)
