@@ -151,6 +151,11 @@ def test_labels_are_those_of_each_adapter_alone(tmp_path: Path, classifiers: dic
     losses = [metrics["adapters"][name]["loss"] for name in classifiers]
     assert metrics["loss"] == pytest.approx(sum(losses) / 3, rel=1e-6)
     assert "accuracy" not in metrics, "the adapters have different labels"
+    shuffled = [{**row, "label": ["good", "bad"][n % 5 % 2], "adapter": "ab"[n % 2]} for n, row in enumerate(rows)]
+    data = write(tmp_path / "same.jsonl", shuffled)
+    together = evaluate(data, adapter=dict.fromkeys("ab", classifiers["mood"]), batch_size=5)
+    alone = evaluate(data, adapter=classifiers["mood"], batch_size=5)
+    assert {key: together[key] for key in alone} == pytest.approx(alone, rel=1e-6)
     with pytest.raises(UserError, match="names no adapter, but without one the backbone has no trained head"):
         predict(write(tmp_path / "none.jsonl", [{"text": "a", "adapter": ""}]), adapter=classifiers)
 
