@@ -191,3 +191,17 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
         patch.setenv("HF_DATASETS_CACHE", folder)
         yield
+
+
+@pytest.fixture
+def backend_for_one(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Register an attention backend that gives all sequences the same prefix, and return its name."""
+    from ptd_kernels.prefix_attention import problem
+    from ptd_kernels.prefix_attention.merge import merge_attention
+
+    def refuses(given: problem.Problem) -> str | None:
+        return None if given.prefix_index is None else "it gives all sequences the same prefix"
+
+    alone = problem.Backend("alone", merge_attention, refuses, lambda given: "the same prefix", priority=-5)
+    monkeypatch.setitem(problem._BACKENDS, "alone", alone)
+    return "alone"

@@ -44,7 +44,7 @@ def evaluate(
         measured = measure_parts(
             several, parts, ranks, batch_size=batch_size, reporter=reporter, what=data, want_scores=want_scores
         )
-        result = metrics_of_parts(several, parts, measured, ranks)
+        result = metrics_of_parts(several, parts, measured, rows, ranks)
         if decoding is not None:
             texts, references = continue_parts(
                 several, parts, decoding, ranks, batch_size=batch_size, reporter=reporter, what=data

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ptd.data import joined_rows
 from ptd.distributed.ranks import Ranks
 from ptd.engine.evaluation import HeldOut, Measured, measure, metrics_of, text_loss
 from ptd.runs.decoding import Decoding
 from ptd.runs.generation import decode
 from ptd.runs.scores import rows_to_continue, text_metrics
 from ptd.runs.several import ALONE, Part, Several
-from ptd.tasks import LabellingTask
 from ptd.types import Reporter
 
 
@@ -43,9 +41,9 @@ def measure_parts(
 
 
 def metrics_of_parts(
-    several: Several, parts: Sequence[Part], found: Sequence[tuple[HeldOut, Measured]], ranks: Ranks
+    several: Several, parts: Sequence[Part], found: Sequence[tuple[HeldOut, Measured]], rows: Any, ranks: Ranks
 ) -> dict[str, Any]:
-    """Return the metrics of all rows; if rows name their adapters, also those of each adapter (``adapters``).
+    """Return the metrics of all ``rows``; if rows name their adapters, also those of each adapter (``adapters``).
 
     The loss in all is the mean over all predictions. Labels in all have metrics only if the adapters share their task.
     """
@@ -62,13 +60,8 @@ def metrics_of_parts(
     one_task = all(held_out.task.facts() == first.facts() for held_out, _ in found)
     one_task = one_task and all(held_out.task.data.columns == first.data.columns for held_out, _ in found)
     labelling = first
-    metrics = ranks.on_main(lambda: _metrics_in_all(labelling, found)) if one_task else {}
+    metrics = ranks.on_main(lambda: labelling.metrics(answers_of_parts(parts, found), rows)) if one_task else {}
     return {"loss": loss, **metrics, "rows": sum(len(part.numbers) for part in parts), **of_adapters}
-
-
-def _metrics_in_all(task: LabellingTask, found: Sequence[tuple[HeldOut, Measured]]) -> dict[str, float]:
-    answers = [answer for held_out, measured in found for answer in _answers(held_out, measured)]
-    return task.metrics(answers, joined_rows([held_out.rows for held_out, _ in found]))
 
 
 def _answers(held_out: HeldOut, measured: Measured) -> list[dict[str, Any]]:

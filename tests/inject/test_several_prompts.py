@@ -185,7 +185,7 @@ def test_layers_that_are_computed_again_read_the_same_prompts(kind):
 def test_a_poisoned_neighbour_changes_no_bit_of_another_row(family, backend):
     _, attachment = attached(family, backend)
     for kind, packed in layouts(attachment):
-        if backend == "joined" and not (kind == "prefix" and packed):
+        if backend == "joined" and not (kind == "prefix" and packed and family == "llama"):
             continue  # it computes nothing else, for one prompt either
         batch = batch_of(attachment, kind, reads=READS, packed=packed)
         clean = prompts_for(attachment, kind, requires_grad=True)
@@ -338,7 +338,7 @@ def test_a_mark_of_another_prompt_is_refused():
         Forward(attachment, torch.device("cpu"))(batch)
 
 
-def test_a_backend_without_an_index_is_replaced_with_a_note():
-    assert "backend auto" in attached(backend="joined")[1].note_on_several
-    for backend in ("auto", "merge", "reference"):
+def test_a_backend_without_an_index_is_replaced_with_a_note(backend_for_one):
+    assert "backend auto" in attached(backend=backend_for_one)[1].note_on_several
+    for backend in ("auto", "merge", "joined", "reference"):
         assert attached(backend=backend)[1].note_on_several is None

@@ -151,6 +151,11 @@ def test_labels_are_those_of_each_adapter_alone(tmp_path: Path, classifiers: dic
     losses = [metrics["adapters"][name]["loss"] for name in classifiers]
     assert metrics["loss"] == pytest.approx(sum(losses) / 3, rel=1e-6)
     assert "accuracy" not in metrics, "the adapters have different labels"
+    shuffled = [{**row, "label": ["good", "bad"][n % 5 % 2], "adapter": "ab"[n % 2]} for n, row in enumerate(rows)]
+    data = write(tmp_path / "same.jsonl", shuffled)
+    together = evaluate(data, adapter=dict.fromkeys("ab", classifiers["mood"]), batch_size=5)
+    alone = evaluate(data, adapter=classifiers["mood"], batch_size=5)
+    assert {key: together[key] for key in alone} == pytest.approx(alone, rel=1e-6)
     with pytest.raises(UserError, match="names no adapter, but without one the backbone has no trained head"):
         predict(write(tmp_path / "none.jsonl", [{"text": "a", "adapter": ""}]), adapter=classifiers)
 
@@ -181,7 +186,7 @@ def test_rows_of_a_file_on_the_command_line(ptd: Any, tmp_path: Path, adapters: 
 
 
 def test_from_python_rows_of_a_batch_name_their_adapters(
-    backbone_dir: Path, adapters: dict[str, dict[str, str]]
+    backbone_dir: Path, adapters: dict[str, dict[str, str]], backend_for_one: str
 ) -> None:
     folders = {name: adapters["prefix"][name] for name in ("anna", "eve")}
     model = AutoModelForCausalLM.from_pretrained(backbone_dir)
@@ -204,7 +209,7 @@ def test_from_python_rows_of_a_batch_name_their_adapters(
         assert torch.equal(model.generate(ids, **options)[row], found[row])
         one.remove()
     with pytest.warns(UserWarning, match="use backend auto"):
-        library.load(model, folders, attention="joined").remove()
+        library.load(model, folders, attention=backend_for_one).remove()
     with pytest.raises(UserError, match="of two kinds"):
         library.load(model, {"a": folders["anna"], "b": adapters["prompt"]["ben"]})
 
