@@ -153,7 +153,7 @@ class TextConditioner:
         parts = [side for side in (examples.source, examples) if side is not None]
         empty = 0
         while True:
-            some = range(len(examples))
+            some: Sequence[int] = range(len(examples))
             if len(some) > DRAWN:
                 some = self._random.sample(some, DRAWN)
             order = array("q", some)

@@ -132,11 +132,12 @@ class RowsCache:
         """
         path = self.folder / f"{key}{LEARNED}"
         try:
-            stored: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+            stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if stored["sha256"] == _digest_of([key, stored["learned"]]):
                 with contextlib.suppress(OSError):  # of another user, or on a read-only disk
                     path.touch()
-                return stored["learned"]
+                learned: dict[str, Any] = stored["learned"]
+                return learned
         except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
             pass
         found = learn()

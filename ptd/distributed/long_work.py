@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from torch.distributed import Store
+from torch.distributed.distributed_c10d import Store
 
 from ptd.errors import RankError
 
