@@ -1,7 +1,7 @@
 """Measure the start of a run with many rows: seconds and memory of every rank, and what happens after faults.
 
     python benchmarks/rows_cache.py [--rows 2000000] [--ranks 2] [--output benchmarks/results/rows_cache.json]
-    python benchmarks/rows_cache.py --made --rows 10000000 [--output benchmarks/results/rows_cache_10m.json]
+    python benchmarks/rows_cache.py --made --rows 10000000 --starts first second
 
 Rows of prompt and completion with random words are written to Parquet files in a temporary folder. All ranks read them
 like a run (`ptd.runs.build.read_material`), with the tokenizer of the quickstart's backbone or ``--backbone``, count
@@ -14,8 +14,8 @@ new process group, in this order:
 - ``row``: one word of one row is another; ``tokenizer``: a token was added to the tokenizer;
 - ``full``: the cache is on a disk that becomes full, so every rank holds the rows in its own memory.
 
-With ``--made``, there are only ``first`` and ``second``, and the first start does not tokenise: it stores random
-tokens, 20 to 60 per row. The second start cannot tell the difference.
+With ``--made``, no start tokenises: instead of tokenising, it takes random tokens, 20 to 60 per row, which the digest
+of the rows determines. A start that finds the tokens cannot tell the difference. ``--starts`` chooses some starts.
 
 ``peak_bytes`` and ``mapped_file_bytes`` are increases during the start: of the process's own memory (anonymous and
 shared pages), and of its pages of mapped files, which belong to the page cache, so that the kernel can reclaim them.
@@ -49,12 +49,14 @@ from ptd.bench.machine import evidence
 from ptd.config import parse_config
 from ptd.data import Batches
 from ptd.data.collecting import collect
+from ptd.data.identity import rows_digest
 from ptd.distributed.ranks import Ranks
 from ptd.quickstart import BACKBONE
 from ptd.runs import build
 from ptd.tasks.causal_lm import CausalLM
 from ptd.types import DataReport, Examples, Reporter
 
+STARTS = ("crash", "first", "second", "row", "tokenizer", "full")
 STEPS = 200
 """Steps, from the whole epoch, whose micro-batches are prepared after the start."""
 HELD_OUT = 1000
@@ -90,11 +92,11 @@ def random_tokens(self: CausalLM, rows: Any, tokenizer: Any, *, what: str, colum
     """Take the place of `CausalLM.tokenize`."""
 
     def pieces() -> Iterator[Examples]:
-        draws = np.random.default_rng(len(rows))
+        draws = np.random.default_rng(int(rows_digest(rows)[:16], 16))
         for first in range(0, len(rows), AT_ONCE):
             count = min(AT_ONCE, len(rows) - first)
             offsets = np.concatenate(([0], np.cumsum(draws.integers(20, 61, count))))
-            tokens = draws.integers(0, len(tokenizer), int(offsets[-1]), dtype=np.int32)
+            tokens = draws.integers(0, 250, int(offsets[-1]), dtype=np.int32)
             yield Examples.of_text(
                 tokens, np.ones(len(tokens), dtype=np.bool_), offsets, DataReport(count, len(tokens), len(tokens))
             )
@@ -135,7 +137,7 @@ def start(name: str, folder: Path, backbone: Path, made: bool) -> None:
         "output_dir": str(folder / "out"),
     }
     config, ranks, notes = parse_config(raw), Ranks.start(), Notes()
-    if made and name == "first":
+    if made:
         CausalLM.tokenize = random_tokens  # type: ignore[method-assign]
     spent = {"rows": 0.0}
     load_rows = build.load_rows
@@ -225,6 +227,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--backbone", type=Path, default=BACKBONE)
     parser.add_argument("--made", action="store_true")
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -237,25 +240,29 @@ def main() -> None:
         write_rows(folder / "rows.parquet", args.rows)
         write_rows(folder / "held_out.parquet", HELD_OUT)
         results: dict[str, Any] = {}
-        if not args.made:
-            results["crash"] = crash(args, folder)
-        for name in ("first", "second"):
-            results[name] = launch(args, name, folder)
-        on_disk = sum(path.stat().st_size for path in (folder / "cache").glob("[!.]*/*.bin"))
-        if not args.made:
-            write_rows(folder / "changed.parquet", args.rows, changed=args.rows // 2)
-            tokenizer = AutoTokenizer.from_pretrained(args.backbone)
-            shutil.copytree(args.backbone, folder / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
-            tokenizer.add_tokens(["<another>"])
-            tokenizer.save_pretrained(folder / "tokenizer")
-            for name in ("row", "tokenizer", "full"):
-                results[name] = launch(args, name, folder)
+        for name in args.starts:
+            if name == "row":
+                write_rows(folder / "changed.parquet", args.rows, changed=args.rows // 2)
+            if name == "tokenizer":
+                tokenizer = AutoTokenizer.from_pretrained(args.backbone)
+                shutil.copytree(args.backbone, folder / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
+                tokenizer.add_tokens(["<another>"])
+                tokenizer.save_pretrained(folder / "tokenizer")
+            results[name] = crash(args, folder) if name == "crash" else launch(args, name, folder)
+        entries = [path for path in (folder / "cache").glob("[!.]*") if path.is_dir()]
+        entries_bytes = [sum(path.stat().st_size for path in place.iterdir()) for place in entries]
     same = [each for name, each in results.items() if name not in ("crash", "row")]
     if len({(each["digest"], str(each["batch_tokens"])) for each in same}) != 1:
         raise SystemExit(f"the starts have different tokens: {json.dumps(results)}")
-    if "row" in results and results["row"]["digest"] == results["first"]["digest"]:
+    if "row" in results and results["row"]["digest"] == same[0]["digest"]:
         raise SystemExit("the changed row has no effect")
-    report = {"ranks": args.ranks, "made": args.made, "cache_bytes": on_disk, **results, **evidence("tokenizers")}
+    report = {
+        "ranks": args.ranks,
+        "made": args.made,
+        "entries_bytes": entries_bytes,
+        **results,
+        **evidence("tokenizers"),
+    }
     print(json.dumps(report, indent=2))
     if args.output:
         args.output.write_text(json.dumps(report, indent=2) + "\n")

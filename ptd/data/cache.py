@@ -136,7 +136,8 @@ class RowsCache:
             if stored["sha256"] == _digest_of([key, stored["learned"]]):
                 with contextlib.suppress(OSError):  # of another user, or on a read-only disk
                     path.touch()
-                return dict(stored["learned"])
+                learned: dict[str, Any] = stored["learned"]
+                return learned
         except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
             pass
         found = learn()
