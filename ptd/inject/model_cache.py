@@ -108,7 +108,8 @@ class PrefixCache:
         """Yield keys and values ``[B, H, P, D]``. They keep their precision, in which autograd sums over the rows."""
         for slot in self.slots:
             if slot.key is not None and slot.value is not None:
-                yield tuple(each.transpose(0, 1).expand(rows, -1, -1, -1) for each in (slot.key, slot.value))
+                key, value = slot.key.transpose(0, 1), slot.value.transpose(0, 1)
+                yield key.expand(rows, -1, -1, -1), value.expand(rows, -1, -1, -1)
 
 
 @contextmanager
@@ -139,7 +140,9 @@ def cached_layers(cache: Any, tokens: int) -> tuple[LayerShape, ...] | str:
     """Return the layers of a cache after one row of ``tokens``; if it cannot hold a prefix, the reason as text."""
     if cache is None:
         return "it has no cache of keys and values"
-    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
+    if isinstance(cache, EncoderDecoderCache):  # Megatron-BERT makes one even without an encoder
+        cache = cache.self_attention_cache
+    if not isinstance(cache, Cache):
         return f"its cache is a {type(cache).__name__} instead of one list of keys and values"
     found = []
     for layer in cache.layers:
