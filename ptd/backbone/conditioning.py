@@ -120,7 +120,7 @@ class TextConditioner:
             seen: list[Tensor] = []
             # A sharded embedding can be read only while a forward pass has gathered it.
             hook = body.get_input_embeddings().register_forward_hook(
-                lambda module, args, output, seen=seen: seen.append(output[:, 0].float().cpu())
+                lambda module, args, output, seen=seen: seen.append(output.flatten(0, -2).float().cpu())
             )
             try:
                 with self.attached.bare():

@@ -8,7 +8,7 @@ micro-batches, and `prefetch` prepares the micro-batches in advance.
 from ptd.data.batches import Batches
 from ptd.data.formats import prompts_and_references, tokenize
 from ptd.data.prefetch import prefetch
-from ptd.data.sources import check_source, joined_rows, load_rows
+from ptd.data.sources import check_source, load_rows
 from ptd.data.templates import marks_of
 from ptd.data.typed import fill_prompts, prompt_tokens
 
@@ -16,7 +16,6 @@ __all__ = [
     "Batches",
     "check_source",
     "fill_prompts",
-    "joined_rows",
     "load_rows",
     "marks_of",
     "prefetch",

@@ -17,7 +17,7 @@ import logging
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -53,11 +53,6 @@ def load_rows(source: str, split: str, *, what: str) -> Dataset:
     if len(rows) == 0:
         raise UserError(_no_rows(source, what))
     return rows
-
-
-def joined_rows(parts: Sequence[Dataset]) -> Dataset:
-    """Return the rows of several sources, one source after the other."""
-    return datasets.concatenate_datasets(list(parts))
 
 
 def check_source(source: str, *, what: str) -> str:

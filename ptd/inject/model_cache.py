@@ -140,7 +140,9 @@ def cached_layers(cache: Any, tokens: int) -> tuple[LayerShape, ...] | str:
     """Return the layers of a cache after one row of ``tokens``; if it cannot hold a prefix, the reason as text."""
     if cache is None:
         return "it has no cache of keys and values"
-    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
+    if isinstance(cache, EncoderDecoderCache):  # Megatron-BERT makes one even without an encoder
+        cache = cache.self_attention_cache
+    if not isinstance(cache, Cache):
         return f"its cache is a {type(cache).__name__} instead of one list of keys and values"
     found = []
     for layer in cache.layers:

@@ -61,6 +61,10 @@ _BY_VALUE: tuple[tuple[Any, tuple[str, ...]], ...] = (
     )),
     (HEAD, ("head_dim", "d_kv", "qk_nope_head_dim", "v_head_dim", "qk_rope_head_dim", "global_head_dim", "dim_head",
            "d_head", "index_head_dim", "swa_head_dim", "swa_v_head_dim", "attention_head_dim")),
+    (HEAD, ("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim")),
+    (KV_HEADS, ("linear_num_key_heads",)),
+    (HEADS, ("linear_num_value_heads", "linear_num_heads")),
+    (16, ("chunk_size", "mamba_chunk_size", "ssm_state_size", "mamba_d_state")),
     (16, ("q_lora_rank", "kv_lora_rank", "hidden_size_per_layer_input", "projection_dim", "text_embed_dim")),
     (48, (
         "intermediate_size", "ffn_dim", "n_inner", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim",

@@ -250,6 +250,7 @@ class Plain:
         ids = self.rows.ids[0]
         try:
             found = self.model(input_ids=ids[None], use_cache=True).past_key_values
+            found = getattr(found, "self_attention_cache", found)
             self.shapes = [(each.keys.shape[1], each.keys.shape[3], each.values.shape[3]) for each in found.layers]
         except Exception as error:
             self.why_no_prefix = f"no cache can be filled: {type(error).__name__}: {error}"

@@ -51,6 +51,7 @@ DECODERS: dict[str, Settings] = {
 }
 HYBRIDS: dict[str, Settings] = {
     "bamba": {**MAMBA, "attn_layer_indices": [1]},
+    "falcon_h1": {**MAMBA, "mamba_d_ssm": 32},
     "glm5_next_text": {
         "qk_rope_head_dim": 0, "qk_nope_head_dim": 8, "index_kpool": 2, "index_topk": 8, "linear_head_dim": 8,
         "linear_num_heads": 4,
@@ -60,6 +61,7 @@ HYBRIDS: dict[str, Settings] = {
     "lfm2": CONV,
     "lfm2_moe": {**CONV, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2, "state_size": 16, "chunk_size": 16},
+    "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2},
     "qwen4_exp_text": {
         "num_experts_per_tok": 2, "hc_lowrank": 16, "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8,
         "indexer_budget": 8, "indexer_compress_ratio": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
