@@ -310,3 +310,23 @@ def test_other_commands_say_that_a_file_has_members(raw: Any, tmp_path: Path) ->
     file.write_text(json.dumps({**raw("direct"), "members": {"anna": None}}), encoding="utf-8")
     with pytest.raises(UserError, match="only ptd train, under any launcher, reads several members"):
         load_config(file)
+
+
+PLACES: dict[str, dict[str, dict[str, Any]]] = {
+    "checkpointing": {"backbone": {"gradient_checkpointing": True}},
+    "accumulation": {"train": {"gradient_accumulation_steps": 2, "max_steps": 4}},
+    "nf4": {"backbone": {"quantization": "nf4"}},
+    "int8": {"backbone": {"quantization": "int8"}},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_placements_and_accumulation(raw: Any, place: str, tmp_path: Path) -> None:
+    whole = raw("direct")
+    for section, changes in PLACES[place].items():
+        whole[section] |= changes
+    cells = sweep_cells(whole, parse_varied(["train.seed=0,3", "method.num_virtual_tokens=3,5"]), "run.yaml")
+    sweep(cells)
+    alone = cells[3].config.model_copy(update={"output_dir": tmp_path / "alone"})
+    train(alone)
+    assert_alike(cells[3].config.output_dir, alone.output_dir, 2e-5 if place in ("nf4", "int8") else 1e-6)
