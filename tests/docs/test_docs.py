@@ -171,9 +171,11 @@ def test_commands_in_running_text(page: Path) -> None:
 def test_yaml_is_part_of_a_run_file() -> None:
     for page, block in ALL:
         if block.language == "yaml":
-            for section, value in yaml.safe_load(block.text).items():
-                for key in value if isinstance(value, dict) else [""]:
-                    check_key(f"{section}.{key}".rstrip("."), place(page, block.line))
+            whole = yaml.safe_load(block.text)
+            for part in (whole, *whole.pop("members", {}).values()):
+                for section, value in part.items():
+                    for key in value if isinstance(value, dict) else [""]:
+                        check_key(f"{section}.{key}".rstrip("."), place(page, block.line))
 
 
 # --- running the blocks ---------------------------------------------------------------------------------------------
