@@ -14,6 +14,7 @@ from ptd.config import SweepCell
 from ptd.distributed.ranks import Ranks
 from ptd.engine.preemption import StopRequest
 from ptd.report import leave_report, report
+from ptd.report.heat_map import heat_map
 from ptd.runs.folder import read_run_json
 from ptd.runs.metrics_log import METRICS
 from ptd.runs.training import train_cells
@@ -91,7 +92,8 @@ def _conclude(root: Path, cells: Sequence[SweepCell], reporter: Reporter) -> dic
     with_records = [root / cell.name for cell in cells if (root / cell.name / METRICS).exists()]
     if with_records:
         try:
-            report(with_records, root / "report.html")
+            heat = heat_map(metric, found, lower_is_better=sign > 0)
+            report(with_records, root / "report.html", heat=heat)
         except UserError as error:
             reporter.note(f"report.html was not written: {error}")
     return content

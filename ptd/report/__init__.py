@@ -10,6 +10,7 @@ from ptd.checkpoint.files import make_folders, write_atomically
 from ptd.files import as_path
 from ptd.report import tables
 from ptd.report.data import read_run, read_runs
+from ptd.report.heat_map import HeatMap
 from ptd.report.page import render_report
 from ptd.report.panels import panels
 from ptd.report.plots import plot_loss, save_pngs
@@ -18,12 +19,15 @@ from ptd.types import UserError
 REPORT = "report.html"
 
 
-def report(folders: Sequence[Path], output: Path | None = None, *, pngs: Path | None = None) -> dict[str, Any]:
+def report(
+    folders: Sequence[Path], output: Path | None = None, *, pngs: Path | None = None, heat: HeatMap | None = None
+) -> dict[str, Any]:
     """Write the page of one run, or of several next to each other; with ``pngs``, also write each plot to that folder.
 
-    ``output``: by default report.html, in the run's folder for a single run, in the current folder for several. Returns
-    the files written (``report``, ``png``), the ``runs`` with their figures and, for several runs, the ``differences``
-    of their settings. Raises `UserError` if a folder holds no run or the files cannot be written.
+    ``heat``: a map of the runs over two settings, for the page. ``output``: by default report.html, in the run's folder
+    for a single run, in the current folder for several. Returns the files written (``report``, ``png``), the ``runs``
+    with their figures and, for several runs, the ``differences`` of their settings. Raises `UserError` if a folder
+    holds no run or the files cannot be written.
     """
     folders = [as_path(folder) for folder in folders]
     target = as_path(output) if output is not None else folders[0] / REPORT if len(folders) == 1 else Path(REPORT)
@@ -34,7 +38,7 @@ def report(folders: Sequence[Path], output: Path | None = None, *, pngs: Path | 
     place: Path = target
     try:
         make_folders(target.parent)
-        write_atomically(target, render_report(runs, found))
+        write_atomically(target, render_report(runs, found, heat))
         if pngs is not None:
             place = pngs
             files = save_pngs(found, pngs)

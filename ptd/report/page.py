@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from ptd.report import tables
 from ptd.report.data import RecordedRun
+from ptd.report.heat_map import HeatMap
 from ptd.report.html import filled_page
 from ptd.report.panels import SPLIT, Panel
 from ptd.report.plots import MEAN_FROM, svg
@@ -20,7 +21,7 @@ CURVES = ("loss", "eval_loss", "learning_rate", "grad_norm", "loss_scale")
 SPEED = ("throughput", "step_time", SPLIT[0], "memory", "network")
 
 
-def render_report(runs: Sequence[RecordedRun], found: Sequence[Panel]) -> str:
+def render_report(runs: Sequence[RecordedRun], found: Sequence[Panel], heat: HeatMap | None = None) -> str:
     """Return the HTML of one run, or of several next to each other. Everything that comes from the runs is escaped."""
     several = len(runs) > 1
     figures = [
@@ -39,6 +40,7 @@ def render_report(runs: Sequence[RecordedRun], found: Sequence[Panel]) -> str:
         several=several,
         overview=tables.overview(runs),
         differences=tables.differences(runs) if several else [],
+        heat=heat,
         curves=[figure for figure in figures if figure["name"] in CURVES],
         speed=sorted((each for each in figures if each["name"] in SPEED), key=lambda each: SPEED.index(each["name"])),
         metrics=[figure for figure in figures if figure["name"] not in (*CURVES, *SPEED)],

@@ -20,6 +20,7 @@ from ptd.commands.sweep import sweep
 from ptd.commands.train import train, train_members
 from ptd.config import SweepCell, load_config, parse_varied, runs_of_file, sweep_cells
 from ptd.launch.program import Program
+from ptd.report.heat_map import heat_map
 from ptd.runs.metrics_log import read_records
 from ptd.types import UserError
 
@@ -221,7 +222,7 @@ def test_the_command_prints_a_table_and_the_best_run(raw: Any, tmp_path: Path) -
     assert found.exit_code == 0, found.output
     shown = json.loads(found.stdout)
     assert shown["ranking"][0] == shown["best"]["name"]
-    assert (tmp_path / "sweep" / "report.html").is_file()
+    assert 'table class="heat"' not in (tmp_path / "sweep" / "report.html").read_text()
     assert f"best: {shown['best']['name']} (loss" in found.stderr
     assert "dropped after step 1" in found.stderr
     assert load_file(tmp_path / "sweep" / "best" / "adapter_model.safetensors").keys() == {"prompt_embeddings"}
@@ -330,3 +331,20 @@ def test_placements_and_accumulation(raw: Any, place: str, tmp_path: Path) -> No
     alone = cells[3].config.model_copy(update={"output_dir": tmp_path / "alone"})
     train(alone)
     assert_alike(cells[3].config.output_dir, alone.output_dir, 2e-5 if place in ("nf4", "int8") else 1e-6)
+
+
+def test_the_heat_map_shows_the_best_run_of_each_place(cells_in: Any, tmp_path: Path) -> None:
+    vary = ["train.learning_rate=5e-2,1e-3", "method.num_virtual_tokens=3,5", "train.seed=0,1"]
+    found = sweep(cells_in(tmp_path / "out", vary, max_steps=1))
+    shown = heat_map("loss", found["cells"], lower_is_better=True)
+    assert shown is not None
+    assert (shown.rows, shown.columns) == (("0.05", "0.001"), ("3", "5"))
+    for row, values in zip(shown.rows, shown.values, strict=True):
+        for column, cell in zip(shown.columns, values, strict=True):
+            place = [x for x in found["cells"] if [*map(str, x["changes"].values())][:2] == [row, column]]
+            assert cell.text == f"{min(x['value'] for x in place):.4g}"
+    best = [cell for values in shown.values for cell in values if cell.best]
+    assert {cell.shade for cell in best} == {60}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"<strong>{best[0].text}</strong>" in page
+    assert "the best run over train.seed" in page
