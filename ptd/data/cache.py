@@ -25,11 +25,10 @@ from typing import Any
 import numpy as np
 
 from ptd.data.collecting import DTYPES
-from ptd.data.trimming import MONTH, UNFINISHED, discard, mapped_file, mark_used, trim
+from ptd.data.trimming import ENTRY, MANIFEST, MONTH, UNFINISHED, discard, mapped_file, mark_used, trim
 from ptd.files import as_path, sync, write_text
 from ptd.types import DataReport, Examples, Summary, UserError
 
-MANIFEST = "manifest.json"
 VERSION = 1
 """Version of the form of an entry. An entry with another version counts as damaged and is written again."""
 LOCK = "lock"
@@ -122,7 +121,8 @@ class RowsCache:
         with contextlib.suppress(OSError):  # a folder that cannot be listed
             trim(self.folder, self.limit, keep)
             for old in self.folder.glob(f"*{LEARNED}"):
-                if time.time() - old.stat().st_mtime > MONTH:
+                name = old.name.removesuffix(LEARNED)
+                if ENTRY.fullmatch(name) and time.time() - old.stat().st_mtime > MONTH:
                     old.unlink()
 
     def learned(self, key: str, learn: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import mmap
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -21,6 +22,9 @@ from typing import Any
 
 import numpy as np
 
+MANIFEST = "manifest.json"
+ENTRY = re.compile(r"[0-9a-f]{32}")
+"""The name of an entry. The folder may hold other things of the user's, which stay."""
 USED = "used."
 """Beginning of the name of a file that says when a machine has last used an entry."""
 MONTH = 30 * 86400.0
@@ -52,7 +56,7 @@ def trim(folder: Path, limit: float, keep: str) -> list[Path]:
     The entry ``keep`` stays, and so do entries in use, even if they have more than ``limit`` bytes. Return what was
     removed. Raises `OSError` if the folder cannot be listed.
     """
-    places = [place for place in folder.iterdir() if place.is_dir() and not place.name.startswith(".")]
+    places = [place for place in folder.iterdir() if ENTRY.fullmatch(place.name) and (place / MANIFEST).is_file()]
     entries = sorted(found for place in places if (found := _last_use_and_size(place)) is not None)
     total, removed = sum(size for _, size, _ in entries), []
     for _, size, place in entries:

@@ -19,10 +19,11 @@ from families import tiny_tokenizer
 
 from ptd.config import DataConfig, TaskConfig
 from ptd.data import Batches, identity, load_rows
-from ptd.data.cache import MANIFEST, CacheError, Damaged, RowsCache, default_folder
+from ptd.data.cache import CacheError, Damaged, RowsCache, default_folder
 from ptd.data.collecting import InMemory, collect
 from ptd.data.identity import rows_digest
 from ptd.data.tokens import rows_in_both
+from ptd.data.trimming import MANIFEST
 from ptd.tasks import make_task, rows_key
 from ptd.types import Architecture, DataReport, Examples
 

@@ -14,7 +14,7 @@ import pytest
 from ptd.data import trimming
 from ptd.data.cache import LEARNED, RowsCache
 from ptd.data.collecting import collect
-from ptd.data.trimming import MONTH, USED
+from ptd.data.trimming import MANIFEST, MONTH, USED
 from ptd.types import DataReport, Examples
 
 KEYS = ("a" * 32, "b" * 32, "c" * 32)
@@ -56,6 +56,18 @@ def test_the_entries_that_were_used_last_stay(cache: RowsCache) -> None:
     cache.limit = 1.5 * size
     cache.trim(keep="none of them")
     assert left(cache) == {KEYS[2]}
+
+
+def test_what_is_no_entry_stays(cache: RowsCache) -> None:
+    """The user may have named a folder that holds other things as well."""
+    others = (cache.folder / "results" / MANIFEST, cache.folder / ("d" * 32) / "data.bin", cache.folder / f"a{LEARNED}")
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("of great value")
+        os.utime(path, (0, 0))
+    cache.trim(keep="none")
+    assert left(cache) == {"results", "d" * 32, f"a{LEARNED}"}
+    assert all(path.read_text() == "of great value" for path in others)
 
 
 def test_the_entry_to_keep_stays(cache: RowsCache) -> None:
