@@ -133,6 +133,8 @@ class Stack:
 
     def _begin_tail(self, kwargs: dict[str, Any]) -> None:
         """Tell the tail which of the tokens that run are read."""
+        if not self.tail.modules:
+            return
         ids = kwargs.get("input_ids")
         tokens = kwargs["inputs_embeds"][..., 0] if ids is None else ids
         every_state = kwargs.get("output_hidden_states") or getattr(self.module.config, "output_hidden_states", False)
