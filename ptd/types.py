@@ -64,7 +64,7 @@ class BackboneShape:
     """All that a method may know of the backbone: plain sizes, no transformers object.
 
     ``layers``: the attention layers in the order in which a forward pass calls them. ``no_prefix``: why the backbone
-    takes no prefix.
+    takes no prefix, and what to use instead.
     """
 
     model_type: str
@@ -79,8 +79,7 @@ class BackboneShape:
         """Return ``layers``. Raises `UserError` if the backbone takes no prefix."""
         if self.no_prefix is not None:
             raise UserError(
-                f"method.name: a {self.model_type} backbone takes no prefix, because {self.no_prefix}; use method "
-                "prompt, p_tuning or head"
+                f"method.name: backbones of type {self.model_type!r} take no prefix, because {self.no_prefix}"
             )
         return self.layers
 

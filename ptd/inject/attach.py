@@ -142,7 +142,8 @@ class Attachment:
         self._guard: Any = None
         self._previous = {module: module.config._attn_implementation for module in _models(model)}
         self._connect(backend)
-        self.shape = shape_of(model, self.layers, self.stacks[0], self.verdict.prefix)
+        no_prefix = None if self.verdict.prefix is None else f"{self.verdict.prefix}; {self._instead()}"
+        self.shape = shape_of(model, self.layers, self.stacks[0], no_prefix)
 
     def _connect(self, backend: str) -> None:
         """Attach through ptd's attention if that takes a prefix, else with the model's own attention."""
@@ -204,7 +205,7 @@ class Attachment:
             calls, output = probe(self.model)
         self.stacks = stacks_of(self.model, [call.module for call in calls], self._refresh)
         self.layers = layer_shapes(self.model, calls, self.stacks)
-        self.head = OutputLayer(watch.head_of(output))
+        self.head = OutputLayer(watch.head_of(output, self.stacks[-1].members))
         self.stacks[-1].tail = Tail(watch.behind_attention(self.stacks[-1].members))
         self.slots = [
             give_slot(call, backend, cross=layer.kind == "cross")
@@ -234,7 +235,7 @@ class Attachment:
             found, output = cache_shapes(self.model)
         self.stacks = stacks_of(self.model, [self.model.get_input_embeddings()], self._refresh)
         self.layers = () if isinstance(found, str) else found
-        self.head = OutputLayer(watch.head_of(output))
+        self.head = OutputLayer(watch.head_of(output, self.stacks[-1].members))
         self.slots = [LayerSlot(CACHE) for _ in self.layers]
         for stack in self.stacks:
             stack.choose = self._choose
@@ -497,12 +498,14 @@ class Attachment:
 
     def _check_verdict(self, what: str, obstacle: str | None) -> None:
         if obstacle is not None:
-            works = [name for ability, name in OTHERS.items() if getattr(self.verdict, ability) is None]
-            raise UserError(
-                f"method.name: {type(self.model).__name__} does not support {what}, because {obstacle}; use "
-                f"{' or '.join(f'method {name}' for name in works) or 'a trained head alone (method head)'}, or a "
-                "backbone of another family"
-            )
+            name = type(self.model).__name__
+            raise UserError(f"method.name: {name} does not support {what}, because {obstacle}; {self._instead()}")
+
+    def _instead(self) -> str:
+        """Return what to use instead of a method that the model does not support."""
+        works = [name for ability, name in OTHERS.items() if getattr(self.verdict, ability) is None]
+        methods = " or ".join(f"method {name}" for name in works) or "a trained head without a prompt (method head)"
+        return f"use {methods}, or a backbone of another family"
 
     def _use(self, implementation: str | None) -> None:
         """Switch to this attention implementation; None: to the model's original one."""

@@ -74,12 +74,15 @@ class ModuleProbe:
         inner = {part for module in found for part in module.modules() if part is not module}
         return [module for module in found if module not in inner]
 
-    def head_of(self, output: Any) -> nn.Linear | None:
-        """Return the linear layer whose output the model returns unchanged as its logits; None if there is none."""
+    def head_of(self, output: Any, stack: set[nn.Module]) -> nn.Linear | None:
+        """Return the linear layer behind ``stack`` whose output the model returns unchanged as its logits, or None.
+
+        In FSMT that layer is inside the decoder.
+        """
         logits = output.get("logits") if hasattr(output, "get") else None
         if logits is None or self._last is None or self._last[2] != _identity(logits):
             return None
-        return self._last[0]
+        return None if self._last[0] in stack else self._last[0]
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:

@@ -390,7 +390,9 @@ class SelfCheck:
                 f"backbone.path: {type(self.model).__name__} returns neither logits nor a last_hidden_state; use a "
                 "backbone of another family"
             )
-        return seen[-1].detach().float()
+        # Logits that are not a linear layer of these hidden states may come from others (ProphetNet's n-gram stream).
+        read = output.get("logits") if self.own and self.attachment.head.module is None else None
+        return (seen[-1] if read is None else read).detach().float()
 
     def _apart(self, found: list[Tensor], *, skip: int = 0) -> float:
         """Return the largest distance of a hidden state from its value when the row runs alone, over the mean norm.

@@ -183,6 +183,8 @@ class Stack:
 
     def _begin_tail(self, kwargs: dict[str, Any]) -> None:
         """Tell the tail which of the tokens that run are read."""
+        if not self.tail.modules:
+            return
         tokens = _tokens_of(kwargs)
         every_state = kwargs.get("output_hidden_states") or getattr(self.module.config, "output_hidden_states", False)
         if self.keep is None or every_state:

@@ -60,8 +60,8 @@ def test_a_family_gives_the_results_of_the_sheet(model_type, kind):
     assert refused <= {cell for cells in found["why"].values() for cell in cells}
 
 
-def test_the_sheet_is_whole_and_without_faults():
-    assert set(SHEET) == set(model_types())
+def test_the_sheet_has_every_language_model_and_no_fault():
+    assert set(model_types(("causal_lm", "seq2seq_lm", "masked_lm"))) <= set(SHEET) <= set(model_types())
     assert [text for each in SHEET.values() for text in records.faults(each)] == []
     assert {*SHEET["llama", "causal_lm"]["cells"].values()} == {"right"}
 

@@ -139,4 +139,4 @@ def test_logits_in_the_memory_of_the_heads_output_are_not_taken_for_it():
     for _ in range(100):
         with ModuleProbe(model) as watch:
             output = model(torch.randn(1, 2, 4))
-        assert watch.head_of(output) is None
+        assert watch.head_of(output, set()) is None

@@ -133,7 +133,7 @@ def test_layers_without_keys_take_soft_prompts_and_refuse_a_prefix_before_it_is_
     model = tiny_model("qwen3_next", **HYBRID)
     attachment = Attachment(model)
     assert "linear_attention" in attachment.notice
-    with pytest.raises(UserError, match=r"takes no prefix, because its cache .*; use method prompt, p_tuning or head"):
+    with pytest.raises(UserError, match=r"take no prefix, because its cache .*; use method prompt or method p_tuning"):
         attachment.shape.prefix_layers()
     with torch.no_grad():
         embedded = model.get_input_embeddings()(TEXT)

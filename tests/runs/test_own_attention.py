@@ -72,7 +72,7 @@ def test_a_soft_prompt_is_trained_on_a_model_without_attention(settings, train_h
     losses = [record["loss"] for record in read_records(Path(config["output_dir"])) if "loss" in record]
     assert losses[-1] < losses[0]
     assert len(generate(["1 times 1 is ", "20 times 0 is "], adapter=str(Path(config["output_dir"]) / "adapter"))) == 2
-    with pytest.raises(UserError, match=r"mamba backbone takes no prefix, .*; use method prompt, p_tuning or head"):
+    with pytest.raises(UserError, match=r"type 'mamba' take no prefix, .*; use method prompt or method p_tuning"):
         train_here(settings("mamba", "prefix"))
 
 

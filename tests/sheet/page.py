@@ -172,5 +172,5 @@ def _general(reason: str) -> str:
     reason = re.sub(
         r"\b[A-Z]\w*(Model|LM|Attention|Encoder|Decoder|Stack|Generation|Config|Text)\b", "the model", reason
     )
-    reason = re.sub(r"\ban? [\w.-]+ backbone\b", "the backbone", reason)
+    reason = re.sub(r"\bbackbones of type '[^']*' take no prefix\b", "no prefix", reason)
     return re.sub(r"\b\d+\.\d+%", "…%", reason)
