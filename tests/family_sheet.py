@@ -15,6 +15,7 @@ The exit code is 1 if a value is wrong, a model crashes, or, with ``--check``, a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -121,7 +122,8 @@ class Worker:
     def stop(self) -> None:
         if self.process is not None:
             self.process.kill()
-            self.process.wait()
+            with contextlib.suppress(BrokenPipeError):  # closes the pipes; what was asked of a dead process is not sent
+                self.process.__exit__(None, None, None)
             self.process = None
 
     def _answer(self) -> str | None:
