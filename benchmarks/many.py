@@ -51,16 +51,17 @@ def batch(prepared: Prepared, rows: int) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def seconds(prepared: Prepared, inputs: Any, new: int, members: Sequence[int] | None) -> float:
-    begin = time.perf_counter()
+def seconds(prepared: Prepared, inputs: Any, new: int, members: Sequence[int] | None) -> tuple[float, float]:
+    """Return the seconds of one batch, and the processor seconds of this process."""
+    begin, begin_cpu = time.perf_counter(), time.process_time()
     with prepared.attachment.reading(members):
         out = prepared.model.generate(**inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
     out.cpu()
-    return time.perf_counter() - begin
+    return time.perf_counter() - begin, time.process_time() - begin_cpu
 
 
 def generation(asked: argparse.Namespace) -> dict[str, Any]:
-    """Return the medians of both ways, and the median, smallest and largest ratio of neighbouring measurements."""
+    """Return the median speeds of both ways, and the median, smallest and largest ratio of neighbouring batches."""
     ranks = Ranks.start()
     prepared = prepare(backbone_config({"path": asked.model, "dtype": asked.dtype}), ranks)
     inputs = batch(prepared, asked.rows)
@@ -70,24 +71,27 @@ def generation(asked: argparse.Namespace) -> dict[str, Any]:
         "single": (states[0], None),
         "mixed": (Prompts(tuple(states)), order),
     }
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for time_of in range(asked.times + 1):
         for name, (state, members) in ways.items():
             prepared.attachment.set(state)
             spent = seconds(prepared, inputs, asked.new_tokens, members)
             if time_of:  # the first of each is a warm-up
                 found[name].append(spent)
-    ratios = [mixed / single for single, mixed in zip(found["single"], found["mixed"], strict=True)]
     tokens = asked.rows * asked.new_tokens
+    speeds = {name: tokens / statistics.median(spent for spent, _ in each) for name, each in found.items()}
+    ratios: dict[str, Any] = {}
+    for place, clock in enumerate(("wall", "cpu")):
+        pairs = [mixed[place] / single[place] for single, mixed in zip(found["single"], found["mixed"], strict=True)]
+        ratios[clock] = [round(each, 3) for each in (statistics.median(pairs), min(pairs), max(pairs))]
     return {
         "part": "generation",
         "model": Path(asked.model).name,
         "rows": asked.rows,
         "new_tokens": asked.new_tokens,
         "virtual_tokens": asked.virtual_tokens,
-        "tokens_per_second": {name: round(tokens / statistics.median(each), 1) for name, each in found.items()},
-        "time_mixed_over_single": round(statistics.median(ratios), 3),
-        "smallest_and_largest": [round(min(ratios), 3), round(max(ratios), 3)],
+        "tokens_per_second": {name: round(speed, 1) for name, speed in speeds.items()},
+        "time_mixed_over_single": ratios,
     }
 
 
