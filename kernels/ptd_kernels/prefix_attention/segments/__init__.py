@@ -10,6 +10,7 @@ from ptd_kernels.prefix_attention.segments.eager import EAGER
 from ptd_kernels.prefix_attention.segments.flash_attn_2 import FLASH_ATTN_2
 from ptd_kernels.prefix_attention.segments.flash_attn_4 import FLASH_ATTN_4
 from ptd_kernels.prefix_attention.segments.kernel import Gradients, Kernel, Need, Rule
+from ptd_kernels.prefix_attention.segments.torch_efficient import TORCH_EFFICIENT, TORCH_EFFICIENT_BIASED
 from ptd_kernels.prefix_attention.segments.torch_flash_cpu import TORCH_FLASH_CPU
 from ptd_kernels.prefix_attention.segments.torch_flash_cuda import TORCH_FLASH_CUDA
 
@@ -19,7 +20,7 @@ __all__ = [
 ]  # fmt: skip
 
 # `pick` chooses the first kernel that does not refuse. Plain torch refuses nothing.
-_PREFERENCE = (TORCH_FLASH_CPU, TORCH_FLASH_CUDA, EAGER)
+_PREFERENCE = (TORCH_FLASH_CPU, TORCH_FLASH_CUDA, TORCH_EFFICIENT, TORCH_EFFICIENT_BIASED, EAGER)
 # Chosen only on request: these libraries are optional, and no adapter to them has been timed.
 ON_REQUEST = (FLASH_ATTN_2, FLASH_ATTN_4, CUDNN)
 
