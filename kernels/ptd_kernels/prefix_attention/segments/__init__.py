@@ -10,6 +10,7 @@ from ptd_kernels.prefix_attention.segments.eager import EAGER
 from ptd_kernels.prefix_attention.segments.flash_attn_2 import FLASH_ATTN_2
 from ptd_kernels.prefix_attention.segments.flash_attn_4 import FLASH_ATTN_4
 from ptd_kernels.prefix_attention.segments.kernel import Gradients, Kernel, Need, Rule
+from ptd_kernels.prefix_attention.segments.own_triton import OWN_TRITON, OWN_TRITON_BIASED
 from ptd_kernels.prefix_attention.segments.torch_efficient import TORCH_EFFICIENT, TORCH_EFFICIENT_BIASED
 from ptd_kernels.prefix_attention.segments.torch_flash_cpu import TORCH_FLASH_CPU
 from ptd_kernels.prefix_attention.segments.torch_flash_cuda import TORCH_FLASH_CUDA
@@ -20,9 +21,12 @@ __all__ = [
 ]  # fmt: skip
 
 # `pick` chooses the first kernel that does not refuse. Plain torch refuses nothing.
-_PREFERENCE = (TORCH_FLASH_CPU, TORCH_FLASH_CUDA, TORCH_EFFICIENT, TORCH_EFFICIENT_BIASED, EAGER)
-# Chosen only on request: these libraries are optional, and no adapter to them has been timed.
-ON_REQUEST = (FLASH_ATTN_2, FLASH_ATTN_4, CUDNN)
+_PREFERENCE = (
+    TORCH_FLASH_CPU, TORCH_FLASH_CUDA, FLASH_ATTN_2, TORCH_EFFICIENT, TORCH_EFFICIENT_BIASED, OWN_TRITON,
+    OWN_TRITON_BIASED, EAGER,
+)  # fmt: skip
+# Each is also a backend of its own, `merge` with this kernel.
+ON_REQUEST = (FLASH_ATTN_2, FLASH_ATTN_4, CUDNN, EAGER)
 
 
 def pick(need: Need, preferred: Kernel | None = None) -> Kernel:

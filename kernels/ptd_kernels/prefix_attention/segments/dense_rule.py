@@ -11,6 +11,8 @@ from ptd_kernels.prefix_attention.segments.kernel import Rule, visible_keys
 
 ALIGNED = 16
 """The rows of the bias begin at multiples of this many numbers: kernels load several of them at once."""
+MOST_SCORES = 1 << 30
+"""The largest number of scores of one call, which bounds the memory of the bias."""
 LOWEST = -torch.finfo(torch.float32).max / math.log2(math.e)
 """Kernels multiply scores by log2(e) in fp32. A bias from here on becomes -inf there: it hides its key."""
 
@@ -41,3 +43,8 @@ def without_hidden_rows(out: Tensor, lse: Tensor, hidden: Tensor) -> tuple[Tenso
     Kernels differ in what they return for such rows; a log-sum-exp of 0 would count as a sum of one.
     """
     return out.masked_fill(hidden[..., None], 0.0), lse.masked_fill(hidden, -torch.inf)
+
+
+def rows_of_one_call(batch: int, heads: int, keys: int, bounded: bool) -> int:
+    """Return how many query rows one call gets (`Kernel.max_rows`)."""
+    return max(1, MOST_SCORES // max(1, batch * heads * keys))

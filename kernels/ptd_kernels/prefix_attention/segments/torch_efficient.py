@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ptd_kernels.prefix_attention.problem import nvidia_capability
-from ptd_kernels.prefix_attention.segments.dense_rule import dense_bias, without_hidden_rows
+from ptd_kernels.prefix_attention.segments.dense_rule import dense_bias, rows_of_one_call, without_hidden_rows
 from ptd_kernels.prefix_attention.segments.efficient_operator import (
     CAUSAL,
     CAUSAL_AT_THE_END,
@@ -23,8 +23,6 @@ from ptd_kernels.prefix_attention.segments.efficient_operator import (
 )
 from ptd_kernels.prefix_attention.segments.kernel import Gradients, Kernel, Need, Rule, from_flash_layout
 
-MOST_SCORES = 1 << 30
-"""The largest number of scores that one call with a dense bias computes, which bounds the memory of the bias."""
 _MOST_BLOCKS = 65535
 """CUDA's limit on the second and third axis of a grid: heads and sequences."""
 
@@ -171,5 +169,5 @@ TORCH_EFFICIENT_BIASED = Kernel(
     _biased_forward,
     _biased_backward,
     _biased_refuses,
-    max_rows=lambda batch, heads, keys, bounded: max(1, MOST_SCORES // max(1, batch * heads * keys)),
+    max_rows=rows_of_one_call,
 )
