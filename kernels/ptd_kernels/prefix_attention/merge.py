@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from ptd_kernels.prefix_attention.merge_decode import decode_forward, number_of_parts
 from ptd_kernels.prefix_attention.problem import Backend, Problem, register_backend
 from ptd_kernels.prefix_attention.reference import reference_attention
-from ptd_kernels.prefix_attention.segments import ON_REQUEST, Gradients, Kernel, Need, Rule, pick
+from ptd_kernels.prefix_attention.segments import ON_REQUEST, Gradients, Kernel, Need, Rule, explain_pick, pick
 
 
 class MergedTile(NamedTuple):
@@ -367,14 +367,14 @@ def merge_attention(problem: Problem, preferred: Kernel | None = None) -> Tensor
 
 def _explain(problem: Problem, preferred: Kernel | None = None) -> str:
     q, head_size, rule = problem.q_BHSD, problem.v_BHTE.shape[3], _rule(problem)
-    own = pick(Need(q, problem.k_BHTD.shape[2], head_size, rule), preferred)
+    own = explain_pick(Need(q, problem.k_BHTD.shape[2], head_size, rule), preferred)
     keys = 1 if problem.prefix_k_HPD is None else problem.prefix_k_HPD.shape[1]
     prefix, prefix_backward = (
-        pick(Need(q, keys, head_size, _everything(rule), exact), preferred) for exact in (False, True)
+        explain_pick(Need(q, keys, head_size, _everything(rule), exact), preferred) for exact in (False, True)
     )
     return (
-        f"one call per segment, merged by log-sum-exp; own tokens: {own.name}; prefix: {prefix.name}; "
-        f"gradient of the prefix: {prefix_backward.name}"
+        f"one call per segment, merged by log-sum-exp; own tokens: {own}; prefix: {prefix}; "
+        f"gradient of the prefix: {prefix_backward}"
     )
 
 

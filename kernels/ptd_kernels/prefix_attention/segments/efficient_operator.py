@@ -1,7 +1,8 @@
 """torch's memory-efficient attention for CUDA as two operators of our own: what it requires, stated and arranged.
 
-The library is CUTLASS's attention from xFormers (Rabe & Staats 2021, arXiv:2112.05682), which torch contains. torch's own
-operators have a wrong formula for tensors without data, so these are wrapped. Layout ``[B, S, H, X]``.
+These are xFormers' CUTLASS kernels (after Rabe & Staats 2021, arXiv:2112.05682), which torch contains; xFormers itself
+calls them there. torch's function for tensors without data fails in the backward operator, so both are wrapped.
+Layout ``[B, S, H, X]``.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ def _aligned(x_BSHX: Tensor) -> Tensor:
     """Return `x` at an address and with strides that the kernel accepts; a copy if it needs one."""
     numbers = alignment(x_BSHX.dtype)
     places = (x_BSHX.storage_offset(), *x_BSHX.stride()[:3])
-    if x_BSHX.stride(3) == 1 and not any(place % numbers for place in places):
-        # The forward kernel computes the offset of a key in 32 bits, unchecked.
-        if x_BSHX.shape[1] * x_BSHX.stride(1) < 2**31:
-            return x_BSHX
+    # The forward kernel computes the offset of a key in 32 bits, unchecked.
+    far = x_BSHX.shape[1] * x_BSHX.stride(1) >= 2**31
+    if x_BSHX.stride(3) == 1 and not far and not any(place % numbers for place in places):
+        return x_BSHX
     return x_BSHX.clone(memory_format=torch.contiguous_format)
 
 

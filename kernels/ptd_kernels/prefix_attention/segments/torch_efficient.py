@@ -1,7 +1,7 @@
 """torch's memory-efficient attention for NVIDIA GPUs, as two kernels: with native packing, or with a dense bias.
 
-For what flash attention does not support: fp32, other head sizes for the values, older GPUs, masks and biases. Never run
-yet; the source of the kernel says what it does (README.md). Legend of shapes: problem.py.
+For what flash attention does not support: fp32, other head sizes for the values, older GPUs, masks and biases. Never
+run yet; what the kernels do is known from their source (README.md). Legend of shapes: problem.py.
 """
 
 from __future__ import annotations
