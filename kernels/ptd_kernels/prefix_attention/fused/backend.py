@@ -5,18 +5,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from ptd_kernels.prefix_attention.problem import Backend, Problem, nvidia_capability, register_backend
-
-_INSTALLED = importlib.util.find_spec("triton") is not None
-# Triton reads this variable when it is imported, so a later change would have no effect.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+from ptd_kernels.prefix_attention.fused.availability import INSTALLED, INTERPRETED
+from ptd_kernels.prefix_attention.problem import Backend, Problem, register_backend
 
 
 def triton_attention(problem: Problem) -> Tensor:
@@ -48,31 +43,26 @@ def _on_device(problem: Problem) -> tuple[Tensor | None, Tensor | None]:
 
 def refuses(problem: Problem) -> str | None:
     """Return why `triton_attention` cannot solve `problem`, or None."""
-    if _INSTALLED and problem.mask is not None:
-        return "the Triton kernel supports no mask; pack the sequences (cu_seqlens)"
-    return refuses_tensors(problem.q_BHSD)
-
-
-def refuses_tensors(q: Tensor) -> str | None:
-    """Return why Triton's kernels cannot run on tensors of `q`'s dtype and device, or None."""
-    if not _INSTALLED:
+    q = problem.q_BHSD
+    if not INSTALLED:
         return "Triton is not installed (pip install triton; Linux only)"
+    if problem.mask is not None:
+        return "the Triton kernel supports no mask; pack the sequences (cu_seqlens)"
     if q.dtype == torch.float64:
         return "the Triton kernel computes in fp32, fp16 or bf16, not in fp64"
-    if _INTERPRETED and q.dtype == torch.bfloat16:
+    if INTERPRETED and q.dtype == torch.bfloat16:
         return "Triton's interpreter (TRITON_INTERPRET=1) supports no bf16"
-    if _INTERPRETED:
+    if INTERPRETED:
         return None
-    capability = nvidia_capability(q.device)
-    if capability is None and q.device.type != "cuda":
+    if q.device.type != "cuda":
         return f"Triton needs a GPU, but the tensors are on {q.device}; TRITON_INTERPRET=1 runs it slowly without one"
-    if capability is None or capability < (8, 0):
+    if torch.version.cuda is None or torch.cuda.get_device_capability(q.device) < (8, 0):
         return "the Triton kernel needs an NVIDIA GPU of the Ampere generation (sm_80) or newer"
     return None
 
 
 def _explain(problem: Problem) -> str:
-    how = "in Triton's interpreter: slow, for tests" if _INTERPRETED else "compiled; not yet measured on a GPU"
+    how = "in Triton's interpreter: slow, for tests" if INTERPRETED else "compiled; not yet measured on a GPU"
     return f"one fused kernel over prefix and own tokens, {how}"
 
 

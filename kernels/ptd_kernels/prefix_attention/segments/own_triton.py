@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from ptd_kernels.prefix_attention.fused.backend import refuses_tensors
+from ptd_kernels.prefix_attention.fused.availability import INSTALLED, INTERPRETED
 from ptd_kernels.prefix_attention.problem import nvidia_capability
 from ptd_kernels.prefix_attention.segments.dense_rule import dense_bias, rows_of_one_call, without_hidden_rows
 from ptd_kernels.prefix_attention.segments.kernel import Gradients, Kernel, Need, Rule
@@ -75,11 +76,18 @@ def _biased_refuses(need: Need) -> str | None:
 def _refuses_any(need: Need) -> str | None:
     if need.exact_keys:
         return "it rounds the gradient of a key to q's dtype"
-    if need.rule.bias is not None and need.rule.bias.dtype == torch.float64:
-        return "it adds a bias in fp32"
-    if nvidia_capability(need.q.device) is None:
+    if torch.float64 in (need.q.dtype, None if need.rule.bias is None else need.rule.bias.dtype):
+        return "it computes in fp32, fp16 or bf16, not in fp64"
+    capability = nvidia_capability(need.q.device)
+    if capability is None:
         return f"it needs an NVIDIA GPU, but the tensors are on {need.q.device}"
-    return refuses_tensors(need.q)
+    if capability < (8, 0):
+        return "it needs compute capability 8.0 or higher"
+    if not INSTALLED:
+        return "Triton is not installed (pip install triton; Linux only)"
+    if INTERPRETED and not isinstance(need.q, FakeTensor):
+        return "Triton's interpreter (TRITON_INTERPRET=1) is slower than plain torch"
+    return None
 
 
 OWN_TRITON = Kernel("own Triton kernels", _forward, _backward, _refuses, max_rows=None)

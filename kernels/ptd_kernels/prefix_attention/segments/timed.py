@@ -92,6 +92,11 @@ def ranking(need: Need) -> tuple[str, ...]:
     return tuple(sorted(milliseconds, key=milliseconds.__getitem__))
 
 
+def timed_gpu(device: torch.device) -> bool:
+    """Return whether the table has this GPU."""
+    return device.type == "cuda" and torch.cuda.get_device_name(device) in read_timings(TIMED)
+
+
 def _name(q: Tensor) -> str:
     """Return the GPU's name; tensors on the CPU that represent a GPU (`problem.stand_in`) have none."""
     return torch.cuda.get_device_name(q.device) if q.device.type == "cuda" else ""
