@@ -23,6 +23,7 @@ from ptd.inject.attention import (
 )
 from ptd.inject.explain import check_backend
 from ptd.inject.inputs import Inputs
+from ptd.inject.kernel_check import backend_of_any_pass
 from ptd.inject.last_layer import ModuleProbe, Tail
 from ptd.inject.output_layer import OutputLayer, PassOutput
 from ptd.inject.probe import layer_shapes, probe, shape_of
@@ -241,7 +242,7 @@ class Attachment:
         """Let each pass use a suitable backend: the configured backend may support only packed batches."""
         chosen = [slot.backend for slot in self.slots]
         for slot in self.slots:
-            slot.backend = "auto"
+            slot.backend = backend_of_any_pass(slot.backend)
         try:
             yield
         finally:

@@ -14,7 +14,10 @@ from ptd_kernels.prefix_attention import joined, merge, reference  # noqa: F401 
 from ptd_kernels.prefix_attention.fused import backend as _  # noqa: F401
 from ptd_kernels.prefix_attention.problem import Prefix, available_backends, check_problem, choose_backend
 
-__all__ = ["available_backends", "explain_backend", "prefix_attention"]
+__all__ = ["COMPLETE", "available_backends", "explain_backend", "prefix_attention"]
+
+COMPLETE = ("merge", "merge-plain-torch", "reference")
+"""The backends that solve every problem on every device."""
 
 
 def prefix_attention(

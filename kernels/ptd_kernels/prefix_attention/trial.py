@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ptd_kernels.prefix_attention import prefix_attention
+from ptd_kernels.prefix_attention.fused.availability import INTERPRETED
 from ptd_kernels.prefix_attention.segments.timed import SHORTEST, timed_gpu
 
 ALLOWED = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
@@ -36,6 +37,12 @@ class LayerKind:
     causal: bool
     window: int | None = None
     softcap: float | None = None
+
+
+def trials_tell(device: torch.device) -> bool:
+    """Return whether trials on this device tell something: on a GPU, but not with Triton's kernels interpreted, and not
+    on a CPU, whose kernels the tests cover."""
+    return device.type == "cuda" and not INTERPRETED
 
 
 @functools.cache
