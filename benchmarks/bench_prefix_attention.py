@@ -130,7 +130,7 @@ def rivals(cell: Cell, device: torch.device) -> dict[str, Callable[..., Tensor]]
     options: dict[str, Any] = {"causal": cell.causal, "cu_seqlens": cu_seqlens, "max_seqlen": longest}
     named: dict[str, Callable[..., Tensor]] = {}
     for backend in available_backends():
-        if backend != "reference":
+        if backend not in ("reference", "merge-plain-torch"):
             named[backend] = lambda *x, backend=backend: attend(*x, backend=backend, **options)
     named[CONCAT] = lambda *x: concat_sdpa(cell, *x)
     named[NO_PREFIX] = lambda q, k, v, *_: without_prefix(cell, options, q, k, v)

@@ -24,6 +24,7 @@ from ptd.inject.attention import (
 )
 from ptd.inject.explain import check_backend, obstacle_to_several
 from ptd.inject.inputs import Inputs
+from ptd.inject.kernel_check import backend_of_any_pass
 from ptd.inject.last_layer import ModuleProbe, Tail
 from ptd.inject.members import PassPrompts, PerSequence, RowsOfPass
 from ptd.inject.output_layer import OutputLayer, PassOutput
@@ -337,7 +338,7 @@ class Attachment:
         """Let each pass use a suitable backend: the configured backend may support only packed batches."""
         chosen = [slot.backend for slot in self.slots]
         for slot in self.slots:
-            slot.backend = "auto"
+            slot.backend = backend_of_any_pass(slot.backend)
         try:
             yield
         finally:

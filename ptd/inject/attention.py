@@ -86,12 +86,14 @@ class Call:
     module: nn.Module
     queries: int
     keys: int
+    heads: int
     kv_heads: int
     key_dim: int
     value_dim: int
     causal: bool
     told: bool | None
     window: int | None
+    softcap: float | None
     mask: Tensor | None
     rule: Callable[..., Tensor] | None
 
@@ -178,10 +180,10 @@ def attention_forward(
         )
     probe = probed.get()
     if probe is not None:
-        sizes = query.shape[2], key.shape[2], key.shape[1], key.shape[3], value.shape[3]
+        sizes = query.shape[2], key.shape[2], query.shape[1], key.shape[1], key.shape[3], value.shape[3]
         says = getattr(module, "is_causal", True) if is_causal is None else is_causal
         rule = probe.rule_of(attention_mask)
-        probe.calls.append(Call(module, *sizes, says, is_causal, sliding_window, attention_mask, rule))
+        probe.calls.append(Call(module, *sizes, says, is_causal, sliding_window, softcap, attention_mask, rule))
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
     slot: LayerSlot | None = vars(module).get(_SLOT)
     if slot is None:

@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers import DynamicCache, PreTrainedModel
 
 from ptd.inject.attention import Call
+from ptd.inject.kernel_check import check_kernels
 from ptd.inject.probe import ordinary_tokens, packing_obstacle
 from ptd.types import IGNORE_INDEX, Batch, SoftTokens, UserError, is_partitioned, virtual_id
 
@@ -141,7 +142,10 @@ class SelfCheck:
         return found
 
     def run(self) -> Verdict:
-        """Return the verdict. Raises `UserError` for a model whose results differ even in a padded batch."""
+        """Return the verdict. Raises `UserError` for a model whose results differ even in a padded batch, and for a GPU
+        on which attention itself computes something else than it should."""
+        if not self.blank:
+            check_kernels(self.calls, {slot.backend for slot in self.attachment.slots}, self.device, self.model.dtype)
         with self._quietly(), self.attachment.any_backend(), _shorter(self.spared):
             packed = self._packing_obstacle()
             self.attachment.verdict = Verdict(packed)  # decides how batches run

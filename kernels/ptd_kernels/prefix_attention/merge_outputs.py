@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptd_kernels.prefix_attention.segments.shared_keys import merge_segments, unusable
+from ptd_kernels.prefix_attention.fused.availability import refuses_unasked
+from ptd_kernels.prefix_attention.segments.shared_keys import merge_segments
 
 
 def merge_outputs(
@@ -16,7 +17,7 @@ def merge_outputs(
     A segment's log-sum-exp is -inf for rows that see none of its keys; the result is 0 and 0 for rows that see no key.
     May overwrite `out`.
     """
-    if dtype != torch.float64 and unusable(out) is None:
+    if dtype != torch.float64 and refuses_unasked(out) is None:
         merged: tuple[Tensor, Tensor] = merge_segments(out, lse, prefix_out, prefix_lse, dtype)
         return merged
     # A sequence without a prefix has prefix_lse -inf; the prefix's share is 0, even if all own keys are hidden.
