@@ -15,7 +15,14 @@ import torch
 from packaging.requirements import Requirement
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ptd.backbone import TextConditioner, architecture_of, load_tokenizer, text_config_of, vocabulary_of
+from ptd.backbone import (
+    TextConditioner,
+    architecture_of,
+    fusion_of,
+    load_tokenizer,
+    text_config_of,
+    vocabulary_of,
+)
 from ptd.backbone.fake_model import blank_model
 from ptd.config import RunConfig, load_config
 from ptd.config.deepspeed import apply_deepspeed
@@ -109,6 +116,7 @@ def check_run(run: Path, overrides: list[str]) -> Iterator[Check]:
     yield backbone
     if backbone.status == "failed":
         return
+    yield _checked("layers", lambda: str(fusion_of(config.backbone, _device_type())))
     yield from _added_tokens(config)
     if data.status != "failed":
         yield _checked("rows", lambda: _rows(config))
@@ -194,6 +202,10 @@ def _backbone(config: RunConfig) -> str:
     architecture = architecture_of(config.backbone)
     check_special(load_tokenizer(config.backbone), vocabulary_of(text_config_of(config.backbone)))
     return f"{config.backbone.path}, {architecture}"
+
+
+def _device_type() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _added_tokens(config: RunConfig) -> Iterator[Check]:

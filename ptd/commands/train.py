@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ptd.backbone import fusion_of
+from ptd.backbone.fusion import Fusion
 from ptd.config import RunConfig
 from ptd.config.deepspeed import apply_deepspeed, check_batch_size
 from ptd.distributed.network_meter import metered_deepspeed
@@ -58,7 +60,10 @@ def train(
         folder = ranks.on_main(lambda: open_run(config, overwrite=overwrite, retry=retry))
         for note in folder.notes:
             reporter.note(note)
-        journal = _journal(config, folder, ranks)
+        fusion = fusion_of(config.backbone, ranks.device.type)
+        if ranks.device.type != "cpu" or fusion.by != "transformers":
+            reporter.note(str(fusion))
+        journal = _journal(config, folder, ranks, fusion)
         with journal.attempt():
             ranks.on_main(journal.begin)
             return _train(config, zero3, ranks, journal, reporter, request or StopRequest())
@@ -194,7 +199,7 @@ def alone_reads(task: Task) -> bool:
     return task.output != "body" and task.virtual_tokens == 0
 
 
-def _journal(config: RunConfig, folder: RunFolder, ranks: Ranks) -> Journal:
+def _journal(config: RunConfig, folder: RunFolder, ranks: Ranks, fusion: Fusion) -> Journal:
     facts = {
         "config": config.to_dict(),
         "command": sys.argv,
@@ -202,5 +207,6 @@ def _journal(config: RunConfig, folder: RunFolder, ranks: Ranks) -> Journal:
         "units": True,
         "world_size": ranks.world_size,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "layers_run_by": fusion.by,
     }
     return Journal(folder, facts, is_main=ranks.is_main)

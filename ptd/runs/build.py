@@ -184,7 +184,7 @@ def build_engine(
         size = embeddings_of(prepared.model)
         check_ids(examples, material.tokenizer, size, what, writes=material.task.generates)
     built = build_trained(config, prepared, material.task, material.tokenizer, material.examples, units=units)
-    if config.backbone.compile:  # after the code that inspects the layers
+    if config.backbone.compile is True:  # after the code that inspects the layers
         compile_layers(prepared.model)
     trained = Trained(ranks.distribute(built.encoder), built.readout.to(ranks.device), built.readout_rates)
     step = build_step(config, trained, ranks, prepared.model.dtype)
