@@ -1,7 +1,7 @@
 """Find out from a Triton kernel's source which of its tensors it reads and which it writes.
 
-`Launches` (gpu_model_trace.py) counts each of these tensors once. A kernel that an emulated GPU launches on shapes alone
-never runs, so its memory accesses cannot be observed.
+`Launches` (gpu_model_trace.py) counts each of these tensors once. A kernel that an emulated GPU launches on shapes
+alone never runs, so its memory accesses cannot be observed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from torch import Tensor
 from triton import language as tl
 
 Names = frozenset[str]
@@ -21,12 +22,12 @@ ATOMIC = {name for name in dir(tl) if name.startswith("atomic_")}
 
 
 def touched(kernel: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Names, Names]:
-    """Return the names of the parameters through which a kernel loads, and of those through which it stores.
+    """Return the names of the tensors from which a kernel loads, and of those to which it stores.
 
     ``arguments``: the launch's arguments by name. A branch counts unless its condition is false for the arguments.
     """
     seen = _Accesses(kernel, {name: value for name, value in arguments.items() if _is_plain(value)})
-    seen.walk({name: frozenset([name]) for name in arguments})
+    seen.walk({name: frozenset([name]) for name, value in arguments.items() if isinstance(value, Tensor)})
     return frozenset(seen.loaded), frozenset(seen.stored)
 
 

@@ -33,9 +33,9 @@ class Fusion(NamedTuple):
 def choose_fusion(config: BackboneConfig, model_type: str, device_type: str) -> Fusion:
     """Return how the layers of a backbone of this family run on ``cuda`` or ``cpu``.
 
-    ``auto`` takes Liger on a GPU, in every placement. In the model of a step it saves 75 of the 93 ms that a 7B's
-    elementwise work takes on an H100, and torch.compile 72. But torch.compile takes a minute in each run's first step,
-    again for each new kind of graph, and cannot compile sharded or bitsandbytes' weights. So ``auto`` never compiles.
+    ``auto`` takes Liger on a GPU, in every placement. In the model of a step it saves 74 of the 93 ms that a 7B's
+    elementwise work takes on an H100, and torch.compile 70. But torch.compile takes a minute in the first step, and
+    cannot compile sharded or bitsandbytes' weights. So ``auto`` never compiles.
 
     Raises `UserError` if Liger is required and cannot run.
     """

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from gpu_model import CELLS, comparison, report
 from gpu_model_roofline import GPUS, SHORTEST, prediction, seconds
 from gpu_model_trace import PARTS, Launch, Launches, launches_of, trace
+from gpu_model_triton import touched
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="nothing is emulated")
 
@@ -31,28 +33,28 @@ GPU = torch.device("cuda", 0)
 traced = cache(trace)
 P32, P512, P2048, ONE_ROW, RECOMPUTED, B8 = CELLS
 LAYER = {
-    P32: {"GEMMs": 14, "attention": 3, "prefix gradient": 23, "merging": 22, "autograd elementwise": 56,
-          "transformers elementwise": 30, "optimizer": 2},
-    P512: {"GEMMs": 14, "attention": 3, "prefix gradient": 313, "merging": 22, "autograd elementwise": 56,
-           "transformers elementwise": 30, "optimizer": 2},
-    P2048: {"GEMMs": 14, "attention": 3, "prefix gradient": 1225, "merging": 22, "autograd elementwise": 56,
-            "transformers elementwise": 30, "optimizer": 2},
-    ONE_ROW: {"GEMMs": 14, "attention": 3, "prefix gradient": 23, "merging": 22, "autograd elementwise": 56,
-              "transformers elementwise": 30, "optimizer": 2},
-    RECOMPUTED: {"GEMMs": 20, "attention": 5, "prefix gradient": 23, "merging": 42, "autograd elementwise": 56,
-                 "transformers elementwise": 59, "optimizer": 2},
-    B8: {"GEMMs": 14, "attention": 3, "prefix gradient": 25, "merging": 22, "autograd elementwise": 56,
-         "transformers elementwise": 30, "optimizer": 2},
+    P32: {"GEMMs": 14, "attention": 3, "prefix gradient": 23, "merging": 22, "autograd elementwise": 5,
+          "transformers elementwise": 5, "optimizer": 2},
+    P512: {"GEMMs": 14, "attention": 3, "prefix gradient": 313, "merging": 22, "autograd elementwise": 5,
+           "transformers elementwise": 5, "optimizer": 2},
+    P2048: {"GEMMs": 14, "attention": 3, "prefix gradient": 1225, "merging": 22, "autograd elementwise": 5,
+            "transformers elementwise": 5, "optimizer": 2},
+    ONE_ROW: {"GEMMs": 14, "attention": 3, "prefix gradient": 23, "merging": 22, "autograd elementwise": 5,
+              "transformers elementwise": 5, "optimizer": 2},
+    RECOMPUTED: {"GEMMs": 20, "attention": 5, "prefix gradient": 23, "merging": 42, "autograd elementwise": 5,
+                 "transformers elementwise": 9, "optimizer": 2},
+    B8: {"GEMMs": 14, "attention": 3, "prefix gradient": 25, "merging": 22, "autograd elementwise": 5,
+         "transformers elementwise": 5, "optimizer": 2},
 }  # fmt: skip
 """Launches of a layer of the middle, forward and backward, by part; none of the parts that are missing here. The two
 of the optimizer copy the gradients of keys and values into the flat gradient."""
 STEP = {
-    P32: {"GEMMs": 446, "attention": 95, "prefix gradient": 736, "merging": 702, "autograd elementwise": 1779,
-          "transformers elementwise": 978, "loss": 24, "optimizer": 109, "other": 16},
-    RECOMPUTED: {"GEMMs": 642, "attention": 160, "prefix gradient": 736, "merging": 1344, "autograd elementwise": 1821,
-                 "transformers elementwise": 1906, "loss": 24, "optimizer": 109, "other": 16},
-    B8: {"GEMMs": 446, "attention": 95, "prefix gradient": 800, "merging": 702, "autograd elementwise": 1779,
-         "transformers elementwise": 978, "loss": 40, "optimizer": 109, "other": 16},
+    P32: {"GEMMs": 446, "attention": 95, "prefix gradient": 736, "merging": 702, "autograd elementwise": 168,
+          "transformers elementwise": 171, "loss": 24, "optimizer": 109, "other": 16},
+    RECOMPUTED: {"GEMMs": 642, "attention": 160, "prefix gradient": 736, "merging": 1344, "autograd elementwise": 176,
+                 "transformers elementwise": 299, "loss": 24, "optimizer": 109, "other": 16},
+    B8: {"GEMMs": 446, "attention": 95, "prefix gradient": 800, "merging": 702, "autograd elementwise": 168,
+         "transformers elementwise": 171, "loss": 40, "optimizer": 109, "other": 16},
 }  # fmt: skip
 """Launches of a whole step, by part."""
 
@@ -142,6 +144,70 @@ def test_traffic_is_what_the_operation_needs(name: str) -> None:
         operation(x)
     last = list(seen.counts)[-1]
     assert (last.read, last.written, last.flops) == want
+
+
+def liger_kernel(module: str, name: str) -> Any:
+    return getattr(pytest.importorskip(f"liger_kernel.ops.{module}"), name).fn
+
+
+def arguments_of(kernel: Any) -> dict[str, Any]:
+    """Return tensors for the pointers of a kernel, and ones for its other parameters."""
+    names = inspect.signature(kernel).parameters
+    bare = ("cos", "sin", "out", "dout", "delta")
+    return {name: torch.ones(1) if name in bare or name.endswith("_ptr") else 1 for name in names}
+
+
+TRITON: dict[str, tuple[str, str, dict[str, Any], str, str]] = {
+    "in its own memory": ("rope", "_triton_rope", {"BACKWARD_PASS": True}, "q_ptr k_ptr cos sin", "q_ptr k_ptr"),
+    "pointers that move": ("swiglu", "_swiglu_backward_kernel", {}, "dc_ptr a_ptr b_ptr", "a_ptr b_ptr"),
+    "branches not taken": (
+        "fused_add_rms_norm", "_fused_add_rms_norm_backward_kernel",
+        {"COMPUTE_DW": False, "has_dS_out": False, "casting_mode": 0}, "dY_ptr X_ptr W_ptr RSTD_ptr", "dX_ptr",
+    ),
+    "branches taken": (
+        "fused_add_rms_norm", "_fused_add_rms_norm_backward_kernel",
+        {"COMPUTE_DW": True, "has_dS_out": True}, "dY_ptr dS_out_ptr X_ptr W_ptr RSTD_ptr", "dX_ptr dW_ptr",
+    ),
+}  # fmt: skip
+"""Kernels of Liger: arguments that decide, and what the kernel reads and writes."""
+
+
+@pytest.mark.parametrize("case", TRITON)
+def test_what_a_triton_kernel_reads_and_writes(case: str) -> None:
+    module, name, decisive, read, written = TRITON[case]
+    kernel = liger_kernel(module, name)
+    assert touched(kernel, arguments_of(kernel) | decisive) == (set(read.split()), set(written.split()))
+
+
+def test_the_accesses_of_helpers_count() -> None:
+    """`delta_kernel` loads in a function that it calls."""
+    from ptd_kernels.prefix_attention.fused.backward import delta_kernel
+
+    assert touched(delta_kernel.fn, arguments_of(delta_kernel.fn)) == ({"out", "dout"}, {"delta"})
+
+
+def test_the_traffic_of_a_triton_kernel() -> None:
+    """SwiGLU's backward pass reads three tensors and writes two, and only those change."""
+    swiglu = pytest.importorskip("liger_kernel.ops.swiglu")
+    a, b, dc = (torch.randn(2, 8, device=GPU) for _ in range(3))
+    before = [x.clone() for x in (a, b, dc)]
+    swiglu.float = Scalar
+    seen = Launches()
+    try:
+        with watched(seen):
+            swiglu.swiglu_backward(a, b, dc)
+    finally:
+        del swiglu.float
+    (launch,) = seen.counts
+    assert (launch.operator, launch.read, launch.written) == ("triton._swiglu_backward_kernel", 3 * 64, 2 * 64)
+    assert [torch.equal(x, old) for x, old in zip((a, b, dc), before, strict=True)] == [False, False, True]
+
+
+class Scalar(float):
+    """A Python number with Triton's ``to``, which the interpreter passes instead of a scalar."""
+
+    def to(self, dtype: Any) -> Scalar:
+        return self
 
 
 def test_a_launch_takes_as_long_as_its_slowest_limit() -> None:
