@@ -20,14 +20,18 @@ class Fusion(NamedTuple):
     why: str
     remedy: str = ""
 
-    def __str__(self) -> str:
+    @property
+    def found(self) -> str:
+        """The line that a run prints, without the remedy."""
         work = "norms, rotary embeddings and activations run in"
-        told = {
+        return {
             "transformers": f"{work} transformers' own code: {self.why}",
             "liger": f"{work} Liger's kernels ({self.why})",
-            "compile": f"torch.compile compiles the layers ({self.why}); the first step takes a minute",
+            "compile": f"torch.compile compiles the layers ({self.why}), which takes a minute in the first step",
         }[self.by]
-        return told + (f"; {self.remedy}" if self.remedy else "")
+
+    def __str__(self) -> str:
+        return self.found + (f"; {self.remedy}" if self.remedy else "")
 
 
 def choose_fusion(config: BackboneConfig, model_type: str, device_type: str) -> Fusion:

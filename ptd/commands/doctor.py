@@ -116,7 +116,7 @@ def check_run(run: Path, overrides: list[str]) -> Iterator[Check]:
     yield backbone
     if backbone.status == "failed":
         return
-    yield _checked("layers", lambda: str(fusion_of(config.backbone, _device_type())))
+    yield _layers(config)
     yield from _added_tokens(config)
     if data.status != "failed":
         yield _checked("rows", lambda: _rows(config))
@@ -204,8 +204,13 @@ def _backbone(config: RunConfig) -> str:
     return f"{config.backbone.path}, {architecture}"
 
 
-def _device_type() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _layers(config: RunConfig) -> Check:
+    """Say what runs the layers' elementwise work, with a warning if installing something would let it run faster."""
+    try:
+        fusion = fusion_of(config.backbone, "cuda" if torch.cuda.is_available() else "cpu")
+    except UserError as error:
+        return Check("layers", "failed", str(error))
+    return Check("layers", "warning" if fusion.remedy else "ok", fusion.found, fusion.remedy)
 
 
 def _added_tokens(config: RunConfig) -> Iterator[Check]:
