@@ -216,7 +216,7 @@ def load_backbone(
 
 def compile_backbone(config: RunConfig, prepared: Prepared) -> None:
     """Compile the backbone if the configuration says so. Call it after `build_member`, which inspects the layers."""
-    if config.backbone.compile:
+    if config.backbone.compile is True:
         compile_layers(prepared.model)
 
 

@@ -109,8 +109,8 @@ class Seen:
     def ran(self, op: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Do nothing; a subclass may inspect the tensors of an operation that the emulated GPU has run."""
 
-    def ran_triton(self, name: str, arguments: dict[str, Any], grid: tuple[int, ...]) -> None:
-        """Do nothing; a subclass may inspect a launch of a Triton kernel, its arguments by name and its grid."""
+    def ran_triton(self, kernel: Any, arguments: dict[str, Any]) -> None:
+        """Do nothing; a subclass may inspect the arguments of a Triton kernel that the emulated GPU has launched."""
 
     def wait(self, name: str) -> None:
         """Record that the host waits."""
@@ -144,6 +144,11 @@ def _launches(name: str) -> None:
 def _ran(op: Any, args: Any, kwargs: Any, out: Any) -> None:
     for seen in _watching:
         seen.ran(op, args, kwargs, out)
+
+
+def _ran_triton(kernel: Any, arguments: dict[str, Any]) -> None:
+    for seen in _watching:
+        seen.ran_triton(kernel, arguments)
 
 
 def _waits(name: str) -> None:
@@ -516,14 +521,11 @@ def _emulate() -> None:
 
         def launch(self: Any, *args: Any, **kwargs: Any) -> None:
             _launches(f"triton.{self.fn.__name__}")
-            given = inspect.getcallargs(self.fn, *args, **{k: v for k, v in kwargs.items() if k in self.arg_names})
-            grid = self.grid(given) if callable(self.grid) else self.grid
-            for seen in _watching:
-                seen.ran_triton(self.fn.__name__, given, grid)
-            if _without_numbers:
-                return
-            with _unseen():  # the interpreter's own copies
-                interpret(self, *args, **kwargs)
+            if not _without_numbers:
+                with _unseen():  # the interpreter's own copies
+                    interpret(self, *args, **kwargs)
+            own = {name: value for name, value in kwargs.items() if name in self.arg_names}
+            _ran_triton(self.fn, inspect.getcallargs(self.fn, *args, **own))
 
         GridExecutor.__call__ = launch
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -15,15 +16,17 @@ from typing import Any
 
 import pytest
 import torch
+from ptd_kernels import prefix_attention
 from torch import Tensor
 
-from tests.gpu_paper.device import EMULATED, watched
+from tests.gpu_paper.device import EMULATED, shapes_only, watched
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from gpu_model import CELLS, comparison, report
 from gpu_model_roofline import GPUS, SHORTEST, prediction, seconds
 from gpu_model_trace import PARTS, Launch, Launches, launches_of, trace
+from gpu_model_triton import TILE_PRODUCTS, touched
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="nothing is emulated")
 
@@ -31,28 +34,28 @@ GPU = torch.device("cuda", 0)
 traced = cache(trace)
 P32, P512, P2048, ONE_ROW, RECOMPUTED, B8 = CELLS
 LAYER = {
-    P32: {"GEMMs": 14, "attention": 3, "prefix gradient": 4, "merging": 3, "autograd elementwise": 56,
-          "transformers elementwise": 30, "optimizer": 2},
-    P512: {"GEMMs": 14, "attention": 3, "prefix gradient": 6, "merging": 3, "autograd elementwise": 56,
-           "transformers elementwise": 30, "optimizer": 2},
-    P2048: {"GEMMs": 14, "attention": 3, "prefix gradient": 5, "merging": 3, "autograd elementwise": 56,
-            "transformers elementwise": 30, "optimizer": 2},
-    ONE_ROW: {"GEMMs": 14, "attention": 3, "prefix gradient": 4, "merging": 3, "autograd elementwise": 56,
-              "transformers elementwise": 30, "optimizer": 2},
-    RECOMPUTED: {"GEMMs": 20, "attention": 5, "prefix gradient": 4, "merging": 6, "autograd elementwise": 56,
-                 "transformers elementwise": 59, "optimizer": 2},
-    B8: {"GEMMs": 14, "attention": 3, "prefix gradient": 4, "merging": 3, "autograd elementwise": 56,
-         "transformers elementwise": 30, "optimizer": 2},
+    P32: {"GEMMs": 14, "attention": 3, "prefix gradient": 4, "merging": 3, "autograd elementwise": 5,
+          "transformers elementwise": 5, "optimizer": 2},
+    P512: {"GEMMs": 14, "attention": 3, "prefix gradient": 6, "merging": 3, "autograd elementwise": 5,
+           "transformers elementwise": 5, "optimizer": 2},
+    P2048: {"GEMMs": 14, "attention": 3, "prefix gradient": 5, "merging": 3, "autograd elementwise": 5,
+            "transformers elementwise": 5, "optimizer": 2},
+    ONE_ROW: {"GEMMs": 14, "attention": 3, "prefix gradient": 4, "merging": 3, "autograd elementwise": 5,
+              "transformers elementwise": 5, "optimizer": 2},
+    RECOMPUTED: {"GEMMs": 20, "attention": 5, "prefix gradient": 4, "merging": 6, "autograd elementwise": 5,
+                 "transformers elementwise": 9, "optimizer": 2},
+    B8: {"GEMMs": 14, "attention": 3, "prefix gradient": 4, "merging": 3, "autograd elementwise": 5,
+         "transformers elementwise": 5, "optimizer": 2},
 }  # fmt: skip
 """Launches of a layer of the middle, forward and backward, by part; none of the parts that are missing here. The two
 of the optimizer copy the gradients of keys and values into the flat gradient."""
 STEP = {
-    P32: {"GEMMs": 446, "attention": 95, "prefix gradient": 128, "merging": 96, "autograd elementwise": 1779,
-          "transformers elementwise": 978, "loss": 24, "optimizer": 109, "other": 16},
-    RECOMPUTED: {"GEMMs": 642, "attention": 160, "prefix gradient": 128, "merging": 192, "autograd elementwise": 1821,
-                 "transformers elementwise": 1906, "loss": 24, "optimizer": 109, "other": 16},
-    B8: {"GEMMs": 446, "attention": 95, "prefix gradient": 128, "merging": 96, "autograd elementwise": 1779,
-         "transformers elementwise": 978, "loss": 40, "optimizer": 109, "other": 16},
+    P32: {"GEMMs": 446, "attention": 95, "prefix gradient": 128, "merging": 96, "autograd elementwise": 168,
+          "transformers elementwise": 171, "loss": 24, "optimizer": 109, "other": 16},
+    RECOMPUTED: {"GEMMs": 642, "attention": 160, "prefix gradient": 128, "merging": 192, "autograd elementwise": 176,
+                 "transformers elementwise": 299, "loss": 24, "optimizer": 109, "other": 16},
+    B8: {"GEMMs": 446, "attention": 95, "prefix gradient": 128, "merging": 96, "autograd elementwise": 168,
+         "transformers elementwise": 171, "loss": 40, "optimizer": 109, "other": 16},
 }  # fmt: skip
 """Launches of a whole step, by part."""
 
@@ -158,9 +161,94 @@ def test_a_triton_launch_costs_what_its_arguments_say() -> None:
     partial = 4 * 2 * P * H * D * 2  # two tiles of rows are two splits
     assert (launch.read, launch.written) == (4 * rows + 2 * keys + 4 * H * S, rows + partial)
     assert launch.flops == 2 * 5 * H * 128 * 32 * D  # tiles of 64 rows and 32 keys
-    unpriced = "no price for this launch of the Triton kernel forward_kernel"
-    with pytest.raises(RuntimeError, match=unpriced), watched(seen):
-        torch.ops.ptd_kernels.shared_keys(q, k, k, 1.0, None)
+
+
+def test_the_products_of_own_keys_are_those_of_the_tiles_that_rows_see() -> None:
+    """Four packed sequences of 256 causal rows, in tiles of 64 rows and 64 keys, and a prefix of five keys."""
+    q, prefix = (torch.ones(1, length, 2, 16, device=GPU).transpose(1, 2) for length in (1024, 5))
+    bounds = torch.arange(0, 1025, 256, dtype=torch.int32, device=GPU)
+    seen = Launches()
+    with shapes_only(), watched(seen):
+        k, v, prefix_v = q.clone(), q.clone(), prefix.clone()
+        seen.counts.clear()
+        prefix_attention(q, k, v, prefix[0], prefix_v[0], cu_seqlens=bounds, max_seqlen=256, backend="triton")
+    (launch,) = (each for each in seen.counts if each.operator == "triton.forward_kernel")
+    assert (launch.part, launch.rate) == ("attention", "fp32")
+    tiles = (1 + 2 + 3 + 4) + 4 * 1
+    assert launch.flops == 4 * 16 * (2 * 4 * tiles * 64 * 64)
+    assert launch.read == q.numel() * 4 * 3 + 2 * prefix.numel() * 4 + bounds.numel() * 4
+
+
+def test_a_kernel_with_unknown_products_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(TILE_PRODUCTS, "forward_kernel")
+    q = torch.ones(1, 2, 3, 16, device=GPU)
+    unpriced = "no FLOPs for the Triton kernel forward_kernel"
+    with pytest.raises(RuntimeError, match=unpriced), watched(Launches()):
+        prefix_attention(q, q, q, None, None, backend="triton")
+
+
+def liger_kernel(module: str, name: str) -> Any:
+    return getattr(pytest.importorskip(f"liger_kernel.ops.{module}"), name).fn
+
+
+def arguments_of(kernel: Any) -> dict[str, Any]:
+    """Return tensors for the pointers of a kernel, and ones for its other parameters."""
+    names = inspect.signature(kernel).parameters
+    bare = ("cos", "sin", "out", "dout", "delta")
+    return {name: torch.ones(1) if name in bare or name.endswith("_ptr") else 1 for name in names}
+
+
+TRITON: dict[str, tuple[str, str, dict[str, Any], str, str]] = {
+    "in its own memory": ("rope", "_triton_rope", {"BACKWARD_PASS": True}, "q_ptr k_ptr cos sin", "q_ptr k_ptr"),
+    "pointers that move": ("swiglu", "_swiglu_backward_kernel", {}, "dc_ptr a_ptr b_ptr", "a_ptr b_ptr"),
+    "branches not taken": (
+        "fused_add_rms_norm", "_fused_add_rms_norm_backward_kernel",
+        {"COMPUTE_DW": False, "has_dS_out": False, "casting_mode": 0}, "dY_ptr X_ptr W_ptr RSTD_ptr", "dX_ptr",
+    ),
+    "branches taken": (
+        "fused_add_rms_norm", "_fused_add_rms_norm_backward_kernel",
+        {"COMPUTE_DW": True, "has_dS_out": True}, "dY_ptr dS_out_ptr X_ptr W_ptr RSTD_ptr", "dX_ptr dW_ptr",
+    ),
+}  # fmt: skip
+"""Kernels of Liger: arguments that decide, and what the kernel reads and writes."""
+
+
+@pytest.mark.parametrize("case", TRITON)
+def test_what_a_triton_kernel_reads_and_writes(case: str) -> None:
+    module, name, decisive, read, written = TRITON[case]
+    kernel = liger_kernel(module, name)
+    assert touched(kernel, arguments_of(kernel) | decisive) == (set(read.split()), set(written.split()), False)
+
+
+def test_the_accesses_of_helpers_count() -> None:
+    """`delta_kernel` loads in a function that it calls."""
+    from ptd_kernels.prefix_attention.fused.backward import delta_kernel
+
+    assert touched(delta_kernel.fn, arguments_of(delta_kernel.fn)) == ({"out", "dout"}, {"delta"}, False)
+
+
+def test_the_traffic_of_a_triton_kernel() -> None:
+    """SwiGLU's backward pass reads three tensors and writes two, and only those change."""
+    swiglu = pytest.importorskip("liger_kernel.ops.swiglu")
+    a, b, dc = (torch.randn(2, 8, device=GPU) for _ in range(3))
+    before = [x.clone() for x in (a, b, dc)]
+    swiglu.float = Scalar
+    seen = Launches()
+    try:
+        with watched(seen):
+            swiglu.swiglu_backward(a, b, dc)
+    finally:
+        del swiglu.float
+    (launch,) = seen.counts
+    assert (launch.operator, launch.read, launch.written) == ("triton._swiglu_backward_kernel", 3 * 64, 2 * 64)
+    assert [torch.equal(x, old) for x, old in zip((a, b, dc), before, strict=True)] == [False, False, True]
+
+
+class Scalar(float):
+    """A Python number with Triton's ``to``, which the interpreter passes instead of a scalar."""
+
+    def to(self, dtype: Any) -> Scalar:
+        return self
 
 
 def test_a_launch_takes_as_long_as_its_slowest_limit() -> None:

@@ -190,6 +190,23 @@ def test_the_attention_of_a_gpu_needs_no_scores(tmp_path: Path) -> None:
     assert step_peak(full) > 2.5 * step_peak(half)
 
 
+def test_layers_in_ligers_kernels_store_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU they are the default. The products stay the same."""
+    pytest.importorskip("liger_kernel")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    tiny_config("llama", hidden_size=256, num_attention_heads=4, intermediate_size=704).save_pretrained(tmp_path)
+    found = {}
+    for liger in ("auto", False):
+        config = run(tmp_path, backbone={"dtype": "bfloat16", "liger": liger}, data={"max_length": 250})
+        found[liger] = plan(config, alternatives=False)
+        by = "Liger's kernels" if liger else "transformers' own code"
+        assert any(f"run in {by}" in line for line in found[liger].assumptions)
+    assert step_peak(found["auto"].trace) < 0.7 * step_peak(found[False].trace)
+    assert found["auto"].trace.flops == found[False].trace.flops
+    on_cpu = plan(run(tmp_path), device="cpu", alternatives=False)
+    assert not any("Liger" in line for line in on_cpu.assumptions)
+
+
 def test_a_wide_encoder_is_shared_by_the_ranks_of_a_node(tmp_path: Path) -> None:
     tiny_config("llama").save_pretrained(tmp_path)
     method = {"name": "prefix", "num_virtual_tokens": 5, "prefix_projection": True, "encoder_hidden_size": 4096}
