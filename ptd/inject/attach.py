@@ -193,7 +193,7 @@ class Attachment:
         self.set(None)
         self.shift(state.num_virtual_tokens)
         for slot, key, value in zip(self.slots, state.keys, state.values, strict=True):
-            slot.key, slot.value = key, value
+            slot.hold(key, value)
 
     @set.register
     def _(self, state: SoftTokens) -> None:
@@ -214,7 +214,7 @@ class Attachment:
     def _(self, state: NoPrompt) -> None:
         self.shift(0)
         for slot in self.slots:
-            slot.key = slot.value = None
+            slot.hold(None, None)
         for stack in self.stacks:
             stack.soft, stack.in_front, stack.source_extra = None, False, 0
 

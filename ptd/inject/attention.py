@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from ptd_kernels import prefix_attention
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -22,6 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ptd.types import UserError
 
+T = TypeVar("T")
 IMPLEMENTATION = "ptd_prefix"
 MASKLESS = "ptd_prefix_maskless"
 """The same attention under a name for which transformers makes no masks and does not inspect the positions."""
@@ -34,6 +36,14 @@ packed_forward: ContextVar[bool] = ContextVar("ptd_packed_forward", default=Fals
 """True while a packed batch runs. Its boundaries are passed as ``cu_seq_lens_q``, so no mask is materialised."""
 padded_forward: ContextVar[bool | None] = ContextVar("ptd_padded_forward", default=None)
 """Whether the mask of a pass hides anything. None: transformers inspects it, which makes the host wait for a GPU."""
+
+
+def _now(variable: ContextVar[T]) -> T | None:
+    """Return the variable's value in a pass; None if the pass is compiled: torch.compile cannot read such variables.
+
+    The passes for which they are set (probes, packed batches of ``Attachment.run``) are not compiled as a whole.
+    """
+    return None if torch.compiler.is_compiling() else variable.get()
 
 
 def packing_arguments(bounds: Tensor, longest: int) -> dict[str, Any]:
@@ -59,6 +69,21 @@ class LayerSlot:
     told: bool | None = None
     key: Tensor | None = None
     value: Tensor | None = None
+    _cast: dict[torch.dtype, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def hold(self, key: Tensor | None, value: Tensor | None) -> None:
+        """Store a prefix, or None. Unless it requires a gradient, it must not be changed in place afterwards."""
+        self.key, self.value = key, value
+        self._cast = {}
+
+    def prefix(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """Return key and value for queries of ``dtype``: cast once and not in every pass, if they get no gradient."""
+        key, value = self.key, self.value
+        if key is None or value is None or key.requires_grad or key.dtype == dtype or torch.is_inference_mode_enabled():
+            return key, value
+        if dtype not in self._cast:
+            self._cast[dtype] = key.to(dtype), value.to(dtype)
+        return self._cast[dtype]
 
 
 @dataclass(frozen=True)
@@ -162,7 +187,7 @@ def attention_forward(
             f"{type(module).__name__} has attention sinks (s_aux), which attention with a prefix does not support; use "
             "a backbone of another family"
         )
-    probe = probed.get()
+    probe = _now(probed)
     if probe is not None:
         sizes = query.shape[2], key.shape[2], key.shape[1], key.shape[3], value.shape[3]
         says = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -181,7 +206,7 @@ def attention_forward(
             "backbone or set its attention dropout to 0"
         )
     packed = cu_seq_lens_q is not None
-    if packed_forward.get() and not (packed and attention_mask is None):
+    if _now(packed_forward) and not (packed and attention_mask is None):
         raise UserError(
             f"{type(module).__name__} does not keep the rows of a packed batch separate: it "
             + ("masks them by its own rule" if packed else "does not pass cu_seq_lens_q on to its attention")
@@ -208,14 +233,15 @@ def attention_forward(
         # Without a mask, SDPA's causal rule starts at the first key; the other keys are unused room of a static cache.
         key, value = key[:, :, :rows], value[:, :, :rows]
         bias = None if bias is None else bias[..., :rows]
-    watch = watched.get()
+    prefix_key, prefix_value = slot.prefix(query.dtype)
+    watch = _now(watched)
     attend = prefix_attention if watch is None else partial(watch, slot)
     out = attend(
         query,
         key,
         value,
-        None if slot.key is None else slot.key.transpose(0, 1),
-        None if slot.value is None else slot.value.transpose(0, 1),
+        None if prefix_key is None else prefix_key.transpose(0, 1),
+        None if prefix_value is None else prefix_value.transpose(0, 1),
         scale=scaling,
         # A mask contains the whole rule (causal, window, padding); without a mask the module's own rule applies. An
         # encoder's window always comes as a mask, unless the window is wider than the sequence.
@@ -233,9 +259,9 @@ def attention_forward(
 
 def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """Return the mask for `attention_forward`: None for a packed batch, else the same as for SDPA (bool or None)."""
-    if packed_forward.get():
+    if _now(packed_forward):
         return None
-    probe, padded = probed.get(), padded_forward.get()
+    probe, padded = _now(probed), _now(padded_forward)
     masked = kwargs.get("attention_mask") is not None
     if masked and padded is False:
         kwargs["attention_mask"] = None

@@ -16,6 +16,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import inspect
 import os
 import shutil
 import subprocess
@@ -108,6 +109,9 @@ class Seen:
     def ran(self, op: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Do nothing; a subclass may inspect the tensors of an operation that the emulated GPU has run."""
 
+    def ran_triton(self, kernel: Any, arguments: dict[str, Any]) -> None:
+        """Do nothing; a subclass may inspect the arguments of a Triton kernel that the emulated GPU has launched."""
+
     def wait(self, name: str) -> None:
         """Record that the host waits."""
         own = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename]
@@ -140,6 +144,11 @@ def _launches(name: str) -> None:
 def _ran(op: Any, args: Any, kwargs: Any, out: Any) -> None:
     for seen in _watching:
         seen.ran(op, args, kwargs, out)
+
+
+def _ran_triton(kernel: Any, arguments: dict[str, Any]) -> None:
+    for seen in _watching:
+        seen.ran_triton(kernel, arguments)
 
 
 def _waits(name: str) -> None:
@@ -512,10 +521,11 @@ def _emulate() -> None:
 
         def launch(self: Any, *args: Any, **kwargs: Any) -> None:
             _launches(f"triton.{self.fn.__name__}")
-            if _without_numbers:
-                return
-            with _unseen():  # the interpreter's own copies
-                interpret(self, *args, **kwargs)
+            if not _without_numbers:
+                with _unseen():  # the interpreter's own copies
+                    interpret(self, *args, **kwargs)
+            own = {name: value for name, value in kwargs.items() if name in self.arg_names}
+            _ran_triton(self.fn, inspect.getcallargs(self.fn, *args, **own))
 
         GridExecutor.__call__ = launch
 

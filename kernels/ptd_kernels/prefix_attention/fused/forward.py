@@ -21,6 +21,7 @@ from ptd_kernels.prefix_attention.fused.tiles import (
     find_tile,
     load_bias,
     load_tile,
+    product,
     score,
     seen_keys,
     store_tile,
@@ -38,7 +39,7 @@ def attend(
     """Continue the softmax over the keys from `low` to `high`; those from `all_low` to `all_high` need no mask."""
     for key in tl.range(low, high, BLOCK_N):
         k_ND = load_tile(k, k_t, key, keys, D, BLOCK_N, BLOCK_D)
-        score_MN, _ = score(tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee"), inner, outer, SOFTCAP)
+        score_MN, _ = score(product(q_MD, tl.trans(k_ND)), inner, outer, SOFTCAP)
         key_N = key + tl.arange(0, BLOCK_N)
         if OWN and BIAS:
             score_MN += load_bias(bias, bias_s, row_M[:, None], key_N[None, :], rows, keys)
@@ -52,7 +53,7 @@ def attend(
         shrink_M = tl.exp2(top_M - base_M)
         sum_M = sum_M * shrink_M + tl.sum(weight_MN, 1)
         v_NE = load_tile(v, v_t, key, keys, E, BLOCK_N, BLOCK_E)
-        out_ME = tl.dot(weight_MN.to(v_NE.dtype), v_NE, out_ME * shrink_M[:, None], input_precision="ieee")
+        out_ME = product(weight_MN.to(v_NE.dtype), v_NE, out_ME * shrink_M[:, None])
         top_M = new_top_M
     return out_ME, sum_M, top_M
 

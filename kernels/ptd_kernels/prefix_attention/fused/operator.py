@@ -22,9 +22,8 @@ from ptd_kernels.prefix_attention.fused.backward import (
     prefix_gradient_kernel,
     query_gradient_kernel,
 )
-from ptd_kernels.prefix_attention.fused.decode import decode_kernel, merge_parts
 from ptd_kernels.prefix_attention.fused.forward import forward_kernel
-from ptd_kernels.prefix_attention.fused.tile_table import DELTA, Tile, decode_tile, decodes, tiles_for
+from ptd_kernels.prefix_attention.fused.tile_table import DELTA, Tile, tiles_for
 from ptd_kernels.prefix_attention.fused.tiles import padded, score_factors
 from ptd_kernels.prefix_attention.fused.tuning import (
     Choices,
@@ -38,8 +37,6 @@ from ptd_kernels.prefix_attention.fused.tuning import (
 # Programs per multiprocessor that the prefix's gradient, or decoding, is split into: enough to fill the device twice.
 _WAVES = 2
 _FLAGS = ("CAUSAL", "WINDOW", "SOFTCAP", "PACKED", "BIAS", "SEVERAL")
-# The smallest number of key tiles per split of the decode kernel.
-_SPLIT_TILES = 2
 
 
 @functools.cache
@@ -168,10 +165,6 @@ def prefix_attention_forward(
             q, k, v, prefix_k, prefix_v, bias, cu_seqlens, prefix_index, prefix_bounds, scale, causal, window, softcap,
         )  # fmt: skip
         common |= {"out": out, "lse": lse, **_strides("out", "bhs", out)}
-        if cu_seqlens is None and decodes(S, common["group"], q.dtype != torch.float32):
-            with _on(q.device):
-                _decode(common, out, lse)
-            return out, lse
         with _on(q.device):
             _launch(forward_kernel, "forward", lambda t: (_tiles(S, t.rows, common), Hq, B), common, q)
     return out, lse
@@ -223,24 +216,6 @@ def prefix_attention_backward(
             dprefix_k.copy_(partial_k.sum(0))
             dprefix_v.copy_(partial_v.sum(0))
     return dq, dk, dv, dprefix_k, dprefix_v
-
-
-def _decode(common: dict[str, Any], out: Tensor, lse: Tensor) -> None:
-    """Run the forward pass of few queries, with the keys split over enough programs to fill the device."""
-    B, Hq, S, _ = out.shape
-    architecture, multiprocessors = _device(out.device)
-    rows, widest = S * common["group"], max(common["D"], common["E"])
-    tile = decode_tile(rows, architecture, out.dtype != torch.float32, widest)
-    Hkv = Hq // common["group"]
-    keys = common["T"] + common["P"] // max(1, common["num_prefixes"])
-    splits = max(1, min(triton.cdiv(_WAVES * multiprocessors, B * Hkv), triton.cdiv(keys, _SPLIT_TILES * tile.keys)))
-    outs, sums = (out.new_empty(splits, *x.shape, dtype=torch.float32) for x in (out, lse))
-    wanted = {key: value for key, value in common.items() if key in decode_kernel.arg_names}
-    wanted |= {"out": outs, "lse": sums, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
-    decode_kernel[(splits, Hkv, B)](**wanted, num_warps=tile.warps, num_stages=tile.stages)
-    whole, total = merge_parts(outs, sums)
-    out.copy_(whole)
-    lse.copy_(total.masked_fill(total == -torch.inf, 0.0))
 
 
 def _prefix_gradient(common: dict[str, Any], q: Tensor, Hkv: int) -> tuple[Tensor, Tensor]:

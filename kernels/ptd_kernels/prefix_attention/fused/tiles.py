@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = math.log2(math.e)
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
@@ -145,9 +146,25 @@ def store_tile(base, stride, first, length, tile, SIZE: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def load_bias(bias, stride, row_M, key_N, rows, keys):
-    """Load the own keys' bias, in base 2 like the scores; `row_M` and `key_N` broadcast against each other."""
+    """Load the own keys' bias, in base 2 like the scores; `row_M` and `key_N` broadcast against each other.
+
+    A boolean bias is a mask: 0 where it is true, else -inf.
+    """
     pointers = bias + row_M.to(tl.int64) * stride + key_N
-    return tl.load(pointers, mask=(row_M < rows) & (key_N < keys), other=0.0).to(tl.float32) * 1.4426950408889634
+    found = tl.load(pointers, mask=(row_M < rows) & (key_N < keys), other=0)
+    if found.dtype == tl.int1:
+        return tl.where(found, 0.0, -float("inf"))
+    else:
+        return found.to(tl.float32) * 1.4426950408889634
+
+
+@triton.jit
+def product(a, b, total=None):
+    """Return ``total + a b``, summed in fp32. The interpreter multiplies bf16 as integers, so it gets fp32."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit
