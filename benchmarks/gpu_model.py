@@ -144,7 +144,7 @@ def main() -> None:
                     step = step or trace(cell)
                     row |= {"outcome": "predicted", **prediction(step, rates)}
         if step is not None and args.operators:
-            print(f"{name} on an {SHOWN}:", *operators(step, GPUS[SHOWN], args.operators), sep="\n")
+            print(f"{name} on an {SHOWN}:", *operators(step.launches(), GPUS[SHOWN], args.operators), sep="\n")
     rows.close()
     records = [row for row in rows.records if row["cell"] in chosen]
     print(report(records) if other is None else comparison(records, other))

@@ -38,7 +38,8 @@ class Batches:
     With ``packing``, the rows of a step are divided among its slots so that the token counts are balanced, and each
     slot is one packed row. Without it, each slot gets up to ``per_device_batch_size`` rows of similar length, padded on
     the right. With ``max_tokens`` (packing only), a step uses as many rows as fit its slots at ``max_tokens`` tokens
-    per slot, and ``per_device_batch_size`` has no effect.
+    per slot, and ``per_device_batch_size`` has no effect. Without ``shuffle``, an epoch has the rows in order, or, if
+    they are padded, the longest first, so that few columns are padding.
 
     Raises `UserError` if a row does not fit ``max_tokens``, or if ``max_tokens`` is given without packing.
     """
@@ -161,7 +162,7 @@ class Batches:
 
     def _order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
-            return np.arange(len(self.examples))
+            return np.arange(len(self.examples)) if self.packing else np.argsort(-self.examples.lengths, kind="stable")
         # Sort raw draws instead of calling Generator.permutation: NumPy guarantees only raw draws across versions.
         draws = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self.examples))
         return np.argsort(draws, kind="stable")

@@ -40,7 +40,7 @@ class HeldOut:
     pad_token_id: int | None
 
     def batches(self, prepared: Prepared, ranks: Ranks) -> Batches:
-        """Return batches of all rows, each row once and in order, distributed over the ranks.
+        """Return batches of all rows, each row once, distributed over the ranks; padded batches in order of length.
 
         Raises `UserError` if a row is longer than the context of the backbone.
         """

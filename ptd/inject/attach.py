@@ -225,15 +225,13 @@ class Attachment:
         """
         inputs = self.inputs.of(batch, self.first_position)
         self.stacks[0].trusted = True
-        padded = padded_forward.set((batch.source or batch).has_padding)
         try:
-            with self.only(wanted):
+            with self.padding_known((batch.source or batch).has_padding), self.only(wanted):
                 if "attention_mask" in inputs or not self.packable:
                     return self.model(**inputs)
                 with self._without_masks():
                     return self.model(**inputs)
         finally:
-            padded_forward.reset(padded)
             self.stacks[0].trusted = False
 
     @contextmanager
@@ -259,6 +257,18 @@ class Attachment:
         self.set(None)
         with self.any_backend(), states_of_layers() as seen:
             yield seen
+
+    @contextmanager
+    def padding_known(self, padded: bool) -> Iterator[None]:
+        """Run passes of which the caller knows whether masks hide anything (``padded``).
+
+        Otherwise transformers inspects the mask in every pass, for every generated token, and the host waits for it.
+        """
+        token = padded_forward.set(padded)
+        try:
+            yield
+        finally:
+            padded_forward.reset(token)
 
     def generation_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         """Return the arguments of ``model.generate`` for prompts ``[B, S]`` that are padded on the left.

@@ -38,7 +38,7 @@ padded_forward: ContextVar[bool | None] = ContextVar("ptd_padded_forward", defau
 """Whether the mask of a pass hides anything. None: transformers inspects it, which makes the host wait for a GPU."""
 
 
-def _now(variable: ContextVar[T]) -> T | None:
+def in_this_pass(variable: ContextVar[T]) -> T | None:
     """Return the variable's value in a pass; None if the pass is compiled: torch.compile cannot read such variables.
 
     The passes for which they are set (probes, packed batches of ``Attachment.run``) are not compiled as a whole.
@@ -187,7 +187,7 @@ def attention_forward(
             f"{type(module).__name__} has attention sinks (s_aux), which attention with a prefix does not support; use "
             "a backbone of another family"
         )
-    probe = _now(probed)
+    probe = in_this_pass(probed)
     if probe is not None:
         sizes = query.shape[2], key.shape[2], key.shape[1], key.shape[3], value.shape[3]
         says = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -206,7 +206,7 @@ def attention_forward(
             "backbone or set its attention dropout to 0"
         )
     packed = cu_seq_lens_q is not None
-    if _now(packed_forward) and not (packed and attention_mask is None):
+    if in_this_pass(packed_forward) and not (packed and attention_mask is None):
         raise UserError(
             f"{type(module).__name__} does not keep the rows of a packed batch separate: it "
             + ("masks them by its own rule" if packed else "does not pass cu_seq_lens_q on to its attention")
@@ -234,7 +234,7 @@ def attention_forward(
         key, value = key[:, :, :rows], value[:, :, :rows]
         bias = None if bias is None else bias[..., :rows]
     prefix_key, prefix_value = slot.prefix(query.dtype)
-    watch = _now(watched)
+    watch = in_this_pass(watched)
     attend = prefix_attention if watch is None else partial(watch, slot)
     out = attend(
         query,
@@ -259,9 +259,9 @@ def attention_forward(
 
 def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """Return the mask for `attention_forward`: None for a packed batch, else the same as for SDPA (bool or None)."""
-    if _now(packed_forward):
+    if in_this_pass(packed_forward):
         return None
-    probe, padded = _now(probed), _now(padded_forward)
+    probe, padded = in_this_pass(probed), in_this_pass(padded_forward)
     masked = kwargs.get("attention_mask") is not None
     if masked and padded is False:
         kwargs["attention_mask"] = None

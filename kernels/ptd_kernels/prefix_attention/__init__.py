@@ -106,14 +106,16 @@ def explain_backend(
     Allocates a few bytes on `device`. Raises `ValueError` in the same cases as `prefix_attention`.
     """
     # Two tokens represent a longer sequence: some libraries refuse a single query row or key.
-    q, v = (torch.zeros(1, 1, 2, d, device=device, dtype=dtype) for d in (head_dim, value_head_dim or head_dim))
+    sizes = head_dim, value_head_dim or head_dim
+    q, v = (torch.zeros(1, 1, 2, d, device=device, dtype=dtype, requires_grad=True) for d in sizes)
     mask = torch.ones(1, 1, 2, 2, device=device, dtype=torch.bool) if masked else None
     bias = torch.zeros(1, 1, 2, 2, device=device) if biased else None
     cu_seqlens = torch.tensor([0, 2], device=device, dtype=torch.int32) if packed else None
     prefix_k, prefix_v = (x[0, :, :1].expand(1, virtual_tokens, -1) for x in (q, v))
-    problem = check_problem(
-        q, q, v, prefix_k, prefix_v, causal=not masked, softcap=softcap, cu_seqlens=cu_seqlens,
-        max_seqlen=2 if packed else None, mask=mask, bias=bias,
-    )  # fmt: skip
-    chosen = choose_backend(problem, backend)
+    with torch.enable_grad():
+        problem = check_problem(
+            q, q, v, prefix_k, prefix_v, causal=not masked, softcap=softcap, cu_seqlens=cu_seqlens,
+            max_seqlen=2 if packed else None, mask=mask, bias=bias,
+        )  # fmt: skip
+        chosen = choose_backend(problem, backend)
     return chosen.name, chosen.explains(problem)
