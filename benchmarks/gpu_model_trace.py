@@ -113,8 +113,7 @@ OVERWRITTEN = {aten.copy_, aten.fill_, aten.zero_}
 PICKED = {aten.embedding, aten.index, aten.index_select, aten.gather}
 """Operations that read as many numbers of their first tensor as they write."""
 PLACED = {aten.index_copy}
-"""Operations in place that write only the numbers that they are given (their fourth argument), such as a static cache's.
-"""
+"""Operations in place that write only the numbers that they are given (their fourth argument)."""
 
 
 class Launch(NamedTuple):

@@ -43,12 +43,11 @@ CASES = [
 
 def attached(model: Any) -> Attachment:
     attachment = Attachment(model)
-    drawn = torch.Generator().manual_seed(0)
+    drawn, layers = torch.Generator().manual_seed(0), attachment.shape.layers
+    sizes = [[(layer.kv_heads, getattr(layer, name)) for layer in layers] for name in ("key_dim", "value_dim")]
     keys, values = (
-        tuple(torch.randn(P, layer.kv_heads, size, generator=drawn).to(model.device) for layer in attachment.shape.layers
-              for size in [getattr(layer, name)])
-        for name in ("key_dim", "value_dim")
-    )  # fmt: skip
+        tuple(torch.randn(P, *size, generator=drawn).to(model.device) for size in of_layers) for of_layers in sizes
+    )
     attachment.set(PrefixKV(keys, values))
     return attachment
 

@@ -1,8 +1,8 @@
 """The backends `triton` (fused kernels: one forward, four backward) and `decode` (the forward kernel of few queries).
 
-``backend="auto"`` chooses `decode` on NVIDIA GPUs for generated tokens: no library kernel computes a prefix, a mask or a
-bias without copies of the cache. It never chooses `triton`. Neither has been timed on a GPU yet. The first call imports
-Triton. Legend of shapes: problem.py.
+``backend="auto"`` chooses `decode` on NVIDIA GPUs for generated tokens: no library kernel attends to a prefix and a
+masked cache without copies of the cache. It never chooses `triton`. Neither has been timed on a GPU yet. The first call
+imports Triton. Legend of shapes: problem.py.
 """
 
 from __future__ import annotations

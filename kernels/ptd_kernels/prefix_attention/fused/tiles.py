@@ -153,9 +153,8 @@ def load_bias(bias, stride, row_M, key_N, rows, keys):
     pointers = bias + row_M.to(tl.int64) * stride + key_N
     found = tl.load(pointers, mask=(row_M < rows) & (key_N < keys), other=0)
     if found.dtype == tl.int1:
-        return tl.where(found, 0.0, -float("inf"))
-    else:
-        return found.to(tl.float32) * 1.4426950408889634
+        found = tl.where(found, 0.0, -float("inf"))
+    return found.to(tl.float32) * 1.4426950408889634
 
 
 @triton.jit
