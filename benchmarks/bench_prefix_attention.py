@@ -118,7 +118,7 @@ def tensors(cell: Cell, device: torch.device, dtype: torch.dtype) -> list[Tensor
         (cell.P, cell.Hkv, cell.D), (cell.P, cell.Hkv, cell.D),
     ]  # fmt: skip
     made = [torch.randn(shape, device=device, dtype=dtype).transpose(-3, -2) for shape in shapes]
-    return [x.requires_grad_() for x in made]
+    return [x.requires_grad_(cell.S > 1) for x in made]
 
 
 def rivals(cell: Cell, device: torch.device) -> dict[str, Callable[..., Tensor]]:

@@ -115,6 +115,8 @@ OVERWRITTEN = {aten.copy_, aten.fill_, aten.zero_}
 """Operations that do not read the tensor that they write."""
 PICKED = {aten.embedding, aten.index, aten.index_select, aten.gather}
 """Operations that read as many numbers of their first tensor as they write."""
+PLACED = {aten.index_copy}
+"""Operations in place that write only the numbers that they are given (their fourth argument)."""
 
 
 class Launch(NamedTuple):
@@ -196,6 +198,8 @@ def _inside(frame: FrameType, path: str) -> bool:
 def _traffic(op: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
     """Return the bytes that an operation reads and writes, each tensor once, expanded axes without their copies."""
     packet = op.overloadpacket
+    if packet in PLACED:
+        return _bytes(args[2]) + _bytes(args[3]), _bytes(args[3])
     writes = [argument.alias_info is not None and argument.alias_info.is_write for argument in op._schema.arguments]
     given = [*args, *(kwargs.get(argument.name) for argument in op._schema.arguments[len(args) :])]
     read: dict[int, Tensor] = {}
@@ -274,14 +278,9 @@ def trace(cell: Cell) -> Step:
 def launches_of(cell: Cell) -> Counter[Launch]:
     """Return the launches of an optimizer step in which every layer of the cell ran. Raises as `trace` does."""
     seen = Launches()
-    with _run(cell) as config, shapes_only():
+    with blank_on_gpu(cell) as (config, task, prepared, trained):
         with without_data(HOPPER):
-            task, prepared, trained = build_blank(config, "cuda")
             batch = sample_batch(config, task, trained.readout, rows_of(config), packed=True, supervised=0.5)
-        for module in (prepared.model, trained):
-            _move(module)
-        share_inputs(prepared.model)
-        prepared = Prepared(prepared.model, prepared.attachment, Forward(prepared.attachment, DEVICE), "")
         ranks = Ranks(0, 1, 1, DEVICE)
         step = build_step(config, Trained(trained.encoder, trained.readout), ranks, prepared.model.dtype)
         step.clock = _Phases(seen)
@@ -293,6 +292,19 @@ def launches_of(cell: Cell) -> Counter[Launch]:
     if seen.waited:
         raise RuntimeError(f"the step waits for the GPU, so its values matter: {seen.waited[0]}")
     return seen.counts
+
+
+@contextmanager
+def blank_on_gpu(cell: Cell) -> Iterator[tuple[RunConfig, Any, Prepared, Any]]:
+    """Yield the run, its task, its backbone and what it trains, without weights, on the emulated GPU."""
+    with _run(cell) as config, shapes_only():
+        with without_data(HOPPER):
+            task, prepared, trained = build_blank(config, "cuda")
+        for module in (prepared.model, trained):
+            _move(module)
+        share_inputs(prepared.model)
+        forward = Forward(prepared.attachment, DEVICE)
+        yield config, task, Prepared(prepared.model, prepared.attachment, forward, ""), trained
 
 
 @contextmanager

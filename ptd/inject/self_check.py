@@ -262,7 +262,7 @@ class SelfCheck:
         """Use the keys and values of the first tokens as the prompt, in the layers that run."""
         self.attachment.shift(SHARED)
         for slot, (key, value) in zip(self.attachment.slots, self.cached, strict=False):
-            slot.key, slot.value = key, value
+            slot.hold(key, value)
         try:
             yield
         finally:

@@ -24,6 +24,8 @@ from tests.gpu_paper.device import EMULATED, shapes_only, watched
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from gpu_model import CELLS, comparison, report
+from gpu_model_decode import CELLS as TOKENS
+from gpu_model_decode import part_of, prediction_of_token, report_on_tokens, trace_token
 from gpu_model_roofline import GPUS, SHORTEST, prediction, seconds
 from gpu_model_trace import PARTS, Launch, Launches, launches_of, trace
 from gpu_model_triton import TILE_PRODUCTS, touched
@@ -296,3 +298,31 @@ def test_the_report_has_every_predicted_row() -> None:
     shown = report([row, failed])
     assert f"| {P32} | H100 | {row['milliseconds']:.0f} | {row['tokens_per_second']:,} |" in shown
     assert P512 not in shown
+
+
+# ---- a generated token
+
+OF_TOKEN = {"GEMMs": 7, "attention": 2, "cache": 2, "transformers": 30}
+"""Launches of a layer for a generated token, by part."""
+SINGLE, PADDED, STATIC = list(TOKENS)[:3]
+
+
+@pytest.mark.parametrize(("name", "more"), [(SINGLE, {}), (PADDED, {}), (STATIC, {"cache": 5})])
+def test_a_token_launches_no_more(name: str, more: dict[str, int]) -> None:
+    cell = TOKENS[name]
+    found, layer = trace_token(cell)
+    launches = Counter[str]()
+    for launch, count in layer.items():
+        launches[part_of(launch)] += count
+    most = OF_TOKEN | more
+    assert {part: count for part, count in launches.items() if count > most[part]} == {}
+    attention = [launch for launch in layer if part_of(launch) == "attention"]
+    assert {launch.operator for launch in attention} == {"triton.decode_kernel", "triton.merge_splits_kernel"}
+    # Keys and values in bf16, once; queries, results and partial results are small beside them.
+    keys = 2 * 2 * cell.sizes.hidden * (cell.rows * (cell.context + 128 * (cell.cache == "static")) + 32)
+    assert keys <= sum(launch.read for launch in attention) < 1.02 * keys
+    row = {"cell": name, "gpu": "H100", "outcome": "predicted"}
+    row |= prediction_of_token(cell, found, layer, GPUS["H100"])
+    assert row["launches_per_layer"] == sum(launches.values())
+    assert row["floor_milliseconds"] < row["milliseconds"]
+    assert f"| {name} | H100 | {row['milliseconds']:.2f} |" in report_on_tokens([row])

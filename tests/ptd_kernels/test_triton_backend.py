@@ -43,8 +43,14 @@ def test_in_the_interpreter() -> None:
 
 
 def test_triton_is_never_chosen_unasked() -> None:
-    assert available_backends()[:3] == ("joined", "merge", "reference")
-    assert explain_backend()[0] != "triton"
+    assert available_backends()[:4] == ("decode", "joined", "merge", "reference")
+    assert explain_backend()[0] not in ("triton", "decode")
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU it is chosen")
+def test_decoding_on_a_cpu_is_not_interpreted() -> None:
+    with pytest.raises(ValueError, match=r"'decode' cannot do this: .*needs an NVIDIA GPU"):
+        explain_backend(backend="decode")
 
 
 @interpreted
@@ -119,6 +125,56 @@ def test_split_keys_of_triton(S: int, options: dict[str, Any], B: int, P: int, T
     assert_close(
         out_and_gradients(x, backend="triton", **options), out_and_gradients(x, backend="reference", **options), 1e-5
     )
+
+
+DECODING: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "window, softcap": {"window": 40, "softcap": 2.0},
+    "padded": {"causal": False, "mask": (torch.arange(300) >= torch.tensor([[0], [290]]))[:, None, None]},
+    "mask of a head": {"causal": False, "mask": torch.arange(4 * 300).view(1, 4, 1, 300) % 3 > 1},
+    "nothing visible": {"causal": False, "mask": torch.zeros(1, 1, 1, 300, dtype=torch.bool)},
+    "bias": {"bias": torch.linspace(-3, 3, 300).expand(2, 4, 1, 300)},
+    "mask, bias": {
+        "causal": False,
+        "mask": (torch.arange(300) < 200)[None, None, None],
+        "bias": torch.linspace(-3, 3, 300).expand(1, 1, 1, 300),
+    },
+    "several prefixes": {"prefix_index": torch.tensor([1, 0])},
+}
+
+
+@runs
+@pytest.mark.parametrize("P", [0, 5, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", DECODING)
+def test_decoding_equals_the_reference(name: str, dtype: torch.dtype, P: int) -> None:
+    options = {key: x.to(DEVICE) if isinstance(x, Tensor) else x for key, x in DECODING[name].items()}
+    q, _, _, *prefix = leaves(1, P, 20, 12, torch.float32, B=2, Hq=4, Hkv=2)
+    k, v = leaves(300, P, 20, 12, dtype, B=2, Hkv=2)[1:3]
+    if "prefix_index" in options:
+        prefix = [torch.stack([x, 2 * x]) for x in prefix]
+    mask = options.get("mask")
+    if mask is not None:
+        options["mask"] = mask.expand(-1, -1, 1, -1)
+    with torch.no_grad():
+        found = prefix_attention(
+            q.to(dtype), k, v, *prefix, backend="triton" if DEVICE == "cpu" else "decode", **options
+        )
+        exact = prefix_attention(q.to(dtype), k, v, *prefix, backend="reference", **options)
+    assert_close([found], [exact], 1e-5 if dtype == torch.float32 else 1e-2)
+    if P == 0 and name == "nothing visible":
+        assert not found.any()
+
+
+@runs
+@pytest.mark.parametrize("T", [20, 300], ids=["one split", "several splits"])
+def test_the_decode_operator_is_well_behaved(T: int) -> None:
+    from ptd_kernels.prefix_attention.fused.decode_operator import prefix_attention_decode
+
+    q, _, _, *prefix = (x.detach() for x in leaves(1, 3, 8, 8, torch.float32))
+    k, v = (x.detach() for x in leaves(T, 3, 8, 8, torch.float32)[1:3])
+    mask = torch.ones(1, 1, 1, T, dtype=torch.bool, device=DEVICE)
+    torch.library.opcheck(prefix_attention_decode, (q, k, v, *prefix, mask, None, None, 0.3, False, None, None))
 
 
 @pytest.fixture

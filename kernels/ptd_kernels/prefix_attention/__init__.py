@@ -111,15 +111,19 @@ def explain_backend(
     refuse one). Allocates a few bytes on `device`. Raises `ValueError` in the same cases as `prefix_attention`.
     """
     sizes = head_dim, value_head_dim or head_dim
-    q, v = (torch.zeros(1, 1, 1, d, device=device, dtype=dtype).expand(-1, -1, tokens, -1) for d in sizes)
+    q, v = (
+        torch.zeros(1, 1, 1, d, device=device, dtype=dtype, requires_grad=True).expand(-1, -1, tokens, -1)
+        for d in sizes
+    )
     scores = 1, 1, tokens, tokens
     mask = torch.ones(1, 1, 1, 1, device=device, dtype=torch.bool).expand(scores) if masked else None
     bias = torch.zeros(1, 1, 1, 1, device=device, dtype=dtype).expand(scores) if biased else None
     cu_seqlens = torch.tensor([0, tokens], device=device, dtype=torch.int32) if packed else None
     prefix_k, prefix_v = (x[0, :, :1].expand(1, virtual_tokens, -1) for x in (q, v))
-    problem = check_problem(
-        q, q, v, prefix_k, prefix_v, causal=not masked, softcap=softcap, cu_seqlens=cu_seqlens,
-        max_seqlen=tokens if packed else None, mask=mask, bias=bias,
-    )  # fmt: skip
-    chosen = choose_backend(problem, backend)
+    with torch.enable_grad():
+        problem = check_problem(
+            q, q, v, prefix_k, prefix_v, causal=not masked, softcap=softcap, cu_seqlens=cu_seqlens,
+            max_seqlen=tokens if packed else None, mask=mask, bias=bias,
+        )  # fmt: skip
+        chosen = choose_backend(problem, backend)
     return chosen.name, chosen.explains(problem)
