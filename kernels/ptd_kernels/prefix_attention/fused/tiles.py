@@ -162,7 +162,8 @@ def to_nearest(x, dtype: tl.constexpr):
     """Return the fp32 tile `x` in another type, rounded to nearest; by itself, the interpreter truncates to bf16."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
+        x = bits.to(tl.float32, bitcast=True)
     return x.to(dtype)
 
 
