@@ -98,7 +98,7 @@ class BackboneConfig(Section):
         "auto",
         description="backend of `ptd_kernels.prefix_attention`: `auto`, `merge`, `joined` (on CPUs), `triton` (not "
         "measured on a GPU yet), `reference`, or `merge` with a library of your choice: `merge-cudnn`, "
-        "`merge-flash-attn-2`, `merge-flash-attn-4` (not run yet)",
+        "`merge-flash-attn-2`, `merge-flash-attn-4` (not run yet), or `merge-plain-torch`, without any library: slow",
     )
     allow_pickle: bool = Field(
         False,
