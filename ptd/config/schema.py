@@ -101,8 +101,9 @@ class BackboneConfig(Section):
         "auto",
         description="backend of `ptd_kernels.prefix_attention`: `auto`, `merge`, `joined` (on CPUs), `triton` (not "
         "measured on a GPU yet), `reference`, or `merge` with a library of your choice: `merge-cudnn`, "
-        "`merge-flash-attn-2`, `merge-flash-attn-4` (not run yet). On an NVIDIA GPU, `auto` computes generated tokens "
-        "by a Triton kernel (not measured yet); `merge` uses the libraries' kernels",
+        "`merge-flash-attn-2`, `merge-flash-attn-4` (not run yet), or `merge-plain-torch`, without any library: slow. "
+        "On an NVIDIA GPU, `auto` computes generated tokens by a Triton kernel (not measured yet); `merge` uses the "
+        "libraries' kernels",
     )
     allow_pickle: bool = Field(
         False,

@@ -30,7 +30,7 @@ from ptd_kernels.prefix_attention.merge_groups import (
 from ptd_kernels.prefix_attention.merge_outputs import finite_sums, merge_outputs
 from ptd_kernels.prefix_attention.problem import Backend, Problem, nvidia_capability, register_backend
 from ptd_kernels.prefix_attention.reference import reference_attention
-from ptd_kernels.prefix_attention.segments import ON_REQUEST, Gradients, Kernel, Need, Rule, explain_pick, pick
+from ptd_kernels.prefix_attention.segments import EAGER, ON_REQUEST, Gradients, Kernel, Need, Rule, explain_pick, pick
 
 # The fewest rows of a call of plain torch on a pack whose offsets are unknown; many short calls would cost more.
 _FEWEST_ROWS = 512
@@ -285,9 +285,8 @@ class _Merge(torch.autograd.Function):
         else:
             out, lse = segment_forward(own, q, k, v, tiles(own, q, k, rule, offsets))
         if prefix_k is not None and prefix_v is not None and groups:
-            out, lse = merge_outputs(
-                out, lse, *_prefix_forward(q, prefix_k, prefix_v, rule, groups, preferred), q.dtype
-            )
+            of_prefix = _prefix_forward(q, prefix_k, prefix_v, rule, groups, preferred)
+            out, lse = merge_outputs(out, lse, *of_prefix, q.dtype, plain=preferred is EAGER)
         else:
             out, lse = out.to(q.dtype), finite_sums(lse)
         ctx.save_for_backward(q, k, v, prefix_k, prefix_v, out, lse, rule.mask, rule.bias, rule.cu_seqlens)
@@ -373,7 +372,8 @@ def _explain(problem: Problem, preferred: Kernel | None = None) -> str:
     prefix, prefix_backward = (
         explain_pick(Need(q, keys, head_size, _everything(rule), exact), preferred) for exact in (False, True)
     )
-    missing = refuses_unasked(q) if nvidia_capability(q.device) is not None else None
+    wanted = preferred is None and nvidia_capability(q.device) is not None
+    missing = refuses_unasked(q) if wanted else None
     return (
         f"one call per segment, merged by log-sum-exp; own tokens: {own}; prefix: {prefix}; "
         f"gradient of the prefix: {prefix_backward}" + (f" (Triton cannot be used: {missing})" if missing else "")
