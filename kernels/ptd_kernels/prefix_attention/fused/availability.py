@@ -39,14 +39,8 @@ def refuses_unasked(q: Tensor) -> str | None:
     return triton_refuses(q.device)
 
 
-@torch.compiler.assume_constant_result
 def triton_refuses(device: torch.device) -> str | None:
     """Return why Triton cannot run the kernels on `device`, or None."""
-    return _refusal(device)
-
-
-@functools.cache
-def _refusal(device: torch.device) -> str | None:
     if not INSTALLED:
         return _MISSING
     if INTERPRETED:
@@ -55,9 +49,11 @@ def _refusal(device: torch.device) -> str | None:
         return f"Triton needs a GPU, but the tensors are on {device}; TRITON_INTERPRET=1 runs it slowly without one"
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return "the Triton kernel needs an NVIDIA GPU of the Ampere generation (sm_80) or newer"
-    return _trial(device)
+    # torch.compile cannot trace the trial, and needs a working Triton itself.
+    return None if torch.compiler.is_compiling() else _trial(device)
 
 
+@functools.cache
 def _trial(device: torch.device) -> str | None:
     """Launch the smallest kernel. Return why that fails: Triton needs a C compiler and Python's headers at run time."""
     try:
