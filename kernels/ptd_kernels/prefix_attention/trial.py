@@ -53,7 +53,8 @@ def find_fault(kind: LayerKind, device: torch.device, dtype: torch.dtype, backen
     """
     generator = torch.Generator(device).manual_seed(0)
     for name, batch, queries, keys, options in _problems(kind, device, dtype, generator):
-        x = _tensors(kind, batch, queries, keys, device, dtype, generator)
+        prefixes = 2 if "prefix_index" in options else 1
+        x = _tensors(kind, batch, queries, keys, prefixes, device, dtype, generator)
         try:
             found = _results(x, backend, options)
         except ValueError as refusal:
@@ -78,7 +79,10 @@ def _problems(
     rule: dict[str, Any] = {"causal": kind.causal, "window": window, "softcap": kind.softcap}
     whole = {"causal": False, "softcap": kind.softcap}
     bounds = torch.tensor([0, *_PACK], device=device).cumsum(0).int()
-    yield "packed sequences", 1, sum(_PACK), sum(_PACK), {**rule, "cu_seqlens": bounds, "max_seqlen": max(_PACK)}
+    packed = {**rule, "cu_seqlens": bounds, "max_seqlen": max(_PACK)}
+    yield "packed sequences", 1, sum(_PACK), sum(_PACK), packed
+    several = torch.tensor([place % 2 for place in range(len(_PACK))])
+    yield "packed sequences with two prefixes", 1, sum(_PACK), sum(_PACK), {**packed, "prefix_index": several}
     yield "a batch", 2, 150, 150, rule
     if kind.causal:
         yield "a later part of a sequence", 1, 40, 150, rule
@@ -96,14 +100,15 @@ def _problems(
 
 
 def _tensors(
-    kind: LayerKind, batch: int, queries: int, keys: int, device: torch.device, dtype: torch.dtype,
+    kind: LayerKind, batch: int, queries: int, keys: int, prefixes: int, device: torch.device, dtype: torch.dtype,
     generator: torch.Generator,
 ) -> list[Tensor]:  # fmt: skip
-    """Return q, k, v and the prefix in the memory layout of Hugging Face models."""
+    """Return q, k, v and the prefix (``prefixes``: so many, if several) in the memory layout of Hugging Face models."""
+    count: tuple[int, ...] = () if prefixes == 1 else (prefixes,)
     shapes = [
         (batch, queries, kind.heads, kind.head_dim), (batch, keys, kind.kv_heads, kind.head_dim),
-        (batch, keys, kind.kv_heads, kind.value_head_dim), (_PREFIX, kind.kv_heads, kind.head_dim),
-        (_PREFIX, kind.kv_heads, kind.value_head_dim),
+        (batch, keys, kind.kv_heads, kind.value_head_dim), (*count, _PREFIX, kind.kv_heads, kind.head_dim),
+        (*count, _PREFIX, kind.kv_heads, kind.value_head_dim),
     ]  # fmt: skip
     return [torch.randn(shape, generator=generator, device=device).to(dtype).transpose(-3, -2) for shape in shapes]
 
