@@ -65,9 +65,9 @@ def find_fault(kind: LayerKind, device: torch.device, dtype: torch.dtype, backen
         exact = [y.to(torch.promote_types(dtype, torch.float32)) for y in (*x, dout)]
         wanted = _results(exact[:-1], exact[-1], "reference", options)
         for what, a, b in zip(NAMES, found, wanted, strict=False):
-            error = ((a.to(b.dtype) - b).norm() / b.norm().clamp_min(1e-30)).item()
-            if not error <= ALLOWED[dtype]:
-                return f"{name}: the {what} differs by {error:.1%}"
+            apart = ((a.to(b.dtype) - b).norm() / b.norm().clamp_min(1e-30)).item()
+            if not apart <= ALLOWED[dtype]:
+                return f"{name}: the {what} differs by {apart:.1%}"
     return None
 
 
