@@ -9,8 +9,8 @@
 # make sweep-test  the same into a temporary folder; fails if any value is wrong
 # make test-gpu-paper  whole runs, steps and the attention kernels on an emulated GPU; on a real one where there is one
 # make gpu-1  on one NVIDIA GPU, some eight minutes each, with nothing installed or fetched: a resume, no step that waits,
-#             the attention kernels' tests; gpu-2 attention, by library and as a whole; gpu-3 a 7B backbone in every
-#             placement; gpu-4 the levers, fp8, Liger, the plan. Typed again, a stage goes on where it stopped
+#             the attention kernels' tests; gpu-2 the attention benchmark; gpu-3 a 7B backbone in every placement;
+#             gpu-4 attention by library, the levers, fp8, Liger, the plan. Typed again, a stage goes on where it stopped
 #             (GPU='--replace': anew where the code or the machine is another). make gpu: the four in order, and then
 #             gpu-table, by which attention takes the library that was fastest on this GPU for long sequences
 # Each of the others makes .venv and installs what it needs first. PYTHON=… chooses the interpreter (3.11 or newer).

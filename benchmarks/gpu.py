@@ -3,8 +3,8 @@
     PYTHONPATH=.:kernels python benchmarks/gpu.py --stage 1 [--minutes 8] [--results FOLDER] [--replace]
     PYTHONPATH=.:kernels python benchmarks/gpu.py --stage 1 2 3 4 --quick --results FOLDER     # a rehearsal, on a CPU
 
-1: a resume, the check that no step waits for the GPU, the kernels' tests, whole runs; 2: the libraries' kernels for
-long sequences, the attention benchmark; 3: a 7B model in every placement; 4: the levers, fp8, Liger's tests, the plan
+1: a resume, the check that no step waits for the GPU, the kernels' tests, whole runs; 2: the attention benchmark; 3: a
+7B model in every placement; 4: the libraries' kernels for long sequences, the levers, fp8, Liger's tests, the plan
 compared with measurements. A plain clone is enough: nothing is installed or fetched. A part whose package is missing is
 skipped, with a message.
 
@@ -73,12 +73,10 @@ STAGES: dict[int, tuple[Part, ...]] = {
             ("tests/gpu_paper/test_runs.py", "-k", "selection or prefix-direct-gpt2"), (*PTD, *TESTS), WATCHED, WATCHED,
         ),
     ),
-    2: (
-        Part("segments", "gpu_segments", quick=("--quick",), needs=()),
-        Part("prefix_attention", "bench_prefix_attention", quick=("--grid", "quick", "--repeats", "3"), needs=()),
-    ),
+    2: (Part("prefix_attention", "bench_prefix_attention", quick=("--grid", "quick", "--repeats", "3"), needs=()),),
     3: (Part("placements", "placements", quick=("--quick",)),),
     4: (
+        Part("segments", "gpu_segments", quick=("--quick",), needs=()),
         Part("levers", "levers", ("--dtype", "bfloat16", "--rows", "32"), ("--quick",)),
         Part("fp8", "fp8", quick=("--quick",)),
         Part(

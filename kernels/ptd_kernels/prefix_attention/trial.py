@@ -54,20 +54,21 @@ def find_fault(kind: LayerKind, device: torch.device, dtype: torch.dtype, backen
     generator = torch.Generator(device).manual_seed(0)
     for name, batch, queries, keys, options in _problems(kind, device, dtype, generator):
         prefixes = 2 if "prefix_index" in options else 1
-        x = _tensors(kind, batch, queries, keys, prefixes, device, dtype, generator)
+        x, dout = _tensors(kind, batch, queries, keys, prefixes, device, dtype, generator)
         try:
-            found = _results(x, backend, options)
+            found = _results(x, dout, backend, options)
         except ValueError as refusal:
             if "cannot do this" in str(refusal):
                 continue
             raise
         except Exception as error:
             return f"{name}: it raises {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        wanted = _results([y.detach().to(torch.promote_types(dtype, torch.float32)) for y in x], "reference", options)
+        exact = [y.to(torch.promote_types(dtype, torch.float32)) for y in (*x, dout)]
+        wanted = _results(exact[:-1], exact[-1], "reference", options)
         for what, a, b in zip(NAMES, found, wanted, strict=False):
-            error = ((a.to(b.dtype) - b).norm() / b.norm().clamp_min(1e-30)).item()
-            if not error <= ALLOWED[dtype]:
-                return f"{name}: the {what} differs by {error:.1%}"
+            apart = ((a.to(b.dtype) - b).norm() / b.norm().clamp_min(1e-30)).item()
+            if not apart <= ALLOWED[dtype]:
+                return f"{name}: the {what} differs by {apart:.1%}"
     return None
 
 
@@ -102,24 +103,27 @@ def _problems(
 def _tensors(
     kind: LayerKind, batch: int, queries: int, keys: int, prefixes: int, device: torch.device, dtype: torch.dtype,
     generator: torch.Generator,
-) -> list[Tensor]:  # fmt: skip
-    """Return q, k, v and the prefix (``prefixes``: so many, if several) in the memory layout of Hugging Face models."""
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    """Return q, k, v and the prefix in the memory layout of Hugging Face models, and a gradient for the output.
+
+    ``prefixes``: the number of prefixes; of several, the tensors have a first axis for them.
+    """
     count: tuple[int, ...] = () if prefixes == 1 else (prefixes,)
     shapes = [
         (batch, queries, kind.heads, kind.head_dim), (batch, keys, kind.kv_heads, kind.head_dim),
         (batch, keys, kind.kv_heads, kind.value_head_dim), (*count, _PREFIX, kind.kv_heads, kind.head_dim),
-        (*count, _PREFIX, kind.kv_heads, kind.value_head_dim),
+        (*count, _PREFIX, kind.kv_heads, kind.value_head_dim), (batch, queries, kind.heads, kind.value_head_dim),
     ]  # fmt: skip
-    return [torch.randn(shape, generator=generator, device=device).to(dtype).transpose(-3, -2) for shape in shapes]
+    *x, dout = (torch.randn(each, generator=generator, device=device).to(dtype).transpose(-3, -2) for each in shapes)
+    return x, dout
 
 
-def _results(x: list[Tensor], backend: str, options: dict[str, Any]) -> list[Tensor]:
-    """Return the output and, of more than one query, the gradients of a fixed number that depends on it."""
+def _results(x: list[Tensor], dout: Tensor, backend: str, options: dict[str, Any]) -> list[Tensor]:
+    """Return the output and, of more than one query, the gradients of all of x."""
     leaves = [y.detach().requires_grad_() for y in x]
     if x[0].shape[2] == 1:
         with torch.no_grad():
             return [prefix_attention(*leaves, backend=backend, **options)]
     with torch.enable_grad():
         out = prefix_attention(*leaves, backend=backend, **options)
-    weight = torch.linspace(-1, 1, out.shape[2] * out.shape[3], device=out.device).view(out.shape[2:]).to(out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, leaves, weight.expand_as(out).contiguous())]
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]

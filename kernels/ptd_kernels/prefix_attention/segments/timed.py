@@ -1,7 +1,7 @@
 """Which library is fastest for long causal sequences on a GPU, by the timings in timed.json.
 
-``make gpu-2`` measures them (benchmarks/gpu_segments.py) and adds this GPU to the file. Each entry is one kind of
-segment: dtype, head size (of keys and values), packed or not, and the length of its sequences::
+``make gpu-4`` measures them (benchmarks/gpu_segments.py), ``make gpu-table`` adds this GPU to the file. Each entry is
+one kind of segment: dtype, head size (of keys and values), packed or not, and the length of its sequences::
 
     {"NVIDIA H100 80GB HBM3": {
         "evidence": {"commit": "…", "versions": {…}, …},
