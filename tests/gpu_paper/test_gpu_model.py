@@ -183,7 +183,7 @@ def test_the_products_of_own_keys_are_those_of_the_tiles_that_rows_see() -> None
 
 def test_a_kernel_with_unknown_products_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(TILE_PRODUCTS, "forward_kernel")
-    q = torch.ones(1, 2, 3, 16, device=GPU)
+    q = torch.ones(1, 2, 9, 16, device=GPU)
     unpriced = "no FLOPs for the Triton kernel forward_kernel"
     with pytest.raises(RuntimeError, match=unpriced), watched(Launches()):
         prefix_attention(q, q, q, None, None, backend="triton")
