@@ -183,8 +183,9 @@ def test_a_head_on_labels_that_are_not_known_yet(tmp_path: Path) -> None:
 
 def test_the_attention_of_a_gpu_needs_no_scores(tmp_path: Path) -> None:
     """In bfloat16 a GPU has a flash kernel; in float32 plain torch stores slices of the scores."""
-    tiny_config("llama", hidden_size=256, num_attention_heads=4).save_pretrained(tmp_path)
-    data = {"max_length": 250}
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": 2048}
+    tiny_config("llama", **sizes).save_pretrained(tmp_path)
+    data = {"max_length": 1000}
     half = trace_run(run(tmp_path, backbone={"dtype": "bfloat16"}, data=data), capability=GPU, local_ranks=1)
     full = trace_run(run(tmp_path, backbone={"dtype": "float32"}, data=data), capability=GPU, local_ranks=1)
     assert step_peak(full) > 2.5 * step_peak(half)
