@@ -18,6 +18,7 @@ import pytest
 import torch
 from ptd_kernels import available_backends, explain_backend, prefix_attention
 from ptd_kernels.prefix_attention.fused.tile_table import Tile
+from ptd_kernels.prefix_attention.segments import EAGER, OWN_TRITON, OWN_TRITON_BIASED, Rule
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -326,3 +327,32 @@ def test_triton_goes_on_with_the_next_tile(
     assert len(refused) == 4
     chosen = (tmp_path / "tiles.json").read_text() if timed else ""
     assert chosen.count(str(WIDE.rows)) == 0
+
+
+@runs
+@pytest.mark.parametrize("name", ["packed window", "chunk", "mask", "bias"])
+def test_triton_for_one_segment_equals_plain_torch(name: str) -> None:
+    """With an output and a log-sum-exp of more keys, backward gives this segment's share, as plain torch's does."""
+    q, k, v, *_ = (x.detach() for x in leaves(40, 1, 16, 16, torch.float32))
+    rule = Rule(0.3, softcap=2.0)
+    kernel, same = OWN_TRITON, None
+    if name == "packed window":
+        bounds = torch.tensor([0, 25, 40], device=DEVICE, dtype=torch.int32)
+        number = torch.searchsorted(bounds, torch.arange(40, device=DEVICE), right=True)
+        rule = rule._replace(offset=0, window=9)
+        rule, same = rule._replace(cu_seqlens=bounds, max_seqlen=25), rule._replace(sequences=(number, number))
+    if name == "chunk":
+        q, rule = q[:, :, 23:], rule._replace(offset=23)
+    if name == "mask":
+        kernel, shown = OWN_TRITON_BIASED, torch.rand(1, 1, 40, 40, device=DEVICE) < 0.05
+        rule = rule._replace(mask=shown)
+    if name == "bias":
+        kernel, rule = OWN_TRITON_BIASED, rule._replace(offset=0, bias=torch.randn(1, 2, 40, 40, device=DEVICE))
+    want, got = EAGER.forward(q, k, v, same or rule), kernel.forward(q, k, v, rule)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    lse = torch.logaddexp(want[1], torch.ones_like(want[1]))  # as if there were more keys
+    dout = torch.ones_like(want[0])
+    got = kernel.backward(dout, q, k, v, 0.7 * want[0], lse, rule)
+    for a, b in zip(got, EAGER.backward(dout, q, k, v, 0.7 * want[0], lse, same or rule), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
