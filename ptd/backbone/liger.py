@@ -90,7 +90,8 @@ def rotary_embedding(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_d
     """
     from liger_kernel.ops.rope import LigerRopeFunction
 
-    return LigerRopeFunction.apply(q, k, cos, sin, None, unsqueeze_dim)
+    found: tuple[Tensor, Tensor] = LigerRopeFunction.apply(q, k, cos, sin, None, unsqueeze_dim)
+    return found
 
 
 def _rotate(module: nn.Module, rotary: Callable[..., Any]) -> bool:

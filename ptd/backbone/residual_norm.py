@@ -13,8 +13,8 @@ import inspect
 from types import MethodType
 from typing import Any
 
-from torch import Tensor, nn
-from torch.autograd.function import Function, FunctionCtx, once_differentiable
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -44,37 +44,41 @@ def fuse_residuals(model: PreTrainedModel) -> int:
         first, norm = layer.get_submodule(_FIRST), layer.get_submodule(second)
         first.forward = MethodType(_normalise, first)
         norm.forward = MethodType(_add_and_normalise, norm)
-        layer.__class__ = _fused_class(type(layer), second)
+        cls: Any = type(layer)
+        layer.__class__ = _fused_class(cls, second)
         fused += 1
     return fused
 
 
 @functools.cache
-def _fused_class(cls: type[GradientCheckpointingLayer], second: str) -> type[GradientCheckpointingLayer]:
+def _fused_class(cls: Any, second: str) -> Any:
     """Return the class with another forward method. It is a class, because transformers wraps the method of a class for
     gradient checkpointing, in some releases, and calls the method of an instance without that."""
     return type(cls.__name__, (cls,), {"forward": _sandwiched if second == _BEFORE_MLP else _plain})
 
 
-def _plain(layer: nn.Module, hidden_states: Tensor, **options: Any) -> Tensor:
+def _plain(layer: Any, hidden_states: Tensor, **options: Any) -> Tensor:
     """Compute a layer of Llama: a norm before its attention, and one before its MLP. ``hidden_states``: [B, S, H]."""
     normed, residual = layer.input_layernorm(hidden_states)
     update, _ = layer.self_attn(hidden_states=normed, **options)
     normed, residual = layer.post_attention_layernorm(update, residual)
-    return residual + layer.mlp(normed)
+    found: Tensor = residual + layer.mlp(normed)
+    return found
 
 
-def _sandwiched(layer: nn.Module, hidden_states: Tensor, **options: Any) -> Tensor:
+def _sandwiched(layer: Any, hidden_states: Tensor, **options: Any) -> Tensor:
     """Compute a layer of Gemma 2 and 3: norms before and after its attention, and before and after its MLP."""
     normed, residual = layer.input_layernorm(hidden_states)
     update, _ = layer.self_attn(hidden_states=normed, **options)
     normed, residual = layer.pre_feedforward_layernorm(layer.post_attention_layernorm(update), residual)
-    return residual + layer.post_feedforward_layernorm(layer.mlp(normed))
+    found: Tensor = residual + layer.post_feedforward_layernorm(layer.mlp(normed))
+    return found
 
 
 def _normalise(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the norm of ``x`` [B, S, H], and ``x``."""
-    return _Norm.apply(x, norm.weight, norm.variance_epsilon, norm.offset, norm.casting_mode)
+    found: tuple[Tensor, Tensor] = _Norm.apply(x, norm.weight, norm.variance_epsilon, norm.offset, norm.casting_mode)
+    return found
 
 
 def _add_and_normalise(norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,9 +86,10 @@ def _add_and_normalise(norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, 
     from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
 
     # In place: the gradient of the normalised sum, which nobody else reads, becomes that of both summands.
-    return LigerFusedAddRMSNormFunction.apply(
+    found: tuple[Tensor, Tensor] = LigerFusedAddRMSNormFunction.apply(
         x, residual, norm.weight, norm.variance_epsilon, norm.offset, norm.casting_mode, True
     )
+    return found
 
 
 class _Norm(Function):
@@ -92,7 +97,7 @@ class _Norm(Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, epsilon: float, offset: float, casting: str
+        ctx: Any, x: Tensor, weight: Tensor, epsilon: float, offset: float, casting: str
     ) -> tuple[Tensor, Tensor]:
         from liger_kernel.ops.rms_norm import rms_norm_forward
 

@@ -29,7 +29,7 @@ def share_inputs(model: nn.Module) -> int:
     for layers in groups:
         shared = SharedInput(layers)
         for index, layer in enumerate(layers):
-            layer.forward = partial(shared, index)
+            layer.forward = partial(shared, index)  # type: ignore[method-assign]
     return len(groups)
 
 
