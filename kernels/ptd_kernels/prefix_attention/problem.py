@@ -80,6 +80,7 @@ class Backend:
 
 
 _BACKENDS: dict[str, Backend] = {}
+"""By name; the highest priority first."""
 
 
 def register_backend(backend: Backend) -> Backend:
@@ -87,20 +88,23 @@ def register_backend(backend: Backend) -> Backend:
     if backend.name in _BACKENDS or backend.name == "auto":
         raise ValueError(f"prefix_attention backend name {backend.name!r} is already taken; choose another name")
     _BACKENDS[backend.name] = backend
+    ordered = sorted(_BACKENDS.values(), key=lambda each: -each.priority)
+    _BACKENDS.clear()
+    _BACKENDS.update({each.name: each for each in ordered})
     return backend
 
 
 def available_backends() -> tuple[str, ...]:
     """Return the names of the registered backends, the highest priority first."""
-    return tuple(sorted(_BACKENDS, key=lambda name: -_BACKENDS[name].priority))
+    return tuple(_BACKENDS)
 
 
 def choose_backend(problem: Problem, requested: str) -> Backend:
     """Return the backend to use. Raises `ValueError` if the name is unknown or the backend refuses the problem."""
     if requested == "auto":
-        for name in available_backends():
-            if _BACKENDS[name].refuses(problem) is None:
-                return _BACKENDS[name]
+        for backend in _BACKENDS.values():
+            if backend.refuses(problem) is None:
+                return backend
         raise ValueError("no prefix_attention backend supports this problem")
     if requested not in _BACKENDS:
         raise ValueError(f"backend={requested!r} is unknown; expected 'auto' or one of {list(available_backends())}")
