@@ -11,8 +11,9 @@
 # make test-gpu-paper  whole runs, steps and the attention kernels on an emulated GPU; on a real one where there is one
 # make gpu-1  on one NVIDIA GPU, some eight minutes each, with nothing installed or fetched: a resume, no step that waits,
 #             the attention kernels' tests; gpu-2 the attention benchmark; gpu-3 a 7B backbone in every placement;
-#             gpu-4 the levers, fp8, Liger, the plan. Typed again, a stage goes on where it stopped (GPU='--replace': anew
-#             where the code or the machine is another). make gpu: the four in order
+#             gpu-4 attention by library, the levers, fp8, Liger, the plan. Typed again, a stage goes on where it stopped
+#             (GPU='--replace': anew where the code or the machine is another). make gpu: the four in order, and then
+#             gpu-table, by which attention takes the library that was fastest on this GPU for long sequences
 # Each of the others makes .venv and installs what it needs first. PYTHON=… chooses the interpreter (3.11 or newer).
 
 PYTHON ?= python3
@@ -20,7 +21,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-oldest check docs docs-test fuzz families families-test test-gpu-paper gpu gpu-1 gpu-2 gpu-3 gpu-4
+.PHONY: demo test test-oldest check docs docs-test fuzz families families-test test-gpu-paper gpu gpu-1 gpu-2 gpu-3 gpu-4 gpu-table
 demo: $(INSTALLED)
 	$(BIN)/ptd quickstart --output quickstart --overwrite
 
@@ -60,6 +61,11 @@ test-gpu-paper: $(INSTALLED)
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu:
 	PYTHONPATH=.:kernels $(GPU_PYTHON) benchmarks/gpu.py --stage 1 2 3 4 $(GPU)
+	$(MAKE) gpu-table
+
+# After the measurements: it changes which kernel `auto` chooses, and with it the code that was measured.
+gpu-table:
+	PYTHONPATH=.:kernels $(GPU_PYTHON) benchmarks/gpu_segments.py --write-table --output benchmarks/results/gpu/segments.json
 
 gpu-1 gpu-2 gpu-3 gpu-4: gpu-%:
 	PYTHONPATH=.:kernels $(GPU_PYTHON) benchmarks/gpu.py --stage $* $(GPU)

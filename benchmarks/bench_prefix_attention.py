@@ -118,7 +118,7 @@ def tensors(cell: Cell, device: torch.device, dtype: torch.dtype) -> list[Tensor
         (cell.P, cell.Hkv, cell.D), (cell.P, cell.Hkv, cell.D),
     ]  # fmt: skip
     made = [torch.randn(shape, device=device, dtype=dtype).transpose(-3, -2) for shape in shapes]
-    return [x.requires_grad_() for x in made]
+    return [x.requires_grad_(cell.S > 1) for x in made]
 
 
 def rivals(cell: Cell, device: torch.device) -> dict[str, Callable[..., Tensor]]:
@@ -130,7 +130,7 @@ def rivals(cell: Cell, device: torch.device) -> dict[str, Callable[..., Tensor]]
     options: dict[str, Any] = {"causal": cell.causal, "cu_seqlens": cu_seqlens, "max_seqlen": longest}
     named: dict[str, Callable[..., Tensor]] = {}
     for backend in available_backends():
-        if backend != "reference":
+        if backend not in ("reference", "merge-plain-torch"):
             named[backend] = lambda *x, backend=backend: attend(*x, backend=backend, **options)
     named[CONCAT] = lambda *x: concat_sdpa(cell, *x)
     named[NO_PREFIX] = lambda q, k, v, *_: without_prefix(cell, options, q, k, v)

@@ -4,8 +4,9 @@
     PYTHONPATH=.:kernels python benchmarks/gpu.py --stage 1 2 3 4 --quick --results FOLDER     # a rehearsal, on a CPU
 
 1: a resume, the check that no step waits for the GPU, the kernels' tests, whole runs; 2: the attention benchmark; 3: a
-7B model in every placement; 4: the levers, fp8, Liger's tests, the plan compared with measurements. A plain clone is
-enough: nothing is installed or fetched. A part whose package is missing is skipped, with a message.
+7B model in every placement; 4: the libraries' kernels for long sequences, the levers, fp8, Liger's tests, the plan
+compared with measurements. A plain clone is enough: nothing is installed or fetched. A part whose package is missing is
+skipped, with a message.
 
 Each part is a separate process that writes each row to FOLDER/PART.json as soon as it is found (rows.py). A stage that
 was stopped, for whatever reason, continues where it was: finished rows are not measured again. If a row ends its
@@ -75,6 +76,7 @@ STAGES: dict[int, tuple[Part, ...]] = {
     2: (Part("prefix_attention", "bench_prefix_attention", quick=("--grid", "quick", "--repeats", "3"), needs=()),),
     3: (Part("placements", "placements", quick=("--quick",)),),
     4: (
+        Part("segments", "gpu_segments", quick=("--quick",), needs=()),
         Part("levers", "levers", ("--dtype", "bfloat16", "--rows", "32"), ("--quick",)),
         Part("fp8", "fp8", quick=("--quick",)),
         Part(

@@ -37,7 +37,7 @@ CELLS = {
     "8B GQA, 8 × 512, P = 32": Cell(B8, 8, 512, 32),
 }
 EMULATION = ("tests/gpu_paper/device.py", "tests/gpu_paper/device.cpp")
-SOURCES = ("benchmarks/gpu_model_trace.py", "benchmarks/gpu_model_roofline.py", *EMULATION)
+SOURCES = (*(f"benchmarks/gpu_model_{name}.py" for name in ("trace", "triton", "roofline")), *EMULATION)
 NONE = {"milliseconds": 0.0, "launches": 0}
 SHOWN = "H100"
 """The GPU of the table of parts, and of --operators."""
@@ -144,7 +144,7 @@ def main() -> None:
                     step = step or trace(cell)
                     row |= {"outcome": "predicted", **prediction(step, rates)}
         if step is not None and args.operators:
-            print(f"{name} on an {SHOWN}:", *operators(step, GPUS[SHOWN], args.operators), sep="\n")
+            print(f"{name} on an {SHOWN}:", *operators(step.launches(), GPUS[SHOWN], args.operators), sep="\n")
     rows.close()
     records = [row for row in rows.records if row["cell"] in chosen]
     print(report(records) if other is None else comparison(records, other))

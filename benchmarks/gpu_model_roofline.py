@@ -89,12 +89,12 @@ def summed(launches: Counter[Launch], part: str, rates: dict[str, float]) -> dic
     }
 
 
-def operators(step: Step, gpu: Gpu, count: int) -> list[str]:
+def operators(launches: Counter[Launch], gpu: Gpu, count: int) -> list[str]:
     """Return a line for each of the ``count`` kinds of launches (by part, place and operation) that take longest."""
     rates = gpu.rates()
     times: dict[tuple[str, str, str], float] = defaultdict(float)
     numbers: Counter[tuple[str, str, str]] = Counter()
-    for launch, number in step.launches().items():
+    for launch, number in launches.items():
         kind = launch.part, launch.place, launch.operator
         times[kind] += number * seconds(launch, rates)
         numbers[kind] += number

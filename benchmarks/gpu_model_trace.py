@@ -32,6 +32,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import LlamaConfig
 
 import ptd
+from ptd.backbone.shared_input import share_inputs
 from ptd.commands.plan import GPU as HOPPER
 from ptd.commands.plan import build_blank
 from ptd.config import RunConfig, parse_config
@@ -50,7 +51,7 @@ from ptd.types import Reporter
 aten = torch.ops.aten
 PTD, KERNELS, TRANSFORMERS = (f"{package.__path__[0]}/" for package in (ptd, ptd_kernels, transformers))
 ATTENTION, CROSS_ENTROPY = f"{KERNELS}prefix_attention/", f"{KERNELS}linear_cross_entropy/"
-INJECTED = f"{PTD}inject/attention.py"
+INJECTED, LAYERS = f"{PTD}inject/attention.py", f"{PTD}backbone/"
 DEVICE, HOST = torch.device("cuda", 0), torch.device("cpu")
 FEW = 2
 """Layers of the shorter trace: the first layer, whose input has no gradient, and the last layer, which computes only
@@ -107,13 +108,15 @@ PARTS = {
     "optimizer": "encoder, reduction at the prompt, clipping and AdamW",
     "other": "positions, and the gathering of supervised tokens in the last layer",
 }
-PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm}
+PRODUCTS = {aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm}
 FLASH = {aten._flash_attention_forward: 4, aten._flash_attention_backward: 10}
 """FLOPs per query-key pair, head and channel: two products in the forward pass, five in the backward pass."""
 OVERWRITTEN = {aten.copy_, aten.fill_, aten.zero_}
 """Operations that do not read the tensor that they write."""
 PICKED = {aten.embedding, aten.index, aten.index_select, aten.gather}
 """Operations that read as many numbers of their first tensor as they write."""
+PLACED = {aten.index_copy}
+"""Operations in place that write only the numbers that they are given (their fourth argument)."""
 
 
 class Launch(NamedTuple):
@@ -141,20 +144,21 @@ class Launches(Seen):
         packet = op.overloadpacket
         read, written = _traffic(op, args, kwargs, out)
         flops, rate = _computation(packet, args, kwargs, out)
-        place = f"{Path(frames[0].f_code.co_filename).name}:{frames[0].f_lineno}" if frames else ""
-        launch = Launch(self._part(packet, frames), str(packet), rate, read, written, flops, place)
-        self.counts[launch] += 1
+        self.counts[Launch(self._part(packet, frames), str(packet), rate, read, written, flops, _place(frames))] += 1
 
-    def ran_triton(self, name: str, arguments: dict[str, Any], grid: tuple[int, ...]) -> None:
+    def ran_triton(self, kernel: Any, arguments: dict[str, Any]) -> None:
         frames = list(_own_frames(sys._getframe(1)))
-        work = work_of(name, arguments)
+        work = work_of(kernel, arguments)
         read, written = (sum(map(_bytes, {id(x): x for x in some}.values())) for some in (work.read, work.written))
-        place = f"{Path(frames[0].f_code.co_filename).name}:{frames[0].f_lineno}" if frames else ""
-        launch = Launch(self._part(None, frames), f"triton.{name}", work.rate, read, written, work.flops, place)
+        part = self._part(None, frames, multiplies=work.flops > 0)
+        launch = Launch(part, f"triton.{kernel.__name__}", work.rate, read, written, work.flops, _place(frames))
         self.counts[launch] += 1
 
-    def _part(self, packet: Any, frames: list[FrameType]) -> str:
-        """Return the part of an operation that was launched by code in ``frames``, the innermost frame first."""
+    def _part(self, packet: Any, frames: list[FrameType], multiplies: bool = False) -> str:
+        """Return the part of an operation that was launched by code in ``frames``, the innermost frame first.
+
+        ``multiplies``: it is a Triton kernel with products.
+        """
         if self.doing in ("encoder", "reduce", "optimizer"):
             return "optimizer"
         attends = [frame.f_code.co_name for frame in frames if _inside(frame, ATTENTION)]
@@ -164,15 +168,19 @@ class Launches(Seen):
             return "loss"
         if packet in PRODUCTS:
             return "GEMMs"
-        if packet in FLASH:
+        if packet in FLASH or (attends and multiplies):
             return "attention"
         if attends or any(_inside(frame, INJECTED) for frame in frames):
             return "merging"
         innermost = frames[0] if frames else None
-        if innermost is not None and _inside(innermost, TRANSFORMERS):
-            return "transformers elementwise"
+        if innermost is not None and (_inside(innermost, TRANSFORMERS) or _inside(innermost, LAYERS)):
+            return "transformers elementwise" if innermost.f_code.co_name != "backward" else "autograd elementwise"
         # Autograd's own thread has no frame; a part of the backward pass without one of the above is autograd's too.
         return "autograd elementwise" if self.doing == "backward" else "other"
+
+
+def _place(frames: list[FrameType]) -> str:
+    return f"{Path(frames[0].f_code.co_filename).name}:{frames[0].f_lineno}" if frames else ""
 
 
 def _own_frames(frame: FrameType | None) -> Iterator[FrameType]:
@@ -190,6 +198,8 @@ def _inside(frame: FrameType, path: str) -> bool:
 def _traffic(op: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
     """Return the bytes that an operation reads and writes, each tensor once, expanded axes without their copies."""
     packet = op.overloadpacket
+    if packet in PLACED:
+        return _bytes(args[2]) + _bytes(args[3]), _bytes(args[3])
     writes = [argument.alias_info is not None and argument.alias_info.is_write for argument in op._schema.arguments]
     given = [*args, *(kwargs.get(argument.name) for argument in op._schema.arguments[len(args) :])]
     read: dict[int, Tensor] = {}
@@ -221,7 +231,8 @@ def _computation(packet: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, st
         return flops, "flash forward" if forward else "flash backward"
     if packet in PRODUCTS:
         dtype = next(value.dtype for value in args if isinstance(value, Tensor))
-        return int(flop_registry[packet](*args, **kwargs, out_val=out)), "bf16" if dtype == torch.bfloat16 else "fp32"
+        formula = flop_registry[aten.addmm if packet is aten.addmm_ else packet]
+        return int(formula(*args, **kwargs, out_val=out)), "bf16" if dtype == torch.bfloat16 else "fp32"
     return 0, "memory"
 
 
@@ -267,13 +278,9 @@ def trace(cell: Cell) -> Step:
 def launches_of(cell: Cell) -> Counter[Launch]:
     """Return the launches of an optimizer step in which every layer of the cell ran. Raises as `trace` does."""
     seen = Launches()
-    with _run(cell) as config, shapes_only():
+    with blank_on_gpu(cell) as (config, task, prepared, trained):
         with without_data(HOPPER):
-            task, prepared, trained = build_blank(config)
             batch = sample_batch(config, task, trained.readout, rows_of(config), packed=True, supervised=0.5)
-        for module in (prepared.model, trained):
-            _move(module)
-        prepared = Prepared(prepared.model, prepared.attachment, Forward(prepared.attachment, DEVICE), "")
         ranks = Ranks(0, 1, 1, DEVICE)
         step = build_step(config, Trained(trained.encoder, trained.readout), ranks, prepared.model.dtype)
         step.clock = _Phases(seen)
@@ -288,6 +295,19 @@ def launches_of(cell: Cell) -> Counter[Launch]:
 
 
 @contextmanager
+def blank_on_gpu(cell: Cell) -> Iterator[tuple[RunConfig, Any, Prepared, Any]]:
+    """Yield the run, its task, its backbone and what it trains, without weights, on the emulated GPU."""
+    with _run(cell) as config, shapes_only():
+        with without_data(HOPPER):
+            task, prepared, trained = build_blank(config, "cuda")
+        for module in (prepared.model, trained):
+            _move(module)
+        share_inputs(prepared.model)
+        forward = Forward(prepared.attachment, DEVICE)
+        yield config, task, Prepared(prepared.model, prepared.attachment, forward, ""), trained
+
+
+@contextmanager
 def _run(cell: Cell) -> Iterator[RunConfig]:
     """Yield the run's configuration, while the folder of its backbone's config exists."""
     sizes = cell.sizes
@@ -299,7 +319,8 @@ def _run(cell: Cell) -> Iterator[RunConfig]:
         ).save_pretrained(folder)  # fmt: skip
         yield parse_config(
             {
-                "backbone": {"path": folder, "gradient_checkpointing": cell.checkpointing},
+                # `auto` takes Liger on a real GPU, but not in Triton's interpreter.
+                "backbone": {"path": folder, "gradient_checkpointing": cell.checkpointing, "liger": True},
                 "method": {"name": "prefix", "num_virtual_tokens": cell.virtual_tokens},
                 "data": {"train": "unread.jsonl", "max_length": cell.length},
                 "train": {"per_device_train_batch_size": cell.rows, "max_steps": 2},

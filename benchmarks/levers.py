@@ -9,8 +9,9 @@ The backbone is that of throughput.py: a Llama of 8 layers, hidden 512, 8 query 
 of E2E or of instruction data, and 45 % of the tokens are supervised, as in throughput.py. The settings take turns on
 every batch. With one thread, times are CPU time, which other work on the machine disturbs less. The losses with a lever
 are compared with those of the plain step, to check that both do the same work. On a GPU there are four layers of
-Llama-3-8B's shape, times are wall time, and Liger's kernels are an additional lever. OUTPUT has a row for each setting,
-for one kind of lengths after the other (rows.py). If a setting fails, its row records that, and the others continue.
+Llama-3-8B's shape, times are wall time, and Liger's kernels take the place of torch.compile. OUTPUT has a row for each
+setting, for one kind of lengths after the other (rows.py). If a setting fails, its row records that, and the others
+continue.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from throughput import LENGTHS, MODEL, SUPERVISED
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ptd.backbone.liger import use_liger
+from ptd.backbone.shared_input import share_inputs
 from ptd.data import Batches
 from ptd.distributed.network_meter import NetworkMeter
 from ptd.distributed.ranks import Ranks
@@ -53,17 +55,16 @@ LEVERS = {
 if not ON_GPU:
     LEVERS["joined"] = "attention with the prefix copied before each sequence's keys (backbone.attention), not merged"
 else:
-    LEVERS["liger"] = "Liger's kernels for RMSNorm, RoPE and SwiGLU (backbone.liger), instead of compile"
+    LEVERS["liger"] = "Liger's kernels for RMSNorm with its residual, RoPE and SwiGLU (backbone.liger), not compiled"
+    LEVERS["shared"] = "one gradient for linear layers with the same input, which a run has together with Liger"
+ALL = tuple(lever for lever in LEVERS if not (ON_GPU and lever == "compile"))
+"""On a GPU, what a run does by default; on a CPU, all levers."""
 SETTINGS: dict[str, tuple[str, ...]] = {
     "none": (),
     **{lever: (lever,) for lever in LEVERS},
-    **{
-        f"all but {lever}": tuple(name for name in LEVERS if name not in (lever, "liger"))
-        for lever in LEVERS
-        if lever != "liger"
-    },
-    "all": tuple(name for name in LEVERS if name != "liger"),
-    **({"all, liger for compile": tuple(name for name in LEVERS if name != "compile")} if "liger" in LEVERS else {}),
+    **{f"all but {lever}": tuple(name for name in ALL if name != lever) for lever in ALL},
+    "all": ALL,
+    **({"all, compile for liger": ("tail", "loss", "compile")} if ON_GPU else {}),
 }
 WARM_UP = 3
 """Warm-up steps: the first compiles, the others warm caches and allocators."""
@@ -100,7 +101,11 @@ class Step:
         self.batches = Batches(examples, rank=0, world_size=1, per_device_batch_size=rows)
         model = llama(dtype, quick)
         backend = "auto" if ON_GPU or "joined" in levers else "merge"
-        self.attachment = Attachment(use_liger(model) if "liger" in levers else model, backend=backend)
+        if "liger" in levers:
+            use_liger(model)
+        if "shared" in levers:
+            share_inputs(model)
+        self.attachment = Attachment(model, backend=backend)
         if "tail" not in levers:
             self.attachment.stacks[-1].tail.modules.clear()
             self.attachment.stacks[-1].tail.begin = lambda tokens, kept: None  # type: ignore[method-assign]

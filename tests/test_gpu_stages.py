@@ -264,6 +264,7 @@ def test_every_part_is_there_and_make_knows_the_stages() -> None:
     said = subprocess.run(["make", "-n", "gpu-3", "gpu"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "benchmarks/gpu.py --stage 3 \n" in said
     assert "benchmarks/gpu.py --stage 1 2 3 4 \n" in said
+    assert said.index("--stage 1 2 3 4") < said.index("gpu_segments.py --write-table"), "it changes what is measured"
     assert "install" not in said
 
 

@@ -41,7 +41,7 @@ ONLY_IMPORTERS = {
     "transformers.integrations.deepspeed": ["ptd.backbone*"],
     "datasets": ["ptd.data*", "ptd.tasks*"],
     "ptd_kernels": ["ptd.inject*", "ptd.backbone.fp8", "ptd_kernels*"],
-    "liger_kernel": ["ptd.backbone.liger"],
+    "liger_kernel": ["ptd.backbone.liger", "ptd.backbone.residual_norm"],
     "typer": ["ptd.cli*"],
     "rich": ["ptd.console"],
     "jinja2": ["ptd.inspection*", "ptd.launch*", "ptd.report*"],

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
 from ptd.backbone.fp8 import quantise
+from ptd.backbone.fusion import choose_fusion
+from ptd.backbone.liger import use_liger
 from ptd.backbone.load import Blueprint, Check, dtype_of, frozen, readable
 from ptd.backbone.quantize import quantization_of
 from ptd.config import BackboneConfig
@@ -21,9 +23,11 @@ def blank_model(
     config: BackboneConfig,
     output: Output = "causal_lm",
     *,
+    device_type: str = "cpu",
     check: Check = lambda model_class, model_config: None,
 ) -> PreTrainedModel:
-    """Return the model that `ptd.backbone.load_model` would load: frozen, in eval mode, quantised as configured.
+    """Return the model that `ptd.backbone.load_model` would load on ``cuda`` or ``cpu``: frozen, in eval mode,
+    quantised as configured, and with Liger's kernels if they would be used there.
 
     Its tensors have no data. With ``dtype: auto`` they have the config's dtype, or float32 if the config names none.
     Raises `UserError` if the config cannot be read or the checkpoint is already quantised.
@@ -34,6 +38,7 @@ def blank_model(
             f"backbone.path: {config.path} is already quantised, and ptd plan does not know how its library runs it; "
             "plan with the unquantised checkpoint and backbone.quantization"
         )
+    fusion = choose_fusion(config, built_as.config.model_type, device_type)
     dtype = dtype_of(config)
     quantized = quantization_of(config, built_as.config)
     with readable(config):
@@ -47,7 +52,9 @@ def blank_model(
         for module in list(model.modules()):
             _quantize(module, dtype)
     model = frozen(model, config, output)
-    return quantise(model, torch.device("cpu")) if config.quantization == "fp8" else model
+    if config.quantization == "fp8":
+        quantise(model, torch.device("cpu"))
+    return use_liger(model) if fusion.by == "liger" else model
 
 
 def _fill_caches() -> None:

@@ -29,8 +29,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 
 from ptd.backbone.fp8 import check_device, quantise
-from ptd.backbone.liger import check_liger, use_liger
+from ptd.backbone.fusion import Fusion, choose_fusion
+from ptd.backbone.liger import use_liger
 from ptd.backbone.quantize import keep_differentiable, quantization_of
+from ptd.backbone.shared_input import share_inputs
 from ptd.config import BackboneConfig
 from ptd.types import DTYPES, Architecture, Output, UserError
 
@@ -57,6 +59,11 @@ def architecture_of(config: BackboneConfig) -> Architecture:
 def dtype_of(config: BackboneConfig) -> torch.dtype:
     """Return the dtype of the weights; ``auto``: that of the checkpoint's config, else float32. Raises `UserError`."""
     return DTYPES.get(config.dtype) or _model_config(config).dtype or torch.float32
+
+
+def fusion_of(config: BackboneConfig, device_type: str) -> Fusion:
+    """Return how `load_model` runs the elementwise work on ``cuda`` or ``cpu``; raises `UserError` as it does."""
+    return choose_fusion(config, _model_config(config).model_type, device_type)
 
 
 def text_config_of(config: BackboneConfig) -> Any:
@@ -99,8 +106,7 @@ def load_model(
     if config.quantization == "fp8":
         check_device(device)
     built_as = Blueprint.of(config, output, check)
-    if config.liger:
-        check_liger(built_as.config.model_type, device)
+    fusion = choose_fusion(config, built_as.config.model_type, device.type)
     options = dict(built_as.options)
     quantized = quantization_of(config, built_as.config, sharded=sharded)
     if quantized is not None:
@@ -131,8 +137,10 @@ def load_model(
     model = frozen(model, config, output)
     if config.quantization == "fp8":
         quantise(model, device)
-    if config.liger:
+    if fusion.by == "liger":
         use_liger(model)
+        if not sharded:
+            share_inputs(model)
     return model if placed else model.to(device)
 
 

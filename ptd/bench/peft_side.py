@@ -1,8 +1,9 @@
 """PEFT's side of a benchmark: train PEFT's model of the same prompt in a plain training loop, on given rows.
 
 ``as-run``: random batches padded on the right, SDPA, the backbone's dtype, AdamW. ``best``: the same with batches of
-rows of similar length; on a GPU also flash-attention 2 if it is installed, and the fastest batch size that fits; on a
-CPU with an allocator that keeps freed memory (`ENVIRONMENT`). ``compiled``: as ``best``, with compiled layers.
+rows of similar length; on a GPU also flash-attention 2 if it is installed, the layers as the run has them (with Liger's
+kernels), and the fastest batch size that fits; on a CPU with an allocator that keeps freed memory (`ENVIRONMENT`).
+``compiled``: as ``best``, with compiled layers.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ptd.backbone import load_model
+from ptd.backbone import fusion_of, load_model
 from ptd.bench.flops import AttentionLayer, Formula, observed, padded_load
 from ptd.bench.memory import PeakMemory
 from ptd.bench.sides import ENVIRONMENT, Facts, Setting, StepTiming, Workload
@@ -42,10 +43,12 @@ class PeftSide:
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self.examples, self.pad_token_id = material.examples, material.pad_token_id
         self.memory = PeakMemory(self.device)
-        base = load_model(config.backbone, device=self.device)
+        # PEFT's users run transformers' own layers; compiled layers need no other kernels.
+        backbone = config.backbone.model_copy(update={} if setting == "best" else {"liger": False})
+        base = load_model(backbone, device=self.device)
         if setting == "compiled":
             compile_each(base)
-        self.attention = base.config._attn_implementation
+        self.attention, self.layers = base.config._attn_implementation, fusion_of(backbone, self.device.type).by
         cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[material.peft_type]
         settings = material.fields | _shared(config, cls) | {"inference_mode": False, "task_type": "CAUSAL_LM"}
         settings.pop("peft_version", None)
@@ -82,6 +85,7 @@ class PeftSide:
             "gradient_accumulation_steps": self.config.train.gradient_accumulation_steps,
             "attention": self.attention,
             "compiled": self.setting == "compiled",
+            "layers": self.layers,
             "optimizer": "AdamW" + (" (fused)" if self.device.type == "cuda" else ""),
             "environment": ENVIRONMENT[self.setting] if self.device.type == "cpu" else {},
         }

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ptd.backbone import fusion_of
 from ptd.bench.flops import AttentionLayer, Formula, Load, attention_layers, distinct, load_of, observed
 from ptd.bench.machine import matmul_rate
 from ptd.bench.memory import PeakMemory
@@ -83,6 +84,7 @@ class PtdSide:
             "attention": backbone.attention,
             "sharding": backbone.sharding,
             "quantization": backbone.quantization,
+            "layers": fusion_of(backbone, self.ranks.device.type).by,
             "world_size": self.ranks.world_size,
         }
         return Facts(

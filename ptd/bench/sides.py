@@ -19,7 +19,7 @@ ENVIRONMENT: dict[Setting, dict[str, str]] = {"as-run": {}, "best": _KEPT, "comp
 
 def settings_for(config: RunConfig) -> tuple[Setting, ...]:
     """Return the default settings of PEFT for a comparison; ``compiled`` only if the run compiles its own layers."""
-    return ("as-run", "best", "compiled") if config.backbone.compile else ("as-run", "best")
+    return ("as-run", "best", "compiled") if config.backbone.compile is True else ("as-run", "best")
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,8 @@ def _choices(annotation: Any) -> list[str]:
     if annotation is bool:
         return ["true", "false"]
     options = [annotation, *get_args(annotation)]
-    return [str(value) for option in options if get_origin(option) is Literal for value in get_args(option)]
+    values = [value for option in options if get_origin(option) is Literal for value in get_args(option)]
+    return [str(value).lower() if isinstance(value, bool) else str(value) for value in values]
 
 
 def _shown(values: Iterable[Any]) -> list[str]:

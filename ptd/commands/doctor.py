@@ -15,7 +15,14 @@ import torch
 from packaging.requirements import Requirement
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ptd.backbone import TextConditioner, architecture_of, load_tokenizer, text_config_of, vocabulary_of
+from ptd.backbone import (
+    TextConditioner,
+    architecture_of,
+    fusion_of,
+    load_tokenizer,
+    text_config_of,
+    vocabulary_of,
+)
 from ptd.backbone.fake_model import blank_model
 from ptd.config import RunConfig, load_config
 from ptd.config.deepspeed import apply_deepspeed
@@ -109,6 +116,7 @@ def check_run(run: Path, overrides: list[str]) -> Iterator[Check]:
     yield backbone
     if backbone.status == "failed":
         return
+    yield _layers(config)
     yield from _added_tokens(config)
     if data.status != "failed":
         yield _checked("rows", lambda: _rows(config))
@@ -194,6 +202,15 @@ def _backbone(config: RunConfig) -> str:
     architecture = architecture_of(config.backbone)
     check_special(load_tokenizer(config.backbone), vocabulary_of(text_config_of(config.backbone)))
     return f"{config.backbone.path}, {architecture}"
+
+
+def _layers(config: RunConfig) -> Check:
+    """Say what runs the layers' elementwise work, with a warning if installing something would let it run faster."""
+    try:
+        fusion = fusion_of(config.backbone, "cuda" if torch.cuda.is_available() else "cpu")
+    except UserError as error:
+        return Check("layers", "failed", str(error))
+    return Check("layers", "warning" if fusion.remedy else "ok", fusion.found, fusion.remedy)
 
 
 def _added_tokens(config: RunConfig) -> Iterator[Check]:

@@ -186,7 +186,8 @@ def _said(field: Any) -> str:
 
 def with_choices(said: str, annotation: Any) -> str:
     """Return a key's description ``said`` (Markdown), preceded by the key's choices unless ``said`` names them all."""
-    choices = get_args(annotation) if get_origin(annotation) is Literal else ()
+    found = get_args(annotation) if get_origin(annotation) is Literal else ()
+    choices = [str(choice).lower() if isinstance(choice, bool) else choice for choice in found]  # as YAML writes them
     unsaid = [choice for choice in choices if not re.search(rf"\b{choice}\b", said)]
     return f"{', '.join(f'`{choice}`' for choice in choices)}; {said}" if unsaid else said
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ptd.backbone import architecture_of, load_tokenizer
+from ptd.backbone import architecture_of, fusion_of, load_tokenizer
 from ptd.backbone.fake_model import blank_model
 from ptd.config import RunConfig
 from ptd.config.deepspeed import apply_deepspeed
@@ -162,7 +162,8 @@ def trace_run(
     config = config.model_copy(update={"backbone": config.backbone.model_copy(update=changed)})
     OPTIMIZERS[config.train.optimizer].check(None)  # before the trace: it makes bitsandbytes' tables, with data
     with without_data(capability) as seen:
-        task, prepared, trained = build_blank(config)
+        device_type = "cpu" if capability is None else "cuda"
+        task, prepared, trained = build_blank(config, device_type)
         split_encoder(trained.encoder, local_ranks)
         step = build_step(config, trained, Ranks(0, 1, 1, torch.device("cpu")), prepared.model.dtype)
         packed = config.data.packing and prepared.attachment.packable
@@ -174,10 +175,10 @@ def trace_run(
             )
 
 
-def build_blank(config: RunConfig) -> Blank:
-    """Build what the run trains, and its backbone, on the CPU without data. Call it inside `without_data`.
+def build_blank(config: RunConfig, device_type: str) -> Blank:
+    """Build what the run trains, and its backbone, without data, as they run on ``cuda`` or ``cpu``.
 
-    Raises `UserError`.
+    All tensors are on the CPU. Call it inside `without_data`. Raises `UserError`.
     """
     config = config.model_copy(update={"task": with_assumed_labels(config.task)})
     task: Task = make_task(config.task, config.data, architecture_of(config.backbone))
@@ -189,7 +190,7 @@ def build_blank(config: RunConfig) -> Blank:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # from initialisers that read the values that they have set
-        model = blank_model(config.backbone, task.output, check=check_supported)
+        model = blank_model(config.backbone, task.output, device_type=device_type, check=check_supported)
         attachment = Attachment(model, backend=config.backbone.attention)
         prepared = Prepared(model, attachment, Forward(attachment, torch.device("cpu")), "")
         return Blank(task, prepared, build_trained(config, prepared, task, tokenizer))
@@ -282,6 +283,7 @@ def _assumptions(config: RunConfig, machine: Machine, limits: Limits, supervised
             f"{GPU_CONTEXT_BYTES / GIB:g} GiB of its memory is reserved for the CUDA context, and "
             f"{FRAGMENTATION:.0%} of the peak for fragmentation"
         )
+        found.append(str(fusion_of(config.backbone, "cuda")))
     found.append(
         f"DeepSpeed keeps gathered weights that are used again within {limits.max_reuse_distance:.0e} numbers, and "
         f"keeps weights of up to {limits.param_persistence_threshold:.0e} numbers gathered all the time"

@@ -20,6 +20,8 @@ from ptd.errors import UserError
 from ptd.files import as_path, expand_home
 from ptd.values import name_of
 
+Auto = Literal["auto", True, False]
+
 
 class Section(BaseModel):
     """A section of RUN.yaml. It refuses unknown keys, and true or false in place of a number."""
@@ -82,25 +84,27 @@ class BackboneConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="recompute the layers' activations in the backward pass: uses less memory and is slower"
     )
-    compile: bool = Field(
-        False,
-        description="compile each layer with torch.compile. The first step takes a minute; on a CPU the later steps "
-        "are a fifth faster in bf16 and 3 to 7 % faster in fp32 (not measured on a GPU). Requires a C++ compiler and "
-        "weights that are not sharded and not `int8` or `nf4`",
+    liger: Auto = Field(
+        "auto",
+        description="run RMSNorm, RoPE and SwiGLU of llama, mistral, qwen2, qwen3, phi3, gemma2 and gemma3_text in "
+        "Liger's kernels (`pip install 'ptd[gpu]'`), in every placement. `auto`: on a GPU, if Liger is installed and "
+        "`compile` is not `true`. Requires a GPU, on which it is not measured yet",
     )
-    liger: bool = Field(
-        False,
-        description="use Liger's kernels for RMSNorm, RoPE and SwiGLU of llama, mistral, qwen2, qwen3, phi3, gemma2 "
-        "and gemma3_text (`pip install 'ptd[gpu]'`). Requires a GPU, on which it is not measured yet; cannot be "
-        "combined with `compile`, which fuses the same operations",
+    compile: Auto = Field(
+        "auto",
+        description="compile each layer with torch.compile, which fuses the same operations as `liger`. The first step "
+        "takes a minute; on a CPU the later steps are a fifth faster in bf16 and 3 to 7 % faster in fp32 (not measured "
+        "on a GPU). Requires a C++ compiler and weights that are not sharded and not `int8` or `nf4`. `auto` does not "
+        "compile",
     )
     attention: str = Field(
         "auto",
         description="backend of `ptd_kernels.prefix_attention`: `auto`, `merge`, `joined` (on CPUs), `triton` (not "
         "measured on a GPU yet), `reference`, or `merge` with a library of your choice: `merge-cudnn`, "
-        "`merge-flash-attn-2`, `merge-flash-attn-4` (not run yet). `cache` leaves attention to the model and puts a "
-        "prefix into the model's own cache, which is slower; `auto` does so for families that take a prefix in no "
-        "other way",
+        "`merge-flash-attn-2`, `merge-flash-attn-4` (not run yet), or `merge-plain-torch`, without any library: slow. "
+        "On an NVIDIA GPU, `auto` computes generated tokens by a Triton kernel (not measured yet); `merge` uses the "
+        "libraries' kernels. `cache` leaves attention to the model and puts a prefix into the model's own cache, which "
+        "is slower; `auto` does so for families that take a prefix in no other way",
     )
     allow_pickle: bool = Field(
         False,
@@ -156,13 +160,13 @@ class BackboneConfig(Section):
                 "quantization: fp8 weights cannot be sharded (ZeRO-3 would gather them without their scales); use "
                 "quantization: nf4 (which can be sharded), quantization: none, or sharding: none"
             )
-        if self.compile and (self.sharding != "none" or self.quantization in ("int8", "nf4")):
+        if self.compile is True and (self.sharding != "none" or self.quantization in ("int8", "nf4")):
             raise ValueError(
                 "compile: works only with weights that are neither sharded nor quantised by bitsandbytes; set "
                 "compile: false, or sharding: none and quantization: none or fp8"
             )
-        if self.compile and self.liger:
-            raise ValueError("liger: torch.compile fuses the same operations; set compile: false or liger: false")
+        if self.compile is True and self.liger is True:
+            raise ValueError("liger: torch.compile fuses the same operations; remove liger: true or compile: true")
         if self.quantization == "nf4" and self.offload == "nvme":
             raise ValueError("offload: nvme stores weights of one dtype only, but nf4 has several; use offload: cpu")
         return self

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ptd.data.order import InOrder, Order, Shuffled
+from ptd.data.order import InOrder, LongestFirst, Order, Shuffled
 from ptd.data.packing import balance, first_fit, first_fit_starts
 from ptd.types import IGNORE_INDEX, Batch, Examples, UserError
 
@@ -49,7 +49,8 @@ class Batches:
     With ``packing``, the rows of a step are divided among its slots so that the token counts are balanced, and each
     slot is one packed row. Without it, each slot gets up to ``per_device_batch_size`` rows of similar length, padded on
     the right. With ``max_tokens`` (packing only), a step uses as many rows as fit its slots at ``max_tokens`` tokens
-    per slot, and ``per_device_batch_size`` has no effect.
+    per slot, and ``per_device_batch_size`` has no effect. Without ``shuffle``, an epoch has the rows in order, or, if
+    they are padded, the longest first, so that few columns are padding.
 
     Raises `UserError` if a row does not fit ``max_tokens``, or if ``max_tokens`` is given without packing.
     """
@@ -172,7 +173,9 @@ class Batches:
 
     def _order(self, epoch: int) -> Order:
         rows = len(self.examples)
-        return Shuffled(rows, self.seed, epoch) if self.shuffle else InOrder(rows)
+        if self.shuffle:
+            return Shuffled(rows, self.seed, epoch)
+        return InOrder(rows) if self.packing else LongestFirst(self.examples.lengths(np.arange(rows)))
 
     def _pack(self, rows: np.ndarray) -> list[np.ndarray]:
         lengths = self.examples.lengths(rows)

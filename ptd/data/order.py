@@ -35,6 +35,17 @@ class InOrder:
         return np.arange(first, stop)
 
 
+class LongestFirst:
+    """The rows by their length, the longest first; rows of one length as they are."""
+
+    def __init__(self, lengths: np.ndarray) -> None:
+        self.rows = len(lengths)
+        self._order = np.argsort(-lengths.astype(np.int64), kind="stable").astype(np.uint32)
+
+    def between(self, first: int, stop: int) -> np.ndarray:
+        return self._order[first:stop].astype(np.int64)
+
+
 class Shuffled:
     """The rows sorted by one 64-bit draw each (draws that are equal: in order), without all draws in memory.
 

@@ -48,7 +48,7 @@ class HeldOut:
         check_context(prepared.shape.context, extra, self.examples.longest_sequence)
 
     def batches(self, prepared: Prepared, ranks: Ranks) -> Batches:
-        """Return batches of all rows, each row once and in order, distributed over the ranks."""
+        """Return batches of all rows, each row once, distributed over the ranks; padded batches in order of length."""
         return Batches(
             self.examples,
             rank=ranks.rank,

@@ -26,6 +26,7 @@ from ptd.inject.attention import (
 )
 from ptd.inject.explain import CACHE, check_backend, obstacle_to_several
 from ptd.inject.inputs import Inputs
+from ptd.inject.kernel_check import backend_of_any_pass
 from ptd.inject.last_layer import ModuleProbe, Tail
 from ptd.inject.members import PassPrompts, PerSequence, RowsOfPass
 from ptd.inject.model_cache import PrefixCache, said_at_start, states_in_cache
@@ -305,6 +306,8 @@ class Attachment:
             self._check_takes(prompt)
         self.prompts = prompts
         self.extra_positions = max(map(self.positions_of, prompts))
+        for slot in self.slots:  # the same tensors may have other values now
+            slot.hold(None, None)
         only = PassPrompts.of(prompts, None) if len(prompts) == 1 else PassPrompts(())
         for stack in self.stacks:
             stack.inserts = any(map(_inserted, prompts))
@@ -404,32 +407,39 @@ class Attachment:
 
         The model runs without masks if each layer's own rule is sufficient.
         """
-        members = self.members if batch.members is None else batch.members
         inputs = self.inputs.of(batch, self.first_position)
-        ragged = members is not None and len({self._inserted_for(member) for member in members}) > 1
+        ragged = self.ragged(batch.members)
         if ragged and batch.cu_seqlens is None:  # virtual tokens make rows of different lengths
             inputs.setdefault("attention_mask", batch.attention_mask.long())
         self.stacks[0].trusted = True
-        padded = padded_forward.set(ragged or (batch.source or batch).has_padding)
         try:
-            with self.reading(batch.members), self.only(wanted):
+            with (
+                self.padding_known(ragged or (batch.source or batch).has_padding),
+                self.reading(batch.members),
+                self.only(wanted),
+            ):
                 if "attention_mask" in inputs or not self.packable:
                     return self.model(**inputs)
                 with self._without_masks():
                     return self.model(**inputs)
         finally:
-            padded_forward.reset(padded)
             self.stacks[0].trusted = False
 
-    def _inserted_for(self, member: int) -> int:
-        return 0 if member == NO_MEMBER else _inserted(self.prompts[member])
+    def ragged(self, members: Sequence[int] | None) -> bool:
+        """Return whether sequences that read these prompts get different numbers of virtual tokens in front.
+
+        ``members`` None: as in `reading`.
+        """
+        read = (self.members if members is None else members) or ()
+        prompts = [None if member == NO_MEMBER else self.prompts[member] for member in read]
+        return len({0 if prompt is None else _inserted(prompt) for prompt in prompts}) > 1
 
     @contextmanager
     def any_backend(self) -> Iterator[None]:
         """Let each pass use a suitable backend: the configured backend may support only packed batches."""
         chosen = [slot.backend for slot in self.slots]
         for slot in self.slots:
-            slot.backend = "auto"
+            slot.backend = backend_of_any_pass(slot.backend)
         try:
             yield
         finally:
@@ -455,6 +465,18 @@ class Attachment:
             return
         with self.any_backend(), states_of_layers() if self.replaces_attention else states_in_cache(self.model) as seen:
             yield seen
+
+    @contextmanager
+    def padding_known(self, padded: bool) -> Iterator[None]:
+        """Run passes of which the caller knows whether masks hide anything (``padded``).
+
+        Otherwise transformers inspects the mask in every pass, for every generated token, and the host waits for it.
+        """
+        token = padded_forward.set(padded)
+        try:
+            yield
+        finally:
+            padded_forward.reset(token)
 
     def generation_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
         """Return the arguments of ``model.generate`` for prompts ``[B, S]`` that are padded on the left.

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from ptd_kernels import prefix_attention
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -22,6 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ptd.types import PrefixKV, UserError
 
+T = TypeVar("T")
 IMPLEMENTATION = "ptd_prefix"
 MASKLESS = "ptd_prefix_maskless"
 """The same attention under a name for which transformers makes no masks and does not inspect the positions."""
@@ -34,6 +36,14 @@ packed_forward: ContextVar[bool] = ContextVar("ptd_packed_forward", default=Fals
 """True while a packed batch runs. Its boundaries are passed as ``cu_seq_lens_q``, so no mask is materialised."""
 padded_forward: ContextVar[bool | None] = ContextVar("ptd_padded_forward", default=None)
 """Whether the mask of a pass hides anything. None: transformers inspects it, which makes the host wait for a GPU."""
+
+
+def in_this_pass(variable: ContextVar[T]) -> T | None:
+    """Return the variable's value in a pass; None if the pass is compiled: torch.compile cannot read such variables.
+
+    The passes for which they are set (probes, packed batches of ``Attachment.run``) are not compiled as a whole.
+    """
+    return None if torch.compiler.is_compiling() else variable.get()
 
 
 def packing_arguments(bounds: Tensor, longest: int) -> dict[str, Any]:
@@ -64,15 +74,45 @@ class LayerSlot:
     value: Tensor | tuple[Tensor, ...] | None = None
     index: Tensor | None = None
     backend_of_several: str = "auto"
+    _taken: tuple[Tensor, ...] = ()
+    _cast: dict[torch.dtype, tuple[Any, Any]] = field(default_factory=dict)
+
+    def hold(self, key: Tensor | None, value: Tensor | None) -> None:
+        """Use one prefix, or none. Unless it requires a gradient, it must not be changed in place afterwards."""
+        self.key, self.value, self.index, self._taken, self._cast = key, value, None, (), {}
 
     def take(self, states: Sequence[PrefixKV], layer: int, index: Tensor | None) -> None:
-        """Use the keys and values of ``layer`` of the prompts; without ``index``, of the only prompt or of none."""
+        """Use the keys and values of ``layer`` of the prompts; without ``index``, of the only prompt or of none.
+
+        They must not be changed in place as long as passes take the same ones.
+        """
         keys, values = (tuple(state.keys[layer] for state in states), tuple(state.values[layer] for state in states))
-        if index is None:
-            self.key, self.value = (keys[0], values[0]) if states else (None, None)
-        else:  # a prefix without tokens, for the sequences that read none
-            self.key, self.value = (*keys, keys[0][:0].detach()), (*values, values[0][:0].detach())
+        taken = (*keys, *values)
+        same = len(taken) == len(self._taken) and (index is None) == (self.index is None)
+        if not taken or not same or any(new is not old for new, old in zip(taken, self._taken, strict=True)):
+            self.hold(None, None)
+            if index is None:
+                self.key, self.value = (keys[0], values[0]) if states else (None, None)
+            else:  # a prefix without tokens, for the sequences that read none
+                self.key, self.value = (*keys, keys[0][:0].detach()), (*values, values[0][:0].detach())
+            self._taken = taken
         self.index = index
+
+    def prefix(self, dtype: torch.dtype) -> tuple[Any, Any]:
+        """Return ``key`` and ``value`` for queries of ``dtype``: cast in every pass only if they get gradients."""
+        if self.key is None or self.value is None:
+            return None, None
+        both = self.key, self.value
+        tensors = [x for each in both for x in (each if isinstance(each, tuple) else (each,))]
+        if torch.is_inference_mode_enabled() or any(x.requires_grad or x.dtype == dtype for x in tensors):
+            return self.key, self.value
+        if dtype not in self._cast:
+            key, value = (
+                tuple(x.to(dtype) for x in each) if isinstance(each, tuple) else each.to(dtype)
+                for each in (self.key, self.value)
+            )
+            self._cast[dtype] = key, value
+        return self._cast[dtype]
 
 
 @dataclass(frozen=True)
@@ -86,12 +126,14 @@ class Call:
     module: nn.Module
     queries: int
     keys: int
+    heads: int
     kv_heads: int
     key_dim: int
     value_dim: int
     causal: bool
     told: bool | None
     window: int | None
+    softcap: float | None
     mask: Tensor | None
     rule: Callable[..., Tensor] | None
 
@@ -181,12 +223,12 @@ def attention_forward(
             f"{type(module).__name__} has attention sinks (s_aux), which attention with a prefix does not support; use "
             "a backbone of another family"
         )
-    probe = probed.get()
+    probe = in_this_pass(probed)
     if probe is not None:
-        sizes = query.shape[2], key.shape[2], key.shape[1], key.shape[3], value.shape[3]
+        sizes = query.shape[2], key.shape[2], query.shape[1], key.shape[1], key.shape[3], value.shape[3]
         says = getattr(module, "is_causal", True) if is_causal is None else is_causal
         rule = probe.rule_of(attention_mask)
-        probe.calls.append(Call(module, *sizes, says, is_causal, sliding_window, attention_mask, rule))
+        probe.calls.append(Call(module, *sizes, says, is_causal, sliding_window, softcap, attention_mask, rule))
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
     slot: LayerSlot | None = vars(module).get(_SLOT)
     if slot is None:
@@ -200,7 +242,7 @@ def attention_forward(
             "backbone or set its attention dropout to 0"
         )
     packed = cu_seq_lens_q is not None
-    if packed_forward.get() and not (packed and attention_mask is None):
+    if in_this_pass(packed_forward) and not (packed and attention_mask is None):
         raise UserError(
             f"{type(module).__name__} does not keep the rows of a packed batch separate: it "
             + ("masks them by its own rule" if packed else "does not pass cu_seq_lens_q on to its attention")
@@ -227,14 +269,15 @@ def attention_forward(
         # Without a mask, SDPA's causal rule starts at the first key; the other keys are unused room of a static cache.
         key, value = key[:, :, :rows], value[:, :, :rows]
         bias = None if bias is None else bias[..., :rows]
-    watch = watched.get()
+    prefix_key, prefix_value = slot.prefix(query.dtype)
+    watch = in_this_pass(watched)
     attend = prefix_attention if watch is None else partial(watch, slot)
     out = attend(
         query,
         key,
         value,
-        _heads_first(slot.key),
-        _heads_first(slot.value),
+        _heads_first(prefix_key),
+        _heads_first(prefix_value),
         scale=scaling,
         # A mask contains the whole rule (causal, window, padding); without a mask the module's own rule applies. An
         # encoder's window always comes as a mask, unless the window is wider than the sequence.
@@ -260,9 +303,9 @@ def _heads_first(prefix: Tensor | tuple[Tensor, ...] | None) -> Tensor | list[Te
 
 def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """Return the mask for `attention_forward`: None for a packed batch, else the same as for SDPA (bool or None)."""
-    if packed_forward.get():
+    if in_this_pass(packed_forward):
         return None
-    probe, padded = probed.get(), padded_forward.get()
+    probe, padded = in_this_pass(probed), in_this_pass(padded_forward)
     masked = kwargs.get("attention_mask") is not None
     if masked and padded is False:
         kwargs["attention_mask"] = None

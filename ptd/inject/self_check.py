@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers import DynamicCache
 
 from ptd.inject.attention import Call
+from ptd.inject.kernel_check import check_kernels
 from ptd.inject.model_cache import window_of
 from ptd.inject.probe import RECURRENT, SOFTMAX, layer_types, ordinary_tokens, packing_obstacle
 from ptd.inject.shortened import shorter, spared_modules
@@ -166,7 +167,10 @@ class SelfCheck:
         return found
 
     def run(self) -> Verdict:
-        """Return the verdict. Raises `UserError` for a model whose results differ even in a padded batch."""
+        """Return the verdict. Raises `UserError` for a model whose results differ even in a padded batch, and for a GPU
+        on which attention itself computes something else than it should."""
+        if not self.blank and self.calls:
+            check_kernels(self.calls, {slot.backend for slot in self.attachment.slots}, self.device, self.model.dtype)
         with self._quietly(), self.attachment.any_backend(), shorter(self.spared):
             packed = self._packing_obstacle()
             self.attachment.verdict = Verdict(packed)  # decides how batches run
@@ -321,7 +325,7 @@ class SelfCheck:
         """Use the keys and values of the first tokens as the prompt, in the layers that run."""
         self.attachment.shift(SHARED)
         for slot, (key, value) in zip(self.attachment.slots, self.cached, strict=False):
-            slot.key, slot.value = key, value
+            slot.hold(key, value)
         try:
             yield
         finally:

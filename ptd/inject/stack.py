@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
-from ptd.inject.attention import LayerSlot, packed_forward, packing_arguments
+from ptd.inject.attention import LayerSlot, in_this_pass, packed_forward, packing_arguments, padded_forward
 from ptd.inject.insertion import first_tokens, interleaved, layout_of_block, mask_with_block
 from ptd.inject.last_layer import Tail
 from ptd.inject.members import PerSequence
@@ -157,8 +157,10 @@ class Stack:
         positions, cache = kwargs.get("position_ids"), kwargs.get("past_key_values")
         if positions is None or kwargs.get("cu_seq_lens_q") is not None or positions.dim() != 2:
             return {}
+        if cache is not None and cache.get_seq_length() > 0:
+            return {}
         starts = (positions.diff(dim=1) != 1).nonzero()
-        if not len(starts) or (cache is not None and cache.get_seq_length() > 0):
+        if not len(starts):
             return {}
         if len(positions) != 1 or self.packing_obstacle is not None:
             why = self.packing_obstacle or "the batch has several rows"
@@ -174,6 +176,8 @@ class Stack:
     def _check_padding(self, mask: Any) -> None:
         # A trusted batch is padded on the right; inspecting its mask would make the host wait for a GPU.
         if self.trusted or self.left_obstacle is None or not isinstance(mask, Tensor) or mask.dim() != 2:
+            return
+        if in_this_pass(padded_forward) is False:
             return
         if not bool(mask[:, 0].all()):
             raise UserError(
@@ -405,17 +409,17 @@ class Stack:
         ids, cache, mask = kwargs.get("input_ids"), kwargs.get("past_key_values"), kwargs.get("attention_mask")
         tokens = kwargs["inputs_embeds"] if ids is None else ids
         seen = cache.get_seq_length() if cache is not None else 0
-        if cache is not None and seen:
+        if (self.in_front or self.cached) and cache is not None and seen:
             seen -= self.front.most + self.cached
         assert isinstance(self.module, PreTrainedModel)
         if self.module.config.model_type in POSITIONS_FROM_MASK and mask is not None and mask.ndim == 2:
             counted: Tensor = mask.long().cumsum(1) - 1
-            return counted.clamp(min=0)[:, seen:]
+            return counted.clamp(min=0)[:, -tokens.shape[1] :]
         if self.first_position and ids is not None:
             useful: Tensor = (ids != self.first_position - 1).long()  # the padding index itself
             return useful.cumsum(1) * useful + (self.first_position - 1)
-        begin = seen + self.first_position
-        return torch.arange(begin, begin + tokens.shape[1], device=tokens.device)[None]
+        # The length of a static cache is a number on the device.
+        return torch.arange(tokens.shape[1], device=tokens.device)[None] + (seen + self.first_position)
 
 
 def stacks_of(model: PreTrainedModel, attention: list[nn.Module], refresh: Callable[[], None]) -> list[Stack]:

@@ -216,12 +216,12 @@ def load_backbone(
 
 def compile_backbone(config: RunConfig, prepared: Prepared) -> None:
     """Compile the backbone if the configuration says so. Call it after `build_member`, which inspects the layers."""
-    if config.backbone.compile and not prepared.attachment.replaces_attention:
+    if config.backbone.compile is True and not prepared.attachment.replaces_attention:
         raise UserError(
             f"backbone.compile: a {prepared.shape.model_type} backbone keeps its own attention code and cache, which "
             "ptd does not compile; set compile: false"
         )
-    if config.backbone.compile:
+    if config.backbone.compile is True:
         compile_layers(prepared.model)
 
 

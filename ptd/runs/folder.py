@@ -26,6 +26,7 @@ FREE_TO_CHANGE = {
     "backbone": {
         "gradient_checkpointing",
         "compile",
+        "liger",
         "attention",
         "sharding",
         "sharding_group_size",

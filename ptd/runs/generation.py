@@ -7,7 +7,9 @@ from itertools import groupby
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from ptd.async_copy import to_device
 from ptd.data.continuations import Reader
 from ptd.data.ends import ends_of_text
 from ptd.distributed.ranks import Ranks
@@ -113,19 +115,16 @@ def _continue(
     """
     tuned = writers[0]
     members = None if tuned.member is None else [each.member or 0 for each in writers]
+    attachment = tuned.prepared.attachment
     model, of_encoder = tuned.prepared.model, tuned.task.output == "seq2seq_lm"
     width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), tokens.pad, device=model.device)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        place = slice(0, len(prompt)) if of_encoder else slice(width - len(prompt), width)
-        ids[row, place] = torch.tensor(prompt, device=model.device)
-        mask[row, place] = 1
+    padded = any(len(prompt) < width for prompt in prompts) or attachment.ragged(members)
+    ids, mask = (to_device(each, model.device) for each in _rectangle(prompts, tokens.pad, left=not of_encoder))
     try:
         config = generation_config(decoding, model.generation_config, tokens, new_tokens)
         also = {"tokenizer": tuned.tokenizer} if config.stop_strings else {}
-        with put_away(model), tuned.prepared.attachment.reading(members):
-            inputs = tuned.prepared.attachment.generation_inputs(ids, mask)
+        with put_away(model), attachment.reading(members), attachment.padding_known(padded):
+            inputs = attachment.generation_inputs(ids, mask)
             output = model.generate(**inputs, generation_config=config, synced_gpus=synced, **also)
     except ValueError as error:
         if not (decoding.generation_config == "model" and set_by_author(model.generation_config)):
@@ -140,6 +139,16 @@ def _continue(
         else:
             texts.append(reader.behind(prompt, written))
     return texts
+
+
+def _rectangle(prompts: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Return token ids and mask ``[B, S]`` of prompts that are padded on the left or right, on the host."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    place = torch.arange(int(lengths.max()))
+    useful = place >= place.shape[0] - lengths[:, None] if left else place < lengths[:, None]
+    ids = torch.full(useful.shape, pad)
+    ids[useful] = torch.tensor([token for prompt in prompts for token in prompt])
+    return ids, useful.long()
 
 
 def tokens_of(tuned: Tuned) -> tuple[Tokens, str | None]:

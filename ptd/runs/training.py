@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ptd.backbone import fusion_of
 from ptd.config import RunConfig, SweepCell
 from ptd.config.deepspeed import apply_deepspeed, check_batch_size
 from ptd.data import Batches
@@ -102,6 +103,7 @@ def train_runs(
     known: dict[str, RunMaterial] = {}
     materials = [_material(plan.config, ranks, reporter, known) for plan in plans]
     first = plans[0].config
+    _tell_fusion(first, ranks, reporter)
     prepared = load_backbone(first, zero3, ranks, list({id(each): each for each in materials}.values()))
     if prepared.attachment.notice is not None:
         reporter.note(f"backbone.attention: {prepared.attachment.notice}")
@@ -156,6 +158,13 @@ def _from_a_common_step(plans: Sequence[PlannedRun], ranks: Ranks, reporter: Rep
             plan.journal.folder = folder
         steps = {folder.step for folder in folders}
         reporter.note(f"continuing after step {max(steps)}" if max(steps) else "starting from the beginning")
+
+
+def _tell_fusion(config: RunConfig, ranks: Ranks, reporter: Reporter) -> None:
+    """Say what runs the layers' elementwise work, unless it is what every backbone on a CPU has."""
+    fusion = fusion_of(config.backbone, ranks.device.type)
+    if ranks.device.type != "cpu" or fusion.by != "transformers":
+        reporter.note(str(fusion))
 
 
 def _material(config: RunConfig, ranks: Ranks, reporter: Reporter, known: dict[str, RunMaterial]) -> RunMaterial:
@@ -414,5 +423,6 @@ def journal_of(config: RunConfig, folder: RunFolder, ranks: Ranks) -> Journal:
         "units": True,
         "world_size": ranks.world_size,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "layers_run_by": fusion_of(config.backbone, ranks.device.type).by,
     }
     return Journal(folder, facts, is_main=ranks.is_main)

@@ -88,7 +88,8 @@ def run_file(folder: Path, path_of_backbone: Path, **sections: Any) -> Path:
 
 def test_a_run_that_can_start(tmp_path: Path, backbone_dir: Path) -> None:
     checks = {check.name: check for check in check_run(run_file(tmp_path, backbone_dir), ["train.save_total_limit=3"])}
-    assert list(checks) == ["run file", "output folder", "run folder", "data", "backbone", "rows", "disk space"]
+    places = ["output folder", "run folder", "data"]
+    assert list(checks) == ["run file", *places, "backbone", "layers", "rows", "disk space"]
     assert {check.status for check in checks.values()} == {"ok"}
     # The prefix has keys and values of 4 tokens for 2 layers with 2 heads of 8 numbers: 256 numbers.
     assert f"{decimal_size(bytes_to_write(256, 256, 3, 8))} needed" in checks["disk space"].found

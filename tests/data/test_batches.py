@@ -217,6 +217,13 @@ def test_order_is_a_new_permutation_each_epoch_and_seed():
     assert make(examples, shuffle=False).rows(26) == [2, 3]
 
 
+def test_padded_batches_in_order_have_rows_of_similar_length() -> None:
+    examples = make_examples([3, 9, 1, 9, 4, 2])
+    batches = make(examples, size=2, shuffle=False, packing=False)
+    assert [batches.rows(step) for step in range(batches.steps_in_epoch(0))] == [[1, 3], [4, 0], [5, 2]]
+    assert make(examples, size=2, shuffle=False).rows(0) == [0, 1]
+
+
 def test_random_access_is_stateless():
     examples = make_examples([3, 5, 2, 7, 4, 1, 6] * 5)
     for options in ({}, {"max_tokens": 9}):

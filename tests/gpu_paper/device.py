@@ -67,7 +67,7 @@ EMULATED = not _has_cuda() and COMPILER is not None
 if EMULATED:
     assert COMPILER is not None
     assert "torch" not in sys.modules, "load this before torch, which looks for its CUDA once"
-    os.environ |= {"TRITON_INTERPRET": "1", "PTD_KERNELS_TUNE": "0"}
+    os.environ |= {"TRITON_INTERPRET": "1", "PTD_KERNELS_INTERPRET": "1", "PTD_KERNELS_TUNE": "0"}
     for name in ("libc10.so", "libtorch_cpu.so"):
         ctypes.CDLL(str(_torch_folder() / "lib" / name), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(_built(COMPILER)))
@@ -76,7 +76,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from tests.gpu_paper.kernels import KERNELS  # noqa: E402
+from tests.gpu_paper.kernels import KERNELS, SHAPES  # noqa: E402
 
 aten = torch.ops.aten
 WAITS = {
@@ -109,8 +109,8 @@ class Seen:
     def ran(self, op: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Do nothing; a subclass may inspect the tensors of an operation that the emulated GPU has run."""
 
-    def ran_triton(self, name: str, arguments: dict[str, Any], grid: tuple[int, ...]) -> None:
-        """Do nothing; a subclass may inspect a launch of a Triton kernel, its arguments by name and its grid."""
+    def ran_triton(self, kernel: Any, arguments: dict[str, Any]) -> None:
+        """Do nothing; a subclass may inspect the arguments of a Triton kernel that the emulated GPU has launched."""
 
     def wait(self, name: str) -> None:
         """Record that the host waits."""
@@ -144,6 +144,11 @@ def _launches(name: str) -> None:
 def _ran(op: Any, args: Any, kwargs: Any, out: Any) -> None:
     for seen in _watching:
         seen.ran(op, args, kwargs, out)
+
+
+def _ran_triton(kernel: Any, arguments: dict[str, Any]) -> None:
+    for seen in _watching:
+        seen.ran_triton(kernel, arguments)
 
 
 def _waits(name: str) -> None:
@@ -280,7 +285,7 @@ def _shapes(op: Any, args: Any, kwargs: Any) -> Any:
         return type(value)(map(allocated, value)) if isinstance(value, list | tuple) else value
 
     given = {name: described(value) for name, value in kwargs.items() if name != "generator"}
-    out = op(*described(args), **given)
+    out = SHAPES.get(op.overloadpacket, op)(*described(args), **given)
     for name in _written(op):  # an output that the operation itself resizes
         if isinstance(kwargs.get(name), Tensor) and kwargs[name].shape != given[name].shape:
             kwargs[name].resize_(given[name].shape)
@@ -516,14 +521,11 @@ def _emulate() -> None:
 
         def launch(self: Any, *args: Any, **kwargs: Any) -> None:
             _launches(f"triton.{self.fn.__name__}")
-            given = inspect.getcallargs(self.fn, *args, **{k: v for k, v in kwargs.items() if k in self.arg_names})
-            grid = self.grid(given) if callable(self.grid) else self.grid
-            for seen in _watching:
-                seen.ran_triton(self.fn.__name__, given, grid)
-            if _without_numbers:
-                return
-            with _unseen():  # the interpreter's own copies
-                interpret(self, *args, **kwargs)
+            if not _without_numbers:
+                with _unseen():  # the interpreter's own copies
+                    interpret(self, *args, **kwargs)
+            own = {name: value for name, value in kwargs.items() if name in self.arg_names}
+            _ran_triton(self.fn, inspect.getcallargs(self.fn, *args, **own))
 
         GridExecutor.__call__ = launch
 

@@ -145,6 +145,119 @@ def _cudnn_backward(
     return tuple(x.transpose(1, 2) for x in found)
 
 
+# ---- torch's memory-efficient attention (xFormers' CUTLASS kernels): [B, S, H, X], as many heads of keys as of queries
+
+
+def _check_efficient(*tensors: Tensor) -> None:
+    for x in tensors:
+        numbers = 16 // x.element_size()
+        assert x.dtype in (torch.float32, *HALF), x.dtype
+        assert x.dtype == tensors[0].dtype, "another dtype is read as if it were this one"
+        assert x.stride(-1) == 1, x.stride()
+        assert x.shape[-1] % numbers == 0, x.shape
+        assert not any(stride % numbers for stride in x.stride()[:-1]), x.stride()
+        assert x.data_ptr() % 16 == 0, "an address that is no multiple of 16 bytes"
+        assert x.shape[2] == tensors[0].shape[2], "the heads of keys are not repeated"
+
+
+def _check_bias(bias: Tensor | None, q: Tensor, k: Tensor, packed: bool) -> None:
+    if bias is not None:
+        assert not packed, "a bias and packing exclude each other"
+        assert bias.dtype == q.dtype
+        assert bias.shape == (q.shape[0], q.shape[2], q.shape[1], k.shape[1]), bias.shape
+        assert bias.stride(3) == 1
+        assert not any(stride % (16 // bias.element_size()) for stride in bias.stride()[:3]), bias.stride()
+        assert bias.data_ptr() % 16 == 0
+
+
+def _efficient_scores(
+    q: Tensor, k: Tensor, bias: Tensor | None, here: Any, there: Any, scale: float | None, kind: int
+) -> Tensor:
+    """Return ``[H, S, T]`` in fp32. ``kind``: 0 all keys; 1 row i sees key i; 2 the last row sees the last key."""
+    rows, keys = q[here].shape[0], k[there].shape[0]
+    assert kind != 2 or rows <= keys, "rows without keys keep what was in the memory of the output"
+    scores = _scores(q[here], k[there], scale, False, None, None)
+    if bias is not None:
+        scores = scores + bias[here].float()
+    if kind:
+        seen = torch.arange(rows)[:, None] + (keys - rows if kind == 2 else 0) >= torch.arange(keys)
+        scores = scores.masked_fill(~seen, -torch.inf)
+    return scores
+
+
+def _efficient_forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, starts_q: Tensor | None, starts_k: Tensor | None,
+    longest_q: int | None, longest_k: int | None, dropout: float, kind: int, wants_lse: bool = False, *,
+    scale: float | None = None, seqlen_k: Tensor | None = None, window_size: int | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
+    packed = starts_q is not None
+    _check_efficient(q, k, v)
+    _check_bias(bias, q, k, packed)
+    assert wants_lse
+    assert dropout == 0.0
+    assert seqlen_k is window_size is None
+    assert not packed or q.shape[0] == 1
+    longest = q.shape[1] if longest_q is None else longest_q
+    assert starts_q is None or longest >= int(starts_q.diff().max()), "max_q is less than the longest sequence"
+    out = torch.full((*q.shape[:3], v.shape[3]), torch.nan, dtype=q.dtype)
+    sequences = q.shape[0] if starts_q is None else starts_q.numel() - 1
+    lse = torch.full((sequences, q.shape[2], -(-longest // 32) * 32), torch.nan)
+    for number, (here, there) in enumerate(_sequences(q, k, starts_q, starts_k)):
+        here, there = ((0, here), (0, there)) if packed else (here, there)
+        scores = _efficient_scores(q, k, bias, here, there, scale, kind)
+        weights = torch.softmax(scores, -1).nan_to_num()
+        out[here] = torch.einsum("hst,thd->shd", weights, v[there].float()).to(q.dtype)
+        rows = scores.shape[1]
+        found = scores.logsumexp(-1)
+        lse[number, :, :rows] = found.masked_fill(found == -torch.inf, 0.0)
+        lse[number, :, rows : -(-rows // 32) * 32] = torch.inf
+    state = torch.zeros((), dtype=torch.int64)
+    return out, lse, state, state.clone(), longest, k.shape[1] if longest_k is None else longest_k
+
+
+def _efficient_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, starts_q: Tensor | None,
+    starts_k: Tensor | None, longest_q: int, longest_k: int, lse: Tensor, dropout: float, seed: Tensor, offset: Tensor,
+    kind: int, needs_bias: bool, *, scale: float | None = None, num_splits_key: int | None = None,
+    window_size: int | None = None, shared_storage_dqdkdv: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Use only ``out`` and ``lse``, which may be those of a softmax over more keys."""
+    packed = starts_q is not None
+    _check_efficient(dout.contiguous(), q, k, v, out)
+    _check_bias(bias, q, k, packed)
+    assert out.is_contiguous(), "the kernel does not read its strides"
+    assert lse.dtype == torch.float32
+    assert not any(stride % 8 for stride in lse.stride()[:2]), lse.stride()
+    assert lse.shape[2] % 32 == 0, lse.shape
+    assert window_size is None, "its formula for a window ignores that the last query may see the last key"
+    assert not needs_bias
+    assert longest_q <= q.shape[1]
+    assert longest_k <= k.shape[1]
+    gradients = tuple(torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v))
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    for number, (here, there) in enumerate(_sequences(q, k, starts_q, starts_k)):
+        here, there = ((0, here), (0, there)) if packed else (here, there)
+        scores = _efficient_scores(q, k, bias, here, there, scale, kind)
+        rows = scores.shape[1]
+        assert bool(lse[number, :, rows : -(-rows // 32) * 32].isposinf().all()), "rows of no query are not inf"
+        weights = (scores - lse[number, :, :rows, None]).exp()
+        given = dout[here].float()
+        delta = (given * out[here].float()).sum(-1).t()
+        dscores = weights * (torch.einsum("shd,thd->hst", given, v[there].float()) - delta[..., None]) * factor
+        found = (
+            torch.einsum("hst,thd->shd", dscores, k[there].float()),
+            torch.einsum("hst,shd->thd", dscores, q[here].float()),
+            torch.einsum("hst,shd->thd", weights, given),
+        )
+        for gradient, where, one in zip(gradients, (here, there, there), found, strict=True):
+            gradient[where] = one.to(gradient.dtype)
+    return *gradients, torch.zeros(())
+
+
+def _efficient_backward_shapes(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)), q.new_empty(())
+
+
 # ---- an LSTM's cell
 
 
@@ -217,6 +330,8 @@ KERNELS: dict[Any, Any] = {
     aten._flash_attention_backward: _flash_backward,
     aten._scaled_dot_product_cudnn_attention: _cudnn_forward,
     aten._scaled_dot_product_cudnn_attention_backward: _cudnn_backward,
+    aten._efficient_attention_forward: _efficient_forward,
+    aten._efficient_attention_backward: _efficient_backward,
     aten._thnn_fused_lstm_cell: _lstm_cell,
     aten._thnn_fused_lstm_cell_backward_impl: _lstm_cell_backward,
     aten._scaled_mm: _scaled_mm,
@@ -225,3 +340,5 @@ KERNELS: dict[Any, Any] = {
     aten.histc: _histc,
     aten._fused_sdp_choice: _sdp_choice,
 }
+SHAPES: dict[Any, Any] = {aten._efficient_attention_backward: _efficient_backward_shapes}
+"""Results without numbers of operations for which torch's own function for this fails."""

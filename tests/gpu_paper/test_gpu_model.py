@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -15,15 +16,19 @@ from typing import Any
 
 import pytest
 import torch
+from ptd_kernels import prefix_attention
 from torch import Tensor
 
-from tests.gpu_paper.device import EMULATED, watched
+from tests.gpu_paper.device import EMULATED, shapes_only, watched
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from gpu_model import CELLS, comparison, report
+from gpu_model_decode import CELLS as TOKENS
+from gpu_model_decode import part_of, prediction_of_token, report_on_tokens, trace_token
 from gpu_model_roofline import GPUS, SHORTEST, prediction, seconds
 from gpu_model_trace import PARTS, Launch, Launches, launches_of, trace
+from gpu_model_triton import TILE_PRODUCTS, touched
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="nothing is emulated")
 
@@ -31,28 +36,28 @@ GPU = torch.device("cuda", 0)
 traced = cache(trace)
 P32, P512, P2048, ONE_ROW, RECOMPUTED, B8 = CELLS
 LAYER = {
-    P32: {"GEMMs": 14, "attention": 3, "prefix gradient": 4, "merging": 3, "autograd elementwise": 56,
-          "transformers elementwise": 30, "optimizer": 2},
-    P512: {"GEMMs": 14, "attention": 3, "prefix gradient": 6, "merging": 3, "autograd elementwise": 56,
-           "transformers elementwise": 30, "optimizer": 2},
-    P2048: {"GEMMs": 14, "attention": 3, "prefix gradient": 5, "merging": 3, "autograd elementwise": 56,
-            "transformers elementwise": 30, "optimizer": 2},
-    ONE_ROW: {"GEMMs": 14, "attention": 3, "prefix gradient": 4, "merging": 3, "autograd elementwise": 56,
-              "transformers elementwise": 30, "optimizer": 2},
-    RECOMPUTED: {"GEMMs": 20, "attention": 5, "prefix gradient": 4, "merging": 6, "autograd elementwise": 56,
-                 "transformers elementwise": 59, "optimizer": 2},
-    B8: {"GEMMs": 14, "attention": 3, "prefix gradient": 4, "merging": 3, "autograd elementwise": 56,
-         "transformers elementwise": 30, "optimizer": 2},
+    P32: {"GEMMs": 14, "attention": 3, "prefix gradient": 4, "merging": 3, "autograd elementwise": 4,
+          "transformers elementwise": 5, "optimizer": 2},
+    P512: {"GEMMs": 14, "attention": 3, "prefix gradient": 6, "merging": 3, "autograd elementwise": 4,
+           "transformers elementwise": 5, "optimizer": 2},
+    P2048: {"GEMMs": 14, "attention": 3, "prefix gradient": 5, "merging": 3, "autograd elementwise": 4,
+            "transformers elementwise": 5, "optimizer": 2},
+    ONE_ROW: {"GEMMs": 14, "attention": 3, "prefix gradient": 4, "merging": 3, "autograd elementwise": 4,
+              "transformers elementwise": 5, "optimizer": 2},
+    RECOMPUTED: {"GEMMs": 20, "attention": 5, "prefix gradient": 4, "merging": 6, "autograd elementwise": 4,
+                 "transformers elementwise": 9, "optimizer": 2},
+    B8: {"GEMMs": 14, "attention": 3, "prefix gradient": 4, "merging": 3, "autograd elementwise": 4,
+         "transformers elementwise": 5, "optimizer": 2},
 }  # fmt: skip
 """Launches of a layer of the middle, forward and backward, by part; none of the parts that are missing here. The two
 of the optimizer copy the gradients of keys and values into the flat gradient."""
 STEP = {
-    P32: {"GEMMs": 446, "attention": 95, "prefix gradient": 128, "merging": 96, "autograd elementwise": 1779,
-          "transformers elementwise": 978, "loss": 24, "optimizer": 109, "other": 16},
-    RECOMPUTED: {"GEMMs": 642, "attention": 160, "prefix gradient": 128, "merging": 192, "autograd elementwise": 1821,
-                 "transformers elementwise": 1906, "loss": 24, "optimizer": 109, "other": 16},
-    B8: {"GEMMs": 446, "attention": 95, "prefix gradient": 128, "merging": 96, "autograd elementwise": 1779,
-         "transformers elementwise": 978, "loss": 40, "optimizer": 109, "other": 16},
+    P32: {"GEMMs": 446, "attention": 95, "prefix gradient": 128, "merging": 96, "autograd elementwise": 139,
+          "transformers elementwise": 171, "loss": 23, "optimizer": 111, "other": 17},
+    RECOMPUTED: {"GEMMs": 642, "attention": 160, "prefix gradient": 128, "merging": 192, "autograd elementwise": 146,
+                 "transformers elementwise": 299, "loss": 23, "optimizer": 111, "other": 17},
+    B8: {"GEMMs": 446, "attention": 95, "prefix gradient": 128, "merging": 96, "autograd elementwise": 139,
+         "transformers elementwise": 171, "loss": 39, "optimizer": 111, "other": 17},
 }  # fmt: skip
 """Launches of a whole step, by part."""
 
@@ -158,9 +163,94 @@ def test_a_triton_launch_costs_what_its_arguments_say() -> None:
     partial = 4 * 2 * P * H * D * 2  # two tiles of rows are two splits
     assert (launch.read, launch.written) == (4 * rows + 2 * keys + 4 * H * S, rows + partial)
     assert launch.flops == 2 * 5 * H * 128 * 32 * D  # tiles of 64 rows and 32 keys
-    unpriced = "no price for this launch of the Triton kernel forward_kernel"
-    with pytest.raises(RuntimeError, match=unpriced), watched(seen):
-        torch.ops.ptd_kernels.shared_keys(q, k, k, 1.0, None)
+
+
+def test_the_products_of_own_keys_are_those_of_the_tiles_that_rows_see() -> None:
+    """Four packed sequences of 256 causal rows, in tiles of 64 rows and 64 keys, and a prefix of five keys."""
+    q, prefix = (torch.ones(1, length, 2, 16, device=GPU).transpose(1, 2) for length in (1024, 5))
+    bounds = torch.arange(0, 1025, 256, dtype=torch.int32, device=GPU)
+    seen = Launches()
+    with shapes_only(), watched(seen):
+        k, v, prefix_v = q.clone(), q.clone(), prefix.clone()
+        seen.counts.clear()
+        prefix_attention(q, k, v, prefix[0], prefix_v[0], cu_seqlens=bounds, max_seqlen=256, backend="triton")
+    (launch,) = (each for each in seen.counts if each.operator == "triton.forward_kernel")
+    assert (launch.part, launch.rate) == ("attention", "fp32")
+    tiles = (1 + 2 + 3 + 4) + 4 * 1
+    assert launch.flops == 4 * 16 * (2 * 4 * tiles * 64 * 64)
+    assert launch.read == q.numel() * 4 * 3 + 2 * prefix.numel() * 4 + bounds.numel() * 4
+
+
+def test_a_kernel_with_unknown_products_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(TILE_PRODUCTS, "forward_kernel")
+    q = torch.ones(1, 2, 9, 16, device=GPU)
+    unpriced = "no FLOPs for the Triton kernel forward_kernel"
+    with pytest.raises(RuntimeError, match=unpriced), watched(Launches()):
+        prefix_attention(q, q, q, None, None, backend="triton")
+
+
+def liger_kernel(module: str, name: str) -> Any:
+    return getattr(pytest.importorskip(f"liger_kernel.ops.{module}"), name).fn
+
+
+def arguments_of(kernel: Any) -> dict[str, Any]:
+    """Return tensors for the pointers of a kernel, and ones for its other parameters."""
+    names = inspect.signature(kernel).parameters
+    bare = ("cos", "sin", "out", "dout", "delta")
+    return {name: torch.ones(1) if name in bare or name.endswith("_ptr") else 1 for name in names}
+
+
+TRITON: dict[str, tuple[str, str, dict[str, Any], str, str]] = {
+    "in its own memory": ("rope", "_triton_rope", {"BACKWARD_PASS": True}, "q_ptr k_ptr cos sin", "q_ptr k_ptr"),
+    "pointers that move": ("swiglu", "_swiglu_backward_kernel", {}, "dc_ptr a_ptr b_ptr", "a_ptr b_ptr"),
+    "branches not taken": (
+        "fused_add_rms_norm", "_fused_add_rms_norm_backward_kernel",
+        {"COMPUTE_DW": False, "has_dS_out": False, "casting_mode": 0}, "dY_ptr X_ptr W_ptr RSTD_ptr", "dX_ptr",
+    ),
+    "branches taken": (
+        "fused_add_rms_norm", "_fused_add_rms_norm_backward_kernel",
+        {"COMPUTE_DW": True, "has_dS_out": True}, "dY_ptr dS_out_ptr X_ptr W_ptr RSTD_ptr", "dX_ptr dW_ptr",
+    ),
+}  # fmt: skip
+"""Kernels of Liger: arguments that decide, and what the kernel reads and writes."""
+
+
+@pytest.mark.parametrize("case", TRITON)
+def test_what_a_triton_kernel_reads_and_writes(case: str) -> None:
+    module, name, decisive, read, written = TRITON[case]
+    kernel = liger_kernel(module, name)
+    assert touched(kernel, arguments_of(kernel) | decisive) == (set(read.split()), set(written.split()), False)
+
+
+def test_the_accesses_of_helpers_count() -> None:
+    """`delta_kernel` loads in a function that it calls."""
+    from ptd_kernels.prefix_attention.fused.backward import delta_kernel
+
+    assert touched(delta_kernel.fn, arguments_of(delta_kernel.fn)) == ({"out", "dout"}, {"delta"}, False)
+
+
+def test_the_traffic_of_a_triton_kernel() -> None:
+    """SwiGLU's backward pass reads three tensors and writes two, and only those change."""
+    swiglu = pytest.importorskip("liger_kernel.ops.swiglu")
+    a, b, dc = (torch.randn(2, 8, device=GPU) for _ in range(3))
+    before = [x.clone() for x in (a, b, dc)]
+    swiglu.float = Scalar
+    seen = Launches()
+    try:
+        with watched(seen):
+            swiglu.swiglu_backward(a, b, dc)
+    finally:
+        del swiglu.float
+    (launch,) = seen.counts
+    assert (launch.operator, launch.read, launch.written) == ("triton._swiglu_backward_kernel", 3 * 64, 2 * 64)
+    assert [torch.equal(x, old) for x, old in zip((a, b, dc), before, strict=True)] == [False, False, True]
+
+
+class Scalar(float):
+    """A Python number with Triton's ``to``, which the interpreter passes instead of a scalar."""
+
+    def to(self, dtype: Any) -> Scalar:
+        return self
 
 
 def test_a_launch_takes_as_long_as_its_slowest_limit() -> None:
@@ -208,3 +298,31 @@ def test_the_report_has_every_predicted_row() -> None:
     shown = report([row, failed])
     assert f"| {P32} | H100 | {row['milliseconds']:.0f} | {row['tokens_per_second']:,} |" in shown
     assert P512 not in shown
+
+
+# ---- a generated token
+
+OF_TOKEN = {"GEMMs": 7, "attention": 2, "cache": 2, "transformers": 5}
+"""Launches of a layer for a generated token, by part."""
+SINGLE, PADDED, STATIC = list(TOKENS)[:3]
+
+
+@pytest.mark.parametrize(("name", "more"), [(SINGLE, {}), (PADDED, {}), (STATIC, {"cache": 5})])
+def test_a_token_launches_no_more(name: str, more: dict[str, int]) -> None:
+    cell = TOKENS[name]
+    found, layer = trace_token(cell)
+    launches = Counter[str]()
+    for launch, count in layer.items():
+        launches[part_of(launch)] += count
+    most = OF_TOKEN | more
+    assert {part: count for part, count in launches.items() if count > most[part]} == {}
+    attention = [launch for launch in layer if part_of(launch) == "attention"]
+    assert {launch.operator for launch in attention} == {"triton.decode_kernel", "triton.merge_splits_kernel"}
+    # Keys and values in bf16, once; queries, results and partial results are small beside them.
+    keys = 2 * 2 * cell.sizes.hidden * (cell.rows * (cell.context + 128 * (cell.cache == "static")) + 32)
+    assert keys <= sum(launch.read for launch in attention) < 1.02 * keys
+    row = {"cell": name, "gpu": "H100", "outcome": "predicted"}
+    row |= prediction_of_token(cell, found, layer, GPUS["H100"])
+    assert row["launches_per_layer"] == sum(launches.values())
+    assert row["floor_milliseconds"] < row["milliseconds"]
+    assert f"| {name} | H100 | {row['milliseconds']:.2f} |" in report_on_tokens([row])

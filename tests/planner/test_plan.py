@@ -183,11 +183,29 @@ def test_a_head_on_labels_that_are_not_known_yet(tmp_path: Path) -> None:
 
 def test_the_attention_of_a_gpu_needs_no_scores(tmp_path: Path) -> None:
     """In bfloat16 a GPU has a flash kernel; in float32 plain torch stores slices of the scores."""
-    tiny_config("llama", hidden_size=256, num_attention_heads=4).save_pretrained(tmp_path)
-    data = {"max_length": 250}
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": 2048}
+    tiny_config("llama", **sizes).save_pretrained(tmp_path)
+    data = {"max_length": 1000}
     half = trace_run(run(tmp_path, backbone={"dtype": "bfloat16"}, data=data), capability=GPU, local_ranks=1)
     full = trace_run(run(tmp_path, backbone={"dtype": "float32"}, data=data), capability=GPU, local_ranks=1)
     assert step_peak(full) > 2.5 * step_peak(half)
+
+
+def test_layers_in_ligers_kernels_store_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU they are the default. The products stay the same."""
+    pytest.importorskip("liger_kernel")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    tiny_config("llama", hidden_size=256, num_attention_heads=4, intermediate_size=704).save_pretrained(tmp_path)
+    found = {}
+    for liger in ("auto", False):
+        config = run(tmp_path, backbone={"dtype": "bfloat16", "liger": liger}, data={"max_length": 250})
+        found[liger] = plan(config, alternatives=False)
+        by = "Liger's kernels" if liger else "transformers' own code"
+        assert any(f"run in {by}" in line for line in found[liger].assumptions)
+    assert step_peak(found["auto"].trace) < 0.7 * step_peak(found[False].trace)
+    assert found["auto"].trace.flops == found[False].trace.flops
+    on_cpu = plan(run(tmp_path), device="cpu", alternatives=False)
+    assert not any("Liger" in line for line in on_cpu.assumptions)
 
 
 def test_a_wide_encoder_is_shared_by_the_ranks_of_a_node(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ SOURCES = {
     "key_gradient": backward.key_gradient_kernel,
     "prefix_gradient": backward.prefix_gradient_kernel,
     "decode": decode.decode_kernel,
+    "merge_splits": decode.merge_splits_kernel,
     "delta": backward.delta_kernel,
     "short_prefix": short_prefix.short_prefix_kernel,
     "merge": merge.merge_kernel,
@@ -52,11 +53,13 @@ VARIANTS = {
     "window": ("CAUSAL", "WINDOW"),
     "softcap": ("CAUSAL", "SOFTCAP"),
     "bias": ("BIAS",),
+    "mask": ("BIAS",),
     "several": ("CAUSAL", "PACKED", "SEVERAL"),
     "all": FEATURES,
     "merge": ("ADD",),
 }
-FP32_RESULTS = {("decode", "out")}
+FP32 = {("decode", "out"), ("merge_splits", "outs"), ("merge_splits", "sums")}
+"""Partial sums, which are in fp32 whatever the queries' dtype."""
 SCALARS = {
     **dict.fromkeys(("inner", "outer", "scale"), "fp32"),
     **dict.fromkeys(("lse", "delta", "partial", "first_lse", "second_lse"), "*fp32"),
@@ -66,12 +69,12 @@ SCALARS = {
 }
 
 
-def signature(name: str, dtype: str) -> tuple[dict[str, str], dict[tuple[int], list[list[Any]]]]:
+def signature(name: str, dtype: str, variant: str) -> tuple[dict[str, str], dict[tuple[int], list[list[Any]]]]:
     """Return the argument types and alignments that a launch with Hugging Face's tensors would give."""
     kernel = SOURCES[name]
     types, attributes = {}, {}
     # Arguments that Triton may not specialise on have no known alignment; pointers and strides are multiples of 16.
-    lengths = {"num_sequences", "S", "T", "P", "window", "group", "tiles", "last_item", "num_prefixes"}
+    lengths = {"num_sequences", "S", "T", "P", "window", "group", "tiles", "last_item", "num_prefixes", "splits"}
     for i, parameter in enumerate(kernel.params):
         argument = parameter.name
         if parameter.is_constexpr:
@@ -80,8 +83,10 @@ def signature(name: str, dtype: str) -> tuple[dict[str, str], dict[tuple[int], l
             types[argument] = SCALARS[argument]
         elif argument in lengths or re.fullmatch(r"\w+_[bhstp]", argument):
             types[argument] = "i32"
-        elif (name, argument) in FP32_RESULTS:
+        elif (name, argument) in FP32:
             types[argument] = "*fp32"
+        elif argument == "bias" and variant == "mask":
+            types[argument] = "*i1"
         else:
             types[argument] = f"*{dtype}"
         if types[argument] not in ("constexpr", "fp32") and argument not in lengths:
@@ -93,6 +98,8 @@ def candidates(name: str, arch: int, dtype: str, D: int, E: int, variant: str) -
     """Return the tiles that such a call may get; the first one is the tile of the table."""
     if name in ("delta", "merge"):
         return (DELTA if name == "delta" else MERGE,)
+    if name == "merge_splits":
+        return (DELTA,)
     if name == "short_prefix":
         tiles = (short_prefix_tile(keys, arch, max(D, E)) for keys in (32, 64))
         return () if dtype == "fp32" else tuple(tile for tile in tiles if tile is not None)
@@ -111,8 +118,8 @@ def compile_kernel(
     constants: dict[str, Any] = {feature: feature in VARIANTS[variant] for feature in FEATURES}
     constants |= {"ADD": "ADD" in VARIANTS[variant], "QUERIES": True}
     constants |= {"D": D, "E": E, "BLOCK_D": padded(D), "BLOCK_E": padded(E)}
-    constants |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
-    types, attributes = signature(name, dtype)
+    constants |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "BLOCK_C": 16, "SPLIT": True}
+    types, attributes = signature(name, dtype, variant)
     constants = {key: value for key, value in constants.items() if key in types}
     source = ASTSource(SOURCES[name], types, constants, attributes)
     began = time.perf_counter()

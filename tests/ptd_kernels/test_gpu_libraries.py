@@ -70,7 +70,7 @@ def test_a_plan_for_a_gpu_has_its_triton_kernels() -> None:
         said = explain_backend(dtype=torch.bfloat16, head_dim=SIZE, backend="merge")[1]
         x = tensors()
         found = out_and_gradients(x, backend="merge")
-    assert ("gradient of the prefix: Triton" in said) == INSTALLED
+    assert ("gradient of the prefix: own Triton kernels" in said) == INSTALLED
     assert [(y.shape, y.dtype) for y in found[1:]] == [(y.shape, y.dtype) for y in x]
 
 

@@ -40,8 +40,8 @@ from torch.utils.checkpoint import checkpoint
 
 # On a CPU, Triton's kernels run only in its interpreter, in a separate process that test_triton_backend.py starts.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# The backend for packed batches on a CPU has its own tests: test_joined.py.
-NOT_HERE = ("joined",) if INTERPRETED or DEVICE != "cpu" else ("joined", "triton")
+# Backends for special calls have their own tests: test_joined.py, and test_triton_backend.py for `decode`.
+NOT_HERE = ("joined", "decode") if INTERPRETED or DEVICE != "cpu" else ("joined", "decode", "triton")
 BACKENDS = [
     name for name in available_backends() if name not in (NOT_HERE if DEVICE != "cpu" else (*NOT_HERE, *LIBRARIES))
 ]

@@ -18,6 +18,7 @@ import pytest
 import torch
 from ptd_kernels import available_backends, explain_backend, prefix_attention
 from ptd_kernels.prefix_attention.fused.tile_table import Tile
+from ptd_kernels.prefix_attention.segments import EAGER, OWN_TRITON, OWN_TRITON_BIASED, Rule
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -43,8 +44,14 @@ def test_in_the_interpreter() -> None:
 
 
 def test_triton_is_never_chosen_unasked() -> None:
-    assert available_backends()[:3] == ("joined", "merge", "reference")
-    assert explain_backend()[0] != "triton"
+    assert available_backends()[:4] == ("decode", "joined", "merge", "reference")
+    assert explain_backend()[0] not in ("triton", "decode")
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU it is chosen")
+def test_decoding_on_a_cpu_is_not_interpreted() -> None:
+    with pytest.raises(ValueError, match=r"'decode' cannot do this: .*needs an NVIDIA GPU"):
+        explain_backend(backend="decode")
 
 
 @interpreted
@@ -119,6 +126,56 @@ def test_split_keys_of_triton(S: int, options: dict[str, Any], B: int, P: int, T
     assert_close(
         out_and_gradients(x, backend="triton", **options), out_and_gradients(x, backend="reference", **options), 1e-5
     )
+
+
+DECODING: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "window, softcap": {"window": 40, "softcap": 2.0},
+    "padded": {"causal": False, "mask": (torch.arange(300) >= torch.tensor([[0], [290]]))[:, None, None]},
+    "mask of a head": {"causal": False, "mask": torch.arange(4 * 300).view(1, 4, 1, 300) % 3 > 1},
+    "nothing visible": {"causal": False, "mask": torch.zeros(1, 1, 1, 300, dtype=torch.bool)},
+    "bias": {"bias": torch.linspace(-3, 3, 300).expand(2, 4, 1, 300)},
+    "mask, bias": {
+        "causal": False,
+        "mask": (torch.arange(300) < 200)[None, None, None],
+        "bias": torch.linspace(-3, 3, 300).expand(1, 1, 1, 300),
+    },
+    "several prefixes": {"prefix_index": torch.tensor([1, 0])},
+}
+
+
+@runs
+@pytest.mark.parametrize("P", [0, 5, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", DECODING)
+def test_decoding_equals_the_reference(name: str, dtype: torch.dtype, P: int) -> None:
+    options = {key: x.to(DEVICE) if isinstance(x, Tensor) else x for key, x in DECODING[name].items()}
+    q, _, _, *prefix = leaves(1, P, 20, 12, torch.float32, B=2, Hq=4, Hkv=2)
+    k, v = leaves(300, P, 20, 12, dtype, B=2, Hkv=2)[1:3]
+    if "prefix_index" in options:
+        prefix = [torch.stack([x, 2 * x]) for x in prefix]
+    mask = options.get("mask")
+    if mask is not None:
+        options["mask"] = mask.expand(-1, -1, 1, -1)
+    with torch.no_grad():
+        found = prefix_attention(
+            q.to(dtype), k, v, *prefix, backend="triton" if DEVICE == "cpu" else "decode", **options
+        )
+        exact = prefix_attention(q.to(dtype), k, v, *prefix, backend="reference", **options)
+    assert_close([found], [exact], 1e-5 if dtype == torch.float32 else 1e-2)
+    if P == 0 and name == "nothing visible":
+        assert not found.any()
+
+
+@runs
+@pytest.mark.parametrize("T", [20, 300], ids=["one split", "several splits"])
+def test_the_decode_operator_is_well_behaved(T: int) -> None:
+    from ptd_kernels.prefix_attention.fused.decode_operator import prefix_attention_decode
+
+    q, _, _, *prefix = (x.detach() for x in leaves(1, 3, 8, 8, torch.float32))
+    k, v = (x.detach() for x in leaves(T, 3, 8, 8, torch.float32)[1:3])
+    mask = torch.ones(1, 1, 1, T, dtype=torch.bool, device=DEVICE)
+    torch.library.opcheck(prefix_attention_decode, (q, k, v, *prefix, mask, None, None, 0.3, False, None, None))
 
 
 @pytest.fixture
@@ -270,3 +327,32 @@ def test_triton_goes_on_with_the_next_tile(
     assert len(refused) == 4
     chosen = (tmp_path / "tiles.json").read_text() if timed else ""
     assert chosen.count(str(WIDE.rows)) == 0
+
+
+@runs
+@pytest.mark.parametrize("name", ["packed window", "chunk", "mask", "bias"])
+def test_triton_for_one_segment_equals_plain_torch(name: str) -> None:
+    """With an output and a log-sum-exp of more keys, backward gives this segment's share, as plain torch's does."""
+    q, k, v, *_ = (x.detach() for x in leaves(40, 1, 16, 16, torch.float32))
+    rule = Rule(0.3, softcap=2.0)
+    kernel, same = OWN_TRITON, None
+    if name == "packed window":
+        bounds = torch.tensor([0, 25, 40], device=DEVICE, dtype=torch.int32)
+        number = torch.searchsorted(bounds, torch.arange(40, device=DEVICE), right=True)
+        rule = rule._replace(offset=0, window=9)
+        rule, same = rule._replace(cu_seqlens=bounds, max_seqlen=25), rule._replace(sequences=(number, number))
+    if name == "chunk":
+        q, rule = q[:, :, 23:], rule._replace(offset=23)
+    if name == "mask":
+        kernel, shown = OWN_TRITON_BIASED, torch.rand(1, 1, 40, 40, device=DEVICE) < 0.05
+        rule = rule._replace(mask=shown)
+    if name == "bias":
+        kernel, rule = OWN_TRITON_BIASED, rule._replace(offset=0, bias=torch.randn(1, 2, 40, 40, device=DEVICE))
+    want, got = EAGER.forward(q, k, v, same or rule), kernel.forward(q, k, v, rule)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    lse = torch.logaddexp(want[1], torch.ones_like(want[1]))  # as if there were more keys
+    dout = torch.ones_like(want[0])
+    got = kernel.backward(dout, q, k, v, 0.7 * want[0], lse, rule)
+    for a, b in zip(got, EAGER.backward(dout, q, k, v, 0.7 * want[0], lse, same or rule), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

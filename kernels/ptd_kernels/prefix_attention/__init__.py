@@ -14,7 +14,10 @@ from ptd_kernels.prefix_attention import joined, merge, reference  # noqa: F401 
 from ptd_kernels.prefix_attention.fused import backend as _  # noqa: F401
 from ptd_kernels.prefix_attention.problem import Prefix, available_backends, check_problem, choose_backend
 
-__all__ = ["available_backends", "explain_backend", "prefix_attention"]
+__all__ = ["COMPLETE", "available_backends", "explain_backend", "prefix_attention"]
+
+COMPLETE = ("merge", "merge-plain-torch", "reference")
+"""The backends that solve every problem on every device."""
 
 
 def prefix_attention(
@@ -99,21 +102,28 @@ def explain_backend(
     biased: bool = False,
     packed: bool = False,
     virtual_tokens: int = 1,
+    tokens: int = 2,
     backend: str = "auto",
 ) -> tuple[str, str]:
     """Return ``(name, reason)``: the backend that a training step's calls would use, and why, as text for people.
 
-    Allocates a few bytes on `device`. Raises `ValueError` in the same cases as `prefix_attention`.
+    `tokens`: the length of the sequences, of which some choices depend; two stand for any short length (some libraries
+    refuse one). Allocates a few bytes on `device`. Raises `ValueError` in the same cases as `prefix_attention`.
     """
-    # Two tokens represent a longer sequence: some libraries refuse a single query row or key.
-    q, v = (torch.zeros(1, 1, 2, d, device=device, dtype=dtype) for d in (head_dim, value_head_dim or head_dim))
-    mask = torch.ones(1, 1, 2, 2, device=device, dtype=torch.bool) if masked else None
-    bias = torch.zeros(1, 1, 2, 2, device=device) if biased else None
-    cu_seqlens = torch.tensor([0, 2], device=device, dtype=torch.int32) if packed else None
+    sizes = head_dim, value_head_dim or head_dim
+    q, v = (
+        torch.zeros(1, 1, 1, d, device=device, dtype=dtype, requires_grad=True).expand(-1, -1, tokens, -1)
+        for d in sizes
+    )
+    scores = 1, 1, tokens, tokens
+    mask = torch.ones(1, 1, 1, 1, device=device, dtype=torch.bool).expand(scores) if masked else None
+    bias = torch.zeros(1, 1, 1, 1, device=device, dtype=dtype).expand(scores) if biased else None
+    cu_seqlens = torch.tensor([0, tokens], device=device, dtype=torch.int32) if packed else None
     prefix_k, prefix_v = (x[0, :, :1].expand(1, virtual_tokens, -1) for x in (q, v))
-    problem = check_problem(
-        q, q, v, prefix_k, prefix_v, causal=not masked, softcap=softcap, cu_seqlens=cu_seqlens,
-        max_seqlen=2 if packed else None, mask=mask, bias=bias,
-    )  # fmt: skip
-    chosen = choose_backend(problem, backend)
+    with torch.enable_grad():
+        problem = check_problem(
+            q, q, v, prefix_k, prefix_v, causal=not masked, softcap=softcap, cu_seqlens=cu_seqlens,
+            max_seqlen=tokens if packed else None, mask=mask, bias=bias,
+        )  # fmt: skip
+        chosen = choose_backend(problem, backend)
     return chosen.name, chosen.explains(problem)

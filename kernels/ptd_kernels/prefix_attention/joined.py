@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from ptd_kernels.prefix_attention.problem import Backend, Problem, register_backend, stand_in
+from ptd_kernels.prefix_attention.problem import Backend, Problem, register_backend, stood_in_for
 from ptd_kernels.prefix_attention.segments.kernel import Rule, unit_stride
 from ptd_kernels.prefix_attention.segments.torch_flash_cpu import TORCH_FLASH_CPU, VECTOR, attend, attend_backward
 
@@ -256,7 +256,7 @@ def _ranges(problem: Problem) -> tuple[tuple[int, int], ...]:
 
 def _refuses(problem: Problem) -> str | None:
     p = problem
-    if p.q_BHSD.device.type != "cpu" or stand_in.get() is not None:
+    if p.q_BHSD.device.type != "cpu" or stood_in_for() is not None:
         return f"it needs tensors on the CPU, but they are on {p.q_BHSD.device}"
     if p.offsets is None or not p.q_BHSD.shape[2]:
         return "it needs a packed batch (cu_seqlens) of at least one token"

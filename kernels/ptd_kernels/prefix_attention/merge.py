@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ptd_kernels.prefix_attention.fused.availability import refuses_unasked
 from ptd_kernels.prefix_attention.merge_decode import decode_forward, number_of_parts
 from ptd_kernels.prefix_attention.merge_groups import (
     Group,
@@ -29,8 +30,7 @@ from ptd_kernels.prefix_attention.merge_groups import (
 from ptd_kernels.prefix_attention.merge_outputs import finite_sums, merge_outputs
 from ptd_kernels.prefix_attention.problem import Backend, Problem, nvidia_capability, register_backend
 from ptd_kernels.prefix_attention.reference import reference_attention
-from ptd_kernels.prefix_attention.segments import ON_REQUEST, Gradients, Kernel, Need, Rule, pick
-from ptd_kernels.prefix_attention.segments.shared_keys import unusable
+from ptd_kernels.prefix_attention.segments import EAGER, ON_REQUEST, Gradients, Kernel, Need, Rule, explain_pick, pick
 
 # The fewest rows of a call of plain torch on a pack whose offsets are unknown; many short calls would cost more.
 _FEWEST_ROWS = 512
@@ -285,9 +285,8 @@ class _Merge(torch.autograd.Function):
         else:
             out, lse = segment_forward(own, q, k, v, tiles(own, q, k, rule, offsets))
         if prefix_k is not None and prefix_v is not None and groups:
-            out, lse = merge_outputs(
-                out, lse, *_prefix_forward(q, prefix_k, prefix_v, rule, groups, preferred), q.dtype
-            )
+            of_prefix = _prefix_forward(q, prefix_k, prefix_v, rule, groups, preferred)
+            out, lse = merge_outputs(out, lse, *of_prefix, q.dtype, plain=preferred is EAGER)
         else:
             out, lse = out.to(q.dtype), finite_sums(lse)
         ctx.save_for_backward(q, k, v, prefix_k, prefix_v, out, lse, rule.mask, rule.bias, rule.cu_seqlens)
@@ -368,15 +367,16 @@ def merge_attention(problem: Problem, preferred: Kernel | None = None) -> Tensor
 
 def _explain(problem: Problem, preferred: Kernel | None = None) -> str:
     q, head_size, rule = problem.q_BHSD, problem.v_BHTE.shape[3], _rule(problem)
-    own = pick(Need(q, problem.k_BHTD.shape[2], head_size, rule), preferred)
+    own = explain_pick(Need(q, problem.k_BHTD.shape[2], head_size, rule), preferred)
     keys = 1 if problem.prefix_k_HPD is None else problem.prefix_k_HPD.shape[1]
     prefix, prefix_backward = (
-        pick(Need(q, keys, head_size, _everything(rule), exact), preferred) for exact in (False, True)
+        explain_pick(Need(q, keys, head_size, _everything(rule), exact), preferred) for exact in (False, True)
     )
-    missing = unusable(q) if nvidia_capability(q.device) is not None else None
+    wanted = preferred is None and nvidia_capability(q.device) is not None
+    missing = refuses_unasked(q) if wanted else None
     return (
-        f"one call per segment, merged by log-sum-exp; own tokens: {own.name}; prefix: {prefix.name}; "
-        f"gradient of the prefix: {prefix_backward.name}" + (f" (Triton cannot be used: {missing})" if missing else "")
+        f"one call per segment, merged by log-sum-exp; own tokens: {own}; prefix: {prefix}; "
+        f"gradient of the prefix: {prefix_backward}" + (f" (Triton cannot be used: {missing})" if missing else "")
     )
 
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptd_kernels.prefix_attention.segments.shared_keys import merge_segments, unusable
+from ptd_kernels.prefix_attention.fused.availability import refuses_unasked
+from ptd_kernels.prefix_attention.segments.shared_keys import merge_segments
 
 
 def merge_outputs(
-    out: Tensor, lse: Tensor, prefix_out: Tensor, prefix_lse: Tensor, dtype: torch.dtype
+    out: Tensor, lse: Tensor, prefix_out: Tensor, prefix_lse: Tensor, dtype: torch.dtype, *, plain: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return output ``[B, Hq, S, E]`` in `dtype` and log-sum-exp ``[B, Hq, S]`` over both segments.
 
     A segment's log-sum-exp is -inf for rows that see none of its keys; the result is 0 and 0 for rows that see no key.
-    May overwrite `out`.
+    May overwrite `out`. `plain`: in plain torch, whatever the device.
     """
-    if dtype != torch.float64 and unusable(out) is None:
+    if not plain and dtype != torch.float64 and refuses_unasked(out) is None:
         merged: tuple[Tensor, Tensor] = merge_segments(out, lse, prefix_out, prefix_lse, dtype)
         return merged
     # A sequence without a prefix has prefix_lse -inf; the prefix's share is 0, even if all own keys are hidden.

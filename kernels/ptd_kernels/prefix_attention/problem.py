@@ -24,10 +24,15 @@ stand_in: ContextVar[tuple[int, int] | None] = ContextVar("ptd_kernels_stand_in"
 what that GPU would do. None: CPU tensors represent themselves."""
 
 
+def stood_in_for() -> tuple[int, int] | None:
+    """Return the value of `stand_in`; None while torch.compile traces, which cannot read it and needs data anyway."""
+    return None if torch.compiler.is_compiling() else stand_in.get()
+
+
 def nvidia_capability(device: torch.device) -> tuple[int, int] | None:
     """Return the compute capability of an NVIDIA GPU; for the CPU, the value of `stand_in`; None for other devices."""
     if device.type == "cpu":
-        return stand_in.get()
+        return stood_in_for()
     if device.type != "cuda" or torch.version.cuda is None:
         return None
     return torch.cuda.get_device_capability(device)
@@ -75,6 +80,7 @@ class Backend:
 
 
 _BACKENDS: dict[str, Backend] = {}
+"""By name; the highest priority first."""
 
 
 def register_backend(backend: Backend) -> Backend:
@@ -82,20 +88,23 @@ def register_backend(backend: Backend) -> Backend:
     if backend.name in _BACKENDS or backend.name == "auto":
         raise ValueError(f"prefix_attention backend name {backend.name!r} is already taken; choose another name")
     _BACKENDS[backend.name] = backend
+    ordered = sorted(_BACKENDS.values(), key=lambda each: -each.priority)
+    _BACKENDS.clear()
+    _BACKENDS.update({each.name: each for each in ordered})
     return backend
 
 
 def available_backends() -> tuple[str, ...]:
     """Return the names of the registered backends, the highest priority first."""
-    return tuple(sorted(_BACKENDS, key=lambda name: -_BACKENDS[name].priority))
+    return tuple(_BACKENDS)
 
 
 def choose_backend(problem: Problem, requested: str) -> Backend:
     """Return the backend to use. Raises `ValueError` if the name is unknown or the backend refuses the problem."""
     if requested == "auto":
-        for name in available_backends():
-            if _BACKENDS[name].refuses(problem) is None:
-                return _BACKENDS[name]
+        for backend in _BACKENDS.values():
+            if backend.refuses(problem) is None:
+                return backend
         raise ValueError("no prefix_attention backend supports this problem")
     if requested not in _BACKENDS:
         raise ValueError(f"backend={requested!r} is unknown; expected 'auto' or one of {list(available_backends())}")
@@ -280,7 +289,7 @@ def _check_packing(
         raise ValueError("cu_seqlens and mask exclude each other: packed sequences are separated by their offsets")
     if B != 1 or S != T:
         raise ValueError(f"cu_seqlens needs batch 1 and as many queries as keys; got batch {B}, {S} queries, {T} keys")
-    if cu_seqlens.device.type != "cpu" or stand_in.get() is not None:
+    if cu_seqlens.device.type != "cpu" or stood_in_for() is not None:
         return None
     offsets = tuple(cu_seqlens.tolist())
     if offsets[0] != 0 or offsets[-1] != S or any(a > b for a, b in pairwise(offsets)):

@@ -9,17 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ptd_kernels.prefix_attention.fused.backward import key_gradient_kernel, query_gradient_kernel
-from ptd_kernels.prefix_attention.fused.decode import decode_kernel, merge_parts
 from ptd_kernels.prefix_attention.fused.forward import forward_kernel
 from ptd_kernels.prefix_attention.fused.launch import (
-    WAVES,
     compute_delta,
     count_tiles,
-    device_facts,
     kernel_arguments,
     launch_kernel,
     launching_on,
@@ -27,11 +23,7 @@ from ptd_kernels.prefix_attention.fused.launch import (
     prefix_partials,
     strides_of,
 )
-from ptd_kernels.prefix_attention.fused.tile_table import decode_tile, decodes
 from ptd_kernels.prefix_attention.segments.kernel import split_keys, unit_stride
-
-# The smallest number of key tiles per split of the decode kernel.
-_SPLIT_TILES = 2
 
 
 @torch.library.custom_op("ptd_kernels::prefix_attention", mutates_args=())
@@ -50,10 +42,6 @@ def prefix_attention_forward(
             q, k, v, prefix_k, prefix_v, bias, cu_seqlens, prefix_index, prefix_bounds, scale, causal, window, softcap,
         )  # fmt: skip
         common |= {"out": out, "lse": lse, **strides_of("out", "bhs", out)}
-        if cu_seqlens is None and decodes(S, common["group"], q.dtype != torch.float32):
-            with launching_on(q.device):
-                _decode(common, out, lse)
-            return out, lse
         with launching_on(q.device):
             launch_kernel(forward_kernel, "forward", lambda t: (count_tiles(S, t.rows, common), Hq, B), common, q)
     return out, lse
@@ -104,24 +92,6 @@ def prefix_attention_backward(
             dprefix_k.copy_(dk)
             dprefix_v.copy_(dv)
     return dq, dk, dv, dprefix_k, dprefix_v
-
-
-def _decode(common: dict[str, Any], out: Tensor, lse: Tensor) -> None:
-    """Run the forward pass of few queries, with the keys split over enough programs to fill the device."""
-    B, Hq, S, _ = out.shape
-    architecture, multiprocessors = device_facts(out.device)
-    rows, widest = S * common["group"], max(common["D"], common["E"])
-    tile = decode_tile(rows, architecture, out.dtype != torch.float32, widest)
-    Hkv = Hq // common["group"]
-    keys = common["T"] + common["P"] // max(1, common["num_prefixes"])
-    splits = max(1, min(triton.cdiv(WAVES * multiprocessors, B * Hkv), triton.cdiv(keys, _SPLIT_TILES * tile.keys)))
-    outs, sums = (out.new_empty(splits, *x.shape, dtype=torch.float32) for x in (out, lse))
-    wanted = {key: value for key, value in common.items() if key in decode_kernel.arg_names}
-    wanted |= {"out": outs, "lse": sums, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
-    decode_kernel[(splits, Hkv, B)](**wanted, num_warps=tile.warps, num_stages=tile.stages)
-    whole, total = merge_parts(outs, sums)
-    out.copy_(whole)
-    lse.copy_(total.masked_fill(total == -torch.inf, 0.0))
 
 
 def _gradients(

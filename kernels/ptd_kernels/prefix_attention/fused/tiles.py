@@ -146,9 +146,15 @@ def store_tile(base, stride, first, length, tile, SIZE: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def load_bias(bias, stride, row_M, key_N, rows, keys):
-    """Load the own keys' bias, in base 2 like the scores; `row_M` and `key_N` broadcast against each other."""
+    """Load the own keys' bias, in base 2 like the scores; `row_M` and `key_N` broadcast against each other.
+
+    A boolean bias is a mask: 0 where it is true, else -inf.
+    """
     pointers = bias + row_M.to(tl.int64) * stride + key_N
-    return tl.load(pointers, mask=(row_M < rows) & (key_N < keys), other=0.0).to(tl.float32) * 1.4426950408889634
+    found = tl.load(pointers, mask=(row_M < rows) & (key_N < keys), other=0)
+    if found.dtype == tl.int1:
+        found = tl.where(found, 0.0, -float("inf"))
+    return found.to(tl.float32) * 1.4426950408889634
 
 
 @triton.jit
@@ -156,7 +162,8 @@ def to_nearest(x, dtype: tl.constexpr):
     """Return the fp32 tile `x` in another type, rounded to nearest; by itself, the interpreter truncates to bf16."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
+        x = bits.to(tl.float32, bitcast=True)
     return x.to(dtype)
 
 

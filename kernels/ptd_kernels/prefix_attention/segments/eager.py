@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptd_kernels.prefix_attention.problem import stand_in
+from ptd_kernels.prefix_attention.problem import stood_in_for
 from ptd_kernels.prefix_attention.segments.kernel import Gradients, Kernel, Rule, visible_keys
 
 
@@ -75,7 +75,7 @@ def _max_rows(device: torch.device, heads: int, keys: int, bounded: bool) -> int
     scores = CPU_SCORES
     if device.type == "cuda":
         scores = torch.cuda.get_device_properties(device).total_memory // SHARE
-    elif stand_in.get() is not None:
+    elif stood_in_for() is not None:
         scores = STAND_IN_MEMORY // SHARE
     return max(1, scores // max(1, heads * keys))
 

@@ -9,23 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from ptd_kernels.prefix_attention.fused.availability import INSTALLED, triton_refuses
-from ptd_kernels.prefix_attention.problem import nvidia_capability
+from ptd_kernels.prefix_attention.fused.availability import refuses_unasked
 from ptd_kernels.prefix_attention.segments.kernel import HALF, Gradients, Kernel, Need, Pair, Rule, split_keys
-
-
-def unusable(q: Tensor) -> str | None:
-    """Return why Triton cannot run on the device of `q`, or that CPU tensors without data represent; or None."""
-    capability = nvidia_capability(q.device)
-    if capability is None:
-        return f"it needs an NVIDIA GPU, but the tensors are on {q.device}"
-    if capability < (8, 0):
-        return "it needs compute capability 8.0 or higher"
-    if isinstance(q, FakeTensor):
-        return None if INSTALLED else "Triton is not installed (pip install triton; Linux only)"
-    return triton_refuses(q.device)
 
 
 @torch.library.custom_op("ptd_kernels::shared_keys", mutates_args=())
@@ -122,7 +108,9 @@ def _refuses(need: Need) -> str | None:
     bounded = any(part is not None for part in rule._replace(scale=0.0, softcap=None)[1:])
     if bounded or need.q.shape[0] != 1 or need.keys == 0:
         return "it supports only keys that all rows see (the prefix)"
-    return unusable(need.q)
+    return refuses_unasked(need.q)
 
 
-SHARED_KEYS = Kernel("Triton", _forward, _backward, _refuses, max_rows=None, add_backward=_add_backward)
+SHARED_KEYS = Kernel(
+    "own Triton kernels, shared keys", _forward, _backward, _refuses, max_rows=None, add_backward=_add_backward
+)

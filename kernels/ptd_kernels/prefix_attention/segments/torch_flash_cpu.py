@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptd_kernels.prefix_attention.problem import stand_in
+from ptd_kernels.prefix_attention.problem import stood_in_for
 from ptd_kernels.prefix_attention.segments.kernel import HALF, Gradients, Kernel, Need, Rule, unit_stride, visible_keys
 
 attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -59,7 +59,7 @@ def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: T
 
 
 def _refuses(need: Need) -> str | None:
-    if need.q.device.type != "cpu" or stand_in.get() is not None:
+    if need.q.device.type != "cpu" or stood_in_for() is not None:
         return f"it needs tensors on the CPU, but they are on {need.q.device}"
     if need.rule.softcap is not None:
         return "it supports no softcap"
