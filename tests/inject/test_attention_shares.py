@@ -243,8 +243,8 @@ def test_shares_of_virtual_tokens_in_front(family):
 def loss(model, state, batch, kept=None, shift=None):
     attachment = Attachment(model)
     attachment.set(state(attachment) if callable(state) else state)
-    for stack in attachment.stacks if shift is not None else ():
-        stack.shift = shift
+    if shift is not None:
+        attachment.shift(shift)
     run = Forward(attachment, CPU)
     with torch.no_grad():
         if kept is None:
