@@ -88,9 +88,9 @@ def prefix_attention_backward(
             grid = lambda tile: (count_tiles(T, tile.keys, common), Hkv, B)  # noqa: E731
             launch_kernel(key_gradient_kernel, "key_gradient", grid, own, q)
         if needs_prefix and common["P"]:
-            dk, dv = split_keys(prefix_partials(common, q, Hkv).sum(0), dprefix_k, dprefix_v)
-            dprefix_k.copy_(dk)
-            dprefix_v.copy_(dv)
+            total_k, total_v = split_keys(prefix_partials(common, q, Hkv).sum(0), dprefix_k, dprefix_v)
+            dprefix_k.copy_(total_k)
+            dprefix_v.copy_(total_v)
     return dq, dk, dv, dprefix_k, dprefix_v
 
 
