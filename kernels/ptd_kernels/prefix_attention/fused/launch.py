@@ -156,7 +156,7 @@ def split_rows(items: int, programs: int, q: Tensor) -> int:
     """Return into how many equal parts to split `items` tiles of rows if each part gets `programs` programs."""
     wanted = triton.cdiv(WAVES * device_facts(q.device)[1], programs)
     # Rounded so that no part is empty.
-    return triton.cdiv(items, triton.cdiv(items, max(1, min(items, wanted))))
+    return int(triton.cdiv(items, triton.cdiv(items, max(1, min(items, wanted)))))
 
 
 def prefix_partials(common: dict[str, Any], q: Tensor, Hkv: int, timed: bool = True) -> Tensor:
