@@ -100,19 +100,19 @@ class LayerSlot:
 
     def prefix(self, dtype: torch.dtype) -> tuple[Any, Any]:
         """Return ``key`` and ``value`` for queries of ``dtype``: cast in every pass only if they get gradients."""
-        if self.key is None or self.value is None:
+        key, value = self.key, self.value
+        if key is None or value is None:
             return None, None
-        both = self.key, self.value
-        tensors = [x for each in both for x in (each if isinstance(each, tuple) else (each,))]
-        if torch.is_inference_mode_enabled() or any(x.requires_grad or x.dtype == dtype for x in tensors):
-            return self.key, self.value
         if dtype not in self._cast:
-            key, value = (
-                tuple(x.to(dtype) for x in each) if isinstance(each, tuple) else each.to(dtype)
-                for each in (self.key, self.value)
-            )
-            self._cast[dtype] = key, value
+            tensors = [each for part in (key, value) for each in (part if isinstance(part, tuple) else (part,))]
+            if any(x.requires_grad or x.dtype == dtype for x in tensors) or torch.is_inference_mode_enabled():
+                return key, value
+            self._cast[dtype] = _in_dtype(key, dtype), _in_dtype(value, dtype)
         return self._cast[dtype]
+
+
+def _in_dtype(prefix: Tensor | tuple[Tensor, ...], dtype: torch.dtype) -> Tensor | tuple[Tensor, ...]:
+    return tuple(each.to(dtype) for each in prefix) if isinstance(prefix, tuple) else prefix.to(dtype)
 
 
 @dataclass(frozen=True)
