@@ -197,12 +197,23 @@ class Blueprint:
         return cls(auto_class, model_config, options)
 
 
+def _encoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the encoder of an encoder-decoder. Raises `UserError` if it is no model of its own in transformers."""
+    encoder = model.get_encoder()
+    if not isinstance(encoder, PreTrainedModel):
+        raise UserError(
+            f"backbone.path: the encoder of {type(model).__name__} is a plain {type(encoder).__name__}, no model of "
+            "transformers, so ptd cannot run it alone; use task.kind: seq2seq_lm, or an encoder such as bert"
+        )
+    return encoder
+
+
 def frozen(model: PreTrainedModel, config: BackboneConfig, output: Output) -> PreTrainedModel:
     """Return the part of a model that runs, in eval mode and with frozen parameters."""
     if getattr(model, "is_quantized", False):  # not otherwise: importing bitsandbytes takes two seconds
         keep_differentiable(model)
     if output == "body" and model.config.is_encoder_decoder:
-        model = model.get_encoder()
+        model = _encoder_of(model)
     model.requires_grad_(False)
     model.eval()
     if config.gradient_checkpointing:

@@ -114,6 +114,11 @@ class Attachment:
         encoder: PromptEncoder | None = None,
         forget_passes: Callable[[], None] = lambda: None,
     ) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise UserError(
+                f"backbone.path: a {type(model).__name__} is no model of transformers, only a part of one, so no prompt can "
+                f"be attached to it; {SUPPORTED}"
+            )
         check_supported(type(model), model.config)
         check_backend(backend)
         if any(has_slot(module) for module in model.modules()):

@@ -89,6 +89,8 @@ class Stack:
         self._check_padding(kwargs.get("attention_mask"))
         if (self.inserts or self.cached) and not self.trusted and kwargs.get("attention_mask") is None:
             kwargs |= self._packing_by_positions(kwargs)
+        if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
+            return self._without_tokens(kwargs)
         tokens, bounds = _tokens_of(kwargs), kwargs.get("cu_seq_lens_q")
         sequences = tokens.shape[0] if bounds is None else len(bounds) - 1
         self.choose(self, sequences, tokens, kwargs.get("past_key_values"))
@@ -109,6 +111,16 @@ class Stack:
         if self.source_front.most and source is not None:
             kwargs["encoder_attention_mask"] = self._with_source(mask, source)
         self._begin_tail(kwargs)
+        return (), kwargs
+
+    def _without_tokens(self, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Let a pass run that has no tokens for this stack (FSMT's decoder has its own argument). Raises `UserError`
+        if a prompt is attached, which such a pass would ignore."""
+        if self.soft is not None or self.shift.most or self.inserts or self.cached:
+            raise UserError(
+                f"{type(self.module).__name__} received neither input_ids nor inputs_embeds, so its prompt has no "
+                "place; pass the tokens, or use a backbone of another family"
+            )
         return (), kwargs
 
     @property
