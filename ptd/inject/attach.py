@@ -116,8 +116,8 @@ class Attachment:
     ) -> None:
         if not isinstance(model, PreTrainedModel):
             raise UserError(
-                f"backbone.path: a {type(model).__name__} is no model of transformers, only a part of one, so no prompt "
-                f"can be attached to it; {SUPPORTED}"
+                f"backbone.path: a {type(model).__name__} is no model of transformers, only a part of one, so it takes "
+                f"no prompt; {SUPPORTED}"
             )
         check_supported(type(model), model.config)
         check_backend(backend)
