@@ -31,7 +31,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 if TYPE_CHECKING:
-    from ptd.types import Batch, Examples
+    from ptd.readouts import Ask
+from ptd.types import Batch, Examples
 
 INIT_TEXT = {
     "e2e": "Write one sentence about the restaurant that mentions every fact:",
@@ -143,9 +144,9 @@ class Plain:
         assert self.cloze is not None
         width = batch.input_ids.shape[1]
 
-        def run(_: Batch, positions: Tensor | None) -> Tensor:
+        def run(_: Batch, ask: Ask) -> Tensor:
             logits = model(**given).logits[:, -width:].flatten(0, 1)  # without the leading virtual tokens
-            found: Tensor = logits if positions is None else logits[positions.to(logits.device)]
+            found: Tensor = logits[ask.positions.to(logits.device)]
             return found
 
         reading = self.cloze(run, batch, True)

@@ -366,9 +366,14 @@ def test_bad_data_is_refused_with_the_place(ptd: Any, tmp_path: Path, backbone_d
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unsupported_family_is_named(ptd: Any, tmp_path: Path, backbone_dir: Path) -> None:
+def test_an_unsupported_family_is_named(
+    ptd: Any, tmp_path: Path, backbone_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import BloomConfig, BloomForCausalLM
 
+    from ptd.inject.attach import WRONG_UPSTREAM
+
+    monkeypatch.setitem(WRONG_UPSTREAM, "bloom", "for this test")
     folder = tmp_path / "bloom"
     BloomForCausalLM(BloomConfig(vocab_size=300, hidden_size=16, n_layer=1, n_head=2)).save_pretrained(folder)
     for file in backbone_dir.glob("tokenizer*"):

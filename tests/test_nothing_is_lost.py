@@ -330,7 +330,7 @@ def test_the_adapter_before_a_run_that_diverges_is_kept(
 
     def diverging(loop: Loop, index: int, *given: Any) -> Any:
         if index >= 2:
-            monkeypatch.setattr(loop.members[0].step.readout, "forward", lambda run, batch: nothing(batch))
+            monkeypatch.setattr(loop.members[0].step.readout, "forward", lambda run, batch, scores: nothing(batch))
         return take_step(loop, index, *given)
 
     def nothing(batch: Any) -> Any:

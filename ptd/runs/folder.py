@@ -33,7 +33,7 @@ FREE_TO_CHANGE = {
         "offload",
         "offload_folder",
     },
-    "data": {"eval", "eval_split", "cache"},
+    "data": {"eval", "eval_split", "cache", "cache_gb"},
     "train": {
         "logging_steps",
         "eval_steps",

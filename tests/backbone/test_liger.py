@@ -27,6 +27,7 @@ from ptd.data.batches import packed_batch, padded_batch
 from ptd.engine.forward import Forward
 from ptd.inject import Attachment, check_supported
 from ptd.methods.prefix import PrefixEncoder
+from ptd.readouts import Ask
 from ptd.types import IGNORE_INDEX, DataReport, Examples, SoftTokens, UserError
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -64,7 +65,7 @@ def results(model, soft, packed):
         attachment.set(encoder.state(flat.requires_grad_()))
     batch = (packed_batch if packed else padded_batch)(examples(), np.arange(len(LENGTHS)))
     positions = (batch.labels.flatten() != IGNORE_INDEX).nonzero().flatten()
-    logits = Forward(attachment, DEVICE)(batch, positions)
+    logits = Forward(attachment, DEVICE)(batch, Ask(positions))
     (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)).sum().backward()
     attachment.remove()
     return logits.detach(), flat.grad

@@ -17,6 +17,7 @@ from ptd.backbone import architecture_of, fingerprint, load_model, load_tokenize
 from ptd.backbone.load import checkpoint_layers
 from ptd.config import BackboneConfig
 from ptd.inject import Attachment, check_supported
+from ptd.inject.attach import WRONG_UPSTREAM
 from ptd.methods.prefix import PrefixEncoder
 from ptd.types import UserError
 
@@ -271,7 +272,8 @@ def test_pickled_weights_are_read_only_on_demand(damaged):
 
 
 @pytest.mark.parametrize("family", ["bloom", "falcon", "jamba"])
-def test_an_unsupported_family_is_refused_before_its_weights_are_read(family, tmp_path):
+def test_an_unsupported_family_is_refused_before_its_weights_are_read(family, tmp_path, monkeypatch):
+    monkeypatch.setitem(WRONG_UPSTREAM, family, "for this test")
     tiny_config(family).save_pretrained(tmp_path)  # no weights at all
     with pytest.raises(UserError, match=rf"backbone\.path: model type '{family}'"):
         load(tmp_path)

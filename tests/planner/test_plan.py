@@ -182,13 +182,13 @@ def test_a_head_on_labels_that_are_not_known_yet(tmp_path: Path) -> None:
 
 
 def test_the_attention_of_a_gpu_needs_no_scores(tmp_path: Path) -> None:
-    """In bfloat16 a GPU has a flash kernel; in float32 plain torch stores slices of the scores."""
+    """In bfloat16 a GPU has a flash kernel, in float32 memory-efficient attention: float32 only doubles the sizes."""
     sizes = {"hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": 2048}
     tiny_config("llama", **sizes).save_pretrained(tmp_path)
     data = {"max_length": 1000}
     half = trace_run(run(tmp_path, backbone={"dtype": "bfloat16"}, data=data), capability=GPU, local_ranks=1)
     full = trace_run(run(tmp_path, backbone={"dtype": "float32"}, data=data), capability=GPU, local_ranks=1)
-    assert step_peak(full) > 2.5 * step_peak(half)
+    assert step_peak(full) < 2.5 * step_peak(half)
 
 
 def test_layers_in_ligers_kernels_store_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

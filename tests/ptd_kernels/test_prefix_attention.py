@@ -361,6 +361,8 @@ def test_an_unread_prefix_has_a_zero_gradient(backend: str, name: str) -> None:
         assert bool(gradient.count_nonzero()) == read
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")  # numpy, in Triton's interpreter
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["ragged", "equal", "packed", "packed, bias", "decode", "mask and bias"])
 def test_values_that_are_not_finite_stay_in_the_sequences_that_read_them(backend: str, name: str) -> None:
@@ -705,14 +707,14 @@ def test_cudnn_adapter_fits_the_installed_schema() -> None:
     assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
 
 
-@pytest.mark.parametrize("backend", LIBRARIES)
+@pytest.mark.parametrize("backend", [name for name in LIBRARIES if name != "merge-plain-torch"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
 def test_gpu_libraries_refuse_the_cpu_with_a_reason(backend: str) -> None:
     with pytest.raises(ValueError, match=rf"backend='{backend}' cannot do this: .*: it needs an NVIDIA GPU.* on cpu"):
         attend(*Case().tensors(), backend=backend)
 
 
-@pytest.mark.parametrize("kernel", segments.ON_REQUEST, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", [x for x in segments.ON_REQUEST if x is not segments.EAGER], ids=lambda x: x.name)
 def test_a_refused_kernel_is_not_picked(kernel: segments.Kernel) -> None:
     need = segments.Need(torch.zeros(1, 2, 3, 8), 3, 8, segments.Rule(1.0, softcap=2.0))
     assert kernel.refuses(need)

@@ -83,6 +83,6 @@ def test_compiling_such_a_backbone_is_refused(settings, train_here):
 
 def test_a_plan_counts_such_a_backbone_without_data(settings):
     with without_data(None):
-        blank = build_blank(parse_config(settings("bloom", "prefix")))
+        blank = build_blank(parse_config(settings("bloom", "prefix")), "cpu")
     assert [layer.kv_heads for layer in blank.prepared.shape.layers] == [4, 4]
     assert not blank.prepared.attachment.packable
