@@ -89,7 +89,7 @@ DECODE: dict[tuple[bool, int], Tile] = {
     (False, 256): Tile(0, 16, 8, 1),
 }
 DELTA = Tile(32, 0, 4, 1)
-MERGE = Tile(32, 0, 4, 1)
+MERGE = Tile(16, 0, 4, 1)
 # For the kernel of a prefix that fits into one tile: (architecture, largest head size) -> tiles by number of keys.
 SHORT_PREFIX: dict[tuple[int, int], tuple[Tile, ...]] = {
     (90, 64): (Tile(64, 32, 8, 3), Tile(64, 64, 8, 3)),
