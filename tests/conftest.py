@@ -205,3 +205,13 @@ def backend_for_one(monkeypatch: pytest.MonkeyPatch) -> str:
     alone = problem.Backend("alone", merge_attention, refuses, lambda given: "the same prefix", priority=-5)
     monkeypatch.setitem(problem._BACKENDS, "alone", alone)
     return "alone"
+
+
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """Restore the environment: what ranks and launchers write into it would make a later test a distributed run."""
+    before = dict(os.environ)
+    yield
+    if dict(os.environ) != before:
+        os.environ.clear()
+        os.environ.update(before)
