@@ -26,7 +26,7 @@ from ptd.inject.attention import (
 )
 from ptd.inject.explain import CACHE, check_backend, obstacle_to_several
 from ptd.inject.inputs import Inputs
-from ptd.inject.kernel_check import backend_of_any_pass
+from ptd.inject.kernel_check import KernelFault, backend_of_any_pass
 from ptd.inject.last_layer import ModuleProbe, Tail
 from ptd.inject.members import PassPrompts, PerSequence, RowsOfPass
 from ptd.inject.model_cache import PrefixCache, said_at_start, states_in_cache
@@ -165,7 +165,7 @@ class Attachment:
             try:
                 self._attach(lambda: self._with_attention(backend))
             except UserError as error:
-                if backend != "auto":
+                if backend != "auto" or isinstance(error, KernelFault):
                     raise
                 refused = error
             else:

@@ -16,6 +16,10 @@ from ptd.inject.attention import Call
 from ptd.types import UserError
 
 
+class KernelFault(UserError):
+    """Attention computes something else on this GPU than it should, which no other way to attach a prompt mends."""
+
+
 def backend_of_any_pass(configured: str) -> str:
     """Return the backend for passes that the configured backend may not support: itself if it supports every pass."""
     return configured if configured in COMPLETE else "auto"
@@ -38,7 +42,7 @@ def check_kernels(calls: Iterable[Call], configured: set[str], device: torch.dev
         for kind in kinds:
             fault = find_fault(kind, device, dtype, backend)
             if fault is not None:
-                raise UserError(
+                raise KernelFault(
                     f"backbone.attention: on {torch.cuda.get_device_name(device)}, attention by {backend!r} computes "
                     f"something else than it should in {dtype}: {fault}. A prompt would be trained on wrong numbers; "
                     "set backbone.attention: merge-plain-torch, which is slow, or use another version of torch or CUDA"

@@ -112,6 +112,7 @@ def run(backbones: Callable[[str], Path], labelled_rows: Path, monkeypatch: pyte
     return build
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy, in Triton's interpreter
 @pytest.mark.parametrize("case", CASES)
 def test_no_step_waits(run: Callable[..., Run], case: str) -> None:
     with watched() as seen:
