@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -51,6 +52,8 @@ WRONG_UPSTREAM = {
     "moshi": "beyond its attention window, transformers itself generates other tokens with a cache than without one"
 }
 """Model families with an error that no check at attach time detects, and the reason why they are not supported."""
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+    WRONG_UPSTREAM["doge"] = "before transformers 5.23, padded rows of it get other values than single rows"
 _WARNING = "warn_if_padding_and_no_attention_mask"
 SUPPORTED = (
     "use a decoder such as llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, gpt2, gpt_neox, opt or mixtral, an "
